@@ -98,3 +98,25 @@ def browser():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def serve():
+    """A function that starts a batcher over models' members; batchers are closed at the end."""
+    # Only the tests of the server need its packages.
+    from softmeet.server.batcher import Batcher
+    from softmeet.server.limits import Limits
+    from softmeet.server.metrics import Metrics
+
+    engines = []
+
+    def start(*models, **options):
+        names = {m: f"member {k}" for k, m in enumerate({m: 0 for model in models for m in model.members})}
+        engines.append(Batcher(names, options.pop("limits", Limits()), Metrics(), **options))
+        engines[-1].start()
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.close(0)
+        engine.join()

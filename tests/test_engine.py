@@ -15,10 +15,8 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.combining import Combiner
 from softmeet.hf.sampling import RowSampler
 from softmeet.server.batch import MemberBatch, PrefixCache
-from softmeet.server.batcher import Batcher
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
 from softmeet.server.limits import Limits
-from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Combination, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
 from softmeet.simplex import total_variation
@@ -75,22 +73,6 @@ def generated(model, tokens, *, seed=5, max_tokens=12, **options):
     mask = torch.ones(1, len(tokens), dtype=torch.long)
     out = model.generate(torch.tensor([tokens]), attention_mask=mask, row_sampler=RowSampler(seed, [0]), **options)
     return out[0, len(tokens) :].tolist()
-
-
-@pytest.fixture
-def serve():
-    engines = []
-
-    def start(*models, **options):
-        names = {m: f"member {k}" for k, m in enumerate({m: 0 for model in models for m in model.members})}
-        engines.append(Batcher(names, options.pop("limits", Limits()), Metrics(), **options))
-        engines[-1].start()
-        return engines[-1]
-
-    yield start
-    for engine in engines:
-        engine.close(0)
-        engine.join()
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "prob-mean", "power-mean"])

@@ -6,16 +6,7 @@ import openai
 import pytest
 import torch
 from serving import http, running, serving_of, tiny_ensemble
-from test_engine import (  # noqa: F401 - a fixture
-    LENGTHS,
-    MEMBERS,
-    Listener,
-    Words,
-    ensemble_of,
-    generated,
-    prompt,
-    serve,
-)
+from test_engine import LENGTHS, MEMBERS, Listener, Words, ensemble_of, generated, prompt
 
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
@@ -40,7 +31,7 @@ def sequence(model, tokens, gate, *, rule=None, seed=5, max_tokens=12, **options
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_tokens_are_those_of_generate_whoever_shares_the_batch(serve, gate):  # noqa: F811
+def test_tokens_are_those_of_generate_whoever_shares_the_batch(serve, gate):
     """Rows under this gate, another one and none, of two rules, that come and go."""
     model = ensemble_of(MEMBERS, "meet")
     engine = serve(model, limits=Limits(rows=5, waiting=50))
@@ -60,7 +51,7 @@ def test_tokens_are_those_of_generate_whoever_shares_the_batch(serve, gate):  # 
     assert engine.metrics.registry.get_sample_value("softmeet_gate_saved_seconds_total", {"gate": name}) > 0
 
 
-def test_the_others_run_where_the_first_is_unsure_and_never_under_unsure_0(serve):  # noqa: F811
+def test_the_others_run_where_the_first_is_unsure_and_never_under_unsure_0(serve):
     model = ensemble_of(("gpt2", "llama"), "logit-mean")
     engine, ran = serve(model), []
     model.members[1].base_model.register_forward_hook(lambda m, a, out: ran.append(out.last_hidden_state.shape[1]))
@@ -83,7 +74,7 @@ def test_the_others_run_where_the_first_is_unsure_and_never_under_unsure_0(serve
     assert sum(ran) <= 6 + 11
 
 
-def test_a_prompt_that_begins_alike_is_not_computed_again_by_those_who_lag(serve):  # noqa: F811
+def test_a_prompt_that_begins_alike_is_not_computed_again_by_those_who_lag(serve):
     model = ensemble_of(("gpt2", "llama"), "logit-mean")
     engine, ran = serve(model), []
     model.members[1].base_model.register_forward_hook(lambda m, a, out: ran.append(out.last_hidden_state.shape[1]))
@@ -99,7 +90,7 @@ def test_a_prompt_that_begins_alike_is_not_computed_again_by_those_who_lag(serve
         assert listener.tokens() == generated(model, one.prompt, gate="unsure:0.15")
 
 
-def test_nan_of_a_member_that_catches_up_fails_that_row_alone(serve):  # noqa: F811
+def test_nan_of_a_member_that_catches_up_fails_that_row_alone(serve):
     model = ensemble_of(("gpt2", "llama"), "logit-mean")
     model.members[1].base_model.embed_tokens.weight.data[60] = float("nan")
     engine = serve(model)
@@ -114,7 +105,7 @@ def test_nan_of_a_member_that_catches_up_fails_that_row_alone(serve):  # noqa: F
     assert len(told.tokens()) == 12
 
 
-def test_prompts_are_scored_under_the_gate(serve):  # noqa: F811
+def test_prompts_are_scored_under_the_gate(serve):
     model = ensemble_of(("gpt2", "llama"), "meet")
     engine, tokens = serve(model), prompt(1, 16)
     for gate in ("unsure:0.15", "unsure:0", "disagreement:0.16"):

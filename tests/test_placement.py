@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 import yaml
 from test_cli import run
-from test_engine import prompt, sequence, serve  # noqa: F401 - a fixture
+from test_engine import prompt, sequence
 
 from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError
@@ -41,7 +41,7 @@ def whole(folders):
 
 
 @pytest.mark.parametrize("spread", MAPS.values(), ids=MAPS)
-def test_a_member_on_disk_says_what_it_says_in_memory(folders, whole, spread, tmp_path, serve):  # noqa: F811
+def test_a_member_on_disk_says_what_it_says_in_memory(folders, whole, spread, tmp_path, serve):
     ours = Ensemble.from_pretrained(folders, trust=1.0, device=["cpu", spread], offload_folder=tmp_path)
     member, head = ours.model.members[1], ours.model.heads[1]
     assert any(p.is_meta for p in member.parameters())

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, sequence, serve  # noqa: F401 - a fixture
+from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, sequence
 
 from softmeet import Rule, time_is_over
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
@@ -40,7 +40,7 @@ class Slow(Rule):
         return problem.restricted(torch.log_softmax(problem.log_p.mean(0), -1))
 
 
-def test_an_average_is_finished_while_a_slow_rule_works_on_its_first_token(serve):  # noqa: F811
+def test_an_average_is_finished_while_a_slow_rule_works_on_its_first_token(serve):
     model = ensemble_of(("gpt2", "llama"))
     engine = serve(model, limits=Limits(token_seconds=1e9))
     slow, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9), max_tokens=2)
@@ -56,7 +56,7 @@ def test_an_average_is_finished_while_a_slow_rule_works_on_its_first_token(serve
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])
-def test_rows_that_leave_the_batch_and_come_back_lose_nothing(serve, rule):  # noqa: F811
+def test_rows_that_leave_the_batch_and_come_back_lose_nothing(serve, rule):
     """Slow rows beside quick ones, of members with sliding windows and soft-caps; all get generate's tokens."""
     model = ensemble_of(MEMBERS, rule)
     engine, slow = serve(model, limits=Limits(rows=6, waiting=50)), Slow(seconds=0.02)
@@ -71,7 +71,7 @@ def test_rows_that_leave_the_batch_and_come_back_lose_nothing(serve, rule):  # n
         assert found[k] == generated(model, one.prompt, seed=k, max_tokens=one.max_tokens)
 
 
-def test_a_token_whose_time_is_over_is_drawn_and_says_so(serve):  # noqa: F811
+def test_a_token_whose_time_is_over_is_drawn_and_says_so(serve):
     model = ensemble_of(("gpt2", "llama"), "meet")
     one, listener = sequence(model, prompt(1, 6), max_tokens=3)
     endless, heard = sequence(model, prompt(1, 6), max_tokens=2, rule=Slow(seconds=1e9))
@@ -83,7 +83,7 @@ def test_a_token_whose_time_is_over_is_drawn_and_says_so(serve):  # noqa: F811
     assert sample("softmeet_unsolved_tokens_total", {"status": Status.BUDGET.name}) >= 3
 
 
-def test_a_prompt_is_scored_without_holding_up_others_and_in_its_time(serve):  # noqa: F811
+def test_a_prompt_is_scored_without_holding_up_others_and_in_its_time(serve):
     model = ensemble_of(("gpt2", "llama"))
     options = {"rule": Slow(seconds=1e9), "top": 0, "score_prompt": True, "max_tokens": 0}
     patient = serve(model, limits=Limits(token_seconds=1e9))
@@ -101,7 +101,7 @@ def test_a_prompt_is_scored_without_holding_up_others_and_in_its_time(serve):  #
     assert len(listener.all()[0].tokens) == 10
 
 
-def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):  # noqa: F811
+def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):
     model = ensemble_of(("gpt2", "llama"))
     engine = serve(model, limits=Limits(rows=1, waiting=9, token_seconds=1e9))
     endless, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9))
@@ -116,7 +116,7 @@ def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):  # noq
     assert not len(engine._turns)
 
 
-def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):  # noqa: F811
+def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):
     import transformers as tf
 
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def test_turns_are_shared_by_time_and_what_took_longer_is_owed(monkeypatch):
     assert len(done) == 15
 
 
-def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):  # noqa: F811
+def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):
     """Averages and meet, gates that ask the other members late, prompts that begin alike, rows that come and go."""
     model = ensemble_of(MEMBERS, "meet")
     kinds = [("meet", "none"), ("logit-mean", "none"), ("meet", "unsure:0.15"), ("prob-mean", "none")]
@@ -204,7 +204,7 @@ def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):  # noq
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])
-def test_a_reproducible_server_and_a_reproducible_generate_agree_to_the_last_bit(serve, narrow, rule):  # noqa: F811
+def test_a_reproducible_server_and_a_reproducible_generate_agree_to_the_last_bit(serve, narrow, rule):
     class Kept(Recorder):
         def add(self, solution, log_probs):
             super().add(solution, log_probs)
@@ -226,7 +226,7 @@ def test_a_reproducible_server_and_a_reproducible_generate_agree_to_the_last_bit
         assert [e.log_prob for e in tokens] == [row[e.token].item() for row, e in zip(kept, tokens, strict=True)]
 
 
-def test_many_slow_requests_together_hold_up_an_average_no_more_than_a_few(serve):  # noqa: F811
+def test_many_slow_requests_together_hold_up_an_average_no_more_than_a_few(serve):
     """A dozen requests whose rule never ends, of as many kinds: the average's tokens come between their turns."""
     model, steps = ensemble_of(("gpt2", "llama")), []
     engine = serve(model, limits=Limits(token_seconds=1e9))
@@ -248,7 +248,7 @@ def test_many_slow_requests_together_hold_up_an_average_no_more_than_a_few(serve
         s.cancel()
 
 
-def test_a_request_of_many_rows_is_of_a_kind_of_its_own_if_they_take_long_together(serve):  # noqa: F811
+def test_a_request_of_many_rows_is_of_a_kind_of_its_own_if_they_take_long_together(serve):
     model = ensemble_of(("gpt2", "llama"))
     engine = serve(model)
     one, another = (sequence(model, prompt(2, 6), rule="meet")[0] for _ in range(2))
@@ -313,7 +313,7 @@ def test_a_request_of_many_rows_has_less_time_for_its_tasks():
         assert shares == [pytest.approx(share)]
 
 
-def test_a_reproducible_token_whose_time_was_over_says_so_even_within_its_tolerance(serve):  # noqa: F811
+def test_a_reproducible_token_whose_time_was_over_says_so_even_within_its_tolerance(serve):
     model = ensemble_of(("gpt2", "llama"))
     engine = serve(model, limits=Limits(token_seconds=0.01), reproducible=True)
     one, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9), max_tokens=2)

@@ -1,9 +1,9 @@
-"""The flags of ``softmeet generate`` for how tokens are drawn."""
+"""The flags for how tokens are drawn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import typer
 
@@ -17,11 +17,16 @@ def _positive(value: float | None) -> float | None:
     return value
 
 
-def _drafts(value: str) -> str:
+def checked_drafts(value: str) -> str:
     """Return the value of ``--speculate``, "auto" or a number; this is typer's callback of that option."""
     if value != "auto" and not (value.isdecimal() and int(value) <= 64):
         raise typer.BadParameter(f"{value!r} is neither a number of tokens from 0 to 64 nor auto.")
     return value
+
+
+def drafts_of(value: str) -> int | Literal["auto"]:
+    """Return the value of ``--speculate`` as Python takes it."""
+    return "auto" if value == "auto" else int(value)
 
 
 @dataclass
@@ -59,7 +64,7 @@ class SamplingFlags:
         "0",
         "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
         "drafts are mostly right. N may be auto, for as many as pay by what is measured.",
-        metavar="N", callback=_drafts,
+        metavar="N", callback=checked_drafts,
     )  # fmt: skip
     one_member: bool = flag(
         False,
@@ -75,7 +80,7 @@ class SamplingFlags:
         top-p and min-p are left out, too.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        given["speculate"] = "auto" if self.speculate == "auto" else int(self.speculate)
+        given["speculate"] = drafts_of(self.speculate)
         if self.do_sample and self.temperature != 0:
             return given
         unused = ("temperature", "top_k", "top_p", "min_p")

@@ -20,6 +20,7 @@ from softmeet.cli.flags import checked_settings, flag, flags
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.old_forms import repeated
+from softmeet.cli.sampling import checked_drafts, drafts_of
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 
@@ -164,6 +165,21 @@ def serve(
         "--reproducible",
         panel="Engine",
     ),
+    speculate: str = flag(
+        "auto",
+        "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
+        "same tokens in less time where drafts are mostly right. auto drafts as many as pay by what is measured, 0 none.",
+        metavar="N",
+        callback=checked_drafts,
+        panel="Engine",
+    ),
+    one_member: bool = flag(
+        True,
+        "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
+        "member, itself drawn by its weight: the same law at about the price of one member.",
+        "--one-member/--no-one-member",
+        panel="Engine",
+    ),
     plain_chat: bool = flag(
         False, "Chat by a plain template with members that have none of their own.", "--plain-chat", panel="Members"
     ),
@@ -211,6 +227,8 @@ def serve(
             max_trust=limits.max_trust,
             parallel=parallel,
             reproducible=reproducible,
+            speculate=drafts_of(speculate),
+            one_member=one_member,
             plain_chat=plain_chat,
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if ui is None else ui,

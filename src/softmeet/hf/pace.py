@@ -121,7 +121,8 @@ class Pace:
 
     def choose(self) -> int:
         """Return how many tokens to draft at the next turn: 0 where it does not pay."""
-        if not self._begun:
+        if not self._begun or 0 < self._waited < _WAIT:
+            self._waited += self._begun
             self._begun = True
             return 0
         speeds = [self.speed(count) for count in range(MOST + 1)]
@@ -129,8 +130,7 @@ class Pace:
         if speeds[best] >= _GAIN * speeds[0]:
             self._waited = 0
             return best
-        self._waited += 1
-        if self._waited < _WAIT:
-            return 0
-        self._waited = 0
-        return 1
+        # The estimates take a while themselves, so they are not made anew for every token.
+        is_over = self._waited >= _WAIT
+        self._waited = 0 if is_over else 1
+        return int(is_over)

@@ -10,26 +10,22 @@ draft and read in turn is due to Fu et al., Speculative Ensemble (2025).
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf import quick
-from softmeet.hf.combining import rows_at_once
-from softmeet.hf.pace import MOST, Pace
 from softmeet.hf.refused import checked_length
 from softmeet.hf.running import NewTokens
 from softmeet.hf.sampling import FreshNoise
+from softmeet.hf.turns import Combined, Turns
 from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.rules.gates import Unsure, that_closes
-from softmeet.rules.problem import TokensBefore
 
 if TYPE_CHECKING:
     from softmeet.hf.call_options import CallOptions
@@ -126,7 +122,7 @@ def decode(
     positions = model_kwargs.get("position_ids")
     last = mask.long().sum(-1, keepdim=True) - 1 if positions is None else positions[:, -1:]
     text = Drafted(ids, mask, logits_processor, noise, stopping_criteria, config, streamer)
-    text.settle(first.logits[:, -1], None)
+    text.settle(first.logits[:, -1], lambda right: None)
     speculation = Speculation(model, options, text, first.cache, last)
     while not text.finished:
         speculation.turn()
@@ -153,7 +149,6 @@ class Drafted:
         mask: their attention mask.
         length: the number L of settled columns.
         finished: whether all sequences are.
-        authors: for each draft the number of the member that it is from.
         scores, logits: of every settled token, if the call asks for them; else None.
     """
 
@@ -177,7 +172,6 @@ class Drafted:
         asked = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
-        self.authors: list[int] = []
         self.finished = False
 
     @property
@@ -190,8 +184,8 @@ class Drafted:
         """Whether another draft may be added: there is room, and a sequence that no draft ends."""
         return self.ids.shape[1] < self._limit and bool(self._hopeful.any())
 
-    def draft(self, log_probs: Float[Tensor, "B v"], author: int) -> bool:
-        """Add a draft to each sequence, drawn from a member's log-probabilities in nats behind the last token.
+    def draft(self, log_probs: Float[Tensor, "B v"]) -> bool:
+        """Add a draft to each sequence, drawn from log-probabilities in nats behind the last token.
 
         Returns:
             whether there is one: none where a processor of scores fails, as where a draft has led to a dead end.
@@ -201,13 +195,16 @@ class Drafted:
         except Exception:  # What is no draft's fault is raised again when the rule is asked.
             return False
         self._append(chosen)
-        self.authors.append(author)
         if self._ends is not None:
             self._hopeful = self._hopeful & ~torch.isin(chosen, self._ends.to(chosen.device))
         return True
 
-    def settle(self, log_probs: Float[Tensor, "B v"], pace: Pace | None) -> bool:
+    def settle(self, log_probs: Float[Tensor, "B v"], told: Callable[[bool], None]) -> bool:
         """Settle the next token of each sequence by the rule's log-probabilities in nats, as transformers' loop does.
+
+        Args:
+            log_probs: (B, v), behind the last settled token.
+            told: is called with whether the draft of it was right, if there is one.
 
         Returns:
             whether drafts behind it remain: it is what was drafted, and there is another to come.
@@ -215,9 +212,8 @@ class Drafted:
         chosen, scores = self._chosen(self.settled, log_probs, self._unfinished)
         drafted = self.ids.shape[1] > self.length
         right = drafted and bool((self.ids[:, self.length] == chosen).all())
-        if drafted and pace is not None:
-            pace.shares[self.authors[0]].add(right)
-        self.authors = self.authors[1:] if right else []
+        if drafted:
+            told(right)
         if not right:
             self._cut(self.length)
             self._append(chosen)
@@ -260,8 +256,8 @@ class Drafted:
             self.ids, self.mask = self.ids[:, :length], self.mask[:, : self.mask.shape[1] - more]
 
 
-class Speculation:
-    """The turns of the members: each reads all that it has not read, and drafts what comes next.
+class Speculation(Turns):
+    """The turns of the members over the sequences of a call of ``generate``.
 
     Args:
         model: the ensemble that is called.
@@ -274,122 +270,49 @@ class Speculation:
     def __init__(
         self, model: EnsembleForCausalLM, options: CallOptions, text: Drafted, cache: Any, last: Int[Tensor, "B 1"]
     ) -> None:
-        self._model, self._options, self._text, self._cache = model, options, text, cache
+        rows, recorded = len(text.ids), options.recorder is not None
+        super().__init__(
+            model, options.settings, options.speculate,
+            rows=rows, read=text.length - 1, reported=recorded, singly=recorded,
+        )  # fmt: skip
+        self._text, self._cache, self._recorder = text, cache, options.recorder
         # Column c has position c and these.
         self._before = last - (text.length - 2)
-        n, v = len(model.members), model.combiner.v
-        sizes = [sum(p.numel() * p.element_size() for p in member.parameters()) for member in model.members]
-        weights = quick.weights_of(options.settings)
-        # Of members of about one size, the one that weighs most is the nearest to the rule.
-        self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
-        self._pace = Pace(n, self._order[0], len(text.ids))
-        settings = options.settings
-        average = settings.rule.is_average and options.recorder is None
-        rows = len(text.ids) * (n + (MOST if options.speculate == "auto" else int(options.speculate)))
-        self._quick = average and quick.may(settings, rows, v)
-        self._at_once = 1 if options.recorder is not None else max(1, rows_at_once(v, n) // len(text.ids))
-        self._read = [text.length - 1] * n
-        self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
-        self._logits: list[list[Tensor]] = [[] for _ in range(n)]
-
-    def turn(self) -> None:
-        """Let the member that has read the least read on; it then drafts what is its share."""
-        i = min(self._order, key=self._read.__getitem__)
-        count = self._drafts(i)
-        for k in range(max(count, 1)):
-            self._read_on(i)
-            if not self._settle() or k == count or not self._is_room or not self._draft(i):
-                return
 
     @property
-    def _is_room(self) -> bool:
+    def length(self) -> int:
+        """The number of columns that are settled."""
+        return self._text.length
+
+    def columns(self, start: int, stop: int) -> Int[Tensor, "B k"]:
+        """Return the tokens in columns ``start`` to ``stop - 1``."""
+        return self._text.ids[:, start:stop]
+
+    @property
+    def is_room(self) -> bool:
         """Whether another draft has a place in the text, and in the members' contexts."""
         limit = self._model.config.max_position_embeddings
         return self._text.is_open and (limit is None or self._text.mask.shape[1] < limit)
 
-    def _drafts(self, i: int) -> int:
-        """Return how many tokens member i drafts at its turn: the cheapest as many as pay, each other one token."""
-        if i == self._order[0]:
-            asked = self._options.speculate
-            self._count = self._pace.choose() if asked == "auto" else int(asked)
-        return self._count if i == self._order[0] else min(self._count, 1)
-
-    def _read_on(self, i: int) -> None:
+    def run(self, i: int) -> Float[Tensor, "B t d"]:
         """Run member i over all columns that it has not read."""
-        text, model = self._text, self._model
-        begun, start = time.perf_counter(), self._read[i]
+        text, model, start = self._text, self._model, self.read[i]
         new = text.ids[:, start:]
         checked_length(model.config, text.mask, None)
         positions = self._before + torch.arange(start, start + new.shape[1], device=new.device)
         shared = {"attention_mask": text.mask, "position_ids": positions, "use_cache": True}
-        states = NewTokens(model, new, slice(None), self._cache, shared).hidden(i)
-        self._hidden[i] += states.unbind(1)
-        if self._quick:
-            logits = quick.native_logits(model.member_heads[i], states.flatten(0, 1))
-            self._logits[i] += self._padded(logits).unflatten(0, states.shape[:2]).unbind(1)
-        self._read[i] = text.ids.shape[1]
-        self._pace.calls[i].add(new.shape[1], time.perf_counter() - begun)
+        return NewTokens(model, new, slice(None), self._cache, shared).hidden(i)
 
-    def _padded(self, logits: Float[Tensor, "r _"]) -> Float[Tensor, "r v"]:
-        """Put a member's logits where the rule is computed, with -inf for ids that its head does not have."""
-        more = self._model.combiner.v - logits.shape[-1]
-        return nn.functional.pad(logits.to(self._model.device), (0, more), value=-torch.inf)
+    def forget(self, i: int, count: int) -> None:
+        """Cut member i's cache by ``count`` columns."""
+        self._cache.members[i].crop(-count)
 
-    def _draft(self, i: int) -> bool:
-        """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can."""
-        begun, head, combiner = time.perf_counter(), self._model.member_heads[i], self._model.combiner
-        logits = self._logits[i][-1] if self._quick else self._padded(head.logits(self._hidden[i][-1]))
-        logits = logits / self._options.settings.rule_temperature
-        logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
-        # What another member has no id for, it could not read.
-        logits[:, min(one.v for one in combiner.heads) :] = -torch.inf
-        found = self._text.draft(logits.log_softmax(-1), i)
-        self._pace.drafting.add(1, time.perf_counter() - begun)
-        return found
+    def draft(self, log_probs: Float[Tensor, "B v"]) -> bool:
+        """Add a draft to each sequence."""
+        return self._text.draft(log_probs)
 
-    def _settle(self) -> bool:
-        """Settle the tokens behind every column that all members have read; returns whether drafts remain."""
-        text = self._text
-        count = min(self._read) - (text.length - 1)
-        for start in range(0, count, self._at_once):
-            begun, stop = time.perf_counter(), min(start + self._at_once, count)
-            found = self._log_probs(start, stop)
-            self._pace.rule.add(stop - start, time.perf_counter() - begun)
-            for log_probs in found:
-                if not text.settle(log_probs, self._pace):
-                    self.take_back()
-                    return False
-        for known in (*self._hidden, *self._logits):
-            del known[:count]
-        return True
-
-    def _log_probs(self, start: int, stop: int) -> Sequence[Float[Tensor, "B v"]]:
-        """Return the rule's log-probabilities behind columns start to stop - 1 of those that are not settled."""
-        model, options, text = self._model, self._options, self._text
-        settings, combiner = options.settings, model.combiner
-        found = None
-        if self._quick:
-            logits = [torch.cat(own[start:stop]) for own in self._logits]
-            found = quick.average(logits, settings, combiner.support, combiner.v)
-            # A rule without a quick form has none anywhere.
-            self._quick = found is not None
-        if found is None:
-            newest = text.length - 1
-            columns = text.ids[:, newest : newest + stop - start]
-            before = TokensBefore.of(columns.T.flatten(), model.tokenizer)
-            hidden = [torch.cat(own[start:stop]) for own in self._hidden]
-            log_probs, solution = combiner.solve_rows(hidden, settings, before=before, proved=False)
-            if options.recorder is not None:
-                options.recorder.add(solution, log_probs)
-            found = solution.log_probs
-        rows: Sequence[Tensor] = found.split(len(text.ids))
-        return rows
-
-    def take_back(self) -> None:
-        """Make every member forget the columns behind those that are settled, and the newest of these."""
-        kept = self._text.length - 1
-        for i, read in enumerate(self._read):
-            self._cache.members[i].crop(kept - read)
-        self._read = [kept] * len(self._read)
-        for known in (*self._hidden, *self._logits):
-            known.clear()
+    def settle(self, found: Combined) -> bool:
+        """Settle the next tokens, and record the positions if that is asked for."""
+        if self._recorder is not None and found.solution is not None and found.members is not None:
+            self._recorder.add(found.solution, found.members)
+        return all(self._text.settle(rows, self.told) for rows in found.ours.split(len(self._text.ids)))

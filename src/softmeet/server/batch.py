@@ -31,7 +31,7 @@ from softmeet.members.partial_cache import (
 from softmeet.server.sequences import Sequence
 
 # The most tokens of one sequence that a member runs at once.
-_PIECE = 256
+PIECE = 256
 
 
 class PrefixCache:
@@ -160,23 +160,23 @@ class _BatchLayer(DynamicLayer):
             buffer[: w.rows, :, w.first + by : w.end + by] = part
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one new token of every row at the column ``window.end``, in place, as a model does in its forward pass.
+        """Write t new tokens of every row from the column ``window.end`` on, in place, as a model's forward pass does.
 
         Args:
-            key_states, value_states: of the new token, each (rows, heads, 1, width).
+            key_states, value_states: of the new tokens, each (rows, heads, t, width).
             args, kwargs: ignored; other caches of transformers take more.
 
         Returns:
-            (keys, values) of the columns in use and the new one, each (rows, heads, columns in use + 1, width).
+            (keys, values) of the columns in use and the new ones, each (rows, heads, columns in use + t, width).
         """
         w = self.window
-        seen = slice(w.first, w.end + 1)
-        self.keys[: w.rows, :, w.end] = key_states[:, :, 0]
-        self.values[: w.rows, :, w.end] = value_states[:, :, 0]
-        return self.keys[: w.rows, :, seen], self.values[: w.rows, :, seen]
+        end = w.end + key_states.shape[2]
+        self.keys[: w.rows, :, w.end : end] = key_states
+        self.values[: w.rows, :, w.end : end] = value_states
+        return self.keys[: w.rows, :, w.first : end], self.values[: w.rows, :, w.first : end]
 
     def get_seq_length(self) -> int:
-        """Return the number of columns in use, without the one that the next token will take."""
+        """Return the number of columns in use, without those that the next tokens will take."""
         return self.window.end - self.window.first
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -247,7 +247,7 @@ class MemberBatch:
             prompt those alone that all members share, without it perhaps that at the newest token alone.
         """
         begun = [self._begun(s, i, every=every) for s, i in sequences]
-        done, hidden = catch_up(self.member, begun, piece=_PIECE, between=pause, newest=not every)
+        done, hidden = catch_up(self.member, begun, piece=PIECE, between=pause, newest=not every)
         for (s, i), old, new, states in zip(sequences, begun, done, hidden, strict=True):
             if not s.trails[i].run:
                 s.reused[i] = old.run
@@ -316,38 +316,55 @@ class MemberBatch:
             self._window.first = self._window.end - max(self._lengths)
         return trail
 
-    @torch.inference_mode()
     def step(self) -> Float[Tensor, "B d"]:
-        """Run the member on the newest token of every row, at least one, and write its keys and values to the buffers.
+        """Run the member on the newest token of every row, at least one.
 
         Returns:
             (B, d), the last hidden states at these tokens, in the order of the B sequences in ``rows``.
         """
-        w = self._window
-        if w.end >= w.columns:
+        return self.read([s.tokens[-1:] for s, _ in self.rows])[:, -1]
+
+    @torch.inference_mode()
+    def read(self, ids: list[list[int]]) -> Float[Tensor, "B t d"]:
+        """Run the member on the next tokens of every row, and write their keys and values to the buffers.
+
+        Args:
+            ids: for each of the B sequences in ``rows``, at least one, the t tokens that follow those that were run.
+
+        Returns:
+            (B, t, d), the last hidden states at these tokens.
+        """
+        w, new = self._window, len(ids[0])
+        if w.end + new > w.columns:
             # Grow the buffers if more than half of the columns are in use; else moving them to the left is enough.
             if 2 * (w.end - w.first) > w.columns:
                 w.columns *= 2
-            self._shift(-w.first)
-        lengths = torch.tensor(self._lengths)
-        mask = torch.arange(w.end - w.first + 1) >= w.end - w.first - lengths[:, None]
-        ids = torch.tensor([s.tokens[-1:] for s, _ in self.rows])
+            self._shift(-w.first, room=new)
+        lengths = torch.tensor(self._lengths)[:, None]
         hidden = last_hidden(
             self.member,
-            ids,
+            torch.tensor(ids),
             cache=self._cache,
             use_cache=True,
-            attention_mask=mask.long(),
-            position_ids=lengths[:, None],
+            attention_mask=(torch.arange(w.end - w.first + new) >= w.end - w.first - lengths).long(),
+            position_ids=lengths + torch.arange(new),
         )
-        w.end += 1
-        self._lengths = [length + 1 for length in self._lengths]
-        return hidden[:, -1]
+        w.end += new
+        self._lengths = [length + new for length in self._lengths]
+        return hidden
 
-    def _shift(self, by: int) -> None:
-        """Move the columns in use ``by`` columns right, left if it is negative; enlarge the buffers if needed."""
+    def forget(self, count: int) -> None:
+        """Take back the last ``count`` tokens that were run of every row, at most as many as the shortest has."""
+        self._window.end -= count
+        self._lengths = [length - count for length in self._lengths]
+
+    def _shift(self, by: int, room: int = 1) -> None:
+        """Move the columns in use ``by`` columns right, left if it is negative, before ``room`` columns for new tokens.
+
+        The buffers are enlarged if needed.
+        """
         w = self._window
-        while w.end + by >= w.columns:
+        while w.end + by + room > w.columns:
             w.columns *= 2
         for layer in self._cache.layers:
             layer.allocate((layer.keys, layer.values))

@@ -15,31 +15,27 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from softmeet.errors import SoftmeetError
-from softmeet.hf.deferral import Deferral
-from softmeet.rules.problem import TokensBefore
+from softmeet.server.alone import alone
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
 from softmeet.server.gating import Gates, Hidden
 from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
-from softmeet.server.sampling import next_scores, next_tokens
 from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Runner, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
-from softmeet.server.tokens import Combined, combined, tokens_of
+from softmeet.server.tokens import combined, drawn, scored, tokens_of
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
 
 _log = logging.getLogger("softmeet.server")
 # The most prompt tokens that begin in one round, though at least one prompt does: running sequences wait for them.
 _PROMPT_TOKENS_A_ROUND = 1024
-# Tokens of a prompt that are scored at once: their solver's steps cannot be interrupted.
-_SCORED_AT_ONCE = 16
 _CLOSED = "the server is shutting down and ended this answer before its end: ask another one"
 _LATE = "the answer was not done in time: ask for fewer tokens, or raise the server's --timeout"
 # Statuses of tokens at which the rule did not reach its tolerance.
@@ -63,6 +59,9 @@ class Batcher(threading.Thread):
             different devices.
         reproducible: whether every sequence is run and solved by itself, so that not a bit of its distributions depends
             on the others, except where time ends a solve.
+        speculate: how many tokens are drafted at a time while a single sequence runs; "auto" for as many as pay, 0 for
+            none.
+        one_member: whether plain sampling by ``prob-mean`` draws each token from one member while a single one runs.
 
     Attributes:
         members: the members, with the keys and values that they hold.
@@ -79,12 +78,17 @@ class Batcher(threading.Thread):
         *,
         parallel: bool = False,
         reproducible: bool = False,
+        speculate: int | Literal["auto"] = 0,
+        one_member: bool = False,
     ) -> None:
         super().__init__(name="softmeet-batcher", daemon=True)
         self.limits, self.metrics, self._reproducible = limits, metrics, reproducible
         self.members = Members(names, limits.kept_tokens, parallel=parallel, reproducible=reproducible)
         self._gates = Gates(partial(self.members.catch_up, members=slice(1, None)), self.metrics)
         self._kinds = Kinds(alone=reproducible)
+        self._alone = partial(
+            alone, self.members, self._give, self._gates.saved, limits, speculate=speculate, one_member=one_member
+        )
         self._waiting: deque[Sequence] = deque()
         # Sequences that have a place; of those that are yet to be solved, the hidden states at the newest token.
         self._running: list[Sequence] = []
@@ -215,6 +219,7 @@ class Batcher(threading.Thread):
                 s.busy = True
                 self._turns.add(Task([s], partial(self._step_alone, s)))
             ready = []
+        ready = [s for s in ready if not self._goes_alone(s)]
         found = self.members.step(ready) if ready else {}
         for s in [s for s in self._unsolved if self._kinds.of(s) not in solving]:
             found[s] = self._unsolved.pop(s)
@@ -223,14 +228,36 @@ class Batcher(threading.Thread):
             s.busy = True
             groups[self._kinds.of(s)].append(s)
         for kind, rows in groups.items():
-            task = Task(rows, partial(self._solve, rows, [found[s] for s in rows]), kind)
-            if rows[0].combination.is_quick and rows[0].request.report is None and not self._reproducible:
-                self._guarded(rows, task.run, float("inf"))
-            else:
-                self._turns.add(task)
+            self._start(Task(rows, partial(self._solve, rows, [found[s] for s in rows]), kind))
         for prompts in prompts_together(new, alone=self._reproducible):
             self._turns.add(Task(prompts, partial(self._run_prompts, prompts)))
         self._turns.take(time.perf_counter() - started, self._some_wait, [s.account for s in found])
+
+    def _start(self, task: Task) -> None:
+        """Draw averages at once; all else takes turns."""
+        first = task.rows[0]
+        if first.combination.is_quick and first.request.report is None and not self._reproducible:
+            self._guarded(task.rows, task.run, float("inf"))
+        else:
+            self._turns.add(task)
+
+    def _goes_alone(self, s: Sequence) -> bool:
+        """Return whether a sequence that has a newest token goes on by itself, or fails, and begin its turn if so."""
+        if len(self._running) > 1:
+            if s.alone is not None:
+                self._guarded([s], s.alone.end)
+            return s.done
+        s.alone = s.alone or self._alone(s)
+        if s.alone is None:
+            return False
+        s.busy = True
+        self._start(Task([s], partial(self._turn_alone, s)))
+        return True
+
+    def _turn_alone(self, s: Sequence, task: Task) -> None:
+        """Let a sequence take one turn by itself, in which it may get no token, or several."""
+        s.alone.go_on(task)
+        s.busy = False
 
     def _step_alone(self, s: Sequence, task: Task) -> None:
         """Run one sequence's newest token and draw the next, as no other sequence's is."""
@@ -264,35 +291,13 @@ class Batcher(threading.Thread):
         if s.request.score_prompt:
             every, asked = self._gates.over_prompt(s, hidden, task)
             self.members.check_finite(s, every)
-            self._score(s, [own[:-1] for own in every], asked and asked.take(slice(-1)), task)
+            seconds = self.limits.token_seconds * len(every[0][:-1])
+            self._emit(s, PromptScored(scored(s, [own[:-1] for own in every], asked, task, seconds)))
         s.account = self._newcomers if s.account is self._prompts else s.account
         if s.max_tokens:
             self._unsolved[s] = [states[-1:] for states in hidden]
         else:
             self._finish(s, Finished("length"))
-
-    def _score(self, s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task) -> None:
-        """Emit the event :class:`PromptScored` for a prompt's tokens but the first.
-
-        Args:
-            s: the prompt's sequence.
-            hidden: each member's last hidden states at all tokens of the prompt but the last, (t, d_i).
-            asked: at which of these tokens all members ran; None for all of them.
-            task: the caller.
-        """
-        how, tokens, found = s.combination, iter(s.prompt[1:]), list[Token]()
-        before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
-        with task.limit(self.limits.token_seconds * len(hidden[0])):
-            for start in range(0, len(hidden[0]), _SCORED_AT_ONCE):
-                rows = slice(start, start + _SCORED_AT_ONCE)
-                some, known = asked and asked.take(rows), before and before.take(rows)
-                log_probs, solution = how.model.combiner.solve_rows(
-                    [states[rows] for states in hidden], how.settings, some, known, proved=False
-                )
-                count, chunk = log_probs.shape[1], Combined(solution.log_probs, log_probs, solution)
-                found += tokens_of([s] * count, chunk, islice(tokens, count), scored=True)
-                task.pause()
-        self._emit(s, PromptScored(found))
 
     def _solve(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
         """Solve sequences of one combination together, draw the next token of each, and hand it over by :meth:`_give`.
@@ -323,13 +328,9 @@ class Batcher(threading.Thread):
         self._kinds.learn(group[0], (task.clock() - started) / len(group))
         rest = iter(group)
         for chunk in chunks:
-            part, saved = list(islice(rest, len(chunk.ours))), 0.0
-            if chunk.solution is not None:
-                self.metrics.passes.inc(chunk.solution.num_passes.sum().item())
-                saved = self._gates.saved(part, chunk.solution, (task.suspended - suspended) / len(chunks))
-            samplers = [s.sampler for s in part]
-            drawn = next_tokens(samplers, next_scores(samplers, [s.tokens for s in part], chunk.ours))
-            for s, found in zip(part, tokens_of(part, chunk, drawn, saved), strict=True):
+            part = list(islice(rest, len(chunk.ours)))
+            saved = self._gates.saved(part, chunk.solution, (task.suspended - suspended) / len(chunks))
+            for s, found in zip(part, tokens_of(part, chunk, drawn(part, chunk.ours), saved), strict=True):
                 # A row within its tolerance may still have been polished, had there been time.
                 late = self._reproducible and task.expired
                 self._give(s, replace(found, status=Status.BUDGET.name) if late else found)

@@ -33,7 +33,7 @@ class Gates:
         catch_up: a function of a list of sequences and a task's ``pause`` that runs all members but the first on the
             tokens that they have not run, and returns, for each sequence, those members' last hidden states there,
             (t, d_i); with ``every=True`` it runs all of a new prompt's tokens even if some are cached.
-        metrics: its counters ``gated`` and ``saved`` are added to.
+        metrics: its counters ``passes``, ``gated`` and ``saved`` are added to.
     """
 
     def __init__(self, catch_up: Callable[..., dict[Sequence, Hidden]], metrics: Metrics) -> None:
@@ -100,20 +100,22 @@ class Gates:
             found.append([*own, *others])
         return found
 
-    def saved(self, sequences: list[Sequence], solution: Solution, suspended: float = 0.0) -> float:
-        """Count a solved batch's rows and closed rows, and return about how many seconds each closed row saved.
+    def saved(self, sequences: list[Sequence], solution: Solution | None, suspended: float = 0.0) -> float:
+        """Count a batch's reads of heads, rows and closed rows; return about how many seconds each closed row saved.
 
         That is the mean time that open rows of the same members, rule and gate have taken so far, this batch's
         included; 0 if no row was open yet, or without a gate, when nothing is counted.
 
         Args:
             sequences: the batch's sequences, all of one combination.
-            solution: of the batch, row k for sequence k.
+            solution: of the batch, row k for sequence k; None of averages that were not solved for.
             suspended: the seconds in the solution's that its task was suspended.
         """
         combination = sequences[0].combination
         gate = combination.gate
-        if gate is None:
+        if solution is not None:
+            self._metrics.passes.inc(solution.num_passes.sum().item())
+        if solution is None or gate is None:
             return 0.0
         savings = self._savings[gate.name, combination.settings.rule.name, *sequences[0].members]
         closed = int(solution.gated.sum())

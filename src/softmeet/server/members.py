@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import NonFiniteError
 from softmeet.members.byte_member import ByteMember
-from softmeet.server.batch import MemberBatch
+from softmeet.server.batch import PIECE, MemberBatch
 from softmeet.server.byte_batch import ByteBatch
 from softmeet.server.gating import Hidden
 from softmeet.server.sequences import Runner, Sequence
@@ -69,17 +70,42 @@ class Members:
         """
         if self._reproducible:
             return {s: self.catch_up([s], members=slice(len(s.batched)))[s] for s in ready}
+        self._gather(ready)
+        busy = [batch for batch in self._batches.values() if batch.rows]
+        found: dict[tuple[Sequence, int], Float[Tensor, "1 d"]] = {}
+        for batch, out in zip(busy, self._map(lambda batch: batch.step(), busy), strict=True):
+            found |= {row: out[k : k + 1] for k, row in enumerate(batch.rows)}
+        return {s: [found[s, i] for i in range(len(s.batched))] for s in ready}
+
+    def read(self, s: Sequence, i: int, tokens: list[int]) -> Float[Tensor, "t d"]:
+        """Run member i of a sequence, over tokens, on those that follow what it has run, while all others wait.
+
+        The member is once in the sequence's ensemble. Other sequences leave the batches, as of :meth:`step`.
+
+        Returns:
+            (t, d), the last hidden states at the t tokens, at least one.
+        """
+        self._gather([s])
+        batch = self._batches[s.members[i]]
+        assert isinstance(batch, MemberBatch)
+        pieces = (tokens[k : k + PIECE] for k in range(0, len(tokens), PIECE))
+        return torch.cat([batch.read([piece])[0] for piece in pieces])
+
+    def forget(self, s: Sequence, i: int, count: int) -> None:
+        """Take back the last ``count`` tokens that member i of a sequence has run by :meth:`read`."""
+        self._gather([s])
+        batch = self._batches[s.members[i]]
+        assert isinstance(batch, MemberBatch)
+        batch.forget(count)
+
+    def _gather(self, ready: list[Sequence]) -> None:
+        """Let these sequences be the rows of their members' batches, and no others."""
         stepping = set(ready)
         for s in {s for batch in self._batches.values() for s, _ in batch.rows if s not in stepping}:
             self.leave(s, keep=True)
         for s in ready:
             if not s.joined:
                 self._join(s)
-        busy = [batch for batch in self._batches.values() if batch.rows]
-        found: dict[tuple[Sequence, int], Float[Tensor, "1 d"]] = {}
-        for batch, out in zip(busy, self._map(lambda batch: batch.step(), busy), strict=True):
-            found |= {row: out[k : k + 1] for k, row in enumerate(batch.rows)}
-        return {s: [found[s, i] for i in range(len(s.batched))] for s in ready}
 
     def catch_up(
         self,
@@ -141,17 +167,18 @@ class Members:
         """Return how many tokens of a prompt :meth:`catch_up` did not run by any of its members; over bytes none."""
         return min(s.reused[: len(s.batched)])
 
-    def check_finite(self, s: Sequence, hidden: Hidden) -> None:
+    def check_finite(self, s: Sequence, hidden: Hidden, first: int = 0) -> None:
         """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.
 
         Args:
             s: the sequence.
-            hidden: the last hidden states, (t, d_i), of its members, or of the first few of them; over bytes their
-                log-probabilities, which may be -inf, and come from hidden states that are finite.
+            hidden: the last hidden states, (t, d_i), of its members, or of some that follow each other; over bytes
+                their log-probabilities, which may be -inf, and come from hidden states that are finite.
+            first: the number of the first of these members.
         """
         if s.combination.over_bytes:
             return
-        bad = [self._batches[m].name for m, h in zip(s.members, hidden, strict=False) if not h.isfinite().all()]
+        bad = [self._batches[m].name for m, h in zip(s.members[first:], hidden, strict=False) if not h.isfinite().all()]
         if bad:
             raise NonFiniteError(
                 f"expected finite hidden states, got NaN or an infinity from {', '.join(bad)}: leave it out of this "

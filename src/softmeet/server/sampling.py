@@ -26,6 +26,7 @@ class Sampling:
 
     Args:
         seed: the request's, any integer; (seed, k) determines the noise by which sequence k of the request draws.
+        is_seeded: whether the request gave the seed, so that its tokens are the same every time.
         temperature: 0 or more; divides the scores; below 10⁻⁴ the token with the largest score is taken.
         top_k: how many of the most probable tokens stay possible; 0 for all.
         top_p: only the most probable tokens stay possible, as few as have this share, above 0 and at most 1, of the
@@ -51,6 +52,12 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int = 0
     mask: Mask | None = None
+    is_seeded: bool = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the ensemble's distribution as it is, by any random numbers."""
+        return self == Sampling(self.seed, is_seeded=False)
 
 
 class RepeatPenalties(tf.LogitsProcessor):
@@ -120,7 +127,7 @@ class Sampler:
     ) -> None:
         s = sampling
         self.greedy, self.over_bytes = s.temperature < _COLD, over_bytes
-        self._seed, self._key, self._drawn = require_seed(s.seed), key, 0
+        self._seed, self._key, self._start = require_seed(s.seed), key, prompt_length
         self.error: SoftmeetError | None = None
         found: list[tf.LogitsProcessor] = []
         if s.mask is not None:
@@ -137,10 +144,9 @@ class Sampler:
             found.append(tf.SequenceBiasLogitsProcessor({(token,): float(x) for token, x in s.logit_bias.items()}))
         self._processors = found if self.greedy else [*found, *_warpers(s)]
 
-    def noise(self) -> tuple[int, int, int]:
-        """Return the seed, key and position of the noise for the next token; each call counts as one token drawn."""
-        self._drawn += 1
-        return self._seed, self._key, self._drawn - 1
+    def noise(self, length: int) -> tuple[int, int, int]:
+        """Return the seed, key and position of the noise for the token that follows ``length`` tokens."""
+        return self._seed, self._key, length - self._start
 
     def scores(self, tokens: Sequence[int], log_probs: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Return one row's scores, as :func:`next_scores` does, whether tokens are bytes or not."""
@@ -186,13 +192,13 @@ def next_scores(
     return torch.stack([sampler.scores(text, row) for sampler, text, row in rows])
 
 
-def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> list[int]:
+def next_tokens(samplers: Sequence[Sampler], texts: Sequence[Sequence[int]], scores: Float[Tensor, "B v"]) -> list[int]:
     """Draw one token per row, which depends on that row's scores and its sampler's noise alone.
 
     Args:
         samplers: one per row; a greedy one takes the token with the largest score.
-        scores: (B, v), the rows' scores, as :func:`next_scores` returns them. Samplers of rows that are not greedy
-            count it as drawn.
+        texts: each row's tokens so far, prompt included.
+        scores: (B, v), the rows' scores, as :func:`next_scores` returns them.
 
     Returns:
         the B token ids.
@@ -201,5 +207,5 @@ def next_tokens(samplers: Sequence[Sampler], scores: Float[Tensor, "B v"]) -> li
     drawing = [k for k, sampler in enumerate(samplers) if not sampler.greedy]
     if drawing:
         rows = torch.tensor(drawing, device=scores.device)
-        tokens[rows] = draw(scores[rows], [samplers[k].noise() for k in drawing])
+        tokens[rows] = draw(scores[rows], [samplers[k].noise(len(texts[k])) for k in drawing])
     return tokens.tolist()

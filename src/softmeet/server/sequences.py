@@ -286,6 +286,7 @@ class Sequence:
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before.
         own: what the members read of their own, one of ``GenerationRequest.own``; empty for nothing.
         tokens: the prompt's ids and those drawn so far.
+        drafts: ids that may follow them, while it runs alone; else none.
         members: the members in their order.
         trails: for each member, the tokens that it has run outside its batch, with their keys and values, a
             :class:`PartialCache`, empty while the sequence is in the member's batch; over bytes its :class:`Reading`,
@@ -293,6 +294,7 @@ class Sequence:
         reused: for each member, the prompt's tokens whose keys and values came from an earlier prompt.
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
+        alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it; None before.
         asked: under the gate ``unsure`` a Deferral of one row: whether the other members run at the newest token.
         spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
@@ -313,11 +315,12 @@ class Sequence:
         self.busy = True
         self.account = request.account
         self.last: float | None = None
-        self.tokens = list(prompt)
+        self.tokens, self.drafts = list(prompt), list[int]()
         self.members: list[Runner] = self.combination.members
         self.trails: list[Any] = [PartialCache() for _ in self.members]
         self.reused = [0] * len(self.members)
         self.ahead: list[Float[Tensor, "1 _"]] = []
+        self.alone: Any = None
         self.asked: Deferral | None = None
         self.spent = 0.0
 
@@ -343,7 +346,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Free the keys and values, even if somebody keeps the sequence."""
-        self.trails, self.ahead = [PartialCache() for _ in self.members], []
+        self.trails, self.ahead, self.alone = [PartialCache() for _ in self.members], [], None
 
     def cancel(self) -> None:
         """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""

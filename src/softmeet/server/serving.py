@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -56,6 +56,10 @@ class ServerSettings:
         parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
             different devices.
         reproducible: whether every sequence is run and solved by itself, so that what shares the batch changes no bit.
+        speculate: how many tokens are drafted at a time while a single sequence runs, for the same tokens in less time;
+            "auto" for as many as pay, 0 for none, as of ``reproducible``.
+        one_member: whether plain sampling by ``prob-mean`` draws each token from one member while a single sequence
+            runs, unless ``reproducible``.
         plain_chat: whether members without a chat template take a plain one.
         cors: origins (such as ``https://example.org``) whose pages may call the API from a browser.
         ui: whether the page at ``/ui`` is served.
@@ -70,6 +74,8 @@ class ServerSettings:
     max_trust: float = 100.0
     parallel: bool = False
     reproducible: bool = False
+    speculate: int | Literal["auto"] = "auto"
+    one_member: bool = True
     plain_chat: bool = False
     cors: Sequence[str] = field(default_factory=tuple)
     ui: bool = True
@@ -97,8 +103,15 @@ class Serving:
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
         names = {m: name for s in ensembles for m, name in zip(members_of(s.ensemble.model), s.names, strict=True)}
+        apart = settings.reproducible
         self.batcher = Batcher(
-            names, settings.limits, self.metrics, parallel=parallel, reproducible=settings.reproducible
+            names,
+            settings.limits,
+            self.metrics,
+            parallel=parallel,
+            reproducible=apart,
+            speculate=0 if apart else settings.speculate,
+            one_member=settings.one_member and not apart,
         )
         self._structures = Structures(served.ensemble.model for served in ensembles)
         # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
@@ -315,7 +328,8 @@ def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
     given = {name: x for source in (ours, body) for name, x in source if name in names and x is not None}
     # vLLM has -1, too, for all tokens.
     top_k = max(given.get("top_k", 0), 0)
-    return Sampling(**({"seed": secrets.randbits(53)} | given | {"logit_bias": biases, "top_k": top_k}))
+    changes = {"logit_bias": biases, "top_k": top_k, "is_seeded": "seed" in given}
+    return Sampling(**({"seed": secrets.randbits(53)} | given | changes))
 
 
 def _check_listed(tokens: int, each: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,27 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.hf.byte_report import byte_report
+from softmeet.hf.deferral import Deferral
 from softmeet.hf.report import token_report
+from softmeet.hf.turns import Combined
 from softmeet.rules.problem import TokensBefore
-from softmeet.rules.solution import Solution
 from softmeet.server.gating import Hidden, joined
+from softmeet.server.sampling import next_scores, next_tokens
 from softmeet.server.sequences import Sequence, Token
+from softmeet.server.tasks import Task
 from softmeet.solvers.base import Status
 
-
-@dataclass(frozen=True, eq=False)
-class Combined:
-    """What a rule makes of B positions.
-
-    Attributes:
-        ours: (B, v), the rule's log-probabilities in nats.
-        members: (n, B, v), the members' own; None of an average that was computed without them.
-        solution: how the rule was solved; None of such an average.
-    """
-
-    ours: Float[Tensor, "B v"]
-    members: Float[Tensor, "n B v"] | None = None
-    solution: Solution | None = None
+# Tokens of a prompt that are scored at once: their solver's steps cannot be interrupted.
+_SCORED_AT_ONCE = 16
 
 
 def combined(group: list[Sequence], hidden: list[Hidden], *, quickly: bool) -> Iterator[Combined]:
@@ -54,6 +46,37 @@ def combined(group: list[Sequence], hidden: list[Hidden], *, quickly: bool) -> I
     before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
     for log_probs, solution in combiner.solve_in_chunks(stacked, how.settings, asked, before, proved=False):
         yield Combined(solution.log_probs, log_probs, solution)
+
+
+def drawn(sequences: list[Sequence], ours: Float[Tensor, "B v"]) -> list[int]:
+    """Draw what follows each sequence's tokens and drafts, from log-probabilities in nats, as its request asks."""
+    samplers, texts = [s.sampler for s in sequences], [s.tokens + s.drafts for s in sequences]
+    return next_tokens(samplers, texts, next_scores(samplers, texts, ours))
+
+
+def scored(s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task, seconds: float) -> list[Token]:
+    """Return the tokens of a prompt but the first, with what its request asks for.
+
+    Args:
+        s: the prompt's sequence.
+        hidden: each member's last hidden states at all tokens of the prompt but the last, (t, d_i).
+        asked: at which of the prompt's tokens all members ran; None for all of them.
+        task: the caller, which may pause.
+        seconds: those that the rule may work in all.
+    """
+    how, tokens, found = s.combination, iter(s.prompt[1:]), list[Token]()
+    before = TokensBefore.of(torch.tensor(s.prompt[:-1]), how.model.tokenizer)
+    with task.limit(seconds):
+        for start in range(0, len(hidden[0]), _SCORED_AT_ONCE):
+            rows = slice(start, min(start + _SCORED_AT_ONCE, len(hidden[0])))
+            some, known = asked and asked.take(rows), before and before.take(rows)
+            log_probs, solution = how.model.combiner.solve_rows(
+                [states[rows] for states in hidden], how.settings, some, known, proved=False
+            )
+            count, chunk = log_probs.shape[1], Combined(solution.log_probs, log_probs, solution)
+            found += tokens_of([s] * count, chunk, islice(tokens, count), scored=True)
+            task.pause()
+    return found
 
 
 def tokens_of(

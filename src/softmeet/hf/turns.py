@@ -1,0 +1,215 @@
+"""The turns of members in speculation: who reads on, who drafts, and what the rule makes of what all have read.
+
+A text's *columns* are its tokens in order: those that are settled, and behind them drafts. Every member reads columns
+in its own calls; behind each column that all of them have read, the rule's distribution is known.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from softmeet.hf import quick
+from softmeet.hf.combining import rows_at_once
+from softmeet.hf.pace import MOST, Pace
+from softmeet.rules.problem import TokensBefore
+from softmeet.rules.settings import Settings
+from softmeet.rules.solution import Solution
+
+if TYPE_CHECKING:
+    from softmeet.hf.modeling import EnsembleForCausalLM
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """What a rule makes of B positions.
+
+    Attributes:
+        ours: (B, v), the rule's log-probabilities in nats.
+        members: (n, B, v), the members' own; None of an average that was computed without them.
+        solution: how the rule was solved; None of such an average.
+    """
+
+    ours: Float[Tensor, "B v"]
+    members: Float[Tensor, "n B v"] | None = None
+    solution: Solution | None = None
+
+
+class Turns(ABC):
+    """The members' turns over B texts that advance together: each reads all that it has not read, and drafts.
+
+    What the texts are, and how members read them, is a subclass's.
+
+    Args:
+        model: the ensemble.
+        settings: those by which its members are combined, from :meth:`Settings.for_members`.
+        speculate: how many tokens the cheapest member drafts at its turn; "auto" for as many as pay.
+        rows: the number B of texts.
+        read: the number of columns that every member has read.
+        reported: whether more of each position is wanted than the rule's distribution.
+        singly: whether positions are solved one by one.
+        clock: returns seconds, for the times that calls take.
+
+    Attributes:
+        read: for each member the number of columns that it has read.
+        pace: what drafts and calls have come to.
+    """
+
+    def __init__(
+        self,
+        model: EnsembleForCausalLM,
+        settings: Settings,
+        speculate: int | Literal["auto"],
+        *,
+        rows: int,
+        read: int,
+        reported: bool,
+        singly: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._model, self._settings, self._speculate, self._clock = model, settings, speculate, clock
+        n, v = len(model.members), model.combiner.v
+        sizes = [sum(p.numel() * p.element_size() for p in member.parameters()) for member in model.members]
+        weights = quick.weights_of(settings)
+        # Of members of about one size, the one that weighs most is the nearest to the rule.
+        self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
+        self.pace = Pace(n, self._order[0], rows)
+        most = rows * (n + (MOST if speculate == "auto" else speculate))
+        self._quick = settings.rule.is_average and not reported and quick.may(settings, most, v)
+        self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
+        self.read = [read] * n
+        self._count = 0
+        self._authors: list[int] = []
+        self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
+        self._logits: list[list[Tensor]] = [[] for _ in range(n)]
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """The number of columns that are settled."""
+
+    @abstractmethod
+    def columns(self, start: int, stop: int) -> Int[Tensor, "B k"]:
+        """Return the tokens in columns ``start`` to ``stop - 1``."""
+
+    @property
+    @abstractmethod
+    def is_room(self) -> bool:
+        """Whether another draft has a place, in the texts and in the members' contexts."""
+
+    @abstractmethod
+    def run(self, i: int) -> Float[Tensor, "B t d"]:
+        """Run member i on the t columns that it has not read, and return its last hidden states there."""
+
+    @abstractmethod
+    def forget(self, i: int, count: int) -> None:
+        """Make member i forget the last ``count`` columns that it has read."""
+
+    @abstractmethod
+    def draft(self, log_probs: Float[Tensor, "B v"]) -> bool:
+        """Add a draft to each text, drawn from log-probabilities in nats; return whether there is one."""
+
+    @abstractmethod
+    def settle(self, found: Combined) -> bool:
+        """Settle the next tokens by what the rule makes of their positions, B for each, until a draft was wrong.
+
+        Returns:
+            whether drafts behind them remain; if not, none is left.
+        """
+
+    def turn(self) -> None:
+        """Let the member that has read the least read on; it then drafts what is its share."""
+        i = min(self._order, key=self.read.__getitem__)
+        count = self._drafts(i)
+        for k in range(max(count, 1)):
+            self._read_on(i)
+            if not self._settle() or k == count or not self.is_room or not self._draft(i):
+                return
+
+    def take_back(self) -> None:
+        """Make every member forget the columns behind those that are settled, and the newest of these."""
+        kept = self.length - 1
+        for i, read in enumerate(self.read):
+            self.forget(i, read - kept)
+        self.read = [kept] * len(self.read)
+        for known in (*self._hidden, *self._logits):
+            known.clear()
+
+    def told(self, right: bool) -> None:
+        """Take note of whether the first of the drafts was right; if not, the others are gone."""
+        self.pace.shares[self._authors[0]].add(right)
+        self._authors = self._authors[1:] if right else []
+
+    def combined(self, start: int, stop: int) -> Combined:
+        """Return what the rule makes of columns ``start`` to ``stop - 1`` of those that are not settled."""
+        combiner = self._model.combiner
+        if self._quick:
+            logits = [torch.cat(own[start:stop]) for own in self._logits]
+            average = quick.average(logits, self._settings, combiner.support, combiner.v)
+            if average is not None:
+                return Combined(average)
+            # A rule without a quick form has none anywhere.
+            self._quick = False
+        newest = self.length - 1
+        columns = self.columns(newest, newest + stop - start)
+        before = TokensBefore.of(columns.T.flatten(), self._model.tokenizer)
+        hidden = [torch.cat(own[start:stop]) for own in self._hidden]
+        log_probs, solution = combiner.solve_rows(hidden, self._settings, before=before, proved=False)
+        return Combined(solution.log_probs, log_probs, solution)
+
+    def _drafts(self, i: int) -> int:
+        """Return how many tokens member i drafts at its turn: the cheapest as many as pay, each other one token."""
+        if i == self._order[0]:
+            self._count = self.pace.choose() if self._speculate == "auto" else self._speculate
+        return self._count if i == self._order[0] else min(self._count, 1)
+
+    def _read_on(self, i: int) -> None:
+        """Run member i over all columns that it has not read."""
+        begun, states = self._clock(), self.run(i)
+        self._hidden[i] += states.unbind(1)
+        if self._quick:
+            logits = quick.native_logits(self._model.member_heads[i], states.flatten(0, 1))
+            self._logits[i] += self._padded(logits).unflatten(0, states.shape[:2]).unbind(1)
+        self.read[i] += states.shape[1]
+        self.pace.calls[i].add(states.shape[1], self._clock() - begun)
+
+    def _padded(self, logits: Float[Tensor, "r _"]) -> Float[Tensor, "r v"]:
+        """Put a member's logits where the rule is computed, with -inf for ids that its head does not have."""
+        more = self._model.combiner.v - logits.shape[-1]
+        logits = logits.to(self._model.device)
+        return nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
+
+    def _draft(self, i: int) -> bool:
+        """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can."""
+        begun, head, combiner = self._clock(), self._model.member_heads[i], self._model.combiner
+        logits = self._logits[i][-1] if self._quick else self._padded(head.logits(self._hidden[i][-1]))
+        logits = logits / self._settings.rule_temperature
+        logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
+        # What another member has no id for, it could not read.
+        logits[:, min(one.v for one in combiner.heads) :] = -torch.inf
+        found = self.draft(logits.log_softmax(-1))
+        if found:
+            self._authors.append(i)
+        self.pace.drafting.add(1, self._clock() - begun)
+        return found
+
+    def _settle(self) -> bool:
+        """Settle the tokens behind every column that all members have read; returns whether drafts remain."""
+        count = min(self.read) - (self.length - 1)
+        for start in range(0, count, self._at_once):
+            begun, stop = self._clock(), min(start + self._at_once, count)
+            found = self.combined(start, stop)
+            self.pace.rule.add(stop - start, self._clock() - begun)
+            if not self.settle(found):
+                self.take_back()
+                return False
+        for known in (*self._hidden, *self._logits):
+            del known[:count]
+        return True

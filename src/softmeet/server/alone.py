@@ -1,0 +1,198 @@
+"""A sequence that runs alone: its tokens come by speculation, or each from one member, as long as nobody else runs.
+
+A batch gives every sequence one token for one reading of the members' weights. Where there is a single sequence, the
+time of such a reading is better spent on several of its tokens (:mod:`softmeet.hf.turns`), or on one member alone.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softmeet.hf import quick
+from softmeet.hf.deferral import Drawn
+from softmeet.hf.turns import Combined, Turns
+from softmeet.rules.pools import ProbMean
+from softmeet.rules.solution import Solution
+from softmeet.server.limits import Limits
+from softmeet.server.members import Members
+from softmeet.server.sequences import Sequence, Token
+from softmeet.server.tasks import Task
+from softmeet.server.tokens import drawn, tokens_of
+
+Give = Callable[[Sequence, Token], None]
+# Takes note of the solution of positions, and returns the seconds that each closed gate saved.
+Count = Callable[[list[Sequence], Solution | None], float]
+
+
+class OneMember:
+    """Plain sampling by ``prob-mean``: each token comes from one member, which is drawn by its weight.
+
+    That is the mean's distribution. The other members read what they have not read when they are drawn.
+
+    Args:
+        s: the sequence, for which :func:`alone` allows it.
+        members: run its tokens.
+        give: is called with each token.
+    """
+
+    def __init__(self, s: Sequence, members: Members, give: Give) -> None:
+        self._s, self._members, self._give = s, members, give
+        self._weights = quick.weights_of(s.combination.settings)
+        self._random = secrets.SystemRandom()
+        self._read: list[int] = []
+
+    def go_on(self, task: Task) -> None:
+        """Draw one token."""
+        s, combiner = self._s, self._s.combination.model.combiner
+        self._read = self._read or [len(s.tokens) - 1] * len(s.members)
+        i = self._random.choices(range(len(s.members)), self._weights)[0]
+        states = self._members.read(s, i, s.tokens[self._read[i] :])[-1:]
+        self._read[i] = len(s.tokens)
+        self._members.check_finite(s, [states], i)
+        hidden = [states] * len(s.members)
+        ours = quick.of_drawn(combiner.heads, hidden, Drawn(torch.tensor([i])), combiner.support, combiner.v)
+        for token in tokens_of([s], Combined(ours), drawn([s], ours)):
+            self._give(s, token)
+
+    def end(self) -> None:
+        """Let every member read all tokens but the newest, as in a batch."""
+        for i, read in enumerate(self._read):
+            if unread := self._s.tokens[read:-1]:
+                self._members.read(self._s, i, unread)
+        self._read = []
+
+
+class Ahead(Turns):
+    """Speculation: members read several tokens at once, as one that is ahead of the others drafts what may come.
+
+    Args:
+        s: the sequence, for which :func:`alone` allows it.
+        speculate: how many tokens the cheapest member drafts at its turn; "auto" for as many as pay.
+        members: run its tokens.
+        give: is called with each token.
+        count: is called with what was solved for.
+        seconds: those that the rule may work on a token.
+    """
+
+    def __init__(
+        self,
+        s: Sequence,
+        speculate: int | Literal["auto"],
+        members: Members,
+        give: Give,
+        count: Count,
+        seconds: float,
+    ) -> None:
+        how, reported = s.combination, s.request.report is not None
+        super().__init__(
+            how.model, how.settings, speculate, rows=1, read=0, reported=reported, clock=lambda: self._task.clock()
+        )
+        self._s, self._members, self._give, self._counted, self._seconds = s, members, give, count, seconds
+        self._task: Task
+        self._begun = False
+
+    def go_on(self, task: Task) -> None:
+        """Let the member that has read the least read on, draft its share, and give what is settled."""
+        self._task = task
+        if not self._begun:
+            self.read, self._begun = [self.length - 1] * len(self.read), True
+        self.turn()
+
+    def end(self) -> None:
+        """Let every member forget drafts, and the newest token, as in a batch."""
+        if self._begun:
+            self._s.drafts.clear()
+            self.take_back()
+            self._begun = False
+
+    @property
+    def length(self) -> int:
+        """The number of tokens, without drafts."""
+        return len(self._s.tokens)
+
+    def columns(self, start: int, stop: int) -> Int[Tensor, "1 k"]:
+        """Return the tokens and drafts from number ``start`` to ``stop - 1``."""
+        return torch.tensor([(self._s.tokens + self._s.drafts)[start:stop]])
+
+    @property
+    def is_room(self) -> bool:
+        """Whether another draft may follow, with a token of the rule's behind it."""
+        s = self._s
+        return s.drawn + len(s.drafts) < s.max_tokens - 1 and s.drafts[-1:] not in ([end] for end in s.request.ends)
+
+    def run(self, i: int) -> Float[Tensor, "1 t d"]:
+        """Run member i on what it has not read."""
+        s = self._s
+        states = self._members.read(s, i, (s.tokens + s.drafts)[self.read[i] :])
+        self._members.check_finite(s, [states], i)
+        return states[None]
+
+    def forget(self, i: int, count: int) -> None:
+        """Make member i forget the last ``count`` tokens that it has read."""
+        if count and not self._s.done:
+            self._members.forget(self._s, i, count)
+
+    def draft(self, log_probs: Float[Tensor, "1 v"]) -> bool:
+        """Draw a draft; there is none where a structure has come to a dead end."""
+        s = self._s
+        (token,), failed = drawn([s], log_probs), s.sampler.error is not None
+        s.sampler.error = None
+        s.drafts += [] if failed else [token]
+        return not failed
+
+    def combined(self, start: int, stop: int) -> Combined:
+        """Return what the rule makes of the positions, in as much time as it may take for so many tokens."""
+        with self._task.limit(self._seconds * (stop - start)):
+            return super().combined(start, stop)
+
+    def settle(self, found: Combined) -> bool:
+        """Give the tokens of the positions until a draft was wrong."""
+        s, count = self._s, len(found.ours)
+        drafts, s.drafts = s.drafts, []
+        own = (drawn([s], row)[0] for row in found.ours.split(1))
+        for token in tokens_of([s] * count, found, own, self._counted([s] * count, found.solution)):
+            draft, drafts = drafts[:1], drafts[1:]
+            right = draft == [token.token]
+            if draft:
+                self.told(right)
+            self._give(s, token)
+            s.busy = True  # until the turn ends
+            if not right or s.done:
+                return False
+        s.drafts = drafts
+        return True
+
+
+def alone(
+    members: Members,
+    give: Give,
+    count: Count,
+    limits: Limits,
+    s: Sequence,
+    *,
+    speculate: int | Literal["auto"],
+    one_member: bool,
+) -> OneMember | Ahead | None:
+    """Return how a sequence goes on while it runs alone; None if as in a batch.
+
+    Args:
+        members, give, count: as of :class:`Ahead`.
+        limits: the server's.
+        s: the sequence.
+        speculate: how many tokens the cheapest member drafts at its turn; "auto" for as many as pay, 0 for none.
+        one_member: whether tokens may come from one member each.
+    """
+    how, request = s.combination, s.request
+    if how.over_bytes or how.unsure is not None or len(set(s.members)) < max(len(s.members), 2):
+        return None
+    settings, told = how.settings, (request.top, request.report)
+    mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
+    if one_member and mean and settings.bands == 1 and request.sampling.is_plain and told == (None, None):
+        return OneMember(s, members, give)
+    return Ahead(s, speculate, members, give, count, limits.token_seconds) if speculate else None

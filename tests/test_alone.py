@@ -1,0 +1,212 @@
+"""A sequence that runs alone in the server: the same tokens in fewer calls of the members, until another one comes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from inspect import signature
+
+import pytest
+import torch
+from scipy.stats import chi2_contingency
+from test_engine import ensemble_of, generated, prompt, sequence
+from test_speculation import near
+
+from softmeet import Ensemble, Structure
+from softmeet.errors import NonFiniteError
+from softmeet.hf.masking import Mask
+from softmeet.server.sequences import Combination, Failed, Finished, Sequence, Token
+
+
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory):
+    return near(tmp_path_factory.mktemp("members"), 3)
+
+
+@pytest.fixture
+def model(alike):
+    found = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64").model
+    found.generation_config.eos_token_id = None
+    return found
+
+
+@pytest.fixture
+def lengths(model, monkeypatch):
+    """The number of tokens of every call of each member."""
+    found = [[] for _ in model.members]
+    for own, member in zip(found, model.members, strict=True):
+        original = member.base_model.forward
+
+        def forward(*args, own=own, original=original, **options):
+            own.append(options["input_ids"].shape[1])
+            return original(*args, **options)
+
+        forward.__signature__ = signature(original)
+        monkeypatch.setattr(member.base_model, "forward", forward)
+    return found
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("speculate", [1, 4, "auto"])
+def test_tokens_are_those_of_generate(serve, alike, rule, count, speculate):
+    model = Ensemble.from_pretrained(alike[:count], rule, dtype="float64").model
+    model.generation_config.eos_token_id = None
+    engine = serve(model, speculate=speculate, one_member=True)
+    for seed, options in enumerate(({}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3})):
+        one, listener = sequence(model, prompt(3, 9), seed=seed, max_tokens=25, sampling=options)
+        engine.submit([one])
+        assert listener.tokens() == generated(model, one.prompt, seed=seed, max_tokens=25, **options)
+
+
+def test_members_read_in_chunks(serve, model, lengths):
+    one, listener = sequence(model, prompt(3, 9), max_tokens=50)
+    serve(model, speculate=4).submit([one])
+    assert len(listener.tokens()) == 50
+    # Of copies that are near, most drafts are right: one member reads several tokens in a call, and few in vain.
+    assert min(map(len, lengths)) < 25
+    assert all(sum(own) < 9 + 75 for own in lengths)
+
+
+def test_others_join_and_leave(serve, model, lengths):
+    asked = [(prompt(0, 5), 1, 55), (prompt(1, 12), 2, 6), (prompt(2, 21), 3, 6)]
+    expected = [generated(model, ids, seed=seed, max_tokens=count) for ids, seed, count in asked]
+    (first, told), *others = [sequence(model, ids, seed=seed, max_tokens=count) for ids, seed, count in asked]
+    engine, waiting = serve(model, speculate=4), dict(zip((10, 25), others, strict=True))
+
+    def emit(event):
+        told.put(event)
+        if (other := waiting.pop(first.drawn, None)) is not None:
+            engine.submit([other[0]])
+
+    first.emit = emit
+    for own in lengths:
+        own.clear()
+    engine.submit([first])
+    assert [listener.tokens() for _, listener in [(first, told), *others]] == expected
+    read = lengths[1]
+    company = [read.index(12), read.index(21)]
+    for start, stop in zip([1, *company], [*company, None], strict=True):
+        assert 1 in read[start:stop]
+        assert max(read[start:stop][1:]) > 1, "alone again, texts are read in chunks again"
+
+
+def test_reports_log_probabilities_and_gates(serve, alike):
+    model = Ensemble.from_pretrained(alike[:2], "meet", dtype="float64", gate="disagreement:0.000018").model
+    model.generation_config.eos_token_id = None
+    found = []
+    for speculate in (0, 3):
+        one, listener = sequence(model, prompt(4, 6), top=2, report=2, max_tokens=20)
+        serve(model, speculate=speculate).submit([one])
+        found.append([e for e in listener.all() if isinstance(e, Token)])
+    gated = [[e.gated for e in events] for events in found]
+    assert gated[0] == gated[1]
+    assert len(set(gated[0])) == 2
+    for one, other in zip(*found, strict=True):
+        assert (one.token, one.status) == (other.token, other.status)
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-9)
+        assert one.report.keys() == other.report.keys()
+        assert one.report["movement"] == pytest.approx(other.report["movement"], abs=1e-7)
+
+
+def test_ends_and_limits_within_drafts(serve, model):
+    whole = generated(model, prompt(3, 9), max_tokens=30)
+    for ends in ((whole[7],), (whole[12], whole[20])):
+        engine = serve(model, speculate=6)
+        one, listener = sequence(model, prompt(3, 9), max_tokens=30, stop_token_ids=ends)
+        engine.submit([one])
+        *events, last = listener.all()
+        stop = min(whole.index(end) for end in ends)
+        assert [e.token for e in events] == whole[: stop + 1]
+        assert last == Finished("stop")
+    room = model.config.max_position_embeddings - 4
+    one, listener = sequence(model, prompt(3, room), max_tokens=100)
+    engine.submit([one])
+    assert listener.tokens() == generated(model, one.prompt, max_tokens=4)
+
+
+def test_a_structure_and_its_dead_ends(serve):
+    ensemble = Ensemble.from_pretrained("narrow", "logit-mean")
+    model, asked = ensemble.model, Structure.regex("(And|The) [a-z ]{20,40}[.]")
+    found = []
+    for speculate in (0, 4):
+        mask = Mask(asked, model.tokenizer, [model.generation_config.eos_token_id], model.config.vocab_size)
+        ids = tuple(ensemble.tokenizer("In the beginning")["input_ids"])
+        one, listener = sequence(model, ids, max_tokens=60, sampling={"mask": mask})
+        serve(model, speculate=speculate).submit([one])
+        found.append(listener.all())
+    assert [type(e) for e in found[0]] == [type(e) for e in found[1]]
+    assert [e.token for e in found[0][:-1]] == [e.token for e in found[1][:-1]]
+
+
+def test_a_member_that_returns_nan_is_named(serve, model):
+    engine = serve(model, speculate=4)
+    one, listener = sequence(model, prompt(3, 9), max_tokens=60)
+    engine.submit([one])
+    for _ in range(8):
+        listener.get(timeout=300)
+    with torch.no_grad():
+        model.members[1].base_model.ln_f.weight.fill_(torch.nan)
+    error = listener.all()[-1]
+    assert isinstance(error, Failed)
+    assert isinstance(error.error, NonFiniteError)
+    assert "member 1" in str(error.error)
+
+
+def test_what_cannot_be_drafted_runs_as_in_a_batch(serve, alike):
+    twice = Ensemble.from_pretrained([alike[0], alike[0]], "logit-mean", dtype="float64").model
+    unsure = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64", gate="unsure:0.5").model
+    for model in (twice, unsure):
+        model.generation_config.eos_token_id = None
+        one, listener = sequence(model, prompt(3, 9), max_tokens=20)
+        serve(model, speculate=4, one_member=True).submit([one])
+        assert listener.tokens() == generated(model, one.prompt, max_tokens=20)
+        assert one.alone is None
+
+
+def drawn_plainly(model, tokens, weights=(0.3, 0.7), **options):
+    """A sequence by prob-mean whose request gives no seed, and its listener."""
+    one, listener = sequence(model, tokens, **options)
+    combination = Combination(model, model.settings.changed(rule="prob-mean", weights=weights))
+    request = replace(one.request, combination=combination, sampling=replace(one.request.sampling, is_seeded=False))
+    return Sequence(request, tokens, 0, listener.put), listener
+
+
+def test_a_token_comes_from_one_member(serve, model, lengths):
+    one, listener = drawn_plainly(model, prompt(3, 9), max_tokens=50)
+    engine = serve(model, one_member=True)
+    engine.submit([one])
+    assert len(listener.tokens()) == 50
+    calls = [len(own) - 1 for own in lengths]
+    # The first token follows the prompt, which all members read.
+    assert sum(calls) == 49
+    assert min(calls) > 5
+    assert all(9 + 30 < sum(own) <= 9 + 49 for own in lengths)
+
+
+@pytest.mark.parametrize("options", [{"top": 0}, {"report": 1}, {"sampling": {"temperature": 0.5}}])
+def test_members_all_run_where_the_mean_itself_is_needed(serve, model, lengths, options):
+    one, listener = drawn_plainly(model, prompt(3, 9), max_tokens=10, **options)
+    serve(model, one_member=True).submit([one])
+    assert len(listener.tokens()) == 10
+    assert lengths == [[9, *[1] * 9]] * 2
+
+
+def test_one_member_a_token_follows_the_mean_whoever_comes(serve):
+    """The tokens of a sequence that is alone, in company and alone again, against those of a batch."""
+    far = ensemble_of(("gpt2", "llama"))
+    counts = []
+    for one_member in (False, True):
+        engine, found = serve(far, one_member=one_member), Counter()
+        for k in range(800):
+            one, listener = drawn_plainly(far, (5, 9), seed=k, max_tokens=5)
+            other, beside = drawn_plainly(far, (5, 9), seed=5000 + k, max_tokens=2)
+            engine.submit([one])
+            events = [listener.get(timeout=300), listener.get(timeout=300)]
+            engine.submit([other])
+            beside.all()
+            tokens = [e.token for e in events] + listener.tokens()
+            found[tokens[1] % 3, tokens[-1] % 3] += 1
+        counts.append(found)
+    table = [[own[key] for key in sorted({*counts[0], *counts[1]})] for own in counts]
+    assert chi2_contingency(table).pvalue > 1e-4
