@@ -36,7 +36,7 @@ def texts(pattern: str | None, count: int) -> list[str]:
 
 
 async def answered(serving: Serving, body: dict[str, Any], streams: int) -> float:
-    """Milliseconds a token of one stream, of as many equal requests as there are streams, but for their first tokens."""
+    """Milliseconds a token of a stream beyond its first tokens, where as many of one prompt come together."""
     taken = []
     for tokens in (2, body["max_tokens"]):
         prepared = [
@@ -46,7 +46,7 @@ async def answered(serving: Serving, body: dict[str, Any], streams: int) -> floa
         start = time.perf_counter()
         await asyncio.gather(*(AnswerStream(serving.batcher, request).whole() for request in prepared))
         taken.append(time.perf_counter() - start)
-    return 1000 * (taken[1] - taken[0]) / (body["max_tokens"] - 2)
+    return 1000 * (taken[1] - taken[0]) / (tokens - 2)
 
 
 def main(
@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Print one table."""
     torch.set_num_threads(threads)
-    ensembles = load({"default": member or ["wide"]}, **({} if dtype is None else {"dtype": dtype}))
+    ensembles = load({"default": member or ["wide"]}, dtype=dtype)
     plain = ServerSettings(ui=False, speculate=0, one_member=False)
     servers = {
         "as in a batch": plain,

@@ -34,7 +34,7 @@ def counted(ensemble: softmeet.Ensemble, tokens: int) -> Counter[str]:
 
     sys.setprofile(note)
     try:
-        ensemble.generate(PROMPT, max_new_tokens=tokens, do_sample=False)
+        ensemble.generate(PROMPT, max_new_tokens=tokens, do_sample=False, speculate=0)
     finally:
         sys.setprofile(None)
     return found

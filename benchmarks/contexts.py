@@ -43,7 +43,7 @@ def behind(ensemble: Ensemble, member: str, prompts: list[str]) -> Ensemble:
 def seconds(ensemble: Ensemble, tokens: int) -> float:
     """Return how long it takes to continue the text by so many tokens."""
     start = now()
-    ensemble.generate(_TEXT, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    ensemble.generate(_TEXT, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, speculate=0)
     return now() - start
 
 

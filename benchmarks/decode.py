@@ -52,6 +52,7 @@ def run(
         "min_new_tokens": tokens,
         "max_new_tokens": tokens,
         "pad_token_id": 0,
+        "speculate": 0,
         "attention_mask": torch.ones_like(ids),
     }
     settings = {rule: model.settings.changed(rule=rule) for rule in rules}

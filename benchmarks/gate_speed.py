@@ -48,7 +48,7 @@ def run(ensemble: Ensemble, prompt: str, way: str, tokens: int, seed: int, *, sa
     start = now()
     ensemble.generate(
         prompt, settings=resolved(ensemble.model, settings), recorder=total.recorder, do_sample=sample,
-        seed=seed if sample else None, min_new_tokens=tokens, max_new_tokens=tokens,
+        seed=seed if sample else None, speculate=0, min_new_tokens=tokens, max_new_tokens=tokens,
     )  # fmt: skip
     taken = now() - start
     total.seconds, total.tokens = total.seconds + taken, total.tokens + tokens

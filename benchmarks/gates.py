@@ -71,6 +71,7 @@ class Run:
 def speed(ensemble: Ensemble, gate: str, prompts: torch.Tensor, tokens: int, batch: int) -> Run:
     """Generate ``tokens`` from each prompt."""
     recorder, options = Recorder(), OPTIONS | {"min_new_tokens": tokens, "max_new_tokens": tokens, "gate": gate}
+    options["speculate"] = 0
     begun, start = time.process_time(), time.perf_counter()
     for k, ids in enumerate(prompts.split(batch)):
         keys = range(k * batch, k * batch + len(ids))

@@ -107,7 +107,7 @@ def runs(
     for text in rules:
         rule, more = parse_rule(text)
         settings = ensemble.settings.changed(rule=rule, **more)
-        found[text] = generating(ensemble, settings=settings)
+        found[text] = generating(ensemble, settings=settings, speculate=0)
         for count in drafts:
             speculate = count if count == "auto" else int(count)
             found[f"{text}, speculate {count}"] = generating(ensemble, settings=settings, speculate=speculate)

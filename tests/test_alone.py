@@ -106,7 +106,7 @@ def test_reports_log_probabilities_and_gates(serve, alike):
         assert (one.token, one.status) == (other.token, other.status)
         assert one.log_prob == pytest.approx(other.log_prob, abs=1e-9)
         assert one.report.keys() == other.report.keys()
-        assert one.report["movement"] == pytest.approx(other.report["movement"], abs=1e-7)
+        assert one.report["disagreement"] == pytest.approx(other.report["disagreement"], abs=1e-7)
 
 
 def test_ends_and_limits_within_drafts(serve, model):

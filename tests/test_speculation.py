@@ -85,16 +85,18 @@ def test_tokens_are_those_of_plain_decoding(names, rule, count):
     many = (1, 2, 5, "auto") if rule in RULES[:4] else (3,)
     for kind in ("far", "near"):
         model = ensemble(names, kind, count, rule).model
-        for rows in (1, 3):
+        for rows in (1, 2, 3):
             for sample in (False, True):
                 plain = made(model, 0, rows, sample=sample, count=14)
-                for speculate in many:
+                for speculate in many if rows != 2 else ("auto",):
                     assert made(model, speculate, rows, sample=sample, count=14).equal(plain)
 
 
-@pytest.mark.parametrize("gate", ["disagreement:0.000018", "movement:0.002", "none"])
-def test_gates_that_decide_position_by_position(names, gate):
-    model, told = ensemble(names, "near", rule="meet", gate=gate).model, Recorder()
+@pytest.mark.parametrize(
+    ("kind", "gate"), [("near", "disagreement:0.000018"), ("far", "movement:0.002"), ("near", "none")]
+)
+def test_gates_that_decide_position_by_position(names, kind, gate):
+    model, told = ensemble(names, kind, rule="meet", gate=gate).model, Recorder()
     assert made(model, 3).equal(made(model, 0, recorder=told))
     # The gate is closed at some positions and open at others.
     assert 0 < told.gate.gated < told.rows or gate == "none"
@@ -446,3 +448,32 @@ def test_the_command_draws_from_one_member(monkeypatch):
         refused = generated("--one-member", *options)
         assert isinstance(refused.exception, InvalidInputError)
         assert name in str(refused.exception)
+
+
+class Remembers(tf.LogitsProcessor):
+    """A processor of the caller's own, which may depend on what it was called with before."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def test_by_default_calls_draft_where_only_the_time_is_noticed(names, monkeypatch):
+    def chunks(model, **options):
+        calls = Calls(model, monkeypatch)
+        made(model, None, 1, count=20, suppress_tokens=[0], **options)
+        return max(length for own in calls.lengths for length in own[1:])
+
+    model = ensemble(names, "same").model
+    assert chunks(model) > 1
+    assert chunks(model, sample=False) > 1
+    assert chunks(model, logits_processor=[Remembers()]) == 1
+    half = Ensemble.from_pretrained(names["same"], "logit-mean", dtype="bfloat16").model
+    assert chunks(half) == 1
+
+
+@pytest.mark.parametrize(("speculate", "chunked"), [("auto", False), (None, False), (2, True)])
+def test_auto_drafts_for_few_sequences(names, monkeypatch, speculate, chunked):
+    model = ensemble(names, "same").model
+    calls, ids = Calls(model, monkeypatch), IDS[:1].expand(3, -1)
+    made(model, speculate, 3, ids=ids, mask=torch.ones_like(ids), sample=False, suppress_tokens=[0])
+    assert (max(length for own in calls.lengths for length in own[1:]) > 1) == chunked

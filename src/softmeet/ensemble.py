@@ -316,8 +316,8 @@ class Ensemble:
                 for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`);
                 ``one_member=True``, to draw each token from one member, itself drawn by its weight: in plain sampling
                 by ``prob-mean`` the same law at about the price of one member; ``speculate``, how many tokens the
-                cheapest member drafts before the others read them (``"auto"`` for as many as pay): the same tokens, in
-                less time where drafts are mostly right.
+                cheapest member drafts before the others read them (``"auto"`` for as many as pay, 0 for none): the same
+                tokens, in less time where drafts are mostly right. Without it, "auto" in single precision.
 
         Raises:
             InvalidInputError: if options are wrong or exclude each other, or a prompt is empty or fills a context.
@@ -336,7 +336,7 @@ class Ensemble:
             require_reproducible(arguments["do_sample"], seed, options)
             recorder = recorder or Recorder()  # an average is then computed as where it is reported, to the last bit
         if prompt_weights or reproducible:
-            shared = {"seed": seed, "recorder": recorder, **options}
+            shared = {"seed": seed, "recorder": recorder, **options} | ({"speculate": 0} if reproducible else {})
             own = [{"weights": self.prompt_weights(prompt)} if prompt_weights else {} for prompt in prompts]
             texts = [self.generate(prompt, **shared, **more) for prompt, more in zip(prompts, own, strict=True)]
         else:

@@ -233,7 +233,7 @@ def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) 
     """Raise InvalidInputError, before anything is loaded, for flags that ``--reproducible`` does not go with."""
     if sampling.seed is None and sampling.arguments()["do_sample"]:
         raise InvalidInputError("--reproducible needs --seed N, or --no-do-sample: else each run draws anew")
-    if sampling.speculate != "0":
+    if sampling.speculate not in ("0", None):
         raise InvalidInputError("leave out --speculate: rounding depends on how many tokens a member reads at once")
     if token_seconds is not None:
         raise InvalidInputError("leave out --token-seconds: how far a rule gets in time is not reproducible")

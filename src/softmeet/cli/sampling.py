@@ -17,15 +17,15 @@ def _positive(value: float | None) -> float | None:
     return value
 
 
-def checked_drafts(value: str) -> str:
+def checked_drafts(value: str | None) -> str | None:
     """Return the value of ``--speculate``, "auto" or a number; this is typer's callback of that option."""
-    if value != "auto" and not (value.isdecimal() and int(value) <= 64):
+    if value is not None and value != "auto" and not (value.isdecimal() and int(value) <= 64):
         raise typer.BadParameter(f"{value!r} is neither a number of tokens from 0 to 64 nor auto.")
     return value
 
 
 def drafts_of(value: str) -> int | Literal["auto"]:
-    """Return the value of ``--speculate`` as Python takes it."""
+    """Return a value of ``--speculate`` as Python takes it."""
     return "auto" if value == "auto" else int(value)
 
 
@@ -60,11 +60,11 @@ class SamplingFlags:
         shown="1",
         callback=_positive,
     )
-    speculate: str = flag(
-        "0",
+    speculate: str | None = flag(
+        None,
         "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
-        "drafts are mostly right. N may be auto, for as many as pay by what is measured.",
-        metavar="N", callback=checked_drafts,
+        "drafts are mostly right. N may be auto, for as many as pay by what is measured, or 0.",
+        metavar="N", shown="auto in single precision, else 0", callback=checked_drafts,
     )  # fmt: skip
     one_member: bool = flag(
         False,
@@ -80,7 +80,8 @@ class SamplingFlags:
         top-p and min-p are left out, too.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        given["speculate"] = drafts_of(self.speculate)
+        if self.speculate is not None:
+            given["speculate"] = drafts_of(self.speculate)
         if self.do_sample and self.temperature != 0:
             return given
         unused = ("temperature", "top_k", "top_p", "min_p")

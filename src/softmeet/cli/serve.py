@@ -152,10 +152,12 @@ def serve(
         "local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).", panel="Engine"
     ),
     threads: int | None = flag(None, "PyTorch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
-    parallel: bool = flag(
-        False,
-        "Run members that share a device in parallel threads; members on separate devices always run in parallel.",
-        "--parallel",
+    parallel: bool | None = flag(
+        None,
+        "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
+        "devices always run in parallel.",
+        "--parallel/--no-parallel",
+        shown="where it is measured to be faster",
         panel="Engine",
     ),
     reproducible: bool = flag(
@@ -168,7 +170,8 @@ def serve(
     speculate: str = flag(
         "auto",
         "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
-        "same tokens in less time where drafts are mostly right. auto drafts as many as pay by what is measured, 0 none.",
+        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is "
+        "measured, or 0.",
         metavar="N",
         callback=checked_drafts,
         panel="Engine",
@@ -225,7 +228,7 @@ def serve(
             seconds=limits.timeout,
             allowed=allowed,
             max_trust=limits.max_trust,
-            parallel=parallel,
+            parallel="auto" if parallel is None else parallel,
             reproducible=reproducible,
             speculate=drafts_of(speculate),
             one_member=one_member,

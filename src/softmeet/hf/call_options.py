@@ -50,9 +50,9 @@ def _refuse_beside_one_member(named: Sequence[str]) -> None:
         )
 
 
-def checked_drafts(speculate: Any) -> int | Literal["auto"]:
-    """Return ``speculate`` as it is, or raise InvalidInputError if it is neither "auto" nor a number from 0 to 64."""
-    if speculate == "auto" or (type(speculate) is int and 0 <= speculate <= 64):
+def checked_drafts(speculate: Any) -> int | Literal["auto"] | None:
+    """Return ``speculate`` as it is, or raise InvalidInputError if it is no "auto", None or number from 0 to 64."""
+    if speculate is None or speculate == "auto" or (type(speculate) is int and 0 <= speculate <= 64):
         return speculate  # type: ignore[no-any-return]
     raise InvalidInputError(f"expected speculate as a number of tokens from 0 to 64 or 'auto', got {speculate!r}")
 
@@ -77,7 +77,8 @@ class CallOptions:
         one_member: whether each token is drawn from one member, which is drawn by its weight: the probability mean's
             distribution at about the price of one member.
         speculate: how many tokens the cheapest member drafts before the others read them; "auto" for as many as pay,
-            by what is measured, and none where nothing does; 0 for none.
+            by what is measured, and none where nothing does; 0 for none; None for "auto" where nobody could notice
+            anything but the time (:func:`softmeet.hf.speculation.is_to_speculate`), and none elsewhere.
     """
 
     settings: Settings
@@ -88,7 +89,7 @@ class CallOptions:
     token_seconds: float | None = None
     structure: Structure | None = None
     one_member: bool = False
-    speculate: int | Literal["auto"] = 0
+    speculate: int | Literal["auto"] | None = None
 
     def __post_init__(self) -> None:
         """Check that ``one_member`` stands beside nothing that needs the mean itself."""
@@ -130,7 +131,7 @@ class CallOptions:
         model.require(settings)
         names = ("recorder", "row_sampler", "prefixes", "own_prompts", "token_seconds", "structure")
         own = {name: given.pop(name, None) for name in names} | {"one_member": bool(given.pop("one_member", False))}
-        own["speculate"] = checked_drafts(given.pop("speculate", 0))
+        own["speculate"] = checked_drafts(given.pop("speculate", None))
         if own["one_member"] and model.over_bytes:
             raise InvalidInputError("one_member takes members over tokens, and these are combined over bytes")
         if own["prefixes"] is not None and not model.over_bytes:

@@ -23,7 +23,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.refused import checked_length
 from softmeet.hf.running import NewTokens
 from softmeet.hf.sampling import FreshNoise
-from softmeet.hf.turns import Combined, Turns
+from softmeet.hf.turns import Combined, MemberTurns
 from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.rules.gates import Unsure, that_closes
 
@@ -35,10 +35,19 @@ if TYPE_CHECKING:
 _STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
 
 
+# The most sequences that "auto" drafts for: a turn's drafts have to be right in all of them.
+_ROWS = 2
+
+
 def is_to_speculate(
-    model: EnsembleForCausalLM, options: CallOptions, config: Any, processors: Sequence[Any], cache: Any = None
+    model: EnsembleForCausalLM,
+    options: CallOptions,
+    config: Any,
+    processors: Sequence[Any],
+    cache: Any = None,
+    rows: int = 1,
 ) -> bool:
-    """Return whether a call drafts tokens: it is asked to, and nothing stands against it.
+    """Return whether a call drafts tokens: it is asked to, or does not say, and nothing stands against it.
 
     Args:
         model: the ensemble that is called.
@@ -46,18 +55,31 @@ def is_to_speculate(
         config: the call's generation configuration.
         processors: the call's processors of scores.
         cache: the call's; None if it is not known yet.
+        rows: the number of the call's sequences.
 
     Raises:
         InvalidInputError: if a number of drafts is asked for, and something stands against it; the message names it.
     """
-    if not options.speculate:
+    asked = options.speculate
+    if asked == 0 or (asked in ("auto", None) and rows > _ROWS) or (asked is None and _is_noticed(model, processors)):
         return False
     against = _against(model, options, config, processors, cache)
-    if against and options.speculate != "auto":
+    if against and asked not in ("auto", None):
         raise InvalidInputError(
             f"speculate={options.speculate} cannot be used with {', '.join(against)}: leave out one of both"
         )
     return not against
+
+
+def _is_noticed(model: EnsembleForCausalLM, processors: Sequence[Any]) -> bool:
+    """Return whether somebody could notice more of speculation than the time that it takes.
+
+    Half precision rounds so coarsely that texts which should repeat would not, as what is read at once depends on the
+    time that calls take. Processors of the caller's own may remember what they were called with.
+    """
+    ours = ("transformers.", "softmeet.")
+    foreign = any(not f"{type(one).__module__}.".startswith(ours) for one in processors)
+    return foreign or any(head.dtype.itemsize < 4 for head in model.member_heads)
 
 
 def _against(
@@ -256,7 +278,7 @@ class Drafted:
             self.ids, self.mask = self.ids[:, :length], self.mask[:, : self.mask.shape[1] - more]
 
 
-class Speculation(Turns):
+class Speculation(MemberTurns):
     """The turns of the members over the sequences of a call of ``generate``.
 
     Args:
@@ -272,7 +294,7 @@ class Speculation(Turns):
     ) -> None:
         rows, recorded = len(text.ids), options.recorder is not None
         super().__init__(
-            model, options.settings, options.speculate,
+            model, options.settings, "auto" if options.speculate is None else options.speculate,
             rows=rows, read=text.length - 1, reported=recorded, singly=recorded,
         )  # fmt: skip
         self._text, self._cache, self._recorder = text, cache, options.recorder

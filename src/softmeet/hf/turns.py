@@ -42,7 +42,7 @@ class Combined:
     solution: Solution | None = None
 
 
-class Turns(ABC):
+class MemberTurns(ABC):
     """The members' turns over B texts that advance together: each reads all that it has not read, and drafts.
 
     What the texts are, and how members read them, is a subclass's.

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from softmeet.hf import quick
 from softmeet.hf.deferral import Drawn
-from softmeet.hf.turns import Combined, Turns
+from softmeet.hf.turns import Combined, MemberTurns
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
 from softmeet.server.limits import Limits
 from softmeet.server.members import Members
+from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import Sequence, Token
 from softmeet.server.tasks import Task
 from softmeet.server.tokens import drawn, tokens_of
@@ -68,7 +69,7 @@ class OneMember:
         self._read = []
 
 
-class Ahead(Turns):
+class Ahead(MemberTurns):
     """Speculation: members read several tokens at once, as one that is ahead of the others drafts what may come.
 
     Args:
@@ -77,6 +78,7 @@ class Ahead(Turns):
         members: run its tokens.
         give: is called with each token.
         count: is called with what was solved for.
+        metrics: its counters of drafts are kept up to date.
         seconds: those that the rule may work on a token.
     """
 
@@ -87,13 +89,15 @@ class Ahead(Turns):
         members: Members,
         give: Give,
         count: Count,
+        metrics: Metrics,
         seconds: float,
     ) -> None:
         how, reported = s.combination, s.request.report is not None
         super().__init__(
             how.model, how.settings, speculate, rows=1, read=0, reported=reported, clock=lambda: self._task.clock()
         )
-        self._s, self._members, self._give, self._counted, self._seconds = s, members, give, count, seconds
+        self._s, self._members, self._give, self._counted = s, members, give, count
+        self._metrics, self._seconds = metrics, seconds
         self._task: Task
         self._begun = False
 
@@ -144,6 +148,7 @@ class Ahead(Turns):
         (token,), failed = drawn([s], log_probs), s.sampler.error is not None
         s.sampler.error = None
         s.drafts += [] if failed else [token]
+        self._metrics.drafted.inc(not failed)
         return not failed
 
     def combined(self, start: int, stop: int) -> Combined:
@@ -161,6 +166,7 @@ class Ahead(Turns):
             right = draft == [token.token]
             if draft:
                 self.told(right)
+                self._metrics.accepted.inc(right)
             self._give(s, token)
             s.busy = True  # until the turn ends
             if not right or s.done:
@@ -173,6 +179,7 @@ def alone(
     members: Members,
     give: Give,
     count: Count,
+    metrics: Metrics,
     limits: Limits,
     s: Sequence,
     *,
@@ -182,7 +189,7 @@ def alone(
     """Return how a sequence goes on while it runs alone; None if as in a batch.
 
     Args:
-        members, give, count: as of :class:`Ahead`.
+        members, give, count, metrics: as of :class:`Ahead`.
         limits: the server's.
         s: the sequence.
         speculate: how many tokens the cheapest member drafts at its turn; "auto" for as many as pay, 0 for none.
@@ -195,4 +202,4 @@ def alone(
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
     if one_member and mean and settings.bands == 1 and request.sampling.is_plain and told == (None, None):
         return OneMember(s, members, give)
-    return Ahead(s, speculate, members, give, count, limits.token_seconds) if speculate else None
+    return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds) if speculate else None

@@ -55,8 +55,8 @@ class Batcher(threading.Thread):
             named once. Only sequences of these members may be submitted.
         limits: how many sequences may run and wait, and for how long a rule may work on a token.
         metrics: all of its counters but ``requests`` and ``first`` are kept up to date, on the batcher's thread.
-        parallel: whether the members of a round run at the same time, in a thread each; it pays if they are on
-            different devices.
+        parallel: whether the members of a round run at the same time, in a thread each; "auto" measures whether it
+            pays.
         reproducible: whether every sequence is run and solved by itself, so that not a bit of its distributions depends
             on the others, except where time ends a solve.
         speculate: how many tokens are drafted at a time while a single sequence runs; "auto" for as many as pay, 0 for
@@ -76,7 +76,7 @@ class Batcher(threading.Thread):
         limits: Limits,
         metrics: Metrics,
         *,
-        parallel: bool = False,
+        parallel: bool | Literal["auto"] = False,
         reproducible: bool = False,
         speculate: int | Literal["auto"] = 0,
         one_member: bool = False,
@@ -86,9 +86,8 @@ class Batcher(threading.Thread):
         self.members = Members(names, limits.kept_tokens, parallel=parallel, reproducible=reproducible)
         self._gates = Gates(partial(self.members.catch_up, members=slice(1, None)), self.metrics)
         self._kinds = Kinds(alone=reproducible)
-        self._alone = partial(
-            alone, self.members, self._give, self._gates.saved, limits, speculate=speculate, one_member=one_member
-        )
+        parts = self.members, self._give, self._gates.saved, metrics, limits
+        self._alone = partial(alone, *parts, speculate=speculate, one_member=one_member)
         self._waiting: deque[Sequence] = deque()
         # Sequences that have a place; of those that are yet to be solved, the hidden states at the newest token.
         self._running: list[Sequence] = []

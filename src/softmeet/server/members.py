@@ -8,9 +8,8 @@ numbers are the same, to the last bit, whoever else is served.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,6 +21,7 @@ from softmeet.server.batch import PIECE, MemberBatch
 from softmeet.server.byte_batch import ByteBatch
 from softmeet.server.gating import Hidden
 from softmeet.server.sequences import Runner, Sequence
+from softmeet.server.together import Together
 
 
 class Members:
@@ -30,21 +30,24 @@ class Members:
     Args:
         names: for each member, which is in evaluation mode, its name in messages.
         kept_tokens: for each member, the most prompt tokens whose keys and values are kept; 0 if ``reproducible``.
-        parallel: whether members run at the same time, in a thread each; it pays if they are on different devices.
+        parallel: whether members run at the same time, in a thread each; it pays if they are on different devices, and
+            "auto" measures whether it does for the newest tokens of so many sequences.
         reproducible: whether every sequence is run by itself.
 
     Raises:
         InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
-    def __init__(self, names: dict[Runner, str], kept_tokens: int, *, parallel: bool, reproducible: bool) -> None:
+    def __init__(
+        self, names: dict[Runner, str], kept_tokens: int, *, parallel: bool | Literal["auto"], reproducible: bool
+    ) -> None:
         # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
         kept = 0 if reproducible else kept_tokens
         self._batches: dict[Runner, MemberBatch | ByteBatch] = {
             member: ByteBatch(name, member) if isinstance(member, ByteMember) else MemberBatch(name, member, kept)
             for member, name in names.items()
         }
-        self._map: Callable[..., Iterable[Any]] = ThreadPoolExecutor(len(names)).map if parallel else map
+        self._together = Together(len(names), parallel)
         self._reproducible = reproducible
 
     @property
@@ -73,7 +76,8 @@ class Members:
         self._gather(ready)
         busy = [batch for batch in self._batches.values() if batch.rows]
         found: dict[tuple[Sequence, int], Float[Tensor, "1 d"]] = {}
-        for batch, out in zip(busy, self._map(lambda batch: batch.step(), busy), strict=True):
+        steps = self._together.measured(lambda batch: batch.step(), busy, len(ready))
+        for batch, out in zip(busy, steps, strict=True):
             found |= {row: out[k : k + 1] for k, row in enumerate(batch.rows)}
         return {s: [found[s, i] for i in range(len(s.batched))] for s in ready}
 
@@ -134,9 +138,11 @@ class Members:
             for i in range(len(s.members))[members]:
                 behind[s.members[i]].append((s, i))
         # A task can be suspended in its own thread alone.
-        between = pause if self._map is map else lambda: None
+        between = (lambda: None) if self._together.parallel is True else pause
         hidden: dict[tuple[Sequence, int], Float[Tensor, "t _"]] = {}
-        runs = self._map(lambda m: self._batches[m].catch_up(behind[m], every=every, pause=between), behind)
+        runs = self._together.map(
+            lambda m: self._batches[m].catch_up(behind[m], every=every, pause=between), list(behind)
+        )
         for entries, states in zip(behind.values(), runs, strict=True):
             hidden |= zip(entries, states, strict=True)
         return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}

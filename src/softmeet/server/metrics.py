@@ -25,6 +25,8 @@ class Metrics:
             earlier prompts in every member, or under the gate ``unsure`` in the first.
         passes: reads of all heads by rules and the fallback, summed over draws of a token, gated or not; reading a part
             of the heads counts as that part. Scored tokens of prompts do not count.
+        drafted: tokens that members drafted for a sequence that ran alone.
+        accepted: those of them that the rule drew, too.
         gated: draws of a token at which a gate was closed, by the gate's name, such as ``unsure``.
         saved: an estimate of the seconds that closed gates saved at these draws, by the gate's name.
         rows: sequences in the running batch now, those whose prompts are running included; 0 when idle.
@@ -53,6 +55,8 @@ class Metrics:
         self.passes = counter(
             "softmeet_head_passes", "Times that rules read all of the members' output layers; parts count as parts."
         )
+        self.drafted = counter("softmeet_draft_tokens", "Tokens that members drafted while a single sequence ran.")
+        self.accepted = counter("softmeet_accepted_draft_tokens", "Drafted tokens that the rule drew, too.")
         self.gated = counter(
             "softmeet_gated_tokens", "Generated tokens for which a gate spared the rule, by gate.", ["gate"]
         )

@@ -54,7 +54,7 @@ class ServerSettings:
             :data:`softmeet.server.schemas.CHANGES`.
         max_trust: the largest trust that a request may ask for, in nats per nat, or a member's own, if that is larger.
         parallel: whether members run at the same time, in a thread each; they do anyway if an ensemble has members on
-            different devices.
+            different devices. "auto" measures whether it pays, unless ``reproducible``.
         reproducible: whether every sequence is run and solved by itself, so that what shares the batch changes no bit.
         speculate: how many tokens are drafted at a time while a single sequence runs, for the same tokens in less time;
             "auto" for as many as pay, 0 for none, as of ``reproducible``.
@@ -72,7 +72,7 @@ class ServerSettings:
     seconds: float = 600.0
     allowed: Sequence[str] = CHANGES
     max_trust: float = 100.0
-    parallel: bool = False
+    parallel: bool | Literal["auto"] = "auto"
     reproducible: bool = False
     speculate: int | Literal["auto"] = "auto"
     one_member: bool = True
@@ -101,7 +101,8 @@ class Serving:
                 take_plain(served.ensemble.model)
             token_texts(served.ensemble.tokenizer)  # no request is to wait until they are read
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
-        parallel = settings.parallel or any(s.ensemble.model.apart for s in ensembles)
+        told = False if settings.reproducible and settings.parallel == "auto" else settings.parallel
+        parallel = True if any(s.ensemble.model.apart for s in ensembles) else told
         names = {m: name for s in ensembles for m, name in zip(members_of(s.ensemble.model), s.names, strict=True)}
         apart = settings.reproducible
         self.batcher = Batcher(
