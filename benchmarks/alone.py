@@ -1,9 +1,9 @@
 """What a server gains where requests come one at a time: python benchmarks/alone.py [--threads 2] [-m A -m B]
 
-Each request is answered by two servers' batchers in this process, in turn: one that runs it as in a batch, and one that
-speculates, or draws each token from one member. Figures are medians over the requests, of milliseconds a token, and of
-the ratio of the two. *Accepted* is the share of drafts that were right. With ``--streams 2``, so many requests come
-together, which batches serve: the ratio is then 1 but for what two ways cost that take turns.
+Each request is answered by several servers' batchers in this process, in turn: one that runs it as in a batch, one that
+speculates, one that draws each token from one member, and one whose members run in threads, each on its share of the
+cores. Figures are medians over the requests, of milliseconds a token, and of the ratio to the first. *Accepted* is the
+share of drafts that were right. With ``--streams 8``, so many requests come together, and only threads can gain.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ def main(
     """Print one table."""
     torch.set_num_threads(threads)
     ensembles = load({"default": member or ["wide"]}, dtype=dtype)
-    plain = ServerSettings(ui=False, speculate=0, one_member=False)
+    plain = ServerSettings(ui=False, speculate=0, one_member=False, parallel=False)
     servers = {
         "as in a batch": plain,
         "speculation": replace(plain, speculate="auto"),
         "one member a token": replace(plain, one_member=True),
+        "in threads": replace(plain, parallel=True),
     }
     servings, told, rows = {name: Serving(ensembles, settings) for name, settings in servers.items()}, Drafts(), []
     for serving in servings.values():

@@ -1,11 +1,12 @@
 """What an ensemble costs beside its members alone: python benchmarks/price.py --threads 2 [-m A -m B --dtype bfloat16]
 
 Each member generates by itself, by transformers' ``generate``, and then the ensemble, in turn, several times; the
-figures are medians of milliseconds a token. *Of the sum* is the members' times together over the ensemble's: 1 if
-averaging costs nothing. *Of plain* is the time of the same rule, token by token, over the speculative one's or that
-of one member a token. *Accepted* is the share of drafts that were. Without members, two of GPT-2 small's shape, the
-second a noisy copy of the first. *In threads* runs the members at the same time, each on its share of the cores. With
-``--text``, prompts begin its files, which decides what speculation can gain.
+figures are medians of milliseconds a token, *outside* those of them that are outside of bodies and heads. *Of the sum*
+is the members' times together over the ensemble's: 1 if averaging costs nothing. *Of plain* is the time of the same
+rule, token by token, over the speculative one's or that of one member a token. *Accepted* is the share of drafts that
+were. Without members, two of GPT-2 small's shape, the second a noisy copy of the first. *In threads* runs the members
+at the same time, each on its share of the cores. With ``--text``, prompts begin its files, which decides what
+speculation can gain.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from members import ensemble_of, save_pair
 from report import median, show
-from softmeet.hf import pace
+from softmeet.hf import pace, quick, running
 from softmeet.members import zoo
 from softmeet.rules.settings import parse_rule
 
@@ -50,15 +51,37 @@ class Drafts:
         return found
 
 
-def timed(run: Run, few: int, many: int, seed: int) -> float:
-    """Milliseconds of a token: the difference of a long and a short run, over that of their tokens."""
-    taken = []
+class Inside:
+    """The seconds that an ensemble spends in its members' bodies and heads."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        for module, name in ((running, "last_hidden"), (quick, "native_logits")):
+            setattr(module, name, self._noted(getattr(module, name)))
+
+    def _noted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            found = original(*args, **options)
+            self.seconds += time.perf_counter() - start
+            return found
+
+        return function
+
+
+def timed(run: Run, few: int, many: int, seed: int, inside: Inside) -> tuple[float, float]:
+    """Milliseconds of a token, and of them outside of an ensemble's bodies and heads.
+
+    They are the differences of a long and a short run, over that of their tokens.
+    """
+    taken, outside = [], []
     for count in (few, many):
         torch.manual_seed(seed)
-        start = time.perf_counter()
+        start, inside.seconds = time.perf_counter(), 0.0
         run(count)
         taken.append(time.perf_counter() - start)
-    return 1000 * (taken[1] - taken[0]) / (many - few)
+        outside.append(taken[-1] - inside.seconds)
+    return 1000 * (taken[1] - taken[0]) / (many - few), 1000 * (outside[1] - outside[0]) / (many - few)
 
 
 def prompts(text: str | None, name: str, batch: int, repeats: int) -> list[torch.Tensor]:
@@ -139,9 +162,10 @@ def main(
         names = [str(zoo.locate(name)) for name in member or []] or save_pair(Path(folder), near)
         rules = rule or ["logit-mean", "prob-mean"]
         current: list[Any] = []
-        every, told = runs(names, rules, speculate or [], getattr(torch, dtype), current, parallel=parallel), Drafts()
+        every = runs(names, rules, speculate or [], getattr(torch, dtype), current, parallel=parallel)
+        told, inside = Drafts(), Inside()
         for batch in (int(x) for x in batches.split(",")):
-            taken = {name: list[float]() for name in every}
+            taken, outside = ({name: list[float]() for name in every} for _ in range(2))
             accepted = {name: list[bool]() for name in every}
             each = prompts(text, names[0], batch, repeats)
             current.append(each[0])
@@ -151,7 +175,8 @@ def main(
             for k, ids in enumerate(each):
                 current[-1] = ids
                 for name, run in every.items():
-                    taken[name].append(timed(run, 4, tokens, k))
+                    for own, value in zip((taken, outside), timed(run, 4, tokens, k, inside), strict=True):
+                        own[name].append(value)
                     accepted[name] += told.taken()
             alone = [taken[name] for name in every if name.startswith("member ")]
             for name, own in taken.items():
@@ -164,6 +189,7 @@ def main(
                         "batch": batch,
                         "who": name,
                         "ms a token": median(own),
+                        "outside": median(outside[name]) if ensemble else None,
                         "of the sum": median(of_sum) if ensemble else None,
                         "of plain": median(of_plain) if plain is not own else None,
                         "accepted": sum(drafted) / len(drafted) if drafted else None,

@@ -252,7 +252,7 @@ def test_reproducible_prompts_get_the_same_bits_alone_and_beside_others(family, 
     prompts = ["In the beginning", "O", "And the king said unto his daughter, and to all that were in the house,", "O"]
     how = {"seed": 5, "max_new_tokens": 7}
     alone = [Kept() for _ in prompts]
-    texts = [ours.generate(p, **how, recorder=kept) for p, kept in zip(prompts, alone, strict=True)]
+    texts = [ours.generate(p, **how, speculate=0, recorder=kept) for p, kept in zip(prompts, alone, strict=True)]
     together, batch = Kept(), Kept()
     assert ours.generate(prompts, **how, reproducible=True, recorder=together) == texts
     assert texts[1] == texts[3]

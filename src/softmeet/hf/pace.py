@@ -34,7 +34,7 @@ class Seconds:
             _KEPT * known + more for known, more in zip(old, new, strict=True)
         )
 
-    def at(self, length: float) -> float:
+    def at(self, length: int) -> float:
         """Estimate the seconds of a call of ``length`` tokens; 0 before the first call.
 
         Example:

@@ -61,7 +61,9 @@ def is_to_speculate(
         InvalidInputError: if a number of drafts is asked for, and something stands against it; the message names it.
     """
     asked = options.speculate
-    if asked == 0 or (asked in ("auto", None) and rows > _ROWS) or (asked is None and _is_noticed(model, processors)):
+    # Members on devices of their own run at the same time, and members that draft in turn.
+    cannot_pay = rows > _ROWS or model.apart
+    if asked == 0 or (asked in ("auto", None) and cannot_pay) or (asked is None and _is_noticed(model, processors)):
         return False
     against = _against(model, options, config, processors, cache)
     if against and asked not in ("auto", None):

@@ -202,4 +202,6 @@ def alone(
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
     if one_member and mean and settings.bands == 1 and request.sampling.is_plain and told == (None, None):
         return OneMember(s, members, give)
-    return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds) if speculate else None
+    if not speculate or (speculate == "auto" and how.model.apart):
+        return None
+    return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)
