@@ -1,9 +1,10 @@
 """How often a seed's token differs in a batch from the one that the request gets alone: python benchmarks/seeds.py
 
-The same seeded completions, of places in held-out books, by a server's batcher in this process: one at a time, then in
-batches of 2 to 32 that begin together. Tokens are compared up to and including the first that differs, since what
-comes after it continues another text; up to there both are draws from the same distribution but for rounding, and the
-drawn token's probabilities are compared. Finished parts are kept in a folder; the same command goes on from there.
+The same seeded completions, of places in held-out books, by a server's batcher in this process: one at a time without
+speculation, then one at a time with it, and in batches of 2 to 32 that begin together. Tokens are compared up to and
+including the first that differs, since what comes after it continues another text; up to there both are draws from the
+same distribution but for rounding, and the drawn token's probabilities are compared. Finished parts are kept in a
+folder; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from softmeet.server.schemas import CompletionRequest
 from softmeet.server.sequences import Token
 from softmeet.server.serving import ServerSettings, Serving
 
-FAMILIES, RULES, SIZES = ("wide", "narrow"), ("logit-mean", "prob-mean", "meet"), (2, 4, 8, 16, 32)
+FAMILIES, RULES = ("wide", "narrow"), ("logit-mean", "prob-mean", "meet")
 # The words of a prompt: so many at least and at most.
 WORDS = 3, 40
 
@@ -94,7 +95,8 @@ def cell(
 ) -> dict[str, Any]:
     """The figures of one family, rule and size of batch."""
     asked = requests(*part, streams, length)
-    found = compared(*(served(ensembles, asked, size, **settings) for size in (1, part[2])))
+    alone = served(ensembles, asked, 1, speculate=0, **settings)
+    found = compared(alone, served(ensembles, asked, part[2], **settings))
     return {"family": part[0], "rule": part[1], "batch": part[2], **found}
 
 
@@ -114,6 +116,7 @@ def summed(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(
     folder: Annotated[Path, typer.Argument(help="Keeps finished parts.")] = Path("seeds"),
     tokens: Annotated[int, typer.Option(help="Of each rule, in all.")] = 20_000,
+    sizes: Annotated[str, typer.Option(help="Of batches; 1 for one at a time with speculation.")] = "1,2,4,8,16,32",
     length: Annotated[int, typer.Option(help="Of an answer, in tokens.")] = 40,
     reproducible: Annotated[bool, typer.Option(help="With the server's setting of this name.")] = False,
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
@@ -121,10 +124,11 @@ def main(
     """Print a line for each family and rule, and one for each rule and size of batch; an error if a promise fails."""
     torch.set_num_threads(1)
     settings = {"reproducible": True} if reproducible else {}
-    streams = -(-tokens // (len(FAMILIES) * len(SIZES) * length))
+    each = [int(size) for size in sizes.split(",")]
+    streams = -(-tokens // (len(FAMILIES) * len(each) * length))
     run = Run(folder, {"streams": streams, "length": length, **settings})
     ensembles = load({family: [family] for family in FAMILIES})
-    parts = [(family, rule, size) for family in FAMILIES for rule in RULES for size in SIZES]
+    parts = [(family, rule, size) for family in FAMILIES for rule in RULES for size in each]
     with progress() as begin:
         advance = begin("parts", 0, len(parts))
         cells = {" ".join(map(str, p)): partial(cell, ensembles, p, streams, length, **settings) for p in parts}
@@ -133,7 +137,7 @@ def main(
     for rule in RULES:
         own = [c for c in found if c["rule"] == rule]
         rows += [{"rule": rule, "of": f, **summed([c for c in own if c["family"] == f])} for f in FAMILIES]
-        rows += [{"rule": rule, "of": f"batches of {n}", **summed([c for c in own if c["batch"] == n])} for n in SIZES]
+        rows += [{"rule": rule, "of": f"batches of {n}", **summed([c for c in own if c["batch"] == n])} for n in each]
         rows.append({"rule": rule, "of": "all", **summed(own)})
     show("a seed's tokens in a batch, and alone", rows, json_to, **run.settings)
     if reproducible and any(c["streams that differ"] or c["largest"] for c in found):

@@ -68,7 +68,9 @@ def test_members_read_in_chunks(serve, model, lengths):
     assert all(sum(own) < 9 + 75 for own in lengths)
 
 
-def test_others_join_and_leave(serve, model, lengths):
+@pytest.mark.parametrize("rule", ["logit-mean", "meet"])
+def test_others_join_and_leave(serve, model, lengths, rule):
+    model.config.settings = model.settings.changed(rule=rule)
     asked = [(prompt(0, 5), 1, 55), (prompt(1, 12), 2, 6), (prompt(2, 21), 3, 6)]
     expected = [generated(model, ids, seed=seed, max_tokens=count) for ids, seed, count in asked]
     (first, told), *others = [sequence(model, ids, seed=seed, max_tokens=count) for ids, seed, count in asked]
