@@ -175,8 +175,9 @@ def main(
             for k, ids in enumerate(each):
                 current[-1] = ids
                 for name, run in every.items():
-                    for own, value in zip((taken, outside), timed(run, 4, tokens, k, inside), strict=True):
-                        own[name].append(value)
+                    whole, rest = timed(run, 4, tokens, k, inside)
+                    taken[name].append(whole)
+                    outside[name].append(rest)
                     accepted[name] += told.taken()
             alone = [taken[name] for name in every if name.startswith("member ")]
             for name, own in taken.items():

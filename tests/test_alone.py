@@ -7,13 +7,14 @@ from dataclasses import replace
 from inspect import signature
 
 import pytest
+import tiny
 import torch
 from scipy.stats import chi2_contingency
 from test_engine import ensemble_of, generated, prompt, sequence
 from test_speculation import near
 
 from softmeet import Ensemble, Structure
-from softmeet.errors import NonFiniteError
+from softmeet.errors import InvalidInputError, NonFiniteError
 from softmeet.hf.masking import Mask
 from softmeet.server.sequences import Combination, Failed, Finished, Sequence, Token
 
@@ -21,6 +22,12 @@ from softmeet.server.sequences import Combination, Failed, Finished, Sequence, T
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory):
     return near(tmp_path_factory.mktemp("members"), 3)
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama", "neox"))]
 
 
 @pytest.fixture
@@ -46,17 +53,22 @@ def lengths(model, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("rule", ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"])
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("speculate", [1, 4, "auto"])
-def test_tokens_are_those_of_generate(serve, alike, rule, count, speculate):
-    model = Ensemble.from_pretrained(alike[:count], rule, dtype="float64").model
-    model.generation_config.eos_token_id = None
-    engine = serve(model, speculate=speculate, one_member=True)
-    for seed, options in enumerate(({}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3})):
-        one, listener = sequence(model, prompt(3, 9), seed=seed, max_tokens=25, sampling=options)
-        engine.submit([one])
-        assert listener.tokens() == generated(model, one.prompt, seed=seed, max_tokens=25, **options)
+CASES = [("logit-mean", count, speculate) for count in (2, 3) for speculate in (1, 4, "auto")]
+for name in ("prob-mean", "power-mean", "meet", "min-underestimation"):
+    CASES += [(name, 2, 4), (name, 3, "auto")]
+
+
+@pytest.mark.parametrize(("rule", "count", "speculate"), CASES)
+def test_tokens_are_those_of_generate(serve, alike, unlike, rule, count, speculate):
+    for names in (alike, unlike):
+        model = Ensemble.from_pretrained(names[:count], rule, dtype="float64").model
+        model.generation_config.eos_token_id = None
+        engine = serve(model, speculate=speculate, one_member=True)
+        for seed, options in enumerate(({}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3})):
+            one, listener = sequence(model, prompt(3, 9), seed=seed, max_tokens=25, sampling=options)
+            engine.submit([one])
+            expected = generated(model, one.prompt, seed=seed, max_tokens=25, speculate=0, **options)
+            assert listener.tokens() == expected
 
 
 def test_members_read_in_chunks(serve, model, lengths):
@@ -141,6 +153,28 @@ def test_a_structure_and_its_dead_ends(serve):
     assert [e.token for e in found[0][:-1]] == [e.token for e in found[1][:-1]]
 
 
+class ForbidsDrafts:
+    """A processor of scores that fails where a text has come to a draft, at every third token."""
+
+    def __init__(self, one):
+        self.one, self.failed = one, 0
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > len(self.one.tokens) and not input_ids.shape[1] % 3:
+            self.failed += 1
+            raise InvalidInputError("expected a text that can go on")
+        return scores
+
+
+def test_a_draft_that_leads_to_a_dead_end_is_none(serve, model):
+    one, listener = sequence(model, prompt(3, 9), max_tokens=40)
+    forbids = ForbidsDrafts(one)
+    one.sampler._processors, one.sampler._reads_tokens = [forbids], True
+    serve(model, speculate=4).submit([one])
+    assert listener.tokens() == generated(model, one.prompt, max_tokens=40)
+    assert forbids.failed > 3
+
+
 def test_a_member_that_returns_nan_is_named(serve, model):
     engine = serve(model, speculate=4)
     one, listener = sequence(model, prompt(3, 9), max_tokens=60)
@@ -186,6 +220,29 @@ def test_a_token_comes_from_one_member(serve, model, lengths):
     assert all(9 + 30 < sum(own) <= 9 + 49 for own in lengths)
 
 
+def test_in_company_members_have_read_what_they_were_not_drawn_for(serve, model):
+    one, listener = drawn_plainly(model, prompt(3, 9), max_tokens=40)
+    other, beside = sequence(model, prompt(1, 5), max_tokens=40)
+    engine, read = serve(model, one_member=True), []
+
+    def emit(event):
+        listener.put(event)
+        if one.drawn == 20:
+            engine.submit([other])
+        rows = [
+            row for batch in engine.members._batches.values() for row in zip(batch.rows, batch._lengths, strict=True)
+        ]
+        read.append({length for (s, _), length in rows if s is one})
+
+    one.emit = emit
+    engine.submit([one])
+    assert len(listener.tokens()) == 40
+    assert len(beside.tokens()) == 40
+    # Alone, one member has read as far as the newest token, and another one less; in company all have.
+    assert any(len(lengths) == 2 for lengths in read[5:20])
+    assert read[25:39] == [{9 + k} for k in range(25, 39)]
+
+
 @pytest.mark.parametrize("options", [{"top": 0}, {"report": 1}, {"sampling": {"temperature": 0.5}}])
 def test_members_all_run_where_the_mean_itself_is_needed(serve, model, lengths, options):
     one, listener = drawn_plainly(model, prompt(3, 9), max_tokens=10, **options)
@@ -200,7 +257,7 @@ def test_one_member_a_token_follows_the_mean_whoever_comes(serve):
     counts = []
     for one_member in (False, True):
         engine, found = serve(far, one_member=one_member), Counter()
-        for k in range(800):
+        for k in range(400):
             one, listener = drawn_plainly(far, (5, 9), seed=k, max_tokens=5)
             other, beside = drawn_plainly(far, (5, 9), seed=5000 + k, max_tokens=2)
             engine.submit([one])
