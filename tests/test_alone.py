@@ -189,6 +189,42 @@ def test_a_member_that_returns_nan_is_named(serve, model):
     assert "member 1" in str(error.error)
 
 
+@pytest.mark.parametrize(
+    ("speculate", "dtype", "options", "drafts"),
+    [
+        ("auto", "float64", {}, True),
+        ("auto", "float64", {"top": 1}, False),
+        ("auto", "float64", {"report": 1}, False),
+        (2, "float64", {"top": 1}, True),
+        ("auto", "bfloat16", {}, False),
+        ("auto", "bfloat16", {"sampling": {"temperature": 0.0, "is_seeded": False}}, False),
+        ("auto", "bfloat16", {"sampling": {"is_seeded": False}}, True),
+        (2, "bfloat16", {}, True),
+    ],
+)
+def test_by_itself_a_server_drafts_where_answers_repeat(serve, alike, speculate, dtype, options, drafts):
+    model = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype=dtype).model
+    model.generation_config.eos_token_id = None
+    one, listener = sequence(model, prompt(3, 9), max_tokens=40, **options)
+    engine = serve(model, speculate=speculate)
+    engine.submit([one])
+    assert len(listener.tokens()) == 40
+    assert (engine.metrics.registry.get_sample_value("softmeet_draft_tokens_total") > 0) == drafts
+
+
+def test_gated_tokens_are_those_that_were_given(serve, unlike):
+    model = Ensemble.from_pretrained(unlike[:2], "meet", dtype="float64", gate="disagreement:1000").model
+    model.generation_config.eos_token_id = None
+    engine = serve(model, speculate=4)
+    one, listener = sequence(model, prompt(3, 9), max_tokens=40)
+    engine.submit([one])
+    assert len(listener.tokens()) == 40
+    value = engine.metrics.registry.get_sample_value
+    assert value("softmeet_gated_tokens_total", {"gate": "disagreement"}) == 40
+    accepted, drafted = value("softmeet_accepted_draft_tokens_total"), value("softmeet_draft_tokens_total")
+    assert 0 < accepted < drafted
+
+
 def test_what_cannot_be_drafted_runs_as_in_a_batch(serve, alike):
     twice = Ensemble.from_pretrained([alike[0], alike[0]], "logit-mean", dtype="float64").model
     unsure = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64", gate="unsure:0.5").model

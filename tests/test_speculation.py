@@ -467,8 +467,23 @@ def test_by_default_calls_draft_where_only_the_time_is_noticed(names, monkeypatc
     assert chunks(model) > 1
     assert chunks(model, sample=False) > 1
     assert chunks(model, logits_processor=[Remembers()]) == 1
+    assert chunks(model, prefix_allowed_tokens_fn=lambda row, ids: list(range(tiny.V))) == 1
+    with pytest.raises(ValueError, match="process group"):  # transformers' loop asks the other processes
+        chunks(model, synced_gpus=True)
     half = Ensemble.from_pretrained(names["same"], "logit-mean", dtype="bfloat16").model
     assert chunks(half) == 1
+    model.members[1].quantization_method = "bitsandbytes"
+    assert chunks(model) == 1
+
+
+def test_what_follows_depends_on_torchs_seed_alone(names):
+    model, found = ensemble(names, "near").model, []
+    for speculate in (1, 6, "auto"):
+        torch.manual_seed(3)
+        found.append([made(model, speculate, 1, sample=False, do_sample=True, top_k=0, count=k) for k in (7, 12)])
+    for first, second in found[1:]:
+        assert first.equal(found[0][0])
+        assert second.equal(found[0][1])
 
 
 @pytest.mark.parametrize(("speculate", "chunked"), [("auto", False), (None, False), (2, True)])

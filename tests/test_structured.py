@@ -10,6 +10,7 @@ import pytest
 import softmeet
 from softmeet import Ensemble, Structure
 from softmeet.errors import InvalidInputError
+from softmeet.hf.masking import Mask
 
 SCHEMA = {
     "type": "object",
@@ -142,3 +143,24 @@ def test_a_structure_of_another_type_is_refused(ensembles):
 
 def test_structures_are_a_public_name():
     assert softmeet.Structure is Structure
+
+
+def test_a_text_goes_on_after_another_one_was_too_complex(monkeypatch):
+    import llguidance
+
+    few = llguidance.LLParserLimits(
+        step_lexer_fuel=100_000, step_max_items=40_000, max_lexer_states=300, verbose_errors=False
+    )
+    monkeypatch.setattr("softmeet.structured.worker.LIMITS", few)
+    ensemble = Ensemble.from_pretrained("narrow", "logit-mean")
+
+    def ids(text):
+        return ensemble.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    structure = Structure.regex("a(c+d|b(.*[a-m].{14}[n-z].*){2})")
+    row = Mask(structure, ensemble.tokenizer, [0], ensemble.model.config.vocab_size).begin()
+    known = row.allowed(ids("ac"))
+    texts = [ids("ab" + ("klmnox yza" * 40)[:length]) for length in range(10, 400, 10)]
+    with pytest.raises(InvalidInputError, match="too"):
+        list(map(row.allowed, texts))
+    assert row.allowed(ids("ac")).equal(known)

@@ -62,6 +62,7 @@ def test_what_is_faster_is_kept_for_each_size(four_threads):
     assert used(work, 1) == {1}
     assert used(lambda item: waiting(0.01)(item)[1], 8) == {2}
     assert set(together.measured(work, [1, 2], 9)) != {threading.get_ident()}, "9 counts as 8"
+    assert set(together.measured(work, [3, 4], 8)) == {threading.get_ident()}, "others are measured by themselves"
     assert set(together.map(work, [1, 2])) == {threading.get_ident()}
 
 
@@ -77,7 +78,13 @@ def test_there_is_nothing_to_measure(n, threads):
 
 
 def test_an_error_of_a_member_is_raised(four_threads):
-    together = Together(2, True)
+    together, done = Together(2, True), []
+
+    def work(item):
+        time.sleep(0.2 * item)
+        done.append(1 // item)
+
     with pytest.raises(ZeroDivisionError):
-        together.map(lambda item: 1 // item, [1, 0])
+        together.map(work, [0, 1])
+    assert done == [1], "nobody works on when the caller goes on"
     assert together.map(lambda item: 1 // item, [1, 1]) == [1, 1]

@@ -170,8 +170,8 @@ def serve(
     speculate: str = flag(
         "auto",
         "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
-        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is "
-        "measured, or 0.",
+        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is measured "
+        "where answers still repeat, or 0.",
         metavar="N",
         callback=checked_drafts,
         panel="Engine",

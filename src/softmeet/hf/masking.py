@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -43,19 +43,20 @@ class Mask:
             raise InvalidInputError("expected an ensemble with an end-of-text token for structured output, got none")
         self.ends, self._v = frozenset(ends), v
         vocabulary = _vocabulary(tokenizer, tuple(ends), v)
-        self._matcher = LLMatcher(vocabulary, structure.lark, log_level=0, limits=LIMITS)
+        self._make = partial(LLMatcher, vocabulary, structure.lark, log_level=0, limits=LIMITS)
+        self._matcher = self._make()
         _require_well(self._matcher)
 
     def begin(self) -> Row:
         """Return the state of a text that begins."""
-        return Row(self._matcher.deep_copy(), self.ends, self._v)
+        return Row(self._matcher.deep_copy(), self._make, self.ends, self._v)
 
 
 class Row:
     """What one text may go on with; made by :meth:`Mask.begin`."""
 
-    def __init__(self, matcher: Any, ends: frozenset[int], v: int) -> None:
-        self._matcher, self._ends, self._v = matcher, ends, v
+    def __init__(self, matcher: Any, make: Callable[[], Any], ends: frozenset[int], v: int) -> None:
+        self._matcher, self._make, self._ends, self._v = matcher, make, ends, v
         self._read: list[int] = []
 
     def allowed(self, tokens: list[int]) -> Bool[Tensor, " v"] | None:
@@ -70,6 +71,17 @@ class Row:
         Raises:
             InvalidInputError: if the structure is too complex to go on, or allows nothing more.
         """
+        if self._matcher is None:
+            self._matcher, self._read = self._make(), []
+        try:
+            return self._allowed(tokens)
+        except InvalidInputError:
+            # A matcher that has failed fails ever after, as do its copies, even if the text was only tried.
+            self._matcher = None
+            raise
+
+    def _allowed(self, tokens: list[int]) -> Bool[Tensor, " v"] | None:
+        """Do as :meth:`allowed`; after an error the matcher is of no use."""
         if not self._ends.isdisjoint(tokens):
             return None
         if tokens[: len(self._read)] != self._read:

@@ -216,7 +216,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Choose tokens by transformers' loop, one by one or, where the call speculates, several at once."""
         options, config, processors = (kwargs[x] for x in ("call_options", "generation_config", "logits_processor"))
-        if is_to_speculate(self, options, config, processors, kwargs.get("cache"), len(input_ids)):
+        # Processes that wait for each other would have to draft alike.
+        apart = bool(kwargs.get("synced_gpus"))
+        if not apart and is_to_speculate(self, options, config, processors, kwargs.get("cache"), len(input_ids)):
             return decode(self, input_ids, **kwargs)
         return super()._sample(input_ids, **kwargs)
 

@@ -55,12 +55,17 @@ class FreshNoise:
 
     def __init__(self) -> None:
         self._noise: dict[int, Float[Tensor, "B v"]] = {}
+        # Torch's own generator is used once, however much is drafted, so that what follows depends on its seed alone.
+        self._seed = int(torch.randint(1 << 62, ()))
+        self._generator: torch.Generator | None = None
 
     def draw(self, scores: Float[Tensor, "B v"], position: int) -> Int[Tensor, " B"]:
         """Draw each row's token from softmax(scores), in a third of the time that torch.multinomial takes."""
         noise = self._noise.get(position)
         if noise is None:
-            uniform = torch.rand(scores.shape, dtype=torch.float64, device=scores.device)
+            place = scores.device
+            self._generator = self._generator or torch.Generator(place).manual_seed(self._seed)
+            uniform = torch.rand(scores.shape, dtype=torch.float64, device=place, generator=self._generator)
             noise = self._noise[position] = _gumbel_of(uniform)
         return (scores + noise).argmax(-1)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -76,12 +76,26 @@ def is_to_speculate(
 def _is_noticed(model: EnsembleForCausalLM, processors: Sequence[Any]) -> bool:
     """Return whether somebody could notice more of speculation than the time that it takes.
 
-    Half precision rounds so coarsely that texts which should repeat would not, as what is read at once depends on the
-    time that calls take. Processors of the caller's own may remember what they were called with.
+    Texts which should repeat would not where members round coarsely. Processors and functions of the caller's own may
+    remember what they were called with.
     """
-    ours = ("transformers.", "softmeet.")
-    foreign = any(not f"{type(one).__module__}.".startswith(ours) for one in processors)
-    return foreign or any(head.dtype.itemsize < 4 for head in model.member_heads)
+    ours, given = ("transformers.", "softmeet."), "PrefixConstrainedLogitsProcessor"
+    foreign = (not f"{type(one).__module__}.".startswith(ours) or type(one).__name__ == given for one in processors)
+    return any(foreign) or rounds_coarsely(model)
+
+
+def rounds_coarsely(model: EnsembleForCausalLM) -> bool:
+    """Return whether a member computes in half precision, or with quantised numbers.
+
+    What it computes then depends noticeably on how many tokens it reads at once.
+    """
+
+    def coarse(member: nn.Module) -> bool:
+        quantised = getattr(member, "quantization_method", None) is not None
+        small = any(own.dtype.itemsize < 4 for own in member.parameters())
+        return quantised or small or any("quantized" in type(own).__module__ for own in member.modules())
+
+    return any(map(coarse, model.members))
 
 
 def _against(
@@ -134,7 +148,7 @@ def decode(
         input_ids: (B, t), the prompts.
         logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: those of the call, as
             transformers' own loop gets them.
-        synced_gpus: is ignored: all processes would have to draft alike.
+        synced_gpus: is False.
     """
     options: CallOptions = model_kwargs["call_options"]
     ids, config = input_ids, generation_config

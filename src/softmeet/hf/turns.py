@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -55,7 +54,6 @@ class MemberTurns(ABC):
         read: the number of columns that every member has read.
         reported: whether more of each position is wanted than the rule's distribution.
         singly: whether positions are solved one by one.
-        clock: returns seconds, for the times that calls take.
 
     Attributes:
         read: for each member the number of columns that it has read.
@@ -72,9 +70,8 @@ class MemberTurns(ABC):
         read: int,
         reported: bool,
         singly: bool = False,
-        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._model, self._settings, self._speculate, self._clock = model, settings, speculate, clock
+        self._model, self._settings, self._speculate = model, settings, speculate
         n, v = len(model.members), model.combiner.v
         sizes = [sum(p.numel() * p.element_size() for p in member.parameters()) for member in model.members]
         weights = quick.weights_of(settings)
@@ -89,6 +86,10 @@ class MemberTurns(ABC):
         self._authors: list[int] = []
         self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
         self._logits: list[list[Tensor]] = [[] for _ in range(n)]
+
+    def clock(self) -> float:
+        """Return a time in seconds, from which the times of calls are taken."""
+        return time.perf_counter()
 
     @property
     @abstractmethod
@@ -138,7 +139,7 @@ class MemberTurns(ABC):
         kept = self.length - 1
         for i, read in enumerate(self.read):
             self.forget(i, read - kept)
-        self.read = [kept] * len(self.read)
+        self.read, self._authors = [kept] * len(self.read), []
         for known in (*self._hidden, *self._logits):
             known.clear()
 
@@ -172,13 +173,13 @@ class MemberTurns(ABC):
 
     def _read_on(self, i: int) -> None:
         """Run member i over all columns that it has not read."""
-        begun, states = self._clock(), self.run(i)
+        begun, states = self.clock(), self.run(i)
         self._hidden[i] += states.unbind(1)
         if self._quick:
             logits = quick.native_logits(self._model.member_heads[i], states.flatten(0, 1))
             self._logits[i] += self._padded(logits).unflatten(0, states.shape[:2]).unbind(1)
         self.read[i] += states.shape[1]
-        self.pace.calls[i].add(states.shape[1], self._clock() - begun)
+        self.pace.calls[i].add(states.shape[1], self.clock() - begun)
 
     def _padded(self, logits: Float[Tensor, "r _"]) -> Float[Tensor, "r v"]:
         """Put a member's logits where the rule is computed, with -inf for ids that its head does not have."""
@@ -188,7 +189,7 @@ class MemberTurns(ABC):
 
     def _draft(self, i: int) -> bool:
         """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can."""
-        begun, head, combiner = self._clock(), self._model.member_heads[i], self._model.combiner
+        begun, head, combiner = self.clock(), self._model.member_heads[i], self._model.combiner
         logits = self._logits[i][-1] if self._quick else self._padded(head.logits(self._hidden[i][-1]))
         logits = logits / self._settings.rule_temperature
         logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
@@ -197,16 +198,16 @@ class MemberTurns(ABC):
         found = self.draft(logits.log_softmax(-1))
         if found:
             self._authors.append(i)
-        self.pace.drafting.add(1, self._clock() - begun)
+        self.pace.drafting.add(1, self.clock() - begun)
         return found
 
     def _settle(self) -> bool:
         """Settle the tokens behind every column that all members have read; returns whether drafts remain."""
         count = min(self.read) - (self.length - 1)
         for start in range(0, count, self._at_once):
-            begun, stop = self._clock(), min(start + self._at_once, count)
+            begun, stop = self.clock(), min(start + self._at_once, count)
             found = self.combined(start, stop)
-            self.pace.rule.add(stop - start, self._clock() - begun)
+            self.pace.rule.add(stop - start, self.clock() - begun)
             if not self.settle(found):
                 self.take_back()
                 return False

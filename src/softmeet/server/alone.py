@@ -16,6 +16,7 @@ from torch import Tensor
 
 from softmeet.hf import quick
 from softmeet.hf.deferral import Drawn
+from softmeet.hf.speculation import rounds_coarsely
 from softmeet.hf.turns import Combined, MemberTurns
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
@@ -27,8 +28,8 @@ from softmeet.server.tasks import Task
 from softmeet.server.tokens import drawn, tokens_of
 
 Give = Callable[[Sequence, Token], None]
-# Takes note of the solution of positions, and returns the seconds that each closed gate saved.
-Count = Callable[[list[Sequence], Solution | None], float]
+# Takes note of the solution of positions and how long it was suspended; returns the seconds that a closed gate saved.
+Count = Callable[[list[Sequence], Solution | None, float], float]
 
 
 class OneMember:
@@ -93,13 +94,11 @@ class Ahead(MemberTurns):
         seconds: float,
     ) -> None:
         how, reported = s.combination, s.request.report is not None
-        super().__init__(
-            how.model, how.settings, speculate, rows=1, read=0, reported=reported, clock=lambda: self._task.clock()
-        )
+        super().__init__(how.model, how.settings, speculate, rows=1, read=0, reported=reported)
         self._s, self._members, self._give, self._counted = s, members, give, count
         self._metrics, self._seconds = metrics, seconds
         self._task: Task
-        self._begun = False
+        self._begun, self._suspended = False, 0.0
 
     def go_on(self, task: Task) -> None:
         """Let the member that has read the least read on, draft its share, and give what is settled."""
@@ -114,6 +113,10 @@ class Ahead(MemberTurns):
             self._s.drafts.clear()
             self.take_back()
             self._begun = False
+
+    def clock(self) -> float:
+        """Return a time in seconds that stands still while the turn is suspended."""
+        return self._task.clock()
 
     @property
     def length(self) -> int:
@@ -153,26 +156,38 @@ class Ahead(MemberTurns):
 
     def combined(self, start: int, stop: int) -> Combined:
         """Return what the rule makes of the positions, in as much time as it may take for so many tokens."""
+        before = self._task.suspended
         with self._task.limit(self._seconds * (stop - start)):
-            return super().combined(start, stop)
+            found = super().combined(start, stop)
+        self._suspended = self._task.suspended - before
+        return found
 
     def settle(self, found: Combined) -> bool:
         """Give the tokens of the positions until a draft was wrong."""
-        s, count = self._s, len(found.ours)
-        drafts, s.drafts = s.drafts, []
-        own = (drawn([s], row)[0] for row in found.ours.split(1))
-        for token in tokens_of([s] * count, found, own, self._counted([s] * count, found.solution)):
+        s, own, drafts = self._s, list[int](), self._s.drafts
+        for row in found.ours.split(1):
+            s.drafts = drafts[: len(own)]
+            token = drawn([s], row)[0]
+            if own and s.sampler.error is not None:
+                # It is raised again when this position is the next one.
+                s.sampler.error = None
+                break
+            own.append(token)
+            if drafts[: len(own)] != own or token in s.request.ends:
+                break
+        s.drafts, rows, whole = [], [s] * len(own), len(own) == len(found.ours)
+        for given in tokens_of(rows, found, own, self._counted(rows, found.solution, self._suspended)):
             draft, drafts = drafts[:1], drafts[1:]
-            right = draft == [token.token]
+            right = draft == [given.token]
             if draft:
                 self.told(right)
                 self._metrics.accepted.inc(right)
-            self._give(s, token)
+            self._give(s, given)
             s.busy = True  # until the turn ends
             if not right or s.done:
                 return False
-        s.drafts = drafts
-        return True
+        s.drafts = drafts if whole else []
+        return whole
 
 
 def alone(
@@ -202,6 +217,10 @@ def alone(
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
     if one_member and mean and settings.bands == 1 and request.sampling.is_plain and told == (None, None):
         return OneMember(s, members, give)
-    if not speculate or (speculate == "auto" and how.model.apart):
+    # What is read at once depends on the time that calls take, and rounding on what is read at once.
+    noticed = told != (None, None)
+    if request.sampling.is_seeded or s.sampler.greedy:
+        noticed |= rounds_coarsely(how.model)
+    if not speculate or (speculate == "auto" and (noticed or how.model.apart)):
         return None
     return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)

@@ -107,8 +107,9 @@ class Gates:
         included; 0 if no row was open yet, or without a gate, when nothing is counted.
 
         Args:
-            sequences: the batch's sequences, all of one combination.
-            solution: of the batch, row k for sequence k; None of averages that were not solved for.
+            sequences: the batch's sequences, all of one combination; of one that drafts, one for each token it gets.
+            solution: of the batch, row k for sequence k, and perhaps more rows, in vain; None of averages that were not
+                solved for.
             suspended: the seconds in the solution's that its task was suspended.
         """
         combination = sequences[0].combination
@@ -118,9 +119,10 @@ class Gates:
         if solution is None or gate is None:
             return 0.0
         savings = self._savings[gate.name, combination.settings.rule.name, *sequences[0].members]
-        closed = int(solution.gated.sum())
+        count = len(sequences)
+        closed = int(solution.gated[:count].sum())
         # A solve may also have been suspended where the solution does not count the time.
-        own = max(solution.seconds - suspended, 0.0)
+        own = max(solution.seconds - suspended, 0.0) * count / len(solution.gated)
         savings.add(len(sequences), closed, own + sum(s.spent for s in sequences))
         each = (savings.saved or 0.0) / max(savings.gated, 1)
         self._metrics.gated.labels(gate.name).inc(closed)

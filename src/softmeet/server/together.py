@@ -6,7 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from statistics import median
 from typing import Any, Literal, TypeVar
 
@@ -38,9 +38,9 @@ class Together:
     def __init__(self, n: int, parallel: bool | Literal["auto"]) -> None:
         threads = torch.get_num_threads()
         self.parallel = parallel if n > 1 and (threads > 1 or parallel is True) else False
-        # For each size the seconds of calls one after the other, and in threads.
-        self._seconds: dict[int, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-        self._chosen: dict[int, bool] = {}
+        # For the same items and each size the seconds of calls one after the other, and in threads.
+        self._seconds: dict[Any, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+        self._chosen: dict[Any, bool] = {}
         if not self.parallel:
             return
         begun, share = threading.Barrier(n), max(1, threads // n)
@@ -63,13 +63,14 @@ class Together:
         """Return [function(item) for item in items], in the way that is faster for such a size of the work, if "auto".
 
         Args:
-            function: takes about as long for equal sizes.
-            items: those to which it is applied.
-            size: what the time depends on, such as the number of sequences; sizes up to a power of two count as one.
+            function: takes about as long for the same items and equal sizes.
+            items: those to which it is applied; they live as long as this.
+            size: what the time depends on, such as the number of sequences; sizes between two powers of two count as
+                one.
         """
         if self.parallel != "auto" or len(items) < 2:
             return self.map(function, items)
-        known = size.bit_length()
+        known = (*map(id, items), size.bit_length())
         if known in self._chosen:
             return self._mapped(function, items, in_threads=self._chosen[known])
         alone, threads = self._seconds[known]
@@ -82,4 +83,9 @@ class Together:
         return found
 
     def _mapped(self, function: Callable[[Any], U], items: Sequence[Any], *, in_threads: bool) -> list[U]:
-        return list(self._pool.map(function, items)) if in_threads else [function(item) for item in items]
+        if not in_threads:
+            return [function(item) for item in items]
+        running = [self._pool.submit(function, item) for item in items]
+        # Where one fails, the others still work on what they were given.
+        wait(running)
+        return [one.result() for one in running]
