@@ -243,11 +243,12 @@ class Batcher(threading.Thread):
     def _goes_alone(self, s: Sequence) -> bool:
         """Return whether a sequence that has a newest token goes on by itself, or fails, and begin its turn if so."""
         if len(self._running) > 1:
-            if s.alone is not None:
+            if s.alone:
                 self._guarded([s], s.alone.end)
             return s.done
-        s.alone = s.alone or self._alone(s)
         if s.alone is None:
+            s.alone = self._alone(s) or False
+        if not s.alone:
             return False
         s.busy = True
         self._start(Task([s], partial(self._turn_alone, s)))

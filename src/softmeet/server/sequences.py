@@ -294,7 +294,8 @@ class Sequence:
         reused: for each member, the prompt's tokens whose keys and values came from an earlier prompt.
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
-        alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it; None before.
+        alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it, False for as in a
+            batch; None before.
         asked: under the gate ``unsure`` a Deferral of one row: whether the other members run at the newest token.
         spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
