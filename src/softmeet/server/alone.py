@@ -50,7 +50,7 @@ class OneMember:
         self._read: list[int] = []
 
     def go_on(self, task: Task) -> None:
-        """Draw one token."""
+        """Draw a member by its weight, and the next token from it; then give the token."""
         s, combiner = self._s, self._s.combination.model.combiner
         self._read = self._read or [len(s.tokens) - 1] * len(s.members)
         i = self._random.choices(range(len(s.members)), self._weights)[0]
