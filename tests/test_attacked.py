@@ -12,8 +12,9 @@ from fastapi.testclient import TestClient
 from serving import serving_of
 from test_kinds import PROMPT, TEXTS
 from tokenizers import processors
+from transformers.pytorch_utils import Conv1D
 
-from softmeet import Ensemble, Member, Passage
+from softmeet import Ensemble, Member, Passage, products
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.products import few_rows, product
 from softmeet.server.app import create_app
@@ -201,3 +202,18 @@ def test_products_of_few_rows(rows):
     with torch.no_grad(), few_rows(layer, torch.device("cpu")):
         torch.testing.assert_close(layer(x), wanted + layer.bias, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(layer(x[None])[0], wanted + layer.bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [1024, 1022], ids=["in parts", "not divisible"])
+def test_layers_that_hold_their_matrix_the_other_way_around(rows, threads, width, monkeypatch):
+    torch.manual_seed(rows)
+    layer, x, taken = Conv1D(2048, width), torch.randn(1, rows, width), []
+    original = products.product_in_parts
+    monkeypatch.setattr(products, "product_in_parts", lambda *given: (taken.append(1), original(*given))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    wanted = (x.double() @ layer.weight.double()).float() + layer.bias
+    with torch.no_grad(), few_rows(layer, torch.device("cpu")):
+        torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
+    assert len(taken) == (threads > 1 and 1 < rows < 5 and width == 1024)

@@ -200,6 +200,58 @@ def test_unseeded_scores_are_not_those_of_the_draw(names):
     assert all((own.isneginf().sum(-1) == 1).all() for own in found.scores)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3}])
+def test_torchs_seed_gives_one_text_with_drafts_and_without(names, rows, options):
+    model, texts = ensemble(names, "near").model, []
+    for more in ({"speculate": 0}, {"speculate": 3}, {"speculate": 0, "output_scores": True}):
+        torch.manual_seed(7)
+        scored = {"return_dict_in_generate": True, **more}
+        out = model.generate(
+            IDS[:rows], attention_mask=MASK[:rows], pad_token_id=0, max_new_tokens=20, do_sample=True,
+            **{"top_k": 0} | options | scored,
+        )  # fmt: skip
+        texts.append(out.sequences)
+    assert texts[0].equal(texts[1])
+    assert texts[0].equal(texts[2])
+
+
+def test_plain_decoding_draws_by_noise(names, monkeypatch):
+    monkeypatch.setattr(torch, "multinomial", None)  # which would take three times as long
+    for model in (ensemble(names, "near").model, ensemble(names, "far", gate="unsure:0.5").model):
+        assert len(set(made(model, 0, sample=False, do_sample=True, top_k=0).flatten().tolist())) > 10
+        made(model, 0)
+
+
+def test_stopping_criteria_see_the_scores_that_tokens_are_drawn_from(names):
+    seen = []
+
+    class Stop(tf.StoppingCriteria):
+        def __call__(self, input_ids, scores, **options):
+            seen.append(scores)
+            return torch.full((len(input_ids),), len(scores) == 5)
+
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "do_sample": True}
+    found = made(
+        ensemble(names).model, 0, 1, sample=False, temperature=0.5, top_k=0, stopping_criteria=[Stop()], **options
+    )
+    assert [len(own) for own in seen] == [1, 2, 3, 4, 5] == [k + 1 for k in range(len(found.scores))]
+    for k, (own, logits) in enumerate(zip(found.scores, found.logits, strict=True)):
+        assert torch.allclose(own, logits / 0.5)
+        assert all(scores[k] is own for scores in seen[k:])
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("score", [-torch.inf, torch.nan, torch.inf])
+def test_no_token_is_drawn_where_none_is_left(names, speculate, seeded, score):
+    def nothing(input_ids, scores):
+        return torch.full_like(scores, score) if input_ids.shape[1] > 8 else scores
+
+    with pytest.raises(InvalidInputError, match="processors of scores left none; allow more tokens"):
+        made(ensemble(names).model, speculate, 1, sample=seeded, do_sample=True, top_k=0, logits_processor=[nothing])
+
+
 def test_structures_and_streams():
     whole = Ensemble.from_pretrained("wide", "logit-mean")
     options = {"structure": Structure.regex("[a-z ]{24}"), "max_new_tokens": 24}
@@ -220,6 +272,23 @@ def test_a_recorder_counts_the_positions_of_the_text_alone(names):
         one, two = Recorder(), Recorder()
         assert made(model, 0, 1, recorder=one).equal(made(model, 4, 1, recorder=two))
         assert (one.rows, one.statuses) == (two.rows, two.statuses)
+
+
+@pytest.mark.parametrize("rule", RULES[:3])
+def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names, rule):
+    model, rows = ensemble(names, rule=rule).model, 20_000
+    torch.manual_seed(3)
+    prompts = torch.tensor([[5, 9]]).expand(rows, -1)
+    found = made(
+        model, 0, rows, sample=False, count=2, ids=prompts, mask=torch.ones_like(prompts), do_sample=True, top_k=4
+    )
+    for before in (found[:1, :2], torch.cat([found[:1, :2], found[:, 2].mode().values[None, None]], 1)):
+        with torch.inference_mode():
+            expected, kept = model(before).logits[0, -1].double().topk(4)
+        drawn = found[(found[:, : before.shape[1]] == before).all(-1), before.shape[1]]
+        seen = torch.stack([(drawn == token).sum() for token in kept])
+        assert seen.sum() == len(drawn) > 4_000
+        assert chisquare(seen, (expected.softmax(-1) * len(drawn)).numpy()).pvalue > 1e-3
 
 
 def test_unseeded_tokens_follow_the_rule(names):

@@ -25,6 +25,7 @@ from softmeet.hf.contexts import Contexts
 from softmeet.hf.deferral import Deferral, Drawn
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
+from softmeet.hf.sampling import one_by_one
 from softmeet.hf.speculation import decode, is_to_speculate
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
@@ -220,7 +221,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         apart = bool(kwargs.get("synced_gpus"))
         if not apart and is_to_speculate(self, options, config, processors, kwargs.get("cache"), len(input_ids)):
             return decode(self, input_ids, **kwargs)
-        return super()._sample(input_ids, **kwargs)
+        return one_by_one(super()._sample, input_ids, kwargs)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Leave the call's options out of an assistant model's arguments: it has none, or options of its own."""

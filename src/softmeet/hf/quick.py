@@ -112,8 +112,8 @@ def average(
     if scores is None:
         return None
     if support is not None:
-        scores = scores.masked_fill(~support, -torch.inf)
+        scores.masked_fill_(~support, -torch.inf)
     if settings.rule_temperature != 1:
-        scores = scores / settings.rule_temperature
+        scores.div_(settings.rule_temperature)
     total = scores.logsumexp(-1, keepdim=True)
-    return scores - total if bool(total.isfinite().all()) else None
+    return scores.sub_(total) if bool(total.isfinite().all()) else None

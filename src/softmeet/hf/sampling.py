@@ -9,7 +9,8 @@ score and its own Gumbel noise is at token t with probability softmax(scores)[t]
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from numbers import Integral
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from softmeet.errors import InvalidInputError
 
@@ -44,34 +45,112 @@ class RowSampler(LogitsProcessor):
             self._start = input_ids.shape[1]
         position = input_ids.shape[1] - self._start
         drawn = draw(scores, [(self._seed, key, position) for key in self._keys])
+        _require_finite(scores.gather(-1, drawn[:, None]))
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
 
 
-class FreshNoise:
+class FreshNoise(LogitsProcessor):
     """Noise to draw tokens by without a seed, which a position keeps while tokens are drafted and decided there.
 
-    So what is drafted and what the rule draws agree wherever they can.
+    So what is drafted and what the rule draws agree wherever they can. As a processor it adds its noise to scores.
+
+    Args:
+        keeps: whether to keep the scores that the processor is called with.
+
+    Attributes:
+        given: these scores.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = False) -> None:
         self._noise: dict[int, Float[Tensor, "B v"]] = {}
         # Torch's own generator is used once, however much is drafted, so that what follows depends on its seed alone.
         self._seed = int(torch.randint(1 << 62, ()))
         self._generator: torch.Generator | None = None
+        self.given: tuple[Float[Tensor, "B v"], ...] = ()
+        self._keeps = keeps
+
+    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Return scores of which each row's largest is at a token that is drawn from softmax(scores)."""
+        if self._keeps:
+            self.given += (scores,)
+        position = input_ids.shape[1]
+        found = self._noisy(scores, position)
+        _require_finite(found.amax(-1))
+        self.forget(position)
+        return found
 
     def draw(self, scores: Float[Tensor, "B v"], position: int) -> Int[Tensor, " B"]:
         """Draw each row's token from softmax(scores), in a third of the time that torch.multinomial takes."""
+        best, drawn = self._noisy(scores, position).max(-1)
+        _require_finite(best)
+        return drawn
+
+    def _noisy(self, scores: Float[Tensor, "B v"], position: int) -> Float[Tensor, "B v"]:
+        """Return the sums of scores and a position's noise."""
         noise = self._noise.get(position)
         if noise is None:
             place = scores.device
             self._generator = self._generator or torch.Generator(place).manual_seed(self._seed)
             uniform = torch.rand(scores.shape, dtype=torch.float64, device=place, generator=self._generator)
             noise = self._noise[position] = _gumbel_of(uniform)
-        return (scores + noise).argmax(-1)
+        return scores + noise
 
     def forget(self, position: int) -> None:
         """Forget the noise of a position, as its tokens are settled."""
         self._noise.pop(position, None)
+
+
+def _require_finite(best: Tensor) -> None:
+    """Raise InvalidInputError if a row's best score is not finite, so that no token can be drawn."""
+    if not bool(best.isfinite().all()):
+        raise InvalidInputError(
+            "expected scores of which at least one is finite and none is NaN or +inf, to draw a token from: processors "
+            "of scores left none; allow more tokens"
+        )
+
+
+class _ToldOfScores(StoppingCriteriaList):
+    """Stopping criteria that see the scores which tokens were drawn from."""
+
+    def __init__(self, criteria: StoppingCriteriaList, noise: FreshNoise) -> None:
+        super().__init__(criteria)
+        self._noise = noise
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        """Ask every criterion."""
+        return super().__call__(input_ids, self._noise.given, **options)
+
+
+def one_by_one(loop: Callable[..., Any], input_ids: Int[Tensor, "B t"], arguments: dict[str, Any]) -> Any:
+    """Choose tokens by transformers' loop, in which noise draws them: torch.multinomial takes three times as long.
+
+    So torch's generator in one state gives one text, whether tokens are drafted or not.
+
+    Args:
+        loop: ``GenerationMixin._sample`` of an ensemble.
+        input_ids: the prompts.
+        arguments: the loop's others.
+    """
+    config = copy(arguments["generation_config"])
+    # An assistant's scores are read by the loop that it drafts for.
+    if not config.do_sample or config.is_assistant:
+        return loop(input_ids, **arguments)
+    # The token that is drawn has the largest score.
+    config.do_sample = False
+    if arguments["call_options"].row_sampler is not None:
+        return loop(input_ids, **arguments | {"generation_config": config})
+    scored = config.return_dict_in_generate and config.output_scores
+    noise = FreshNoise(keeps=scored)
+    changed: dict[str, Any] = {
+        "generation_config": config,
+        "logits_processor": LogitsProcessorList([*arguments["logits_processor"], noise]),
+    }
+    if scored:
+        changed["stopping_criteria"] = _ToldOfScores(arguments["stopping_criteria"], noise)
+    found = loop(input_ids, **arguments | changed)
+    if scored:
+        found.scores = noise.given[: len(found.scores)]
+    return found
 
 
 def require_reproducible(drawn: bool, seed: int | None, options: Mapping[str, Any]) -> None:

@@ -122,20 +122,13 @@ class ProbMean(_ClosedForm):
 
     def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
         """Return log Σ w_i p̂_i / Σ w_i, (B, v)."""
-        return _log_mean(logits, weights, 1.0)
+        return _log_mean([own.log_softmax(-1) for own in logits], weights)
 
 
-def _log_mean(logits: Sequence[Tensor], weights: Sequence[float], order: float) -> Tensor:
-    """Return log (Σ w_i p̂_i^order)^(1/order) of members' logits, w_i divided by their sum, for an order above 0."""
+def _log_mean(logs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return log Σ w_i exp(logs_i) / Σ w_i; ``logs`` are changed in place."""
     total = sum(weights)
-    parts = [
-        torch.log_softmax(own, -1).mul_(order).add_(math.log(w / total)) for own, w in zip(logits, weights, strict=True)
-    ]
-    largest = reduce(torch.maximum, parts).clamp_min(torch.finfo(parts[0].dtype).min)
-    found = torch.zeros_like(largest)
-    for part in parts:
-        found.add_(part.sub_(largest).exp_())
-    return found.log_().add_(largest).div_(order)
+    return reduce(torch.logaddexp, (own.add_(math.log(w / total)) for own, w in zip(logs, weights, strict=True)))
 
 
 def _divergence_from_members(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, " B"]:
@@ -185,7 +178,9 @@ class PowerMean(_ClosedForm):
 
     def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
         """Return the logarithm of the power mean; None at an order so small that fp32 would round it."""
-        return _log_mean(logits, weights, self.order) if self.order >= _ROUNDED else None
+        if self.order < _ROUNDED:
+            return None
+        return _log_mean([own.log_softmax(-1).mul_(self.order) for own in logits], weights).div_(self.order)
 
     def _objective(
         self, problem: Problem, scores: Float[Tensor, "B v"], log_probs: Float[Tensor, "B v"]
