@@ -1,10 +1,10 @@
 """How often a seed's token differs in a batch from the one that the request gets alone: python benchmarks/seeds.py
 
 The same seeded completions, of places in held-out books, by a server's batcher in this process: one at a time without
-speculation, then one at a time with it, and in batches of 2 to 32 that begin together. Tokens are compared up to and
-including the first that differs, since what comes after it continues another text; up to there both are draws from the
-same distribution but for rounding, and the drawn token's probabilities are compared. Finished parts are kept in a
-folder; the same command goes on from there.
+speculation, then in batches of 2 to 32 that begin together; with ``--sizes 1`` one at a time with four drafts at a
+turn. Tokens are compared up to and including the first that differs, since what comes after it continues another text;
+up to there both are draws from the same distribution but for rounding, and the drawn token's probabilities are
+compared. Finished parts are kept in a folder; the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from softmeet.server.sequences import Token
 from softmeet.server.serving import ServerSettings, Serving
 
 FAMILIES, RULES = ("wide", "narrow"), ("logit-mean", "prob-mean", "meet")
+# The drafts at a turn where requests come one at a time.
+_DRAFTS = 4
 # The words of a prompt: so many at least and at most.
 WORDS = 3, 40
 
@@ -96,7 +98,9 @@ def cell(
     """The figures of one family, rule and size of batch."""
     asked = requests(*part, streams, length)
     alone = served(ensembles, asked, 1, speculate=0, **settings)
-    found = compared(alone, served(ensembles, asked, part[2], **settings))
+    # By itself a server leaves requests for log-probabilities, which are compared, to the batch.
+    other = {"speculate": _DRAFTS} if part[2] == 1 else {}
+    found = compared(alone, served(ensembles, asked, part[2], **other, **settings))
     return {"family": part[0], "rule": part[1], "batch": part[2], **found}
 
 
@@ -116,7 +120,7 @@ def summed(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(
     folder: Annotated[Path, typer.Argument(help="Keeps finished parts.")] = Path("seeds"),
     tokens: Annotated[int, typer.Option(help="Of each rule, in all.")] = 20_000,
-    sizes: Annotated[str, typer.Option(help="Of batches; 1 for one at a time with speculation.")] = "1,2,4,8,16,32",
+    sizes: Annotated[str, typer.Option(help="Of batches; 1 for one at a time with drafts.")] = "2,4,8,16,32",
     length: Annotated[int, typer.Option(help="Of an answer, in tokens.")] = 40,
     reproducible: Annotated[bool, typer.Option(help="With the server's setting of this name.")] = False,
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
