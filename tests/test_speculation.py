@@ -217,7 +217,7 @@ def test_torchs_seed_gives_one_text_with_drafts_and_without(names, rows, options
 
 
 def test_plain_decoding_draws_by_noise(names, monkeypatch):
-    monkeypatch.setattr(torch, "multinomial", None)  # which would take more than twice as long
+    monkeypatch.setattr(torch, "multinomial", None)
     for model in (ensemble(names, "near").model, ensemble(names, "far", gate="unsure:0.5").model):
         assert len(set(made(model, 0, sample=False, do_sample=True, top_k=0).flatten().tolist())) > 10
         made(model, 0)

@@ -4,7 +4,7 @@ Libraries of linear algebra multiply one row at the speed of memory. For two to 
 to four times as long, and (W xᵀ)ᵀ hardly longer than for one row: with several threads for all but small W, with one
 if W has many more rows than columns, as a model's output layer has. GPT-2's layers hold Wᵀ: for two to four rows x Wᵀ
 takes twice as long as for one, and as the sum of four products, each of a quarter of the columns of x, hardly longer,
-as several threads then share them (``benchmarks/few_rows.py``).
+as threads then share them (``benchmarks/few_rows.py``, which was run with one and two).
 """
 
 from __future__ import annotations

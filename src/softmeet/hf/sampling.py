@@ -80,7 +80,7 @@ class FreshNoise(LogitsProcessor):
         return found
 
     def draw(self, scores: Float[Tensor, "B v"], position: int) -> Int[Tensor, " B"]:
-        """Draw each row's token from softmax(scores), in less than half the time that torch.multinomial takes."""
+        """Draw each row's token from softmax(scores)."""
         best, drawn = self._noisy(scores, position).max(-1)
         _require_finite(best)
         return drawn
@@ -122,9 +122,10 @@ class _ToldOfScores(StoppingCriteriaList):
 
 
 def one_by_one(loop: Callable[..., Any], input_ids: Int[Tensor, "B t"], arguments: dict[str, Any]) -> Any:
-    """Choose tokens by transformers' loop, in which noise draws them: torch.multinomial takes more than twice as long.
+    """Choose tokens by transformers' loop, in which noise draws them.
 
-    So torch's generator in one state gives one text, whether tokens are drafted or not.
+    That takes less time than torch.multinomial (``benchmarks/draws.py``), and torch's generator in one state gives one
+    text, whether tokens are drafted or not.
 
     Args:
         loop: ``GenerationMixin._sample`` of an ensemble.

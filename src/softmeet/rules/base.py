@@ -96,7 +96,8 @@ class Rule(Frozen, ABC):
 
         Returns:
             The logarithms in nats of what :meth:`solve` returns without a support, (B, v), in the dtype of the logits,
-            up to a constant in each row; NaN, +inf or all -inf where :meth:`solve` would raise an error.
+            up to a constant in each row, as a new tensor; NaN, +inf or all -inf where :meth:`solve` would raise an
+            error.
         """
         return None
 
