@@ -19,6 +19,9 @@ test: ## Run the tests.
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS)
 
+test-%: $(VENV)/.test ## Run the tests of one room, a folder of tests/: make test-rules.
+	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS) tests/$*
+
 soak: $(VENV)/.test ## Load two servers with all that clients do for an hour (HOURS=, MINUTES=), killing one now and then.
 	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES),--hours $(or $(HOURS),1)) --json soak.json $(SOAK_ARGS)
 

@@ -5,7 +5,9 @@ Both get a batch's scores and return its tokens, torch.multinomial from their so
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -20,9 +22,9 @@ from softmeet.hf.sampling import FreshNoise
 SIZES = 50_257, 151_936
 
 
-def by_noise(noise: FreshNoise, scores: torch.Tensor) -> None:
-    """Draw as :func:`softmeet.hf.sampling.one_by_one` does."""
-    noise(torch.zeros(len(scores), 1, dtype=torch.int64), scores).argmax(-1)
+def by_noise(noise: FreshNoise, positions: Iterator[int], scores: torch.Tensor) -> None:
+    """Draw as :func:`softmeet.hf.sampling.one_by_one` does, each time at another position."""
+    noise(torch.zeros(len(scores), next(positions), dtype=torch.int64), scores).argmax(-1)
 
 
 def by_multinomial(scores: torch.Tensor) -> None:
@@ -43,7 +45,7 @@ def main(
             scores = 3 * torch.randn(batch, v)
             noise, other = (
                 1000 * median(seconds(draw, repeats))
-                for draw in (partial(by_noise, FreshNoise(), scores), partial(by_multinomial, scores))
+                for draw in (partial(by_noise, FreshNoise(), count(), scores), partial(by_multinomial, scores))
             )
             row = {"tokens": v, "batch": batch, "noise": noise, "torch.multinomial": other}
             rows.append({**row, "ratio": other / noise})

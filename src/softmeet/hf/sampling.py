@@ -2,17 +2,12 @@
 
 So they do not depend on the other sequences of the batch, nor on the order in which positions are computed. Row k of a
 batch is sequence k's newest position.
-
-A token is drawn by the Gumbel-max trick (Maddison, Tarlow and Minka, A* Sampling, NeurIPS 2014): the largest sum of a
-score and its own Gumbel noise is at token t with probability softmax(scores)[t].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from functools import lru_cache
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from softmeet.errors import InvalidInputError
+from softmeet.noise import draw, noisy, require_seed
 
 
 class RowSampler(LogitsProcessor):
@@ -50,9 +46,10 @@ class RowSampler(LogitsProcessor):
 
 
 class FreshNoise(LogitsProcessor):
-    """Noise to draw tokens by without a seed, which a position keeps while tokens are drafted and decided there.
+    """Noise to draw tokens by without a seed: its own comes from torch's generator.
 
-    So what is drafted and what the rule draws agree wherever they can. As a processor it adds its noise to scores.
+    What is drafted at a position and what the rule draws there have the same noise, so they agree wherever they can. As
+    a processor it adds its noise to scores.
 
     Args:
         keeps: whether to keep the scores that the processor is called with.
@@ -62,10 +59,8 @@ class FreshNoise(LogitsProcessor):
     """
 
     def __init__(self, *, keeps: bool = False) -> None:
-        self._noise: dict[int, Float[Tensor, "B v"]] = {}
         # Torch's own generator is used once, however much is drafted, so that what follows depends on its seed alone.
         self._seed = int(torch.randint(1 << 62, ()))
-        self._generator: torch.Generator | None = None
         self.given: tuple[Float[Tensor, "B v"], ...] = ()
         self._keeps = keeps
 
@@ -73,10 +68,8 @@ class FreshNoise(LogitsProcessor):
         """Return scores of which each row's largest is at a token that is drawn from softmax(scores)."""
         if self._keeps:
             self.given += (scores,)
-        position = input_ids.shape[1]
-        found = self._noisy(scores, position)
+        found = self._noisy(scores, input_ids.shape[1])
         _require_finite(found.amax(-1))
-        self.forget(position)
         return found
 
     def draw(self, scores: Float[Tensor, "B v"], position: int) -> Int[Tensor, " B"]:
@@ -86,18 +79,7 @@ class FreshNoise(LogitsProcessor):
         return drawn
 
     def _noisy(self, scores: Float[Tensor, "B v"], position: int) -> Float[Tensor, "B v"]:
-        """Return the sums of scores and a position's noise."""
-        noise = self._noise.get(position)
-        if noise is None:
-            place = scores.device
-            self._generator = self._generator or torch.Generator(place).manual_seed(self._seed)
-            uniform = torch.rand(scores.shape, dtype=torch.float64, device=place, generator=self._generator)
-            noise = self._noise[position] = _gumbel_of(uniform)
-        return scores + noise
-
-    def forget(self, position: int) -> None:
-        """Forget the noise of a position, as its tokens are settled."""
-        self._noise.pop(position, None)
+        return noisy(scores, [(self._seed, row, position) for row in range(len(scores))])
 
 
 def _require_finite(best: Tensor) -> None:
@@ -174,40 +156,3 @@ def require_reproducible(drawn: bool, seed: int | None, options: Mapping[str, An
             "expected no limit on a token's seconds where tokens have to be reproducible: what is reached in that time "
             "depends on what else the machine does"
         )
-
-
-def require_seed(seed: int) -> int:
-    """Return a seed as an int, or raise InvalidInputError if it is no integer."""
-    if not isinstance(seed, Integral):
-        raise InvalidInputError(f"expected a seed that is an integer, got {seed!r}")
-    return int(seed)
-
-
-# What was drafted is soon drawn again, for the rule. A vector over 150,000 tokens takes 1.2 MB.
-@lru_cache(maxsize=16)
-def gumbel(seed: int, key: int, position: int, v: int) -> Float[Tensor, " v"]:
-    """Return v independent numbers, fp64, of the standard Gumbel distribution, which the arguments determine.
-
-    They are kept for a while: do not change them in place.
-    """
-    # Distinct odd multipliers keep triples apart over the range of generator seeds.
-    mixed = seed * 0x9E3779B97F4A7C15 + key * 0xD1B54A32D192ED03 + position * 0x8CB92BA72F3D8DD7
-    generator = torch.Generator().manual_seed(mixed % (1 << 63))
-    return _gumbel_of(torch.rand(v, generator=generator, dtype=torch.float64))
-
-
-def _gumbel_of(uniform: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
-    """Return -log(-log u) of numbers u of [0, 1), of 1 - u in fact, in their place."""
-    return uniform.neg_().log1p_().neg_().clamp_min_(torch.finfo(torch.float64).tiny).log_().neg_()
-
-
-def draw(scores: Float[Tensor, "B v"], noise: Sequence[tuple[int, int, int]]) -> Int[Tensor, " B"]:
-    """Draw one token id per row from softmax(scores).
-
-    Args:
-        scores: (B, v), logits or log-probabilities in nats; -inf for an impossible token.
-        noise: for each row the seed, key and position of its noise, as in :func:`gumbel`.
-    """
-    v = scores.shape[-1]
-    found = [(own + gumbel(*one, v).to(own.device)).argmax() for own, one in zip(scores, noise, strict=True)]
-    return torch.stack(found)

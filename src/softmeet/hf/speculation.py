@@ -255,8 +255,6 @@ class Drafted:
         if not right:
             self._cut(self.length)
             self._append(chosen)
-        if self._noise is not None:
-            self._noise.forget(self.length)
         self.length += 1
         self._note(log_probs, scores)
         if self._streamer is not None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.hf.masking import Mask, Structured
-from softmeet.hf.sampling import draw, require_seed
 from softmeet.members.covers import END
+from softmeet.noise import draw, require_seed
 
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
 _COLD = 1e-4
@@ -25,7 +25,7 @@ class Sampling:
     """The options by which a request's tokens are drawn; the defaults draw from the ensemble's distribution unchanged.
 
     Args:
-        seed: the request's, any integer; (seed, k) determines the noise by which sequence k of the request draws.
+        seed: the request's, of 64 bits; (seed, k) determines the noise by which sequence k of the request draws.
         is_seeded: whether the request gave the seed, so that its tokens are the same every time.
         temperature: 0 or more; divides the scores; below 10⁻⁴ the token with the largest score is taken.
         top_k: how many of the most probable tokens stay possible; 0 for all.

@@ -17,7 +17,7 @@ from serving import tiny_ensemble
 import demo
 from softmeet.evaluation.intervals import Difference
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "demo.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
 WIDTH = 60
 
 

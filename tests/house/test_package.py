@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hatchling import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROBE = """
 import sys
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_the_sdist_holds_what_is_needed_to_build_and_test(dist):
         "README.md",
         "LICENSE",
         "Makefile",
-        "tests/test_package.py",
+        "tests/house/test_package.py",
         "tools/train_zoo.py",
         "docs/theory/agreement.md",
     }

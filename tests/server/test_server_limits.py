@@ -24,7 +24,7 @@ from softmeet.server.ensembles import named
 from softmeet.server.limits import Limits
 from softmeet.server.security import Protection
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATH = "/v1/completions"
 MANY = json.dumps({f"f{k}": 1 for k in range(60_000)}).encode()
 

@@ -23,7 +23,7 @@ from softmeet.rules import registry
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import Status
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "write-a-rule.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "write-a-rule.md"
 MEMBERS = torch.tensor([[[0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25]]]).log()
 HEADS = [torch.eye(3), torch.eye(3)]
 WORDS = "the king said unto his daughter in the beginning of the day "

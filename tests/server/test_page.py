@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from softmeet.server.security import Protection
 from softmeet.server.ui_html import details_of, text_of
 
-SHOTS = Path(__file__).parents[1] / "build" / "screenshots"
+SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 expect.set_options(timeout=PATIENCE)
 
 # Gradio's own, in its thread.

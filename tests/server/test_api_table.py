@@ -10,7 +10,7 @@ from serving import running, serving_of
 import api
 from softmeet import Ensemble
 
-PAGE = Path(__file__).parents[1] / "docs" / "guides" / "clients.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "clients.md"
 
 
 @pytest.mark.filterwarnings("ignore")

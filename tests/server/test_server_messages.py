@@ -35,7 +35,7 @@ def refused(url, path, status=400, **fields):
 
 
 def test_the_guides_first_request_works_as_printed(url, capsys):
-    page = (Path(__file__).parents[1] / "docs" / "guides" / "serve.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "serve.md").read_text()
     code = re.search(r"```py\n(.*?)```", page, re.DOTALL)[1]
     assert "http://127.0.0.1:8000" in code
     exec(compile(code.replace("http://127.0.0.1:8000", url), "serve.md", "exec"), {})

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "fit.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "fit.ipynb"
 
 
 def shown(code, namespace):

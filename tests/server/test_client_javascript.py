@@ -24,7 +24,7 @@ PACKAGE = "openai@7"
 needs_npm = pytest.mark.skipif(
     shutil.which("npm") is None and "REQUIRE_NPM" not in os.environ, reason="there is no npm: apt-get install npm"
 )
-GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "clients.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "clients.md"
 PAGE = """<!doctype html><body></body>
 <script type="importmap">{"imports": {"openai": "/node_modules/openai/index.mjs"}}</script>
 <script type="module" src="/page.mjs"></script>"""

@@ -14,7 +14,7 @@ from packaging.version import Version
 import softmeet
 from softmeet import Ensemble
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECTIONS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
 # The configuration of an ensemble that 0.1.0 saved, with a rule's option that it kept of every rule.
 OF_0_1 = {

@@ -6,7 +6,7 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
-FILES = sorted((Path(__file__).parents[1] / "src" / "softmeet").rglob("*.py"))
+FILES = sorted((Path(__file__).parents[2] / "src" / "softmeet").rglob("*.py"))
 
 
 def test_no_class_name_stands_twice():

@@ -20,7 +20,7 @@ from browser import PATIENCE, needs_chromium
 
 import softmeet
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 API = sorted((ROOT / "docs" / "reference" / "api").glob("*.md"))
 SHOTS = ROOT / "build" / "screenshots"
 SHOWN = ["index", "guides/choosing-a-rule", "theory/worked-example", "reference/api/rules", "reference/performance"]

@@ -18,7 +18,7 @@ import softmeet.ensemble
 from softmeet import Ensemble
 from softmeet.server.security import Protection
 
-PAGE = Path(__file__).parents[1] / "docs" / "guides" / "clients.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "clients.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

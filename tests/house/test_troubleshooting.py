@@ -10,7 +10,7 @@ import pytest
 
 from softmeet import Status
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
 # The first cell of a table's line, if it begins with code: a message, in which an ellipsis stands for what differs.
 QUOTED = re.compile(r"^\| (`+)(.+?)\1(?: \(\d+\)| with| followed|,|) ", re.MULTILINE)
