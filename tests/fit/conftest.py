@@ -1,4 +1,4 @@
-"""Fixtures of the evaluations' tests."""
+"""Fixtures of the fits."""
 
 from __future__ import annotations
 
