@@ -53,11 +53,8 @@ def pytest_runtest_protocol(item):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _rules_everywhere(tmp_path_factory):
-    """New ensembles have no gate, so that their rules answer every token; tests of the default one say so."""
-    import softmeet.ensemble
-
-    softmeet.ensemble.DEFAULT_GATE = None
+def _cache(tmp_path_factory):
+    """What is measured once, such as a gate's factor, is kept for the session alone."""
     os.environ["SOFTMEET_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

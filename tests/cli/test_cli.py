@@ -22,11 +22,8 @@ def test_a_prompt_streams_and_is_summed_up(members):
     assert done.stdout.endswith("\n")
     assert "rule: meet" in done.stderr
     assert "head passes a token" in done.stderr
-    plain = ("--gate", "none", "--seed", 1, "--max-new-tokens", 6)
-    again = process("generate", "-", *members, *plain, stdin="hello\n")
-    assert again.returncode == 0
-    assert again.stdout == done.stdout
-    assert again.stderr == ""
+    again = run("generate", "-", *members, "--seed", 1, "--max-new-tokens", 6, stdin="hello\n")
+    assert (again.returncode, again.stdout, again.stderr) == (0, done.stdout, "")
 
 
 def test_json_from_several_prompts_and_a_file(members, tmp_path):
@@ -136,12 +133,17 @@ def test_stdin_that_is_no_text_is_named(words, monkeypatch):
 
 
 def test_texts_are_utf8_in_any_locale(members):
-    """In one that decodes ASCII alone, the words of the command line come with surrogates in place of other bytes."""
+    """In one that decodes ASCII alone, the words of the command line come with surrogates in place of other bytes.
+
+    What is written is what this process writes.
+    """
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    words = ("generate", "-", "é→", *members, "--max-new-tokens", 2, "--seed", 1, "--json")
-    done = process(*words, stdin="ü", **plain)
-    assert done.returncode == 0, done.stderr
-    assert [c["prompt"] for c in json.loads(done.stdout)["completions"]] == ["ü", "é→"]
+    words = ("generate", "-", "é→", *members, "--gate", "none", "--max-new-tokens", 6, "--seed", 1, "--json")
+    done = process(*words, stdin="ü\n", **plain)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)["completions"]
+    assert [c["prompt"] for c in found] == ["ü", "é→"]
+    assert found == json.loads(run(*words, stdin="ü\n").stdout)["completions"]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["config", "evaluate"], ["generate", "a"], ["generate", ""]])

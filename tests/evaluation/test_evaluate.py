@@ -72,9 +72,8 @@ def test_rules_are_those_of_combine(ensemble):
         RuleChoice("cool", {"rule": "prob-mean", "weights": [0.25, 0.75], "rule_temperature": 0.5}),
     ]
     found = evaluate(ensemble, positions, choices)
-    log_probs, meet = ensemble.model.combiner.solve_rows(
-        positions.hidden, ensemble.model.settings.changed(rule="meet", trust=[0.5, 2.0])
-    )
+    settings = ensemble.model.settings.changed(rule="meet", trust=[0.5, 2.0]).ungated()
+    log_probs, meet = ensemble.model.combiner.solve_rows(positions.hidden, settings)
     target = positions.targets[:, None]
     assert torch.allclose(found.choices["meet"].nats, -meet.log_probs.gather(-1, target)[:, 0].double(), atol=1e-6)
     mean = (0.25 * log_probs[0].exp() + 0.75 * log_probs[1].exp()) ** 2

@@ -139,7 +139,7 @@ def test_requests_say_their_gate_and_hear_what_it_did():
         for token in tokens:
             assert (token["member_log_probs"][1] is None) == token["gated"]
         stream = client.completions.create(
-            **options, stream=True, extra_body={"softmeet": {"gate": "disagreement:0.5"}}
+            **options, stream=True, logit_bias={"0": -100}, extra_body={"softmeet": {"gate": "disagreement:0.5"}}
         )
         chunks = list(stream)
         last = next(chunk.choices[0].softmeet for chunk in chunks if chunk.choices[0].finish_reason)

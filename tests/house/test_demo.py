@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from commands import run
 from rich.console import Console
 from serving import tiny_ensemble
 
@@ -63,11 +65,12 @@ def test_it_scores_continues_and_ends_in_plain_text(printed, commands):
 
 
 @pytest.mark.slow
-def test_the_printed_commands_work(folder, commands):
+def test_the_printed_commands_work(folder, commands, monkeypatch):
+    """In this process; the program that they name is run by the next test."""
+    monkeypatch.chdir(folder)
+    assert len({command.split()[0] for command in commands.values()}) == 1
     for name in ("inspect", "evaluate"):
-        done = subprocess.run(
-            commands[name], shell=True, cwd=folder, capture_output=True, text=True, check=False, timeout=900
-        )
+        done = run(*shlex.split(commands[name])[1:])
         assert done.returncode == 0, done.stderr
     assert "<html" in (folder / "build/demo/page.html").read_text(encoding="utf-8")
     assert "2,560 tokens of 10 documents; intervals by 10 documents" in done.stdout

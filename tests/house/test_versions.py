@@ -66,7 +66,6 @@ def test_old_forms_end_with_the_next_version_at_the_earliest():
 
 
 def test_an_ensemble_that_0_1_saved_loads_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.DEFAULT_GATE", "auto")  # as outside of tests
     (tmp_path / "config.json").write_text(json.dumps(OF_0_1))
     settings = Ensemble.from_pretrained(tmp_path).model.settings
     assert (str(settings.rule), settings.tol, settings.gate) == ("meet", 1e-4, None)

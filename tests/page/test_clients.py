@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from serving import running, serving_of
 
-import softmeet.ensemble
 from softmeet import Ensemble
 from softmeet.server.security import Protection
 
@@ -45,7 +44,6 @@ def addresses(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("LLM_USER_PATH", str(folder))
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        patch.setattr(softmeet.ensemble, "DEFAULT_GATE", "auto")  # as for a user
         plain = Ensemble.from_pretrained()
         chat = Ensemble.from_pretrained(["narrow/opt-a", "narrow/opt-c"], "logit-mean")
         protected = Protection(keys=("sesame",), hosts=("127.0.0.1", "localhost"))

@@ -31,7 +31,7 @@ def unlike(tmp_path_factory):
 
 @pytest.fixture
 def model(alike):
-    found = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64").model
+    found = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64", gate="none").model
     found.generation_config.eos_token_id = None
     return found
 
@@ -53,20 +53,21 @@ def lengths(model, monkeypatch):
 
 
 CASES = [("logit-mean", count, speculate) for count in (2, 3) for speculate in (1, 4, "auto")]
-for name in ("prob-mean", "power-mean", "meet", "min-underestimation"):
+for name in ("prob-mean", "power-mean", "meet"):
     CASES += [(name, 2, 4), (name, 3, "auto")]
+CASES.append(("min-underestimation", 2, 4))
 
 
 @pytest.mark.parametrize(("rule", "count", "speculate"), CASES)
 def test_tokens_are_those_of_generate(serve, alike, unlike, rule, count, speculate):
     for names in (alike, unlike):
-        model = Ensemble.from_pretrained(names[:count], rule, dtype="float64").model
+        model = Ensemble.from_pretrained(names[:count], rule, dtype="float64", gate="none").model
         model.generation_config.eos_token_id = None
         engine = serve(model, speculate=speculate, one_member=True)
         for seed, options in enumerate(({}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3})):
-            one, listener = sequence(model, prompt(3, 9), seed=seed, max_tokens=25, sampling=options)
+            one, listener = sequence(model, prompt(3, 9), seed=seed, max_tokens=15, sampling=options)
             engine.submit([one])
-            expected = generated(model, one.prompt, seed=seed, max_tokens=25, speculate=0, **options)
+            expected = generated(model, one.prompt, seed=seed, max_tokens=15, speculate=0, **options)
             assert listener.tokens() == expected
 
 
@@ -225,7 +226,7 @@ def test_gated_tokens_are_those_that_were_given(serve, unlike):
 
 
 def test_what_cannot_be_drafted_runs_as_in_a_batch(serve, alike):
-    twice = Ensemble.from_pretrained([alike[0], alike[0]], "logit-mean", dtype="float64").model
+    twice = Ensemble.from_pretrained([alike[0], alike[0]], "logit-mean", dtype="float64", gate="none").model
     unsure = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64", gate="unsure:0.5").model
     for model in (twice, unsure):
         model.generation_config.eos_token_id = None
@@ -292,7 +293,7 @@ def test_one_member_a_token_follows_the_mean_whoever_comes(serve):
     counts = []
     for one_member in (False, True):
         engine, found = serve(far, one_member=one_member), Counter()
-        for k in range(400):
+        for k in range(250):
             one, listener = drawn_plainly(far, (5, 9), seed=k, max_tokens=5)
             other, beside = drawn_plainly(far, (5, 9), seed=5000 + k, max_tokens=2)
             engine.submit([one])

@@ -293,8 +293,9 @@ def test_company_changes_a_row_by_rounding_alone(narrow, rule):
                 batch.join(row, k)
             row.tokens.append(50)
         hidden = [batch.step() for batch in batches]
+        settings = narrow.model.settings.changed(rule=rule).ungated()
         with torch.inference_mode():
-            return narrow.model.combiner.solve_rows(hidden, narrow.model.settings.changed(rule=rule))[1].log_probs
+            return narrow.model.combiner.solve_rows(hidden, settings)[1].log_probs
 
     together = after([2 + k % 5 for k in range(24)])[:5]
     alone = torch.cat([after([2 + k]) for k in range(5)])
