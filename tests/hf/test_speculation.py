@@ -68,14 +68,14 @@ RULES = ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"]
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("count", [2, 3])
 def test_tokens_are_those_of_plain_decoding(names, rule, count):
-    many = (1, 2, 5, "auto") if rule in RULES[:4] else (3,)
+    drafts = {1: (1, 5, "auto"), 2: ("auto",), 3: (2, "auto")} if rule in RULES[:4] else {1: (3,), 3: (3,)}
     for kind in ("far", "near"):
         model = ensemble(names, kind, count, rule).model
-        for rows in (1, 2, 3):
+        for rows, many in drafts.items():
             for sample in (False, True):
-                plain = made(model, 0, rows, sample=sample, count=14)
-                for speculate in many if rows != 2 else ("auto",):
-                    assert made(model, speculate, rows, sample=sample, count=14).equal(plain)
+                plain = made(model, 0, rows, sample=sample, count=10)
+                for speculate in many:
+                    assert made(model, speculate, rows, sample=sample, count=10).equal(plain)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_recorder_counts_the_positions_of_the_text_alone(names):
 
 @pytest.mark.parametrize("rule", RULES[:3])
 def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names, rule):
-    model, rows = ensemble(names, rule=rule).model, 20_000
+    model, rows = ensemble(names, rule=rule).model, 10_000
     torch.manual_seed(3)
     prompts = torch.tensor([[5, 9]]).expand(rows, -1)
     found = made(
@@ -273,7 +273,7 @@ def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names, rule):
             expected, kept = model(before).logits[0, -1].double().topk(4)
         drawn = found[(found[:, : before.shape[1]] == before).all(-1), before.shape[1]]
         seen = torch.stack([(drawn == token).sum() for token in kept])
-        assert seen.sum() == len(drawn) > 4_000
+        assert seen.sum() == len(drawn) > 2_000
         assert chisquare(seen, (expected.softmax(-1) * len(drawn)).numpy()).pvalue > 1e-3
 
 

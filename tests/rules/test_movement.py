@@ -190,15 +190,15 @@ def told(*arguments):
 def test_check_and_evaluate_say_how_far(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(
-        "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 3
+        "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 2
     )
     given = ["-m", "narrow/opt-a", "-m", "narrow/opt-b", "--text", text]
-    facts = json.loads(told("check", *given, "--tokens", 60, "--json"))["movement"]
-    assert facts["positions"] == 60
+    facts = json.loads(told("check", *given, "--tokens", 30, "--json"))["movement"]
+    assert facts["positions"] == 30
     assert 0 < facts["forward"]["5 %"] < facts["forward"]["median"] < facts["forward"]["95 %"]
     assert facts["forward"]["mean"] < facts["free"]["mean"]
     assert facts["says"].startswith(f"meet moves the average by {facts['forward']['mean']:.4f} nats a token")
-    assert facts["says"] in " ".join(told("check", *given, "--tokens", 60).split())
+    assert facts["says"] in " ".join(told("check", *given, "--tokens", 30).split())
     told("evaluate", *given, "--rule", "meet:trust=0.3", "--rule", "meet:trust=0", "--json", tmp_path / "found.json")
     rules = json.loads((tmp_path / "found.json").read_text())["rules"]
     assert rules["meet:trust=0.3"]["movement"]["total_variation"]["mean"] > 0.005

@@ -73,8 +73,9 @@ def fall(solution, own, heads, k, trust):
 
 def check(rule, name, solution):
     """Every row: a distribution; solved as a second look says, or unfinished and not worse than the pool."""
-    log_p, heads, options, _ = instance(name)
-    again = solution.verify(heads, log_p, logits=options.get("logits"))
+    log_p, heads, options, systems = instance(name)
+    if set(map(Status, solution.status.tolist())) - UNFINISHED:
+        again = solution.verify(heads, log_p, logits=options.get("logits"))
     assert not solution.log_probs.isnan().any()
     assert torch.allclose(solution.log_probs.logsumexp(-1), torch.zeros(()).double(), atol=1e-9)
     pool = softmeet.combine(log_p, heads, "logit-mean")
@@ -88,8 +89,9 @@ def check(rule, name, solution):
         if rule == "meet" or solution.fallback[k]:
             assert fall(solution, own, given, k, solution.problem.relaxed().trust[0]) <= 1e-9
             continue
-        system = constraints(log_p[:, k], heads, options)
-        mine, its = (key(rule, each[k].exp().numpy(), own, *system) for each in (solution.log_probs, pool.log_probs))
+        mine, its = (
+            key(rule, each[k].exp().numpy(), own, *systems[k][:2]) for each in (solution.log_probs, pool.log_probs)
+        )
         assert mine[0] <= its[0] * (1 + 1e-9) + 1e-12
         if mine[0] >= its[0] * (1 - 1e-9):
             assert mine[1] <= its[1] + 1e-9 * max(1.0, abs(its[1]))
@@ -99,7 +101,7 @@ def check(rule, name, solution):
 @pytest.mark.parametrize("name", NAMES)
 def test_few_steps(name, rule):
     log_p, heads, options, _ = instance(name)
-    for steps in (1, 2, 3, 5):
+    for steps in (1, 3):
         solution = softmeet.combine(log_p, heads, rule, tol=1e-9, max_steps=steps, **options)
         assert Status.BUDGET not in solution.status.tolist()
         check(rule, name, solution)
@@ -120,7 +122,7 @@ def over_at(k):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_time_is_over(name, rule):
     log_p, heads, options, _ = instance(name)
-    for k in (1, 2, 3, 5, 9, 17):
+    for k in (2, 5, 17):  # at once: in the next test
         over, asked = over_at(k)
         with softmeet.time_limit(over):
             solution = softmeet.combine(log_p, heads, rule, tol=1e-9, **options)
@@ -186,7 +188,7 @@ def test_meet_at_high_trust(name, trust):
 
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("trust", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("trust", [1.0, 1e6])
 def test_no_step_of_meet_raises_f(trust, dtype, dense, monkeypatch):
     if dense:
         for name in ("HESSIAN", "HESSIAN_WHERE_FINE", "HESSIAN_AS_RESCUE"):
@@ -194,7 +196,7 @@ def test_no_step_of_meet_raises_f(trust, dtype, dense, monkeypatch):
     for name in ("generic", "peaked", "near_one_hot", "sharp"):
         log_p, heads = INSTANCES[name]()
         before = torch.zeros(log_p.shape[1], dtype=torch.float64)
-        for steps in range(1, 9):
+        for steps in range(1, 7):
             # What is answered may be the pool; the objective is -f at the solver's own point.
             now = softmeet.combine(log_p.to(dtype), heads, f"meet:budget={steps}", trust=trust, tol=1e-4).objective
             rounding = (1e-6 if dtype == torch.float32 else 1e-12) * (1 + before.abs())

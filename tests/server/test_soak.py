@@ -12,7 +12,7 @@ from soak import Answer, Soak, soaked
 
 @pytest.mark.slow
 def test_seconds_of_the_soak_find_nothing_wrong():
-    soak = asyncio.run(soaked(12, clients=4, kill_every=6, seed=1, reproducible=False, arguments=[]))
+    soak = asyncio.run(soaked(8, clients=4, kill_every=4, seed=1, reproducible=False, arguments=[]))
     found = soak.outcomes()
     assert not soak.breaches, soak.breaches
     assert soak.sites[1].kills >= 1
