@@ -21,23 +21,20 @@ settings.register_profile(
 settings.load_profile("suite")
 torch.set_num_threads(1)
 gc.disable()  # until everything is imported
-# Checks of shapes and types take more than half of the time of what they check: they are on where each part is tested
-# by itself, and off where all of them work together.
-_PARTS = {
-    "test_bands", "test_certificate", "test_checkpoint", "test_combine", "test_evaluate", "test_exact_options",
-    "test_exact_rules", "test_heads", "test_hostile", "test_implicit", "test_interior", "test_laws", "test_meet",
-    "test_members", "test_power_mean", "test_report", "test_simplex", "test_dense", "test_trace", "test_vertex",
-}  # fmt: skip
 _checked = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(items):
-    """Have shapes and types checked in the first case of every test of a part."""
+    """Have shapes and types checked in the first case of every test of a module that is marked ``checked``.
+
+    The checks take more than half of the time of what they check: they are on where each part is tested by itself, and
+    off where all of them work together.
+    """
     seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]
-        part = item.path.stem in _PARTS and not item.get_closest_marker("unchecked")
-        item.stash[_checked] = part and test not in seen
+        asked = item.get_closest_marker("checked") and not item.get_closest_marker("unchecked")
+        item.stash[_checked] = bool(asked) and test not in seen
         seen.add(test)
 
 

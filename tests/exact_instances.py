@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from exact_oracles import constraints, is_feasible, stacked
 from instances import INSTANCES, Instance, best_outputs, outputs, random_heads, zipf
 
 from softmeet.heads import SoftmaxHead
@@ -171,3 +174,44 @@ CASES: dict[str, Case] = {
     "v = 1024, biased": Case(large_biased, True, constant=False),
     "v = 1024, infeasible": Case(large_infeasible, False),
 }
+
+
+@functools.cache
+def instance(name):
+    """(log_probs, heads, options, per row (matrices, targets, G, g, feasible))."""
+    case = CASES[name]
+    log_p, heads = case.build()
+    options = dict(case.options)
+    if any(getattr(head, "soft_cap", None) for head in heads):
+        options["logits"] = LOGITS[name](log_p, heads)
+    rows = []
+    for k in range(log_p.shape[1]):
+        own = {**options, "logits": options["logits"][:, k]} if "logits" in options else options
+        matrices, targets = constraints(log_p[:, k], heads, own)
+        G, g = stacked(matrices, targets)
+        rows.append((matrices, targets, G, g, is_feasible(G, g)))
+    return log_p, heads, options, rows
+
+
+def capped_logits(log_p, heads):
+    """The logits behind log-probabilities: the constant for which the uncapped ones are a combination of columns."""
+    found = []
+    for own, head in zip(log_p, heads, strict=True):
+        rows = []
+        for lp in own:
+
+            def misfit(c, lp=lp, head=head):
+                raw = head.soft_cap * np.arctanh(np.clip((lp.numpy() + c) / head.soft_cap, -1 + 1e-15, 1 - 1e-15))
+                W = head.weight.numpy()
+                return np.square(raw - W @ np.linalg.lstsq(W, raw, rcond=None)[0]).sum()
+
+            from scipy.optimize import minimize_scalar
+
+            low, high = -head.soft_cap - lp.min().item(), head.soft_cap - lp.max().item()
+            best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-13})
+            rows.append(lp + best.x)
+        found.append(torch.stack(rows))
+    return torch.stack(found)
+
+
+LOGITS = {"soft-capped": capped_logits}

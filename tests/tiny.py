@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from string import ascii_letters
@@ -67,6 +68,38 @@ def save(folder: Path, name: str, seed: int = 0, words: int = V) -> Path:
     """A folder that loads as a member."""
     build(name, seed).save_pretrained(folder)
     tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+def save_near(folder, count, noise=0.02):
+    """Folders of one tiny model and of copies with noise, whose drafts are mostly right."""
+    names = [save(folder / "0", "gpt2", seed=0)]
+    for k in range(1, count):
+        model = tf.AutoModelForCausalLM.from_pretrained(names[0])
+        generator = torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for own in model.parameters():
+                own.add_(torch.randn(own.shape, generator=generator) * noise * own.std().nan_to_num(0.0))
+        names.append(str(folder / str(k)))
+        model.save_pretrained(names[-1])
+        tf.AutoTokenizer.from_pretrained(names[0]).save_pretrained(names[-1])
+    return names
+
+
+def save_lora(folder, base, seed):
+    """Write an adapter of random weights for the model in a folder."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(
+            tf.AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        )
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(folder)
     return folder
 
 

@@ -1,7 +1,7 @@
 """Write docs/reference/architectures.md from the list of what is tested: python tools/update_architectures.py.
 
-tests/members/test_architectures.py runs one test for each cell of the columns that this list fills: it passes where nothing
-stands in ``refused``, and is refused with the words that stand there where something does.
+tests/models/test_architectures.py runs one test for each cell of the columns that this list fills: it passes where
+nothing stands in ``refused``, and is refused with the words that stand there where something does.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 import yaml
+from commands import run
 from instances import best_outputs, random_heads, zipf
-from test_cli import members, run  # noqa: F401 - a fixture
 
 import softmeet
 from softmeet import Ensemble
@@ -86,7 +86,7 @@ def test_premise_scores_of_the_narrow_family(narrow):
         premise_scores(narrow, "")
 
 
-def test_check_in_json_and_on_the_terminal(members, tmp_path):  # noqa: F811
+def test_check_in_json_and_on_the_terminal(members, tmp_path):
     (tmp_path / "text.txt").write_text("some words, and more of them")
     done = run("check", *members, "--json", "--text", tmp_path / "*.txt")
     assert done.returncode == 0, done.stderr
@@ -104,7 +104,7 @@ def test_check_in_json_and_on_the_terminal(members, tmp_path):  # noqa: F811
     assert shown.stdout.strip().endswith("softmeet advise.")
 
 
-def test_a_configuration_file_gives_any_flag(members, tmp_path):  # noqa: F811
+def test_a_configuration_file_gives_any_flag(members, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(
         yaml.safe_dump(

@@ -12,8 +12,8 @@ import time
 import pytest
 import tiny
 import yaml
+from commands import run
 from rich.console import Console
-from test_cli import run
 from typer.main import get_command
 
 from softmeet import Ensemble, Status

@@ -21,6 +21,8 @@ from softmeet.members.heads import final_norm, head_of
 from softmeet.norms import FinalNorm
 from softmeet.simplex import entropy, kl, total_variation
 
+pytestmark = pytest.mark.checked
+
 PROGRAMS = ["min-cross-entropy", "min-squared-cross-entropy"]
 EXACT = ["max-entropy", "least-squares", *PROGRAMS, "min-underestimation", "min-reverse-cross-entropy"]
 OPTIONS = {"tol": 1e-8, "max_steps": 200}

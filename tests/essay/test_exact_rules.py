@@ -8,15 +8,13 @@ import functools
 import numpy as np
 import pytest
 import torch
-from exact_instances import CASES, biased_outputs
+from exact_instances import CASES, biased_outputs, instance
 from exact_oracles import (
     constraints,
-    is_feasible,
     linear,
     reverse_cross_entropy,
     squared_cross_entropies,
     squared_distance,
-    stacked,
     underestimation,
     whitened,
     with_slack,
@@ -30,51 +28,12 @@ from softmeet.evaluation.held_out import held_out_books
 from softmeet.evaluation.positions import observe_text
 from softmeet.simplex import prob_mean, total_variation
 
+pytestmark = pytest.mark.checked
+
 TOL = 1e-7
 CLOSE = 1e-6
 EXACT = ["max-entropy", "min-cross-entropy", "min-squared-cross-entropy", "min-underestimation",
          "min-reverse-cross-entropy"]  # fmt: skip
-
-
-@functools.cache
-def instance(name):
-    """(log_probs, heads, options, per row (matrices, targets, G, g, feasible))."""
-    case = CASES[name]
-    log_p, heads = case.build()
-    options = dict(case.options)
-    if any(getattr(head, "soft_cap", None) for head in heads):
-        options["logits"] = LOGITS[name](log_p, heads)
-    rows = []
-    for k in range(log_p.shape[1]):
-        own = {**options, "logits": options["logits"][:, k]} if "logits" in options else options
-        matrices, targets = constraints(log_p[:, k], heads, own)
-        G, g = stacked(matrices, targets)
-        rows.append((matrices, targets, G, g, is_feasible(G, g)))
-    return log_p, heads, options, rows
-
-
-def capped_logits(log_p, heads):
-    """The logits behind log-probabilities: the constant for which the uncapped ones are a combination of columns."""
-    found = []
-    for own, head in zip(log_p, heads, strict=True):
-        rows = []
-        for lp in own:
-
-            def misfit(c, lp=lp, head=head):
-                raw = head.soft_cap * np.arctanh(np.clip((lp.numpy() + c) / head.soft_cap, -1 + 1e-15, 1 - 1e-15))
-                W = head.weight.numpy()
-                return np.square(raw - W @ np.linalg.lstsq(W, raw, rcond=None)[0]).sum()
-
-            from scipy.optimize import minimize_scalar
-
-            low, high = -head.soft_cap - lp.min().item(), head.soft_cap - lp.max().item()
-            best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-13})
-            rows.append(lp + best.x)
-        found.append(torch.stack(rows))
-    return torch.stack(found)
-
-
-LOGITS = {"soft-capped": capped_logits}
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from softmeet.essay import matrices
 from softmeet.essay.interior import Program, interior_point
 from softmeet.essay.matrices import dense_matrix
 
+pytestmark = pytest.mark.checked
+
 
 def linear(N, m, sharpness, seed):
     """A random cost over the distributions with the moments of a peaked one: the more so, the worse conditioned."""

@@ -6,6 +6,8 @@ import torch
 from softmeet.essay.matrices import dense_matrix
 from softmeet.essay.vertex import vertex
 
+pytestmark = pytest.mark.checked
+
 
 @pytest.mark.parametrize(("N", "m", "rank"), [(300, 20, 20), (50, 20, 12), (7, 20, 7), (40, 1, 1)])
 def test_vertices(N, m, rank):

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_cli import run
+from commands import run
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -28,6 +28,8 @@ from softmeet.evaluation.report import calibration, gain_by_disagreement, summar
 from softmeet.evaluation.scores import Scores
 from softmeet.evaluation.study.report import LinePlot
 from softmeet.members.weighting import perplexity_weights
+
+pytestmark = pytest.mark.checked
 
 WORDS = "the quick brown fox jumps over the lazy dog. "
 

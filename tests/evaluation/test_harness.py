@@ -205,7 +205,6 @@ def test_over_bytes_a_continuation_ends_at_a_stop_string(over_bytes):
 
 
 @pytest.mark.slow
-@pytest.mark.unchecked
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["tokens", "bytes"])
 def test_the_one_liner(ensemble, over_bytes, kind, tasks, samples, tmp_path, monkeypatch):

@@ -157,7 +157,6 @@ def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.unchecked
 def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path, monkeypatch):
     small = {"positions": 12, "meet": 6, "exact": 2, "slow": 2, "rows": 3, "tokens": 2, "premise": 6}
     monkeypatch.setattr(on_text, "SMOKE", replace(on_text.SMOKE, **small))

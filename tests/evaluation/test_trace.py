@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from test_cli import run
+from commands import run
 from transformers import AutoTokenizer
 
 from softmeet import Ensemble
@@ -25,6 +25,8 @@ from softmeet.evaluation.documents import Document, read_documents
 from softmeet.evaluation.positions import cut, observe_text, tokenize, windows
 from softmeet.evaluation.trace import Trace, record
 from softmeet.members import zoo
+
+pytestmark = pytest.mark.checked
 
 WORDS = "the quick brown fox jumps over the lazy dog. "
 DOCUMENTS = [Document("a", WORDS * 5), Document("b", WORDS * 3), Document("c", "x"), Document("d", WORDS)]

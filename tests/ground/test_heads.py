@@ -9,6 +9,8 @@ from softmeet.solvers import linalg, oracle
 from softmeet.solvers.oracle import moments
 from softmeet.solvers.projection import Point, Projection
 
+pytestmark = pytest.mark.checked
+
 
 def head(v=60, d=5, dtype=torch.float32, **kwargs):
     return SoftmaxHead(torch.randn(v, d, generator=torch.Generator().manual_seed(0)).to(dtype), **kwargs)

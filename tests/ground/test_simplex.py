@@ -5,6 +5,8 @@ import torch
 
 from softmeet.simplex import entropy, kl, log_normalize, logit_mean, prob_mean, total_variation
 
+pytestmark = pytest.mark.checked
+
 P = torch.tensor([[0.5, 0.25, 0.25, 0.0]], dtype=torch.float64).log()
 Q = torch.tensor([[0.25, 0.25, 0.25, 0.25]], dtype=torch.float64).log()
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from byte_members import save, save_two
 from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
-from test_byte_ensemble import save
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -26,8 +26,7 @@ OTHER = "{% for m in messages %}{{ m.content }}\n{% endfor %}the "
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two members over bytes, each with a template of its own."""
-    folder = tmp_path_factory.mktemp("chat")
-    found = [save(folder / kind, kind, seed) for seed, kind in enumerate(("gpt2", "llama"))]
+    found = save_two(tmp_path_factory.mktemp("chat"))
     for where, template in zip(found, (TEMPLATE, OTHER), strict=True):
         tokenizer = AutoTokenizer.from_pretrained(where)
         tokenizer.chat_template = template

@@ -17,6 +17,8 @@ from softmeet import Ensemble, _auto
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 
+pytestmark = pytest.mark.checked
+
 
 @pytest.fixture
 def ours(tmp_path):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import tiny
 import torch
+from ensembles import Asking
 from transformers import DynamicCache, GenerationConfig
 
-from softmeet import Ensemble, Rule, Status, time_is_over, time_limit
+from softmeet import Ensemble, time_is_over, time_limit
 from softmeet.errors import InvalidInputError, NonFiniteError, VocabularyMismatchError
 from softmeet.hf import EnsembleCache, EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.hf.sampling import RowSampler
-from softmeet.rules.answer import closed_form
 from softmeet.simplex import total_variation
 
 MEMBERS = ("gpt2", "llama", "opt projected")
@@ -295,18 +293,6 @@ def test_a_stream_keeps_the_callers_limit_of_time(folders):
     with time_limit(0):
         "".join(ours.stream("ab", max_new_tokens=3, recorder=recorder))
     assert recorder.statuses == {"BUDGET": 3}
-
-
-class Asking(Rule):
-    """The average; its rows are out of time where the time for a token is over."""
-
-    name = "test-asking"
-    summary = "for tests"
-
-    def solve(self, problem):
-        answer = closed_form(problem, problem.log_pool)
-        late = int(Status.BUDGET if time_is_over() else Status.OPTIMAL)
-        return replace(answer, status=torch.full_like(answer.status, late))
 
 
 def test_a_token_takes_no_longer_than_it_may(folders):

@@ -5,21 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from ensembles import GREEDY, MEMBERS, PROMPTS, build
 from transformers import GenerationConfig, TextStreamer, pipeline
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, TokenReports
+from softmeet.hf import TokenReports
 
-MEMBERS = ("gpt2", "llama", "opt projected")
 RULES = ("meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot")
-PROMPTS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def build(rule="meet", dtypes=(torch.float64,) * 3):
-    models = [tiny.build(name, seed).to(dtype) for (seed, name), dtype in zip(enumerate(MEMBERS), dtypes, strict=True)]
-    return EnsembleForCausalLM(EnsembleConfig(members=list(MEMBERS), rule=rule, trust=1.0, tol=1e-10), models).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +30,6 @@ def test_prompt_lookup_equals_greedy(rule):
 
 
 @pytest.mark.parametrize(("family", "rule"), [("narrow", rule) for rule in RULES] + [("wide", "meet")])
-@pytest.mark.unchecked
 def test_the_bundled_members_too(family, rule, tmp_path):
     """Cached equals uncached, batched equals single, prompt lookup equals greedy, loaded equals saved."""
     ours = Ensemble.from_pretrained(family, rule, trust=1.0, tol=1e-8, dtype=torch.float64)

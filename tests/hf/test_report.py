@@ -9,9 +9,11 @@ from dataclasses import asdict
 import pytest
 import tiny
 import torch
-from test_cli import members, run  # noqa: F401 - a fixture
+from commands import run
 
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, TokenReports
+
+pytestmark = pytest.mark.checked
 
 MEMBERS = ("gpt2", "llama")
 
@@ -65,7 +67,13 @@ def test_beam_reports_add_up_to_the_beams_scores(model):
         assert sum(report.log_prob for report in rows) == pytest.approx(score, abs=1e-4)
 
 
-def test_inspect_in_json_and_on_the_terminal(members):  # noqa: F811
+@pytest.fixture(scope="module")
+def members(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [x for name in MEMBERS for x in ("-m", tiny.save(folder / name, name))]
+
+
+def test_inspect_in_json_and_on_the_terminal(members):
     done = run("inspect", "hello", *members, "--json", "--top", 3)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
@@ -77,7 +85,7 @@ def test_inspect_in_json_and_on_the_terminal(members):  # noqa: F811
     assert "nats a token" in shown
 
 
-def test_inspect_as_one_page(members, tmp_path):  # noqa: F811
+def test_inspect_as_one_page(members, tmp_path):
     done = run("inspect", "a<q>&c", *members, "--html", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text()
@@ -87,7 +95,7 @@ def test_inspect_as_one_page(members, tmp_path):  # noqa: F811
     assert not [word for word in ("http", "src=", "<script", "@import") if word in page]
 
 
-def test_inspect_needs_two_tokens(members):  # noqa: F811
+def test_inspect_needs_two_tokens(members):
     done = run("inspect", "h", *members)
     assert done.returncode == 2
     assert done.stderr.startswith("error: expected a text of at least two tokens")

@@ -25,27 +25,12 @@ IDS = torch.tensor([[5, 9, 11, 3], [0, 0, 7, 2], [0, 4, 4, 1]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
 
 
-def near(folder, count, noise=0.02):
-    """Folders of one tiny model and of copies with noise, whose drafts are mostly right."""
-    names = [tiny.save(folder / "0", "gpt2", seed=0)]
-    for k in range(1, count):
-        model = tf.AutoModelForCausalLM.from_pretrained(names[0])
-        generator = torch.Generator().manual_seed(k)
-        with torch.no_grad():
-            for own in model.parameters():
-                own.add_(torch.randn(own.shape, generator=generator) * noise * own.std().nan_to_num(0.0))
-        names.append(str(folder / str(k)))
-        model.save_pretrained(names[-1])
-        tf.AutoTokenizer.from_pretrained(names[0]).save_pretrained(names[-1])
-    return names
-
-
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     folder = tmp_path_factory.mktemp("members")
     return {
-        "near": near(folder / "near", 3),
-        "same": near(folder / "same", 2, noise=0.0),
+        "near": tiny.save_near(folder / "near", 3),
+        "same": tiny.save_near(folder / "same", 2, noise=0.0),
         "far": [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama", "neox"))],
     }
 

@@ -1,36 +1,15 @@
 """Structured output: what a text has to be, over tokens and over bytes, by every rule."""
 
-import json
 import re
 
-import jsonschema
 import lark
 import pytest
+from structures import CLOCK, SCHEMA, SUMS, WORDS, is_json
 
 import softmeet
 from softmeet import Ensemble, Structure
 from softmeet.errors import InvalidInputError
 from softmeet.hf.masking import Mask
-
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "kind": {"enum": ["king", "queen"]},
-    },
-    "required": ["name", "age", "kind"],
-    "additionalProperties": False,
-}
-CLOCK = r"(\d{1,2}:[0-5]\d|noon|é{2,4})"
-WORDS = ["yea", "nay, my lord", "日本 é"]
-SUMS = 'start: product ("+" product)*\nproduct: NUMBER | "(" start ")"\nNUMBER: /[0-9]{1,3}/'
-
-
-def is_json(text):
-    jsonschema.validate(json.loads(text), SCHEMA)
-    return True
-
 
 # (a structure, an oracle from outside which says whether a text is one)
 CASES = {

@@ -17,7 +17,6 @@ SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)(#[^)]*)?\)")
 
 
-@pytest.mark.unchecked
 @pytest.mark.parametrize("page", [p for p in PAGES if SNIPPET.search(p.read_text())], ids=lambda p: p.name)
 def test_snippets_run(page, tmp_path, monkeypatch):
     from softmeet.rules import registry
@@ -66,7 +65,7 @@ def test_files_that_a_page_names_exist(page):
         for folder in ("src", "zoo", "tests", "tools", "benchmarks", "examples")
         for file in (ROOT / folder).rglob("*.py")
     ]
-    roots = (ROOT, PACKAGE, ROOT / "tests")
+    roots = (ROOT, PACKAGE, ROOT / "tests", *(ROOT / "tests").iterdir())
     known = {str(file.relative_to(root)) for root in roots for file in files if file.is_relative_to(root)}
     folders = {line.split("`")[1] for line in page.read_text().splitlines() if line.startswith("| `") and "/`" in line}
     inside = {file.name for folder in folders for file in (PACKAGE / folder).glob("*.py")}

@@ -7,7 +7,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 from packaging.version import Version
 
@@ -66,7 +65,6 @@ def test_old_forms_end_with_the_next_version_at_the_earliest():
     assert Version(min(ends, key=Version)) > Version(softmeet.__version__)
 
 
-@pytest.mark.unchecked
 def test_an_ensemble_that_0_1_saved_loads_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("softmeet.ensemble.DEFAULT_GATE", "auto")  # as outside of tests
     (tmp_path / "config.json").write_text(json.dumps(OF_0_1))

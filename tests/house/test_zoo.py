@@ -109,7 +109,6 @@ def test_the_cards_loss_is_about_what_the_kjv_gives(narrow):
     assert card - 1.0 < torch.cat(nats).mean().item() < card + 0.3
 
 
-@pytest.mark.unchecked
 @pytest.mark.slow
 def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
     """Trust chosen on ten books; on ten others the 95 % interval by book lies below -0.005 nats a token."""
@@ -123,7 +122,6 @@ def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
     assert paired(found[choice.name].nats, found["logit-mean"].nats, within).high < -0.005
 
 
-@pytest.mark.unchecked
 def test_two_members_of_different_tokenizers_are_better_than_either():
     """Uniform logit averaging over bytes; the 95 % interval by book lies below -0.005 nats a byte."""
     ensemble = Ensemble.from_pretrained("mixed")

@@ -10,7 +10,6 @@ import torch
 import transformers as tf
 from fastapi.testclient import TestClient
 from serving import serving_of
-from test_kinds import PROMPT, TEXTS
 from tokenizers import processors
 from transformers.pytorch_utils import Conv1D
 
@@ -21,6 +20,9 @@ from softmeet.server.app import create_app
 from softmeet.server.ensembles import Served
 from softmeet.server.prompts import encoded
 from softmeet.server.schemas import CompletionRequest, Extension
+
+TEXTS = ["the quick fox", "and then it rains in spain"]
+PROMPT = "a long tale. "
 
 
 @pytest.fixture(scope="module")

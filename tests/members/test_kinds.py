@@ -11,7 +11,7 @@ import tiny
 import torch
 from byte_tokenizers import byte_level
 from fastapi.testclient import TestClient
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from serving import serving_of
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
@@ -30,21 +30,6 @@ PROMPT, QUESTION = "a long tale. ", "we ask: {prompt}, he says: "
 NEW = 6
 
 
-def lora(folder, base, seed):
-    """Write an adapter of random weights for the model in a folder."""
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-        )
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.5)
-        model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Folders: a base, another model, two adapters of the base, the base within a folder, and a prompt's file."""
@@ -53,7 +38,7 @@ def made(tmp_path_factory):
     tiny.save(folder / "other", "gpt2", seed=1)
     tiny.save(folder / "whole" / "inner", "llama", seed=0)
     for seed, name in enumerate(("lora a", "lora+b")):
-        lora(folder / name, folder / "base", seed)
+        tiny.save_lora(folder / name, folder / "base", seed)
     (folder / "tale.txt").write_text(PROMPT)
     (folder / "files").mkdir()
     words = byte_level()

@@ -11,7 +11,6 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kinds import PROMPT, lora
 from typer.testing import CliRunner
 
 from softmeet import Ensemble, Member
@@ -22,6 +21,7 @@ from softmeet.members import adapters
 from softmeet.members import huggingface as loading
 from softmeet.members.member import short, titles
 
+PROMPT = "a long tale. "
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20).filter(str.strip)
 FREE = WORDS.filter(lambda text: not text.endswith((".txt", ".md", ".jinja")))
 
@@ -105,7 +105,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("members")
     tiny.save(folder / "base", "llama", seed=0)
     tiny.save(folder / "other", "gpt2", seed=1)
-    lora(folder / "lora", folder / "base", 0)
+    tiny.save_lora(folder / "lora", folder / "base", 0)
     return folder
 
 

@@ -23,6 +23,8 @@ from softmeet.members.heads import head_of
 from softmeet.members.huggingface import dtype_of, last_hidden, load_members, load_tokenizers
 from softmeet.members.vocabulary import common_vocabulary, token_ids, token_support
 
+pytestmark = pytest.mark.checked
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", tiny.BUILDERS)

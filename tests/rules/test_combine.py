@@ -14,6 +14,8 @@ from softmeet.errors import DisjointSupportError, InvalidInputError, NonFiniteEr
 from softmeet.heads import SoftmaxHead
 from softmeet.simplex import total_variation
 
+pytestmark = pytest.mark.checked
+
 HEADS = random_heads(20, (3, 4), seed=0)
 LOG_P = outputs(HEADS, 3, seed=0)
 

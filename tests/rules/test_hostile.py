@@ -15,6 +15,8 @@ from softmeet.errors import DisjointSupportError, InvalidInputError, NonFiniteEr
 from softmeet.heads import SoftmaxHead
 from softmeet.simplex import kl, total_variation
 
+pytestmark = pytest.mark.checked
+
 HEADS = random_heads(60, (3, 5), seed=0)
 LOG_P = torch.stack(
     [(W @ torch.randn(W.shape[1], 3, generator=torch.Generator().manual_seed(1)).double() * 0.4).T for W in HEADS]

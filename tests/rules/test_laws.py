@@ -14,6 +14,8 @@ import softmeet
 from softmeet import Status
 from softmeet.simplex import kl, total_variation
 
+pytestmark = pytest.mark.checked
+
 # The first law is checked, shapes and all; the others call the same functions some hundred times each.
 unchecked = pytest.mark.unchecked
 V = 30

@@ -20,6 +20,8 @@ from softmeet.rules.meet import Meet
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers.linalg import solve_ridged
 
+pytestmark = pytest.mark.checked
+
 INF = math.inf
 TRUSTS = {
     "0.3": (0.3, 0.3, 0.3),

@@ -10,11 +10,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from exact_instances import CASES
+from exact_instances import CASES, instance
 from exact_oracles import constraints, whitened
 from instances import INSTANCES
 from scipy.special import logsumexp, xlogy
-from test_exact_rules import instance
 
 import softmeet
 import softmeet.rules.settings

@@ -22,6 +22,8 @@ from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.rules.pools import PowerMean
 from softmeet.simplex import log_power_means, logit_mean, power_mean, prob_mean
 
+pytestmark = pytest.mark.checked
+
 HEADS = random_heads(20, (3, 4, 2), seed=0)
 LOG_P = outputs(HEADS, 3, seed=0)
 WEIGHTS = [0.2, 0.5, 0.3]

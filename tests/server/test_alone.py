@@ -9,9 +9,8 @@ from inspect import signature
 import pytest
 import tiny
 import torch
+from batches import ensemble_of, generated, prompt, sequence
 from scipy.stats import chi2_contingency
-from test_engine import ensemble_of, generated, prompt, sequence
-from test_speculation import near
 
 from softmeet import Ensemble, Structure
 from softmeet.errors import InvalidInputError, NonFiniteError
@@ -21,7 +20,7 @@ from softmeet.server.sequences import Combination, Failed, Finished, Sequence, T
 
 @pytest.fixture(scope="module")
 def alike(tmp_path_factory):
-    return near(tmp_path_factory.mktemp("members"), 3)
+    return tiny.save_near(tmp_path_factory.mktemp("members"), 3)
 
 
 @pytest.fixture(scope="module")

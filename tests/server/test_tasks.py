@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_engine import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, sequence
+from batches import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, sequence
 
 from softmeet import Rule, time_is_over
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder

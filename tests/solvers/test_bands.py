@@ -17,6 +17,8 @@ from softmeet.members.bands import bands, principal_directions
 from softmeet.server.ensembles import Served
 from softmeet.server.schemas import CHANGES, Extension
 
+pytestmark = pytest.mark.checked
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):

@@ -11,6 +11,8 @@ from softmeet.solvers.leftover import moment_prices
 from softmeet.solvers.newton import bound_after
 from softmeet.solvers.projection import Point, Projection
 
+pytestmark = pytest.mark.checked
+
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1.2e-5), (torch.float64, 1e-9)])
 def test_phi_keeps_its_digits_near_zero_and_far(dtype, bound):

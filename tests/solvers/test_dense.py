@@ -19,6 +19,8 @@ from softmeet.solvers.base import iterate
 from softmeet.solvers.dense import DenseNewton
 from softmeet.solvers.projection import Projection
 
+pytestmark = pytest.mark.checked
+
 V = 1600
 
 

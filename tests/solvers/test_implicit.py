@@ -13,6 +13,8 @@ from softmeet.solvers.implicit import adjoint, iterative, projected
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
+pytestmark = pytest.mark.checked
+
 
 def instance(batch=2, v=24, widths=(3, 4), sharpness=1.5):
     heads = random_heads(v, widths, seed=7)

@@ -11,8 +11,8 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from test_byte_members import at_once, step_by_step, summed
-from test_engine import generated, prompt, sequence
+from batches import generated, prompt, sequence
+from byte_members import at_once, step_by_step, summed
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 import softmeet

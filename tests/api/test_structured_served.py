@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from serving import http, running, serving_of
-from test_structured import CLOCK, SCHEMA, SUMS, WORDS, is_json
+from structures import CLOCK, SCHEMA, SUMS, WORDS, is_json
 
 from softmeet import Ensemble, Structure
 from softmeet.errors import InvalidInputError

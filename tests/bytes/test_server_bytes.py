@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from batches import sequence
+from byte_members import save_two
 from serving import http, running, serving_of
-from test_byte_ensemble import folders  # noqa: F401 - a fixture
-from test_engine import sequence
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
@@ -28,7 +28,12 @@ PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
 
 
 @pytest.fixture(scope="module")
-def ensemble(folders):  # noqa: F811
+def folders(tmp_path_factory):
+    return save_two(tmp_path_factory.mktemp("members"))
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):
     return Ensemble.from_pretrained(folders, "prob-mean", vocabulary="bytes")
 
 

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from commands import run
+from ensembles import GREEDY, MEMBERS, PROMPTS, build
 from instances import best_outputs, random_heads, zipf
-from test_cli import run
-from test_generation import GREEDY, MEMBERS, PROMPTS, build
 
 import softmeet
 from softmeet import RULES, Ensemble, Status
@@ -437,7 +437,6 @@ class AfterPunctuation(Disagreement):
         return torch.tensor([text.strip() not in {".", ","} for text in problem.text_before()])
 
 
-@pytest.mark.unchecked
 def test_a_gate_of_ones_own_has_a_name_and_may_look_at_the_text_before_each_token(rows, monkeypatch):
     monkeypatch.setitem(GATES, AfterPunctuation.name, AfterPunctuation)
     ensemble, closed = Ensemble.from_pretrained("narrow"), []

@@ -12,8 +12,8 @@ import tiny
 import torch
 import transformers as tf
 import yaml
-from test_cli import run
-from test_engine import prompt, sequence
+from batches import prompt, sequence
+from commands import run
 
 from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.optimize import minimize
-from test_fit import documents, ensemble, folders, positions  # noqa: F401
 
 from softmeet.evaluation import scoring
 from softmeet.evaluation.average import Family
@@ -99,7 +98,7 @@ def test_the_ends_of_the_family_are_the_two_averages():
     "family",
     [Family(Layout(2)), Family(Layout(2), 1.0), Family(Layout(2, ordered=True)), Family(Layout(2, signed=True))],
 )
-def test_scoring_finds_what_scipy_finds_in_a_few_evaluations(ensemble, positions, family):  # noqa: F811
+def test_scoring_finds_what_scipy_finds_in_a_few_evaluations(ensemble, positions, family):
     text = Text(ensemble.model, positions, LocalEngine())
     values, loss, evaluations = text.fit(family, Values((0.5, 0.5)), 60, "own")
     low, high = zip(*family.layout.bounds(), strict=True)
@@ -115,7 +114,7 @@ def test_scoring_finds_what_scipy_finds_in_a_few_evaluations(ensemble, positions
     assert sum(values.weights) == pytest.approx(1)
 
 
-def test_a_fold_is_left_out(ensemble, positions):  # noqa: F811
+def test_a_fold_is_left_out(ensemble, positions):
     fold, family = positions.document % 3, Family(Layout(2), 1.0)
     text = Text(ensemble.model, positions, LocalEngine(), fold)
     others = Text(ensemble.model, positions.take((fold != 1).nonzero().squeeze(-1)), LocalEngine())
@@ -126,7 +125,7 @@ def test_a_fold_is_left_out(ensemble, positions):  # noqa: F811
     assert ours.loss != pytest.approx(text.sums(family, theta).loss, abs=1e-4)
 
 
-def test_log_probabilities_are_computed_once_for_all_fits(ensemble, positions, monkeypatch):  # noqa: F811
+def test_log_probabilities_are_computed_once_for_all_fits(ensemble, positions, monkeypatch):
     text = Text(ensemble.model, positions, LocalEngine())
     text.fit(Family(Layout(2)), Values((0.5, 0.5)), 3, "first")
     combiner = type(ensemble.model.combiner)
@@ -137,7 +136,7 @@ def test_log_probabilities_are_computed_once_for_all_fits(ensemble, positions, m
     assert not any(piece.keep for piece in Text(ensemble.model, positions, LocalEngine())._pieces)
 
 
-def test_evaluations_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypatch):  # noqa: F811
+def test_evaluations_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypatch):
     family = Family(Layout(2))
     text = Text(ensemble.model, positions, LocalEngine(), cache=PieceCache(tmp_path, {}))
     first = text.fit(family, Values((0.5, 0.5)), 8, "own")
@@ -145,7 +144,7 @@ def test_evaluations_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypat
     assert text.fit(family, Values((0.5, 0.5)), 8, "own") == first
 
 
-def test_a_sample_is_spread_over_every_fold(ensemble, positions):  # noqa: F811
+def test_a_sample_is_spread_over_every_fold(ensemble, positions):
     fold = positions.document % 2
     text = Text(ensemble.model, positions, LocalEngine(), fold, sample=len(positions) // 3)
     assert sorted(torch.cat(text._rows).tolist()) == list(range(len(positions)))
@@ -154,7 +153,7 @@ def test_a_sample_is_spread_over_every_fold(ensemble, positions):  # noqa: F811
     assert len(sampled) < len(positions)
 
 
-def test_scores_are_those_of_the_rules(ensemble, positions):  # noqa: F811
+def test_scores_are_those_of_the_rules(ensemble, positions):
     values = Values((0.3, 0.7), 1.2, order=0.4)
     own = {
         "logit-mean": Family(Layout(2)),
@@ -177,7 +176,7 @@ def test_scores_are_those_of_the_rules(ensemble, positions):  # noqa: F811
     assert torch.equal(found.positions.targets, positions.targets)
 
 
-def test_a_loss_that_is_infinite_everywhere_ends_at_the_start(ensemble, positions, monkeypatch):  # noqa: F811
+def test_a_loss_that_is_infinite_everywhere_ends_at_the_start(ensemble, positions, monkeypatch):
     """A logit mean gives no probability to what one member excludes, whatever the weights."""
     text, family = Text(ensemble.model, positions, LocalEngine()), Family(Layout(2))
     whole = type(ensemble.model.combiner).own_log_probs

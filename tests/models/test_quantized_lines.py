@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from batches import prompt
 from peft import LoraConfig, get_peft_model
-from test_engine import prompt
-from test_quantized import GREEDY, WIDE, by_hand, quantised_folder
+from quantised import GREEDY, WIDE, by_hand
 from torch import nn
 
 from softmeet import Ensemble
@@ -20,8 +20,6 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.plan import plan
 from softmeet.members import quantized
 from softmeet.members.huggingface import load_members
-
-__all__ = ["quantised_folder"]  # a fixture
 
 
 def test_names_are_checked_before_anything_is_loaded(monkeypatch):

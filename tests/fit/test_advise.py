@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_fit import documents, folders  # noqa: F401
+from texts import documents
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -258,7 +258,7 @@ def command(*words):
     return CliRunner().invoke(app, ["advise", *map(str, words)])
 
 
-def test_the_command(folders, texts, tmp_path):  # noqa: F811
+def test_the_command(folders, texts, tmp_path):
     asked = [*folders, "-t", texts, "--folds", 3, "--instead", folders[0]]
     done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
     assert done.exit_code == 0, done.output
@@ -279,14 +279,14 @@ def test_the_command(folders, texts, tmp_path):  # noqa: F811
     assert json.loads(by_option.stdout)["members"][0]["bits_per_byte"] == facts["members"][0]["bits_per_byte"]
 
 
-def test_the_members_own_text(folders):  # noqa: F811
+def test_the_members_own_text(folders):
     done = command(*folders, "--tokens", 300, "--json", "-")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["own_text"]
     assert "wrote this text themselves" in " ".join(command(*folders, "--tokens", 300).output.split())
 
 
-def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, tmp_path, monkeypatch):  # noqa: F811
+def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(Ensemble, "from_pretrained", lambda *args, **how: pytest.fail("loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.safetensors").write_text("x")
@@ -299,7 +299,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, t
         assert message in str(done.exception), done.output
 
 
-def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch):  # noqa: F811
+def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch):
     words = [*folders, "-t", texts, "--folds", 3, "--resume", tmp_path / "kept", "--json"]
     first = command(*words, "-")
     assert first.exit_code == 0, first.output

@@ -10,10 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 import tiny
+from commands import run
 from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 from serving import http, running, serving_of, tiny_ensemble
-from test_cli import run
 
 from softmeet.cli import serve
 from softmeet.errors import InvalidInputError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import openai
 import pytest
 import torch
+from batches import LENGTHS, MEMBERS, Listener, Words, ensemble_of, generated, prompt
 from serving import http, running, serving_of, tiny_ensemble
-from test_engine import LENGTHS, MEMBERS, Listener, Words, ensemble_of, generated, prompt
 
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder

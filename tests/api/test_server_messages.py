@@ -9,8 +9,8 @@ from unittest.mock import Mock
 
 import openai
 import pytest
+from commands import run
 from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
-from test_cli import run
 
 from softmeet import __version__
 from softmeet.cli import listening, serve

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_cards import checked
-from test_cli import run
+from cards import checked
+from commands import run
+from texts import LETTERS, documents
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -21,7 +22,6 @@ from softmeet.evaluation import positions as positions_module
 from softmeet.evaluation import save as saving
 from softmeet.evaluation.average import Family
 from softmeet.evaluation.candidates import Options
-from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import fit
 from softmeet.evaluation.intervals import PARTS, split
@@ -38,32 +38,6 @@ def mean_loss(objective, theta):
     """The objective's loss and gradient, a position."""
     total, gradient = objective.sums(theta)
     return total / len(objective.positions), gradient / len(objective.positions)
-
-
-LETTERS = "the quick brown fox jumps over a lazy dog and then it rains in spain"
-
-
-def documents(count=12, length=40):
-    """Texts that a first member half knows: half of the characters are its own guesses."""
-    generator = torch.Generator().manual_seed(0)
-    draw = torch.randint(len(LETTERS), (count, length), generator=generator)
-    return [Document(f"d{k}", "".join(LETTERS[c] for c in row)) for k, row in enumerate(draw.tolist())]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
-def ensemble(folders):
-    return Ensemble.from_pretrained(folders)
-
-
-@pytest.fixture(scope="module")
-def positions(ensemble):
-    return observe_text(ensemble, documents())
 
 
 @pytest.fixture(scope="module")

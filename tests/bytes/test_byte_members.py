@@ -12,6 +12,17 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from byte_members import (
+    EXACT,
+    HOSTILE,
+    TEXTS,
+    at_once,
+    exhaustive,
+    member_of,
+    member_words,
+    model_of,
+    step_by_step,
+)
 from scipy.stats import chi2_contingency
 
 from softmeet.errors import VocabularyMismatchError
@@ -21,38 +32,7 @@ from softmeet.members.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
 from softmeet.members.spelling import spelling_of
 from softmeet.members.token_tree import Growth, TokenTree, run
 
-EXACT = Pruning(0.0, None)
 ROOT = np.empty(0, np.int64)
-# Words that merge, a space before and none, a character of several bytes, a byte that is no UTF-8, an NFC composition.
-TEXTS = (b" the th", b"the\n\ne", "h\u00e9".encode(), b"t\xffhe", "e\u0301r".encode())
-HOSTILE = (
-    b"", " \u05e9\u05dc\u05d5\u05dd \U0001f642\u200d\u2642".encode(), b"\x00\x04t\x00", b"\xf0\x9f",
-    b"<|endoftext|>the</s>", b" " * 70 + b"the", b"a" * 10_000,
-)  # fmt: skip
-
-
-def model_of(tokenizer, seed=0, scale=6.0):
-    """A random model whose logits spread."""
-    torch.manual_seed(seed)
-    end = tokenizer.eos_token_id
-    config = tf.GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=10_050,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
-    model = tf.GPT2LMHeadModel(config).double().eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(scale)
-    return model
-
-
-def member_of(kind, pruning=EXACT, seed=0):
-    tokenizer = byte_tokenizers.KINDS[kind]()
-    return ByteMember(model_of(tokenizer, seed), spelling_of(kind, tokenizer), pruning)
 
 
 @pytest.mark.parametrize(
@@ -73,60 +53,6 @@ def test_a_text_begins_behind_a_line_break_if_its_tokenizer_has_no_token_to_add(
     assert spelling_of("m", tokenizer).start == (tokenizer.get_vocab()[start],)
 
 
-def step_by_step(member, text):
-    """The log-probability of a text and its end, byte by byte."""
-    (reading, total) = member.begin(b""), 0.0
-    for byte in text:
-        total += member.log_probs([reading])[0, byte].item()
-        (reading,) = member.advance([reading], [byte])
-    return total + member.log_probs([reading])[0, END].item()
-
-
-def at_once(member, text):
-    _, log_probs, _ = member.score(text)
-    return sum(log_probs[k, byte] for k, byte in enumerate(text)) + log_probs[len(text), END]
-
-
-def tilings(words, text):
-    if not text:
-        yield []
-    for length in range(1, len(text) + 1):
-        for token in words.get(text[:length], ()):
-            for rest in tilings(words, text[length:]):
-                yield [token, *rest]
-
-
-def summed(member, text, *, end):
-    """The log-probability of a text by the sum over every one of its tokenizations, each run by itself."""
-    spelling, words = member.spelling, {}
-    for token, word in zip(spelling.tokens.tolist(), spelling.words, strict=True):
-        words.setdefault(word, []).append(token)
-    allowed = torch.full((member.model.config.vocab_size,), -torch.inf, dtype=torch.float64)
-    allowed[[*spelling.tokens.tolist(), *member.ends]] = 0
-    every = list(tilings(words, text))
-    totals = []
-    for tokens in every:
-        with torch.inference_mode():
-            logits = member.model(torch.tensor([[*member.prefix, *tokens]])).logits[0] + allowed
-        log_p = logits.log_softmax(-1)[len(member.prefix) - 1 :]
-        own = sum(log_p[k, token].item() for k, token in enumerate(tokens))
-        totals.append(own + (log_p[-1, member.ends].logsumexp(-1).item() if end else 0.0))
-    return torch.tensor(totals, dtype=torch.float64).logsumexp(0).item()
-
-
-def exhaustive(member, text):
-    """The log-probability of a text and its end by all tokenizations; given the space that is put before every text."""
-    expected = summed(member, member.spelling.dummy + text, end=True)
-    if member.spelling.dummy:
-        # Of all texts, those that begin with the space: all that the first token can be.
-        with torch.inference_mode():
-            logits = member.model(torch.tensor([member.prefix])).logits[0, -1]
-        ids = [*member.spelling.tokens.tolist(), *member.ends]
-        spaced = [k for k, word in zip(*member_words(member), strict=True) if word.startswith(b" ")]
-        expected -= (logits[spaced].logsumexp(-1) - logits[ids].logsumexp(-1)).item()
-    return expected
-
-
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", byte_tokenizers.KINDS)
 def test_bytes_multiply_to_the_sum_over_all_tokenizations(kind, text):
@@ -136,10 +62,6 @@ def test_bytes_multiply_to_the_sum_over_all_tokenizations(kind, text):
     assert step_by_step(member, text) == pytest.approx(expected, abs=1e-9)
     assert at_once(member, text) == pytest.approx(expected, abs=1e-9)
     assert member.score(text)[0].work.dropped < 1e-12
-
-
-def member_words(member):
-    return member.spelling.tokens.tolist(), member.spelling.words
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -17,8 +17,8 @@ import httpx
 import openai
 import pytest
 import tiny
+from commands import run
 from serving import http, running, serving_of, tiny_ensemble, wait_until
-from test_cli import run
 
 from softmeet.server.limits import Limits
 from softmeet.server.security import Protection

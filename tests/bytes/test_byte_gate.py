@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from byte_members import EXACT, HOSTILE, TEXTS, member_of, save_two, unpruned
 from serving import http, running, serving_of
-from test_byte_ensemble import GREEDY, PROMPTS, ensemble, folders, pruned  # noqa: F401 - fixtures
-from test_byte_members import EXACT, HOSTILE, TEXTS, member_of
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -19,6 +18,23 @@ from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.members.covers import END, Pruning
 
 KINDS = ("gpt2", "llama")
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+PROMPTS = ["the", "he t", "\u00e9t"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_two(tmp_path_factory.mktemp("members"))
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):
+    return unpruned(folders)
+
+
+@pytest.fixture(scope="module")
+def pruned(folders):
+    return Ensemble.from_pretrained(folders, "logit-mean", vocabulary="bytes")
 
 
 def one_by_one(member, reading, text):
@@ -73,7 +89,7 @@ def test_hostile_bytes_are_followed(text):
     assert member.log_probs([reading]).exp().sum().item() == pytest.approx(1.0)
 
 
-def test_a_context_that_is_full_ends_the_text_as_it_does_one_by_one(pruned):  # noqa: F811
+def test_a_context_that_is_full_ends_the_text_as_it_does_one_by_one(pruned):
     member = pruned.model.readers[0]
     reading = member.begin(b"x" * 110)
     for reader in (member.follow, lambda one, more: one_by_one(member, one, more)):
@@ -95,7 +111,7 @@ def gated_greedy(model, prompt, threshold, count):
     return text[len(prompt) :], closed
 
 
-def test_the_first_answers_where_it_is_sure_and_all_where_it_is_not(ensemble):  # noqa: F811
+def test_the_first_answers_where_it_is_sure_and_all_where_it_is_not(ensemble):
     model, count, closed, gate = ensemble.model, 4, 0, "unsure:0.5"
     options = {"max_new_tokens": count, "do_sample": False, "gate": gate, "suppress_tokens": [END]}
     for prompt in PROMPTS:
@@ -114,7 +130,7 @@ def test_the_first_answers_where_it_is_sure_and_all_where_it_is_not(ensemble):  
     assert ensemble.generate(PROMPTS[0], **beams) == ensemble.generate(PROMPTS[0], use_cache=False, **beams)
 
 
-def test_a_gate_that_is_never_open_asks_nobody_else_and_one_that_always_is_is_none(ensemble, folders):  # noqa: F811
+def test_a_gate_that_is_never_open_asks_nobody_else_and_one_that_always_is_is_none(ensemble, folders):
     second = ensemble.model.readers[1]
     alone = Ensemble.from_pretrained(folders[:1], "logit-mean", vocabulary="bytes", prune=0.0, dtype=torch.float64)
     for options in ({}, {"num_beams": 3}, {"use_cache": False}):
@@ -144,7 +160,7 @@ def test_the_summary_says_how_often_the_gate_was_closed():
     assert "gate unsure:0.9: closed at 60.0% of the bytes" in done.stderr
 
 
-def test_served_texts_are_those_of_generate_in_any_company(pruned):  # noqa: F811
+def test_served_texts_are_those_of_generate_in_any_company(pruned):
     asked = [
         {"prompt": prompt, "seed": seed, "max_tokens": 8 + 5 * seed, "softmeet": {"gate": gate}}
         for seed in range(2)

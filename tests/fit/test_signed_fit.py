@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_fit import documents
+from texts import documents
 from typer.testing import CliRunner
 
 from softmeet import Ensemble

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from test_fit import documents, ensemble, folders, positions  # noqa: F401
+from texts import documents
 from typer.testing import CliRunner
 
 from softmeet.cli.main import app
@@ -27,11 +27,11 @@ from softmeet.members.weighting import Adaptation
 
 
 @pytest.fixture(scope="module")
-def by_folds(ensemble, positions):  # noqa: F811
+def by_folds(ensemble, positions):
     return fit(ensemble, positions, Options(folds=3, meets=False, rules=("meet:trust=0.3",)))
 
 
-def test_no_document_is_in_two_folds(positions):  # noqa: F811
+def test_no_document_is_in_two_folds(positions):
     fold = folds_of(clusters(positions.document), 5)
     for document in positions.document.unique():
         assert len(fold[positions.document == document].unique()) == 1
@@ -54,7 +54,7 @@ def test_a_choice_is_made_on_other_folds():
     assert min(own.mean() for own in losses.values()) < found.mean()
 
 
-def test_figures_are_of_fits_without_the_fold(by_folds, ensemble, positions):  # noqa: F811
+def test_figures_are_of_fits_without_the_fold(by_folds, ensemble, positions):
     assert [len(some) for some in by_folds.refits] == [6, 6, 6]
     for place, whole in enumerate(by_folds.candidates):
         scores = by_folds.test.choices[whole.label]
@@ -67,7 +67,7 @@ def test_figures_are_of_fits_without_the_fold(by_folds, ensemble, positions):  #
     assert torch.equal(by_folds.test.positions.targets, positions.targets)
 
 
-def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):  # noqa: F811
+def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):
     """Other targets in one fold leave what is fitted without it as it was, though it begins elsewhere."""
     fold = folds_of(clusters(positions.document), 3)
     other = replace(positions, targets=positions.targets.where(fold != 1, (positions.targets + 7) % 60))
@@ -78,7 +78,7 @@ def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):  # noq
     assert first.refits[0][2].fit_nll != pytest.approx(second.refits[0][2].fit_nll, abs=1e-4)
 
 
-def test_no_piece_is_evaluated_twice_at_the_same_values(ensemble, positions, monkeypatch):  # noqa: F811
+def test_no_piece_is_evaluated_twice_at_the_same_values(ensemble, positions, monkeypatch):
     """Fits without a fold begin at the same values, and share what the pieces say there."""
     asked, original = [], Piece.sums
 
@@ -91,7 +91,7 @@ def test_no_piece_is_evaluated_twice_at_the_same_values(ensemble, positions, mon
     assert len(asked) == len(set(asked))
 
 
-def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):  # noqa: F811
+def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):
     from softmeet import Ensemble
 
     facts = save(Ensemble.from_pretrained(folders), by_folds, tmp_path / "saved")
@@ -104,7 +104,7 @@ def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):  # noqa: F
     assert Ensemble.from_pretrained(tmp_path / "saved").model.config.weights == by_folds.chosen.settings["weights"]
 
 
-def test_judging_can_be_limited(ensemble, positions):  # noqa: F811
+def test_judging_can_be_limited(ensemble, positions):
     found = fit(ensemble, positions, Options(folds=3, meets=False, judge_positions=50, fit_positions=100))
     assert len(found.test.positions) == len(found.fold) == 50
     assert all(len(scores.nats) == 50 for scores in found.test.choices.values())
@@ -124,7 +124,7 @@ def test_a_loss_changes_later_weights_of_its_document_alone():
     assert torch.allclose(ours[:, t], score.softmax(0), atol=1e-6)
 
 
-def test_weights_that_adapt_know_the_past_alone(ensemble, positions):  # noqa: F811
+def test_weights_that_adapt_know_the_past_alone(ensemble, positions):
     found = fit(ensemble, positions, Options(folds=3, meets=False, adaptive=True))
     later = positions.targets.clone()
     last = (positions.document != positions.document.roll(-1)).nonzero().squeeze(-1)
@@ -142,7 +142,7 @@ def test_weights_that_adapt_know_the_past_alone(ensemble, positions):  # noqa: F
     assert not torch.allclose(fixed, adaptive, atol=1e-3)
 
 
-def test_adaptive_weights_find_the_member_that_knows_a_document(ensemble, positions):  # noqa: F811
+def test_adaptive_weights_find_the_member_that_knows_a_document(ensemble, positions):
     """One member writes every other document, so that fixed weights are never right."""
     generator, log_p = torch.Generator().manual_seed(0), ensemble.model.combiner.own_log_probs(positions.hidden)[0]
     drawn = torch.stack([torch.multinomial(own.exp(), 1, generator=generator).squeeze(-1) for own in log_p])
@@ -161,7 +161,7 @@ def texts(tmp_path_factory):
 
 
 @pytest.mark.parametrize("over_bytes", [False, True], ids=["tokens", "bytes"])
-def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_bytes):  # noqa: F811
+def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_bytes):
     from softmeet import Ensemble
 
     own = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"] if over_bytes else folders, "logit-mean")
@@ -187,7 +187,7 @@ def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_byt
     assert all(len(scores.work) for scores in ours.members.values()) == over_bytes
 
 
-def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):  # noqa: F811
+def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
     command = ["evaluate", *tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 3, "--json", "-"]
     done = CliRunner().invoke(app, list(map(str, command)))
     assert done.exit_code == 0, done.output
@@ -201,7 +201,7 @@ def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):  # n
     assert not any(rule["gated"] for rule in facts["rules"].values())
 
 
-def test_fit_by_folds(folders, texts, tmp_path):  # noqa: F811
+def test_fit_by_folds(folders, texts, tmp_path):
     command = ["fit", *tiny.each("-m", folders), "-t", texts, "--folds", 2, "--out", tmp_path / "out"]
     command += ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10, "--json", tmp_path / "fit.json"]
     done = CliRunner().invoke(app, list(map(str, command)))

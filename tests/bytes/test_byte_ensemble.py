@@ -7,12 +7,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import byte_tokenizers
 import numpy as np
 import pytest
 import tiny
 import torch
 import transformers as tf
+from byte_members import save_two, unpruned
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -34,37 +34,14 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]
 
 
-def save(folder, kind, seed):
-    tokenizer = byte_tokenizers.KINDS[kind]()
-    torch.manual_seed(seed)
-    end = tokenizer.eos_token_id
-    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    if kind == "gpt2":
-        config = tf.GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2, **ids)
-        model = tf.GPT2LMHeadModel(config)
-    else:
-        config = tf.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            max_position_embeddings=128, **ids,
-        )  # fmt: skip
-        model = tf.LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(12.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [save(folder / kind, kind, seed) for seed, kind in enumerate(("gpt2", "llama"))]
+    return save_two(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture(scope="module")
 def ensemble(folders):
-    """All tokenizations followed, of which short texts have few: to untrained members they make all the difference."""
-    return Ensemble.from_pretrained(folders, vocabulary="bytes", prune=0.0, dtype=torch.float64)
+    return unpruned(folders)
 
 
 @pytest.fixture(scope="module")

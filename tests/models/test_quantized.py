@@ -11,8 +11,9 @@ import serving
 import tiny
 import torch
 import transformers as tf
-from test_byte_members import at_once, exhaustive, step_by_step
-from test_engine import generated, prompt, sequence
+from batches import generated, prompt, sequence
+from byte_members import at_once, exhaustive, step_by_step
+from quantised import GREEDY, WIDE, by_hand
 from torch import nn
 from typer.testing import CliRunner
 
@@ -36,10 +37,8 @@ from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import PromptScored, Token
 
-WIDE = ("wide/llama", "wide/neox")
 # Of an adapter beside a shared weight, which is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}
 
 
 def loaded(name, quantization=None, **config):
@@ -101,14 +100,6 @@ def assembled(members, models, **settings):
     model = assemble(config, models, choose_vocabulary(config, tokenizers), tokenizers)
     model.generation_config.eos_token_id = None
     return model
-
-
-def by_hand(models, ids, count):
-    """The greedy continuation of one text by the average of the members' own log-probabilities."""
-    for _ in range(count):
-        own = torch.stack([model(input_ids=ids, use_cache=False).logits[:, -1].log_softmax(-1) for model in models])
-        ids = torch.cat([ids, own.mean(0).argmax(-1, keepdim=True)], -1)
-    return ids[0, -count:].tolist()
 
 
 def test_int8_really_quantises_and_leaves_a_head_that_is_read():
@@ -257,18 +248,6 @@ def test_rules_and_settings_that_read_heads_refuse_them_by_name(kind):
         premise_scores(Ensemble(ours, ours.tokenizer), "In the beginning God created")
     with pytest.raises(UnsupportedHeadError, match="the rule max-entropy reads heads"):
         ours.combiner.solve_rows([torch.zeros(1, w) for w in ours.widths], ours.settings.changed(rule="max-entropy"))
-
-
-@pytest.fixture
-def quantised_folder(tmp_path):
-    """(a plain tiny member; one whose configuration says that its head is quantised)."""
-    plain = tiny.save(tmp_path / "plain", "llama")
-    config = quantized.config_of("int8")
-    config.modules_to_not_convert = []
-    model = tf.AutoModelForCausalLM.from_pretrained(plain, quantization_config=config)
-    model.save_pretrained(tmp_path / "int8")
-    tiny.tokenizer().save_pretrained(tmp_path / "int8")
-    return plain, tmp_path / "int8"
 
 
 def test_a_checkpoint_whose_head_is_quantised_is_refused_before_weights_are_loaded(quantised_folder, monkeypatch):

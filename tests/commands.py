@@ -1,0 +1,41 @@
+"""The command line as the tests call it: in this process, or in one of its own."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from warnings import catch_warnings, simplefilter
+
+import pytest
+
+from softmeet import freed_memory
+from softmeet.cli import main as cli
+
+
+def run(*arguments, stdin="", columns=120):
+    """What ``softmeet`` does with these arguments, by the same entry point, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
+        simplefilter("ignore")
+        patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
+        patch.setattr(freed_memory, "keep", lambda: None)
+        patch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def process(*arguments, stdin="", **environment):
+    """The same in a process of its own, which takes seconds to start, without lines on progress of a busy machine."""
+    done = subprocess.run(
+        [sys.executable, "-m", "softmeet", *map(str, arguments)],
+        input=stdin, capture_output=True, encoding="utf-8", check=False, timeout=900,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
+    )  # fmt: skip
+    done.stderr = re.sub(r"^loading.*: \d+ s\n", "", done.stderr, flags=re.MULTILINE)
+    return done
