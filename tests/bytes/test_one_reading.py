@@ -7,7 +7,7 @@ import random
 import byte_tokenizers
 import numpy as np
 import pytest
-from test_byte_members import HOSTILE, member_of
+from byte_members import HOSTILE, member_of
 
 from softmeet.members.covers import END, Pruning
 from softmeet.members.own_path import anchor_of, parting, path_of
