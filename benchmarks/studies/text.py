@@ -222,7 +222,7 @@ class _Group:
         for rule in self.rules:
             statuses: Counter[str] = Counter()
             for cell in self.cells:
-                statuses.update(cell["rules"][rule].get("statuses", {}))  # cells of 0.2.0 have none
+                statuses.update(cell["rules"][rule]["statuses"])
             found += [f"`{rule}`: {ending}" for ending in endings(statuses, self.counted(rule, "fallbacks"))]
         return found
 

@@ -89,7 +89,6 @@ def test_defaults_are_shown():
         (["generate", "x", "--trsut", "1"], "--trust"),
         (["config", "evalute"], "did you mean evaluate?"),
         (["fit", "-t", "x"], "missing option '--out'; see softmeet fit --help"),
-        (["study", "real", "out"], "no such command 'study': it is python benchmarks/study.py in a clone"),
     ],
 )
 def test_wrong_values_are_refused_in_one_line_before_anything_is_loaded(arguments, said, monkeypatch):

@@ -1,10 +1,14 @@
-"""What older versions' commands and spellings are today, for a user who types one of them."""
+"""What commands and spellings that are gone are today, for a user who types one of them."""
 
 from __future__ import annotations
 
-# The beginning of the message that one of them gets, and what is said behind it.
+# The beginning of the message that such words get, and what is said behind it.
 _TODAY = {
     "no such command 'study'": "it is python benchmarks/study.py in a clone of softmeet",
+    "got unexpected extra argument": "members are named by -m, and an option is repeated for each value, -m A -m B",
+} | {
+    f"no such option: --{option}": f"it is an option of a rule, --rule NAME:{option}=…"
+    for option in ("metric", "slack", "vertex")
 }
 
 
