@@ -31,7 +31,8 @@ from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.premise import best_hidden
 from softmeet.heads import SoftmaxHead
-from softmeet.rules.settings import DEFAULT_TRUST, rule_of
+from softmeet.rules.settings import rule_of
+from softmeet.rules.values import DEFAULT_TRUST
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status
 from studies.entries import ALL

@@ -28,7 +28,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise
 from softmeet.hf import EnsembleConfig
 from softmeet.rules.endings import endings
-from softmeet.rules.settings import DEFAULT_TRUST
+from softmeet.rules.values import DEFAULT_TRUST
 from studies.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS
 from studies.report import LinePlot, Report, StudyTable, finite_or_none, mean_text
 

@@ -17,7 +17,8 @@ from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 from softmeet.rules.endings import endings
 from softmeet.rules.registry import rule_names
-from softmeet.rules.settings import POOLS, parse_rule
+from softmeet.rules.settings import parse_rule
+from softmeet.rules.values import POOLS
 
 _RULE = (
     "A rule to measure, with options after colons and slashes between numbers, as in meet:trust=1/0.3:pool=prob-mean; "
