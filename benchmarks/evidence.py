@@ -36,7 +36,7 @@ from softmeet.evaluation.judged import Judged
 from softmeet.evaluation.perplexity import evaluate_positions
 from softmeet.evaluation.positions import Positions, observe_text
 from softmeet.members.member import short
-from softmeet.rules.settings import POOLS
+from softmeet.rules.values import POOLS
 from softmeet.scaling.local import LocalEngine
 
 

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from cells import Run
 from report import show
 from softmeet.cli.progress import progress
-from softmeet.evaluation.files import Run
 from softmeet.evaluation.held_out import held_out_books
 from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import Ensembles, load

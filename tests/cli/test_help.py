@@ -29,13 +29,10 @@ from softmeet.server.ui_html import details_of, text_of
 WORDS = "the spring storm came early and went around the house again " * 12
 
 
-def commands(group=None, path=()):
+def commands():
     """Every command, as (its words, the command)."""
-    for name, command in (group or get_command(app)).commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
+    for name, command in get_command(app).commands.items():
+        yield (name,), command
 
 
 @pytest.fixture(scope="module")

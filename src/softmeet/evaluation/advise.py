@@ -25,7 +25,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.rules.movement import Movement
-from softmeet.rules.settings import POOLS
+from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
 # Log-probabilities of all members, positions, and, over bytes, positions, that a budget of minutes allows.
