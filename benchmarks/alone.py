@@ -91,6 +91,8 @@ def main(
             drafts = accepted[way]
             rows.append(
                 {
+                    "members": " + ".join(Path(one).name for one in member or ["wide"]),
+                    "at once": streams,
                     "rule": name,
                     "how": way,
                     "ms a token": median(taken[way]),

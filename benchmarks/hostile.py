@@ -131,7 +131,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="How often it is measured in each company.")] = 3,
     threads: Annotated[int, typer.Option(help="PyTorch threads of the server.")] = 1,
     token_seconds: Annotated[float, typer.Option(help="The server's --token-seconds.")] = 1.0,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure one stream beside one hostile stream of each kind."""
     server = Server(family, "--threads", str(threads), "--token-seconds", str(token_seconds))

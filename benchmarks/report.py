@@ -90,9 +90,10 @@ def named(text: str) -> str:
 
 def show(title: str, rows: list[dict[str, Any]], out: Path | None, **facts: Any) -> None:
     """Print ``rows`` as a table, and write them with the command, the date, the machine and ``facts`` to ``out``."""
-    table = Table(*rows[0], title=title, caption=machine())
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(*columns, title=title, caption=machine())
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_text(row.get(column)) for column in columns))
     Console(width=150).print(table)
     if out is not None:
         keep(out, title, rows, **facts)
@@ -114,6 +115,8 @@ def _rounded(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(each) for each in value)
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
