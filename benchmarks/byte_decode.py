@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from report import now, show
+from report import named, now, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
-from softmeet.members.member import short
 
 # Bytes of a text from which the rest is generated or read.
 _BEGINNING = 300
@@ -121,7 +120,7 @@ def main(
             tokens = max(8, round(count / ours["bytes a token"]))
             found.append(ours | {"own ms/B": by_tokens(ensemble, prompt, tokens, seed)})
         rows.append(
-            {"member": short(name), "text": " ".join(text)}
+            {"member": named(name), "text": " ".join(text)}
             | {key: median(row[key] for row in found) for key in found[0]}
             | read(ensemble, [one.encode() for one in some])
             | {"times the own": median(row["ms/B"] / row["own ms/B"] for row in found)}

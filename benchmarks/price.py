@@ -22,7 +22,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from members import ensemble_of, save_pair
-from report import median, show
+from report import median, named, show
 from softmeet.hf import pace, quick, running
 from softmeet.members import zoo
 from softmeet.rules.settings import parse_rule
@@ -155,7 +155,7 @@ def by_rule(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             found[-1] |= {"outside, ms": row["outside"], "of their sum": row["of the sum"]}
         else:
             found[-1] |= {way: rate, f"{way}, of plain": row["of plain"]}
-            found[-1] |= {f"{way}, accepted": row["accepted"]} if row["accepted"] is not None else {}
+            found[-1] |= {f"{way}, outside, ms": row["outside"], f"{way}, accepted": row["accepted"]}
     return found
 
 
@@ -214,7 +214,7 @@ def main(
                         "accepted": sum(drafted) / len(drafted) if drafted else None,
                     }
                 )
-    label = " + ".join(Path(name).name for name in member or []) or f"two of GPT-2 small's shape, near {near:g}"
+    label = " + ".join(map(named, member or [])) or f"two of GPT-2 small's shape, near {near:g}"
     found = [{"members": f"{label}, {dtype}"} | row for row in by_rule(rows)]
     show(f"tokens a second of generation, {dtype}", found, json, each=rows)
 

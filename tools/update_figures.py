@@ -17,7 +17,7 @@ the header is written by hand, and all below it is made, with a line that says b
     <!-- end -->
 
 Several results, each with its [WHICH] or without, are written one below the other: ``figures: NAME + OTHER[WHICH]``.
-FORMAT is Python's (``.2f``, ``,.0f``, ``.0%``), or ``code``. Text is written as it is, a cell without its figure empty.
+FORMAT is Python's (``.2f``, ``.3g``, ``.0%``), or ``code``. Text is written as it is, a cell without its figure empty.
 
 The benchmarks are not run. Behind each result stands the command that measures it again; one that is *transcribed* was
 typed from a page, and waits for its command.
@@ -49,6 +49,7 @@ OPENED = re.compile(r"<!--(?:=| figures:)")
 # Where a line of Markdown begins, a comment makes all of it HTML, in which `code` and **bold** are not read.
 FIRST = re.compile(r"^[ \t>]*(?:(?:[*+-]|\d+[.)])[ \t]+)*<!--=", re.MULTILINE)
 SOURCE = re.compile(r"(?P<name>[\w-]+)(?:\[(?P<which>[^\]]*)\])?")
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
 
 Row = Mapping[str, Any]
@@ -112,9 +113,17 @@ def written(value: Any, form: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     try:
-        return value if isinstance(value, str) else format(value, form).replace("%", " %")
+        return value if isinstance(value, str) else _plain(format(value, form).replace("%", " %"))
     except (TypeError, ValueError) as error:
         raise FigureError(f"{value!r} cannot be written as {form!r}: {error}") from error
+
+
+def _plain(number: str) -> str:
+    """A number without an exponent, or with one as it is written by hand."""
+    digits, e, power = number.partition("e")
+    if not e or not digits[-1:].isdigit():
+        return number
+    return f"{float(number):,.0f}" if int(power) > 0 else f"{digits}·10" + str(int(power)).translate(SUPERSCRIPTS)
 
 
 def _read(file: Path) -> Row:
@@ -165,7 +174,11 @@ def _origin(sources: list[str], results: Mapping[str, Row]) -> str:
     for source in sources:
         result = results[SOURCE.match(source.strip())["name"]]  # type: ignore[index]
         homes.setdefault(f"{result['date']}, {result['machine']}", {})[f"`{result['command']}`"] = None
-    return "; ".join(f"{', '.join(commands)} ({home})" for home, commands in homes.items()) + "."
+    return "\n\n".join(_by(home, [*commands]) for home, commands in homes.items())
+
+
+def _by(home: str, commands: list[str]) -> str:
+    return f"{commands[0]} ({home})." if len(commands) == 1 else "\n- ".join([f"{home}:\n", *commands])
 
 
 def _has(row: Row, word: str) -> bool:

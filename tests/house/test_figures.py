@@ -10,7 +10,7 @@ import report
 from update_figures import PAGES, RESULTS, ROOT, FigureError, main, read, updated
 
 ROWS = [
-    {"rule": "meet", "trust": 0.3, "calls": 364.6, "closed": 0.31, "each": [1.5, 2]},
+    {"rule": "meet", "trust": 0.3, "calls": 364.6, "closed": 0.31, "each": [1.5, 2], "large": 1153.0, "small": 3.21e-8},
     {"rule": "meet", "trust": 1.0, "calls": None, "closed": "refused", "each": [3]},
 ]
 RESULT = {"title": "t", "command": "python benchmarks/calls.py", "date": "2026-11-29", "machine": "m", "rows": ROWS}
@@ -35,6 +35,8 @@ def test_every_result_is_read():
         ("some[trust=0.3].closed:.0%", "31 %"),
         ("some[trust=0.3].each:.2f", "1.50, 2.00"),
         ("some[trust=0.3].rule:code", "`meet`"),
+        ("some[trust=0.3].large:.3g", "1,150"),
+        ("some[trust=0.3].small:.2g", "3.2·10⁻⁸"),
         ("some.date", "2026-11-29"),
         ("other-one.facts.v:.1f", "0.2"),
     ],
