@@ -52,7 +52,7 @@ def test_a_table_is_filled_and_says_by_which_commands():
     opening = "\n<!-- figures: some + other-one[trust=1]\n| {rule:code} | {calls:.0f} ({trust}) | {closed:.0%} | -->\n"
     head = "| rule | calls | closed |\n|---|---|---|\n"
     rows = ["| `meet` | 365 (0.3) | 31 % |\n", *["| `meet` | | refused |\n"] * 2]
-    origin = "\n`python benchmarks/calls.py`, `other` (2026-11-29, m).\n<!-- end -->\n"
+    origin = "\n2026-11-29, m:\n\n- `python benchmarks/calls.py`\n- `other`\n<!-- end -->\n"
     made = "".join([opening, head, *rows, origin])
     assert updated(f"{opening}{head}| old | 3 |\n<!-- end -->\n", FOUND) == made
     assert updated(made, FOUND) == made
