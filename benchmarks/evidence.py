@@ -20,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from report import keep, show
+from report import by_variable, keep, show
 from softmeet import Ensemble
 from softmeet.evaluation.advise import part
 from softmeet.evaluation.candidates import Options, sample_size
@@ -144,7 +144,7 @@ def main(
 ) -> None:
     """Print a table for each text."""
     ensemble = Ensemble.from_pretrained(members, POOLS[0], vocabulary=vocabulary)
-    names, every = [short(name) for name in ensemble.names], list[dict[str, Any]]()
+    names, every = [short(by_variable(name)) for name in ensemble.names], list[dict[str, Any]]()
     for pattern in text:
         documents = read_documents([pattern])
         positions = observed(ensemble, documents, pattern, each, kept, bos=bos)
@@ -163,7 +163,8 @@ def main(
                     rows.append(
                         {
                             "text": pattern, "members": " + ".join(names[i] for i in some), "kind": kind,
-                            "gap": sorted(strength)[1] - min(strength), "best member": short(found["best"]),
+                            "gap": sorted(strength)[1] - min(strength),
+                            "best member": short(by_variable(found["best"])),
                             "best bits": found["bits"], "bits": judged.bits(found["losses"][kind]), **_told(gain),
                             "ms a byte": cost, "verdict": found["verdict"], "some": some,
                             "values": found["values"].get(kind.removeprefix("fitted ")),

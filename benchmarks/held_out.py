@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -82,13 +82,11 @@ def main(
     within, baseline = clusters(test.document), found.choices["logit-mean"].nats
     rows = []
     for name, scores in {**found.members, **found.choices}.items():
-        against = None if name == "logit-mean" else paired(scores.nats, baseline, within)
-        rows.append(
-            {
-                "who": Path(name).name, "nats/token": scores.mean, "against logit-mean": against and str(against),
-                "chosen on other books": name == best,
-            }
-        )  # fmt: skip
+        row: dict[str, Any] = {"who": Path(name).name, "nats/token": scores.mean}
+        if name != "logit-mean":
+            against = paired(scores.nats, baseline, within)
+            row |= {"against logit-mean": against.mean, "from": against.low, "to": against.high}
+        rows.append(row | {"chosen on other books": name == best})
     exact, few = RuleChoice("max-entropy", {"rule": "max-entropy"}), list(_first(test, FEW))
     infeasible = sum(evaluate(ensemble, part, [exact]).choices["max-entropy"].fallbacks for part in track(few))
     tried = sum(map(len, few))

@@ -80,11 +80,17 @@ def command(arguments: list[str] | None = None) -> str:
     return f"python {shlex.join(kept)}"
 
 
-def named(text: str) -> str:
-    """A text with each path in it as the variable of :data:`MODELS` that holds it, or as its last part."""
+def by_variable(text: str) -> str:
+    """A text with each path of a model in it as the variable of :data:`MODELS` that holds it."""
     for model in MODELS:
         if os.environ.get(model):
             text = text.replace(os.environ[model], model)
+    return text
+
+
+def named(text: str) -> str:
+    """The same, with any other absolute path as its last part."""
+    text = by_variable(text)
     return re.sub(r"(?<![\w.~-])/(?:[^\s/:+=]+/)*([^\s/:+=]+)", r"\1", text)
 
 
@@ -120,4 +126,16 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-__all__ = ["MODELS", "command", "keep", "machine", "median", "named", "now", "quantile", "seconds", "show"]
+__all__ = [
+    "MODELS",
+    "by_variable",
+    "command",
+    "keep",
+    "machine",
+    "median",
+    "named",
+    "now",
+    "quantile",
+    "seconds",
+    "show",
+]

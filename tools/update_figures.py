@@ -119,10 +119,10 @@ def written(value: Any, form: str) -> str:
 
 
 def _plain(number: str) -> str:
-    """A number without an exponent, or with one as it is written by hand."""
-    digits, e, power = number.partition("e")
-    if not e or not digits[-1:].isdigit():
-        return number
+    """A number without an exponent, or with one as it is written by hand, and without a point at its end."""
+    digits, _, power = number.removesuffix(".").partition("e")
+    if not power:
+        return digits
     return f"{float(number):,.0f}" if int(power) > 0 else f"{digits}·10" + str(int(power)).translate(SUPERSCRIPTS)
 
 

@@ -36,6 +36,8 @@ def test_every_result_is_read():
         ("some[trust=0.3].each:.2f", "1.50, 2.00"),
         ("some[trust=0.3].rule:code", "`meet`"),
         ("some[trust=0.3].large:.3g", "1,150"),
+        ("some[trust=0.3].large:#,.4g", "1,153"),
+        ("some[trust=0.3].trust:#.2g", "0.30"),
         ("some[trust=0.3].small:.2g", "3.2·10⁻⁸"),
         ("some.date", "2026-11-29"),
         ("other-one.facts.v:.1f", "0.2"),
