@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ from softmeet.members import zoo
 
 MEMBER = "wide/gpt2"
 OVER_BYTES = 256  # the end of a text over bytes
+READER = 5  # tokens a second that somebody reads
 _SOME_TEXT = re.compile(rb'"text": ?"[^"]')
 
 
@@ -180,6 +182,7 @@ def main(
         alone = next(r for r in rows if r["server"] == row["server"])
         rate = "tokens a second of its processor"
         row["over one stream"] = row[rate] / alone[rate]
+        row["cores for 1,000 readers"] = math.ceil(1000 * READER / row[rate])
     show("serving", rows, json_to, tokens=tokens, meet_tokens=meet_tokens)
 
 
