@@ -19,6 +19,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.covers import END
+from softmeet.members.passages import Passage
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
@@ -48,12 +49,12 @@ def completion(url, **fields):
     return http.post(f"{url}/v1/completions", json={"max_tokens": 24, "seed": 3} | fields)
 
 
-def generated(ensemble, prompt, seed, count):
+def generated(ensemble, prompt, seed, count, key=0, **options):
     """The bytes of what generate() gives for one prompt alone."""
     ids = torch.tensor([list(prompt.encode())])
     out = ensemble.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=count,
-        row_sampler=RowSampler(seed, [0]),
+        row_sampler=RowSampler(seed, [key]), **options,
     )  # fmt: skip
     return bytes(token for token in out[0, ids.shape[1] :].tolist() if token != END)
 
@@ -223,6 +224,35 @@ def test_the_text_is_what_it_has_to_be(url):
     assert {completion(url, prompt="the", seed=seed, **choices).json()["choices"][0]["text"] for seed in range(8)} <= {
         "yes, été", "no"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "gate"),
+    [
+        ({}, None),
+        ({"n": 2}, None),
+        ({"softmeet": {"report": 2}}, None),
+        ({"echo": True, "logprobs": 1}, None),
+        ({"prompt_logprobs": 1}, None),
+        ({"softmeet": {"gate": "unsure:0.5"}}, "unsure:0.5"),
+        ({"stream": True}, None),
+    ],
+)
+def test_passages_are_read_as_generate_reads_them(url, ensemble, fields, gate):
+    """A request's passages make members that the server has not seen: each is run with the model that it reads by."""
+    passages = [Passage("the hat", 1.0), Passage("then", 0.5)]
+    asked = {"passages": [vars(one) for one in passages]} | fields.get("softmeet", {})
+    answer = completion(url, prompt="the", **{**fields, "softmeet": asked})
+    assert answer.status_code == 200, answer.text
+    behind, options = ensemble.with_passages(passages), {} if gate is None else {"gate": gate}
+    wanted = [generated(behind, "the", 3, 24, key, **options).decode(errors="ignore") for key in range(2)]
+    assert wanted[0] != generated(ensemble, "the", 3, 24).decode(errors="ignore")
+    if "stream" in fields:
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        found = ["".join(choice["text"] for event in events for choice in event["choices"])]
+    else:
+        found = [choice["text"].removeprefix("the" * ("echo" in fields)) for choice in answer.json()["choices"]]
+    assert [text.rstrip("\ufffd") for text in found] == wanted[: len(found)]
 
 
 def test_a_conversation_has_no_tokens_that_members_share(url):

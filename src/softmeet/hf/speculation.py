@@ -87,11 +87,12 @@ def _is_noticed(model: EnsembleForCausalLM, processors: Sequence[Any]) -> bool:
 def rounds_coarsely(model: EnsembleForCausalLM) -> bool:
     """Return whether a member computes in half precision, or with quantised numbers.
 
-    What it computes then depends noticeably on how many tokens it reads at once.
+    What it computes then depends noticeably on how many tokens it reads at once. A GGUF file's weights, which loading
+    dequantises, are judged by their dtype.
     """
 
     def coarse(member: nn.Module) -> bool:
-        quantised = getattr(member, "quantization_method", None) is not None
+        quantised = getattr(member, "quantization_method", None) not in (None, "gguf")
         small = any(own.dtype.itemsize < 4 for own in member.parameters())
         return quantised or small or any("quantized" in type(own).__module__ for own in member.modules())
 

@@ -17,7 +17,7 @@ import torch
 
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
-from softmeet.hf.chat import take_plain
+from softmeet.hf.chat import chat_of, take_plain
 from softmeet.hf.prompts import encoded, states_behind
 from softmeet.server import prompts
 from softmeet.server.batcher import Batcher
@@ -115,8 +115,8 @@ class Serving:
             one_member=settings.one_member and not apart,
         )
         self._structures = Structures(served.ensemble.model for served in ensembles)
-        # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
+        # Nothing holds up the event loop, and short texts do not wait for the long ones of others.
+        self._short, self._long = (ThreadPoolExecutor(1, f"softmeet-tokenizer-{of}") for of in ("short", "long"))
 
     def start(self) -> None:
         """Do once, for every ensemble, what the first token would otherwise wait for, and start the batcher.
@@ -125,6 +125,9 @@ class Serving:
         heads are whitened then, and code is loaded. It takes seconds for members of some 10⁹ parameters.
         """
         for served in self.ensembles:
+            # Fast tokenizers change their own state in the first call, when none of the threads may read it.
+            for own in (served.ensemble.tokenizer, *chat_of(served.ensemble.model).tokenizers):
+                own("a", verbose=False)
             self._warm_up(served.ensemble.model)
         self.batcher.start()
 
@@ -139,9 +142,16 @@ class Serving:
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
                 model.combiner.solve_rows(hidden, settings, proved=False)
 
-    async def on_tokenizer(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a function that uses a tokenizer, on the thread of all such calls, and return what it returns."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
+    async def on_tokenizer(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that uses a tokenizer, on the thread of all such calls, and return what it returns.
+
+        Args:
+            size: the characters or tokens that it works on: long work is done apart from short.
+            work: the function.
+            arguments: its arguments.
+        """
+        thread = self._long if size > prompts.LONG else self._short
+        return await asyncio.get_running_loop().run_in_executor(thread, partial(work, *arguments))
 
     async def encoded(self, served: Served, body: Any) -> tuple[int, ...]:
         """Return the token ids of a body's ``prompt``, a text, or of its ``messages`` if it has none.
@@ -151,15 +161,23 @@ class Serving:
                 rules.
         """
         combination = served.combination(Extension(), ())
+        if body.prompt is None and combination.over_bytes:
+            raise RequestError(
+                "expected a prompt: over bytes every member has a chat prompt of its own, in its own tokens",
+                param="messages",
+            )
+        field, texts = prompts.texts_of(body)
+        size = sum(map(len, texts))
+        await self._require_short(texts, combination, served, field)
         if body.prompt is None:
-            if combination.over_bytes:
-                raise RequestError(
-                    "expected a prompt: over bytes every member has a chat prompt of its own, in its own tokens",
-                    param="messages",
-                )
-            return (await self.on_tokenizer(prompts.templated, served, combination, body))[0][0]
-        prompts.check_texts([body.prompt], combination, served.ensemble.tokenizer)
-        return await self.on_tokenizer(prompts.tokens_of, served, body.prompt, body.add_special_tokens)
+            return (await self.on_tokenizer(size, prompts.templated, served, combination, body))[0][0]
+        return await self.on_tokenizer(size, prompts.tokens_of, served, body.prompt, body.add_special_tokens)
+
+    async def _require_short(self, texts: Sequence[str], how: Combination, served: Served, param: str) -> None:
+        """Raise RequestError if a text is so long that it fits into no context; it is not cut into tokens for that."""
+        prompts.check_texts(texts, how, served.ensemble.tokenizer, param)
+        if (longest := max(map(len, texts), default=0)) > prompts.LONG:
+            await self.on_tokenizer(longest, prompts.check_pieces, texts, how, served.ensemble.tokenizer, param)
 
     async def prepare(self, body: Generation) -> GenerationRequest:
         """Check a request's body, and return it as a generation request with its prompts as token ids.
@@ -180,25 +198,28 @@ class Serving:
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
         _check_together(body, _limit(body, self.settings.max_tokens, combination))
-        # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
         parts = prompts.parts(body) if isinstance(body, CompletionRequest) else []
         _check_choices(len(parts) or 1, body, self.settings)
-        passages = [passage.text for passage in ours.passages or ()]
-        prompts.check_texts([*parts, *passages], combination, served.ensemble.tokenizer)
+        # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
+        passages, (field, texts) = [passage.text for passage in ours.passages or ()], prompts.texts_of(body)
+        size = sum(map(len, [*(parts or texts), *passages]))
+        whole = {"softmeet.passages": passages} | ({field: texts} if body.truncate_prompt_tokens is None else {})
+        for name, some in whole.items():
+            await self._require_short(some, combination, served, name)
         if passages:
-            combination = await self.on_tokenizer(behind_passages, combination, ours)
+            combination = await self.on_tokenizer(size, behind_passages, combination, ours)
         limit, echoed = _limit(body, self.settings.max_tokens, combination), False
         if isinstance(body, CompletionRequest):
             echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
             scored = echoed or body.prompt_listed is not None
             encode = partial(prompts.encoded, scored=scored)
-            found, own = await self.on_tokenizer(encode, served, combination, parts, body)
+            found, own = await self.on_tokenizer(size, encode, served, combination, parts, body)
         else:
-            found, own = await self.on_tokenizer(prompts.templated, served, combination, body)
+            found, own = await self.on_tokenizer(size, prompts.templated, served, combination, body)
         for prompt, read in zip_longest(found, own, fillvalue=()):
             prompts.check_prompt(prompt, combination, limit, read)
             if combination.over_bytes:
-                await self.on_tokenizer(prompts.check_bytes, prompt, combination, read)
+                await self.on_tokenizer(size, prompts.check_bytes, prompt, combination, read)
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
         tokens = body.drawn * sum(limit + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
