@@ -1,0 +1,80 @@
+"""One text on every road: each case of the matrix, in Python, by the command and on the server, is its golden text."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+import roads
+from cases import AXES, CASES, COMMAND, PYTHON, SERVER, can
+from roads import Asked
+
+SAYS = {road: [case for case in CASES if can(case, road)] for road in (PYTHON, COMMAND, SERVER)}
+# What members compute, and what transformers keeps of it.
+EXACT, FP32 = 1e-9, 1e-6
+
+
+def differences(asked: Asked, known, found):
+    """Return what roads wrote that is not the golden text, or not by its tokens."""
+    expected = {"texts": known["text"], "tokens": known["tokens"], "spelled": roads.spell(asked, known["tokens"])}
+    wrong = []
+    for road, written in found.items():
+        six = [known["text"], *known["six"]][: len(written.texts)]
+        if written.texts != six:
+            wrong.append((road, written.texts, six))
+        for what in ("tokens", "spelled"):
+            if getattr(written, what) not in (None, expected[what]):
+                wrong.append((road, getattr(written, what), expected[what]))
+    return wrong
+
+
+@pytest.mark.parametrize("case", SAYS[PYTHON], ids=str)
+def test_python(worlds, known, case):
+    known, asked = known[str(case)], golden.asked(worlds, case, known)
+    found = {"generate": roads.generate(asked), "stream": roads.stream(asked), "model": roads.transformers(asked)}
+    if case.sampling != "torch":  # whose draws depend on where a text stands
+        found["together"] = roads.together(asked)
+        if case.structure == "none" and case.sampling != "biased":  # which begin anew with every call
+            found["resumed"] = roads.resumed(asked)
+    assert differences(asked, known, found) == []
+    exact = roads.read_one_by_one(asked, known["tokens"])
+    assert exact[: len(known["log_probs"])] == pytest.approx(known["log_probs"], abs=1e-6)
+    assert found["model"].log_probs == pytest.approx(exact, abs=FP32)
+    if "resumed" in found:
+        assert found["resumed"].log_probs == pytest.approx(exact, abs=FP32)
+    assert roads.read_at_once(asked, known["tokens"]) == pytest.approx(exact, abs=EXACT)
+    chat = Asked(asked.world, case, asked.seed, chat=True)
+    assert roads.generate(chat).texts == roads.stream(chat).texts == [known["chat"]]
+
+
+@pytest.mark.parametrize("case", SAYS[COMMAND], ids=str)
+def test_the_command(worlds, known, case):
+    known, asked = known[str(case)], golden.asked(worlds, case, known)
+    found = {"printed": roads.printed(asked), "together": roads.printed_together(asked)}
+    assert differences(asked, known, found) == []
+    assert roads.printed(Asked(asked.world, case, asked.seed, chat=True)).texts == [known["chat"]]
+
+
+@pytest.mark.parametrize("case", SAYS[SERVER], ids=str)
+def test_the_server(worlds, servers, known, case):
+    known, asked = known[str(case)], golden.asked(worlds, case, known)
+    ways = roads.served, roads.served_stream, roads.listed, roads.listed_stream, roads.served_together
+    found = {way.__name__: way(servers, asked) for way in ways}
+    assert differences(asked, known, found) == []
+    exact = found["listed"].log_probs
+    assert exact[: len(known["log_probs"])] == pytest.approx(known["log_probs"], abs=1e-6)
+    assert found["listed_stream"].log_probs == pytest.approx(exact, abs=EXACT)
+    assert roads.scored(servers, asked, known["tokens"]) == pytest.approx(exact, abs=EXACT)
+    if can(case, PYTHON):
+        assert roads.read_one_by_one(asked, known["tokens"]) == pytest.approx(exact, abs=EXACT)
+    chats = [way(servers, asked).texts for way in (roads.chat, roads.chat_stream, roads.response)]
+    assert chats == [[known["chat"]]] * 3
+
+
+ALIKE = [[case for case in SAYS[SERVER] if case.speculation == own] for own in AXES["speculation"]]
+SIXES = [alike[start : start + 6] for alike in ALIKE for start in range(0, len(alike), 6)]
+
+
+@pytest.mark.parametrize("six", SIXES, ids=lambda six: f"speculation={six[0].speculation}")
+def test_the_server_in_company(worlds, servers, known, six):
+    every = [golden.asked(worlds, case, known) for case in six]
+    assert roads.in_company(servers, every) == [known[str(case)]["text"] for case in six]
