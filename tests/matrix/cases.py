@@ -19,7 +19,7 @@ AXES = {
 }
 # Thresholds between the quartiles of what the members say, so that gates are open at some tokens and closed at others.
 GATES = {
-    "unsure": dict.fromkeys(AXES["vocabulary"], "unsure:0.4"),
+    "unsure": dict.fromkeys([*AXES["vocabulary"], "mixed"], "unsure:0.4"),
     "disagreement": {"tokens": "disagreement:0.75", "bytes": "disagreement:0.7", "symbols": "disagreement:0.03"},
     "movement": {"tokens": "movement:0.04", "bytes": "movement:0.04", "symbols": "movement:0.0003"},
 }
@@ -178,4 +178,9 @@ CASES = (
     Case("symbols", "power-mean", "unsure", "none", "greedy", "default"),
     Case("symbols", "max-entropy", "default", "none", "seeded", "4"),
     Case("symbols", "max-entropy", "movement", "none", "torch", "0"),
+    # The bundled families, with all as it is shipped.
+    Case("family", sampling="seeded"),
+    Case("family", structure="regex"),
+    Case("mixed", sampling="seeded"),
+    Case("mixed", gate="unsure", sampling="tempered"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import replace
 
 import golden
 import pytest
@@ -30,6 +30,20 @@ def worlds(tmp_path_factory, _shipped):
 def servers(worlds):
     """The servers of these worlds."""
     found = Servers(worlds)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="package")
+def single(worlds):
+    """The worlds in the shipped precision."""
+    return {name: replace(world, dtype=None) for name, world in worlds.items()}
+
+
+@pytest.fixture(scope="package")
+def single_servers(single):
+    """The servers of these."""
+    found = Servers(single)
     yield found
     found.close()
 

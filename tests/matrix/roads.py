@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import torch
-from cases import Case
+from cases import CASES, Case
 from serving import running, serving_of
 from typer.testing import CliRunner
 from worlds import World
@@ -261,7 +261,7 @@ def printed_together(asked: Asked) -> Written:
 
 
 class Servers:
-    """A server for each way to speculate, of all worlds; each is started when it is first asked for."""
+    """A server for each way to speculate, of the worlds that it is for; each is started when it is first asked for."""
 
     def __init__(self, worlds: dict[str, World]) -> None:
         self._worlds, self._stack = worlds, contextlib.ExitStack()
@@ -272,7 +272,8 @@ class Servers:
         """Return (what is served, the URL)."""
         if case.speculation not in self._started:
             how = {} if case.speculation == "default" else {"speculate": int(case.speculation)}
-            serving = serving_of({name: world.ensemble() for name, world in self._worlds.items()}, **how)
+            asked = {own.vocabulary for own in CASES if own.speculation == case.speculation}
+            serving = serving_of({name: self._worlds[name].ensemble() for name in sorted(asked)}, **how)
             self._started[case.speculation] = serving, self._stack.enter_context(running(serving))
         return self._started[case.speculation]
 

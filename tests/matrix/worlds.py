@@ -71,7 +71,7 @@ class World:
 
     Args:
         name: the case's vocabulary.
-        members: what ``-m`` names.
+        members: what ``-m`` names; none for the shipped family.
         dtype: of the weights; None for the shipped one.
     """
 
@@ -89,7 +89,8 @@ class World:
         if (rule, gate) not in made:
             given = {"rule": rule} | ({} if gate is None else {"gate": gate})
             given |= {"vocabulary": "bytes"} if self.name == "bytes" else {}
-            made[rule, gate] = Ensemble.from_pretrained(list(self.members), **given, dtype=self.dtype, loaded=models)
+            who = [list(self.members)] if self.members else []
+            made[rule, gate] = Ensemble.from_pretrained(*who, **given, dtype=self.dtype, loaded=models)
             # Requests may name the gate movement only where its factor is known.
             resolved(made[rule, gate].model, made[rule, gate].model.settings)
         return made[rule, gate]
@@ -110,7 +111,7 @@ class World:
 
 
 def make_worlds(folder: Path) -> dict[str, World]:
-    """Write the tiny members into a folder, and return all worlds by name."""
+    """Write the tiny members into a folder, and return all worlds by name, those of bundled families as shipped."""
     gpt2, llama = byte_tokenizers.byte_level, byte_tokenizers.llama
     members = {
         "tokens": [_save(folder / "a", gpt2(), _gpt2, 0), _save(folder / "b", gpt2(), _llama, 1)],
@@ -118,4 +119,5 @@ def make_worlds(folder: Path) -> dict[str, World]:
         # The second is a noisy copy of the first, whose drafts are mostly right.
         "symbols": [_save(folder / "e", _symbols(), _gpt2, 4), _save(folder / "f", _symbols(), _gpt2, 4, noise=0.3)],
     }
-    return {name: World(name, tuple(map(str, own))) for name, own in members.items()}
+    found = {name: World(name, tuple(map(str, own))) for name, own in members.items()}
+    return found | {"family": World("family", (), None), "mixed": World("mixed", ("mixed",), None)}
