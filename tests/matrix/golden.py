@@ -1,4 +1,4 @@
-"""Golden texts: what every case writes, decoded in the plainest way, in one file that ``tools/update_golden.py`` writes.
+"""Golden texts: what every case writes, decoded in the plainest way, in a file that ``tools/update_golden.py`` writes.
 
 Members compute in double precision, and where a token is chosen by so little that rounding could choose another, the
 case gets another seed; so the texts are the same on every machine.

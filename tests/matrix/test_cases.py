@@ -11,7 +11,6 @@ import roads
 from cases import AXES, CASES, COMMAND, PYTHON, REFUSALS, SERVER, can, legal
 from roads import Asked
 
-
 CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"
 
 
@@ -19,7 +18,10 @@ def test_the_table_has_every_pair_in_python_and_on_the_server_and_every_value_on
     for road in (PYTHON, SERVER):
         wanted = set().union(*(case.pairs() for case in legal() if can(case, road)))
         assert sorted(wanted.difference(*(case.pairs() for case in CASES if can(case, road)))) == []
-    values = {(axis, own) for axis, every in AXES.items() for own in every} - {("sampling", "biased"), ("sampling", "torch")}
+    values = {(axis, own) for axis, every in AXES.items() for own in every} - {
+        ("sampling", "biased"),
+        ("sampling", "torch"),
+    }
     assert sorted(values.difference(*(set(case.named()) for case in CASES if can(case, COMMAND)))) == []
     assert len({str(case) for case in CASES}) == len(CASES)
 
