@@ -185,8 +185,7 @@ class ByteMember(TokenModel):
         Returns:
             the new reading; it has ended if its tokens would exceed the model's context, as in :meth:`advance`.
         """
-        places = [one.probs for one in reading.covers.closed] + [one.probs for one in reading.covers.open]
-        longest = max((len(probs.path) for probs in places), default=0)
+        longest = max((len(probs.path) for probs in reading.covers.places), default=0)
         if len(text) == 1 or longest + len(text) >= self.limit:
             for byte in text:
                 (reading,) = self.advance([reading], [byte])

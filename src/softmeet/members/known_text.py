@@ -70,14 +70,8 @@ class KnownText:
     def __init__(
         self, member: TokenModel, pruning: Pruning, text: bytes, place: int, tree: TokenTree, own: _Own | None
     ) -> None:
-        self.member, self.pruning, self.text, self.place, self.tree, self.work = (
-            member,
-            pruning,
-            text,
-            place,
-            tree,
-            Work(),
-        )
+        self.member, self.pruning, self.text, self.place = member, pruning, text, place
+        self.tree, self.work = tree, Work()
         self.covers = list[Covers]()
         self._sure = 1  # This many of them, the first, need no answer that is missing.
         # The model's answers and what it has still to answer, by what a cover's answer depends on.
