@@ -109,7 +109,7 @@ def keep(out: Path, title: str, rows: list[dict[str, Any]], **facts: Any) -> Non
     """Write a result: numbers to six digits, so that two runs differ only where they do."""
     today = datetime.now(UTC).date().isoformat()
     found = {"title": title, "command": command(), "date": today, "machine": machine(), **facts, "rows": rows}
-    out.write_text(json.dumps(_rounded(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    out.write_text(json.dumps(_rounded(found), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 
 def _rounded(value: Any) -> Any:
