@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, assemble
+from softmeet.hf.assembly import assemble
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.chat import Messages, is_chat
@@ -141,7 +142,7 @@ class Ensemble:
             names, **loading, offload_folder=offload_folder, on_progress=on_progress,
             on_loaded=reading(config, any_average=any_average), loaded=loaded,
         )  # fmt: skip
-        model = assemble(config, models, common, tokenizers)
+        model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
