@@ -55,7 +55,7 @@ def by_bytes(ensemble: Ensemble, prompt: str, count: int, seed: int) -> dict[str
         watched(reader, "advance", "log_probs", "begin") as reading,
     ):
         start = now()
-        text = ensemble.generate(prompt, seed=seed, do_sample=True, top_k=0, max_new_tokens=count, min_new_tokens=count)
+        text = ensemble.generate(prompt, seed=seed, do_sample=True, top_k=0, max_bytes=count, min_new_tokens=count)
         taken = now() - start
     size, own = len(text.encode()), len(reader.spelling.encode(text.encode()))
     return {

@@ -78,7 +78,8 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float
             if not first and _SOME_TEXT.search(whole):
                 first = time.perf_counter() - started
     chunks = [json.loads(line[6:]) for line in whole.decode().splitlines() if line.startswith("data: {")]
-    return first, next(chunk["usage"]["completion_tokens"] for chunk in reversed(chunks) if chunk.get("usage"))
+    usage = next(chunk["usage"] for chunk in reversed(chunks) if chunk.get("usage"))
+    return first, usage.get("softmeet", {}).get("completion_bytes", usage["completion_tokens"])
 
 
 def spent(process: int | None) -> float:
@@ -134,6 +135,7 @@ def served(
             for n in numbers:
                 more = {"softmeet": {"rule": rule}, "logit_bias": {str(end): -100}}
                 more["stream_options"] = {"include_usage": True}
+                more["softmeet"] |= {"max_bytes": length} if end == OVER_BYTES else {}
                 same = max(numbers) if end == OVER_BYTES else 0
                 found = asyncio.run(measure(server.url, n, length, server.process.pid, same, **more))
                 flags = ["--reproducible"] if "--reproducible" in names else []

@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf import assembly, checkpoint
+from softmeet.hf.answer_length import within_limits
 from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.call_options import CallOptions, Prefixes
@@ -81,8 +82,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     """A causal LM over 257 symbols, the bytes and the end of a text (256), whose members are read byte by byte.
 
     Each member's token probabilities are turned into the next byte's, which the rule then combines. ``input_ids`` are
-    symbols, and ``max_new_tokens`` counts them. Rules that need the members' softmax matrices, such as ``meet``, are
-    refused, as these matrices have no rows for bytes.
+    symbols. Rules that need softmax matrices, such as ``meet``, are refused, as these matrices have no rows for bytes.
 
     Args:
         config: the settings; ``config.members`` names the members.
@@ -260,6 +260,10 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             costs[-1, 1:] = reading.work.calls, reading.work.tokens
             found.append(torch.from_numpy(np.hstack([log_probs, costs])[not begun :]))
         return found
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Generate symbols as an ensemble over tokens does tokens, and end texts as :func:`within_limits` does."""
+        return within_limits(super().generate, self, inputs, generation_config, kwargs)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""

@@ -134,6 +134,8 @@ class CallOptions:
         own["speculate"] = checked_drafts(given.pop("speculate", None))
         if own["one_member"] and model.over_bytes:
             raise InvalidInputError("one_member takes members over tokens, and these are combined over bytes")
+        if given.pop("max_bytes", None) is not None:
+            raise InvalidInputError("max_bytes is for members combined over bytes: over tokens say max_new_tokens")
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
         seconds = own["token_seconds"]

@@ -67,7 +67,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     OF_A_KIND = (
         "over_bytes", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again", "new_cache",
-        "run", "hidden_states", "_get_logits_processor",
+        "run", "hidden_states", "generate", "_get_logits_processor",
     )  # fmt: skip
     over_bytes = False
 

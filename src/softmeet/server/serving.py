@@ -36,8 +36,8 @@ from softmeet.solvers.clock import time_limit
 T = TypeVar("T")
 # The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
 _MOST_LISTED = 1 << 20
-# The most tokens of a completion whose request does not say; over bytes, about as long a text.
-_COMPLETION, _COMPLETION_BYTES = 16, 64
+# The most tokens of a completion whose request does not say.
+_COMPLETION = 16
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Serving:
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
-        _check_together(body, _limit(body, self.settings.max_tokens, combination))
+        _check_together(body, _symbols(_limit(body, self.settings.max_tokens, combination), ours, combination))
         parts = prompts.parts(body) if isinstance(body, CompletionRequest) else []
         _check_choices(len(parts) or 1, body, self.settings)
         # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
@@ -221,13 +221,15 @@ class Serving:
             if combination.over_bytes:
                 await self.on_tokenizer(size, prompts.check_bytes, prompt, combination, read)
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
-        tokens = body.drawn * sum(limit + score_prompt * len(prompt) for prompt in found)
+        longest = _symbols(limit, ours, combination)
+        tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
         return GenerationRequest(
             combination=combination,
             sampling=replace(sampling, mask=await self._structures.mask(body, combination.model)),
             max_tokens=limit,
+            max_bytes=ours.max_bytes,
             top=top,
             report=ours.report,
             score_prompt=score_prompt,
@@ -250,7 +252,7 @@ def _check_together(body: Generation, limit: int) -> None:
 
     Args:
         body: the request.
-        limit: the most tokens of a choice.
+        limit: the most tokens of a choice; over bytes, the most bytes.
     """
     if body.drawn < body.choices:
         raise RequestError(
@@ -268,8 +270,8 @@ def _check_together(body: Generation, limit: int) -> None:
         )
     if (body.min_tokens or 0) > limit:
         raise RequestError(
-            f"expected min_tokens of at most {limit:,}, the most tokens of this answer, got {body.min_tokens:,}: ask "
-            "for fewer, or for a larger max_tokens",
+            f"expected min_tokens of at most {limit:,}, the most tokens (over bytes: bytes) of this answer, got "
+            f"{body.min_tokens:,}: ask for fewer, or for a larger max_tokens",
             param="min_tokens",
         )
 
@@ -301,10 +303,10 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
     """Return the most tokens of a choice: what a request asks for; else all for a chat, at most 16 for a completion.
 
     Args:
-        body: the request.
+        body: the request; one for a completion of at most so many bytes has no other limit than the server's.
         server: the server's limit.
-        combination: the ensemble; the smaller of ``server`` and the shortest member's context is the limit. Over bytes
-            a completion has at most 64 of them unless the request says so.
+        combination: the ensemble; the smaller of ``server`` and the shortest member's context is the limit; over bytes
+            members' contexts end an answer, as the bytes that they hold are not known before.
 
     Raises:
         RequestError: if the request asks for more than the limit.
@@ -325,8 +327,23 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
                 param=name,
             )
         return int(asked)
-    usual = _COMPLETION_BYTES if combination.over_bytes else _COMPLETION
-    return min(usual, most) if isinstance(body, CompletionRequest) else most
+    bounded = isinstance(body, CompletionRequest) and not (body.softmeet and body.softmeet.max_bytes)
+    return min(_COMPLETION, most) if bounded else most
+
+
+def _symbols(tokens: int, ours: Extension, combination: Combination) -> int:
+    """Return the most tokens of a choice that are drawn: over bytes, of the bytes that so many tokens may have.
+
+    Raises:
+        RequestError: if a number of bytes is given over tokens.
+    """
+    if ours.max_bytes is not None and not combination.over_bytes:
+        raise RequestError(
+            "max_bytes is for ensembles over bytes, and this one is over tokens: say max_tokens",
+            param="softmeet.max_bytes",
+        )
+    length = combination.answer_length(tokens, ours.max_bytes)
+    return tokens if length is None else length.longest or 0
 
 
 def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
@@ -359,5 +376,6 @@ def _check_listed(tokens: int, each: int) -> None:
     if tokens * each > _MOST_LISTED:
         raise RequestError(
             f"expected at most {_MOST_LISTED:,} log-probabilities in an answer, got {tokens * each:,} ({tokens:,} "
-            f"tokens with {each} each): ask for fewer tokens (max_tokens), choices, logprobs or a smaller report",
+            f"tokens, or bytes, with {each} each): ask for fewer tokens (max_tokens, or softmeet.max_bytes), "
+            "choices, logprobs or a smaller report",
         )
