@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST_ARGS ?= -n auto --dist worksteal
 
-.PHONY: demo docs test soak bench check format lint clean
+.PHONY: demo docs figures test soak bench check format lint clean
 
 demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundled members.
 	@echo "loading softmeet and torch"
@@ -39,6 +39,9 @@ bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, a
 docs: $(VENV)/.docs ## Build the site into site/; every broken link is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open site/index.html"
+
+figures: | $(BIN)/python ## Write the figures on pages from benchmarks/results, and say which command measures each again.
+	$(BIN)/python tools/update_figures.py
 
 check: lint docs test ## What CI does: format, lint, types, layers, spelling, the site, tests.
 

@@ -25,7 +25,7 @@ from softmeet.evaluation.folds import folds_of
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.members.member import short
 from softmeet.members.weighting import Adaptation
-from softmeet.rules.settings import POOLS
+from softmeet.rules.values import POOLS
 
 FOLDS = 5
 TRIED = tuple(Adaptation(decay, t) for decay in (0.8, 0.9, 0.95, 0.98, 0.99) for t in (0.1, 0.2, 0.4, 0.8, 1.6))

@@ -18,7 +18,7 @@ import torch
 import typer
 
 from price import Drafts
-from report import median, show
+from report import median, named, show
 from softmeet.evaluation.held_out import held_out_books
 from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import load
@@ -91,6 +91,8 @@ def main(
             drafts = accepted[way]
             rows.append(
                 {
+                    "members": " + ".join(map(named, member or ["wide"])),
+                    "at once": streams,
                     "rule": name,
                     "how": way,
                     "ms a token": median(taken[way]),

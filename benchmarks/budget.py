@@ -18,7 +18,7 @@ import typer
 
 import softmeet
 from problems import Rows, held_out, of_text
-from report import seconds, show
+from report import named, seconds, show
 from softmeet.hf.calibrated import own_text
 from softmeet.rules.meet import Meet
 from softmeet.simplex import total_variation
@@ -70,9 +70,9 @@ def main(
     if not member:
         given += [(family, held_out(family, positions)) for family in ("narrow", "wide")]
     elif text is None:
-        given.append((" + ".join(Path(m).name for m in member), sampled(member, positions)))
+        given.append((" + ".join(named(m) for m in member), sampled(member, positions)))
     else:
-        given.append((" + ".join(Path(m).name for m in member), of_text(member, text.read_text("utf-8"), positions)))
+        given.append((" + ".join(named(m) for m in member), of_text(member, text.read_text("utf-8"), positions)))
     steps = [int(x) for x in budgets.split(",")]
     rows = [
         row for name, some in given for rho in trust.split(",") for row in table(name, some, float(rho), steps, repeats)

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from report import now, show
+from report import named, now, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
-from softmeet.members.member import short
 
 # Bytes of a text from which the rest is generated or read.
 _BEGINNING = 300
@@ -56,7 +55,7 @@ def by_bytes(ensemble: Ensemble, prompt: str, count: int, seed: int) -> dict[str
         watched(reader, "advance", "log_probs", "begin") as reading,
     ):
         start = now()
-        text = ensemble.generate(prompt, seed=seed, do_sample=True, top_k=0, max_new_tokens=count, min_new_tokens=count)
+        text = ensemble.generate(prompt, seed=seed, do_sample=True, top_k=0, max_bytes=count, min_new_tokens=count)
         taken = now() - start
     size, own = len(text.encode()), len(reader.spelling.encode(text.encode()))
     return {
@@ -105,7 +104,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Seeds.")] = 3,
     prune: Annotated[float, typer.Option(help="As for every ensemble over bytes.")] = 0.01,
     threads: Annotated[int, typer.Option()] = 1,
-    out: Annotated[Path | None, typer.Option(help="JSON of all figures.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Print a row for each member: medians over seeds."""
     torch.set_num_threads(threads)
@@ -121,9 +120,9 @@ def main(
             tokens = max(8, round(count / ours["bytes a token"]))
             found.append(ours | {"own ms/B": by_tokens(ensemble, prompt, tokens, seed)})
         rows.append(
-            {"member": short(name)}
+            {"member": named(name), "text": " ".join(text)}
             | {key: median(row[key] for row in found) for key in found[0]}
-            | read(ensemble, [text.encode() for text in some])
+            | read(ensemble, [one.encode() for one in some])
             | {"times the own": median(row["ms/B"] / row["own ms/B"] for row in found)}
         )
     show(f"Generation over bytes beside the members' own, prune {prune:g}", rows, out, repeats=repeats)

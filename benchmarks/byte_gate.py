@@ -46,7 +46,7 @@ def speeds(ensemble: Ensemble, gates: list[str], prompts: list[str], count: int)
         for gate, total in totals.items():
             begun, calls = time.process_time(), second.spent.calls
             ensemble.generate(
-                prompt, gate=gate, seed=k, do_sample=True, top_k=0, min_new_tokens=count, max_new_tokens=count,
+                prompt, gate=gate, seed=k, do_sample=True, top_k=0, min_new_tokens=count, max_bytes=count,
                 recorder=total.recorder,
             )  # fmt: skip
             total.seconds.append(time.process_time() - begun)

@@ -17,7 +17,7 @@ import torch
 import typer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from report import now, show
+from report import named, now, show
 from softmeet import Ensemble, Member, Passage
 from softmeet.hf import EnsembleConfig
 from softmeet.members import zoo
@@ -59,8 +59,8 @@ def resident() -> float:
 
 def row(what: str, own: list[float], one: list[float] | None = None) -> dict[str, Any]:
     """Return a line of the table: the median, and that of the ratios to measurements beside."""
-    ratio = "" if one is None else f"{median(a / b for a, b in zip(own, one, strict=True)):.2f}"
-    return {"what": what, "ms": f"{1000 * median(own):.1f}", "times the one": ratio}
+    ratio = None if one is None else median(a / b for a, b in zip(own, one, strict=True))
+    return {"what": what, "ms": 1000 * median(own), "times the one": ratio}
 
 
 def main(
@@ -101,6 +101,8 @@ def main(
             row(f"{tokens} tokens behind ten passages, read anew", *whole),
             row(f"{tokens} tokens behind one passage as long as the ten", whole[1]),
         ]
+    model = named(member) if member else "GPT-2 small's shape"
+    rows = [{"model": model} | row for row in rows]
     show("One model behind several prompts", rows, json, weights_mb=round(weights), added_mb=round(added))
     print(f"weights: {weights:.0f} MB; resident memory that all these prompts added: {added:.0f} MB")
 

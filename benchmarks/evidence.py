@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import typer
 from torch import Tensor
 
-from report import show
+from report import by_variable, keep, show
 from softmeet import Ensemble
 from softmeet.evaluation.advise import part
 from softmeet.evaluation.candidates import Options, sample_size
@@ -36,7 +35,7 @@ from softmeet.evaluation.judged import Judged
 from softmeet.evaluation.perplexity import evaluate_positions
 from softmeet.evaluation.positions import Positions, observe_text
 from softmeet.members.member import short
-from softmeet.rules.settings import POOLS
+from softmeet.rules.values import POOLS
 from softmeet.scaling.local import LocalEngine
 
 
@@ -145,7 +144,7 @@ def main(
 ) -> None:
     """Print a table for each text."""
     ensemble = Ensemble.from_pretrained(members, POOLS[0], vocabulary=vocabulary)
-    names, every = [short(name) for name in ensemble.names], list[dict[str, Any]]()
+    names, every = [short(by_variable(name)) for name in ensemble.names], list[dict[str, Any]]()
     for pattern in text:
         documents = read_documents([pattern])
         positions = observed(ensemble, documents, pattern, each, kept, bos=bos)
@@ -164,7 +163,8 @@ def main(
                     rows.append(
                         {
                             "text": pattern, "members": " + ".join(names[i] for i in some), "kind": kind,
-                            "gap": sorted(strength)[1] - min(strength), "best member": short(found["best"]),
+                            "gap": sorted(strength)[1] - min(strength),
+                            "best member": short(by_variable(found["best"])),
                             "best bits": found["bits"], "bits": judged.bits(found["losses"][kind]), **_told(gain),
                             "ms a byte": cost, "verdict": found["verdict"], "some": some,
                             "values": found["values"].get(kind.removeprefix("fitted ")),
@@ -178,7 +178,7 @@ def main(
     if plot is not None:
         plotted(every, plot)
     if out is not None:
-        out.write_text(json.dumps(every, indent=1, default=str) + "\n", encoding="utf-8")
+        keep(out, "gains in bits a byte over the best member", by_kind(every), combinations=every)
 
 
 def observed(
@@ -189,6 +189,17 @@ def observed(
     key = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
     cache = PieceCache(kept and kept / key, {"texts": [document.name for document in documents]})
     return observe_text(ensemble, documents, max_per_document=each, bos=bos, engine=LocalEngine(2), cache=cache)
+
+
+def by_kind(every: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for some members on a text, with the gain of each kind of average, and half its interval."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in every:
+        first = {name: row[name] for name in ("text", "members", "gap", "best member", "best bits", "verdict")}
+        low, high = row["interval"]
+        own = rows.setdefault((row["text"], row["members"]), first)
+        own |= {row["kind"]: row["gain"], f"± {row['kind']}": (high - low) / 2}
+    return list(rows.values())
 
 
 def _told(gain: Difference) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for HiGHS")
     parser.add_argument("--only-underestimation", action="store_true")
     parser.add_argument("--threads", type=int, default=1, help="of ours; HiGHS has one")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     names = list(SIZES) if arguments.size == "all" else [arguments.size]
@@ -114,7 +114,7 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     for name in names:
         lines += measure(name, arguments.limit, only_first=first)
-        show("exact rules", lines, arguments.out)
+        show("exact rules", lines, arguments.json)
 
 
 if __name__ == "__main__":

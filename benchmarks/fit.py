@@ -6,7 +6,6 @@ A document is a book of the King James Version that no bundled member has seen. 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from dataclasses import asdict
@@ -17,7 +16,7 @@ import torch
 import typer
 
 from held_out import held_out_documents
-from report import machine, show
+from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Options, fit
@@ -85,10 +84,9 @@ def main(
         for name, row in facts["candidates"].items()
     ]
     sizes = ", ".join(f"{part['tokens']:,} to {name}" for name, part in facts["splits"].items())
-    show(f"{family}{' and a shuffled head' if bad else ''}: {sizes}; {seconds:.0f} s", rows, None)
+    title = f"{family}{' and a shuffled head' if bad else ''}: {sizes}; {seconds:.0f} s"
+    show(title, rows, as_json, seconds=seconds, fit=facts)
     print(verdict(facts))
-    if as_json is not None:
-        as_json.write_text(json.dumps({"machine": machine(), "seconds": seconds, **facts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from report import now, show
+from report import named, now, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
 from softmeet.hf import Recorder
@@ -98,7 +98,7 @@ def main(
     if member:
         if not text:
             raise typer.BadParameter("members need texts: --text 'FILES'")
-        given.append((" + ".join(Path(m).name for m in member), member, [d.text for d in read_documents(text)]))
+        given.append((" + ".join(named(m) for m in member), member, [d.text for d in read_documents(text)]))
     else:
         from softmeet.evaluation.held_out import held_out_books
 

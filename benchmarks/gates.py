@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.progress import Progress, track
 
-from report import show
+from report import keep, show
 from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice, under_gates
 from softmeet.evaluation.held_out import held_out_books
@@ -168,13 +168,13 @@ def main(
     threads: Annotated[int, typer.Option()] = 1,
     smoke: Annotated[bool, typer.Option("--smoke", help="A size that runs in a minute.")] = False,
     plot_to: Annotated[Path | None, typer.Option("--plot", help="Draw the curves here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="A folder for the figures.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print a table for each family."""
     torch.set_num_threads(threads)
     if smoke:
         per_book, prompts, tokens = 3, 2, 6
-    tables = {}
+    tables, every = {}, dict[str, Any]()
     for family in families.split(","):
         rows, facts = family_rows(family, per_book, prompts, tokens, batch)
         tables[family] = rows
@@ -182,7 +182,11 @@ def main(
         title = (
             f"{family}: {facts['positions']:,} positions; alone: {alone} nats; {facts['tokens']} tokens, batch {batch}"
         )
-        show(title, rows, json and json / f"gates-{family}.json", **facts)
+        show(title, rows, None)
+        every[family] = facts
+    if json is not None:
+        found = [{"family": family} | row for family, rows in tables.items() for row in rows]
+        keep(json, "what gates save and cost", found, families=every)
     if plot_to is not None:
         plot(tables, plot_to)
 

@@ -24,9 +24,10 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
+from cells import Json, Run
 from report import now, show
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.files import Json, Run, as_json
+from softmeet.evaluation.files import as_json
 from softmeet.hf.checkpoint import member_names, saved_config
 from softmeet.members.member import short, titles
 from softmeet.rules.settings import parse_rule

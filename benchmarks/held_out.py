@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from report import show
 from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
@@ -68,6 +68,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Of each document, at most.")] = 512,
     trust: Annotated[str, typer.Option(help="Trusts to try, the same for every member.")] = "0.1,0.3,1,2,4",
     threads: Annotated[int, typer.Option()] = 2,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print one table for a family."""
     torch.set_num_threads(threads)
@@ -79,18 +80,19 @@ def main(
     choices += [meet(rho, len(ensemble.names)) for rho in trusts]
     found = compare(ensemble, test, choices)
     within, baseline = clusters(test.document), found.choices["logit-mean"].nats
-    title = f"{family}: {len(test):,} positions of {within.count} {within.kind}"
-    table = Table("", "nats/token", "against logit-mean", title=title)
+    rows = []
     for name, scores in {**found.members, **found.choices}.items():
-        against = "" if name == "logit-mean" else str(paired(scores.nats, baseline, within))
-        mark = "  (chosen on other books)" if name == best else ""
-        table.add_row(Path(name).name, f"{scores.mean:.4f}", against + mark)
-    Console(width=100).print(table)
+        row: dict[str, Any] = {"who": Path(name).name, "nats/token": scores.mean}
+        if name != "logit-mean":
+            against = paired(scores.nats, baseline, within)
+            row |= {"against logit-mean": against.mean, "from": against.low, "to": against.high}
+        rows.append(row | {"chosen on other books": name == best})
     exact, few = RuleChoice("max-entropy", {"rule": "max-entropy"}), list(_first(test, FEW))
     infeasible = sum(evaluate(ensemble, part, [exact]).choices["max-entropy"].fallbacks for part in track(few))
-    Console(width=100).print(
-        f"max-entropy is infeasible, with proof, at {infeasible} of {sum(map(len, few))} positions"
-    )
+    tried = sum(map(len, few))
+    title = f"{family}: {len(test):,} positions of {within.count} {within.kind}"
+    show(title, rows, json, positions=len(test), max_entropy={"infeasible": infeasible, "of": tried})
+    typer.echo(f"max-entropy is infeasible, with proof, at {infeasible} of {tried} positions")
 
 
 def _first(positions: Positions, count: int) -> list[Positions]:

@@ -22,7 +22,7 @@ from softmeet.evaluation.folds import folds_of
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.trace import Trace
 from softmeet.members.weighting import Adaptation, faded
-from softmeet.rules.settings import POOLS
+from softmeet.rules.values import POOLS
 
 FOLDS = 5
 RIDGES = (0.003, 0.03, 0.3, 3.0)

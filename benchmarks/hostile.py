@@ -110,6 +110,16 @@ async def measure(url: str, kinds: list[str], tokens: int, repeats: int) -> list
     return rows
 
 
+def by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each hostile kind, with the gaps of every stream beside it."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        own = found.setdefault(row["beside"], {"beside": row["beside"]})
+        own |= {row["stream"]: row["over alone"], f"{row['stream']}, ms": row["median gap, ms"]}
+        own |= {f"{row['stream']}, largest": row["largest gap, ms"]}
+    return list(found.values())
+
+
 def _row(measured: str, kind: str, alone: list[float], found: list[float], seen: list[Any]) -> dict[str, Any]:
     refused = next((entry for entry in seen if isinstance(entry, str)), "")
     counts: dict[str, int] = {}
@@ -131,7 +141,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="How often it is measured in each company.")] = 3,
     threads: Annotated[int, typer.Option(help="PyTorch threads of the server.")] = 1,
     token_seconds: Annotated[float, typer.Option(help="The server's --token-seconds.")] = 1.0,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure one stream beside one hostile stream of each kind."""
     server = Server(family, "--threads", str(threads), "--token-seconds", str(token_seconds))
@@ -140,7 +150,8 @@ def main(
         rows = asyncio.run(measure(server.url, chosen, tokens, repeats))
     finally:
         server.end()
-    show(f"one stream beside one hostile stream, {family}", rows, out, tokens=tokens, repeats=repeats)
+    title = f"one stream beside one hostile stream, {family}: the median gap over that alone, and the largest in ms"
+    show(title, by_kind(rows), out, tokens=tokens, repeats=repeats, each=rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from report import show
+from report import named, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.positions import observe_text
@@ -77,7 +77,7 @@ def main(
     given: list[tuple[str, Any, list[Document]]] = []
     if member:
         texts = [Document(path.name, path.read_text(encoding="utf-8")) for path in text or []]
-        given.append(("+".join(Path(m).name for m in member), member, texts))
+        given.append(("+".join(named(m) for m in member), member, texts))
     else:
         from softmeet.evaluation.held_out import held_out_books
 

@@ -22,7 +22,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from members import ensemble_of, save_pair
-from report import median, show
+from report import median, named, show
 from softmeet.hf import pace, quick, running
 from softmeet.members import zoo
 from softmeet.rules.settings import parse_rule
@@ -141,6 +141,24 @@ def runs(
     return found
 
 
+def by_rule(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for a rule and a batch: tokens a second of each member alone, of the rule, and of each way to less."""
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        who, rate = row["who"], 1000 * row["batch"] / row["ms a token"]
+        rule, _, way = who.rpartition(", ")
+        if way == "alone":
+            alone = [r for r in rows if r["batch"] == row["batch"] and r["who"].startswith("member ")]
+        elif not way or not any(r["who"] == rule for r in rows):
+            each = [1000 * r["batch"] / r["ms a token"] for r in alone]
+            found.append({"batch": row["batch"], "rule": who, "each alone": each, "average": rate})
+            found[-1] |= {"outside, ms": row["outside"], "of their sum": row["of the sum"]}
+        else:
+            found[-1] |= {way: rate, f"{way}, of plain": row["of plain"]}
+            found[-1] |= {f"{way}, outside, ms": row["outside"], f"{way}, accepted": row["accepted"]}
+    return found
+
+
 def main(
     member: Annotated[list[str] | None, typer.Option("--member", "-m", help="Folders of two or more models.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
@@ -196,7 +214,9 @@ def main(
                         "accepted": sum(drafted) / len(drafted) if drafted else None,
                     }
                 )
-    show(f"a token of generation, {dtype}", rows, json)
+    label = " + ".join(map(named, member or [])) or f"two of GPT-2 small's shape, near {near:g}"
+    found = [{"members": f"{label}, {dtype}"} | row for row in by_rule(rows)]
+    show(f"tokens a second of generation, {dtype}", found, json, each=rows)
 
 
 if __name__ == "__main__":

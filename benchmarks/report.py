@@ -1,12 +1,21 @@
-"""What every benchmark shares: one table on the terminal, the same figures as JSON, and a line about the machine."""
+"""What every benchmark shares: one table on the terminal, the same figures as JSON, and a line about the machine.
+
+The JSON is a *result*: rows of figures with the command, the date and the machine. Those in benchmarks/results are what
+the pages show (tools/update_figures.py).
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import re
+import shlex
+import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +23,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+# Environment variables that hold the paths of the models that pages name so.
+MODELS = ("SMOLLM2", "GEMMA", "QWEN05", "QWEN15")
 
 
 def machine() -> str:
@@ -50,19 +62,80 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, -(-int(q * 1000) * len(ordered) // 1000) - 1))]
 
 
+def command(arguments: list[str] | None = None) -> str:
+    """The command of this process as a reader would type it, without ``--json``.
+
+    A model's path is written as the variable of :data:`MODELS` that holds it, any other path as its last part.
+
+    >>> command(["/home/me/softmeet/benchmarks/calls.py", "--rule", "meet", "--json", "benchmarks/results/calls.json"])
+    'python benchmarks/calls.py --rule meet'
+    """
+    script, *options = sys.argv if arguments is None else arguments
+    kept, words = [f"benchmarks/{Path(script).name}"], iter(options)
+    for word in words:
+        if word == "--json":
+            next(words, None)
+        elif not word.startswith("--json="):
+            kept.append(named(word))
+    return f"python {shlex.join(kept)}"
+
+
+def by_variable(text: str) -> str:
+    """A text with each path of a model in it as the variable of :data:`MODELS` that holds it."""
+    for model in MODELS:
+        if os.environ.get(model):
+            text = text.replace(os.environ[model], model)
+    return text
+
+
+def named(text: str) -> str:
+    """The same, with any other absolute path as its last part."""
+    text = by_variable(text)
+    return re.sub(r"(?<![\w.~-])/(?:[^\s/:+=]+/)*([^\s/:+=]+)", r"\1", text)
+
+
 def show(title: str, rows: list[dict[str, Any]], out: Path | None, **facts: Any) -> None:
-    """Print ``rows`` as a table, and write them with the machine and ``facts`` to ``out``."""
-    table = Table(*rows[0], title=title, caption=machine())
+    """Print ``rows`` as a table, and write them with the command, the date, the machine and ``facts`` to ``out``."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(*columns, title=title, caption=machine())
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_text(row.get(column)) for column in columns))
     Console(width=150).print(table)
     if out is not None:
-        found = {"title": title, "machine": machine(), **facts, "rows": rows}
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        keep(out, title, rows, **facts)
+
+
+def keep(out: Path, title: str, rows: list[dict[str, Any]], **facts: Any) -> None:
+    """Write a result: numbers to six digits, so that two runs differ only where they do."""
+    today = datetime.now(UTC).date().isoformat()
+    found = {"title": title, "command": command(), "date": today, "machine": machine(), **facts, "rows": rows}
+    out.write_text(json.dumps(_rounded(found), indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(each) for each in value)
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-__all__ = ["machine", "median", "now", "quantile", "seconds", "show"]
+__all__ = [
+    "MODELS",
+    "by_variable",
+    "command",
+    "keep",
+    "machine",
+    "median",
+    "named",
+    "now",
+    "quantile",
+    "seconds",
+    "show",
+]

@@ -20,9 +20,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from cells import Run
 from report import show
 from softmeet.cli.progress import progress
-from softmeet.evaluation.files import Run
 from softmeet.evaluation.held_out import held_out_books
 from softmeet.server.answer import AnswerStream
 from softmeet.server.ensembles import Ensembles, load
@@ -135,14 +135,16 @@ def main(
     parts = [(family, rule, size) for family in FAMILIES for rule in RULES for size in each]
     with progress() as begin:
         advance = begin("parts", 0, len(parts))
-        cells = {" ".join(map(str, p)): partial(cell, ensembles, p, streams, length, **settings) for p in parts}
-        found = list(run.each(cells, on_done=lambda key: advance(1)).values())
+        calls = {" ".join(map(str, p)): partial(cell, ensembles, p, streams, length, **settings) for p in parts}
+        found = list(run.each(calls, on_done=lambda key: advance(1)).values())
     rows = []
     for rule in RULES:
         own = [c for c in found if c["rule"] == rule]
         rows += [{"rule": rule, "of": f, **summed([c for c in own if c["family"] == f])} for f in FAMILIES]
         rows += [{"rule": rule, "of": f"batches of {n}", **summed([c for c in own if c["batch"] == n])} for n in each]
         rows.append({"rule": rule, "of": "all", **summed(own)})
+    every = {f"batches of {n}": [c for c in found if c["batch"] == n] for n in each} | {"all": found}
+    rows += [{"rule": "all rules", "of": name, **summed(cells)} for name, cells in every.items()]
     show("a seed's tokens in a batch, and alone", rows, json_to, **run.settings)
     if reproducible and any(c["streams that differ"] or c["largest"] for c in found):
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 import signal
@@ -31,6 +32,7 @@ from softmeet.members import zoo
 
 MEMBER = "wide/gpt2"
 OVER_BYTES = 256  # the end of a text over bytes
+READER = 5  # tokens a second that somebody reads
 _SOME_TEXT = re.compile(rb'"text": ?"[^"]')
 
 
@@ -76,7 +78,8 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float
             if not first and _SOME_TEXT.search(whole):
                 first = time.perf_counter() - started
     chunks = [json.loads(line[6:]) for line in whole.decode().splitlines() if line.startswith("data: {")]
-    return first, next(chunk["usage"]["completion_tokens"] for chunk in reversed(chunks) if chunk.get("usage"))
+    usage = next(chunk["usage"] for chunk in reversed(chunks) if chunk.get("usage"))
+    return first, usage.get("softmeet", {}).get("completion_bytes", usage["completion_tokens"])
 
 
 def spent(process: int | None) -> float:
@@ -132,6 +135,7 @@ def served(
             for n in numbers:
                 more = {"softmeet": {"rule": rule}, "logit_bias": {str(end): -100}}
                 more["stream_options"] = {"include_usage": True}
+                more["softmeet"] |= {"max_bytes": length} if end == OVER_BYTES else {}
                 same = max(numbers) if end == OVER_BYTES else 0
                 found = asyncio.run(measure(server.url, n, length, server.process.pid, same, **more))
                 flags = ["--reproducible"] if "--reproducible" in names else []
@@ -180,6 +184,7 @@ def main(
         alone = next(r for r in rows if r["server"] == row["server"])
         rate = "tokens a second of its processor"
         row["over one stream"] = row[rate] / alone[rate]
+        row["cores for 1,000 readers"] = math.ceil(1000 * READER / row[rate])
     show("serving", rows, json_to, tokens=tokens, meet_tokens=meet_tokens)
 
 

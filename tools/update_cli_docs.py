@@ -39,15 +39,12 @@ def page() -> str:
         for name, command in root.commands.items()
     ]
     introduction = INTRODUCTION.format(commands="\n".join(rows))
-    return "\n".join([introduction, *_parts("softmeet", root.commands, 2)])
+    return "\n".join([introduction, *_parts(root.commands)])
 
 
-def _parts(path: str, commands: dict[str, Any], level: int) -> Iterator[str]:
+def _parts(commands: dict[str, Any]) -> Iterator[str]:
     for name, command in commands.items():
-        yield f"{'#' * level} {path} {name}\n\n{command.help}\n"
-        if hasattr(command, "commands"):
-            yield from _parts(f"{path} {name}", command.commands, level + 1)
-            continue
+        yield f"## softmeet {name}\n\n{command.help}\n"
         for title, own in cli_help.grouped(command.params):
             rows = [f"| {_typed(p)} | {cli_help.sentence(p)} | {cli_help.default(p)} |" for p in own]
             yield f"| {title.lower()} | what it does | default |\n|---|---|---|\n" + "\n".join(rows) + "\n"

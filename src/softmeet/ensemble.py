@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, assemble
+from softmeet.hf.assembly import assemble
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.chat import Messages, is_chat
@@ -97,7 +98,7 @@ class Ensemble:
             vocabulary: ``"tokens"`` to combine distributions over tokens, which needs members with the same tokenizer
                 up to padding and added tokens; ``"bytes"`` to combine distributions over bytes; ``"auto"``, the
                 default, for bytes if tokenizers differ, which is logged. Over bytes the rule must be an average,
-                ``logit-mean`` by default, and ``max_new_tokens`` counts bytes.
+                ``logit-mean`` by default, and ``max_new_tokens`` counts the first member's tokens.
             prune: over bytes, the least share of probability mass at which a member runs on an alternative
                 tokenization of the text; 0 to run on all of them, 0.01 by default.
             prefixes: over bytes, for each member the token ids that it reads before every text, such as a prompt of its
@@ -141,7 +142,7 @@ class Ensemble:
             names, **loading, offload_folder=offload_folder, on_progress=on_progress,
             on_loaded=reading(config, any_average=any_average), loaded=loaded,
         )  # fmt: skip
-        model = assemble(config, models, common, tokenizers)
+        model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -311,7 +312,9 @@ class Ensemble:
             reproducible: continue prompts in this way, for the same tokens alone and beside any others, to the last bit
                 on the same machine and threads. In a batch rounding differs, and with it now and then a token.
             options: options of transformers' ``generate`` (without a length text may fill the shortest context; without
-                ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest); ``structure``, what
+                ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest); ``max_bytes``, over
+                bytes the most new bytes, where ``max_new_tokens`` counts the new text's tokens as the first member's
+                tokenizer cuts it, and ``min_new_tokens`` and ``max_length`` count bytes; ``structure``, what
                 the text has to be (:class:`softmeet.Structure`); ``weights`` (n numbers) and ``gate`` ("none" for none)
                 for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`);
                 ``one_member=True``, to draw each token from one member, itself drawn by its weight: in plain sampling

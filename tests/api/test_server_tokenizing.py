@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -72,6 +75,46 @@ def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatc
     monkeypatch.setattr(prompts_module, "encoded", Mock(side_effect=AssertionError("was cut into tokens")))
     error = ask(url, "tokenize", status=400, prompt="a" * (4 * 8 * 64 + 1))
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
+@pytest.mark.parametrize("longest", [8, 10_000])
+@pytest.mark.parametrize(
+    ("path", "field"), [("v1/chat/completions", "messages"), ("v1/responses", "input"), ("tokenize", "messages")]
+)
+def test_a_chat_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatch, path, field, longest):
+    """Its characters tell or, where there are long tokens, the first of its pieces."""
+    cut, count = Mock(), Mock(side_effect=prompts_module._tokens)
+    monkeypatch.setattr(prompts_module, "templated", cut)
+    monkeypatch.setattr(prompts_module, "_tokens", count)
+    monkeypatch.setattr(prompts_module, "token_texts", lambda tokenizer: SimpleNamespace(longest=longest))
+    chat = {"messages": [{"role": "user", "content": "a" * 500_000}, {"role": "user", "content": "a" * 400_000}]}
+    body = {"input": "a" * 900_000} if field == "input" else chat
+    error = ask(url, path, 400, model="chatty", **body)
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    assert error["message"].startswith("expected a prompt of at most 64 tokens, the shortest member's context")
+    assert error["message"].endswith("got a text of 900,000 characters: shorten it")
+    assert cut.call_count == 0
+    assert count.call_count == (longest > 8)
+
+
+def test_short_texts_do_not_wait_for_long_ones(url, monkeypatch):
+    begun, done, original = threading.Event(), threading.Event(), prompts_module.tokens_of
+
+    def slow(served, part, special):
+        if len(part) > prompts_module.LONG:
+            begun.set()
+            assert done.wait(300)
+        return original(served, part, special)
+
+    monkeypatch.setattr(prompts_module, "tokens_of", slow)
+    body = {"prompt": "a" * 20_000, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(http.post, f"{url}/v1/completions", json=body)
+        assert begun.wait(300)
+        assert http.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+        assert not long.done()
+        done.set()
+        assert long.result().json()["usage"]["prompt_tokens"] == 5
 
 
 def test_a_model_that_there_is_not_is_told_and_so_is_a_body_that_is_no_json(url):

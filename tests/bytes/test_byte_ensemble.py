@@ -30,7 +30,7 @@ from softmeet.hf.byte_report import expected_tokens
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.members.covers import END, SYMBOLS
 
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
+GREEDY = {"max_bytes": 4, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]
 
 
@@ -105,7 +105,7 @@ def test_pruned_generation_is_the_same_in_batches_alone_and_streamed(pruned):
 
 
 def test_seeds_are_of_rows(ensemble):
-    options = {"max_new_tokens": 4, "do_sample": True, "seed": 3}
+    options = {"max_bytes": 4, "do_sample": True, "seed": 3}
     together = ensemble.generate(PROMPTS, **options)
     assert together[0] == ensemble.generate(PROMPTS[0], **options)
     assert ensemble.generate(PROMPTS, **options) == together
@@ -114,7 +114,7 @@ def test_seeds_are_of_rows(ensemble):
 
 def test_beams_find_what_is_at_least_as_likely(ensemble):
     """In batches as alone; the readings of beams change places with them."""
-    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "length_penalty": 0.0}
+    options = {"max_bytes": 4, "do_sample": False, "num_beams": 2, "length_penalty": 0.0}
     together = ensemble.generate(PROMPTS, **options)
     assert together == [ensemble.generate(prompt, **options) for prompt in PROMPTS]
 
@@ -174,7 +174,7 @@ def test_it_can_be_made_of_its_configuration_alone(folders):
     assert type(model) is ByteEnsembleForCausalLM
     assert [reader.spelling.name for reader in model.readers] == list(map(str, folders))
     text = torch.tensor([list(b"the")])
-    assert model.generate(text, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, 6)
+    assert model.generate(text, max_bytes=3, min_new_tokens=3, do_sample=False).shape == (1, 6)
     with pytest.raises(InvalidInputError, match="expected a configuration with vocabulary='tokens', got 'bytes'"):
         EnsembleForCausalLM(config)
     with pytest.raises(VocabularyMismatchError, match="vocabulary='bytes'"):
@@ -228,7 +228,9 @@ def test_bytes_are_chosen_where_tokenizers_differ_and_said(folders, caplog):
     assert differing.model.config.vocabulary == "bytes"
     assert differing.model.config.rule == "logit-mean"
     (record,) = caplog.records
-    assert record.message.startswith("combined over bytes, which max_new_tokens counts, as these have different tokens")
+    assert record.message.startswith(
+        "combined over bytes, as these have different tokens; limits count the first one's"
+    )
     assert all(f"{folder} (" in record.message for folder in folders)
     caplog.clear()
     same = Ensemble.from_pretrained([folders[0], folders[0]])
@@ -293,12 +295,12 @@ def test_inspect_lists_no_more_than_there_is_and_begins_where_the_text_does(prun
 
 
 def test_generate_says_what_bytes_cost(folders):
-    asked = ["generate", "the other", *tiny.each("-m", folders), "--seed", 1, "--max-new-tokens", 8]
+    asked = ["generate", "the other", *tiny.each("-m", folders), "--seed", 1, "--max-new-bytes", 8]
     facts = json.loads(command(*asked, "--json"))
     assert (facts["vocabulary"], facts["tokens"]) == ("bytes", 8)
     ours = Ensemble.from_pretrained(folders)
     before = ours.model.spent
-    ours.generate("the other", seed=1, do_sample=True, top_k=0, max_new_tokens=8)
+    ours.generate("the other", seed=1, do_sample=True, top_k=0, max_bytes=8)
     for own, old, new in zip(facts["members"], before, ours.model.spent, strict=True):
         assert own["width"] > 1
         assert own["forward_steps"] == (new.calls - old.calls) / 8 > 0
@@ -334,7 +336,7 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     again = Ensemble.from_pretrained(out)
     assert (again.model.config.vocabulary, again.model.config.prune) == ("bytes", 0.01)
     assert again.model.config.weights == pytest.approx(facts["weights"])
-    assert len(again.generate("the", **GREEDY).encode()) == GREEDY["max_new_tokens"]
+    assert len(again.generate("the", **GREEDY).encode()) == GREEDY["max_bytes"]
 
 
 def test_a_trace_in_half_precision_says_what_it_costs(pruned, tmp_path):

@@ -180,7 +180,7 @@ def test_no_byte_is_ruled_out_by_what_is_dropped():
     probs = reading.covers.closed[0].probs
     _, longer, end = spelling.among(b"th")
     heavy = Cover(probs, 1.0, 1.0, b"th", longer, end)
-    light = Open(probs, spelling.encode(b"h")[0], 1e-12, 1e-12, b"", 1.0)
+    light = Open(probs, spelling.encode(b"h")[0], 1e-12, 1e-12, b"", 1.0, probs.root)
     covers = Covers((heavy,), (light,)).answered(spelling, [(light, probs)], Pruning())
     assert [one.rest for one in covers.closed] == [b"th", b""]
     assert (covers.prediction(spelling)[[byte for byte in range(128) if bytes([byte]) in spelling.words]] > 0).all()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,9 +17,11 @@ from serving import http, running, serving_of
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
+from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.covers import END
+from softmeet.members.passages import Passage
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
@@ -48,12 +51,12 @@ def completion(url, **fields):
     return http.post(f"{url}/v1/completions", json={"max_tokens": 24, "seed": 3} | fields)
 
 
-def generated(ensemble, prompt, seed, count):
+def generated(ensemble, prompt, seed, count, key=0, **options):
     """The bytes of what generate() gives for one prompt alone."""
     ids = torch.tensor([list(prompt.encode())])
     out = ensemble.model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=count,
-        row_sampler=RowSampler(seed, [0]),
+        row_sampler=RowSampler(seed, [key]), **options,
     )  # fmt: skip
     return bytes(token for token in out[0, ids.shape[1] :].tolist() if token != END)
 
@@ -69,10 +72,10 @@ def test_texts_are_those_of_generate_in_any_company(url, ensemble):
         found = list(pool.map(answer, asked))
     for (prompt, seed, count), choice in zip(asked, found, strict=True):
         text = generated(ensemble, prompt, seed, count)
-        # A last character may not be whole where the number of bytes ends the text.
-        assert choice["text"].rstrip("\ufffd") == text.decode(errors="ignore")
+        assert choice["text"] == text.decode()
         assert choice["finish_reason"] in ("stop", "length")
-        assert sum(choice["softmeet"]["statuses"].values()) == min(count, len(text) + 1)
+        assert sum(choice["softmeet"]["statuses"].values()) == len(text) + (choice["finish_reason"] == "stop")
+        assert tokens_in(ensemble.model.readers[0].spelling, text) <= count
 
 
 def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, monkeypatch):
@@ -132,19 +135,59 @@ def test_streams_are_whole_characters_and_the_text(url):
     assert chunks[-1]["usage"] == whole["usage"]
 
 
-def test_usage_counts_bytes_and_each_members_own_tokens(url, ensemble):
-    answer = completion(url, prompt=["the", "\u00e9t"], n=2, seed=1, max_tokens=9).json()
+@pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1, "best_of": 3}, {"ignore_eos": True}])
+def test_usage_counts_the_first_members_tokens_and_everybodys(url, ensemble, fields):
+    answer = completion(url, prompt=["the", "\u00e9t"], seed=1, max_tokens=9, **fields).json()
     usage, ours = answer["usage"], answer["usage"]["softmeet"]
-    assert usage["prompt_tokens"] == len(b"the") + len("\u00e9t".encode())
-    assert usage["completion_tokens"] == sum(
-        sum(choice["softmeet"]["statuses"].values()) for choice in answer["choices"]
-    )
-    assert ours["unit"] == "byte"
     assert answer["softmeet"]["vocabulary"] == "bytes"
-    for reader, (_, own) in zip(ensemble.model.readers, ours["members"].items(), strict=True):
-        encode = reader.spelling.encode
-        assert own["prompt_tokens"] == len(encode(b"the")) + len(encode("\u00e9t".encode()))
-        assert 0 < own["completion_tokens"] <= usage["completion_tokens"]
+    assert (ours["unit"], ours["tokenizer"]) == ("token", answer["softmeet"]["members"][0])
+    assert ours["prompt_bytes"] == len(b"the") + len("\u00e9t".encode())
+    first = ours["members"][ours["tokenizer"]]
+    assert first == {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    assert usage["total_tokens"] == sum(first.values())
+    keys = [(prompt, p * 3 + c) for p, prompt in enumerate(["the", "\u00e9t"]) for c in range(3)]
+    drawn = {"n": [(prompt, k) for k, prompt in enumerate(["the", "the", "\u00e9t", "\u00e9t"])], "best_of": keys}
+    for reader, own in zip(ensemble.model.readers, ours["members"].values(), strict=True):
+        count = partial(tokens_in, reader.spelling)
+        assert own["prompt_tokens"] == count(b"the") + count("\u00e9t".encode())
+        if "ignore_eos" in fields:
+            assert own["completion_tokens"] > 0
+            continue
+        texts = [generated(ensemble, prompt, 1, 9, key) for prompt, key in drawn[next(reversed(fields))]]
+        assert own["completion_tokens"] == sum(map(count, texts))
+        assert ours["completion_bytes"] == sum(map(len, texts))
+    assert usage["completion_tokens"] <= 9 * len(drawn[next(reversed(fields))] if "ignore_eos" not in fields else "ab")
+
+
+def test_a_choice_ends_before_the_character_that_is_too_much(url, ensemble):
+    """Whatever the answer is asked for as; nothing of that character is shown, drawn or counted."""
+    body = {"prompt": "the", "seed": 4, "max_tokens": 7, "logprobs": 0, "logit_bias": {"256": -100, "195": 3}}
+    whole = completion(url, **body).json()
+    (choice,), spelling = whole["choices"], ensemble.model.readers[0].spelling
+    assert choice["finish_reason"] == "length"
+    data = choice["text"].encode()
+    assert len(choice["logprobs"]["tokens"]) == len(data) == whole["usage"]["softmeet"]["completion_bytes"]
+    assert tokens_in(spelling, data) == whole["usage"]["completion_tokens"] <= 7
+    longer = completion(url, **body | {"max_tokens": 12}).json()["choices"][0]["text"]
+    assert longer.startswith(choice["text"])
+    after = longer[: len(choice["text"]) + 1].encode()
+    assert tokens_in(spelling, after) > 7
+    with http.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as stream:
+        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    assert "".join(one["text"] for chunk in chunks for one in chunk["choices"]) == choice["text"]
+    shown = [token for chunk in chunks for one in chunk["choices"] for token in (one["logprobs"] or {})["tokens"]]
+    assert shown == choice["logprobs"]["tokens"]
+
+
+def test_bytes_can_be_counted_instead(url, ensemble):
+    body = {"prompt": "the", "seed": 4, "logit_bias": {"256": -100}}
+    found = http.post(f"{url}/v1/completions", json=body | {"softmeet": {"max_bytes": 50}}).json()
+    assert found["usage"]["softmeet"]["completion_bytes"] == 50
+    assert found["choices"][0]["finish_reason"] == "length"
+    both = http.post(f"{url}/v1/completions", json=body | {"max_tokens": 5, "softmeet": {"max_bytes": 50}}).json()
+    assert both["usage"]["completion_tokens"] <= 5
+    usual = http.post(f"{url}/v1/completions", json=body).json()
+    assert 9 < usual["usage"]["completion_tokens"] <= 16
 
 
 def test_scores_log_probabilities_and_reports(url, ensemble):
@@ -223,6 +266,35 @@ def test_the_text_is_what_it_has_to_be(url):
     assert {completion(url, prompt="the", seed=seed, **choices).json()["choices"][0]["text"] for seed in range(8)} <= {
         "yes, été", "no"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "gate"),
+    [
+        ({}, None),
+        ({"n": 2}, None),
+        ({"softmeet": {"report": 2}}, None),
+        ({"echo": True, "logprobs": 1}, None),
+        ({"prompt_logprobs": 1}, None),
+        ({"softmeet": {"gate": "unsure:0.5"}}, "unsure:0.5"),
+        ({"stream": True}, None),
+    ],
+)
+def test_passages_are_read_as_generate_reads_them(url, ensemble, fields, gate):
+    """A request's passages make members that the server has not seen: each is run with the model that it reads by."""
+    passages = [Passage("the hat", 1.0), Passage("then", 0.5)]
+    asked = {"passages": [vars(one) for one in passages]} | fields.get("softmeet", {})
+    answer = completion(url, prompt="the", **{**fields, "softmeet": asked})
+    assert answer.status_code == 200, answer.text
+    behind, options = ensemble.with_passages(passages), {} if gate is None else {"gate": gate}
+    wanted = [generated(behind, "the", 3, 24, key, **options).decode(errors="ignore") for key in range(2)]
+    assert wanted[0] != generated(ensemble, "the", 3, 24).decode(errors="ignore")
+    if "stream" in fields:
+        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        found = ["".join(choice["text"] for event in events for choice in event["choices"])]
+    else:
+        found = [choice["text"].removeprefix("the" * ("echo" in fields)) for choice in answer.json()["choices"]]
+    assert [text.rstrip("\ufffd") for text in found] == wanted[: len(found)]
 
 
 def test_a_conversation_has_no_tokens_that_members_share(url):

@@ -102,7 +102,6 @@ def test_an_error_in_a_process_of_its_own():
     "arguments",
     [
         ["generate", "good", "\udcff\udcfe bad"], ["inspect", "\udcff bad"],
-        ["study", "pretrained", "out", "-m", "wide/gpt2", "-t", "x", "--prompt", "\udcff"],
         ["evaluate", "-t", "x", "--separator", "\udcff"],
     ],
 )  # fmt: skip

@@ -29,13 +29,10 @@ from softmeet.server.ui_html import details_of, text_of
 WORDS = "the spring storm came early and went around the house again " * 12
 
 
-def commands(group=None, path=()):
+def commands():
     """Every command, as (its words, the command)."""
-    for name, command in (group or get_command(app)).commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
+    for name, command in get_command(app).commands.items():
+        yield (name,), command
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +109,7 @@ def test_a_broken_configuration_file_is_named(tmp_path):
 
 def test_config_shows_no_empty_values_and_can_be_read_back(tmp_path):
     shown = run("config", "generate").stdout
-    assert yaml.safe_load(shown)["max_new_tokens"] == 100
+    assert "\n# max_new_tokens: 100\n" in shown
     assert None not in yaml.safe_load(shown).values()
     assert "\n# temperature: 1\n" in shown
     (tmp_path / "c.yaml").write_text(shown + "\nmax_new_tokens: 7\nseed: 3\n")

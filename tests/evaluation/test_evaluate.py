@@ -18,7 +18,7 @@ from softmeet import Ensemble
 from softmeet.cli.evaluate import show
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, TraceError
-from softmeet.evaluation import files
+from softmeet.evaluation import files, plots
 from softmeet.evaluation.choices import RuleChoice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.intervals import clusters, paired
@@ -26,7 +26,6 @@ from softmeet.evaluation.perplexity import evaluate, evaluate_positions, evaluat
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import calibration, gain_by_disagreement, summary
 from softmeet.evaluation.scores import Scores
-from softmeet.evaluation.study.report import LinePlot
 from softmeet.members.weighting import perplexity_weights
 
 pytestmark = pytest.mark.checked
@@ -374,8 +373,11 @@ def test_plots_on_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(TraceError, match=r"no room on the disk for .*x.png"):
-        LinePlot("x", "title", "x", "y", {"line": [(0.0, 1.0), (1.0, 2.0)]}).draw(tmp_path / "x.png")
+    monkeypatch.setattr(plots, "gain_plot", lambda facts: plots.blank()[0])
+    monkeypatch.setattr(plots, "calibration_plot", plots.gain_plot)
+    monkeypatch.setattr(plots, "_differences", plots.gain_plot)
+    with pytest.raises(TraceError, match=r"no room on the disk for .*gain.png"):
+        plots.draw({}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

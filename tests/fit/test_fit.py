@@ -312,13 +312,9 @@ def test_pieces_of_a_damaged_trace_are_not_those_of_the_whole(command, ensemble,
         (["evaluate", "--trace", "there"], "pyarrow"),
         (["fit", "--out", "there", "--trace", "there"], "pyarrow"),
         (["evaluate", "--plots", "there"], "matplotlib"),
-        (["study", "pretrained", "out", "--trace", "t"], "pyarrow"),
     ],
 )
-def test_a_missing_package_of_an_option_is_named_at_once(command, name, ensemble, tmp_path, monkeypatch):
-    if command[0] == "study":
-        monkeypatch.chdir(tmp_path)
-        record(ensemble, documents(), "t")
+def test_a_missing_package_of_an_option_is_named_at_once(command, name, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda package: None if package == name else package)
     with pytest.raises(InvalidInputError, match=rf"needs {name}: .*\[eval\]'"):
         CliRunner().invoke(app, command, catch_exceptions=False)

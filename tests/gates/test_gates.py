@@ -410,7 +410,7 @@ def test_gates_on_the_command_line(tmp_path):
     (tmp_path / "text.txt").write_text("some words, and more of them")
     told = run(
         "evaluate", *tiny.each("-m", members[1::2]), "--text", tmp_path / "text.txt", "--json", "-",
-        "--gate", "unsure:0.1,disagreement:0.3",
+        "--gate", "unsure:0.1", "--gate", "disagreement:0.3",
     )  # fmt: skip
     found = json.loads(told.stdout)["rules"]
     assert {"meet", "meet:gate=unsure:0.1", "meet:gate=disagreement:0.3", "logit-mean", "prob-mean"} == set(found)

@@ -70,10 +70,12 @@ def test_over_the_wire_it_is_the_same_text(ensemble):
     text = answer["choices"][0]["message"]["content"]
     assert text == ensemble.generate(TURNS, seed=4, max_new_tokens=30)
     assert "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]) == text
-    assert answer["usage"]["prompt_tokens"] == sum(len(turn["content"].encode()) for turn in TURNS)
+    size = answer["usage"]["softmeet"]["prompt_bytes"]
+    assert size == sum(len(turn["content"].encode()) for turn in TURNS)
     own = chat_of(ensemble.model).own_prompts([TURNS, TURNS])
     members = answer["usage"]["softmeet"]["members"].values()
     assert [one["prompt_tokens"] for one in members] == [len(ids) for ids in own]
+    assert answer["usage"]["prompt_tokens"] == len(own[0])
     assert "plain_chat" not in answer["softmeet"]
 
 

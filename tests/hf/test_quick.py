@@ -8,7 +8,6 @@ import torch
 from softmeet import SoftmaxHead
 from softmeet.errors import DisjointSupportError, NonFiniteError
 from softmeet.hf import combining, quick
-from softmeet.hf.call_options import CallOptions
 from softmeet.hf.combining import Combiner
 from softmeet.hf.recorder import Recorder
 from softmeet.rules.settings import Settings
@@ -34,8 +33,8 @@ def hidden(of, rows=6, dtype=torch.float32):
 def both(of, states, **settings):
     """What generation computes without a report and with one, and whether the first was quick."""
     chosen = Settings(**settings).for_members(len(of.heads))
-    found = of.combine(states, CallOptions(chosen))
-    return found, of.combine(states, CallOptions(chosen, recorder=Recorder()))
+    found = of.combine(states, chosen)
+    return found, of.combine(states, chosen, recorder=Recorder())
 
 
 @pytest.fixture
@@ -95,7 +94,7 @@ def test_without_any_token_left_the_error_is_the_same():
     of = Combiner(["a", "b"], heads)
     states = [torch.ones(1, 1, 2)] * 2
     with pytest.raises(DisjointSupportError):
-        of.combine(states, CallOptions(Settings(rule="logit-mean").for_members(2)))
+        of.combine(states, Settings(rule="logit-mean").for_members(2))
     (mixed, theirs) = both(of, states, rule="prob-mean")
     assert torch.allclose(mixed[..., :2], theirs[..., :2], atol=1e-6)
 
@@ -107,7 +106,7 @@ def test_nan_names_its_member(rule, weights):
     states = hidden(of)
     states[1][2] = torch.nan
     with pytest.raises(NonFiniteError, match=r"member 1.*a, b"):
-        of.combine(states, CallOptions(Settings(rule=rule, weights=weights).for_members(2)))
+        of.combine(states, Settings(rule=rule, weights=weights).for_members(2))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from inspect import signature
 
+import byte_tokenizers
+import gguf_files
 import pytest
 import tiny
 import torch
@@ -516,6 +518,20 @@ def test_by_default_calls_draft_where_only_the_time_is_noticed(names, monkeypatc
     assert chunks(half) == 1
     model.members[1].quantization_method = "bitsandbytes"
     assert chunks(model) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_members_that_were_dequantised_on_loading_draft_as_any_in_single_precision(tmp_path, monkeypatch):
+    files, tokenizer = [str(tmp_path / f"{k}.gguf") for k in range(2)], byte_tokenizers.byte_level()
+    torch.manual_seed(0)
+    llama = tf.LlamaForCausalLM(tf.LlamaConfig(**{**tiny.SMALL, "vocab_size": len(tokenizer)}))
+    for file in files:
+        gguf_files.write(file, llama, tokenizer, bits=8)
+    model = Ensemble.from_pretrained(files, "logit-mean").model
+    assert {own.dtype for own in model.parameters()} == {torch.float32}
+    calls = Calls(model, monkeypatch)
+    made(model, None, 1, count=20, suppress_tokens=[0])
+    assert max(length for own in calls.lengths for length in own[1:]) > 1
 
 
 def test_what_follows_depends_on_torchs_seed_alone(names):

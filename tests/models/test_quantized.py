@@ -22,7 +22,7 @@ from softmeet.cli.main import app as commands
 from softmeet.errors import UnsupportedHeadError
 from softmeet.evaluation.premise import premise_scores
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.hf.byte_modeling import assemble
+from softmeet.hf.assembly import assemble
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import names, quantized
 from softmeet.members.byte_member import ByteMember
@@ -97,7 +97,7 @@ every = pytest.mark.parametrize("kind", KINDS)
 def assembled(members, models, **settings):
     config = EnsembleConfig(list(members), **{"rule": "logit-mean", **settings})
     tokenizers = load_tokenizers(members)
-    model = assemble(config, models, choose_vocabulary(config, tokenizers), tokenizers)
+    model = assemble(EnsembleForCausalLM, config, models, choose_vocabulary(config, tokenizers), tokenizers)
     model.generation_config.eos_token_id = None
     return model
 
@@ -314,7 +314,7 @@ def test_check_says_what_it_can(quantised_folder):
     Ensemble.from_pretrained(quantised_folder, "logit-mean").save_pretrained(saved)
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"rule": "meet"}))
-    assert "unread" in cli("check", str(saved)).stdout
+    assert "unread" in cli("check", "-m", str(saved)).stdout
 
 
 @every

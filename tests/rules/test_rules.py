@@ -80,7 +80,7 @@ def test_what_cannot_be_verified_is_never_optimal():
 
 
 def test_a_rule_may_verify_itself():
-    from softmeet.rules.verify import Recomputed
+    from softmeet.rules.recomputed import Recomputed
 
     class Checked(Minimum):
         name = "test-checked"

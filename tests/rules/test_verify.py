@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softmeet import Status, StoppedBy, combine
-from softmeet.rules.verify import reach
+from softmeet.rules.recomputed import reach
 from softmeet.simplex import kl
 
 

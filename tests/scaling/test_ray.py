@@ -18,22 +18,24 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
+import studies
+from cells import Run
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError, NonFiniteError, WorkerLostError
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import PieceCache, Run
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Options, fit
 from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import summary
 from softmeet.evaluation.save import figures
-from softmeet.evaluation.study.known_truth import KnownTruthStudy
-from softmeet.evaluation.study.text import TextStudy
 from softmeet.evaluation.trace import record
 from softmeet.scaling.local import LocalEngine
 from softmeet.scaling.packing import pack, parts, unpack
+from studies.known_truth import KnownTruthStudy
+from studies.text import TextStudy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -43,8 +45,9 @@ with warnings.catch_warnings():
     from softmeet.scaling.cluster import connect
     from softmeet.scaling.ray_engine import RayEngine
 
-# Workers cannot import tests.
+# Workers cannot import tests, nor what the study of the benchmarks is made of.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+ray.cloudpickle.register_pickle_by_value(studies)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and what it imports
 WORDS = "the quick brown fox jumps over the lazy dog. "
 DOCUMENTS = [Document(f"d{k}", WORDS[k:] * 2) for k in range(12)]

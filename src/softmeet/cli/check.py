@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 
 from softmeet.cli import check_bytes, check_plan, options
 from softmeet.cli.flags import flag, flags
-from softmeet.cli.old_forms import warn
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
 
@@ -30,7 +29,6 @@ ADVISE = "Whether they are worth combining: softmeet advise."
 @flags(only=("weights", "pool"))
 def check(
     *,
-    named: Annotated[list[str] | None, typer.Argument(hidden=True, help="An old form: say -m for each.")] = None,
     members: options.Members = None,
     text: Path | None = flag(
         None,
@@ -75,9 +73,7 @@ def check(
 
     Example: softmeet check -m wide/gpt2 -m wide/llama --text held-out.txt
     """
-    if named:
-        warn("naming members without an option", f"say {' '.join(f'-m {name}' for name in named)}")
-    members = options.named([*(members or ()), *(named or ())])
+    members = options.named(members)
     if plan:
         facts, show = check_plan.facts(members, batch, context, loading), check_plan.show
     else:

@@ -16,10 +16,7 @@ from softmeet.rules.frozen import unknown
 
 def config(
     context: typer.Context,
-    command: Annotated[
-        list[str] | None,
-        typer.Argument(help="The command, such as evaluate, or study real.", show_default="generate"),
-    ] = None,
+    command: Annotated[str, typer.Argument(help="The command, such as evaluate.")] = "generate",
     config: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Show this file's values in place of the defaults.")
     ] = None,
@@ -28,10 +25,10 @@ def config(
 
     Example: softmeet config evaluate > my.yaml
     """
-    commands, name = _commands(context.parent.command), " ".join(command or ["generate"])  # type: ignore[union-attr]
-    if name not in commands:
-        raise unknown(f"unknown command {name!r}", name, list(commands))
-    target = commands[name]
+    commands: dict[str, Any] = context.parent.command.commands  # type: ignore[union-attr]
+    if command not in commands:
+        raise unknown(f"unknown command {command!r}", command, list(commands))
+    target = commands[command]
     values = values_of(config, target) if config else {}
     names = {parameter: name for name, parameter in parameters_of(target).items()}
     for title, own in grouped(target.params):
@@ -41,12 +38,3 @@ def config(
             value = values.get(key, parameter.default)
             typer.echo(textwrap.fill(sentence(parameter), 100, initial_indent="# ", subsequent_indent="# "))
             typer.echo(f"# {key}: {default(parameter)}\n" if value is None else yaml.safe_dump({key: value}))
-
-
-def _commands(group: Any) -> dict[str, Any]:
-    """Return the commands of a group, and of the groups in it, by the words that call them."""
-    found: dict[str, Any] = {}
-    for name, command in group.commands.items():
-        inner = _commands(command) if hasattr(command, "commands") else {"": command}
-        found |= {f"{name} {rest}".strip(): each for rest, each in inner.items()}
-    return found

@@ -11,14 +11,14 @@ from softmeet import __version__
 from softmeet.cli import options, texts
 from softmeet.cli.flags import checked_settings, flag, flag_of, flags
 from softmeet.cli.messages import say
-from softmeet.cli.old_forms import repeated
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import out, print_table
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 from softmeet.rules.endings import endings
 from softmeet.rules.registry import rule_names
-from softmeet.rules.settings import POOLS, parse_rule
+from softmeet.rules.settings import parse_rule
+from softmeet.rules.values import POOLS
 
 _RULE = (
     "A rule to measure, with options after colons and slashes between numbers, as in meet:trust=1/0.3:pool=prob-mean; "
@@ -96,7 +96,7 @@ def evaluate(
     named = rules or [own.rule]
     if prompt_weights:
         named = [*named, f"{POOLS[0]}:prompt_weights={prompt_weights}"]
-    gates = repeated("--gate", gates) or ([own.gate] if own.gate and own.gate != "auto" else [])
+    gates = gates or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
     from softmeet.evaluation.by_folds import evaluate_by_folds

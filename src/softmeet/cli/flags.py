@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 import yaml
 
+from softmeet.cli.gone import today
 from softmeet.cli.help import GroupedHelp, grouped, spelling
-from softmeet.cli.old_forms import modern_values, modern_words
 from softmeet.errors import InvalidInputError
 from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import rule_names
@@ -29,29 +29,10 @@ _OF_THE_RULE = ("rule", "trust", "weights", "pool", "gate")
 _SHOWN = {"rule": "meet; over bytes logit-mean", "gate": "auto"}
 # What stands for a flag's value in help, by the name of its type.
 _VALUES = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
-# Commands whose options took several values in a row before 0.2.
-_TOOK_SEVERAL = ("trace", "evaluate", "fit", "pretrained")
 
 
 class Command(GroupedHelp):
-    """A typer command that accepts older versions' spellings, and in which ``--rule`` overrules ``--config``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Translate older spellings in the words of the command line to today's, and parse them.
-
-        Args:
-            ctx: click's context of the command.
-            args: the words after the command's name.
-
-        Returns:
-            the words that are left over, as click's method returns them.
-
-        Raises:
-            InvalidInputError: if an option of a single rule in an older spelling comes without a ``--rule``.
-        """
-        has_arguments = any(p.param_type_name == "argument" for p in self.params)
-        several = self.name in _TOOK_SEVERAL and not (has_arguments and args[:1] and args[0].startswith("-"))
-        return super().parse_args(ctx, modern_words(args, several=several))
+    """A typer command in which ``--rule`` overrules ``--config``."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command, after dropping a configuration file's values for settings that ``--rule`` itself names.
@@ -233,12 +214,10 @@ def values_of(path: Path, command: Any) -> dict[str, Any]:
         raise InvalidInputError(f"expected YAML in {path}, such as 'rule: meet' on a line: {error}") from None
     if not isinstance(found, dict):
         raise InvalidInputError(f"{path}: expected option names and values, such as 'rule: meet', got {found!r}")
-    values, known = (
-        modern_values({str(key).replace("-", "_"): value for key, value in found.items()}),
-        parameters_of(command),
-    )
+    values, known = {str(key).replace("-", "_"): value for key, value in found.items()}, parameters_of(command)
     if stray := sorted(values.keys() - known.keys()):
-        raise unknown(f"{path}: softmeet {command.name} has no option {stray[0]}", stray[0], sorted(known))
+        said = f"{path}: softmeet {command.name} has no option {stray[0]}{today(f'no such option: --{stray[0]}')}"
+        raise unknown(said, stray[0], sorted(known))
     # Lists of numbers may also be YAML lists; the flag takes one text.
     numeric = {key for key in ("trust", "weights") if isinstance(values.get(key), list)}
     return values | {key: ",".join(map(str, values[key])) for key in numeric}

@@ -20,11 +20,11 @@ from softmeet.cli.evaluate import evaluate
 from softmeet.cli.fit import fit
 from softmeet.cli.flags import Command
 from softmeet.cli.generate import generate
+from softmeet.cli.gone import today
 from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
 from softmeet.cli.messages import STOPPED, UNREAD, err, stoppable
 from softmeet.cli.serve import serve
-from softmeet.cli.study import study
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
 
@@ -42,7 +42,6 @@ app = typer.Typer(
 begun = stoppable("nothing was begun")
 for command in (generate, inspect, check, begun(advise), begun(trace), begun(evaluate), begun(fit), serve, config):
     app.command(cls=Command)(command)
-app.add_typer(study, name="study")
 
 
 def _version(wanted: bool) -> None:
@@ -137,7 +136,8 @@ def _misused(error: Any) -> int:
         return int(error.exit_code)
     path = error.ctx.command_path if getattr(error, "ctx", None) else "softmeet"
     message = error.format_message().rstrip(".")
-    return _fail(f"{message[:1].lower()}{message[1:]}; see {path} --help")
+    message = f"{message[:1].lower()}{message[1:]}"
+    return _fail(f"{message}{today(message)}; see {path} --help")
 
 
 def _fail(message: str) -> int:

@@ -10,7 +10,6 @@ import typer
 
 from softmeet.cli.flags import checked_settings, flag
 from softmeet.cli.messages import say, stoppable
-from softmeet.cli.old_forms import repeated
 from softmeet.cli.progress import working
 from softmeet.cli.startup import quick_imports, uncollected
 from softmeet.errors import InvalidInputError
@@ -58,8 +57,7 @@ def placement(given: list[str] | None) -> Any:
         InvalidInputError: if the file is not valid YAML or JSON, or holds neither a map nor a list.
         OSError: if the file cannot be read.
     """
-    places = repeated("--device", given)
-    device = places[0] if places and len(places) == 1 else places or None
+    device = given[0] if given and len(given) == 1 else given or None
     if not isinstance(device, str) or not device.endswith((".yaml", ".yml", ".json")):
         return device
     import yaml

@@ -34,7 +34,17 @@ class SamplingFlags:
     """Flags for how tokens are drawn, named as in transformers."""
 
     PANEL: ClassVar = "Sampling"
-    max_new_tokens: int = flag(100, "The most tokens (over bytes: bytes) to add to each prompt.", min=1)
+    max_new_tokens: int | None = flag(
+        None,
+        "The most tokens to add to each prompt; over bytes as the first member's tokenizer cuts what is added.",
+        min=1, shown="100",
+    )  # fmt: skip
+    max_new_bytes: int | None = flag(
+        None,
+        "Over bytes, the most bytes to add to each prompt, whatever tokens they make unless --max-new-tokens is given.",
+        min=1,
+        shown="no limit",
+    )
     seed: int | None = flag(None, "An integer that makes the draws repeatable; without it, each run differs.", min=0)
     do_sample: bool = flag(True, "Draw each token at random; --no-do-sample always takes the likeliest.")
     temperature: float | None = flag(
@@ -80,6 +90,10 @@ class SamplingFlags:
         top-p and min-p are left out, too.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.max_new_bytes is None:
+            given.setdefault("max_new_tokens", 100)
+        else:
+            given["max_bytes"] = given.pop("max_new_bytes")
         if self.speculate is not None:
             given["speculate"] = drafts_of(self.speculate)
         if self.do_sample and self.temperature != 0:

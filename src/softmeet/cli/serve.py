@@ -19,7 +19,6 @@ from softmeet.cli import options
 from softmeet.cli.flags import checked_settings, flag, flags
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
-from softmeet.cli.old_forms import repeated
 from softmeet.cli.sampling import checked_drafts, drafts_of
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
@@ -311,7 +310,7 @@ def _allowed(given: list[str] | None) -> tuple[str, ...]:
 
     if given is None:
         return CHANGES
-    names = tuple(name for name in repeated("--allow", given) or () if name != "none")
+    names = tuple(name for name in given if name != "none")
     if unknown := sorted(set(names) - set(CHANGES)):
         raise InvalidInputError(f"expected --allow as some of {', '.join(CHANGES)}, or none, got {unknown[0]!r}")
     return names

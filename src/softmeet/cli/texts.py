@@ -1,4 +1,4 @@
-"""Flags that ``trace``, ``evaluate``, ``fit`` and ``study`` share, and early checks of them."""
+"""Flags that ``trace``, ``evaluate`` and ``fit`` share, and early checks of them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from softmeet.essay.preference import preference
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
-from softmeet.rules.verify import Recomputed
+from softmeet.rules.recomputed import Recomputed
 from softmeet.simplex import kl
 from softmeet.solvers.base import Status, unfinished
 from softmeet.solvers.clock import time_is_over

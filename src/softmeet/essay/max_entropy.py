@@ -23,7 +23,8 @@ from softmeet.essay.preference import preference
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.meet import Meet
 from softmeet.rules.problem import Problem
-from softmeet.rules.verify import Recomputed, reach, residuals
+from softmeet.rules.recomputed import Recomputed, reach
+from softmeet.rules.verify import residuals
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status, unfinished
 from softmeet.solvers.clock import time_is_over

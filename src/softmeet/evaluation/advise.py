@@ -25,7 +25,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.rules.movement import Movement
-from softmeet.rules.settings import POOLS
+from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
 # Log-probabilities of all members, positions, and, over bytes, positions, that a budget of minutes allows.
@@ -76,7 +76,8 @@ def own_documents(ensemble: Ensemble, tokens: int) -> list[Document]:
     each = math.ceil(tokens / (_ROWS * len(names)))
     for i in range(len(names)):
         alone = part(ensemble, [i], {"rule": POOLS[0], "weights": [1.0]})
-        made = alone.generate([_BEGINNING] * _ROWS, seed=i, top_k=0, max_new_tokens=each, min_new_tokens=each)
+        most = {"max_bytes" if alone.model.over_bytes else "max_new_tokens": each}
+        made = alone.generate([_BEGINNING] * _ROWS, seed=i, top_k=0, min_new_tokens=each, **most)
         found += [Document(f"{names[i]} {k + 1}", _BEGINNING + text) for k, text in enumerate(made)]
     return found
 

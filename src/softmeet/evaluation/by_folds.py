@@ -16,7 +16,8 @@ from softmeet.evaluation.perplexity import evaluate_positions, settings_of
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
 from softmeet.evaluation.scoring import Average
-from softmeet.rules.settings import POOLS, Settings
+from softmeet.rules.settings import Settings
+from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
 

@@ -106,38 +106,30 @@ def continuations(
     width = max(map(len, rows))
     ids = torch.tensor([[END] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    ended = _Ended(width, [text.encode() for text in stop], most, model.readers[0].spelling)
+    ended = _Ended(width, [text.encode() for text in stop])
     made = model.generate(
-        ids, attention_mask=mask, max_new_tokens=most * ended.spelling.longest, pad_token_id=END,
+        ids, attention_mask=mask, max_new_tokens=most, pad_token_id=END,
         stopping_criteria=StoppingCriteriaList([ended]), **options,
     )  # fmt: skip
     return [ended.text(row).decode(errors="ignore") for row in made.tolist()]
 
 
 class _Ended(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row once its new text has one of the strings ``stop``, or more than ``most`` tokens of ``spelling``.
+    """Ends a row once its new text has one of the strings ``stop``.
 
     Args:
         width: the number of symbols of every row's prompt, padding included.
     """
 
-    def __init__(self, width: int, stop: Sequence[bytes], most: int, spelling: Spelling) -> None:
-        self.width, self.stop, self.most, self.spelling = width, stop, most, spelling
+    def __init__(self, width: int, stop: Sequence[bytes]) -> None:
+        self.width, self.stop = width, stop
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Any, **kwargs: Any) -> Bool[Tensor, " B"]:
         """Return a mask, (B,), of the rows that have ended."""
-        texts = [self._new(row) for row in input_ids.tolist()]
-        ended = [any(s in text for s in self.stop) or _over(self.spelling, text, self.most) > 0 for text in texts]
-        return torch.tensor(ended, device=input_ids.device)
+        texts = [self.text(row) for row in input_ids.tolist()]
+        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=input_ids.device)
 
     def text(self, row: Sequence[int]) -> bytes:
-        """Return a row's new text: the bytes before its end, of ``most`` tokens at most."""
-        text = self._new(row)
-        tokens = self.spelling.encode(text)
-        if len(tokens) <= self.most:
-            return text
-        return text[: max(0, int(self.spelling.bounds(tokens)[self.most]) - len(self.spelling.dummy))]
-
-    def _new(self, row: Sequence[int]) -> bytes:
+        """Return a row's new text: the bytes before its end."""
         new = list(row[self.width :])
         return bytes(new[: new.index(END)] if END in new else new)

@@ -24,7 +24,8 @@ from softmeet.evaluation.premise import Premise, premise_at
 from softmeet.evaluation.scoring import Average, Text
 from softmeet.rules.pools import PowerMean
 from softmeet.rules.registry import DEFAULT
-from softmeet.rules.settings import POOLS, Pool, Settings, parse_rule, rule_of
+from softmeet.rules.settings import Settings, parse_rule, rule_of
+from softmeet.rules.values import POOLS, Pool
 from softmeet.scaling.base import Engine
 
 # The least and the largest first trust that a premise score gives.

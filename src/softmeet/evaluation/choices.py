@@ -8,7 +8,8 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 from softmeet.rules.registry import rule_class
-from softmeet.rules.settings import POOLS, Settings, parse_rule
+from softmeet.rules.settings import Settings, parse_rule
+from softmeet.rules.values import POOLS
 
 # The averages that every evaluation adds to its rules; and their names with equal weights and temperature 1, which are
 # added if the ensemble has weights or a temperature of its own.

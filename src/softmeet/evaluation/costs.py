@@ -90,6 +90,7 @@ def ensemble_run(ensemble: Ensemble, text: str) -> tuple[Callable[[int], Any], f
 
     def run(count: int) -> Any:
         many = times * count
-        return ensemble.generate(prompt, do_sample=False, max_new_tokens=many, min_new_tokens=many)
+        most = {"max_bytes" if over_bytes else "max_new_tokens": many}
+        return ensemble.generate(prompt, do_sample=False, min_new_tokens=many, **most)
 
     return run, rate / times

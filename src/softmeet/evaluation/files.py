@@ -1,8 +1,7 @@
-"""Files that appear under their names only when they are complete, and stores of a long command's results so far.
+"""Files that appear under their names only when they are complete, and a store of a long command's results so far.
 
-The results of an evaluation or a fit are files of tensors, one for each piece of work. The results of a study are lines
-of JSON, one for each cell; a last line that was cut off is dropped. Both are in folders that also hold the settings
-they depend on, so that a command that was stopped can continue.
+The results of an evaluation or a fit are files of tensors, one for each piece of work, in a folder that also holds the
+settings they depend on, so that a command that was stopped can continue.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import operator
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +28,6 @@ from softmeet.scaling.local import LocalEngine
 
 P = TypeVar("P")
 Tensors = dict[str, Tensor]
-Json = dict[str, Any]
-Cells = Mapping[str, Callable[[], Json]]
 
 # Bytes of the checksum at the end of each file.
 _DIGEST = 32
@@ -142,7 +138,7 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
 
     Args:
         folder: the folder, made if there is none.
-        what: what the folder holds, for the message, such as "a study".
+        what: what the folder holds, for the message, such as "pieces of a command".
         settings: everything that the folder's contents depend on, as JSON allows it.
 
     Raises:
@@ -204,7 +200,7 @@ class PieceCache:
         InvalidInputError: if the folder holds pieces of other settings, or of another version.
     """
 
-    def __init__(self, folder: Path | None = None, settings: Json | None = None) -> None:
+    def __init__(self, folder: Path | None = None, settings: dict[str, Any] | None = None) -> None:
         self._folder = folder
         if folder is not None:
             claim(folder, "pieces of a command", {"version": __version__, **(settings or {})})
@@ -278,71 +274,3 @@ class PieceCache:
         if (path := self._path(name)) is not None:
             data = safetensors.torch.save({key: value.contiguous() for key, value in found.items()})
             write_atomically(path, lambda file: file.write(data + hashlib.sha256(data).digest()))
-
-
-class Run:
-    """A store of the results of one study's cells, in a folder.
-
-    Args:
-        folder: made if there is none.
-        settings: everything that the results depend on, as JSON allows it; softmeet's version is added to it.
-
-    Attributes:
-        done: the results of all cells that are finished, by the cell's key.
-
-    Raises:
-        InvalidInputError: if the folder holds another study, or the same one with other settings or by another version.
-    """
-
-    def __init__(self, folder: Path, settings: Json) -> None:
-        self.folder, self.settings = folder, {"version": __version__, **settings}
-        claim(folder, "a study", self.settings)
-        self._lines = folder / "cells.jsonl"
-        self.done = self._read()
-
-    def each(
-        self, cells: Cells, engine: Engine | None = None, on_done: Callable[[str], None] = lambda key: None
-    ) -> dict[str, Json]:
-        """Return the results of a study's cells by key; cells that an earlier run finished are not run again.
-
-        Each new result is written to the folder as soon as it is there.
-
-        Args:
-            cells: for each cell, a part of the study's work, by a key that is unique in the study, a function without
-                arguments that returns its result as JSON; picklable, for engines with other processes. Results are
-                returned in this order.
-            engine: runs the functions; None for this process.
-            on_done: called in this process, once with each cell's key: at once if an earlier run finished the cell,
-                else after its result has been written.
-
-        Raises:
-            Exception: if a cell's function raised one: that exception; results written before stay.
-        """
-        for key in filter(self.done.__contains__, cells):
-            on_done(key)
-        todo = [key for key in cells if key not in self.done]
-        with self._lines.open("a", encoding="utf-8") as out:
-            for k, result in (engine or LocalEngine()).map(operator.call, ((cells[key],) for key in todo)):
-                self.done[todo[k]] = result
-                out.write(json.dumps({"key": todo[k], "result": result}) + "\n")
-                out.flush()
-                os.fsync(out.fileno())
-                on_done(todo[k])
-        return {key: self.done[key] for key in cells}
-
-    def finish(self, result: Json) -> None:
-        """Write ``result``, of the whole study, with the settings to ``result.json``, which marks a complete run.
-
-        Raises:
-            TraceError: if the disk is full.
-        """
-        write_text(self.folder / "result.json", json.dumps({"settings": self.settings, **result}, indent=1) + "\n")
-
-    def _read(self) -> dict[str, Json]:
-        if not self._lines.exists():
-            return {}
-        lines = self._lines.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            write_text(self._lines, "".join(whole))
-        return {entry["key"]: entry["result"] for entry in map(json.loads, whole)}

@@ -24,7 +24,8 @@ from softmeet.evaluation.perplexity import distinct_names
 from softmeet.evaluation.scores import Evaluation, Scores
 from softmeet.rules.pools import PowerMean
 from softmeet.rules.registry import DEFAULT
-from softmeet.rules.settings import POOLS, rule_of
+from softmeet.rules.settings import rule_of
+from softmeet.rules.values import POOLS
 
 # Fewer tokens, or documents, are too few for a verdict to be relied on.
 _FEW_TOKENS, _FEW_DOCUMENTS = 1000, 10

@@ -21,8 +21,9 @@ from softmeet.evaluation.scoring import HELD
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.rules.combine import product_dtype
 from softmeet.rules.problem import Problem
-from softmeet.rules.settings import Pool, Settings
+from softmeet.rules.settings import Settings
 from softmeet.rules.validate import slopes_of
+from softmeet.rules.values import Pool
 from softmeet.scaling.base import Engine
 from softmeet.simplex import log_normalize
 from softmeet.solvers.dual import DualState

@@ -15,7 +15,8 @@ from softmeet.evaluation.intervals import Difference, paired
 from softmeet.evaluation.perplexity import distinct_names
 from softmeet.hf.checkpoint import relative
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.rules.settings import POOLS, rule_of
+from softmeet.rules.settings import rule_of
+from softmeet.rules.values import POOLS
 
 # Fields of the configuration that depend on the members alone, and stay.
 _KEPT = (

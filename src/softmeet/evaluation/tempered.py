@@ -18,7 +18,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Scores
 from softmeet.evaluation.scoring import Text
 from softmeet.rules.registry import DEFAULT
-from softmeet.rules.settings import POOLS
+from softmeet.rules.values import POOLS
 
 
 def tempered_meets(

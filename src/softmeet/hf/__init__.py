@@ -6,14 +6,11 @@ from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.old_names import COMBINER_METHODS, moved_to_combiner
 from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 
 __all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder", "TokenReport", "TokenReports"]
 
-for _name in COMBINER_METHODS:
-    setattr(EnsembleForCausalLM, _name, moved_to_combiner(_name))
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 # The configuration's architecture chooses between them, and pipelines look for a model's own class among them.
 AutoModelForCausalLM.register(EnsembleConfig, (EnsembleForCausalLM, ByteEnsembleForCausalLM), exist_ok=True)

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
-from softmeet.hf import checkpoint
+from softmeet.hf import assembly, checkpoint
+from softmeet.hf.answer_length import within_limits
 from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
 from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.call_options import CallOptions, Prefixes
-from softmeet.hf.chat import ChatTemplates, chat_of
+from softmeet.hf.chat import chat_of
 from softmeet.hf.combining import Combiner
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
@@ -34,14 +35,12 @@ from softmeet.hf.masking import SomethingLeft
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS, Pruning
+from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
 from softmeet.members.opaque import Head
 from softmeet.members.prompting import prefix_of
 from softmeet.members.reading import Work
-from softmeet.members.spelling import Spelling
-from softmeet.members.vocabulary import CommonVocabulary
 from softmeet.rules.gates import Gate, Unsure
 
 # The most bytes that evaluation reads at once by default.
@@ -51,53 +50,6 @@ _NO_END = (
     "take symbol 256 out of suppress_tokens"
 )
 _log = logging.getLogger("softmeet")
-
-
-def assemble(
-    config: EnsembleConfig,
-    models: Sequence[PreTrainedModel],
-    vocabulary: CommonVocabulary | Sequence[Spelling],
-    tokenizers: Sequence[PreTrainedTokenizerBase],
-) -> EnsembleForCausalLM:
-    """Make an ensemble, over tokens or over bytes, of loaded members, in evaluation mode.
-
-    Args:
-        config: the configuration, which names the members.
-        models: the members' models, loaded by :func:`softmeet.members.huggingface.load_members`, in the same order.
-        vocabulary: the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`: the members' common vocabulary for
-            an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
-        tokenizers: the members' tokenizers, for their chat templates.
-
-    Raises:
-        UnsupportedHeadError: if the rule needs the members' softmax matrices, as ``meet`` does, and a member's cannot
-            be read, or the ensemble is over bytes.
-        VocabularyMismatchError: if a member's head has no logit for one of the common tokens.
-    """
-    model: EnsembleForCausalLM
-    if isinstance(vocabulary, CommonVocabulary):
-        model = EnsembleForCausalLM(config, models)
-        model.adopt(vocabulary.tokenizer, vocabulary.ids)
-    else:
-        model = ByteEnsembleForCausalLM(config, _readers(config, models, vocabulary, tokenizers))
-    model.chat = ChatTemplates(config.members, tokenizers)
-    model.eval()
-    return model
-
-
-def _readers(
-    config: EnsembleConfig,
-    models: Sequence[PreTrainedModel],
-    spellings: Sequence[Spelling],
-    tokenizers: Sequence[PreTrainedTokenizerBase],
-) -> list[ByteMember]:
-    """Make each member's reader by bytes, from its model, its tokenizer and its spelling (its tokens as bytes)."""
-    pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
-    prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
-    prefixes = config.prefixes or prompts
-    return [
-        ByteMember(model, spelling, pruning, prefix)
-        for model, spelling, prefix in zip(models, spellings, prefixes, strict=True)
-    ]
 
 
 def _behind(reader: ByteMember, prefix: list[int]) -> ByteMember:
@@ -130,8 +82,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     """A causal LM over 257 symbols, the bytes and the end of a text (256), whose members are read byte by byte.
 
     Each member's token probabilities are turned into the next byte's, which the rule then combines. ``input_ids`` are
-    symbols, and ``max_new_tokens`` counts them. Rules that need the members' softmax matrices, such as ``meet``, are
-    refused, as these matrices have no rows for bytes.
+    symbols. Rules that need softmax matrices, such as ``meet``, are refused, as these matrices have no rows for bytes.
 
     Args:
         config: the settings; ``config.members`` names the members.
@@ -152,7 +103,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         require_for_bytes(config.settings)
         if readers is None:
             models, spellings = checkpoint.random_members(config, over_bytes=True)
-            readers = _readers(config, models, spellings, load_tokenizers(config.members))
+            readers = assembly.readers(config, models, spellings, load_tokenizers(config.members))
         heads = {id(reader.model): reader.head for reader in readers}
         super().__init__(config, [reader.model for reader in readers], heads=heads)
         self.readers = list(readers)
@@ -309,6 +260,10 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             costs[-1, 1:] = reading.work.calls, reading.work.tokens
             found.append(torch.from_numpy(np.hstack([log_probs, costs])[not begun :]))
         return found
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Generate symbols as an ensemble over tokens does tokens, and end texts as :func:`within_limits` does."""
+        return within_limits(super().generate, self, inputs, generation_config, kwargs)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""

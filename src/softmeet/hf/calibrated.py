@@ -32,7 +32,7 @@ from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
 
 if TYPE_CHECKING:
-    from softmeet.hf.modeling import EnsembleForCausalLM
+    from softmeet.hf.protocol import AnyEnsemble
 
 # Positions to measure at, those solved at once, and the seconds after which no more are begun: the factor is then
 # taken from the positions solved so far.
@@ -48,7 +48,7 @@ _SETTINGS = ("rule", "trust", "weights", "pool", "rank", "bands", "free_radial",
 _log = logging.getLogger("softmeet")
 
 
-def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: bool = True) -> Settings:
+def resolved(model: AnyEnsemble, settings: Settings, *, may_calibrate: bool = True) -> Settings:
     """Return the settings with the factor of their gate ``movement`` filled in; with another gate or none, unchanged.
 
     The factor turns Σ_i ρ_i KL(q‖p̂_i) into the predicted movement KL(p°‖q), as :func:`calibrate` says. The settings are
@@ -80,7 +80,7 @@ def resolved(model: EnsembleForCausalLM, settings: Settings, *, may_calibrate: b
     return settings.model_copy(update={"gate": found})
 
 
-def gate_of(model: EnsembleForCausalLM) -> str | None:
+def gate_of(model: AnyEnsemble) -> str | None:
     """Return the gate of an ensemble as text, such as ``"unsure:0.5"``; None if it has none.
 
     A gate ``movement`` counts as none if :func:`resolved`, without calibration, leaves it out.
@@ -95,7 +95,7 @@ def moves_pool(settings: Settings) -> bool:
     return settings.rule.tilts_pool and any(trust) and not any(map(math.isinf, trust)) and len(trust) > 1
 
 
-def _kept(model: EnsembleForCausalLM, own: str) -> float | None:
+def _kept(model: AnyEnsemble, own: str) -> float | None:
     """Look up the factor of the key ``own`` in the file of the bundled families, then in this machine's."""
     who, bundled = members_hash(model), zoo.installed()
     for file in ([bundled / "movement.json"] if bundled else []) + [cache_file()]:
@@ -115,13 +115,13 @@ def key_of(settings: Settings) -> str:
     return json.dumps({name: plain[name] for name in _SETTINGS}, sort_keys=True)
 
 
-def members_hash(model: EnsembleForCausalLM) -> str:
+def members_hash(model: AnyEnsemble) -> str:
     """Compute the SHA-256, in hexadecimal, of a sample of each member's weights and of its prompt, in their order."""
     prompts = [Member.parse(name).prompt or "" for name in model.config.members]
     return hashlib.sha256("".join([*map(body_hash, model.members), *prompts]).encode()).hexdigest()
 
 
-def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> float | None:
+def _calibrated(model: AnyEnsemble, settings: Settings, own: str) -> float | None:
     """Measure a factor and keep it under the key ``own``, or return None if that fails; log either as a warning."""
     if any(parameter.is_meta for parameter in model.parameters()) or model.tokenizer is None:
         _log.warning("the gate %s is off: calibrating it takes members in memory, and a tokenizer", settings.gate)
@@ -143,7 +143,7 @@ def _calibrated(model: EnsembleForCausalLM, settings: Settings, own: str) -> flo
 
 
 @torch.inference_mode()
-def calibrate(model: EnsembleForCausalLM, settings: Settings) -> float | None:
+def calibrate(model: AnyEnsemble, settings: Settings) -> float | None:
     """Measure the factor of the gate ``movement``: the mean of KL(p°‖q) divided by the mean of Σ_i ρ_i KL(q‖p̂_i).
 
     p° is the rule's answer, q the pool, p̂_i member i's distribution and ρ_i its trust. The means are over 64 tokens
@@ -205,7 +205,7 @@ def _keep(file: Path, who: str, own: str, factor: float) -> None:
 
 
 @torch.inference_mode()
-def own_text(model: EnsembleForCausalLM, count: int) -> list[Float[Tensor, "t _"]]:
+def own_text(model: AnyEnsemble, count: int) -> list[Float[Tensor, "t _"]]:
     """Sample a text from an ensemble's pool, and return each member's last hidden states, (t, d_i).
 
     Row k is the state from which the k-th sampled token is predicted. The text continues "The" and has a fixed seed, so
@@ -236,7 +236,7 @@ def _as_meet(settings: Settings) -> Settings:
 
 
 @torch.inference_mode()
-def moved(model: EnsembleForCausalLM, hidden: Sequence[Float[Tensor, "t _"]]) -> Movement:
+def moved(model: AnyEnsemble, hidden: Sequence[Float[Tensor, "t _"]]) -> Movement:
     """Measure how far ``meet`` moves the pool at each of t positions, in order.
 
     Args:

@@ -21,7 +21,7 @@ from softmeet.rules.settings import Settings
 from softmeet.structured.structure import Structure
 
 if TYPE_CHECKING:
-    from softmeet.hf.modeling import EnsembleForCausalLM
+    from softmeet.hf.protocol import AnyEnsemble
 
 _NOTHING_ALLOWED = (
     "nothing is left that the structure allows, as another option forbids it: lower min_new_tokens, or leave out "
@@ -108,7 +108,7 @@ class CallOptions:
         _refuse_beside_one_member([name for name, given in found.items() if given])
 
     @classmethod
-    def of(cls, model: EnsembleForCausalLM, given: dict[str, Any]) -> CallOptions:
+    def of(cls, model: AnyEnsemble, given: dict[str, Any]) -> CallOptions:
         """Remove softmeet's own options from a call's keyword arguments, and return them, checked.
 
         Args:
@@ -134,6 +134,8 @@ class CallOptions:
         own["speculate"] = checked_drafts(given.pop("speculate", None))
         if own["one_member"] and model.over_bytes:
             raise InvalidInputError("one_member takes members over tokens, and these are combined over bytes")
+        if given.pop("max_bytes", None) is not None:
+            raise InvalidInputError("max_bytes is for members combined over bytes: over tokens say max_new_tokens")
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
         seconds = own["token_seconds"]
@@ -147,7 +149,7 @@ class CallOptions:
         return cls(resolved(model, settings), **own)
 
     def around(
-        self, processors: LogitsProcessorList, model: EnsembleForCausalLM, config: Any, prompt_length: int
+        self, processors: LogitsProcessorList, model: AnyEnsemble, config: Any, prompt_length: int
     ) -> LogitsProcessorList:
         """Return a call's processors of scores: the structure's, transformers' own, and the row sampler.
 
@@ -182,7 +184,7 @@ class CallOptions:
         named = [name for name, given in found.items() if given]
         _refuse_beside_one_member(named + [_OPTIONS.get(type(one).__name__, type(one).__name__) for one in processors])
 
-    def longest(self, model: EnsembleForCausalLM, wanted: int, prompt_length: int) -> int:
+    def longest(self, model: AnyEnsemble, wanted: int, prompt_length: int) -> int:
         """Return how long sequences get: as long as wanted, or as own prompts leave room in a member's context.
 
         Args:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from softmeet.hf.modeling import EnsembleForCausalLM
+    from softmeet.hf.protocol import AnyEnsemble
 
 # Each turn on a line of its own, behind its role: what a model without a template may make something of.
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -115,13 +115,13 @@ class ChatTemplates:
         return list(found)
 
 
-def chat_of(model: EnsembleForCausalLM) -> ChatTemplates:
+def chat_of(model: AnyEnsemble) -> ChatTemplates:
     """Return the chat templates of a model's members; of one made in memory, that of its tokenizer for all members."""
     found = getattr(model, "chat", None)
     names = model.config.members
     return found if isinstance(found, ChatTemplates) else ChatTemplates(names, [model.tokenizer] * len(names))
 
 
-def take_plain(model: EnsembleForCausalLM) -> None:
+def take_plain(model: AnyEnsemble) -> None:
     """Let the members of a model that have no chat template take :data:`PLAIN`."""
     model.chat = replace(chat_of(model), plain=True)

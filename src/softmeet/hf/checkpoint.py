@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.hf.assembly import assemble
 from softmeet.hf.card import card
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.unread import reading, refuse_quantised
@@ -25,7 +26,7 @@ from softmeet.members.prompting import require_room
 from softmeet.members.zoo import Named
 
 if TYPE_CHECKING:
-    from softmeet.hf.modeling import EnsembleForCausalLM
+    from softmeet.hf.protocol import AnyEnsemble
 
 
 def saved_config(name: Any) -> EnsembleConfig | None:
@@ -138,6 +139,7 @@ def places(device_map: Device | Sequence[Device], n: int) -> Device | Sequence[D
 
 
 def load(
+    over_tokens: type[Any],
     folder: Path,
     config: EnsembleConfig | None,
     dtype: Dtype | Sequence[Dtype],
@@ -145,10 +147,11 @@ def load(
     trust_remote_code: bool,
     offload_folder: str | Path | None = None,
     **changes: Any,
-) -> EnsembleForCausalLM:
+) -> Any:
     """Load a saved ensemble and its members.
 
     Args:
+        over_tokens: :class:`softmeet.hf.EnsembleForCausalLM`, as :func:`softmeet.hf.assembly.assemble` takes it.
         folder: the folder or hub id of the checkpoint; members' relative paths start there.
         config: replaces the saved configuration; None to read that.
         dtype: the weights' dtype, one for all members or one each; None for fp32 on the CPU and the checkpoints' own
@@ -167,8 +170,6 @@ def load(
         UnsupportedHeadError: if the rule needs softmax matrices, as ``meet`` does, and a member's cannot be read, or
             the ensemble is over bytes.
     """
-    from softmeet.hf.byte_modeling import assemble  # which is built on modeling, and that on this module
-
     if config is None:
         config, _ = EnsembleConfig.from_pretrained(str(folder), return_unused_kwargs=True, **changes)
     config.members = absolute(config.members, folder)
@@ -186,7 +187,7 @@ def load(
         offload_folder=offload_folder,
         on_loaded=reading(config),
     )
-    model = assemble(config, members, vocabulary, tokenizers)
+    model = assemble(over_tokens, config, members, vocabulary, tokenizers)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -237,7 +238,7 @@ def require_on_hub(config: EnsembleConfig) -> None:
         )
 
 
-def save(model: EnsembleForCausalLM, folder: Path) -> None:
+def save(model: AnyEnsemble, folder: Path) -> None:
     """Write an ensemble's configuration, generation configuration, tokenizer and model card into ``folder``.
 
     The folder is made if there is none, and files of the same names are replaced. No weights are written: the

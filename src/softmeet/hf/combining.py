@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +20,7 @@ from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadEr
 from softmeet.heads import SoftmaxHead
 from softmeet.hf import quick
 from softmeet.hf.deferral import Deferral, Drawn
+from softmeet.hf.recorder import Recorder
 from softmeet.hf.unread import require_read
 from softmeet.members.bands import bands
 from softmeet.members.heads import one_head
@@ -31,9 +32,6 @@ from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import free_directions, normalised, slopes_of
 from softmeet.solvers.clock import time_limit
-
-if TYPE_CHECKING:
-    from softmeet.hf.call_options import CallOptions
 
 # Each member's last hidden states at B positions, (B, d_i); and all members' logits or log-probabilities there.
 Hidden = Sequence[Float[Tensor, "B _"]]
@@ -95,33 +93,37 @@ class Combiner:
     def combine(
         self,
         hidden: Sequence[Float[Tensor, "B k _"]],
-        options: CallOptions,
+        settings: Settings,
         deferral: Deferral | Drawn | None = None,
         before: TokensBefore | None = None,
+        *,
+        recorder: Recorder | None = None,
+        seconds: float | None = None,
     ) -> Float[Tensor, "B k v"]:
         """Return the rule's log-probabilities, in nats, at k positions of each of B sequences.
 
         Args:
             hidden: for each member i, the last hidden states that it computed, (B, k, d_i).
-            options: the settings, the seconds that solvers may take in all, and the recorder, whose
-                :meth:`Recorder.add` is called after each chunk of positions, in order.
+            settings: the rule and all other settings, from :meth:`Settings.for_members`.
             deferral: the positions, of all B · k, at which all members ran; at the others the first member answers
                 alone. None if all ran everywhere; or the members that were drawn.
             before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
+            recorder: its :meth:`Recorder.add` is called after each chunk of positions, in order; None for no record.
+            seconds: how long solvers may take in all; None for no limit.
 
         Raises:
             SoftmeetError: as :meth:`combine_rows`.
         """
-        parts, recorder, seconds = [], options.recorder, options.token_seconds
+        parts = []
         flat = [h.flatten(0, 1) for h in hidden]
         if isinstance(deferral, Drawn):
             return quick.of_drawn(self.heads, flat, deferral, self.support, self.v)[:, None]
-        if recorder is None and deferral is None and (found := self.quickly(flat, options.settings)) is not None:
+        if recorder is None and deferral is None and (found := self.quickly(flat, settings)) is not None:
             return found.reshape(*hidden[0].shape[:2], -1)
         if recorder is not None and deferral is not None:
             recorder.gate.seconds += deferral.seconds
         with nullcontext() if seconds is None else time_limit(seconds):
-            for log_probs, solution in self.solve_in_chunks(flat, options.settings, deferral, before, proved=False):
+            for log_probs, solution in self.solve_in_chunks(flat, settings, deferral, before, proved=False):
                 if recorder is not None:
                     recorder.add(solution, log_probs)
                 parts.append(solution.log_probs)

@@ -67,7 +67,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     OF_A_KIND = (
         "over_bytes", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again", "new_cache",
-        "run", "hidden_states", "_get_logits_processor",
+        "run", "hidden_states", "generate", "_get_logits_processor",
     )  # fmt: skip
     over_bytes = False
 
@@ -133,7 +133,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
         )  # fmt: skip
         before = TokensBefore.of(input_ids[:, kept].flatten(), self.tokenizer)
-        log_probs = self.combiner.combine(hidden, options, deferral, before)
+        also: dict[str, Any] = {"recorder": options.recorder, "seconds": options.token_seconds}
+        log_probs = self.combiner.combine(hidden, options.settings, deferral, before, **also)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
@@ -379,8 +380,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             InvalidInputError: if a device is unknown, or ``device_map`` names a member that does not exist.
             VocabularyMismatchError: if the members' tokenizers do not fit the saved vocabulary, tokens or bytes.
         """
-        folder = Path(pretrained_model_name_or_path)
-        return checkpoint.load(folder, config, dtype, device_map, bool(trust_remote_code), **kwargs)
+        how = Path(pretrained_model_name_or_path), config, dtype, device_map, bool(trust_remote_code)
+        return checkpoint.load(EnsembleForCausalLM, *how, **kwargs)  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the configurations, tokenizer and a model card into a folder, but no weights: members are named."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache, Lagging
+from softmeet.hf.call_options import CallOptions
 from softmeet.hf.contexts import ContextRows, OwnPrompt, stamp_of, units
 from softmeet.hf.deferral import Deferral, Drawn
 from softmeet.hf.quick import weights_of
@@ -26,8 +27,7 @@ from softmeet.members.partial_cache import PartialCache
 from softmeet.rules.gates import Unsure
 
 if TYPE_CHECKING:
-    from softmeet.hf.call_options import CallOptions
-    from softmeet.hf.modeling import EnsembleForCausalLM
+    from softmeet.hf.protocol import AnyEnsemble
 
 Kept = slice | Int[Tensor, " k"]
 
@@ -45,7 +45,7 @@ class NewTokens:
         own: for each prompt what members read in its place; None for no prompts of their own.
     """
 
-    model: EnsembleForCausalLM
+    model: AnyEnsemble
     ids: Int[Tensor, "B t"]
     kept: Kept
     cache: EnsembleCache | None

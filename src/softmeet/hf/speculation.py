@@ -20,6 +20,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from softmeet.errors import InvalidInputError
+from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length
 from softmeet.hf.running import NewTokens
 from softmeet.hf.sampling import FreshNoise
@@ -28,8 +29,7 @@ from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.rules.gates import Unsure, that_closes
 
 if TYPE_CHECKING:
-    from softmeet.hf.call_options import CallOptions
-    from softmeet.hf.modeling import EnsembleForCausalLM
+    from softmeet.hf.protocol import AnyEnsemble
 
 # Processors of transformers whose scores depend on what they were called with before, which may have been drafts.
 _STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
@@ -40,7 +40,7 @@ _ROWS = 2
 
 
 def is_to_speculate(
-    model: EnsembleForCausalLM,
+    model: AnyEnsemble,
     options: CallOptions,
     config: Any,
     processors: Sequence[Any],
@@ -73,7 +73,7 @@ def is_to_speculate(
     return not against
 
 
-def _is_noticed(model: EnsembleForCausalLM, processors: Sequence[Any]) -> bool:
+def _is_noticed(model: AnyEnsemble, processors: Sequence[Any]) -> bool:
     """Return whether somebody could notice more of speculation than the time that it takes.
 
     Texts which should repeat would not where members round coarsely. Processors and functions of the caller's own may
@@ -84,23 +84,22 @@ def _is_noticed(model: EnsembleForCausalLM, processors: Sequence[Any]) -> bool:
     return any(foreign) or rounds_coarsely(model)
 
 
-def rounds_coarsely(model: EnsembleForCausalLM) -> bool:
+def rounds_coarsely(model: AnyEnsemble) -> bool:
     """Return whether a member computes in half precision, or with quantised numbers.
 
-    What it computes then depends noticeably on how many tokens it reads at once.
+    What it computes then depends noticeably on how many tokens it reads at once. A GGUF file's weights, which loading
+    dequantises, are judged by their dtype.
     """
 
     def coarse(member: nn.Module) -> bool:
-        quantised = getattr(member, "quantization_method", None) is not None
+        quantised = getattr(member, "quantization_method", None) not in (None, "gguf")
         small = any(own.dtype.itemsize < 4 for own in member.parameters())
         return quantised or small or any("quantized" in type(own).__module__ for own in member.modules())
 
     return any(map(coarse, model.members))
 
 
-def _against(
-    model: EnsembleForCausalLM, options: CallOptions, config: Any, processors: Sequence[Any], cache: Any
-) -> list[str]:
+def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: Sequence[Any], cache: Any) -> list[str]:
     """Return what stands against speculation, for messages."""
     found = {
         "a single member": len(model.members) < 2,
@@ -120,7 +119,7 @@ def _against(
     return [*names, *(type(one).__name__ for one in processors if type(one).__name__ in _STATEFUL)] or _recurrent(model)
 
 
-def _recurrent(model: EnsembleForCausalLM) -> list[str]:
+def _recurrent(model: AnyEnsemble) -> list[str]:
     """Return the first member whose cache holds more than keys and values, so that tokens cannot be taken back."""
     for i, member in enumerate(model.members):
         try:
@@ -132,7 +131,7 @@ def _recurrent(model: EnsembleForCausalLM) -> list[str]:
 
 @torch.no_grad()
 def decode(
-    model: EnsembleForCausalLM,
+    model: AnyEnsemble,
     input_ids: Int[Tensor, "B t"],
     logits_processor: LogitsProcessorList,
     stopping_criteria: Any,
@@ -304,7 +303,7 @@ class Speculation(MemberTurns):
     """
 
     def __init__(
-        self, model: EnsembleForCausalLM, options: CallOptions, text: Drafted, cache: Any, last: Int[Tensor, "B 1"]
+        self, model: AnyEnsemble, options: CallOptions, text: Drafted, cache: Any, last: Int[Tensor, "B 1"]
     ) -> None:
         rows, recorded = len(text.ids), options.recorder is not None
         super().__init__(

@@ -23,7 +23,7 @@ from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
-    from softmeet.hf.modeling import EnsembleForCausalLM
+    from softmeet.hf.protocol import AnyEnsemble
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class MemberTurns(ABC):
 
     def __init__(
         self,
-        model: EnsembleForCausalLM,
+        model: AnyEnsemble,
         settings: Settings,
         speculate: int | Literal["auto"],
         *,

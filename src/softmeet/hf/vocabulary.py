@@ -78,7 +78,7 @@ def choose_vocabulary(
     spellings = [spelling_of(name, own) for name, own in pairs]
     if chosen:
         members = ", ".join(f"{name} ({len(own.get_vocab()):,})" for name, own in pairs)
-        _log.warning("combined over bytes, which max_new_tokens counts, as these have different tokens: %s", members)
+        _log.warning("combined over bytes, as these have different tokens; limits count the first one's: %s", members)
     return spellings
 
 

@@ -30,6 +30,7 @@ from softmeet.members.token_tree import Path
 SYMBOLS = 257
 END = 256
 Masses = np.ndarray[Any, np.dtype[np.float64]]
+Answers = Sequence[tuple["Open", "NextTokenProbs"]]
 # Estimates of what follows a token mix what usually follows its last byte, with this weight, with the probabilities of
 # the token's own place.
 _TYPICAL = 0.75
@@ -39,8 +40,6 @@ _ALIKE = 0.1
 _GOOD = 0.2
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
 _by_mass = attrgetter("mass")
-# Of covers with equally long rests, that of fewest tokens stands for all if it has this share of the heaviest's mass.
-_NOT_LIGHT = 0.05
 # A token is run before it is needed if it has this share of the probability of all tokens that begin with its bytes.
 _NOT_RARE = 0.02
 # Share of all mass up to which a cover is dropped: a hundredth of what pruning estimates on average, or less.
@@ -77,12 +76,14 @@ class NextTokenProbs:
 
     Attributes:
         path: the columns of the sequence's tokens in the text's :class:`TokenTree`, first to last.
+        place: the number of the text's bytes that they spell.
         tokens: (m,), the probability of each of the m tokens in the order of ``Spelling.words``; with the end's,
             ``root[256]``, they sum to 1.
         root: (257,), the probability of each first byte of the next token, and at 256 that of the end.
     """
 
     path: Path
+    place: int
     tokens: Masses
     root: Masses
 
@@ -128,7 +129,7 @@ class ProbsAlongText(NextTokenProbs):
                 break
             self._masses[length] = probs.masses(spelling, length, longer, end)
             self._totals[longer, end] = probs.total(longer, end)
-        super().__init__(probs.path, np.empty(0), probs.root)
+        super().__init__(probs.path, probs.place, np.empty(0), probs.root)
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
         """Return :meth:`NextTokenProbs.masses` for the first ``length`` known bytes; ignore ``longer`` and ``end``."""
@@ -172,17 +173,23 @@ class Cover(NamedTuple):
         """Return a copy with weight and mass multiplied by ``x``."""
         return self._replace(weight=self.weight * x, mass=self.mass * x)
 
+    def joined(self, weight: float) -> Cover:
+        """Return a copy with ``weight`` added to its own, and its mass in proportion."""
+        return self.times((self.weight + weight) / self.weight)
+
 
 class Open(NamedTuple):
     """An open cover: whole tokens, on the last of which the model was not run, and the bytes behind them.
 
     Attributes:
-        probs: the next token's probabilities at the last token's place: after the tokens before it.
+        probs: the next token's probabilities at the last token's place: after the tokens before it; where covers were
+            joined, those of one of them.
         token: the last token's id.
         weight: the probability of all tokens, the last included, up to a factor common to the text's :class:`Covers`.
         mass: ``weight`` times an estimate of the probability of ``rest``.
         rest: the bytes behind the last token.
         most: an optimistic ``mass``, in which every byte of ``rest`` has at least the probability 0.2.
+        root: (257,), ``probs.root``; where covers were joined, its mean by their weights.
     """
 
     probs: NextTokenProbs
@@ -191,17 +198,18 @@ class Open(NamedTuple):
     mass: float
     rest: bytes
     most: float
+    root: Masses
 
     def estimate(self, live: Masses, spelling: Spelling) -> Masses:
         """Estimate each next symbol's share of ``mass``, (257,), sum at most 1; those of closed covers are ``live``."""
         if self.rest:
-            return _ALIKE * np.where(live > 0, live, self.probs.root)
+            return _ALIKE * np.where(live > 0, live, self.root)
         usual: Masses = spelling.typical[spelling.last(self.token)]
-        return _TYPICAL * usual + (1 - _TYPICAL) * self.probs.root
+        return _TYPICAL * usual + (1 - _TYPICAL) * self.root
 
     def longer(self, byte: int, live: float, spelling: Spelling) -> Open:
         """Return a copy with ``byte`` added to ``rest``; ``live`` is its probability under the closed covers."""
-        root = float(self.probs.root[byte])
+        root = float(self.root[byte])
         if self.rest:
             share = _ALIKE * (live or root)
         else:
@@ -212,6 +220,12 @@ class Open(NamedTuple):
     def times(self, x: float) -> Open:
         """Return a copy with weight, mass and ``most`` multiplied by ``x``."""
         return self._replace(weight=self.weight * x, mass=self.mass * x, most=self.most * x)
+
+    def joined(self, other: Open) -> Open:
+        """Return a copy with the weight and masses of another cover added, whose last token ends at the same byte."""
+        weight = self.weight + other.weight
+        root = (self.weight * self.root + other.weight * other.root) / weight
+        return self._replace(weight=weight, mass=self.mass + other.mass, most=self.most + other.most, root=root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,6 +242,12 @@ class Covers:
     open: tuple[Open, ...] = ()
     total: float = 1.0
     dropped: float = 0.0
+
+    @property
+    def places(self) -> list[NextTokenProbs]:
+        """The ``probs`` of all covers, each once."""
+        found = {id(one.probs): one.probs for one in self.closed} | {id(one.probs): one.probs for one in self.open}
+        return list(found.values())
 
     @property
     def unasked(self) -> float:
@@ -288,7 +308,7 @@ class Covers:
                     found.append((cover.probs, low + int(k), share * along))
         return sorted(found, key=lambda one: -one[2])[:most]
 
-    def answered(self, spelling: Spelling, answers: Sequence[tuple[Open, NextTokenProbs]], pruning: Pruning) -> Covers:
+    def answered(self, spelling: Spelling, answers: Answers, pruning: Pruning) -> Covers:
         """Return covers with some of ``open`` closed by answers: (open cover, the probabilities after its tokens)."""
         known = {id(cover) for cover, _ in answers}
         whole, opened = list(self.closed), [cover for cover in self.open if id(cover) not in known]
@@ -314,7 +334,7 @@ def _longer(
             own.append(Cover(probs, weight, weight * probs.total(longer, end), rest, longer, end))
         for k in range(first, longer):
             mass = weight * probs.prob(k)
-            new.append(Open(probs, int(spelling.tokens[k]), mass, mass, b"", mass))
+            new.append(Open(probs, int(spelling.tokens[k]), mass, mass, b"", mass, probs.root))
     if opened:
         live = (_mass(own) + _mass(new)) / _mass(closed) if closed else 0.0
         new += [cover.longer(byte, live, spelling) for cover in opened]
@@ -322,7 +342,7 @@ def _longer(
 
 
 def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> Covers:
-    """Merge covers whose rests are equally long if pruned, drop the lightest, and return the others."""
+    """Join covers whose rests are equally long if pruned, drop the lightest, and return the others."""
     kept = [cover for cover in whole if cover.mass > 0]
     light = [cover for cover in opened if cover.mass > 0]
     if pruning.prune:
@@ -357,43 +377,24 @@ def _heaviest(covers: list[AnyCover], count: int, least: float) -> list[AnyCover
 
 
 def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], list[Open]]:
-    """Merge covers whose rests begin at the same byte into one that has the mass of all: a closed one if there is one.
+    """Join covers whose rests begin at the same byte into one: a closed one if there is one.
 
-    They differ by the tokens before that byte, on which the continuation depends little. The one of fewest tokens that
-    is not light stands for all: it is nearly always the tokenizer's own.
+    They differ by the tokens before that byte, on which the continuation depends little; a closed one has the
+    probabilities after the tokenizer's own.
     """
     if len({len(cover.rest) for group in (whole, opened) for cover in group}) == len(whole) + len(opened):
         return whole, opened
-    best: dict[int, Cover] = {}
-    for cover in _few_tokens_first(whole):
-        place = len(cover.rest)
-        best[place] = _heavier(best[place], cover.mass) if place in best else cover
-    light: dict[int, Open] = {}
-    for other in _few_tokens_first(opened):
+    closed = {len(cover.rest): cover for cover in whole}
+    light = dict[int, Open]()
+    for other in opened:
         place = len(other.rest)
-        if place in best:
-            best[place] = _heavier(best[place], other.mass)
+        if place in closed:
+            closed[place] = closed[place].joined(other.weight)
         else:
-            light[place] = _heavier(light[place], other.mass) if place in light else other
-    return list(best.values()), list(light.values())
-
-
-def _few_tokens_first(covers: Sequence[AnyCover]) -> list[AnyCover]:
-    """Sort covers by their number of tokens; those much lighter than the heaviest of the same rest come last."""
-    heaviest: dict[int, float] = {}
-    for cover in covers:
-        heaviest[len(cover.rest)] = max(cover.mass, heaviest.get(len(cover.rest), 0.0))
-    return sorted(
-        covers,
-        key=lambda cover: (cover.mass < _NOT_LIGHT * heaviest[len(cover.rest)], len(cover.probs.path), -cover.mass),
-    )
+            light[place] = light[place].joined(other) if place in light else other
+    return list(closed.values()), list(light.values())
 
 
 def _mass(covers: Sequence[Cover] | Sequence[Open]) -> float:
     """Return the sum of the masses of covers."""
     return sum([cover.mass for cover in covers])
-
-
-def _heavier(cover: AnyCover, mass: float) -> AnyCover:
-    """Return a copy of a cover with ``mass`` added to its mass, and its weight in proportion."""
-    return cover.times((cover.mass + mass) / cover.mass)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from softmeet.members.covers import NextTokenProbs
+from softmeet.members.own_path import way
 from softmeet.members.reading import Guess, Reading
 from softmeet.members.spelling import Spelling
 
@@ -13,7 +16,7 @@ _LIKELY, _GUESSES, _WORTH = 0.04, 5, 0.6
 
 
 def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> list[tuple[NextTokenProbs, int]]:
-    """Choose the tokens to run ahead of need, none that was guessed already.
+    """Choose the tokens to run ahead of need: none that was guessed already or would not be the tokenizer's own.
 
     Args:
         reading: the text so far.
@@ -24,24 +27,27 @@ def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> lis
     Returns:
         (the probabilities at the token's place, its id) for each.
     """
-    known = {(id(guess.behind), guess.token) for guess in reading.guesses}
+    known = {(guess.place, guess.word) for guess in reading.guesses}
+    written = spelling.written(reading.text)
     found, together = list[tuple[NextTokenProbs, int]](), 0.0
     for probs, k, share in reading.covers.likely(spelling, _LIKELY, _GUESSES):
-        token = int(spelling.tokens[k])
-        if len(probs.path) < limit and (id(probs), token) not in known:
+        token, word = int(spelling.tokens[k]), spelling.words[k]
+        if len(probs.path) >= limit or (probs.place + len(word), word) in known:
+            continue
+        path, tokens = way(spelling, reading.tree, written[: probs.place] + word, [(probs.path, probs.place)])
+        if tokens == [token] and len(path) == len(probs.path):
             found.append((probs, token))
             together += share
     return [] if asking == 1 and together < _WORTH else found
 
 
-def possible(reading: Reading, spelling: Spelling) -> tuple[Guess, ...]:
-    """Return the guesses that may still be used: their token begins with the bytes read since, and is longer."""
-    if not reading.guesses:
-        return ()
-    rests = {id(cover.probs): cover.rest for cover in reading.covers.closed}
-    found = []
-    for guess in reading.guesses:
-        rest, word = rests.get(id(guess.behind)), spelling.spelled([guess.token])
-        if rest is not None and len(word) > len(rest) and word.startswith(rest):
-            found.append(guess)
-    return tuple(found)
+def possible(guesses: Sequence[Guess], written: bytes) -> tuple[Guess, ...]:
+    """Return the guesses whose token begins with the bytes that have come since, and is longer.
+
+    Args:
+        guesses: those of a text.
+        written: the bytes that its tokens spell, as :meth:`Spelling.written` makes them.
+    """
+    return tuple(
+        one for one in guesses if len(written) < one.place and one.word.startswith(written[one.place - len(one.word) :])
+    )

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.members.covers import Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
+from softmeet.members.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
+from softmeet.members.own_path import is_own, parting, path_of, way
 from softmeet.members.reading import Guess, Reading, Work
+from softmeet.members.token_model import TokenModel
 from softmeet.members.token_tree import Growth, Path, TokenTree
-
-if TYPE_CHECKING:
-    from softmeet.members.byte_member import ByteMember
 
 # Probabilities of next tokens that are held at once: 128 MiB in fp32.
 _ELEMENTS = 1 << 25
-# The last token of an open cover: (the column of the token before it, its id).
-Step = tuple[int, int]
-Answers = list[tuple[Open, NextTokenProbs]]
+# How far before a place the way to it may branch off from that to another place.
+_NEAR = 32
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,7 @@ class KnownText:
 
     Args:
         member: the member that reads.
+        pruning: which covers have to be closed, that is, to have the model run on their last token.
         text: the bytes that the member's tokens spell: the tokenizer's dummy prefix and the text, without unwritable
             bytes.
         place: the index in this text of the byte from which several tokenizations are followed.
@@ -69,86 +67,89 @@ class KnownText:
         work: the cost of reading so far, without the prefix.
     """
 
-    def __init__(self, member: ByteMember, text: bytes, place: int, tree: TokenTree, own: _Own | None) -> None:
-        self.member, self.text, self.place, self.tree, self.work = member, text, place, tree, Work()
+    def __init__(
+        self, member: TokenModel, pruning: Pruning, text: bytes, place: int, tree: TokenTree, own: _Own | None
+    ) -> None:
+        self.member, self.pruning, self.text, self.place = member, pruning, text, place
+        self.tree, self.work = tree, Work()
         self.covers = list[Covers]()
         self._sure = 1  # This many of them, the first, need no answer that is missing.
-        # By its column, the byte at which a token ends; the next token's probabilities after the tokenizer's own
-        # tokens, by the byte at which these end; after others; and what was run ahead of need.
-        self._places = dict[int, int]()
+        # The model's answers and what it has still to answer, by what a cover's answer depends on.
+        self._known = dict[Hashable, NextTokenProbs]()
+        self._missing = dict[Hashable, tuple[Open, int]]()
+        # The tokenizer's own tokens that have been run: the columns of all, and the bytes at which they end.
+        self._path, self._ends = np.empty(0, np.int64), list[int]()
         self._own = dict[int, NextTokenProbs]()
-        self._behind = dict[Step, NextTokenProbs]()
-        self._guesses = dict[tuple[int, int], Guess]()
-        self._missing, self._unrun = dict[Step, Open](), own
+        self._guesses = dict[int, Guess]()
+        self._growth: Growth | None = None
+        self._unrun = own
 
     @classmethod
-    def begun(cls, member: ByteMember, prefix: Sequence[int], text: bytes, look_back: int) -> KnownText:
+    def begun(
+        cls, member: TokenModel, pruning: Pruning, prefix: Sequence[int], text: bytes, look_back: int | None
+    ) -> KnownText:
         """Begin to read a text.
 
         Args:
-            member: the member that reads.
+            member, pruning: as for the class.
             prefix: ids of the tokens before the text, at least one.
             text: any bytes.
-            look_back: the number of last bytes in which several tokenizations are followed; 0 for the whole text.
+            look_back: the number of last bytes in which several tokenizations are followed, at least; None for all.
 
         Raises:
             InvalidInputError: if the prefix is empty, has an unknown id or exceeds the model's context.
         """
-        tokens, first = member.spelling.encode(text), 0
-        ends = member.spelling.bounds(tokens).tolist()
-        written = _written(member, text)
-        if look_back:
-            first = bisect_right(ends, max(0, len(written) - look_back)) - 1
+        spelling, first = member.spelling, 0
+        written = spelling.written(text)
+        tokens = path_of(spelling, written)
+        ends = spelling.bounds(tokens).tolist()
+        if look_back is not None:
+            first = bisect_right(ends, parting(spelling, written, max(0, len(written) - look_back))) - 1
         tree, hidden = member.behind(prefix)
         own = _Own(np.arange(len(prefix)), tokens, ends, first, hidden)
-        known = cls(member, written, ends[first], tree, own)
+        known = cls(member, pruning, written, ends[first], tree, own)
         if not tokens:
             known._keep_own(own, [])
         return known
 
     @classmethod
-    def after(cls, member: ByteMember, reading: Reading, more: bytes) -> KnownText:
+    def after(cls, member: TokenModel, pruning: Pruning, reading: Reading, more: bytes) -> KnownText:
         """Go on to read ``more`` bytes, at least one, after those of a reading that has not ended.
 
         Guesses of the reading are used before anything is run.
         """
-        written, place = _written(member, reading.text + more), len(_written(member, reading.text))
-        tokens = member.spelling.encode(reading.text + more)
-        ends = member.spelling.bounds(tokens).tolist()
-        on_its_way = [one for one in reading.covers.closed if place - len(one.rest) in ends]
+        spelling = member.spelling
+        written, place = spelling.written(reading.text + more), len(spelling.written(reading.text))
+        behind = reading.covers.places
         own = None
-        if on_its_way:
-            last = min(on_its_way, key=lambda one: len(one.rest))
-            first = ends.index(place - len(last.rest))
-            own = _Own(last.probs.path, tokens[first:], ends[first:])
-        known = cls(member, written, place, reading.tree, own)
+        if len(written) > place:
+            path, tokens = way(spelling, reading.tree, written, [(one.path, one.place) for one in behind])
+            own = _Own(path, tokens, (len(written) - spelling.bounds(tokens)[-1] + spelling.bounds(tokens)).tolist())
+        known = cls(member, pruning, written, place, reading.tree, own)
         known.covers.append(reading.covers)
-        for one in reading.covers.closed:
-            known._places[int(one.probs.path[-1])] = place - len(one.rest)
-        for light in reading.covers.open:
-            length = len(member.spelling.spelled([light.token])) + len(light.rest)
-            known._places[int(light.probs.path[-1])] = place - length
-        known._guesses = {(id(guess.behind), guess.token): guess for guess in reading.guesses}
+        known._guesses = {
+            one.place: one for one in reading.guesses if written[one.place - len(one.word) : one.place] == one.word
+        }
+        if pruning.prune:
+            known._known |= {probs.place: probs for probs in behind}
         return known
 
-    def wanted(self, pruning: Pruning) -> Growth | None:
+    def wanted(self) -> Growth | None:
         """Return what the model has to be run on next, for :meth:`grown`; None if the reading is complete.
-
-        Args:
-            pruning: which covers have to be closed, that is, to have the model run on their last token.
 
         Raises:
             InvalidInputError: if ``pruning.covers`` is None and there are more than 2,048 tokenizations to follow.
         """
         if self.covers:
-            self._missing = self._walk(pruning)
+            self._missing = self._walk()
             if not self._missing:
                 return None
         if self._unrun is not None:
             own = self._unrun
             return Growth(self.tree, [own.path], [own.tokens], min(len(own.tokens), len(own.tokens) + 1 - own.first))
-        opened = list(self._missing.values())
-        return Growth(self.tree, [one.probs.path for one in opened], [[one.token] for one in opened])
+        chains = [self._way(one, place) for one, place in self._missing.values()]
+        self._growth = Growth(self.tree, [path for path, _ in chains], [tokens for _, tokens in chains])
+        return self._growth
 
     def grown(self, tree: TokenTree, states: Sequence[Float[Tensor, "t d"]]) -> None:
         """Take what running the model on :meth:`wanted` gave: the new tree, and each chain's last hidden states."""
@@ -157,86 +158,93 @@ class KnownText:
         if self._unrun is not None:
             self._keep_own(self._unrun, states, before)
             return
-        opened = list(self._missing.values())
-        paths = [np.append(one.probs.path, before + i) for i, one in enumerate(opened)]
-        along = self._along(paths, [self._end(one) for one in opened], torch.cat(list(states)))
-        self._behind |= zip(self._missing, along, strict=True)
+        assert self._growth is not None
+        places = [place for _, place in self._missing.values()]
+        self._known |= zip(
+            self._missing, self._along(self._growth.grown, places, [own[-1] for own in states]), strict=True
+        )
+
+    def _way(self, one: Open, place: int) -> tuple[Path, list[int]]:
+        """Return (the columns of a cover's first tokens, which have been run; the ids of its others, at least one)."""
+        if not self.pruning.prune:
+            return one.probs.path, [one.token]
+        known = [self._known[k] for k in range(max(0, place - _NEAR), place) if k in self._known]
+        paths = [(probs.path, probs.place) for probs in known]
+        if self._ends:
+            count = bisect_right(self._ends, place) - 1
+            paths.append((self._path[: len(self._path) - len(self._ends) + 1 + count], self._ends[count]))
+        return way(self.member.spelling, self.tree, self.text[:place], paths)
 
     def _keep_own(self, own: _Own, states: Sequence[Float[Tensor, "t d"]], before: int = 0) -> None:
         """Keep the next token's probabilities after the tokenizer's own tokens; ``before`` columns were before them."""
-        whole = np.concatenate([own.path, before + np.arange(len(own.tokens))])
+        self._ends = own.ends
+        whole = self._path = np.concatenate([own.path, before + np.arange(len(own.tokens))])
         paths = [whole[: len(own.path) + k] for k in range(own.first, len(own.tokens) + 1)]
         if paths:
-            hidden = torch.cat([*([] if own.hidden is None else [own.hidden]), *states])
+            hidden = torch.cat([*([] if own.hidden is None else [own.hidden]), *states])[-len(paths) :]
             self._own |= zip(
-                own.ends[own.first :], self._along(paths, own.ends[own.first :], hidden[-len(paths) :]), strict=True
+                own.ends[own.first :], self._along(paths, own.ends[own.first :], list(hidden)), strict=True
             )
         for k in range(max(own.first, 1), len(own.tokens) + 1):
-            self._behind[int(whole[len(own.path) + k - 2]), own.tokens[k - 1]] = self._own[own.ends[k]]
+            self._known[int(whole[len(own.path) + k - 2]), own.tokens[k - 1]] = self._own[own.ends[k]]
         if not self.covers:
             self.covers.append(Covers.begun(self._own[self.place], self.member.spelling))
         self._unrun = None
 
     def _along(
-        self, paths: Sequence[Path], places: Sequence[int], hidden: Float[Tensor, "k d"]
+        self, paths: Sequence[Path], places: Sequence[int], hidden: Sequence[Float[Tensor, " d"]]
     ) -> Iterator[NextTokenProbs]:
         """Compute the next token's probabilities after each path, whose tokens end at its byte in ``places``."""
         size, longest = max(1, _ELEMENTS // self.member.head.v), self.member.spelling.longest
         for start in range(0, len(paths), size):
             some = slice(start, start + size)
-            for probs, place in zip(self.member.next_token_probs(paths[some], hidden[some]), places[some], strict=True):
-                self._places[int(probs.path[-1])] = place
-                if place + longest < len(self.text):
-                    yield ProbsAlongText(probs, self.member.spelling, self.text[place : place + longest])
+            for probs in self.member.next_token_probs(paths[some], places[some], hidden[some]):
+                if probs.place + longest < len(self.text):
+                    yield ProbsAlongText(probs, self.member.spelling, self.text[probs.place : probs.place + longest])
                 else:
                     yield probs
 
-    def _walk(self, pruning: Pruning) -> dict[Step, Open]:
+    def _walk(self) -> dict[Hashable, tuple[Open, int]]:
         """Follow the text byte by byte to its end, with the model's answers so far, and complete ``covers``.
 
         Returns:
-            The open covers that have to be closed and were estimated instead, by (the column of the token before the
-            last, the last token's id).
+            The open covers that have to be closed and were estimated instead, each with the place at which its last
+            token ends, by what their answers depend on.
         """
-        spelling, missing = self.member.spelling, dict[Step, Open]()
+        spelling, missing = self.member.spelling, dict[Hashable, tuple[Open, int]]()
         del self.covers[self._sure :]
-        for byte in self.text[self.place + self._sure - 1 :]:
-            covers = self.covers[-1].followed(spelling, byte, pruning)
-            while answers := self._answers(covers, missing, pruning):
-                covers = covers.answered(spelling, answers, pruning)
+        for place in range(self.place + self._sure, len(self.text) + 1):
+            covers = self.covers[-1].followed(spelling, self.text[place - 1], self.pruning)
+            while answers := self._answers(covers, place, missing):
+                covers = covers.answered(spelling, answers, self.pruning)
             self.covers.append(covers)
             if not missing:
                 self._sure = len(self.covers)
         return missing
 
-    def _answers(self, covers: Covers, missing: dict[Step, Open], pruning: Pruning) -> Answers:
-        """Return the open covers to close and the model's answers; add those without an answer to ``missing``."""
+    def _answers(self, covers: Covers, place: int, missing: dict[Hashable, tuple[Open, int]]) -> Answers:
+        """Return the open covers to close at a place and the model's answers; add those without one to ``missing``."""
         found = []
-        for one in covers.wanted(pruning):
-            step = int(one.probs.path[-1]), one.token
-            # Predictions after tokens that end at one byte differ little, and the tokenizer's own have been run.
-            probs = self._own.get(self._end(one)) if pruning.prune else None
-            probs = probs or self._behind.get(step) or self._guessed(one)
+        for one in covers.wanted(self.pruning):
+            end = place - len(one.rest)
+            key = end if self.pruning.prune else (int(one.probs.path[-1]), one.token)
+            probs = self._known.get(key) or (self._answer(end) if self.pruning.prune else None)
             if probs is None:
-                missing[step] = one
+                missing[key] = one, end
             else:
+                self._known[key] = probs
                 found.append((one, probs))
         return found
 
-    def _guessed(self, one: Open) -> NextTokenProbs | None:
-        """Return the next token's probabilities after an open cover whose last token was run ahead of need."""
-        guess = self._guesses.get((id(one.probs), one.token))
+    def _answer(self, place: int) -> NextTokenProbs | None:
+        """Return the next token's probabilities behind the tokenizer's own tokens of the bytes before a place.
+
+        None is returned if the model has not been run there, in reading the whole text or as a guess.
+        """
+        own, guess = self._own.get(place), self._guesses.get(place)
+        if own is not None and is_own(self.member.spelling, self.tree, self.text[:place], own):
+            return own
         if guess is None:
             return None
-        (probs,) = self._along([guess.path], [self._end(one)], guess.hidden[None])
-        self._behind[int(one.probs.path[-1]), one.token] = probs
+        (probs,) = self._along([guess.path], [place], [guess.hidden])
         return probs
-
-    def _end(self, one: Open) -> int:
-        """Return the index in the text of the byte at which an open cover's last token ends."""
-        return self._places[int(one.probs.path[-1])] + len(self.member.spelling.spelled([one.token]))
-
-
-def _written(member: ByteMember, text: bytes) -> bytes:
-    """Return the bytes that a member's tokens spell for a text."""
-    return member.spelling.dummy + text.translate(None, member.spelling.unwritable)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.members.covers import Covers, NextTokenProbs
+from softmeet.members.covers import Covers
 from softmeet.members.token_tree import Path, TokenTree
 
 
@@ -38,14 +38,14 @@ class Guess:
     """A token that was run because the text of a :class:`Reading` may continue with it, before its bytes have come.
 
     Attributes:
-        behind: the next token's probabilities at the token's place; the object, by identity, marks the place.
-        token: its id.
+        place: the number of the text's bytes that it and the tokens before it spell.
+        word: the bytes that it spells.
         path: the columns in the reading's ``tree`` of the tokens before it, first to last, and of itself.
         hidden: (d,), the model's last hidden state at it.
     """
 
-    behind: NextTokenProbs
-    token: int
+    place: int
+    word: bytes
     path: Path
     hidden: Float[Tensor, " d"]
 
@@ -81,16 +81,16 @@ class Reading:
         covers, guesses = self.covers, self.guesses
         if covers.closed and not self.tree.may_shrink(covers.closed[0].probs.path):
             return self
-        behind = {id(one.probs): one.probs for group in (covers.closed, covers.open) for one in group}
-        tree, paths = self.tree.kept([*(probs.path for probs in behind.values()), *(guess.path for guess in guesses)])
+        behind = covers.places
+        tree, paths = self.tree.kept([*(probs.path for probs in behind), *(guess.path for guess in guesses)])
         if tree is self.tree:
             return self
-        moved = {key: probs.moved(path) for (key, probs), path in zip(behind.items(), paths, strict=False)}
+        moved = {id(probs): probs.moved(path) for probs, path in zip(behind, paths, strict=False)}
         ahead = zip(guesses, paths[len(behind) :], strict=True)
         return replace(
             self,
             tree=tree,
-            guesses=tuple(replace(guess, behind=moved[id(guess.behind)], path=path) for guess, path in ahead),
+            guesses=tuple(replace(guess, path=path) for guess, path in ahead),
             covers=replace(
                 covers,
                 closed=tuple(one._replace(probs=moved[id(one.probs)]) for one in covers.closed),

@@ -32,11 +32,16 @@ _CHANGES = {
 }  # fmt: skip
 # The bytes of white space, printable ASCII, and characters of planes 0 to 3; SmolLM2, for one, lacks 21 others.
 _NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
+# What has a pre-tokenizer put nothing before a text.
+_UNPREFIXED: dict[str, dict[str, Any]] = {
+    "ByteLevel": {"add_prefix_space": False}, "Metaspace": {"prepend_scheme": "never"},
+}  # fmt: skip
 _TRIED = ("A b  c\n\n\td", "\u00e9t\u00e9 \u65e5\u672c \U0001f642", " a~", "\u0130\ufb01 \u212b")
 
 
 # Bytes that are not UTF-8, as Python escapes them.
 _ESCAPED = re.compile("([\udc80-\udcff]+)")
+_SPACED = re.compile(rb"[^\s] ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +78,6 @@ class Spelling:
     unwritable: bytes
     _core: Tokenizer
     _own: dict[int, bytes]
-    _single: dict[int, int]
     typical: np.ndarray[Any, np.dtype[np.float64]]
 
     def last(self, token: int) -> int:
@@ -110,27 +114,39 @@ class Spelling:
         """Return the bytes that tokens spell, given their ids; special tokens and unknown ids spell nothing."""
         return b"".join(self._own.get(token, b"") for token in tokens)
 
+    def length(self, token: int) -> int:
+        """Return the number of bytes that a token spells, given its id."""
+        return len(self._own.get(token, b""))
+
     def bounds(self, tokens: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return where t tokens (ids) begin in the bytes they spell, and the number of these bytes, (t + 1,) int64."""
-        return np.cumsum([0, *(len(self.spelled([token])) for token in tokens)])
+        return np.cumsum([0, *map(self.length, tokens)])
+
+    def written(self, text: bytes) -> bytes:
+        """Return the bytes that tokens spell for a text: ``dummy`` and the text, without ``unwritable`` bytes."""
+        return self.dummy + text.translate(None, self.unwritable)
 
     def encode(self, text: bytes) -> list[int]:
         """Cut ``dummy`` followed by a text into tokens as the tokenizer does, and return their ids.
 
         The tokens spell exactly these bytes, but for bytes that no token spells, which are left out. Bytes that are not
-        UTF-8 become tokens of one byte each; a text is not normalised to NFC first, even if the tokenizer does so; the
-        text of a special token becomes ordinary tokens.
+        UTF-8 become the longest tokens that fit; a text is not normalised to NFC first, even if the tokenizer does so;
+        the text of a special token becomes ordinary tokens.
         """
-        written = text.translate(None, self.unwritable).decode(errors="surrogateescape")
-        parts = _ESCAPED.split(written)
-        found = [] if parts[0] else self._longest(self.dummy)
-        for k, part in enumerate(parts):
-            if k % 2:
-                found += [self._single[byte] for byte in part.encode(errors="surrogateescape")]
-            elif part:
-                wanted = part.encode() if found else self.dummy + part.encode()
-                tokens = self._core.encode(part, add_special_tokens=False).ids
-                found += tokens if self.spelled(tokens) == wanted else self._longest(wanted)
+        return self.cut(self.written(text))
+
+    @cached_property
+    def inner_spaces(self) -> frozenset[bytes]:
+        """The pairs of a byte and a space that stand within words, behind no other space."""
+        return frozenset(pair for word in self.words for pair in _SPACED.findall(word))
+
+    def cut(self, written: bytes) -> list[int]:
+        """Cut bytes into tokens as the tokenizer cuts text, and return their ids."""
+        found = list[int]()
+        for k, part in enumerate(_ESCAPED.split(written.decode(errors="surrogateescape"))):
+            whole = part.encode(errors="surrogateescape")
+            tokens = [] if k % 2 else self._core.encode(part, add_special_tokens=False).ids
+            found += tokens if self.spelled(tokens) == whole else self._longest(whole)
         return found
 
     def _longest(self, text: bytes) -> list[int]:
@@ -237,11 +253,23 @@ def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
     return found
 
 
-def _core(described: dict[str, Any]) -> Tokenizer:
-    """Make the tokenizer without normalisation to NFC, and such that special tokens' text is ordinary text."""
-    kept = [part for part in _parts(described.get("normalizer")) if part["type"] != "NFC"]
-    normalizer = {"type": "Sequence", "normalizers": kept} if kept else None
-    core = Tokenizer.from_str(json.dumps(described | {"normalizer": normalizer, "truncation": None, "padding": None}))
+def _core(described: dict[str, Any], *, dummy: bool = True) -> Tokenizer:
+    """Make the tokenizer without normalisation to NFC, and such that special tokens' text is ordinary text.
+
+    Args:
+        described: the tokenizer, as its JSON describes it.
+        dummy: whether it puts before a text what the original puts there.
+    """
+    left_out = {"NFC"} if dummy else {"NFC", "Prepend"}
+    kept = [part for part in _parts(described.get("normalizer")) if part["type"] not in left_out]
+    before = [
+        part if dummy else part | _UNPREFIXED.get(part["type"], {}) for part in _parts(described["pre_tokenizer"])
+    ]
+    changes = {
+        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before} if before else None,
+    }
+    core = Tokenizer.from_str(json.dumps(described | changes | {"truncation": None, "padding": None}))
     core.encode_special_tokens = True
     return core
 
@@ -289,7 +317,7 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
         name=name, words=words, tokens=np.array([k for k, _ in ordered]),
         flat=flat, offsets=offsets, typical=np.tile(beginnings, (256, 1)),
         end=tokenizer.eos_token_id, start=_start(tokenizer, core), dummy=dummy,
-        unwritable=bytes(sorted(set(range(256)) - single.keys())), _core=core, _own=own, _single=single,
+        unwritable=bytes(sorted(set(range(256)) - single.keys())), _core=_core(described, dummy=False), _own=own,
     )  # fmt: skip
     for text in _TRIED:
         found = spelling.spelled(core.encode(text, add_special_tokens=False).ids)

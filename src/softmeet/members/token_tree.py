@@ -7,7 +7,7 @@ and values of each token are one column of the tree's, in the order in which tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,14 +40,19 @@ class TokenTree:
     which tokens were run; its *path*, (tokens,) int64, lists the columns of its ancestors, first to last, and its own.
 
     Attributes:
-        columns: the number of tokens that have been run.
+        ids: (columns,), the tokens that have been run.
         store: where their keys and values are: its first ``columns`` columns; None before the first token.
         layout: which parts of the store's tensors are which layer's.
     """
 
-    columns: int = 0
+    ids: Path = field(default_factory=lambda: np.empty(0, np.int64))
     store: Store | None = None
     layout: Layout = ()
+
+    @property
+    def columns(self) -> int:
+        """The number of tokens that have been run."""
+        return len(self.ids)
 
     @property
     def bytes(self) -> int:
@@ -77,7 +82,7 @@ class TokenTree:
         assert self.store is not None
         where = torch.from_numpy(used)
         states = tuple(part.index_select(2, where.to(part.device)) for part in self.store.tensors)
-        return TokenTree(len(used), Store(states), self.layout), [np.searchsorted(used, path) for path in paths]
+        return TokenTree(self.ids[used], Store(states), self.layout), [np.searchsorted(used, path) for path in paths]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +100,15 @@ class Growth:
     paths: list[Path]
     tokens: list[list[int]]
     last: int | None = None
+
+    @property
+    def grown(self) -> list[Path]:
+        """For each chain, the columns of the tokens before it and of its own, in the tree that :func:`run` returns."""
+        ends = self.tree.columns + np.cumsum([len(own) for own in self.tokens])
+        return [
+            np.append(path, np.arange(end - len(own), end))
+            for path, own, end in zip(self.paths, self.tokens, ends, strict=True)
+        ]
 
 
 def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
@@ -130,7 +144,8 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
         lengths = [row.new - spared] if spared else [len(tokens) for _, tokens in row.chains]
         own = together.new(k, row.new)
         store = tree.store.followed(tree.columns, own) if tree.store else Store(tuple(one.clone() for one in own))
-        tree = TokenTree(tree.columns + row.new, store, together.layout)
+        ran = [token for _, tokens in row.chains for token in tokens]
+        tree = TokenTree(np.append(tree.ids, np.asarray(ran, np.int64)), store, together.layout)
         found[id(row.growth)] = tree, [*states, *hidden[k, : row.new - spared].split(lengths)]
     return [found[id(growth)] for growth in growths]
 

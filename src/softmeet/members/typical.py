@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from softmeet.members.spelling import Spelling
-
-if TYPE_CHECKING:
-    from softmeet.members.byte_member import ByteMember
+from softmeet.members.token_model import TokenModel
 
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
 SAMPLE = files("softmeet.members").joinpath("sample.txt").read_text(encoding="utf-8")
@@ -21,7 +19,7 @@ _PRIOR = 4.0
 _AT_ONCE = 32
 
 
-def of_member(member: ByteMember) -> np.ndarray[Any, np.dtype[np.float64]]:
+def expected_after_bytes(member: TokenModel) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Run a member on :data:`SAMPLE`, and return :func:`typical` of what it expects there, (256, 257)."""
     start, spelling = member.spelling.start, member.spelling
     tokens = spelling.encode(SAMPLE.encode())[: member.limit - len(start)]
@@ -30,7 +28,7 @@ def of_member(member: ByteMember) -> np.ndarray[Any, np.dtype[np.float64]]:
     roots = [
         one.root
         for states in hidden[len(start) :].split(_AT_ONCE)
-        for one in member.next_token_probs([nowhere] * len(states), states)
+        for one in member.next_token_probs([nowhere] * len(states), [0] * len(states), states)
     ]
     return typical(spelling, tokens, roots)
 

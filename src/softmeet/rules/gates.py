@@ -208,7 +208,7 @@ class PredictedMovement(Disagreement):
         Raises:
             InvalidInputError: if ``factor`` is None, unless the rule has no bound, in which case all rows are open.
         """
-        free = problem.settings.rule.pool_bound(problem)
+        free: Tensor | None = problem.settings.rule.pool_bound(problem)
         if free is None:
             return torch.ones_like(problem.log_p[0, :, 0], dtype=torch.bool)
         if self.factor is None:

@@ -18,7 +18,7 @@ from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.answered import answered
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
-from softmeet.rules.verify import Recomputed, reach
+from softmeet.rules.recomputed import Recomputed, reach
 from softmeet.simplex import kl, log_normalize, log_power_means, logit_mean, prob_mean, weighted_log_probs
 from softmeet.solvers.base import Status
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 from softmeet.errors import InvalidInputError, RuleError
 from softmeet.rules.base import Rule
 from softmeet.rules.frozen import unknown
+from softmeet.rules.values import SHORT, Values
 
 GROUP = "softmeet.rules"
 # In the order in which they are documented. A new rule is one file and one line here.
@@ -35,6 +36,8 @@ _OWN = {
 }
 DEFAULT = "meet"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+# Names of settings, which no option of a rule may have.
+_RESERVED = {*Values.model_fields, *SHORT, "prompt_weights"}
 _registered: dict[str, type[Rule]] = {}
 
 R = TypeVar("R", bound=type[Rule])
@@ -191,16 +194,10 @@ def require_rule(rule: object, where: str) -> None:
             f"expected {rule.__name__} to have a name of small letters, digits and hyphens, and a summary, got "
             f"name = {name!r}, summary = {summary!r}"
         )
-    if shared := sorted(_reserved() & rule.model_fields.keys()):
+    if shared := sorted(_RESERVED & rule.model_fields.keys()):
         raise InvalidInputError(f"the option {shared[0]!r} of the rule {name!r} is a setting of all: name it otherwise")
     if needy := [option for option, field in rule.model_fields.items() if field.is_required()]:
         raise InvalidInputError(f"expected a default for each option of the rule {name!r}, got none for {needy[0]}")
-
-
-def _reserved() -> set[str]:
-    from softmeet.rules.settings import SHORT, Settings
-
-    return {*Settings.model_fields, *SHORT, "prompt_weights"}
 
 
 def _origin(entry: EntryPoint) -> str:

@@ -1,69 +1,27 @@
 """The settings by which members are combined, in one object that is checked once.
 
 ``combine`` takes its fields as arguments, a configuration saves them, the commands have a flag for each, the server
-lets requests change some, and evaluation tries several values. A new setting is a field here; a new option of one rule
-is a field of that rule. A rule's text may hold both, in the same form, with slashes in lists:
+lets requests change some, and evaluation tries several values. A new setting is a field in ``rules/values.py``; a new
+option of one rule is a field of that rule. A rule's text may hold both, in the same form, with slashes in lists:
 ``meet:budget=3:trust=1/0/0.3:pool=prob-mean``.
 """
 
 from __future__ import annotations
 
-import math
-import operator
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Rule
-from softmeet.rules.by_member import checked_trust, checked_weights
-from softmeet.rules.frozen import Frozen, takes, unknown
+from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import DEFAULT, all_rules, require_own_name, rule_class
+from softmeet.rules.values import SHORT, Values
 
-Pool = Literal["logit-mean", "prob-mean"]
-OnInfeasible = Literal["meet", "raise"]
-POOLS: tuple[Pool, ...] = get_args(Pool)
-# Small enough to cost little if members err beyond their narrow heads; `softmeet fit` chooses better ones from text.
-DEFAULT_TRUST = 0.3
 # A colon between options, unlike the one inside gate=unsure:0.5.
 _COLON = re.compile(r":(?![\d.])")
-# Short names that a rule's text may use for fields.
-SHORT = {"temperature": "rule_temperature"}
-
-
-def _numbers(value: Any) -> Any:
-    """Convert a number, or a list, array or tensor of numbers on any device, to a float or a tuple of floats."""
-    if value is None:
-        return None
-    import numpy as np  # late, so that `--help` does not wait for it
-
-    value = value.detach().cpu().numpy() if hasattr(value, "detach") else value
-    try:
-        array = np.asarray(value, dtype=np.float64)
-    except OverflowError:
-        raise InvalidInputError("to be numbers that a float can hold, got an integer that is larger") from None
-    except (TypeError, ValueError):
-        raise InvalidInputError(f"to be a number or a list of numbers, got {value!r}") from None
-    if array.ndim > 1:
-        raise InvalidInputError(f"to be a number or a list of numbers, got an array of shape {array.shape}")
-    # A single number in an array serves every member, as a bare one does; in a list it is the list of one member.
-    bare = array.ndim == 0 or (array.size == 1 and not isinstance(value, list | tuple))
-    return float(array.reshape(-1)[0]) if bare else tuple(array.tolist())
-
-
-def _count(value: Any) -> Any:
-    """Convert an integer of any type, or its text, to an int of at least 1; return None for None."""
-    if value is None:
-        return None
-    try:
-        found = 0 if isinstance(value, bool) else operator.index(int(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError):
-        found = 0
-    if found < 1:
-        raise InvalidInputError(f"to be an integer of at least 1, got {value!r}")
-    return found
 
 
 def _rule(value: Any) -> Any:
@@ -81,18 +39,7 @@ def _gate(value: Any) -> Any:
     return parse_gate(value)
 
 
-def _trusts(value: Any) -> Any:
-    found = _numbers(value)
-    if not all(rho >= 0 for rho in ([found] if isinstance(found, float) else found)):
-        raise InvalidInputError(f"expected trusts from 0 to inf, got {found}")
-    return found
-
-
-Count = Annotated[int, BeforeValidator(_count)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Settings(Frozen):
+class Settings(Values):
     """All settings by which n members are combined; every field is an argument of :func:`softmeet.combine`.
 
     An instance never changes. It is made by :meth:`of`, or by ``Settings(**fields)``, which takes no options of a rule;
@@ -116,50 +63,6 @@ class Settings(Frozen):
         "meet:trust=1/0.3:pool=prob-mean, with slashes between the numbers of several members; an option "
         "is given here or by its own flag, not by both.",
     )
-    trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = Field(
-        default=DEFAULT_TRUST,
-        description="How far meet may move the average towards the members, one number or one for each with commas "
-        "between: 0 is not at all; inf is full agreement, within tol: the mean of the rows of each "
-        "member's head (output layer) is then the same as under its own prediction.",
-    )
-    weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
-        default=None,
-        description="The members' weights in the average, with commas between them; they have to sum to 1. By default "
-        "they are equal. For the rule logit-mean they may be below 0, as in 1.5,-0.5.",
-    )
-    pool: Pool = Field(
-        default="logit-mean",
-        description="The average that a rule starts from: logit-mean (of logits) or prob-mean (of probabilities).",
-    )
-    tol: Positive = Field(
-        default=1e-3,
-        description="How far the computed distribution may be from the rule's exact one, in nats of KL divergence.",
-    )
-    max_steps: Count = Field(
-        default=50,
-        description="The most steps of the solver. Where more are needed, the best distribution found is used, and "
-        "counted as NOT_CONVERGED in the output.",
-    )
-    on_infeasible: OnInfeasible = Field(
-        default="meet",
-        description="For rules that need exact agreement, such as max-entropy: where no distribution agrees with all "
-        "members, meet uses the rule meet, and raise stops with an error.",
-    )
-    free_weights: bool = Field(default=False, description="Do not require that weights sum to 1.")
-    rank: Annotated[int | None, BeforeValidator(_count)] = Field(
-        default=None,
-        description="Use only the N strongest principal directions of each head (output layer). All by default.",
-    )
-    free_radial: bool = Field(
-        default=False,
-        description="The norm before a head fixes the length (LayerNorm: also the mean) of the hidden state. Do not "
-        "make members agree along the directions in which only these would change.",
-    )
-    rule_temperature: Positive = Field(
-        default=1.0,
-        description="The temperature T of the combined distribution, p^(1/T) normalised; temperature in a rule's text.",
-    )
-    bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
     gate: Annotated[Any, BeforeValidator(_gate)] = Field(
         default=None,
         description="For which tokens not to compute the rule. movement:T, for meet with finite trusts alone, uses "
@@ -208,62 +111,6 @@ class Settings(Frozen):
             return self
         found = Settings(**{**dict(self), **_resolved(changes, self.rule)})
         return found if self.weights is None else found.for_members(len(self.weights))  # type: ignore[arg-type]
-
-    def plain(self) -> dict[str, Any]:
-        """Return every setting by name in the types of JSON: rules and gates as text, tuples as lists, inf as "inf"."""
-        return {name: _plain(value) for name, value in self}
-
-    def for_members(self, n: int) -> Settings:
-        """Return a copy for n members, with n weights and n · ``bands`` trusts: member by member, then band by band.
-
-        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n.
-        ``trust`` may be a number (not a list of one), which serves all members; n numbers, each of which serves all
-        bands of its member; or n · ``bands`` numbers.
-
-        Raises:
-            InvalidInputError: if the number of weights or trusts does not fit; or a weight is not finite, none is
-                positive, they sum to 0, or, without ``free_weights``, they do not sum to 1 within 10⁻⁶.
-        """
-        weights = checked_weights(self.weights, n, free=self.free_weights)
-        return self.model_copy(update={"weights": weights, "trust": checked_trust(self.trust, n, self.bands)})
-
-    def ungated(self) -> Settings:
-        """Return a copy without a gate, so that the rule is solved in every row."""
-        return self if self.gate is None else self.model_copy(update={"gate": None})
-
-    @property
-    def member_trust(self) -> tuple[float, ...]:
-        """The n · ``bands`` trusts, in nats per nat: member by member, then band by band.
-
-        These settings must be from :meth:`for_members`, which is not checked.
-        """
-        return self.trust  # type: ignore[return-value]
-
-    @property
-    def member_weights(self) -> tuple[float, ...]:
-        """The n weights; these settings must be from :meth:`for_members`, which is not checked."""
-        return self.weights  # type: ignore[return-value]
-
-    def trusts(self) -> list[list[float]]:
-        """Return, for each member, the list of its bands' trusts in nats per nat.
-
-        These settings must be from :meth:`for_members`, which is not checked.
-        """
-        return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
-
-    def for_bands(self) -> Settings:
-        """Return the settings of an ensemble in which each band, a group of a head's directions, is a member itself.
-
-        It has n · ``bands`` members, member by member, each with its band's trust, and ``bands`` 1. The first band of
-        each member has the member's weight in the pool, the others 0. These settings must be from :meth:`for_members`.
-        """
-        weights = [w for own in self.member_weights for w in (own, *[0.0] * (self.bands - 1))]
-        return self.model_copy(update={"weights": tuple(weights), "bands": 1})
-
-    def relaxed(self) -> Settings:
-        """Return a copy of settings of :meth:`for_members` with infinite trusts replaced by 0.3, for the fallback."""
-        trust = tuple([DEFAULT_TRUST if math.isinf(rho) else rho for rho in self.member_trust])
-        return self.model_copy(update={"trust": trust})
 
 
 def rule_of(text: str) -> Rule:
@@ -385,11 +232,3 @@ def _require_signed(settings: Settings, weights: tuple[float, ...]) -> None:
             f"the gate {gate} lets the first member answer alone, and its weight is {weights[0]:g}: put a member of "
             "positive weight first, or say gate none"
         )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(x) for x in value]
-    if isinstance(value, float):
-        return "inf" if math.isinf(value) else value
-    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -110,7 +110,7 @@ class Solution:
     @property
     def relaxed(self) -> bool:
         """Whether the setting ``rank`` or ``free_radial`` or an option ``slack`` loosens the constraint of moments."""
-        return self._problem.settings.rule.relaxes(self._problem)
+        return bool(self._problem.settings.rule.relaxes(self._problem))
 
     @property
     def problem(self) -> Problem:

@@ -350,15 +350,14 @@ class Batcher(threading.Thread):
             s.account = s.request.account
         else:
             self.metrics.between.observe(now - before)
-        s.tokens.append(token.token)
         s.busy, s.last = False, now
         self.metrics.tokens.inc()
         if token.status in _UNSOLVED:
             self.metrics.unsolved.labels(token.status).inc()
-        self._emit(s, token)
+        self._emit(s, *s.add(token))
         if token.token in s.request.ends:
             self._finish(s, Finished("stop"))
-        elif s.drawn >= s.max_tokens:
+        elif s.is_long:
             self._finish(s, Finished("length"))
 
     def _goes_on(self, s: Sequence, hidden: Hidden) -> bool:
@@ -387,12 +386,13 @@ class Batcher(threading.Thread):
                 place.remove(s)
         self._unsolved.pop(s, None)
         s.forget()
-        self._emit(s, event)
+        self._emit(s, *s.rest(event), event)
 
-    def _emit(self, s: Sequence, event: Event) -> None:
-        """Pass an event to the sequence's listener; cancel the sequence if the listener fails."""
+    def _emit(self, s: Sequence, *events: Event) -> None:
+        """Pass events to the sequence's listener; cancel the sequence if the listener fails."""
         try:
-            s.emit(event)
+            for event in events:
+                s.emit(event)
         except Exception as error:
             # A listener's event loop ends, with a RuntimeError, when the server does.
             if not isinstance(error, RuntimeError):

@@ -117,9 +117,11 @@ def _text(s: Sequence) -> bytes:
     return bytes(s.tokens[s.tokens[0] == END :])
 
 
-def _prefix(s: Sequence, i: int) -> tuple[int, ...] | None:
-    """Return what member ``i`` of a sequence reads before its text; None for what it reads before every text."""
-    return s.own[i] if s.own else None
+def _prefix(s: Sequence, i: int) -> list[int] | tuple[int, ...]:
+    """Return the tokens that member ``i`` of a sequence reads before its text: the sequence's own, or the member's."""
+    member, own = s.members[i], s.own[i] if s.own else None
+    assert isinstance(member, ByteMember)
+    return member.prefix if own is None else own
 
 
 def _reading(s: Sequence, i: int) -> Reading:

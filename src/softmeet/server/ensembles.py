@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -273,7 +272,7 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
 
     Args:
         given: saved ensembles and bundled families, each as ``NAME=PATH``, or as ``PATH`` alone, whose last two parts
-            are then the name. Members joined by commas in place of a path are an old form, with a UserWarning.
+            are then the name.
         members: single members: ``MEMBER`` belongs to the ensemble ``default``, ``NAME=MEMBER`` to the ensemble
             ``NAME``.
 
@@ -281,7 +280,7 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
         {name: [a saved ensemble or family]}, then {name: members}; ``{"default": ["wide"]}`` if nothing is named.
 
     Raises:
-        InvalidInputError: if two ensembles have the same name.
+        InvalidInputError: if two ensembles have the same name, or members are joined by commas, as they were until 0.3.
 
     >>> named(["narrow", "big=folder/wide"])
     {'narrow': ['narrow'], 'big': ['folder/wide']}
@@ -304,10 +303,10 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
                 f"expected a name for each ensemble, got {name!r} twice: say {together} to combine these models, or "
                 "give each a name of its own, as NAME=…"
             )
-        found[name] = [parts] if "+" in parts else parts.split(",")
-        if len(found[name]) > 1:
-            today = " ".join(f"-m {name}={part}" for part in found[name])
-            warnings.warn(f"members joined by commas are an old form and end with 0.3.0: say {today}", stacklevel=2)
+        if "," in parts and "+" not in parts and not Path(parts).exists():
+            today = " ".join(f"-m {prefix.group() if prefix else ''}{part}" for part in parts.split(","))
+            raise InvalidInputError(f"expected one ensemble, got members joined by commas: say {today}")
+        found[name] = [parts]
     return found | joined or {"default": [DEFAULT]}
 
 

@@ -118,7 +118,7 @@ class Gates:
             self._metrics.passes.inc(solution.num_passes.sum().item())
         if solution is None or gate is None:
             return 0.0
-        savings = self._savings[gate.name, combination.settings.rule.name, *sequences[0].members]
+        savings = self._savings[gate.name, combination.settings.rule.name, *combination.model.members]
         count = len(sequences)
         closed = int(solution.gated[:count].sum())
         # A solve may also have been suspended where the solution does not count the time.

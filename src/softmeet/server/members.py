@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -43,8 +43,8 @@ class Members:
     ) -> None:
         # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
         kept = 0 if reproducible else kept_tokens
-        self._batches: dict[Runner, MemberBatch | ByteBatch] = {
-            member: ByteBatch(name, member) if isinstance(member, ByteMember) else MemberBatch(name, member, kept)
+        self._batches: dict[Any, MemberBatch | ByteBatch] = {
+            _key(member): ByteBatch(name, member) if isinstance(member, ByteMember) else MemberBatch(name, member, kept)
             for member, name in names.items()
         }
         self._together = Together(len(names), parallel)
@@ -90,7 +90,7 @@ class Members:
             (t, d), the last hidden states at the t tokens, at least one.
         """
         self._gather([s])
-        batch = self._batches[s.members[i]]
+        batch = self._batch(s, i)
         assert isinstance(batch, MemberBatch)
         pieces = (tokens[k : k + PIECE] for k in range(0, len(tokens), PIECE))
         return torch.cat([batch.read([piece])[0] for piece in pieces])
@@ -98,7 +98,7 @@ class Members:
     def forget(self, s: Sequence, i: int, count: int) -> None:
         """Take back the last ``count`` tokens that member i of a sequence has run by :meth:`read`."""
         self._gather([s])
-        batch = self._batches[s.members[i]]
+        batch = self._batch(s, i)
         assert isinstance(batch, MemberBatch)
         batch.forget(count)
 
@@ -133,16 +133,14 @@ class Members:
         """
         if self._reproducible and len(sequences) > 1:
             return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
-        behind: dict[Runner, list[tuple[Sequence, int]]] = defaultdict(list)
+        behind: dict[MemberBatch | ByteBatch, list[tuple[Sequence, int]]] = defaultdict(list)
         for s in sequences:
             for i in range(len(s.members))[members]:
-                behind[s.members[i]].append((s, i))
+                behind[self._batch(s, i)].append((s, i))
         # A task can be suspended in its own thread alone.
         between = (lambda: None) if self._together.parallel is True else pause
         hidden: dict[tuple[Sequence, int], Float[Tensor, "t _"]] = {}
-        runs = self._together.map(
-            lambda m: self._batches[m].catch_up(behind[m], every=every, pause=between), list(behind)
-        )
+        runs = self._together.map(lambda batch: batch.catch_up(behind[batch], every=every, pause=between), list(behind))
         for entries, states in zip(behind.values(), runs, strict=True):
             hidden |= zip(entries, states, strict=True)
         return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
@@ -150,8 +148,8 @@ class Members:
     def _join(self, s: Sequence) -> None:
         """Add a sequence to the batches of its members: to all of them, or to none if that fails."""
         try:
-            for i, member in enumerate(s.batched):
-                self._batches[member].join(s, i)
+            for i in range(len(s.batched)):
+                self._batch(s, i).join(s, i)
         except Exception:
             self._leave(s, keep=False)
             raise
@@ -164,9 +162,13 @@ class Members:
             s.joined = False
 
     def _leave(self, s: Sequence, *, keep: bool) -> None:
-        for i, member in enumerate(s.batched):
-            if (s, i) in self._batches[member].rows:
-                s.trails[i] = self._batches[member].leave(s, i, keep=keep)
+        for i in range(len(s.batched)):
+            if (s, i) in (batch := self._batch(s, i)).rows:
+                s.trails[i] = batch.leave(s, i, keep=keep)
+
+    def _batch(self, s: Sequence, i: int) -> MemberBatch | ByteBatch:
+        """Return the batch that runs member i of a sequence."""
+        return self._batches[_key(s.members[i])]
 
     @staticmethod
     def reused(s: Sequence) -> int:
@@ -184,9 +186,14 @@ class Members:
         """
         if s.combination.over_bytes:
             return
-        bad = [self._batches[m].name for m, h in zip(s.members[first:], hidden, strict=False) if not h.isfinite().all()]
+        bad = [self._batch(s, i).name for i, h in enumerate(hidden, first) if not h.isfinite().all()]
         if bad:
             raise NonFiniteError(
                 f"expected finite hidden states, got NaN or an infinity from {', '.join(bad)}: leave it out of this "
                 "request, or change the prompt"
             )
+
+
+def _key(member: Runner) -> Any:
+    """Return what a member's batch is found by: over bytes its model and spelling, whatever it reads before texts."""
+    return (member.model, member.spelling) if isinstance(member, ByteMember) else member

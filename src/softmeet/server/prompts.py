@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from softmeet.errors import InvalidInputError
@@ -11,6 +12,7 @@ from softmeet.hf.chat import chat_of
 from softmeet.hf.prompts import read_prompt
 from softmeet.members.covers import END
 from softmeet.members.member import short
+from softmeet.members.spelling import Spelling
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CompletionRequest, Generation
@@ -19,12 +21,24 @@ from softmeet.server.texts import token_texts
 
 # The fields that say how many tokens an answer may have; the first that is given counts.
 LENGTHS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
+# Texts of more characters take so long to be cut into tokens that short ones do not wait for them.
+LONG = 1 << 14
+# The characters of a long text that are cut into tokens at once to count these.
+_PIECE = 1 << 13
 
 
 def parts(body: CompletionRequest) -> list[Any]:
     """Return a request's prompts, each a text or a list of token ids."""
     prompt: Any = body.prompt
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def texts_of(body: Any) -> tuple[str, list[str]]:
+    """Return the field of a request that has its prompts, and their texts; those of a chat's messages in one."""
+    if getattr(body, "prompt", None) is not None:
+        return "prompt", [part for part in parts(body) if isinstance(part, str)]
+    field = "input" if hasattr(body, "input") else "messages"
+    return field, ["".join(message.plain()["content"] for message in body.messages)]
 
 
 def tokens_of(served: Served, part: Any, special: bool | None) -> tuple[int, ...]:
@@ -84,7 +98,7 @@ def templated(served: Served, combination: Combination, body: Any) -> tuple[list
     Raises:
         RequestError: if there is no chat template for a member, or the templates refuse the messages.
     """
-    chat, param = chat_of(combination.model), "input" if hasattr(body, "input") else "messages"
+    chat, (param, _) = chat_of(combination.model), texts_of(body)
     missing = [short(name) for name in chat.missing]
     if missing and (combination.over_bytes or len(missing) == len(chat.names)):
         who = f"{', '.join(missing)} of {served.name}" if combination.over_bytes else f"the tokenizer of {served.name}"
@@ -112,22 +126,64 @@ def truncated(prompt: tuple[int, ...], body: Generation, combination: Combinatio
     return prompt if kept is None else prompt[-(max(combination.room(asked), 1) if kept == -1 else kept) :]
 
 
-def check_texts(parts: list[Any], combination: Combination, tokenizer: Any) -> None:
-    """Raise RequestError if a text is so long that, in tokens as long as the longest, it fits into no context."""
+def check_texts(texts: Sequence[str], combination: Combination, tokenizer: Any, param: str = "prompt") -> None:
+    """Raise RequestError if a text is so long that, in tokens as long as the longest, it fits into no context.
+
+    Args:
+        texts: the texts.
+        combination: the ensemble asked for.
+        tokenizer: its tokenizer.
+        param: the request's field that has the texts.
+    """
     if combination.over_bytes:
-        context = min(reader.limit for reader in combination.readers)
         most = min(reader.limit * reader.spelling.longest for reader in combination.readers)
     else:
         # Normalisation may shorten a text, hardly ever to a quarter.
-        context, longest = combination.room(0), token_texts(tokenizer).longest
-        most = 4 * longest * context
-    for part in parts:
-        if isinstance(part, str) and most and len(part) > most:
-            raise RequestError(
-                f"expected a prompt of at most {context} tokens, the shortest member's context, got a text of "
-                f"{len(part):,} characters: shorten it",
-                param="prompt", code="context_length_exceeded",
-            )  # fmt: skip
+        most = 4 * token_texts(tokenizer).longest * combination.room(0)
+    for text in texts:
+        if most and len(text) > most:
+            raise _too_long(text, combination, param)
+
+
+def check_pieces(texts: Sequence[str], combination: Combination, tokenizer: Any, param: str = "prompt") -> None:
+    """Raise RequestError if the first pieces of a long text have so many tokens that it fits into no context.
+
+    They are counted up to twice as many as a context has, which is more than cuts between pieces explain. That takes a
+    share of the time in which the whole text would be cut into tokens. Arguments are those of :func:`check_texts`.
+    """
+    if combination.over_bytes:
+        counts = [(partial(_own_tokens, reader.spelling), reader.limit) for reader in combination.readers]
+    else:
+        counts = [(partial(_tokens, tokenizer), combination.room(0))]
+    for text in texts:
+        if len(text) > LONG and any(_fills(text, 2 * context, count) for count, context in counts):
+            raise _too_long(text, combination, param)
+
+
+def _too_long(text: str, combination: Combination, param: str) -> RequestError:
+    readers = combination.readers
+    context = min(reader.limit for reader in readers) if readers else combination.room(0)
+    return RequestError(
+        f"expected a prompt of at most {context} tokens, the shortest member's context, got a text of {len(text):,} "
+        "characters: shorten it",
+        param=param, code="context_length_exceeded",
+    )  # fmt: skip
+
+
+def _fills(text: str, room: int, count: Callable[[str], int]) -> bool:
+    """Return whether a text's pieces have more than ``room`` tokens, as ``count`` counts those of each."""
+    pieces = (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
+    return any(total > room for total in accumulate(map(count, pieces)))
+
+
+def _tokens(tokenizer: Any, text: str) -> int:
+    """Return the number of a text's tokens, without Python's lock."""
+    return len(tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+
+def _own_tokens(spelling: Spelling, text: str) -> int:
+    """Return the number of a text's tokens over bytes."""
+    return len(spelling.encode(text.encode()))
 
 
 def check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int, own: Own) -> None:

@@ -13,8 +13,8 @@ from uuid import uuid4
 from pydantic_core import to_jsonable_python
 
 from softmeet.errors import SoftmeetError
+from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.chat import chat_of
-from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
 from softmeet.members.member import short
 from softmeet.server.answer import ChoiceDelta
@@ -85,8 +85,8 @@ class Reply(ABC):
         self._places: dict[int, Places] = {}
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
         self._statuses = defaultdict[int, Counter[str]](Counter)
-        # Over bytes, the bytes of each choice so far.
-        self._drawn = defaultdict[int, bytearray](bytearray)
+        # Over bytes, the bytes of each choice so far, and how often it has the symbol that else ends a text.
+        self._drawn, self._ends = defaultdict[int, bytearray](bytearray), Counter[int]()
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
@@ -104,6 +104,8 @@ class Reply(ABC):
             choices: every choice, complete, as :meth:`AnswerStream.whole` returns them.
             tokens: the number of tokens drawn, summed over choices.
         """
+        for choice in choices:
+            self.note(choice)
         found = [self._choice(choice, first=True) for choice in self._best(choices)]
         usage, ours = self._usage(tokens), self._settings()
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
@@ -115,6 +117,7 @@ class Reply(ABC):
         has text or scored tokens or ends its choice; and for every delta if log-probabilities or reports of tokens are
         asked for. To be called once for each delta, in order, since text offsets and gate counts are summed up.
         """
+        self.note(delta)
         first = delta.index not in self._begun
         self._begun.add(delta.index)
         choice = self._choice(delta, first=first)
@@ -123,6 +126,12 @@ class Reply(ABC):
             return None
         found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
         return found | {"softmeet": self._settings()} if first else found
+
+    def note(self, delta: ChoiceDelta) -> None:
+        """Take note of what is new in a choice, for the counts of tokens over bytes; called once for each delta."""
+        if self.asked.combination.over_bytes:
+            self._drawn[delta.index] += bytes(t.token for t in delta.tokens if t.token != END)
+            self._ends[delta.index] += sum(t.token == END for t in delta.tokens)
 
     def begun(self) -> str:
         """Return the events of a stream that come before all others, perhaps none."""
@@ -163,38 +172,33 @@ class Reply(ABC):
     def _usage(self, tokens: int) -> dict[str, Any]:
         """Return the numbers of prompt tokens, of drawn ``tokens`` and of both together.
 
-        Over bytes they are bytes, an end counting as one, and softmeet's own fields say so, with the numbers of each
-        member's own tokens in the same texts.
+        Over bytes they are those of the first member's tokenizer, and softmeet's own fields say so, with the numbers of
+        bytes and of each member's own tokens in the same texts.
         """
-        prompts = self.prompt_tokens()
-        found = {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens}
-        how = self.asked.combination
-        if not how.over_bytes:
-            return found
-        before = [sum(len(own[i] or ()) for own in self.asked.own if own) for i in range(len(how.names))]
-        own = {
-            name: self._own_tokens(reader, count)
-            for name, reader, count in zip(how.names, how.readers, before, strict=True)
+        how, prompts, ours = self.asked.combination, sum(map(len, self.asked.prompts)), dict[str, Any]()
+        if how.over_bytes:
+            counts = [self._own_tokens(i) for i in range(len(how.names))]
+            prompts, tokens = counts[0]["prompt_tokens"], counts[0]["completion_tokens"]
+            sizes = {"prompt_bytes": self.prompt_bytes(), "completion_bytes": sum(map(len, self._drawn.values()))}
+            ours = {"softmeet": {"unit": "token", "tokenizer": how.names[0], **sizes}}
+            ours["softmeet"]["members"] = dict(zip(how.names, counts, strict=True))
+        return {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens, **ours}
+
+    def prompt_bytes(self) -> int:
+        """Return the number of bytes of all prompts, over bytes."""
+        return sum(len(prompt) - (prompt[0] == END) for prompt in self.asked.prompts)
+
+    def _own_tokens(self, i: int) -> dict[str, int]:
+        """Return how many of a member's own tokens the prompts and the drawn texts are, as its tokenizer cuts each."""
+        spelling, request = self.asked.combination.readers[i].spelling, self.asked
+        before = sum(len(own[i] or ()) for own in request.own if own)
+        texts = [bytes(prompt[prompt[0] == END :]) for prompt in request.prompts]
+        # An end that ends a text is none of its tokens.
+        ends = sum(self._ends.values()) if request.ignore_eos else 0
+        return {
+            "prompt_tokens": before + sum(tokens_in(spelling, text) for text in texts),
+            "completion_tokens": ends + sum(tokens_in(spelling, bytes(text)) for text in self._drawn.values()),
         }
-        return found | {"softmeet": {"unit": "byte", "members": own}}
-
-    def prompt_tokens(self) -> int:
-        """Return the number of tokens of all prompts; over bytes, of bytes."""
-        return sum(map(len, self.asked.prompts))
-
-    def _own_tokens(self, reader: ByteMember, before: int) -> dict[str, int]:
-        """Return how many of a member's own tokens the prompts and the drawn texts are, as its tokenizer cuts them.
-
-        ``before`` is the number of those that it reads before each prompt because the request says so.
-        """
-        encode, choices = reader.spelling.encode, self.asked.choices
-        texts = [bytes(prompt[prompt[0] == END :]) for prompt in self.asked.prompts]
-        counts = [len(encode(text)) if text else 0 for text in texts]
-        whole = [
-            len(encode(texts[k // choices] + self._drawn[k])) - counts[k // choices]
-            for k in range(choices * len(texts))
-        ]
-        return {"prompt_tokens": sum(counts) + before * len(texts), "completion_tokens": sum(whole)}
 
     def _settings(self) -> dict[str, Any]:
         """Return the members, the settings and the seed that were used for the answer."""
@@ -228,8 +232,6 @@ class Reply(ABC):
             # JSON has no NaN and no infinity: null stands for them.
             found["tokens"] = to_jsonable_python(reports, inf_nan_mode="null")
         self._statuses[delta.index].update(token.status for token in tokens)
-        if self.asked.combination.over_bytes:
-            self._drawn[delta.index] += bytes(t.token for t in delta.tokens if t.token != END)
         if delta.finish is not None:
             found["statuses"] = dict(self._statuses[delta.index])
         if self.asked.combination.gate:
@@ -326,10 +328,8 @@ class ChatReply(Reply):
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def prompt_tokens(self) -> int:
-        """Return the number of the prompt's tokens; over bytes, of the messages' bytes, without templates."""
-        if not self.asked.combination.over_bytes:
-            return super().prompt_tokens()
+    def prompt_bytes(self) -> int:
+        """Return the number of the messages' bytes, without templates."""
         return sum(len(message.plain()["content"].encode()) for message in getattr(self.body, "messages", ()))
 
     def _settings(self) -> dict[str, Any]:

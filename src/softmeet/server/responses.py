@@ -146,6 +146,7 @@ class ResponsesReply(ChatReply):
             tokens: the number of tokens drawn.
         """
         (self._whole,) = choices
+        self.note(self._whole)
         self._said, self._log_probs_said = self.ours(self._whole), self._listed(self._whole.tokens)
         return self._response(_status(self._whole), [self._message(_status(self._whole))], tokens)
 
@@ -161,6 +162,7 @@ class ResponsesReply(ChatReply):
 
     def written(self, delta: ChoiceDelta) -> str:
         """Return the event that sends new text, or tokens whose log-probabilities or reports are asked for, or none."""
+        self.note(delta)
         self._whole.text += delta.text
         self._whole.finish = delta.finish
         log_probs = self._listed(delta.tokens)
@@ -262,7 +264,7 @@ class ResponsesReply(ChatReply):
         return {
             "input_tokens": found["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": tokens,
+            "output_tokens": found["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": found["total_tokens"],
         }

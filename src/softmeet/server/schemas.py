@@ -72,7 +72,8 @@ class Extension(Strict):
     Each of rule, trust, weights, pool, members, gate and passages that is left out is the ensemble's own. trust is one
     number, or one per member asked for; weights has one number for each of these members, below 0 for logit-mean alone.
     With report = k every token of the answer, and of a scored prompt, has a report that lists the k most probable
-    tokens of each distribution; without report nothing is reported. top_k, min_p and repetition_penalty are older
+    tokens of each distribution; without report nothing is reported. max_bytes ends choices over bytes, whose max_tokens
+    counts the tokens that the first member's tokenizer makes of them. top_k, min_p and repetition_penalty are older
     places of the fields beside softmeet, which override them.
     """
 
@@ -90,6 +91,9 @@ class Extension(Strict):
     )
     report: Listed | None = Field(
         default=None, description="Report every token, and list so many of each distribution."
+    )
+    max_bytes: Annotated[int, Field(ge=1, lt=1 << 63)] | None = Field(
+        default=None, description="Over bytes, the most bytes of a choice."
     )
     top_k: TopK | None = None
     min_p: MinP | None = None
@@ -145,7 +149,9 @@ class Generation(Strict):
     top_k: TopK | None = Field(default=None, description="Draw from so many tokens; 0 or -1 for all.")
     min_p: MinP | None = Field(default=None, description="The least probability, as a share of the largest.")
     repetition_penalty: Repetition | None = Field(default=None, description="As in transformers.")
-    min_tokens: Natural | None = Field(default=None, description="No end, and no stop string, within so many tokens.")
+    min_tokens: Natural | None = Field(
+        default=None, description="No end, and no stop string, within so many tokens (or bytes)."
+    )
     ignore_eos: bool | None = Field(default=None, description="An end-of-text token is one like any other.")
     stop_token_ids: Annotated[list[int], Len(0, 128)] | None = Field(default=None, description="Further ends.")
     skip_special_tokens: bool | None = Field(default=None, description="Leave special tokens out of the text.")

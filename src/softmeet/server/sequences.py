@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softmeet.hf.answer_length import AnswerLength
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.deferral import Deferral
@@ -88,6 +89,10 @@ class Combination:
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         shared = 1 << 30 if limit is None else max(limit - length, 0)
         return shared if self.over_bytes else min(shared, self.model.contexts.room(own))
+
+    def answer_length(self, tokens: int, most_bytes: int | None = None) -> AnswerLength | None:
+        """Return the length of an answer that is to begin, over bytes; None over tokens."""
+        return AnswerLength(self.readers[0].spelling, tokens, most_bytes) if self.over_bytes else None
 
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
@@ -174,8 +179,7 @@ class Finished:
     """The event that a sequence has ended as planned.
 
     Args:
-        reason: ``"stop"`` if it ended at one of ``GenerationRequest.ends``, ``"length"`` if ``Sequence.max_tokens``
-            were drawn.
+        reason: ``"stop"`` if it ended at one of ``GenerationRequest.ends``, ``"length"`` if it came to its limit.
     """
 
     reason: str
@@ -222,7 +226,8 @@ class GenerationRequest:
     Args:
         combination: the ensemble, and how its members are combined.
         sampling: how tokens are drawn; each sequence has its own noise.
-        max_tokens: the most tokens to draw for each sequence; with 0, a prompt is only run and, if asked, scored.
+        max_tokens: the most tokens of a continuation; over bytes as the first member's tokenizer cuts it.
+        max_bytes: over bytes the most bytes of a continuation; None for any number.
         top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability and rank
             alone, None for no log-probabilities.
         report: how many tokens to list of each distribution in the report of each token; None for no reports.
@@ -247,6 +252,7 @@ class GenerationRequest:
     combination: Combination
     sampling: Sampling
     max_tokens: int
+    max_bytes: int | None = None
     top: int | None = None
     report: int | None = None
     score_prompt: bool = False
@@ -283,9 +289,11 @@ class Sequence:
     Attributes:
         combination: the request's.
         sampler: draws the sequence's tokens.
-        max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before.
+        max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before; over bytes the
+            most symbols.
         own: what the members read of their own, one of ``GenerationRequest.own``; empty for nothing.
         tokens: the prompt's ids and those drawn so far.
+        held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
         drafts: ids that may follow them, while it runs alone; else none.
         members: the members in their order.
         trails: for each member, the tokens that it has run outside its batch, with their keys and values, a
@@ -311,12 +319,14 @@ class Sequence:
         self.combination = request.combination
         self.sampler = Sampler(request.sampling, key, len(prompt), request.ends, over_bytes=self.combination.over_bytes)
         self.own: Own = request.own[key // request.choices] if request.own else ()
-        self.max_tokens = min(request.max_tokens, self.combination.room(len(prompt), self.own))
+        self._length = self.combination.answer_length(request.max_tokens, request.max_bytes)
+        most = request.max_tokens if self._length is None else self._length.longest or 0
+        self.max_tokens = min(most, self.combination.room(len(prompt), self.own))
         self.cancelled = self.joined = self.done = False
         self.busy = True
         self.account = request.account
         self.last: float | None = None
-        self.tokens, self.drafts = list(prompt), list[int]()
+        self.tokens, self.drafts, self.held = list(prompt), list[int](), list[Token]()
         self.members: list[Runner] = self.combination.members
         self.trails: list[Any] = [PartialCache() for _ in self.members]
         self.reused = [0] * len(self.members)
@@ -339,6 +349,28 @@ class Sequence:
     def is_full(self) -> bool:
         """Whether, over bytes, a member's context is full, so that nothing can follow."""
         return any(isinstance(trail, Reading) and trail.full for trail in self.trails)
+
+    def add(self, token: Token) -> list[Token]:
+        """Append a drawn token, and return those that belong to the answer for certain and were not returned before."""
+        self.tokens.append(token.token)
+        self.held.append(token)
+        own = self._length
+        if own is None or token.token in self.request.ends:
+            certain = len(self.held)
+        else:
+            own.push(token.token)
+            certain = len(self.held) - (own.count - own.kept)
+        found, self.held = self.held[:certain], [] if self.is_long else self.held[certain:]
+        return found
+
+    def rest(self, last: Event) -> list[Token]:
+        """Return the tokens that are held as the last event comes: a character may begin where a context is full."""
+        return self.held if isinstance(last, Finished) else []
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the answer has come to its limit."""
+        return self.drawn >= self.max_tokens if self._length is None else self._length.is_over
 
     @property
     def drawn(self) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
-from softmeet.hf.chat import take_plain
+from softmeet.hf.chat import chat_of, take_plain
 from softmeet.hf.prompts import encoded, states_behind
 from softmeet.server import prompts
 from softmeet.server.batcher import Batcher
@@ -36,8 +36,8 @@ from softmeet.solvers.clock import time_limit
 T = TypeVar("T")
 # The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
 _MOST_LISTED = 1 << 20
-# The most tokens of a completion whose request does not say; over bytes, about as long a text.
-_COMPLETION, _COMPLETION_BYTES = 16, 64
+# The most tokens of a completion whose request does not say.
+_COMPLETION = 16
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Serving:
             one_member=settings.one_member and not apart,
         )
         self._structures = Structures(served.ensemble.model for served in ensembles)
-        # Fast tokenizers change their own state, so one thread makes all calls, and none holds up the event loop.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="softmeet-tokenizer")
+        # Nothing holds up the event loop, and short texts do not wait for the long ones of others.
+        self._short, self._long = (ThreadPoolExecutor(1, f"softmeet-tokenizer-{of}") for of in ("short", "long"))
 
     def start(self) -> None:
         """Do once, for every ensemble, what the first token would otherwise wait for, and start the batcher.
@@ -125,6 +125,9 @@ class Serving:
         heads are whitened then, and code is loaded. It takes seconds for members of some 10⁹ parameters.
         """
         for served in self.ensembles:
+            # Fast tokenizers change their own state in the first call, when none of the threads may read it.
+            for own in (served.ensemble.tokenizer, *chat_of(served.ensemble.model).tokenizers):
+                own("a", verbose=False)
             self._warm_up(served.ensemble.model)
         self.batcher.start()
 
@@ -139,9 +142,16 @@ class Serving:
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
                 model.combiner.solve_rows(hidden, settings, proved=False)
 
-    async def on_tokenizer(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Call a function that uses a tokenizer, on the thread of all such calls, and return what it returns."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
+    async def on_tokenizer(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a function that uses a tokenizer, on the thread of all such calls, and return what it returns.
+
+        Args:
+            size: the characters or tokens that it works on: long work is done apart from short.
+            work: the function.
+            arguments: its arguments.
+        """
+        thread = self._long if size > prompts.LONG else self._short
+        return await asyncio.get_running_loop().run_in_executor(thread, partial(work, *arguments))
 
     async def encoded(self, served: Served, body: Any) -> tuple[int, ...]:
         """Return the token ids of a body's ``prompt``, a text, or of its ``messages`` if it has none.
@@ -151,15 +161,23 @@ class Serving:
                 rules.
         """
         combination = served.combination(Extension(), ())
+        if body.prompt is None and combination.over_bytes:
+            raise RequestError(
+                "expected a prompt: over bytes every member has a chat prompt of its own, in its own tokens",
+                param="messages",
+            )
+        field, texts = prompts.texts_of(body)
+        size = sum(map(len, texts))
+        await self._require_short(texts, combination, served, field)
         if body.prompt is None:
-            if combination.over_bytes:
-                raise RequestError(
-                    "expected a prompt: over bytes every member has a chat prompt of its own, in its own tokens",
-                    param="messages",
-                )
-            return (await self.on_tokenizer(prompts.templated, served, combination, body))[0][0]
-        prompts.check_texts([body.prompt], combination, served.ensemble.tokenizer)
-        return await self.on_tokenizer(prompts.tokens_of, served, body.prompt, body.add_special_tokens)
+            return (await self.on_tokenizer(size, prompts.templated, served, combination, body))[0][0]
+        return await self.on_tokenizer(size, prompts.tokens_of, served, body.prompt, body.add_special_tokens)
+
+    async def _require_short(self, texts: Sequence[str], how: Combination, served: Served, param: str) -> None:
+        """Raise RequestError if a text is so long that it fits into no context; it is not cut into tokens for that."""
+        prompts.check_texts(texts, how, served.ensemble.tokenizer, param)
+        if (longest := max(map(len, texts), default=0)) > prompts.LONG:
+            await self.on_tokenizer(longest, prompts.check_pieces, texts, how, served.ensemble.tokenizer, param)
 
     async def prepare(self, body: Generation) -> GenerationRequest:
         """Check a request's body, and return it as a generation request with its prompts as token ids.
@@ -179,34 +197,39 @@ class Serving:
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
-        _check_together(body, _limit(body, self.settings.max_tokens, combination))
-        # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
+        _check_together(body, _symbols(_limit(body, self.settings.max_tokens, combination), ours, combination))
         parts = prompts.parts(body) if isinstance(body, CompletionRequest) else []
         _check_choices(len(parts) or 1, body, self.settings)
-        passages = [passage.text for passage in ours.passages or ()]
-        prompts.check_texts([*parts, *passages], combination, served.ensemble.tokenizer)
+        # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
+        passages, (field, texts) = [passage.text for passage in ours.passages or ()], prompts.texts_of(body)
+        size = sum(map(len, [*(parts or texts), *passages]))
+        whole = {"softmeet.passages": passages} | ({field: texts} if body.truncate_prompt_tokens is None else {})
+        for name, some in whole.items():
+            await self._require_short(some, combination, served, name)
         if passages:
-            combination = await self.on_tokenizer(behind_passages, combination, ours)
+            combination = await self.on_tokenizer(size, behind_passages, combination, ours)
         limit, echoed = _limit(body, self.settings.max_tokens, combination), False
         if isinstance(body, CompletionRequest):
             echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
             scored = echoed or body.prompt_listed is not None
             encode = partial(prompts.encoded, scored=scored)
-            found, own = await self.on_tokenizer(encode, served, combination, parts, body)
+            found, own = await self.on_tokenizer(size, encode, served, combination, parts, body)
         else:
-            found, own = await self.on_tokenizer(prompts.templated, served, combination, body)
+            found, own = await self.on_tokenizer(size, prompts.templated, served, combination, body)
         for prompt, read in zip_longest(found, own, fillvalue=()):
             prompts.check_prompt(prompt, combination, limit, read)
             if combination.over_bytes:
-                await self.on_tokenizer(prompts.check_bytes, prompt, combination, read)
+                await self.on_tokenizer(size, prompts.check_bytes, prompt, combination, read)
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
-        tokens = body.drawn * sum(limit + score_prompt * len(prompt) for prompt in found)
+        longest = _symbols(limit, ours, combination)
+        tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
         return GenerationRequest(
             combination=combination,
             sampling=replace(sampling, mask=await self._structures.mask(body, combination.model)),
             max_tokens=limit,
+            max_bytes=ours.max_bytes,
             top=top,
             report=ours.report,
             score_prompt=score_prompt,
@@ -229,7 +252,7 @@ def _check_together(body: Generation, limit: int) -> None:
 
     Args:
         body: the request.
-        limit: the most tokens of a choice.
+        limit: the most tokens of a choice; over bytes, the most bytes.
     """
     if body.drawn < body.choices:
         raise RequestError(
@@ -247,8 +270,8 @@ def _check_together(body: Generation, limit: int) -> None:
         )
     if (body.min_tokens or 0) > limit:
         raise RequestError(
-            f"expected min_tokens of at most {limit:,}, the most tokens of this answer, got {body.min_tokens:,}: ask "
-            "for fewer, or for a larger max_tokens",
+            f"expected min_tokens of at most {limit:,}, the most tokens (over bytes: bytes) of this answer, got "
+            f"{body.min_tokens:,}: ask for fewer, or for a larger max_tokens",
             param="min_tokens",
         )
 
@@ -280,10 +303,10 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
     """Return the most tokens of a choice: what a request asks for; else all for a chat, at most 16 for a completion.
 
     Args:
-        body: the request.
+        body: the request; one for a completion of at most so many bytes has no other limit than the server's.
         server: the server's limit.
-        combination: the ensemble; the smaller of ``server`` and the shortest member's context is the limit. Over bytes
-            a completion has at most 64 of them unless the request says so.
+        combination: the ensemble; the smaller of ``server`` and the shortest member's context is the limit; over bytes
+            members' contexts end an answer, as the bytes that they hold are not known before.
 
     Raises:
         RequestError: if the request asks for more than the limit.
@@ -304,8 +327,23 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
                 param=name,
             )
         return int(asked)
-    usual = _COMPLETION_BYTES if combination.over_bytes else _COMPLETION
-    return min(usual, most) if isinstance(body, CompletionRequest) else most
+    bounded = isinstance(body, CompletionRequest) and not (body.softmeet and body.softmeet.max_bytes)
+    return min(_COMPLETION, most) if bounded else most
+
+
+def _symbols(tokens: int, ours: Extension, combination: Combination) -> int:
+    """Return the most tokens of a choice that are drawn: over bytes, of the bytes that so many tokens may have.
+
+    Raises:
+        RequestError: if a number of bytes is given over tokens.
+    """
+    if ours.max_bytes is not None and not combination.over_bytes:
+        raise RequestError(
+            "max_bytes is for ensembles over bytes, and this one is over tokens: say max_tokens",
+            param="softmeet.max_bytes",
+        )
+    length = combination.answer_length(tokens, ours.max_bytes)
+    return tokens if length is None else length.longest or 0
 
 
 def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
@@ -338,5 +376,6 @@ def _check_listed(tokens: int, each: int) -> None:
     if tokens * each > _MOST_LISTED:
         raise RequestError(
             f"expected at most {_MOST_LISTED:,} log-probabilities in an answer, got {tokens * each:,} ({tokens:,} "
-            f"tokens with {each} each): ask for fewer tokens (max_tokens), choices, logprobs or a smaller report",
+            f"tokens, or bytes, with {each} each): ask for fewer tokens (max_tokens, or softmeet.max_bytes), "
+            "choices, logprobs or a smaller report",
         )

@@ -64,4 +64,4 @@ async def detokenize(serving: Serving, body: DetokenizeRequest) -> dict[str, Any
     vocabulary = served.ensemble.model.config.vocab_size
     if not all(0 <= token < vocabulary for token in body.tokens):
         raise RequestError(f"expected token ids from 0 to {vocabulary - 1:,}", param="tokens")
-    return {"prompt": await serving.on_tokenizer(served.ensemble.tokenizer.decode, body.tokens)}
+    return {"prompt": await serving.on_tokenizer(len(body.tokens), served.ensemble.tokenizer.decode, body.tokens)}

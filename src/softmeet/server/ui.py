@@ -169,7 +169,7 @@ def page(serving: Serving) -> gr.Blocks:
             )
         with gr.Accordion("Sampling", open=False), gr.Row():
             longest = min(200, serving.settings.max_tokens, *(_context(s) for s in serving.ensembles))
-            length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens, or bytes", elem_id="length")
+            length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
             temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
             seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
         with gr.Row():

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cells import Json
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import RuleChoice
-from softmeet.evaluation.files import Json
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise
-from softmeet.evaluation.study.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS
-from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, finite_or_none, mean_text
 from softmeet.hf import EnsembleConfig
 from softmeet.rules.endings import endings
-from softmeet.rules.settings import DEFAULT_TRUST
+from softmeet.rules.values import DEFAULT_TRUST
+from studies.entries import BASELINES, EXACT, MEETS, OTHERS, TRUSTS
+from studies.report import LinePlot, Report, StudyTable, finite_or_none, mean_text
 
 MAX_ENTROPY = EXACT[0]
 BASE = BASELINES[0]
@@ -222,7 +222,7 @@ class _Group:
         for rule in self.rules:
             statuses: Counter[str] = Counter()
             for cell in self.cells:
-                statuses.update(cell["rules"][rule].get("statuses", {}))  # cells of 0.2.0 have none
+                statuses.update(cell["rules"][rule]["statuses"])
             found += [f"`{rule}`: {ending}" for ending in endings(statuses, self.counted(rule, "fallbacks"))]
         return found
 

@@ -25,17 +25,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cells import Json
 from softmeet import combine
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import Json
 from softmeet.evaluation.premise import best_hidden
-from softmeet.evaluation.study.entries import ALL
-from softmeet.evaluation.study.report import LinePlot, Report, StudyTable, finite_or_none, mean_text, number
 from softmeet.heads import SoftmaxHead
-from softmeet.rules.settings import DEFAULT_TRUST, rule_of
+from softmeet.rules.settings import rule_of
+from softmeet.rules.values import DEFAULT_TRUST
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers.base import Status
+from studies.entries import ALL
+from studies.report import LinePlot, Report, StudyTable, finite_or_none, mean_text, number
 
 Numbers = list[float | None]
 Columns = Sequence[tuple[str, list[Json]]]

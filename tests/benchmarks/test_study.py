@@ -1,5 +1,6 @@
 """The study: cells are found again after a stop, tables say what the cells hold, and the theorems hold in them."""
 
+import doctest
 import json
 import math
 from dataclasses import replace
@@ -10,17 +11,19 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+from cells import Run
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import Run
 from softmeet.evaluation.premise import best_hidden
-from softmeet.evaluation.study import text as on_text
-from softmeet.evaluation.study.known_truth import KnownTruthStudy, SyntheticStudy, never_worse
-from softmeet.evaluation.study.report import mean_text
 from softmeet.heads import SoftmaxHead
 from softmeet.scaling.local import LocalEngine
 from softmeet.simplex import kl
+from studies import report as reports
+from studies import text as on_text
+from studies.known_truth import KnownTruthStudy, SyntheticStudy, never_worse
+from studies.report import mean_text
+from study import study
 
 TINY = SyntheticStudy(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
 
@@ -81,6 +84,10 @@ def test_infinite_losses_are_said():
     assert mean_text([0.5, 0.25]) == "0.3750"
 
 
+def test_examples_in_docstrings_give_what_they_say():
+    assert doctest.testmod(reports) == (0, 5)
+
+
 def test_a_broken_theorem_would_be_seen():
     cell = {"rules": {"ours": {"kl": [0.1, 0.3]}, "theirs": {"kl": [0.2, 0.2]}, "lost": {"kl": [None, 0.0]}}}
     assert "**fails** in 1 of 2 rows" in never_worse([cell], "ours", "theirs", 1e-6)
@@ -120,7 +127,7 @@ def test_cells_do_not_depend_on_which_others_run(synthetic_results):
 
 
 def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
-    report = TINY.report(synthetic_results, "softmeet study synthetic")
+    report = TINY.report(synthetic_results, "study.py synthetic")
     text = report.write(tmp_path).read_text()
     assert "`max-entropy` is never worse than `logit-mean`: holds in 8 rows" in text
     assert "min-reverse-cross-entropy" in text
@@ -129,16 +136,16 @@ def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
 
 
 def test_known_truths_under_trained_heads(tmp_path):
-    study = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
+    tier = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
     text = "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 4
-    ((key, work),) = study.cells([Document("text", text)], study.load())
+    ((key, work),) = tier.cells([Document("text", text)], tier.load())
     result = work()
     found = result["rules"]
     assert found["max-entropy"]["infeasible"] == 0
     for ours, theirs in zip(found["max-entropy"]["kl"], found["logit-mean"]["kl"], strict=True):
-        assert ours <= theirs + study.tol
+        assert ours <= theirs + tier.tol
         assert math.isfinite(ours)
-    report = study.report({key: result}, "softmeet study known-truth")
+    report = tier.report({key: result}, "study.py known-truth")
     assert "![Trained heads: the premise holds](members.png)" in report.write(tmp_path).read_text()
     assert (tmp_path / "members.png").stat().st_size
     (plot,) = report.plots
@@ -151,27 +158,27 @@ def test_known_truths_under_trained_heads(tmp_path):
      (["-m", "narrow", "--text", "t", "--trace", "r"], "--member, --text, --trace")],
 )  # fmt: skip
 def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
-    result = CliRunner().invoke(app, ["study", "pretrained", str(tmp_path / "out"), *given])
+    result = CliRunner().invoke(study, ["pretrained", str(tmp_path / "out"), *given])
     assert isinstance(result.exception, InvalidInputError)
     assert str(result.exception).endswith(f"got {came}")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path, monkeypatch):
-    small = {"positions": 12, "meet": 6, "exact": 2, "slow": 2, "rows": 3, "tokens": 2, "premise": 6}
+    small = {"positions": 6, "meet": 3, "exact": 2, "slow": 2, "rows": 3, "tokens": 1, "premise": 3}
     monkeypatch.setattr(on_text, "SMOKE", replace(on_text.SMOKE, **small))
     text = tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. And the earth was without form. " * 6)
     out = tmp_path / "study"
-    arguments = ["study", "real", str(out), "--family", "narrow", "--text", str(text), "--smoke"]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    arguments = ["real", str(out), "--family", "narrow", "--text", str(text), "--smoke"]
+    assert CliRunner().invoke(study, arguments).exit_code == 0
     before = (out / "cells.jsonl").read_text()
     report = (out / "report.md").read_text()
     for rule in ("logit-mean", "meet 0.3", "max-entropy", "least-squares", "one-hot", "narrow/opt-a"):
         assert rule in report
     assert "- `min-cross-entropy`: INFEASIBLE at all 2 tokens: no distribution has every member's moments" in report
     assert "- `min-cross-entropy`: answered by meet at all 2 tokens" in report
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert CliRunner().invoke(study, arguments).exit_code == 0
     assert (out / "cells.jsonl").read_text() == before
 
 
@@ -182,10 +189,10 @@ def test_a_study_of_a_trace_is_pinned_to_it(tmp_path, monkeypatch):
     for k, text in enumerate(("the quick brown fox jumps over it", "and then it rains a lot in spain.")):
         Path("text").write_text(text)
         assert runner.invoke(app, ["trace", f"t{k}", "-m", "gpt2", "-t", "text"], catch_exceptions=False).exit_code == 0
-    arguments = ["study", "pretrained", str(tmp_path / "out"), "--positions", "20", "--meet", "0", "--exact", "0"]
+    arguments = ["pretrained", str(tmp_path / "out"), "--positions", "20", "--meet", "0", "--exact", "0"]
     arguments += ["--slow", "0", "--tokens", "0", "--premise", "0", "--trace"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # members that were named by relative paths are found from anywhere
-    assert runner.invoke(app, [*arguments, str(tmp_path / "t0")], catch_exceptions=False).exit_code == 0
+    assert runner.invoke(study, [*arguments, str(tmp_path / "t0")], catch_exceptions=False).exit_code == 0
     with pytest.raises(InvalidInputError, match=r"other settings \(source: .* there"):
-        runner.invoke(app, [*arguments, str(tmp_path / "t1")], catch_exceptions=False)
+        runner.invoke(study, [*arguments, str(tmp_path / "t1")], catch_exceptions=False)

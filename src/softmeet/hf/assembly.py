@@ -1,0 +1,68 @@
+"""Assembling an ensemble's model of what was loaded: over tokens or over bytes, as its vocabulary is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softmeet.hf.chat import ChatTemplates
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.members.byte_member import ByteMember
+from softmeet.members.covers import Pruning
+from softmeet.members.member import Member
+from softmeet.members.prompting import prefix_of
+from softmeet.members.spelling import Spelling
+from softmeet.members.vocabulary import CommonVocabulary
+
+
+def assemble(
+    over_tokens: type[Any],
+    config: EnsembleConfig,
+    models: Sequence[PreTrainedModel],
+    vocabulary: CommonVocabulary | Sequence[Spelling],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+) -> Any:
+    """Make an ensemble, over tokens or over bytes, of loaded members, in evaluation mode.
+
+    Args:
+        over_tokens: :class:`softmeet.hf.EnsembleForCausalLM`, of which the class of ensembles over bytes is a subclass.
+        config: the configuration, which names the members.
+        models: the members' models, loaded by :func:`softmeet.members.huggingface.load_members`, in the same order.
+        vocabulary: the result of :func:`softmeet.hf.vocabulary.choose_vocabulary`: the members' common vocabulary for
+            an ensemble over tokens, or each member's spelling (its tokens as byte strings) for one over bytes.
+        tokenizers: the members' tokenizers, for their chat templates.
+
+    Returns:
+        an instance of ``over_tokens``.
+
+    Raises:
+        UnsupportedHeadError: if the rule needs the members' softmax matrices, as ``meet`` does, and a member's cannot
+            be read, or the ensemble is over bytes.
+        VocabularyMismatchError: if a member's head has no logit for one of the common tokens.
+    """
+    if isinstance(vocabulary, CommonVocabulary):
+        model = over_tokens(config, models)
+        model.adopt(vocabulary.tokenizer, vocabulary.ids)
+    else:
+        over_bytes = next(kind for kind in over_tokens.__subclasses__() if kind.over_bytes)
+        model = over_bytes(config, readers(config, models, vocabulary, tokenizers))
+    model.chat = ChatTemplates(config.members, tokenizers)
+    return model.eval()
+
+
+def readers(
+    config: EnsembleConfig,
+    models: Sequence[PreTrainedModel],
+    spellings: Sequence[Spelling],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+) -> list[ByteMember]:
+    """Make each member's reader by bytes, from its model, its tokenizer and its spelling (its tokens as bytes)."""
+    pruning = Pruning(config.prune) if config.prune else Pruning(0.0, None)
+    prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
+    prefixes = config.prefixes or prompts
+    return [
+        ByteMember(model, spelling, pruning, prefix)
+        for model, spelling, prefix in zip(models, spellings, prefixes, strict=True)
+    ]

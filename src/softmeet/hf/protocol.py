@@ -1,0 +1,62 @@
+"""What the parts of an ensemble's model know of the model that they are parts of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from softmeet.hf.combining import Combiner
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.contexts import Contexts
+from softmeet.members.opaque import Head
+from softmeet.rules.settings import Settings
+
+
+class AnyEnsemble(Protocol):
+    """An ensemble as a causal LM of transformers, over tokens or over bytes, loaded by whatever class of this room.
+
+    Names that are not described here are those of :class:`softmeet.hf.EnsembleForCausalLM`, or of transformers' models.
+    """
+
+    members: nn.ModuleList
+    combiner: Combiner
+    config: EnsembleConfig
+    contexts: Contexts
+    tokenizer: PreTrainedTokenizerBase | None
+    over_bytes: bool
+    chat: Any
+    generation_config: Any
+
+    @property
+    def settings(self) -> Settings:
+        """The settings by which the members are combined."""
+
+    @property
+    def member_heads(self) -> list[Head]:
+        """The members' own output layers."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which distributions are combined."""
+
+    @property
+    def apart(self) -> bool:
+        """Whether members are on different devices."""
+
+    parameters: Callable[[], Any]
+    generate: Callable[..., Any]
+    _prefill: Callable[..., Any]
+
+    def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
+        """Return [function(i) for i in members]."""
+
+    def require(self, settings: Settings) -> None:
+        """Check that the members can be combined by these settings."""
+
+    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
+        """Run the members over one text, and return each one's last hidden states."""

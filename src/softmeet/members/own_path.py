@@ -1,0 +1,158 @@
+"""The tokenizer's own tokens of a text as a model is given them, and which of them it still has to be run on.
+
+The *path* of some bytes is a sequence of tokens that depends on these bytes alone, however they are read: all at once,
+in pieces, or one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+
+from softmeet.members.covers import NextTokenProbs
+from softmeet.members.spelling import Spelling
+from softmeet.members.token_tree import Path, TokenTree
+
+# A space between a byte that is none and a letter or digit: every pre-tokenizer begins anew there.
+_BREAKS = re.compile(rb"[^\s](?= [0-9A-Za-z])")
+# The bytes after which a text without such a space is cut.
+_STRETCH = 256
+# The bytes among which a place is looked for that no token spans.
+_PARTING = 1024
+
+
+def path_of(spelling: Spelling, written: bytes) -> list[int]:
+    """Return the ids of the tokens that a model is given for the bytes ``written``.
+
+    They are those of :meth:`Spelling.encode`, but a stretch of more than 256 bytes without a place that surely
+    separates tokens is cut every 256 bytes, so that the tokens of a longer text are found by its end alone.
+
+    Args:
+        spelling: the member's.
+        written: the bytes that tokens spell, as :meth:`Spelling.written` makes them of a text.
+    """
+    places = [0, *_forced(spelling, written), len(written)]
+    return [token for start, end in pairwise(places) for token in spelling.cut(written[start:end])]
+
+
+def anchor_of(spelling: Spelling, written: bytes) -> int:
+    """Return the last place before the end of some bytes at which :func:`path_of` surely ends a token, 0 if none.
+
+    The path of these bytes, and of all that begin with them, is the path up to the anchor, and behind it the path of
+    the bytes behind it.
+    """
+    start = _break(spelling, written)
+    forced = _forced(spelling, written[start:])
+    return start + (forced[-1] if forced else 0)
+
+
+def parting(spelling: Spelling, written: bytes, latest: int) -> int:
+    """Return the last place up to ``latest`` that no word which fits the bytes around it spans.
+
+    If there is none in the 1,024 places before, the last is returned at which :func:`path_of` ends a token.
+    """
+    for place in range(latest, max(latest - _PARTING, 0), -1):
+        if not _is_spanned(spelling, written, place):
+            return place
+    if latest < _PARTING:
+        return 0
+    ends = spelling.bounds(path_of(spelling, written))
+    return int(ends[np.searchsorted(ends, latest, side="right") - 1])
+
+
+def _is_spanned(spelling: Spelling, written: bytes, place: int) -> bool:
+    """Return whether a word begins before a place and ends behind it in these bytes, or could behind their end."""
+    for start in range(place - 1, max(-1, place - spelling.longest), -1):
+        low, high = 0, len(spelling.words)
+        for end in range(place + 1, min(len(written), start + spelling.longest) + 1):
+            first, low, high = spelling.among(written[start:end], low, high)
+            if first < low:
+                return True
+            if low == high:
+                break
+        else:
+            return place < len(written)
+    return False
+
+
+def _separates(spelling: Spelling, written: bytes, space: int) -> bool:
+    """Return whether no word of the vocabulary has the byte before a space and the space."""
+    return written[space - 1 : space + 1] not in spelling.inner_spaces
+
+
+def _break(spelling: Spelling, written: bytes) -> int:
+    """Return the last place, two bytes or more before the end, at which a space surely begins a token; 0 if none."""
+    end = len(written) - 1
+    while (space := written.rfind(b" ", 1, max(1, end))) > 0:
+        if _BREAKS.match(written, space - 1) and _separates(spelling, written, space):
+            return space
+        end = space
+    return 0
+
+
+def _forced(spelling: Spelling, written: bytes) -> list[int]:
+    """Return the places at which stretches without breaks are cut: every 256 bytes, before a whole character."""
+    if len(written) <= _STRETCH:
+        return []
+    found, last = list[int](), 0
+    breaks = [match.start() + 1 for match in _BREAKS.finditer(written)]
+    for place in [*(one for one in breaks if _separates(spelling, written, one)), len(written)]:
+        while place - last > _STRETCH:
+            last += _STRETCH
+            while last < place and written[last] & 0xC0 == 0x80:
+                last += 1
+            if last < place:
+                found.append(last)
+        last = place
+    return found
+
+
+def way(
+    spelling: Spelling, tree: TokenTree, written: bytes, known: Iterable[tuple[Path, int]]
+) -> tuple[Path, list[int]]:
+    """Return how a model gets behind all tokens of the path of some bytes.
+
+    Args:
+        spelling: the member's.
+        tree: the tokens that have been run.
+        written: the bytes, at least one, as :meth:`Spelling.written` makes them.
+        known: at least one path that has been run, (its columns in ``tree``, the number of bytes that its tokens
+            spell); it begins with the tokens before the text, and follows the tokenizer's own tokens.
+
+    Returns:
+        (the columns of those tokens, first to last, that have been run; the ids of the others, at least one).
+    """
+    candidates, anchor, tokens = list(known), len(written), list[int]()
+    while True:
+        start = anchor_of(spelling, written[:anchor])
+        tokens = [*path_of(spelling, written[start:anchor]), *tokens]
+        anchor = start
+        paths = dict[int, Path]()
+        for path, place in candidates:
+            if place >= anchor:
+                _note(paths, spelling, tree, path, place, anchor)
+        ends = anchor + spelling.bounds(tokens)
+        for count in range(len(tokens) - 1, -1, -1):
+            found = paths.get(int(ends[count]))
+            if found is not None and tree.ids[found[len(found) - count :]].tolist() == tokens[:count]:
+                return found, tokens[count:]
+
+
+def _note(paths: dict[int, Path], spelling: Spelling, tree: TokenTree, path: Path, place: int, anchor: int) -> None:
+    """Put the beginnings of a path into ``paths``, by the place at which they end, back to ``anchor``."""
+    length = len(path)
+    while True:
+        paths.setdefault(place, path[:length])
+        if place <= anchor:
+            return
+        length -= 1
+        place -= spelling.length(int(tree.ids[path[length]]))
+
+
+def is_own(spelling: Spelling, tree: TokenTree, written: bytes, probs: NextTokenProbs) -> bool:
+    """Return whether ``probs`` are those behind the path of some bytes, if they are behind that to its anchor."""
+    tokens = path_of(spelling, written[anchor_of(spelling, written) :])
+    return probs.place == len(written) and np.array_equal(tree.ids[probs.path[len(probs.path) - len(tokens) :]], tokens)

@@ -1,0 +1,88 @@
+"""A text over bytes is read in one way, whatever the pieces in which it came: scored, followed, begun or written."""
+
+from __future__ import annotations
+
+import random
+
+import byte_tokenizers
+import numpy as np
+import pytest
+from byte_members import HOSTILE, member_of
+
+from softmeet.members.covers import END, Pruning
+from softmeet.members.own_path import anchor_of, parting, path_of
+from softmeet.members.spelling import spelling_of
+
+KINDS = list(byte_tokenizers.KINDS)
+TEXTS = {
+    "words": b"the other there, he threw the the thether. Then\n\n\nhe there: therethe" * 2,
+    "hostile": " \u05e9\u05dc\u05d5\u05dd \U0001f642\u200d\u2642 the\x00\xffthe  \t  \n\n the\xc3\xa9r".encode()
+    + b"\xf0\x9f",
+    "one letter": b"the " + b"e" * 300 + b" the there",
+    "characters": "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8".encode() * 12,
+}
+# Two stretches of more than 256 bytes are read by two kinds of tokenizers, which are cut there alike.
+CASES = [(kind, text) for kind in KINDS for text in TEXTS if text in ("words", "hostile") or kind in ("gpt2", "llama")]
+
+
+def by_bytes(member, text):
+    """The log-probabilities after each byte, read one by one, and the readings."""
+    readings = [member.begin(b"")]
+    for byte in text:
+        readings += member.advance(readings[-1:], [byte])
+    return member.log_probs(readings).numpy(), readings
+
+
+@pytest.mark.parametrize(("kind", "text"), CASES)
+def test_pieces_do_not_matter(kind, text):
+    member, whole, draw = member_of(kind, Pruning(), seed=2), TEXTS[text], random.Random(0)
+    expected, _ = by_bytes(member, whole)
+    scored, log_probs, _ = member.score(whole)
+    assert np.abs(np.exp(log_probs) - np.exp(expected)).max() < 1e-9
+    assert np.allclose(member.log_probs([scored]), expected[-1:], atol=1e-9)
+    reading, place = member.begin(b""), 0
+    while place < len(whole):
+        more = whole[place : place + draw.choice([1, 2, 3, 9, 40])]
+        reading, place = member.follow(reading, more), place + len(more)
+        assert np.abs(member.log_probs([reading]).exp().numpy() - np.exp(expected[place])).max() < 1e-9, place
+    for place in draw.sample(range(len(whole) + 1), 12):
+        begun = member.begin(whole[:place])
+        assert np.abs(member.log_probs([begun]).exp().numpy() - np.exp(expected[place])).max() < 1e-9, place
+        # A reading from anywhere goes on as the others do.
+        after = member.follow(begun, whole[place : place + 7]) if place < len(whole) else begun
+        assert np.abs(member.log_probs([after]).exp().numpy() - np.exp(expected[len(after.text)])).max() < 1e-9, place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_likely_is_run_ahead_for_nothing_but_time(kind, monkeypatch):
+    member = member_of(kind, Pruning(), seed=2)
+    monkeypatch.setattr("softmeet.members.guesses._GUESSES", 0)
+    without, _ = by_bytes(member, TEXTS["words"])
+    monkeypatch.undo()
+    found, readings = by_bytes(member, TEXTS["words"])
+    assert np.abs(np.exp(found) - np.exp(without)).max() < 1e-9
+    assert any(reading.guesses for reading in readings)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, *TEXTS.values()], ids=range(len(HOSTILE) + len(TEXTS)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_found_by_the_end_of_a_text_alone(kind, text):
+    """Behind an anchor the path is that of the bytes behind it, whatever follows; and it spells the text."""
+    spelling = spelling_of(kind, byte_tokenizers.KINDS[kind]())
+    written = spelling.written(text)
+    for place in {*range(min(len(written), 40)), *range(0, min(len(written), 300), 7), len(written) // 3, len(written)}:
+        own, anchor = path_of(spelling, written[:place]), anchor_of(spelling, written[:place])
+        assert spelling.spelled(own) == written[:place]
+        assert anchor < max(place, 1)
+        assert place - anchor <= 2 * 256 + 8
+        assert own == [*path_of(spelling, written[:anchor]), *path_of(spelling, written[anchor:place])]
+        latest = parting(spelling, written, place)
+        assert latest <= place
+        assert latest in spelling.bounds(path_of(spelling, written))
+
+
+def test_the_path_of_ordinary_text_is_the_tokenizers_own():
+    for kind in KINDS:
+        spelling = spelling_of(kind, byte_tokenizers.KINDS[kind]())
+        assert path_of(spelling, spelling.written(TEXTS["words"])) == spelling.encode(TEXTS["words"])
+        assert END not in spelling.encode(TEXTS["words"])

@@ -1,0 +1,122 @@
+"""Settings that are named in two places, and what is said of spellings that are gone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+from test_cli import run
+from typer.testing import CliRunner
+
+from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError
+from softmeet.server.ensembles import named
+
+
+@pytest.mark.parametrize(
+    ("words", "today"),
+    [
+        ("study real out", "it is python benchmarks/study.py in a clone of softmeet"),
+        ("generate x --members A B", "--member"),
+        ("evaluate -t x --rules A,B", "--rule"),
+        ("evaluate -t x -m A B", "members are named by -m, and an option is repeated for each value, -m A -m B"),
+        ("check A B", "members are named by -m, and an option is repeated for each value, -m A -m B"),
+        ("generate x --metric raw", "it is an option of a rule, --rule NAME:metric=…"),
+        ("generate x --slack=0.1", "it is an option of a rule, --rule NAME:slack=…"),
+        ("generate x --vertex", "it is an option of a rule, --rule NAME:vertex=…"),
+        ("serve narrow,wide", "say -m narrow -m wide"),
+        ("serve both=narrow,wide", "say -m both=narrow -m both=wide"),
+        ("serve narrow --allow rule,trust", "expected --allow as some of rule, trust"),
+    ],
+)
+def test_a_form_that_is_gone_says_what_it_is_today(words, today, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = run(*words.split())
+    assert done.returncode == 2
+    assert today in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "today"),
+    [("members: [a]", "did you mean member?"), ("vertex: true", "it is an option of a rule, --rule NAME:vertex=…")],
+)
+def test_a_configuration_file_of_an_older_form_says_what_it_is_today(line, today, tmp_path):
+    (tmp_path / "old.yaml").write_text(line)
+    done = run("generate", "x", "--config", tmp_path / "old.yaml")
+    assert done.returncode == 2
+    assert today in done.stderr
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory) -> list[str]:
+    root = tmp_path_factory.mktemp("members")
+    return [word for k, name in enumerate(("gpt2", "llama")) for word in ("-m", str(tiny.save(root / name, name, k)))]
+
+
+def generated(members, *words):
+    command = ["generate", "hello", *members, "--max-new-tokens", "2", "--json", *map(str, words)]
+    return CliRunner().invoke(app, command)
+
+
+def test_a_rule_may_hold_every_setting(members):
+    by_text = json.loads(generated(members, "--rule", "meet:trust=1/0.5:pool=prob-mean:tol=1e-6", "--seed", 1).stdout)
+    flags = ["--rule", "meet", "--trust", "1,0.5", "--pool", "prob-mean", "--tol", 1e-6, "--seed", 1]
+    by_flags = json.loads(generated(members, *flags).stdout)
+    assert [m["trust"] for m in by_text["members"]] == ["1", "0.5"]
+    for key in ("completions", "members", "rule", "head_passes_per_token"):
+        assert by_text[key] == by_flags[key]
+
+
+def test_a_setting_is_named_once(members):
+    """On the command line it is an error, before anything is loaded; over a file the command line wins."""
+    done = generated(["-m", "not/there"], "--rule", "meet:trust=1", "--trust", 2)
+    assert isinstance(done.exception, InvalidInputError)
+    assert "trust is named twice, in the rule 'meet:trust=1'" in str(done.exception)
+    command = ["evaluate", "-m", "not/there", "-t", __file__, "--rule", "meet:tol=1e-5", "--tol", "1e-4"]
+    done = CliRunner().invoke(app, command)
+    assert "tol is named twice, in the rule 'meet:tol=1e-5' and by --tol" in str(done.exception)
+
+
+def test_the_command_line_overrules_a_file(members, tmp_path):
+    file = tmp_path / "file.yaml"
+    file.write_text("rule: meet\ntrust: [0.7, 0.2]\n")
+    own = json.loads(generated(members, "--config", file).stdout)
+    assert [m["trust"] for m in own["members"]] == ["0.7", "0.2"]
+    said = json.loads(generated(members, "--config", file, "--rule", "meet:trust=1").stdout)
+    assert [m["trust"] for m in said["members"]] == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trust", "-1"], "trusts from 0 to inf"),
+        (["--rule", "mete"], "did you mean meet"),
+        (["--rule", "meet:trsut=1"], "did you mean trust"),
+        (["--weights", "a,b"], "--weights as numbers"),
+        (["--gate", "open"], "expected a gate"),
+        (["--tol", "0"], "tol to be greater than 0"),
+    ],
+)
+def test_a_bad_setting_is_refused_before_anything_is_loaded(words, message):
+    done = generated(["-m", "not/there"], *words)
+    assert isinstance(done.exception, InvalidInputError)
+    assert message in str(done.exception)
+
+
+def test_what_is_served_is_named():
+    assert named([], ["a", "b"]) == {"default": ["a", "b"]}
+    both = named(["saved"], ["small=org/a", "small=org/b", "c+adapter=org/lora", "./x=y"])
+    assert both == {"small": ["org/a", "org/b"], "default": ["c+adapter=org/lora", "./x=y"], "saved": ["saved"]}
+    assert named([]) == {"default": ["wide"]}
+    with pytest.raises(InvalidInputError, match="twice"):
+        named(["small=x"], ["small=a"])
+
+
+def test_devices_are_repeated():
+    from softmeet.cli.options import placement
+
+    assert placement(None) is None
+    assert placement(["cuda"]) == "cuda"
+    assert placement(["cuda:0", "cuda:1"]) == ["cuda:0", "cuda:1"]

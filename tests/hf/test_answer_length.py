@@ -1,0 +1,184 @@
+"""Limits over bytes: they count the tokens of the answer, as the first member's tokenizer cuts it, on every road."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from unittest.mock import Mock
+
+import byte_tokenizers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_byte_ensemble import folders  # noqa: F401 - a fixture
+from transformers import StoppingCriteria
+from typer.testing import CliRunner
+
+from softmeet import Ensemble
+from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError
+from softmeet.hf import answer_length
+from softmeet.hf.answer_length import AnswerLength, AnswersEnd, WholeCharacterStreamer, tokens_in
+from softmeet.members import zoo
+from softmeet.members.covers import END
+from softmeet.members.huggingface import load_tokenizers
+from softmeet.members.spelling import spelling_of
+
+NAMES = ["mixed/gpt2", "mixed/llama"]
+SPELLINGS = [spelling_of(name, own) for name, own in zip(NAMES, load_tokenizers(NAMES), strict=True)]
+SPELLINGS += [spelling_of(own.__name__, own()) for own in (byte_tokenizers.byte_level, byte_tokenizers.llama)]
+SPELLINGS += [spelling_of("gemma", byte_tokenizers.llama(dummy=False))]
+# What joins tokens, what cuts them, and what a tokenizer would change: U+2581 is SentencePiece's space.
+PIECES = st.sampled_from((
+    "the", " the", "And the king said", " ", "  ", "\n\n", "\u00e9", "e\u0301", "\u65e5\u672c", "\u2581", "\U0001f642",
+    "<0x0A>", "\x00", "\u2019", "\u2014", "\t ", "123,456", "a" * 30, "\u3000", "\ufffd",
+))  # fmt: skip
+TEXTS = st.lists(PIECES | st.characters(exclude_categories=["Cs"]), max_size=60).map("".join)
+
+
+def running(spelling, text):
+    """The most tokens behind each character of a text up to there."""
+    return list(accumulate((tokens_in(spelling, text[: k + 1].encode()) for k in range(len(text))), max))
+
+
+@given(st.sampled_from(SPELLINGS), TEXTS, st.integers(0, 40))
+def test_an_answer_is_the_longest_text_that_never_had_too_many_tokens(spelling, text, most):
+    length, data = AnswerLength(spelling, most), text.encode()
+    for byte in data:
+        if length.is_over or not length.push(byte):
+            break
+    fits = "".join(c for c, count in zip(text, running(spelling, text), strict=True) if count <= most).encode()
+    if length.is_over and length.count == length.longest:
+        # Only bytes that make no tokens come so far.
+        assert length.kept <= len(fits)
+    else:
+        assert data[: length.kept] == fits
+        assert length.is_over == (most == 0 or len(fits) < len(data))
+    assert most == 0 or length.longest >= length.count
+
+
+def test_a_text_is_cut_into_tokens_seldom(monkeypatch):
+    spelling, cut = SPELLINGS[0], Mock(side_effect=answer_length.tokens_in)
+    text = b"And the king said unto them, Go ye and seek the house of the LORD. " * 40
+    monkeypatch.setattr(answer_length, "tokens_in", cut)
+    length = AnswerLength(spelling, 400)
+    assert not all(length.push(byte) for byte in text)
+    assert 300 < tokens_in(spelling, text[: length.kept]) <= 400
+    assert cut.call_count < 60
+
+
+def test_bytes_that_are_no_character_and_ends_within_a_text_count():
+    length = AnswerLength(SPELLINGS[0], 3)
+    assert [length.push(symbol) for symbol in (0xFF, END, END, 0x61)] == [True, True, True, False]
+    assert (length.kept, length.count) == (3, 4)
+    half = AnswerLength(SPELLINGS[0], None, 3)
+    assert [half.push(symbol) for symbol in "a\u65e5".encode()[:3]] == [True, True, False]
+    assert half.kept == 3
+    assert AnswerLength(SPELLINGS[0], None).longest is None
+
+
+def test_a_streamer_gets_whole_characters_of_the_answer():
+    got = Mock()
+    text, length = "a\u00e9 \u65e5".encode(), AnswerLength(SPELLINGS[0], 3)
+    assert tokens_in(SPELLINGS[0], "a\u00e9 \u65e5".encode()) > 3
+    streamer = WholeCharacterStreamer(got, length)
+    streamer.put(torch.tensor([[1, 2]]))
+    for byte in text:
+        streamer.put(torch.tensor([byte]))
+    streamer.end()
+    put = [call.args[0].flatten().tolist() for call in got.put.call_args_list]
+    assert put[0] == [1, 2]
+    assert bytes(byte for some in put[1:] for byte in some) == text[: length.kept]
+    assert got.end.call_count == 1
+
+
+def test_rows_may_change_places():
+    criterion = AnswersEnd(1, SPELLINGS[0], 2)
+    for rows in (["a", "b"], ["ba", "ab"], ["ab ", "ab "], ["ab c", "ab x"]):
+        found = criterion(torch.tensor([[0, *row.encode()] for row in rows]), None)
+        assert found.tolist() == [tokens_in(SPELLINGS[0], row.encode()) > 2 for row in rows]
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    return Ensemble.from_pretrained("mixed", "logit-mean", gate="none")
+
+
+PROMPT = "And the king said"
+
+
+@pytest.mark.parametrize("most", [1, 3, 17])
+def test_every_road_counts_tokens(mixed, most):
+    """The text is the longest beginning of a longer one with so many tokens, and a seed's text everywhere."""
+    spelling = mixed.model.readers[0].spelling
+    longer = mixed.generate(PROMPT, max_bytes=16 * most, seed=5)
+    text = mixed.generate(PROMPT, max_new_tokens=most, seed=5)
+    fits = [c for c, count in zip(longer, running(spelling, longer), strict=True) if count <= most]
+    assert text == "".join(fits)
+    assert 0 < len(text) < len(longer)
+    assert "".join(mixed.stream(PROMPT, max_new_tokens=most, seed=5)) == text
+    shown = mixed.stream_with_disagreement(PROMPT, max_new_tokens=most, seed=5)
+    assert "".join(piece for piece, _ in shown) == text
+    assert mixed.generate([PROMPT, "In the"], max_new_tokens=most, seed=5)[0] == text
+    assert mixed.generate([PROMPT], max_new_tokens=most, seed=5, reproducible=True) == [text]
+    flags = ["--seed", "5", "--rule", "logit-mean", "--no-summary", "--max-new-tokens", str(most)]
+    done = CliRunner().invoke(app, ["generate", PROMPT, "-m", "mixed", *flags], catch_exceptions=False)
+    assert done.stdout == text + "\n"
+
+
+def test_model_generate_counts_tokens_however_it_is_told(mixed):
+    ids, model = torch.tensor([list(PROMPT.encode())]), mixed.model
+    greedy = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    wanted = mixed.generate(PROMPT, max_new_tokens=6, do_sample=False).encode()
+    assert tokens_in(model.readers[0].spelling, wanted) <= 6
+
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    config = type(model.generation_config)(max_new_tokens=6, eos_token_id=END, pad_token_id=END)
+    for told in ({"max_new_tokens": 6}, {"generation_config": config}, {"stopping_criteria": [Never()]}):
+        more = told if "generation_config" in told else {"max_new_tokens": 6, **told}
+        out = model.generate(ids, **greedy, **more)
+        assert bytes(out[0, ids.shape[1] :].tolist()) == wanted
+    found = model.generate(ids, **greedy, max_new_tokens=6, return_dict_in_generate=True)
+    assert found.sequences.equal(out)
+    beams = model.generate(ids, **greedy, max_new_tokens=6, num_beams=2)
+    assert tokens_in(model.readers[0].spelling, bytes(beams[0, ids.shape[1] :].tolist())) <= 6
+    # In a batch, what is behind a text's end is padding.
+    both = model.generate(torch.cat([ids, ids.roll(1, -1)]), do_sample=False, max_new_tokens=6, pad_token_id=END)
+    rows = [bytes(s for s in row if s != END) for row in both[:, ids.shape[1] :].tolist()]
+    assert rows[0] == wanted
+    assert all(tokens_in(model.readers[0].spelling, row) <= 6 for row in rows)
+    # A length of the whole, and a least length, count symbols, as input_ids are.
+    assert model.generate(ids, **greedy, max_length=ids.shape[1] + 9).shape[1] == ids.shape[1] + 9
+
+
+def test_bytes_can_be_counted_instead(mixed):
+    assert len(mixed.generate(PROMPT, max_bytes=11, seed=5).encode()) == 11
+    text = mixed.generate(PROMPT, max_bytes=11, max_new_tokens=2, seed=5)
+    assert text == mixed.generate(PROMPT, max_new_tokens=2, seed=5)
+    flags = ["--seed", "5", "--rule", "logit-mean", "--no-summary", "--max-new-bytes"]
+    for most in (11, 300):
+        done = CliRunner().invoke(app, ["generate", PROMPT, "-m", "mixed", *flags, str(most)], catch_exceptions=False)
+        assert done.stdout == mixed.generate(PROMPT, max_bytes=most, seed=5) + "\n"
+    for wrong in (0, "many", True):
+        with pytest.raises(InvalidInputError, match="expected max_bytes as a number of bytes from 1"):
+            mixed.generate(PROMPT, max_bytes=wrong)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        mixed.generate(PROMPT, max_new_tokens=0)
+
+
+def test_over_tokens_there_are_no_bytes_to_count(wide):
+    with pytest.raises(InvalidInputError, match="over tokens say max_new_tokens"):
+        wide.generate(PROMPT, max_bytes=5)
+
+
+def test_the_first_member_is_the_one_that_counts():
+    turned = Ensemble.from_pretrained(["mixed/llama", "mixed/gpt2"], "logit-mean", vocabulary="bytes")
+    spelling = turned.model.readers[0].spelling
+    longer = turned.generate(PROMPT, max_bytes=100, seed=5)
+    text = turned.generate(PROMPT, max_new_tokens=9, seed=5)
+    fits = [c for c, count in zip(longer, running(spelling, longer), strict=True) if count <= 9]
+    assert text == "".join(fits)
+    assert zoo.locate("mixed/llama")

@@ -1,0 +1,54 @@
+"""The worlds, their servers and the golden texts of the matrix, with the shipped defaults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import golden
+import pytest
+from roads import Servers
+from worlds import SHIPPED_GATE, make_worlds
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _shipped():
+    """New ensembles have the shipped gate."""
+    import softmeet.ensemble
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(softmeet.ensemble, "DEFAULT_GATE", SHIPPED_GATE)
+        yield
+
+
+@pytest.fixture(scope="package")
+def worlds(tmp_path_factory, _shipped):
+    """All worlds by name."""
+    return make_worlds(tmp_path_factory.mktemp("matrix"))
+
+
+@pytest.fixture(scope="package")
+def servers(worlds):
+    """The servers of these worlds."""
+    found = Servers(worlds)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="package")
+def single(worlds):
+    """The worlds in the shipped precision."""
+    return {name: replace(world, dtype=None) for name, world in worlds.items()}
+
+
+@pytest.fixture(scope="package")
+def single_servers(single):
+    """The servers of these."""
+    found = Servers(single)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="package")
+def known():
+    """The golden texts."""
+    return golden.texts()
