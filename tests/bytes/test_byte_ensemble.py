@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from byte_members import save_two, unpruned
+from byte_members import unpruned
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -32,11 +32,6 @@ from softmeet.members.covers import END, SYMBOLS
 
 GREEDY = {"max_bytes": 4, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return save_two(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture(scope="module")

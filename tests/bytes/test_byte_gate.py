@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from byte_members import EXACT, HOSTILE, TEXTS, member_of, save_two, unpruned
+from byte_members import EXACT, HOSTILE, TEXTS, member_of, unpruned
 from serving import http, running, serving_of
 from typer.testing import CliRunner
 
@@ -21,11 +21,6 @@ from softmeet.members.covers import END, Pruning
 KINDS = ("gpt2", "llama")
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return save_two(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture(scope="module")

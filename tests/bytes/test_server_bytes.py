@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from batches import sequence
-from byte_members import save_two
 from serving import http, running, serving_of
 
 from softmeet import Ensemble
@@ -28,11 +27,6 @@ from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return save_two(tmp_path_factory.mktemp("members"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import tiny
-from test_cli import run
+from commands import run
 from typer.testing import CliRunner
 
 from softmeet.cli.main import app

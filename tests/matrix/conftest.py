@@ -7,21 +7,11 @@ from dataclasses import replace
 import golden
 import pytest
 from roads import Servers
-from worlds import SHIPPED_GATE, make_worlds
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _shipped():
-    """New ensembles have the shipped gate."""
-    import softmeet.ensemble
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmeet.ensemble, "DEFAULT_GATE", SHIPPED_GATE)
-        yield
+from worlds import make_worlds
 
 
 @pytest.fixture(scope="package")
-def worlds(tmp_path_factory, _shipped):
+def worlds(tmp_path_factory):
     """All worlds by name."""
     return make_worlds(tmp_path_factory.mktemp("matrix"))
 

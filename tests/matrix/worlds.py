@@ -19,8 +19,6 @@ from softmeet.hf.calibrated import resolved
 # What users say is the prompt itself, so that over tokens a conversation is read as the text is.
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 PIECES = ("the ", "he", "other ", "r", "\u00e9t", "Her", ", ", "k", "three ", "Z", "1", "hearth ")
-# What softmeet.ensemble.DEFAULT_GATE is.
-SHIPPED_GATE = "auto"
 # Letters of a script that no tokenizer here knows, one token each.
 SYMBOLS = [chr(0xA000 + k) for k in range(299)]
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_byte_ensemble import folders  # noqa: F401 - a fixture
 from transformers import StoppingCriteria
 from typer.testing import CliRunner
 

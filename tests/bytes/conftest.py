@@ -1,0 +1,12 @@
+"""Fixtures of the tests over bytes."""
+
+from __future__ import annotations
+
+import pytest
+from byte_members import save_two
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two members with different tokenizers."""
+    return save_two(tmp_path_factory.mktemp("members"))
