@@ -133,9 +133,9 @@ def served(
     try:
         for rule, length in lengths.items():
             for n in numbers:
-                more = {"softmeet": {"rule": rule}, "logit_bias": {str(end): -100}}
+                limit = {"max_bytes": length} if end == OVER_BYTES else {}
+                more = {"softmeet": {"rule": rule} | limit, "logit_bias": {str(end): -100}}
                 more["stream_options"] = {"include_usage": True}
-                more["softmeet"] |= {"max_bytes": length} if end == OVER_BYTES else {}
                 same = max(numbers) if end == OVER_BYTES else 0
                 found = asyncio.run(measure(server.url, n, length, server.process.pid, same, **more))
                 flags = ["--reproducible"] if "--reproducible" in names else []

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -22,9 +22,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from softmeet.errors import InvalidInputError
 from softmeet.members.covers import END
 from softmeet.members.spelling import Spelling
-
-if TYPE_CHECKING:
-    from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 
 # Up to so many bytes before its end, a text may be cut otherwise once more is written.
 _REACH = 64
@@ -200,7 +197,8 @@ class WholeCharacterStreamer:
 
 def within_limits(
     generate: Callable[..., Any],
-    model: ByteEnsembleForCausalLM,
+    spelling: Spelling,
+    usual: Any,
     inputs: Int[Tensor, "B t"] | None,
     config: Any,
     options: dict[str, Any],
@@ -209,13 +207,14 @@ def within_limits(
 
     Args:
         generate: the function, which counts symbols, as ``max_length`` and ``min_new_tokens`` always do.
-        model: the ensemble over bytes that is called.
+        spelling: of the first member's tokenizer.
+        usual: the model's generation configuration.
         inputs, config, options: the function's arguments; the options may also hold ``max_bytes``, the most new bytes.
 
     Raises:
         InvalidInputError: if ``max_bytes`` is no number from 1; and whatever ``generate`` raises.
     """
-    own, most_bytes = config or model.generation_config, options.pop("max_bytes", None)
+    own, most_bytes = config or usual, options.pop("max_bytes", None)
     if most_bytes is not None and not (type(most_bytes) is int and most_bytes > 0):
         raise InvalidInputError(f"expected max_bytes as a number of bytes from 1, got {most_bytes!r}")
     most = options.get("max_new_tokens", own.max_new_tokens)
@@ -223,7 +222,7 @@ def within_limits(
     if not is_number and not (is_none and most_bytes):
         return generate(inputs, generation_config=config, **options)  # which refuses what is no number
     prompts = options.get("input_ids") if inputs is None else inputs
-    answers = AnswersEnd(1 if prompts is None else prompts.shape[1], model.readers[0].spelling, most, most_bytes)
+    answers = AnswersEnd(1 if prompts is None else prompts.shape[1], spelling, most, most_bytes)
     options["max_new_tokens"] = answers.begun().longest
     options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), answers])
     if options.get("streamer") is not None:

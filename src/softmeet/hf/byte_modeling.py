@@ -263,7 +263,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate symbols as an ensemble over tokens does tokens, and end texts as :func:`within_limits` does."""
-        return within_limits(super().generate, self, inputs, generation_config, kwargs)
+        spelling, usual = self.readers[0].spelling, self.generation_config
+        return within_limits(super().generate, spelling, usual, inputs, generation_config, kwargs)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""
