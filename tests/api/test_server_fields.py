@@ -200,7 +200,7 @@ def test_the_best_choices_have_the_largest_mean_log_probability(url):
         (
             {"min_tokens": 13},
             "min_tokens",
-            "expected min_tokens of at most 12, the most tokens (over bytes: bytes) of this answer",
+            "at most 12, the most tokens (over bytes: bytes) of this answer",
         ),
         ({"stop_token_ids": [64]}, "stop_token_ids", "expected token ids below 64 in stop_token_ids, got 64"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "expected token ids below 64 in stop_token_ids, got -1"),
