@@ -61,6 +61,11 @@ class Case:
         return None if self.rule == "default" else self.rule
 
     @property
+    def unit(self) -> str:
+        """Return what the limit counts: over bytes now these and now tokens."""
+        return "bytes" if self.vocabulary == "bytes" and self.speculation == "0" else "tokens"
+
+    @property
     def drawn(self) -> bool:
         """Whether tokens are drawn."""
         return self.sampling != "greedy"
