@@ -171,6 +171,18 @@ def test_bytes_can_be_counted_instead(mixed):
         mixed.generate(PROMPT, max_new_tokens=0)
 
 
+def test_scores_and_the_cache_end_where_the_text_does(mixed):
+    """Not behind the character with which it would be too long."""
+    ids = mixed.tokenizer("And the king said", return_tensors="pt")["input_ids"]
+    told = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "do_sample": False}
+    out = mixed.model.generate(ids, max_new_tokens=3, **told)
+    count = out.sequences.shape[1] - ids.shape[1]
+    assert len(out.scores) == len(out.logits) == count
+    assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
+    longer = mixed.model.generate(out.sequences, cache=out.cache, max_bytes=9, do_sample=False)
+    assert longer.equal(mixed.model.generate(ids, max_bytes=count + 9, do_sample=False))
+
+
 def test_over_tokens_there_are_no_bytes_to_count(wide):
     with pytest.raises(InvalidInputError, match="over tokens say max_new_tokens"):
         wide.generate(PROMPT, max_bytes=5)

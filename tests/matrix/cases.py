@@ -188,4 +188,7 @@ CASES = (
     Case("family", structure="regex"),
     Case("mixed", sampling="seeded"),
     Case("mixed", gate="unsure", sampling="tempered"),
+    # Drafts of members that differ, with nothing that makes them right.
+    Case("tokens", sampling="seeded", speculation="4"),
+    Case("tokens", "logit-mean", sampling="tempered", speculation="4"),
 )

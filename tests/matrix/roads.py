@@ -22,13 +22,11 @@ from softmeet.hf.sampling import RowSampler
 from softmeet.members.covers import END
 from softmeet.server.answer import AnswerStream
 from softmeet.server.sampling import RepeatPenalties
-from softmeet.server.schemas import CompletionRequest, Extension
+from softmeet.server.schemas import CompletionRequest
 from softmeet.server.texts import token_texts
 
 # How limits in tokens and in bytes are said in Python and on the command line. A request says max_bytes to softmeet.
 LIMITS = {"tokens": ("max_new_tokens", "--max-new-tokens"), "bytes": ("max_bytes", "--max-new-bytes")}
-if "max_bytes" not in Extension.model_fields:
-    LIMITS["bytes"] = LIMITS["tokens"]
 REGEX, CHOICE = "[a-h]{2}( the)?[0-9]{1,3}", ["hearth", "heart", "three"]
 SCHEMA = {
     "type": "object", "properties": {"r": {"enum": [1, "he"]}}, "required": ["r"], "additionalProperties": False,
@@ -310,7 +308,7 @@ def body(asked: Asked, limit: str = "max_tokens") -> dict[str, Any]:
     case = asked.case
     ours = {"rule": case.rule_text, "gate": case.gate_text}
     found = {"model": case.vocabulary, limit: asked.length, **STRUCTURES[case.structure][2]}
-    if LIMITS[case.unit][0] == "max_bytes":
+    if case.unit == "bytes":
         ours["max_bytes"] = asked.length  # which is no more than so many tokens
     found |= {"softmeet": {name: own for name, own in ours.items() if own is not None}}
     found |= {"seed": asked.seed} if case.drawn else {"temperature": 0}
