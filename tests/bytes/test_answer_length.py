@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import byte_tokenizers
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import StoppingCriteria
 from typer.testing import CliRunner
@@ -40,6 +40,9 @@ def running(spelling, text):
     return list(accumulate((tokens_in(spelling, text[: k + 1].encode()) for k in range(len(text))), max))
 
 
+# A letter that breaks a token into four, and a character for which the tokenizer would cut the whole text otherwise.
+@example(SPELLINGS[1], "In the Christh", 5)
+@example(SPELLINGS[1], "rinker, nessord llowserv lesson, ingsfollow ingser, a\u2581 and", 33)
 @given(st.sampled_from(SPELLINGS), TEXTS, st.integers(0, 40))
 def test_an_answer_is_the_longest_text_that_never_had_too_many_tokens(spelling, text, most):
     length, data = AnswerLength(spelling, most), text.encode()
@@ -166,6 +169,18 @@ def test_bytes_can_be_counted_instead(mixed):
             mixed.generate(PROMPT, max_bytes=wrong)
     with pytest.raises(ValueError, match="max_new_tokens"):
         mixed.generate(PROMPT, max_new_tokens=0)
+
+
+def test_scores_and_the_cache_end_where_the_text_does(mixed):
+    """Not behind the character with which it would be too long."""
+    ids = mixed.tokenizer("And the king said", return_tensors="pt")["input_ids"]
+    told = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "do_sample": False}
+    out = mixed.model.generate(ids, max_new_tokens=3, **told)
+    count = out.sequences.shape[1] - ids.shape[1]
+    assert len(out.scores) == len(out.logits) == count
+    assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
+    longer = mixed.model.generate(out.sequences, cache=out.cache, max_bytes=9, do_sample=False)
+    assert longer.equal(mixed.model.generate(ids, max_bytes=count + 9, do_sample=False))
 
 
 def test_over_tokens_there_are_no_bytes_to_count(wide):

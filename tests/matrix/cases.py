@@ -61,6 +61,11 @@ class Case:
         return None if self.rule == "default" else self.rule
 
     @property
+    def unit(self) -> str:
+        """Return what the limit counts: over bytes now these and now tokens."""
+        return "bytes" if self.vocabulary == "bytes" and self.speculation == "0" else "tokens"
+
+    @property
     def drawn(self) -> bool:
         """Whether tokens are drawn."""
         return self.sampling != "greedy"
@@ -183,4 +188,7 @@ CASES = (
     Case("family", structure="regex"),
     Case("mixed", sampling="seeded"),
     Case("mixed", gate="unsure", sampling="tempered"),
+    # Drafts of members that differ, with nothing that makes them right.
+    Case("tokens", sampling="seeded", speculation="4"),
+    Case("tokens", "logit-mean", sampling="tempered", speculation="4"),
 )

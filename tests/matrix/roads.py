@@ -19,16 +19,14 @@ from softmeet import Ensemble, Structure
 from softmeet.cli.main import app
 from softmeet.hf.prompts import encoded
 from softmeet.hf.sampling import RowSampler
+from softmeet.members.covers import END
 from softmeet.server.answer import AnswerStream
 from softmeet.server.sampling import RepeatPenalties
 from softmeet.server.schemas import CompletionRequest
 from softmeet.server.texts import token_texts
 
-# How a limit is said: in Python, on the command line, and in a request's completions, chats and responses.
-LIMITS = {
-    "tokens": ("max_new_tokens", "--max-new-tokens", "max_tokens", "max_tokens", "max_output_tokens"),
-    "bytes": ("max_new_tokens", "--max-new-tokens", "max_tokens", "max_tokens", "max_output_tokens"),
-}
+# How limits in tokens and in bytes are said in Python and on the command line. A request says max_bytes to softmeet.
+LIMITS = {"tokens": ("max_new_tokens", "--max-new-tokens"), "bytes": ("max_bytes", "--max-new-bytes")}
 REGEX, CHOICE = "[a-h]{2}( the)?[0-9]{1,3}", ["hearth", "heart", "three"]
 SCHEMA = {
     "type": "object", "properties": {"r": {"enum": [1, "he"]}}, "required": ["r"], "additionalProperties": False,
@@ -60,14 +58,12 @@ class Asked:
         world: the members.
         case: the case.
         seed: of the draws and of the prompts.
-        unit: what the limit counts.
         chat: whether the prompt is what a user says in a conversation.
     """
 
     world: World
     case: Case
     seed: int
-    unit: str = "tokens"
     chat: bool = False
 
     @property
@@ -111,7 +107,7 @@ def python_options(asked: Asked, length: int) -> dict[str, Any]:
         length: the number of tokens of each prompt, padding included.
     """
     case = asked.case
-    found: dict[str, Any] = {"do_sample": case.drawn, LIMITS[asked.unit][0]: asked.length}
+    found: dict[str, Any] = {"do_sample": case.drawn, LIMITS[asked.case.unit][0]: asked.length}
     if case.sampling == "tempered":
         found |= TEMPERED
     if case.sampling == "biased":
@@ -182,7 +178,7 @@ def transformers(asked: Asked, row: int = 0, **more: Any) -> Written:
 def resumed(asked: Asked) -> Written:
     """Write half of the text, and the rest from the keys and values that are passed on."""
     model, options = _inputs(asked, 0)
-    start, limit = options["input_ids"].shape[1], LIMITS[asked.unit][0]
+    start, limit = options["input_ids"].shape[1], LIMITS[asked.case.unit][0]
     kept = {"return_dict_in_generate": True, "output_logits": True}
     out = model.generate(**options | kept | {limit: asked.length // 2})
     if out.sequences.shape[1] < start + asked.length // 2:  # it has ended
@@ -232,7 +228,14 @@ def _forced(asked: Asked, tokens: list[int]) -> tuple[Any, torch.Tensor]:
 def command(asked: Asked, *prompts: str) -> Any:
     """Run ``softmeet generate``, and return typer's result."""
     case = asked.case
-    words = ["generate", *prompts, *asked.world.arguments, LIMITS[asked.unit][1], str(asked.length), "--no-summary"]
+    words = [
+        "generate",
+        *prompts,
+        *asked.world.arguments,
+        LIMITS[asked.case.unit][1],
+        str(asked.length),
+        "--no-summary",
+    ]
     words += [] if case.rule_text is None else ["--rule", case.rule_text]
     words += [] if case.gate_text is None else ["--gate", case.gate_text]
     words += STRUCTURES[case.structure][1]
@@ -300,11 +303,13 @@ class Servers:
         self._stack.close()
 
 
-def body(asked: Asked, limit: int = 2) -> dict[str, Any]:
-    """Return the fields of a request that all endpoints have; ``limit`` is the number of the limit's name."""
+def body(asked: Asked, limit: str = "max_tokens") -> dict[str, Any]:
+    """Return the fields of a request that all endpoints have; ``limit`` is the endpoint's name of a limit in tokens."""
     case = asked.case
     ours = {"rule": case.rule_text, "gate": case.gate_text}
-    found = {"model": case.vocabulary, LIMITS[asked.unit][limit]: asked.length, **STRUCTURES[case.structure][2]}
+    found = {"model": case.vocabulary, limit: asked.length, **STRUCTURES[case.structure][2]}
+    if case.unit == "bytes":
+        ours["max_bytes"] = asked.length  # which is no more than so many tokens
     found |= {"softmeet": {name: own for name, own in ours.items() if own is not None}}
     found |= {"seed": asked.seed} if case.drawn else {"temperature": 0}
     if case.sampling == "tempered":
@@ -359,26 +364,27 @@ def served_together(servers: Servers, asked: Asked) -> Written:
 
 def chat(servers: Servers, asked: Asked) -> Written:
     """Write by an answer in a conversation."""
-    answer = servers.whole(asked, "chat/completions", body(asked, 3) | {"messages": asked.messages()})
+    answer = servers.whole(asked, "chat/completions", body(asked) | {"messages": asked.messages()})
     return Written([answer["choices"][0]["message"]["content"]])
 
 
 def chat_stream(servers: Servers, asked: Asked) -> Written:
     """Write by a streamed answer in a conversation."""
-    chunks = servers.streamed(asked, "chat/completions", body(asked, 3) | {"messages": asked.messages()})
+    chunks = servers.streamed(asked, "chat/completions", body(asked) | {"messages": asked.messages()})
     return Written(["".join(c["delta"].get("content") or "" for chunk in chunks for c in chunk["choices"])])
 
 
 def response(servers: Servers, asked: Asked) -> Written:
     """Write by the endpoint of responses, streamed."""
-    events = servers.streamed(asked, "responses", body(asked, 4) | {"input": asked.prompts[0]})
+    events = servers.streamed(asked, "responses", body(asked, "max_output_tokens") | {"input": asked.prompts[0]})
     return Written(["".join(one["delta"] for one in events if one["type"] == "response.output_text.delta")])
 
 
 def scored(servers: Servers, asked: Asked, tokens: list[int]) -> list[float]:
-    """Return the log-probabilities of a text's tokens, which the server scores as part of a prompt."""
+    """Return the log-probabilities of a text's tokens, which the server scores as part of a prompt: no end of bytes."""
+    tokens = [token for token in tokens if token != END or not asked.ensemble.model.over_bytes]
     prompt = asked.ensemble.tokenizer(asked.prompts[0])["input_ids"]
-    given = body(asked) | {"prompt": prompt + tokens, "echo": True, "logprobs": 0, LIMITS["tokens"][2]: 0}
+    given = body(asked) | {"prompt": prompt + tokens, "echo": True, "logprobs": 0, "max_tokens": 0}
     given.pop("structured_outputs", None)
     (choice,) = servers.whole(asked, "completions", given)["choices"]
     return choice["logprobs"]["token_logprobs"][-len(tokens) :]

@@ -232,5 +232,12 @@ def within_limits(
     known = [ends] if isinstance(ends, int) else ends or [], END if pad is None else pad
     if isinstance(found, Tensor):
         return answers.cut(found, *known)
-    found.sequences = answers.cut(found.sequences, *known)
+    kept = answers.cut(found.sequences, *known)
+    if more := found.sequences.shape[1] - kept.shape[1]:
+        for name in ("scores", "logits"):
+            if (steps := getattr(found, name, None)) is not None:
+                found[name] = steps[:-more]
+        if (cache := getattr(found, "cache", None)) is not None:
+            cache.crop(-more)
+    found.sequences = kept
     return found
