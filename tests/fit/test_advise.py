@@ -210,11 +210,11 @@ def test_meet_is_advised_where_members_err_only_by_their_heads(tmp_path):
     assert found["settings"]["trust"] == [1.0, 1.0]
 
 
-def test_where_meet_is_the_average_it_is_not_tried(members, monkeypatch):
-    judged = advised(members, 0.3, 0.3).judged  # one head, so meet is an average
-    assert judged.unfitted_meet is not None
-    assert not judged.meets
-    assert not figures(advised(members, 0.3, 0.3))["meet"]["fitted"]
+def test_where_meet_is_the_average_it_is_not_tried(members):
+    advice = as_good(members)  # one head, so meet is an average
+    assert advice.judged.unfitted_meet is not None
+    assert not advice.judged.meets
+    assert not figures(advice)["meet"]["fitted"]
 
 
 def test_one_member_is_used_alone(tmp_path):
@@ -282,15 +282,21 @@ def test_the_command(folders, texts, tmp_path):
     again = Ensemble.from_pretrained(tmp_path / "saved")
     assert again.model.config.weights == pytest.approx(facts["weights"])
     assert facts["says"] in (tmp_path / "saved" / "README.md").read_text()
-    by_option = command(*tiny.each("-m", folders), "-t", texts, "--folds", 3, "--json", "-")
-    assert json.loads(by_option.stdout)["members"][0]["bits_per_byte"] == facts["members"][0]["bits_per_byte"]
 
 
-def test_the_members_own_text(folders):
-    done = command(*folders, "--tokens", 300, "--json", "-")
+def test_members_are_named_by_options_too(folders, texts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Ensemble, "from_pretrained", lambda names, *args, **how: seen.append(names) or 1 / 0)
+    for named in (folders, tiny.each("-m", folders)):
+        assert isinstance(command(*named, "-t", texts).exception, ZeroDivisionError)
+    assert seen[0] == seen[1] == list(map(str, folders))
+
+
+def test_the_members_own_text(folders, tmp_path):
+    done = command(*folders, "--tokens", 300, "--json", tmp_path / "own.json")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["own_text"]
-    assert "wrote this text themselves" in " ".join(command(*folders, "--tokens", 300).output.split())
+    assert json.loads((tmp_path / "own.json").read_text())["own_text"]
+    assert "wrote this text themselves" in " ".join(done.output.split())
 
 
 def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, tmp_path, monkeypatch):

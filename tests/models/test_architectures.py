@@ -30,7 +30,7 @@ from update_architectures import ARCHITECTURES, COLUMNS, PAGE, VOCABULARY, page
 
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8], [9, 10, 11, 12, 30], [0, 5, 6, 7, 5]])
 MASK = torch.tensor([[0, 0, 0, 1, 1], [1] * 5, [0] + [1] * 4])
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 7}
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 5}
 TEXT = b"\n\nthe"
 every = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 
