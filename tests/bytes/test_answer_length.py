@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import byte_tokenizers
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import StoppingCriteria
 from typer.testing import CliRunner
@@ -40,6 +40,9 @@ def running(spelling, text):
     return list(accumulate((tokens_in(spelling, text[: k + 1].encode()) for k in range(len(text))), max))
 
 
+# A letter that breaks a token into four, and a character for which the tokenizer would cut the whole text otherwise.
+@example(SPELLINGS[1], "In the Christh", 5)
+@example(SPELLINGS[1], "rinker, nessord llowserv lesson, ingsfollow ingser, a\u2581 and", 33)
 @given(st.sampled_from(SPELLINGS), TEXTS, st.integers(0, 40))
 def test_an_answer_is_the_longest_text_that_never_had_too_many_tokens(spelling, text, most):
     length, data = AnswerLength(spelling, most), text.encode()

@@ -91,11 +91,15 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message):
 
 
 def test_an_error_in_a_process_of_its_own():
-    """Before anything is loaded, so that it comes at once."""
-    done = process("generate", "")
+    done = process("config", "nothing")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: expected a prompt of at least one token")
+    assert done.stderr.startswith("error: unknown command 'nothing': expected one of generate, inspect")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_empty_prompt_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    assert run("generate", "").stderr == "error: expected a prompt of at least one token, got an empty one\n"
 
 
 @pytest.mark.parametrize(
@@ -145,14 +149,14 @@ def test_texts_are_utf8_in_any_locale(members):
     assert found == json.loads(run(*words, stdin="ü\n").stdout)["completions"]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["config", "evaluate"], ["generate", "a"], ["generate", ""]])
+@pytest.mark.parametrize("words", [["--help"], ["config", "evaluate"], ["generate", "a"], ["config", "nothing"]])
 def test_a_reader_that_goes_ends_a_command_in_silence(words, members):
     reader, writer = os.pipe()
     os.close(reader)
     # By an average: meet might say on stderr that its gate is being calibrated.
     more = [*members, "--max-new-tokens", "3", "--rule", "logit-mean"] if words[0] == "generate" else []
     command = [sys.executable, "-m", "softmeet", *words, *map(str, more)]
-    errors = writer if words[1:2] == [""] else subprocess.PIPE
+    errors = writer if words[1:2] == ["nothing"] else subprocess.PIPE
     done = subprocess.run(command, stdout=writer, stderr=errors, check=False)
     os.close(writer)
     assert done.returncode == 141

@@ -113,8 +113,8 @@ def test_the_cards_loss_is_about_what_the_kjv_gives(narrow):
 def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
     """Trust chosen on ten books; on ten others the 95 % interval by book lies below -0.005 nats a token."""
     tuning, test = read(narrow, 104)
-    every_third = tuning.take(torch.arange(0, len(tuning), 3))
-    choice = meet(choose_trust(narrow, every_third, (0.3, 1.0)), 4)
+    some = tuning.take(torch.arange(0, len(tuning), 6))
+    choice = meet(choose_trust(narrow, some, (0.3, 1.0)), 4)
     assert len(test) >= 1000
     found = compare(narrow, test, [choice, RuleChoice("logit-mean", {"rule": "logit-mean"})]).choices
     within = clusters(test.document)

@@ -45,12 +45,12 @@ def whole(url, path, body):
 def test_a_completion_is_one_text(served, what):
     ensemble, url = served
     fields, options = ASKED[what]
-    body = {"prompt": PROMPT, "seed": 5, "max_tokens": 40} | fields
+    body = {"prompt": PROMPT, "seed": 5, "max_tokens": 24} | fields
     text = whole(url, "completions", body)["choices"][0]["text"]
     assert text
     assert "".join(c["text"] for chunk in streamed(url, "completions", body) for c in chunk["choices"]) == text
     if options is not None:
-        how = {"seed": 5, "max_new_tokens": 40, "do_sample": True, "top_k": 0} | as_settings(ensemble, options)
+        how = {"seed": 5, "max_new_tokens": 24, "do_sample": True, "top_k": 0} | as_settings(ensemble, options)
         assert ensemble.generate(PROMPT, **how) == text
         assert "".join(ensemble.stream(PROMPT, **how)) == text
 
@@ -59,19 +59,19 @@ def test_a_completion_is_one_text(served, what):
 def test_a_conversation_is_one_text(served, what):
     ensemble, url = served
     fields, options = ASKED[what]
-    body = {"messages": TALK, "seed": 6, "max_tokens": 40} | fields
+    body = {"messages": TALK, "seed": 6, "max_tokens": 24} | fields
     text = whole(url, "chat/completions", body)["choices"][0]["message"]["content"]
     assert text
     chunks = streamed(url, "chat/completions", body)
     assert "".join(c["delta"].get("content") or "" for chunk in chunks for c in chunk["choices"]) == text
     if what != "a stop string":  # which responses do not have
-        asked = {"input": "Who is it?", "seed": 6, "max_output_tokens": 40} | fields
+        asked = {"input": "Who is it?", "seed": 6, "max_output_tokens": 24} | fields
         (item,) = whole(url, "responses", asked)["output"]
         assert "".join(part["text"] for part in item["content"]) == text
         events = streamed(url, "responses", asked)
         assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == text
     if options is not None:
-        how = {"seed": 6, "max_new_tokens": 40, "do_sample": True, "top_k": 0} | as_settings(ensemble, options)
+        how = {"seed": 6, "max_new_tokens": 24, "do_sample": True, "top_k": 0} | as_settings(ensemble, options)
         assert ensemble.generate(TALK, **how) == text
         assert "".join(ensemble.stream(TALK, **how)) == text
 

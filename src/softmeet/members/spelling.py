@@ -41,6 +41,8 @@ _TRIED = ("A b  c\n\n\td", "\u00e9t\u00e9 \u65e5\u672c \U0001f642", " a~", "\u01
 
 # Bytes that are not UTF-8, as Python escapes them.
 _ESCAPED = re.compile("([\udc80-\udcff]+)")
+# Characters of which a tokenizer makes tokens for a millisecond or more.
+_LONG = 4096
 _SPACED = re.compile(rb"[^\s] ")
 
 
@@ -145,8 +147,17 @@ class Spelling:
         found = list[int]()
         for k, part in enumerate(_ESCAPED.split(written.decode(errors="surrogateescape"))):
             whole = part.encode(errors="surrogateescape")
-            tokens = [] if k % 2 else self._core.encode(part, add_special_tokens=False).ids
+            tokens = [] if k % 2 else self._encoded(part)
             found += tokens if self.spelled(tokens) == whole else self._longest(whole)
+        return found
+
+    def _encoded(self, part: str) -> list[int]:
+        """Return the ids of the tokenizer's tokens of some characters."""
+        if len(part) < _LONG:
+            found: list[int] = self._core.encode(part, add_special_tokens=False).ids
+        else:
+            # A batch is encoded without Python's lock, so that other threads go on beside it.
+            found = self._core.encode_batch([part], add_special_tokens=False)[0].ids
         return found
 
     def _longest(self, text: bytes) -> list[int]:

@@ -197,7 +197,9 @@ class Serving:
         """
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
-        _check_together(body, _symbols(_limit(body, self.settings.max_tokens, combination), ours, combination))
+        most = _symbols(_limit(body, self.settings.max_tokens, combination), ours, combination)
+        unit = "bytes" if combination.over_bytes else "tokens"
+        _check_together(body, most, unit)
         parts = prompts.parts(body) if isinstance(body, CompletionRequest) else []
         _check_choices(len(parts) or 1, body, self.settings)
         # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
@@ -223,7 +225,7 @@ class Serving:
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
         longest = _symbols(limit, ours, combination)
         tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
-        _check_listed(tokens, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
+        _check_listed(tokens, unit, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
         return GenerationRequest(
             combination=combination,
@@ -247,12 +249,13 @@ class Serving:
         )
 
 
-def _check_together(body: Generation, limit: int) -> None:
+def _check_together(body: Generation, limit: int, unit: str) -> None:
     """Raise RequestError if fields of a request, each valid by itself, contradict each other.
 
     Args:
         body: the request.
-        limit: the most tokens of a choice; over bytes, the most bytes.
+        limit: the most tokens, or over bytes the most bytes, of a choice.
+        unit: which of both it is.
     """
     if body.drawn < body.choices:
         raise RequestError(
@@ -270,8 +273,8 @@ def _check_together(body: Generation, limit: int) -> None:
         )
     if (body.min_tokens or 0) > limit:
         raise RequestError(
-            f"expected min_tokens of at most {limit:,}, the most tokens (over bytes: bytes) of this answer, got "
-            f"{body.min_tokens:,}: ask for fewer, or for a larger max_tokens",
+            f"expected min_tokens of at most {limit:,}, the most {unit} of this answer, got {body.min_tokens:,}: ask "
+            "for fewer, or for a larger max_tokens",
             param="min_tokens",
         )
 
@@ -371,11 +374,11 @@ def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
     return Sampling(**({"seed": secrets.randbits(53)} | given | changes))
 
 
-def _check_listed(tokens: int, each: int) -> None:
+def _check_listed(tokens: int, unit: str, each: int) -> None:
     """Raise RequestError if an answer may have more log-probabilities, of ``each`` a token, than is kept in memory."""
     if tokens * each > _MOST_LISTED:
+        field = "softmeet.max_bytes" if unit == "bytes" else "max_tokens"
         raise RequestError(
             f"expected at most {_MOST_LISTED:,} log-probabilities in an answer, got {tokens * each:,} ({tokens:,} "
-            f"tokens, or bytes, with {each} each): ask for fewer tokens (max_tokens, or softmeet.max_bytes), "
-            "choices, logprobs or a smaller report",
+            f"{unit} with {each} each): ask for fewer {unit} ({field}), choices, logprobs or a smaller report",
         )
