@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items):
     The checks take more than half of the time of what they check: they are on where each part is tested by itself, and
     off where all of them work together.
     """
+    items.sort(key=lambda item: item.path.parent.name != "scaling")  # what waits most begins first, beside the rest
     seen = set()
     for item in items:
         test = item.nodeid.partition("[")[0]

@@ -54,7 +54,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
-def measured(model, tasks, batch_size):
+def measured(model, tasks, **options):
     """What the harness made of each document, by task."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the harness's own
@@ -64,7 +64,7 @@ def measured(model, tasks, batch_size):
         from softmeet.evaluation.harness import harness_model
 
         found = simple_evaluate(
-            model=harness_model(model, batch_size=batch_size),
+            model=harness_model(model, **options),
             tasks=[f"softmeet_{name}" for name in TASKS],
             task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
             bootstrap_iters=0,
@@ -75,7 +75,7 @@ def measured(model, tasks, batch_size):
 @pytest.fixture(scope="module")
 def samples(ensemble, tasks, tmp_path_factory):
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    return measured(ensemble, tasks, 2)
+    return measured(ensemble, tasks, batch_size=2)
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def byte_log_prob(ensemble, context, continuation):
 @pytest.mark.filterwarnings("ignore")
 def test_over_bytes_the_harness_has_our_numbers(over_bytes, tasks, samples):
     """Choices and whole texts, to rounding; a continuation has as many tokens of the first member as asked for."""
-    found = measured(over_bytes, tasks, "auto")
+    found = measured(over_bytes, tasks, batch_size="auto", max_batch_size=2)
     reader = over_bytes.model.readers[0]
     for k, doc in enumerate(DOCS):
         question = doc["question"]
