@@ -19,7 +19,7 @@ from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.members.covers import END, Pruning
 
 KINDS = ("gpt2", "llama")
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
+GREEDY = {"max_bytes": 4, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]
 
 

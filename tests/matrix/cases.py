@@ -63,7 +63,7 @@ class Case:
     @property
     def unit(self) -> str:
         """Return what the limit counts: over bytes now these and now tokens."""
-        return "bytes" if self.vocabulary == "bytes" and self.speculation == "0" else "tokens"
+        return "bytes" if self.vocabulary == "bytes" and self.rule in ("default", "power-mean") else "tokens"
 
     @property
     def drawn(self) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import torch
 from cases import CASES, Case
+from click.testing import CliRunner
 from serving import running, serving_of
-from typer.testing import CliRunner
-from worlds import World
+from typer.main import get_command
+from worlds import FAMILIES, World
 
 from softmeet import Ensemble, Structure
 from softmeet.cli.main import app
@@ -46,6 +47,8 @@ STRUCTURES: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
         {"structured_outputs": {"json": SCHEMA}},
     ),
 }
+# Made once, since typer takes long to make it.
+_COMMAND = get_command(app)
 TEMPERED = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.3}
 PRESENCE, FREQUENCY, BIASED, BIAS = 0.6, 0.4, 70, 2.0
 
@@ -78,8 +81,9 @@ class Asked:
 
     @property
     def length(self) -> int:
-        """Return the limit; rules of the essay take long for a token."""
-        return 5 if self.case.rule == "max-entropy" else 12
+        """Return the limit: what a schema needs, and else little; rules of the essay take long for a token."""
+        slow = self.case.rule == "max-entropy" or self.case.vocabulary in FAMILIES
+        return 5 if slow else 12 if self.case.structure == "schema" else 8
 
     def messages(self) -> list[dict[str, str]]:
         """Return the prompt as a conversation."""
@@ -243,7 +247,7 @@ def command(asked: Asked, *prompts: str) -> Any:
     if case.sampling == "tempered":
         words += [word for name, x in TEMPERED.items() for word in (f"--{name.replace('_', '-')}", str(x))]
     words += [] if case.speculation == "default" else ["--speculate", case.speculation]
-    return CliRunner().invoke(app, words + ["--chat"] * asked.chat + ["--json"] * (len(prompts) > 1))
+    return CliRunner().invoke(_COMMAND, words + ["--chat"] * asked.chat + ["--json"] * (len(prompts) > 1))
 
 
 def printed(asked: Asked) -> Written:

@@ -11,6 +11,8 @@ import roads
 from cases import AXES, CASES, COMMAND, PYTHON, REFUSALS, SERVER, can, legal
 from roads import Asked
 
+from update_golden import noted
+
 CHANGELOG = Path(__file__).parents[2] / "CHANGELOG.md"
 
 
@@ -27,7 +29,8 @@ def test_the_table_has_every_pair_in_python_and_on_the_server_and_every_value_on
 
 
 @pytest.mark.parametrize(
-    ("refusal", "case"), [(refusal, case) for refusal in REFUSALS for case in refusal.cases()], ids=str
+    ("refusal", "case"),
+    [pytest.param(refusal, case, id=f"{case}, {k}") for k, refusal in enumerate(REFUSALS) for case in refusal.cases()],
 )
 def test_what_does_not_go_together_is_refused_by_name(worlds, servers, refusal, case):
     asked = Asked(worlds[case.vocabulary], case, 1)
@@ -49,3 +52,11 @@ def test_golden_texts_change_for_a_reason_alone():
     assert f"Golden texts {golden.digest()}: " in CHANGELOG.read_text(encoding="utf-8"), (
         "python tools/update_golden.py --because REASON writes the golden texts anew, and this line of the changelog"
     )
+
+
+def test_the_changelog_has_one_line_of_golden_texts_a_version():
+    """Which the next reason replaces, until there is another version."""
+    before = "# C\n\n## Unreleased\n\n### Changed\n\n- b\n\n## 0.1.0\n\n### Changed\n\n- Golden texts 00: old\n"
+    first = noted(before, "1f", "new noise")
+    assert first == before.replace("- b", "- Golden texts 1f: new noise\n- b")
+    assert noted(first, "2f", "new covers") == first.replace("1f: new noise", "2f: new covers")

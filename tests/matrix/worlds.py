@@ -19,6 +19,8 @@ from softmeet.hf.calibrated import resolved
 # What users say is the prompt itself, so that over tokens a conversation is read as the text is.
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 PIECES = ("the ", "he", "other ", "r", "\u00e9t", "Her", ", ", "k", "three ", "Z", "1", "hearth ")
+# Bundled members, in the shipped precision; where none are named, the shipped family.
+FAMILIES: dict[str, tuple[str, ...]] = {"family": (), "mixed": ("mixed",)}
 # Letters of a script that no tokenizer here knows, one token each.
 SYMBOLS = [chr(0xA000 + k) for k in range(299)]
 
@@ -118,4 +120,4 @@ def make_worlds(folder: Path) -> dict[str, World]:
         "symbols": [_save(folder / "e", _symbols(), _gpt2, 4), _save(folder / "f", _symbols(), _gpt2, 4, noise=0.3)],
     }
     found = {name: World(name, tuple(map(str, own))) for name, own in members.items()}
-    return found | {"family": World("family", (), None), "mixed": World("mixed", ("mixed",), None)}
+    return found | {name: World(name, own, None) for name, own in FAMILIES.items()}

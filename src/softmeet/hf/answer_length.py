@@ -232,12 +232,15 @@ def within_limits(
     known = [ends] if isinstance(ends, int) else ends or [], END if pad is None else pad
     if isinstance(found, Tensor):
         return answers.cut(found, *known)
-    kept = answers.cut(found.sequences, *known)
-    if more := found.sequences.shape[1] - kept.shape[1]:
-        for name in ("scores", "logits"):
-            if (steps := getattr(found, name, None)) is not None:
-                found[name] = steps[:-more]
-        if (cache := getattr(found, "cache", None)) is not None:
-            cache.crop(-more)
-    found.sequences = kept
+    whole, found.sequences = found.sequences, answers.cut(found.sequences, *known)
+    return _without_last(found, whole.shape[1] - found.sequences.shape[1])
+
+
+def _without_last(found: Any, count: int) -> Any:
+    """Return what ``generate`` gives beside the texts without the last ``count`` steps, the cache among it."""
+    for name in ("scores", "logits") if count else ():
+        if (steps := found.get(name)) is not None:
+            found[name] = steps[:-count]
+    if count and found.get("cache") is not None:
+        found.cache.crop(-count)
     return found

@@ -260,18 +260,19 @@ class ByteMember(TokenModel):
                 chains = [*wanted.chains, *((probs.path, [token]) for probs, token in ahead[k])]
                 growths[k] = Growth(readings[k].tree, [path for path, _ in chains], [tokens for _, tokens in chains])
             grown = dict(zip(asking, self.run(list(growths.values())), strict=True))
-            places = [
-                (growths[k].grown[i], place, grown[k][1][i][-1])
+            paths = {k: growth.grown for k, growth in growths.items()}
+            asked = [
+                (path, place, hidden[-1])
                 for k, wanted in asking.items()
-                for i, place in enumerate(wanted.places)
+                for path, place, hidden in zip(paths[k], wanted.places, grown[k][1], strict=False)
             ]
-            found = iter(self.next_token_probs(*zip(*places, strict=True)))
+            found = iter(self.next_token_probs(*zip(*asked, strict=True)))
             for k, wanted in asking.items():
                 (tree, states), one, count = grown[k], readings[k], len(wanted.missing)
                 covers = one.covers.answered(
                     self.spelling, [*wanted.known, *((cover, next(found)) for cover in wanted.missing)], self.pruning
                 )
-                run_ahead = zip(ahead[k], growths[k].grown[count:], states[count:], strict=True)
+                run_ahead = zip(ahead[k], paths[k][count:], states[count:], strict=True)
                 guesses = [
                     Guess(probs.place + self.spelling.length(token), self.spelling.spelled([token]), path, hidden[-1])
                     for (probs, token), path, hidden in run_ahead

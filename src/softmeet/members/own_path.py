@@ -34,7 +34,9 @@ def path_of(spelling: Spelling, written: bytes) -> list[int]:
         spelling: the member's.
         written: the bytes that tokens spell, as :meth:`Spelling.written` makes them of a text.
     """
-    places = [0, *_forced(spelling, written), len(written)]
+    breaks = (found.start() + 1 for found in _BREAKS.finditer(written))
+    ends = [0, *(place for place in breaks if _separates(spelling, written, place)), len(written)]
+    places = [0, *(place for start, end in pairwise(ends) for place in _forced(written, start, end)), len(written)]
     return [token for start, end in pairwise(places) for token in spelling.cut(written[start:end])]
 
 
@@ -45,8 +47,7 @@ def anchor_of(spelling: Spelling, written: bytes) -> int:
     the bytes behind it.
     """
     start = _break(spelling, written)
-    forced = _forced(spelling, written[start:])
-    return start + (forced[-1] if forced else 0)
+    return next(reversed(_forced(written, start, len(written))), start)
 
 
 def parting(spelling: Spelling, written: bytes, latest: int) -> int:
@@ -93,20 +94,15 @@ def _break(spelling: Spelling, written: bytes) -> int:
     return 0
 
 
-def _forced(spelling: Spelling, written: bytes) -> list[int]:
-    """Return the places at which stretches without breaks are cut: every 256 bytes, before a whole character."""
-    if len(written) <= _STRETCH:
-        return []
-    found, last = list[int](), 0
-    breaks = [match.start() + 1 for match in _BREAKS.finditer(written)]
-    for place in [*(one for one in breaks if _separates(spelling, written, one)), len(written)]:
-        while place - last > _STRETCH:
-            last += _STRETCH
-            while last < place and written[last] & 0xC0 == 0x80:
-                last += 1
-            if last < place:
-                found.append(last)
-        last = place
+def _forced(written: bytes, start: int, end: int) -> list[int]:
+    """Return the places at which a stretch without breaks is cut: every 256 bytes, before a whole character."""
+    found = list[int]()
+    while end - start > _STRETCH:
+        start += _STRETCH
+        while start < end and written[start] & 0xC0 == 0x80:
+            start += 1
+        if start < end:
+            found.append(start)
     return found
 
 
