@@ -97,11 +97,6 @@ def test_an_error_in_a_process_of_its_own():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_empty_prompt_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    assert run("generate", "").stderr == "error: expected a prompt of at least one token, got an empty one\n"
-
-
 @pytest.mark.parametrize(
     "arguments",
     [

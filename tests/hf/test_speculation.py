@@ -71,7 +71,7 @@ RULES = ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"]
 @pytest.mark.parametrize("count", [2, 3])
 def test_tokens_are_those_of_plain_decoding(names, rule, count):
     drafts = {1: (1, 5, "auto"), 2: ("auto",), 3: (2, "auto")} if rule in RULES[:4] else {1: (3,), 3: (3,)}
-    for kind in ("far", "near"):
+    for kind in ("far", "near") if rule == "logit-mean" else (("far",) if count == 2 else ("near",)):
         model = ensemble(names, kind, count, rule).model
         for rows, many in drafts.items():
             for sample in (False, True):
