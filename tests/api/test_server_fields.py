@@ -197,11 +197,7 @@ def test_the_best_choices_have_the_largest_mean_log_probability(url):
         ({"best_of": 99}, "best_of", "expected at most 16 choices in all, this server's limit, --max-choices, got 99"),
         ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "prompt_logprobs cannot be streamed"),
         ({"prompt_logprobs": -1}, "prompt_logprobs", "expected prompt_logprobs to be greater than or equal to 0"),
-        (
-            {"min_tokens": 13},
-            "min_tokens",
-            "at most 12, the most tokens (over bytes: bytes) of this answer",
-        ),
+        ({"min_tokens": 13}, "min_tokens", "at most 12, the most tokens of this answer"),
         ({"stop_token_ids": [64]}, "stop_token_ids", "expected token ids below 64 in stop_token_ids, got 64"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "expected token ids below 64 in stop_token_ids, got -1"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "to be -1 or greater than or equal to 1, got 0"),

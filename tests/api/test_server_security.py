@@ -258,7 +258,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
 @pytest.fixture(scope="module")
 def members(tmp_path_factory):
     folder = tmp_path_factory.mktemp("members")
-    return ",".join(str(tiny.save(folder / name, name)) for name in ("gpt2", "llama"))
+    return [str(tiny.save(folder / name, name)) for name in ("gpt2", "llama")]
 
 
 class Process:
@@ -299,7 +299,16 @@ def outstanding(url):
 
 def test_sigterm_under_load_ends_every_stream_properly(members):
     """After a first one, answers go on to their end; at a second one, those that are left are ended by name."""
-    server = Process(f"pair={members}", "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "2")
+    server = Process(
+        *tiny.each("-m", (f"pair={member}" for member in members)),
+        "--rule",
+        "logit-mean",
+        "--no-ui",
+        "--grace",
+        "3000",
+        "--batch",
+        "2",
+    )
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}, "stream": True}
     with ThreadPoolExecutor(24) as pool:
         streams = [pool.submit(streamed, server.url, fields) for _ in range(24)]
@@ -326,7 +335,16 @@ def test_sigterm_under_load_ends_every_stream_properly(members):
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_every_answer_properly(members):
-    server = Process(f"pair={members}", "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "1")
+    server = Process(
+        *tiny.each("-m", (f"pair={member}" for member in members)),
+        "--rule",
+        "logit-mean",
+        "--no-ui",
+        "--grace",
+        "3000",
+        "--batch",
+        "1",
+    )
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}
     with ThreadPoolExecutor(40) as pool, socket.create_connection(tuple(server.url.split("//")[1].split(":"))) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
@@ -382,7 +400,7 @@ def test_missing_packages_are_named(package, extra, monkeypatch):
 def test_members_that_two_ensembles_name_are_loaded_once(members):
     from softmeet.server.ensembles import load
 
-    found = load({"both": members.split(","), "one": members.split(",")[:1]})
+    found = load({"both": members, "one": members[:1]})
     assert len({m for served in found for m in served.ensemble.model.members}) == 2
     assert found.find("one").ensemble.model.members[0] is found.find("both").ensemble.model.members[0]
 

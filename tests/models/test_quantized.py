@@ -228,7 +228,9 @@ def test_over_bytes_prompts_are_continued_by_the_average_alone_and_together(kind
     for some in ([0], [1], [0, 1]):
         ids = torch.tensor([[0] * (len(text) - len(texts[k])) + texts[k] for k in some])
         mask = torch.tensor([[0] * (len(text) - len(texts[k])) + [1] * len(texts[k]) for k in some])
-        found = ours.generate(ids, attention_mask=mask, **{**GREEDY, "pad_token_id": 256})
+        found = ours.generate(
+            ids, attention_mask=mask, **{**GREEDY, "pad_token_id": 256, "max_new_tokens": None, "max_bytes": 6}
+        )
         assert found[:, len(text) :].tolist() == [own[k] for k in some]
     if kind == "unknown":  # of the prompt, at the tokens in its last 64 bytes or so alone
         assert 0 < models[1].positions < len(readers[1].spelling.encode(text)) / 2
