@@ -254,7 +254,9 @@ def test_texts_are_those_of_the_formula_alone_in_batches_and_reloaded(vocabulary
     text = PROMPT
     for _ in range(3):
         expected = contrasted(*_next(found, text), 0.5, ALPHA)
-        text += found.generate(text, do_sample=False, max_new_tokens=1)
+        text += found.generate(
+            text, do_sample=False, **{"max_bytes" if found.model.over_bytes else "max_new_tokens": 1}
+        )
         spelled = found.tokenizer(text)["input_ids"] if vocabulary == "tokens" else list(text.encode())
         assert spelled[-1] == expected.argmax()
 
