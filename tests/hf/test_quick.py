@@ -144,9 +144,9 @@ def test_bytes_are_combined_at_once(counted):
     from softmeet import Ensemble
 
     ensemble = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"], "logit-mean")
-    text = ensemble.generate("And the king", max_new_tokens=6, do_sample=False)
+    text = ensemble.generate("And the king", max_bytes=6, do_sample=False)
     assert not counted
-    again = ensemble.generate("And the king", max_new_tokens=6, do_sample=False, recorder=Recorder())
+    again = ensemble.generate("And the king", max_bytes=6, do_sample=False, recorder=Recorder())
     assert len(counted) == 6
     assert text == again
 

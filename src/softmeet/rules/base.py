@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from softmeet.rules.answer import Answer
     from softmeet.rules.problem import Problem
     from softmeet.rules.recomputed import Recomputed
-    from softmeet.rules.values import Values
+    from softmeet.rules.values import SettingValues
 
 
 class Rule(Frozen, ABC):
@@ -133,11 +133,11 @@ class Rule(Frozen, ABC):
         """
         return tuple(trust)
 
-    def one_head_weights(self, settings: Values) -> tuple[float, ...] | None:
+    def one_head_weights(self, settings: SettingValues) -> tuple[float, ...] | None:
         """Return the weights of the logit mean that this rule is where one head makes all members' distributions.
 
         Args:
-            settings: those by which members are combined, from :meth:`Values.for_members`.
+            settings: those by which members are combined, from :meth:`SettingValues.for_members`.
 
         Returns:
             A weight for each member, summing to 1; None, the default, if the rule is not known to be such an average.

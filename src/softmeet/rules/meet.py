@@ -17,7 +17,7 @@ from softmeet.rules.base import Rule
 from softmeet.rules.one_head import averaged
 from softmeet.rules.problem import Problem
 from softmeet.rules.recomputed import Recomputed, reach
-from softmeet.rules.values import Values
+from softmeet.rules.values import SettingValues
 from softmeet.simplex import kl, log_normalize
 from softmeet.solvers import tuning
 from softmeet.solvers.base import Status, ended, unfinished
@@ -112,7 +112,7 @@ class Meet(Rule):
         again.steps, again.passes = answer.steps[late], answer.passes[late]
         return answer.put(late[better], again.take(better.nonzero().squeeze(-1)))
 
-    def one_head_weights(self, settings: Values) -> tuple[float, ...] | None:
+    def one_head_weights(self, settings: SettingValues) -> tuple[float, ...] | None:
         """Return (w_i + ρ_i) / (1 + Σ ρ), with w_i the weights and ρ_i the trusts; None unless the closed form holds.
 
         It holds for the logit mean with weights that sum to 1 as the pool, finite trusts, and whole heads.

@@ -15,7 +15,7 @@ from torch import Tensor
 from softmeet.batched import Batched
 from softmeet.errors import DisjointSupportError, InvalidInputError
 from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
-from softmeet.rules.values import Values
+from softmeet.rules.values import SettingValues
 from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
 from softmeet.solvers.projection import Projection
 
@@ -91,7 +91,7 @@ class Problem:
         log_p: the members' log-probabilities log p̂_i in nats, (n, B, v), fp64, normalised; -inf for probability 0.
         heads: the n members' heads; a head of fewer than v rows gives the tokens past its last row probability 0.
         slopes: for each member, the derivative of its soft-cap at its logits, (B, v); None for a head without one.
-        settings: all settings, as returned by :meth:`Values.for_members` for n members, with ``bands`` 1.
+        settings: all settings, as returned by :meth:`SettingValues.for_members` for n members, with ``bands`` 1.
         support: a mask of the tokens that may have positive probability in the answer, (v,); None for all tokens.
         dtype: of products with heads: fp32 or fp64.
         free: for each member, the directions of its hidden state that carry no constraint, (B, k_i, d_i), fp64; an
@@ -108,7 +108,7 @@ class Problem:
     log_p: Float[Tensor, "n B v"]
     heads: tuple[SoftmaxHead, ...]
     slopes: tuple[Float[Tensor, "B v"] | None, ...]
-    settings: Values
+    settings: SettingValues
     support: Bool[Tensor, " v"] | None
     dtype: torch.dtype
     free: tuple[Float[Tensor, "B _ _"], ...] = ()
@@ -138,7 +138,7 @@ class Problem:
 
         Args:
             dtype: torch.float32 or torch.float64; None to keep it.
-            settings: new values by the names of the fields of :class:`Values`, in the types that the fields have
+            settings: new values by the names of the fields of :class:`SettingValues`, in the types that the fields have
                 after checking, such as a tuple of n floats for ``trust``; they are not checked.
         """
         return replace(self, settings=self.settings.model_copy(update=settings), dtype=dtype or self.dtype)

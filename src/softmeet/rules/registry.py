@@ -17,7 +17,7 @@ from typing import TypeVar
 from softmeet.errors import InvalidInputError, RuleError
 from softmeet.rules.base import Rule
 from softmeet.rules.frozen import unknown
-from softmeet.rules.values import SHORT, Values
+from softmeet.rules.values import SHORT, SettingValues
 
 GROUP = "softmeet.rules"
 # In the order in which they are documented. A new rule is one file and one line here.
@@ -37,7 +37,7 @@ _OWN = {
 DEFAULT = "meet"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 # Names of settings, which no option of a rule may have.
-_RESERVED = {*Values.model_fields, *SHORT, "prompt_weights"}
+_RESERVED = {*SettingValues.model_fields, *SHORT, "prompt_weights"}
 _registered: dict[str, type[Rule]] = {}
 
 R = TypeVar("R", bound=type[Rule])

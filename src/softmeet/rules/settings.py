@@ -18,7 +18,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Rule
 from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import DEFAULT, all_rules, require_own_name, rule_class
-from softmeet.rules.values import SHORT, Values
+from softmeet.rules.values import SHORT, SettingValues
 
 # A colon between options, unlike the one inside gate=unsure:0.5.
 _COLON = re.compile(r":(?![\d.])")
@@ -39,7 +39,7 @@ def _gate(value: Any) -> Any:
     return parse_gate(value)
 
 
-class Settings(Values):
+class Settings(SettingValues):
     """All settings by which n members are combined; every field is an argument of :func:`softmeet.combine`.
 
     An instance never changes. It is made by :meth:`of`, or by ``Settings(**fields)``, which takes no options of a rule;

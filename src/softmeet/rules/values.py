@@ -68,7 +68,7 @@ Count = Annotated[int, BeforeValidator(_count)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Values(Frozen):
+class SettingValues(Frozen):
     """The values of all settings by which n members are combined, which never change.
 
     Rules read them in :class:`~softmeet.rules.problem.Problem`, where they are those of :meth:`for_members`.
