@@ -1,4 +1,4 @@
-"""One text, however it is asked for: streamed or whole, on every endpoint, by generate; over tokens and over bytes."""
+"""One text, streamed or whole, on every endpoint and by generate, where tests/matrix does not ask for it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,6 @@ PROMPT, TALK = "And the king said", [{"role": "user", "content": "Who is it?"}]
 CLOCK = r" (noon|[0-9]{1,2} of the clock|é{2,4})"
 # What a request asks for, in the fields of the server and of generate.
 ASKED = {
-    "nothing": ({}, {}),
-    "sampling": ({"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
-    "another rule": ({"softmeet": {"rule": "prob-mean"}}, {"rule": "prob-mean"}),
-    "a gate": ({"softmeet": {"gate": "unsure:0.5"}}, {"gate": "unsure:0.5"}),
     "a structure": ({"structured_outputs": {"regex": CLOCK}}, {"structure": Structure.regex(CLOCK)}),
     "a stop string": ({"stop": ["e"]}, None),
 }
@@ -50,7 +46,7 @@ def test_a_completion_is_one_text(served, what):
     assert text
     assert "".join(c["text"] for chunk in streamed(url, "completions", body) for c in chunk["choices"]) == text
     if options is not None:
-        how = {"seed": 5, "max_new_tokens": 24, "do_sample": True, "top_k": 0} | as_settings(ensemble, options)
+        how = {"seed": 5, "max_new_tokens": 24, "do_sample": True, "top_k": 0} | options
         assert ensemble.generate(PROMPT, **how) == text
         assert "".join(ensemble.stream(PROMPT, **how)) == text
 
@@ -71,13 +67,6 @@ def test_a_conversation_is_one_text(served, what):
         events = streamed(url, "responses", asked)
         assert "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta") == text
     if options is not None:
-        how = {"seed": 6, "max_new_tokens": 24, "do_sample": True, "top_k": 0} | as_settings(ensemble, options)
+        how = {"seed": 6, "max_new_tokens": 24, "do_sample": True, "top_k": 0} | options
         assert ensemble.generate(TALK, **how) == text
         assert "".join(ensemble.stream(TALK, **how)) == text
-
-
-def as_settings(ensemble, options):
-    """Return options of generate, which takes a rule among its settings."""
-    if "rule" not in options:
-        return options
-    return {"settings": ensemble.model.settings.changed(**options)}

@@ -257,7 +257,7 @@ class ByteMember(TokenModel):
             }
             growths = {}
             for k, wanted in asking.items():
-                chains = [*wanted.chains, *((probs.path, [token]) for probs, token in ahead[k])]
+                chains = [*wanted.chains, *((one.path, one.tokens) for one in ahead[k])]
                 growths[k] = Growth(readings[k].tree, [path for path, _ in chains], [tokens for _, tokens in chains])
             grown = dict(zip(asking, self.run(list(growths.values())), strict=True))
             paths = {k: growth.grown for k, growth in growths.items()}
@@ -273,10 +273,7 @@ class ByteMember(TokenModel):
                     self.spelling, [*wanted.known, *((cover, next(found)) for cover in wanted.missing)], self.pruning
                 )
                 run_ahead = zip(ahead[k], paths[k][count:], states[count:], strict=True)
-                guesses = [
-                    Guess(probs.place + self.spelling.length(token), self.spelling.spelled([token]), path, hidden[-1])
-                    for (probs, token), path, hidden in run_ahead
-                ]
+                guesses = [Guess(own.place, own.word, path, hidden[-1]) for own, path, hidden in run_ahead]
                 work = one.work.and_(calls=1, tokens=tree.columns - one.tree.columns)
                 readings[k] = Reading(covers, tree, one.text, work, (*one.guesses, *guesses))
             moved = list(asking)

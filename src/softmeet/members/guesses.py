@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from softmeet.members.covers import NextTokenProbs
 from softmeet.members.own_path import way
 from softmeet.members.reading import Guess, Reading
 from softmeet.members.spelling import Spelling
+from softmeet.members.token_tree import Path
 
 # A token is run before it is needed if its probability is at least _LIKELY, at most _GUESSES at once. Beside a single
 # open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one vector takes half the
@@ -15,28 +16,41 @@ from softmeet.members.spelling import Spelling
 _LIKELY, _GUESSES, _WORTH = 0.04, 5, 0.6
 
 
-def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> list[tuple[NextTokenProbs, int]]:
-    """Choose the tokens to run ahead of need: none that was guessed already or would not be the tokenizer's own.
+class Ahead(NamedTuple):
+    """A likely next token of a text, and how the model gets behind it.
+
+    Attributes:
+        place: the number of the text's bytes with those of the token.
+        word: the bytes that it spells.
+        path: the columns of the tokenizer's own tokens of all these bytes, as far as they have been run.
+        tokens: the ids of the others, at least one.
+    """
+
+    place: int
+    word: bytes
+    path: Path
+    tokens: list[int]
+
+
+def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> list[Ahead]:
+    """Choose the tokens to run ahead of need, none that was guessed already.
 
     Args:
         reading: the text so far.
         spelling: the member's.
         limit: the number of tokens in the member's context.
         asking: the number of open covers that the model is run on in the same call.
-
-    Returns:
-        (the probabilities at the token's place, its id) for each.
     """
     known = {(guess.place, guess.word) for guess in reading.guesses}
-    written = spelling.written(reading.text)
-    found, together = list[tuple[NextTokenProbs, int]](), 0.0
+    written, places = spelling.written(reading.text), [(one.path, one.place) for one in reading.covers.places]
+    found, together = list[Ahead](), 0.0
     for probs, k, share in reading.covers.likely(spelling, _LIKELY, _GUESSES):
-        token, word = int(spelling.tokens[k]), spelling.words[k]
-        if len(probs.path) >= limit or (probs.place + len(word), word) in known:
+        word = spelling.words[k]
+        if (probs.place + len(word), word) in known:
             continue
-        path, tokens = way(spelling, reading.tree, written[: probs.place] + word, [(probs.path, probs.place)])
-        if tokens == [token] and len(path) == len(probs.path):
-            found.append((probs, token))
+        path, tokens = way(spelling, reading.tree, written[: probs.place] + word, places)
+        if len(path) + len(tokens) <= limit:
+            found.append(Ahead(probs.place + len(word), word, path, tokens))
             together += share
     return [] if asking == 1 and together < _WORTH else found
 

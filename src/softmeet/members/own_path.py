@@ -18,6 +18,7 @@ from softmeet.members.token_tree import Path, TokenTree
 
 # A space between a byte that is none and a letter or digit: every pre-tokenizer begins anew there.
 _BREAKS = re.compile(rb"[^\s](?= [0-9A-Za-z])")
+_SPACES, _LETTER = re.compile(rb"\s\s\Z"), b"a"
 # The bytes after which a text without such a space is cut.
 _STRETCH = 256
 # The bytes among which a place is looked for that no token spans.
@@ -27,8 +28,10 @@ _PARTING = 1024
 def path_of(spelling: Spelling, written: bytes) -> list[int]:
     """Return the ids of the tokens that a model is given for the bytes ``written``.
 
-    They are those of :meth:`Spelling.encode`, but a stretch of more than 256 bytes without a place that surely
-    separates tokens is cut every 256 bytes, so that the tokens of a longer text are found by its end alone.
+    They are those of :meth:`Spelling.encode`, but for two things. A stretch of more than 256 bytes without a place that
+    surely separates tokens is cut every 256 bytes, so that the tokens of a longer text are found by its end alone. And
+    white space at the end is cut as it is before a letter: GPT-2's pre-tokenizer has a token of two line breaks only
+    where no text follows, and a model expects none behind it.
 
     Args:
         spelling: the member's.
@@ -37,7 +40,16 @@ def path_of(spelling: Spelling, written: bytes) -> list[int]:
     breaks = (found.start() + 1 for found in _BREAKS.finditer(written))
     ends = [0, *(place for place in breaks if _separates(spelling, written, place)), len(written)]
     places = [0, *(place for start, end in pairwise(ends) for place in _forced(written, start, end)), len(written)]
-    return [token for start, end in pairwise(places) for token in spelling.cut(written[start:end])]
+    return [token for start, end in pairwise(places) for token in _cut(spelling, written[start:end])]
+
+
+def _cut(spelling: Spelling, written: bytes) -> list[int]:
+    """Return the tokenizer's own tokens, those of white space at the end as before a letter, if they end there."""
+    if _SPACES.search(written):
+        tokens = spelling.cut(written + _LETTER)
+        if spelling.spelled(tokens[-1:]) == _LETTER:
+            return tokens[:-1]
+    return spelling.cut(written)
 
 
 def anchor_of(spelling: Spelling, written: bytes) -> int:
