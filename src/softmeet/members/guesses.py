@@ -16,7 +16,7 @@ from softmeet.members.token_tree import Path
 _LIKELY, _GUESSES, _WORTH = 0.04, 5, 0.6
 
 
-class Ahead(NamedTuple):
+class LikelyToken(NamedTuple):
     """A likely next token of a text, and how the model gets behind it.
 
     Attributes:
@@ -32,7 +32,7 @@ class Ahead(NamedTuple):
     tokens: list[int]
 
 
-def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> list[Ahead]:
+def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> list[LikelyToken]:
     """Choose the tokens to run ahead of need, none that was guessed already.
 
     Args:
@@ -43,14 +43,14 @@ def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> lis
     """
     known = {(guess.place, guess.word) for guess in reading.guesses}
     written, places = spelling.written(reading.text), [(one.path, one.place) for one in reading.covers.places]
-    found, together = list[Ahead](), 0.0
+    found, together = list[LikelyToken](), 0.0
     for probs, k, share in reading.covers.likely(spelling, _LIKELY, _GUESSES):
         word = spelling.words[k]
         if (probs.place + len(word), word) in known:
             continue
         path, tokens = way(spelling, reading.tree, written[: probs.place] + word, places)
         if len(path) + len(tokens) <= limit:
-            found.append(Ahead(probs.place + len(word), word, path, tokens))
+            found.append(LikelyToken(probs.place + len(word), word, path, tokens))
             together += share
     return [] if asking == 1 and together < _WORTH else found
 
