@@ -10,8 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes that nothing here asks for
 
-import jaxtyping
 import pytest
+import shapes
+
+shapes.install()
+
 import torch
 from browser import CHROMIUM
 from hypothesis import HealthCheck, settings
@@ -50,7 +53,7 @@ def pytest_collection_finish():
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """Switch the checks that ``--jaxtyping-packages`` puts in on or off."""
-    jaxtyping.config.update("jaxtyping_disable", not item.stash[_checked])
+    shapes.only(item.stash[_checked])
     return (yield)
 
 
