@@ -12,13 +12,11 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes that
 
 import pytest
 import shapes
-
-shapes.install()
-
 import torch
 from browser import CHROMIUM
 from hypothesis import HealthCheck, settings
 
+shapes.install()
 settings.register_profile(
     "suite", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

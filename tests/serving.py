@@ -7,8 +7,6 @@ import contextlib
 import socket
 import threading
 import time
-from functools import partial
-from types import SimpleNamespace
 
 import httpx
 import tiny
@@ -20,10 +18,9 @@ from softmeet.server.ensembles import Ensembles, Served
 from softmeet.server.protocol import configuration
 from softmeet.server.serving import ServerSettings, Serving
 
-# As httpx itself, but patient: on a busy machine an answer may take longer than its five seconds.
-http = SimpleNamespace(
-    **{name: partial(getattr(httpx, name), timeout=httpx.Timeout(300)) for name in ("get", "head", "post", "stream")}
-)
+# A connection for each request, as httpx itself has it; but patient, since on a busy machine an answer may take longer
+# than its five seconds, and without certificates, which httpx would read for every request.
+http = httpx.Client(timeout=300, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
     "{{ m.role[0] }}:{{ m.content }}!{% endfor %}a:"

@@ -39,7 +39,11 @@ def install():
     """Have the hook decorate in this way; to be called before anything is imported that it decorates."""
 
     def jaxtyped(fn=None, *, typechecker):
-        return functools.partial(_when_asked, typechecker=typechecker) if fn is None else _when_asked(fn, typechecker=typechecker)
+        return (
+            functools.partial(_when_asked, typechecker=typechecker)
+            if fn is None
+            else _when_asked(fn, typechecker=typechecker)
+        )
 
     jaxtyping.jaxtyped = _decorator.jaxtyped = jaxtyped
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import threading
 
-import httpx
 import pytest
 from browser import PATIENCE, needs_chromium
 from serving import http as client
@@ -68,33 +67,37 @@ def url(serving):
         yield found
 
 
-def fetched(browser, origin, url, key="key", **fields):
-    page = browser.new_page()
-    try:
+@pytest.fixture(scope="module")
+def pages(browser, origins):
+    """A page of each origin."""
+    found = [browser.new_page() for _ in origins]
+    for page, origin in zip(found, origins, strict=True):
         page.set_default_timeout(PATIENCE)
         page.goto(origin)
-        headers = HEADERS | {"authorization": f"Bearer {key}"}
-        return page.evaluate(FETCH, [f"{url}/v1/completions", headers, BODY | fields])
-    finally:
-        page.close()
+    return found
+
+
+def fetched(page, url, key="key", **fields):
+    headers = HEADERS | {"authorization": f"Bearer {key}"}
+    return page.evaluate(FETCH, [f"{url}/v1/completions", headers, BODY | fields])
 
 
 @needs_chromium
-def test_a_page_that_is_allowed_gets_answers_streams_and_refusals(browser, origins, url):
-    status, text, _ = fetched(browser, origins[0], url)
+def test_a_page_that_is_allowed_gets_answers_streams_and_refusals(pages, url):
+    status, text, _ = fetched(pages[0], url)
     assert (status, '"text_completion"' in text) == (200, True)
-    status, text, _ = fetched(browser, origins[0], url, stream=True)
+    status, text, _ = fetched(pages[0], url, stream=True)
     assert (status, text.endswith("data: [DONE]\n\n")) == (200, True)
-    status, text, _ = fetched(browser, origins[0], url, key="wrong")
+    status, text, _ = fetched(pages[0], url, key="wrong")
     assert (status, "expected a valid API key" in text) == (401, True)
-    assert fetched(browser, origins[0], url, temperature=3)[0] == 400
+    assert fetched(pages[0], url, temperature=3)[0] == 400
 
 
 @needs_chromium
-def test_a_page_that_is_not_allowed_gets_nothing(browser, origins, url, serving):
+def test_a_page_that_is_not_allowed_gets_nothing(pages, url, serving):
     before = serving.metrics.registry.get_sample_value("softmeet_tokens_total")
     for fields in ({}, {"stream": True}):
-        assert fetched(browser, origins[1], url, **fields)[:2] == [0, "TypeError: Failed to fetch"]
+        assert fetched(pages[1], url, **fields)[:2] == [0, "TypeError: Failed to fetch"]
     # The browser asks first, so that the request itself was never sent.
     assert serving.metrics.registry.get_sample_value("softmeet_tokens_total") == before
 
@@ -102,7 +105,7 @@ def test_a_page_that_is_not_allowed_gets_nothing(browser, origins, url, serving)
 def test_every_answer_to_an_allowed_origin_says_so(url, origins, serving, monkeypatch):
     origin, key = {"origin": origins[0]}, {"authorization": "Bearer key"}
     preflight = {"access-control-request-method": "POST", "access-control-request-headers": ", ".join(HEADERS)}
-    found = httpx.options(f"{url}/v1/completions", headers=origin | preflight)
+    found = client.options(f"{url}/v1/completions", headers=origin | preflight)
     assert found.status_code == 200
     assert set(HEADERS) <= {name.strip() for name in found.headers["access-control-allow-headers"].split(",")}
     assert found.headers["x-content-type-options"] == "nosniff"

@@ -105,7 +105,7 @@ def test_a_malformed_body_gets_an_error_object_that_does_not_echo_it(url, name):
         response = http.post(url + path, content=MALFORMED[name], headers=JSON)
         assert_is_error(response)
         assert len(response.content) < 1000
-    assert http.post(f"{url}/v1/completions", json=GOOD).status_code == 200
+    assert http.post(f"{url}/v1/completions", json=GOOD | {"max_tokens": 1}).status_code == 200
 
 
 def test_other_wrong_requests(url):
@@ -229,7 +229,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
             go.wait(300)
 
     ensemble.model.members[0].base_model.register_forward_hook(hold)
-    serving = serving_of({"plain": ensemble}, limits=Limits(rows=1, waiting=1), seconds=1.5)
+    serving = serving_of({"plain": ensemble}, limits=Limits(rows=1, waiting=1), seconds=0.8)
     long = GOOD | {"max_tokens": 60, "logit_bias": {"0": -100}}
     with running(serving) as url, ThreadPoolExecutor(2) as pool:
         assert http.get(f"{url}/ready").status_code == 200
@@ -239,7 +239,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
         assert_is_error(busy, 429)
         assert busy.headers["retry-after"] == "1"
         assert http.get(f"{url}/ready").status_code == 503
-        time.sleep(1.6)
+        time.sleep(0.9)
         go.set()
         for response in [w.result() for w in waiting]:
             assert_is_error(response, 504)
@@ -248,7 +248,7 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
         with http.stream("POST", f"{url}/v1/completions", json=long | {"stream": True}, timeout=300) as stream:
             lines = stream.iter_lines()
             events = [next(lines)]
-            time.sleep(1.6)
+            time.sleep(0.9)
             go.set()
             events += [line for line in lines if line]
         assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "timeout"
@@ -310,9 +310,9 @@ def test_sigterm_under_load_ends_every_stream_properly(members):
         "2",
     )
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}, "stream": True}
-    with ThreadPoolExecutor(24) as pool:
-        streams = [pool.submit(streamed, server.url, fields) for _ in range(24)]
-        wait_until(lambda: sum(s.done() for s in streams) + outstanding(server.url) >= 24)
+    with ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(streamed, server.url, fields) for _ in range(16)]
+        wait_until(lambda: sum(s.done() for s in streams) + outstanding(server.url) >= 16)
         server.process.send_signal(signal.SIGTERM)
         before = sum(s.done() for s in streams)
         wait_until(lambda: sum(s.done() for s in streams) > before + 2)
@@ -346,11 +346,11 @@ def test_a_second_ctrl_c_ends_every_answer_properly(members):
         "1",
     )
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}
-    with ThreadPoolExecutor(40) as pool, socket.create_connection(tuple(server.url.split("//")[1].split(":"))) as slow:
+    with ThreadPoolExecutor(20) as pool, socket.create_connection(tuple(server.url.split("//")[1].split(":"))) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
-        streams = [pool.submit(streamed, server.url, fields | {"stream": True}) for _ in range(20)]
-        wholes = [pool.submit(http.post, f"{server.url}/v1/completions", json=fields) for _ in range(20)]
-        wait_until(lambda: sum(s.done() for s in streams + wholes) + outstanding(server.url) >= 40)
+        streams = [pool.submit(streamed, server.url, fields | {"stream": True}) for _ in range(10)]
+        wholes = [pool.submit(http.post, f"{server.url}/v1/completions", json=fields) for _ in range(10)]
+        wait_until(lambda: sum(s.done() for s in streams + wholes) + outstanding(server.url) >= 20)
         server.process.send_signal(signal.SIGINT)
         wait_until(lambda: not accepts(server.url))
         server.process.send_signal(signal.SIGINT)
@@ -407,9 +407,7 @@ def test_members_that_two_ensembles_name_are_loaded_once(members):
 
 def test_threads_of_clients_get_their_own_tokens(url):
     """Many at once, in any order: every answer is the one that the same request gets alone."""
-    fields = [
-        {"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 20, "seed": k, "logprobs": 0} for k in range(24)
-    ]
+    fields = [{"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 8, "seed": k, "logprobs": 0} for k in range(16)]
     alone = [http.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
     with ThreadPoolExecutor(16) as pool:
         together = list(
@@ -424,7 +422,7 @@ def test_schemathesis_finds_only_errors_that_are_objects(url):
     """What the OpenAPI document describes, and what it does not, never makes a 500."""
     from malformed import fuzz
 
-    seen = fuzz(url, examples=12)
+    seen = fuzz(url, examples=5)
     assert seen["answered"] >= 5
     assert seen["refused"] >= 50
     assert not seen["wrong"]

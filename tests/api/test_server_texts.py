@@ -8,7 +8,7 @@ from itertools import pairwise
 import byte_tokenizers
 import pytest
 import transformers as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import http, running, serving_of
 
@@ -110,6 +110,7 @@ def test_the_case_that_was_reported(url):
         assert all(len(top) >= 3 for top in found["top_logprobs"][1:])
 
 
+@settings(max_examples=8)
 @given(prompt=TEXT.filter(bool), seed=st.integers(0, 1 << 30))
 def test_an_echo_is_rebuilt_from_its_offsets_streamed_or_not(url, prompt, seed):
     fields = {"model": "gpt2", "prompt": prompt, "max_tokens": 8, "seed": seed, "echo": True, "logprobs": 2}

@@ -62,7 +62,8 @@ def test_the_openai_clients_own_form_on_chat_whole_and_streamed(client):
     ],
 )
 def test_every_form_of_vllm_by_every_rule_for_all_choices(client, model, asked, is_one):
-    for more in ({"temperature": 0}, {"n": 3, "temperature": 1.2, "top_p": 0.9, "presence_penalty": 1}):
+    ways = [{"n": 2, "temperature": 1.2, "top_p": 0.9, "presence_penalty": 1}]
+    for more in [*ways, {"temperature": 0}] if model == "wide" else ways:
         for text, reason in ask(client, model, extra_body={"structured_outputs": asked}, **more):
             assert reason == "length" or is_one(text)
             assert reason == "stop" or "grammar" in asked or "json" in asked
@@ -71,13 +72,6 @@ def test_every_form_of_vllm_by_every_rule_for_all_choices(client, model, asked, 
 def test_a_schema_may_be_given_as_text(client):
     found = [ask(client, extra_body={"structured_outputs": {"json": own}}) for own in (SCHEMA, json.dumps(SCHEMA))]
     assert found[0] == found[1]
-
-
-def test_the_server_writes_what_generate_writes(client, ensembles):
-    expected = ensembles["wide"].generate(
-        "And the king", structure=Structure.json_schema(SCHEMA), seed=3, max_new_tokens=90
-    )
-    assert ask(client, extra_body={"response_format": FORM})[0][0] == expected
 
 
 def test_a_text_that_is_cut_says_so(client):
@@ -101,7 +95,6 @@ def test_a_text_that_is_cut_says_so(client):
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag is not supported"),
         ({"structured_outputs": {"regex": "a"}, "response_format": FORM}, "structured_outputs", "got both"),
         ({"guided_regex": "a"}, "guided_regex", 'write {"structured_outputs": {"regex": …}}'),
-        ({"structured_outputs": {"json": ENDLESS}}, "structured_outputs", "seconds to compile"),
     ],
 )
 def test_what_cannot_be_used_is_a_clear_error(client, fields, param, message):
@@ -114,14 +107,18 @@ def test_what_cannot_be_used_is_a_clear_error(client, fields, param, message):
 def test_endless_schemas_end_and_others_are_served_meanwhile(client):
     def endless(k):
         schema = {**ENDLESS, "title": str(k)}
-        with pytest.raises((openai.BadRequestError, openai.RateLimitError)):
+        with pytest.raises((openai.BadRequestError, openai.RateLimitError)) as caught:
             ask(client, extra_body={"structured_outputs": {"json": schema}})
+        return caught.value
 
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(endless, k) for k in range(3)]
         assert ask(client, max_tokens=4)[0][1] == "length"
-        for one in asked:
-            one.result()
+        refused = [one.result().body for one in asked if isinstance(one.result(), openai.BadRequestError)]
+    assert refused
+    for error in refused:
+        assert error["param"] == "structured_outputs"
+        assert "seconds to compile" in error["message"]
 
 
 def test_a_text_whose_structure_becomes_too_complex_ends_alone(client, monkeypatch):

@@ -25,7 +25,7 @@ from studies.known_truth import KnownTruthStudy, SyntheticStudy, never_worse
 from studies.report import mean_text
 from study import study
 
-TINY = SyntheticStudy(v=32, rows=2, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
+TINY = SyntheticStudy(v=32, rows=1, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -129,14 +129,15 @@ def test_cells_do_not_depend_on_which_others_run(synthetic_results):
 def test_the_report_holds_every_rule_and_the_plots(synthetic_results, tmp_path):
     report = TINY.report(synthetic_results, "study.py synthetic")
     text = report.write(tmp_path).read_text()
-    assert "`max-entropy` is never worse than `logit-mean`: holds in 8 rows" in text
+    assert "`max-entropy` is never worse than `logit-mean`: holds in 4 rows" in text
     assert "min-reverse-cross-entropy" in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"width.png", "noise.png"}
     assert json.loads(json.dumps(report.json()))["tables"]
 
 
 def test_known_truths_under_trained_heads(tmp_path):
-    tier = KnownTruthStudy(positions=2, rows=2, documents=1, sizes=(2,))
+    members, truth = ("narrow/opt-a", "narrow/opt-b"), ("wide/gpt2", "wide/neox")
+    tier = KnownTruthStudy(members, truth, positions=2, rows=2, documents=1, sizes=(2,))
     text = "And it came to pass, when men began to multiply on the face of the earth, that there were giants. " * 4
     ((key, work),) = tier.cells([Document("text", text)], tier.load())
     result = work()
@@ -165,7 +166,7 @@ def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
 
 
 def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path, monkeypatch):
-    small = {"positions": 6, "meet": 3, "exact": 2, "slow": 2, "rows": 3, "tokens": 1, "premise": 3}
+    small = {"positions": 4, "meet": 2, "exact": 2, "slow": 2, "rows": 3, "tokens": 1, "premise": 2}
     monkeypatch.setattr(on_text, "SMOKE", replace(on_text.SMOKE, **small))
     text = tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. And the earth was without form. " * 6)

@@ -109,23 +109,19 @@ def mixed():
 PROMPT = "And the king said"
 
 
-@pytest.mark.parametrize("most", [1, 3, 17])
-def test_every_road_counts_tokens(mixed, most):
-    """The text is the longest beginning of a longer one with so many tokens, and a seed's text everywhere."""
+@pytest.mark.parametrize("most", [1, 3, 9])
+def test_roads_count_tokens(mixed, most):
+    """The text is the longest beginning of a longer one with so many tokens; of other roads, see tests/matrix."""
     spelling = mixed.model.readers[0].spelling
-    longer = mixed.generate(PROMPT, max_bytes=16 * most, seed=5)
+    longer = mixed.generate(PROMPT, max_bytes=10 * most + 6, seed=5)
     text = mixed.generate(PROMPT, max_new_tokens=most, seed=5)
     fits = [c for c, count in zip(longer, running(spelling, longer), strict=True) if count <= most]
     assert text == "".join(fits)
     assert 0 < len(text) < len(longer)
-    assert "".join(mixed.stream(PROMPT, max_new_tokens=most, seed=5)) == text
     shown = mixed.stream_with_disagreement(PROMPT, max_new_tokens=most, seed=5)
     assert "".join(piece for piece, _ in shown) == text
     assert mixed.generate([PROMPT, "In the"], max_new_tokens=most, seed=5)[0] == text
     assert mixed.generate([PROMPT], max_new_tokens=most, seed=5, reproducible=True) == [text]
-    flags = ["--seed", "5", "--rule", "logit-mean", "--no-summary", "--max-new-tokens", str(most)]
-    done = CliRunner().invoke(app, ["generate", PROMPT, "-m", "mixed", *flags], catch_exceptions=False)
-    assert done.stdout == text + "\n"
 
 
 def test_model_generate_counts_tokens_however_it_is_told(mixed):
@@ -157,13 +153,14 @@ def test_model_generate_counts_tokens_however_it_is_told(mixed):
 
 
 def test_bytes_can_be_counted_instead(mixed):
-    assert len(mixed.generate(PROMPT, max_bytes=11, seed=5).encode()) == 11
+    short = mixed.generate(PROMPT, max_bytes=11, seed=5)
+    assert len(short.encode()) == 11
     text = mixed.generate(PROMPT, max_bytes=11, max_new_tokens=2, seed=5)
     assert text == mixed.generate(PROMPT, max_new_tokens=2, seed=5)
-    flags = ["--seed", "5", "--rule", "logit-mean", "--no-summary", "--max-new-bytes"]
-    for most in (11, 300):
-        done = CliRunner().invoke(app, ["generate", PROMPT, "-m", "mixed", *flags, str(most)], catch_exceptions=False)
-        assert done.stdout == mixed.generate(PROMPT, max_bytes=most, seed=5) + "\n"
+    flags = ["--seed", "5", "--rule", "logit-mean", "--no-summary", "--max-new-bytes", "300"]
+    done = CliRunner().invoke(app, ["generate", PROMPT, "-m", "mixed", *flags], catch_exceptions=False)
+    assert done.stdout.startswith(short)
+    assert len(done.stdout.encode()) == 300 + len("\n")
     for wrong in (0, "many", True):
         with pytest.raises(InvalidInputError, match="expected max_bytes as a number of bytes from 1"):
             mixed.generate(PROMPT, max_bytes=wrong)
@@ -191,8 +188,8 @@ def test_over_tokens_there_are_no_bytes_to_count(wide):
 def test_the_first_member_is_the_one_that_counts():
     turned = Ensemble.from_pretrained(["mixed/llama", "mixed/gpt2"], "logit-mean", vocabulary="bytes")
     spelling = turned.model.readers[0].spelling
-    longer = turned.generate(PROMPT, max_bytes=100, seed=5)
-    text = turned.generate(PROMPT, max_new_tokens=9, seed=5)
-    fits = [c for c, count in zip(longer, running(spelling, longer), strict=True) if count <= 9]
+    longer = turned.generate(PROMPT, max_bytes=60, seed=5)
+    text = turned.generate(PROMPT, max_new_tokens=6, seed=5)
+    fits = [c for c, count in zip(longer, running(spelling, longer), strict=True) if count <= 6]
     assert text == "".join(fits)
     assert zoo.locate("mixed/llama")

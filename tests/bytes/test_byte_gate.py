@@ -19,7 +19,7 @@ from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.members.covers import END, Pruning
 
 KINDS = ("gpt2", "llama")
-GREEDY = {"max_bytes": 4, "do_sample": False}
+GREEDY = {"max_bytes": 3, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]
 
 
@@ -44,15 +44,18 @@ def one_by_one(member, reading, text):
 def test_bytes_read_at_once_are_bytes_read_one_by_one(kind, text):
     member = member_of(kind, EXACT)
     for begun in range(len(text)):
-        for ended in range(begun + 1, len(text) + 1):
-            reading = member.begin(text[:begun])
-            ours = member.follow(reading, text[begun:ended])
-            expected = one_by_one(member, reading, text[begun:ended])
-            assert ours.text == expected.text
-            assert torch.allclose(member.log_probs([ours]), member.log_probs([expected]), atol=1e-9)
+        readings = [member.begin(text[:begun])]
+        for byte in text[begun:]:
+            readings += member.advance(readings[-1:], [byte])
+        expected = member.log_probs(readings)
+        # All that is left, and by turns half of it or the next byte.
+        for count in {len(text) - begun, (len(text) - begun + 1) // 2 if begun % 2 else 1}:
+            ours = member.follow(readings[0], text[begun : begun + count])
+            assert ours.text == readings[count].text
+            assert torch.allclose(member.log_probs([ours]), expected[[count]], atol=1e-9)
             # What follows goes on from there as from any other reading.
-            ours, expected = (one_by_one(member, one, text[ended:]) for one in (ours, expected))
-            assert torch.allclose(member.log_probs([ours]), member.log_probs([expected]), atol=1e-9)
+            after = one_by_one(member, ours, text[begun + count :])
+            assert torch.allclose(member.log_probs([after]), expected[-1:], atol=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def test_bytes_read_at_once_cost_fewer_calls_and_say_nearly_the_same(mixed):
     text = b"And the king said unto them, Go ye and seek the LORD in the mountain of the house"
     for member in mixed.model.readers:
         calls, far = np.zeros(2, int), []
-        for begun in range(0, len(text) - 12, 5):
+        for begun in range(0, len(text) - 12, 10):
             reading = member.begin(text[:begun])
             found = []
             for k, read in enumerate((member.follow, lambda one, more: one_by_one(member, one, more))):  # noqa: B023
@@ -77,7 +80,7 @@ def test_bytes_read_at_once_cost_fewer_calls_and_say_nearly_the_same(mixed):
         assert np.mean(far) < 0.003
 
 
-@pytest.mark.parametrize("text", [text for text in HOSTILE if text])
+@pytest.mark.parametrize("text", [text[:1000] for text in HOSTILE if text])
 def test_hostile_bytes_are_followed(text):
     member = member_of("gpt2", Pruning())
     reading = member.follow(member.begin(b"the"), text)
@@ -108,35 +111,33 @@ def gated_greedy(model, prompt, threshold, count):
 
 
 def test_the_first_answers_where_it_is_sure_and_all_where_it_is_not(ensemble):
-    model, count, closed, gate = ensemble.model, 4, 0, "unsure:0.5"
+    model, count, closed, gate, texts = ensemble.model, 3, 0, "unsure:0.5", []
     options = {"max_bytes": count, "do_sample": False, "gate": gate, "suppress_tokens": [END]}
     for prompt in PROMPTS:
         recorder = Recorder()
         expected, alone = gated_greedy(model, prompt.encode(), 0.5, count)
-        text = ensemble.generate(prompt, recorder=recorder, **options)
-        assert text.encode() == expected.decode(errors="replace").encode()
+        texts.append(ensemble.generate(prompt, recorder=recorder, **options))
+        assert texts[-1].encode() == expected.decode(errors="replace").encode()
         assert recorder.gate.gated == alone
         closed += alone
-        assert text == ensemble.generate(prompt, use_cache=False, **options)
-        assert text == ensemble.generate(prompt, prompt_lookup_num_tokens=3, **options)
-        assert text == "".join(ensemble.stream(prompt, **options))
+        assert texts[-1] == ensemble.generate(prompt, use_cache=False, **options)
+        assert texts[-1] == ensemble.generate(prompt, prompt_lookup_num_tokens=3, **options)
     assert 0 < closed < count * len(PROMPTS)
-    assert ensemble.generate(PROMPTS, **options) == [ensemble.generate(prompt, **options) for prompt in PROMPTS]
-    beams = {**options, "num_beams": 3}
+    assert ensemble.generate(PROMPTS, **options) == texts
+    beams = {**options, "num_beams": 2}
     assert ensemble.generate(PROMPTS[0], **beams) == ensemble.generate(PROMPTS[0], use_cache=False, **beams)
 
 
 def test_a_gate_that_is_never_open_asks_nobody_else_and_one_that_always_is_is_none(ensemble, folders):
     second = ensemble.model.readers[1]
     alone = Ensemble.from_pretrained(folders[:1], "logit-mean", vocabulary="bytes", prune=0.0, dtype=torch.float64)
-    for options in ({}, {"num_beams": 3}, {"use_cache": False}):
+    for options, always in (({}, 1), ({"num_beams": 2}, 2), ({"use_cache": False}, 2)):
         before = second.spent
         found = ensemble.generate(PROMPTS[0], gate="unsure:0", **options, **GREEDY)
         assert second.spent == before
         assert found == alone.generate(PROMPTS[0], **options, **GREEDY)
         plain = ensemble.generate(PROMPTS[0], **options, **GREEDY)
-        for gate in ("unsure:1", "unsure:2"):
-            assert ensemble.generate(PROMPTS[0], gate=gate, **options, **GREEDY) == plain
+        assert ensemble.generate(PROMPTS[0], gate=f"unsure:{always}", **options, **GREEDY) == plain
 
 
 def test_a_gate_saves_calls_of_the_members_that_are_not_asked(mixed):
@@ -157,10 +158,10 @@ def test_the_summary_says_how_often_the_gate_was_closed():
 
 
 def test_served_texts_are_those_of_generate_in_any_company(pruned):
+    """Of requests with gates that differ."""
     asked = [
-        {"prompt": prompt, "seed": seed, "max_tokens": 8 + 5 * seed, "softmeet": {"gate": gate}}
-        for seed in range(2)
-        for prompt in (*PROMPTS, "the then the")
+        {"prompt": prompt, "seed": seed, "max_tokens": 8, "softmeet": {"gate": gate}}
+        for seed, prompt in enumerate((PROMPTS[2], "the then the"))
         for gate in ("unsure:0.2", "unsure:0", "none")
     ]
     with running(serving_of({"bytes": pruned})) as url:

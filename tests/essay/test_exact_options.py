@@ -102,6 +102,7 @@ def test_underestimation_where_moments_leave_one_point(seed):
 @pytest.mark.parametrize("rule", EXACT)
 def test_batched_equals_looped(rule):
     log_p, heads = CASES["generic"].build()
+    log_p = log_p[:, :3]
     together = softmeet.combine(log_p, heads, rule, **OPTIONS)
     for k in range(log_p.shape[1]):
         alone = softmeet.combine(log_p[:, k], heads, rule, **OPTIONS)
@@ -169,6 +170,7 @@ def test_as_many_moments_as_tokens_leave_one_answer():
 @pytest.mark.parametrize("rule", ["meet", *EXACT])
 def test_rank(rule):
     log_p, heads = CASES["premise"].build()
+    log_p = log_p[:, :2]
     whole = softmeet.combine(log_p, heads, rule, **OPTIONS)
     same = softmeet.combine(log_p, heads, rule, rank=6, **OPTIONS)
     assert not same.relaxed
@@ -185,7 +187,7 @@ def test_rank(rule):
 @pytest.mark.parametrize("rule", [rule.name for rule in softmeet.RULES])
 def test_relaxed_is_said_only_of_rules_that_the_option_is_for(rule):
     log_p, heads = CASES["premise"].build()
-    given = {"rank": 2, "slack": 0.1}
+    log_p, given = log_p[:, :1], {"rank": 2, "slack": 0.1}
     alone = {name: softmeet.combine(log_p, heads, rule, **{name: given[name]}).relaxed for name in given}
     assert alone["rank"] == (rule == "meet" or rule in EXACT)
     assert alone["slack"] == (rule in PROGRAMS)
@@ -263,14 +265,14 @@ def build(rule, **options):
 @pytest.mark.parametrize("rule", ["least-squares", "min-cross-entropy"])
 def test_zeros_go_through_sampling_and_beams(rule):
     model = build(rule, slack=0.01)
-    prompts = torch.tensor([[5, 6, 7], [9, 10, 11]])
+    prompts = torch.tensor([[5], [9]])
     options: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
     assert model(input_ids=prompts).logits.isneginf().any()
     torch.manual_seed(0)
     for ways in ({"do_sample": True}, {"num_beams": 2}, {"do_sample": False}):
         out = model.generate(prompts, **{"do_sample": False, **ways}, **options)
-        assert out.shape == (2, 5)
-        scores = model(input_ids=out).logits[:, 2:-1].gather(-1, out[:, 3:, None])
+        assert out.shape == (2, 3)
+        scores = model(input_ids=out[:, :-1]).logits.gather(-1, out[:, 1:, None])
         assert scores.isfinite().all()
 
 

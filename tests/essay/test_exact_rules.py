@@ -8,7 +8,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from exact_instances import CASES, biased_outputs, instance
+from exact_instances import CASES, biased_outputs
+from exact_instances import instance as whole
 from exact_oracles import (
     constraints,
     linear,
@@ -37,6 +38,14 @@ EXACT = ["max-entropy", "min-cross-entropy", "min-squared-cross-entropy", "min-u
 
 
 @functools.cache
+def instance(name):
+    """Two rows at most of an instance: one feasible and one not, where it has both."""
+    log_p, heads, options, rows = whole(name)
+    some = slice(1, 3) if len(rows) > 2 else slice(2)
+    return log_p[:, some], heads, options, rows[some]
+
+
+@functools.cache
 def solve(name, rule, **changes):
     """(solution, rows), found once for all tests that ask for it."""
     log_p, heads, options, rows = instance(name)
@@ -56,23 +65,23 @@ def check_again(solution, name):
     assert torch.allclose(again.residual, solution.residual, atol=1e-9)
 
 
-@pytest.mark.parametrize("rule", EXACT)
-@pytest.mark.parametrize("name", CASES)
+# On the boundary the last rule has no finite value, though there is a distribution: see the tests of options.
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [(name, rule) for name in CASES for rule in (EXACT[:-1] if CASES[name].boundary else EXACT)],
+)
 def test_feasibility_is_what_highs_says(name, rule):
     solution, rows = solve(name, rule)
     known = CASES[name].feasible
     for k, (*_, G, g, feasible) in enumerate(rows):
         assert known is None or feasible == known
-        if CASES[name].boundary and rule == "min-reverse-cross-entropy":
-            continue  # feasible, but without a finite value: see below
         assert (solution.status[k] == Status.INFEASIBLE) == (not feasible)
         assert solution.status[k] != Status.NOT_CONVERGED
         assert solution.fallback[k] == (not feasible)
         if feasible:
             slack = 1e-2 if rule == "max-entropy" else CLOSE  # its tolerance is on the gap
             assert np.abs(G.T @ solution.log_probs[k].exp().numpy() - g).max() < slack
-    if not (CASES[name].boundary and rule == "min-reverse-cross-entropy"):
-        check_again(solution, name)
+    check_again(solution, name)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -197,7 +206,7 @@ def test_the_least_underestimation_is_zero_or_full_but_for_as_many_tokens(name):
 @pytest.mark.parametrize("metric", ["whitened", "raw"])
 def test_least_squares_stays_in_the_support(metric):
     """Reduced costs of tokens outside may be the least of all."""
-    for seed in range(12):
+    for seed in range(6):
         draw = torch.Generator().manual_seed(seed)
         heads = [torch.randn(v, 8, generator=draw, dtype=torch.float64) for v in (64, 56)]
         hidden = torch.randn(2, 8, generator=draw, dtype=torch.float64)
@@ -232,7 +241,7 @@ def test_raw_least_squares_with_free_directions():
 @pytest.mark.parametrize("shared", [4, 8])
 def test_rounding_in_shared_directions_is_no_proof(shared):
     """Members with biases of their own agree there to rounding, which multipliers without bound would amplify."""
-    for seed in range(3):
+    for seed in range(2):
         draw = torch.Generator().manual_seed(seed)
         heads = [torch.randn(64, 8, generator=draw, dtype=torch.float64) for _ in range(2)]
         heads[1][:, :shared] = heads[0][:, :shared]
@@ -245,33 +254,37 @@ def test_rounding_in_shared_directions_is_no_proof(shared):
             assert solution.verify(made, log_p).status == solution.status
 
 
-@pytest.mark.parametrize("n", [2, 8])
-@pytest.mark.parametrize("noise", [1e-15, 1e-12, 1e-10])
-def test_members_that_are_the_same_but_for_rounding_agree(n, noise):
+@pytest.mark.parametrize(
+    ("n", "noise", "pool"),
+    [(2, 1e-15, "logit-mean"), (2, 1e-12, "prob-mean"), (2, 1e-10, "logit-mean"),
+     (8, 1e-15, "prob-mean"), (8, 1e-12, "logit-mean"), (8, 1e-10, "prob-mean")],
+)  # fmt: skip
+def test_members_that_are_the_same_but_for_rounding_agree(n, noise, pool):
     draw = torch.Generator().manual_seed(3)
     head = torch.randn(64, 8, generator=draw, dtype=torch.float64)
     own = (head @ torch.randn(8, 2, generator=draw, dtype=torch.float64)).T
     log_p = own + noise * torch.randn(n, 2, 64, generator=draw, dtype=torch.float64)
     log_p = log_p.log_softmax(-1)
-    for pool in ("logit-mean", "prob-mean"):
-        solution = softmeet.combine(log_p, [head] * n, "max-entropy", pool=pool, tol=TOL)
-        assert (solution.status == Status.OPTIMAL).all()
-        assert total_variation(solution.log_probs, log_p[0]).max() < 1e-6
-        assert (solution.verify([head] * n, log_p).status == Status.OPTIMAL).all()
+    solution = softmeet.combine(log_p, [head] * n, "max-entropy", pool=pool, tol=TOL)
+    assert (solution.status == Status.OPTIMAL).all()
+    assert total_variation(solution.log_probs, log_p[0]).max() < 1e-6
+    assert (solution.verify([head] * n, log_p).status == Status.OPTIMAL).all()
 
 
 @pytest.mark.unchecked
 def test_a_row_whose_moments_are_all_but_met_is_answered():
     """Its nearest moments are 3e-6 off: Newton's method runs along a ray whose point is no answer."""
     ensemble = softmeet.Ensemble.from_pretrained(["narrow/opt-a", "narrow/opt-c"])
-    books = [book for book in held_out_books() if book.name in ("Ruth", "James")]
-    found = observe_text(ensemble, sorted(books, key=lambda book: book.name, reverse=True), max_tokens=1200)
+    found = observe_text(ensemble, [book for book in held_out_books() if book.name == "Ruth"], max_tokens=1200)
     row = found.take(slice(1196, 1197))
-    log_p = torch.stack([h.log_probs(x) for h, x in zip(ensemble.model.heads, row.hidden, strict=True)])
-    for rule in EXACT:
-        solution = softmeet.combine(log_p, list(ensemble.model.heads), rule)
+    heads = list(ensemble.model.heads)
+    log_p = torch.stack([h.log_probs(x) for h, x in zip(heads, row.hidden, strict=True)])
+    first = softmeet.combine(log_p, heads, "max-entropy")
+    # All rules ask the same of the row: two find it out, and the others are told.
+    alone = softmeet.combine(log_p, heads, "min-cross-entropy")
+    for solution in (first, alone, *(softmeet.combine(log_p, heads, rule, start=first) for rule in EXACT[2:])):
         assert solution.status == Status.INFEASIBLE
-        assert solution.verify(list(ensemble.model.heads), log_p).status == Status.INFEASIBLE
+        assert solution.verify(heads, log_p).status == Status.INFEASIBLE
         assert solution.log_probs[0, row.targets[0]] > -10
 
 
@@ -288,8 +301,11 @@ def means_of(name, k):
     return [own.exp().numpy() @ W for own, W in zip(log_p[:, k], raw_of(name, k), strict=True)]
 
 
-@pytest.mark.parametrize("name", ["generic", "premise", "peaked", "v = 1024", "v = 1024, infeasible"])
-@pytest.mark.parametrize("tau", [1e-3, 0.1])
+@pytest.mark.parametrize(
+    ("name", "tau"),
+    [("generic", 1e-3), ("generic", 0.1), ("premise", 0.1), ("peaked", 1e-3), ("v = 1024", 1e-3),
+     ("v = 1024, infeasible", 0.1)],
+)  # fmt: skip
 def test_slack_makes_the_linear_program_choose(name, tau):
     solution, rows = solve(name, "min-cross-entropy", slack=tau)
     assert (solution.status == Status.OPTIMAL).all()

@@ -33,11 +33,11 @@ def highs(program):
     return found.fun
 
 
-@pytest.mark.parametrize(("seed", "within"), [(0, 3e-6), (1, 1e-6), (2, 1e-6)])
+@pytest.mark.parametrize(("seed", "within"), [(0, 3e-6), (2, 1e-6)])
 def test_it_goes_on_while_complementarity_falls(seed, within):
     """The moments are as near as rounding lets them be long before the optimum is: that is no reason to stop.
 
-    Stopping there leaves 7e-6 of the first and 2e-6 of the third; rounding leaves 1e-6 of the first on some processors.
+    Stopping there leaves 7e-6 of the first and 2e-6 of the other; rounding leaves 1e-6 of the first on some processors.
     """
     program = linear(2000, 100, 10.0, seed)
     found = interior_point(program)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -109,17 +110,17 @@ def test_fp16_says_what_it_costs(ensemble, tmp_path):
 def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(ensemble, tmp_path):
     expected = record(ensemble, DOCUMENTS, tmp_path / "whole", window=8, shard_size=8).read()
     kept, killed, draw = tmp_path / "killed", 0, random.Random(0)
-    for _ in range(8):
+    for _ in range(6):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of threads at a fork: the child uses none
             child = os.fork()
         if child == 0:
             record(ensemble, DOCUMENTS, kept, window=8, shard_size=8, on_progress=lambda positions: time.sleep(0.02))
             os._exit(0)
-        time.sleep(0.05 + 0.4 * draw.random())
+        time.sleep(0.05 + 0.3 * draw.random())
         os.kill(child, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert killed >= 4
+    assert killed >= 3
     made = record(ensemble, DOCUMENTS, kept, window=8, shard_size=8)
     assert same(made.read(), expected)
     # And nothing that was whole is made again.
@@ -175,9 +176,15 @@ def varint(offset):
     return out + bytes([n])
 
 
+@pytest.fixture(scope="module")
+def recorded(ensemble, tmp_path_factory):
+    """A folder that is only read."""
+    return record(ensemble, DOCUMENTS, tmp_path_factory.mktemp("recorded") / "t", window=8, shard_size=100).folder
+
+
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "foreign", "a name", "a column", "an offset"])
-def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, tmp_path, harm):
-    made = record(ensemble, DOCUMENTS, tmp_path / "t", window=8, shard_size=100)
+def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, recorded, tmp_path, harm):
+    made = Trace.open(shutil.copytree(recorded, tmp_path / "t"))
     whole, path = made.read(), made.shard(1)
     data = bytearray(path.read_bytes())
     if harm == "truncated":

@@ -68,8 +68,24 @@ def advised(members, first, second, **how):
     return advise(members, TEXT, positions(members, first, second), **how)
 
 
+@functools.cache
+def equal(members):
+    return advised(members, 1.0, 1.0)
+
+
+@functools.cache
+def as_good(members):
+    return advised(members, 0.3, 0.3)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """For tests that do not look at what members cost."""
+    monkeypatch.setattr(advising, "milliseconds", lambda runs: [1.0] * len(runs))
+
+
 def test_equal_members_are_averaged(members):
-    found = figures(advised(members, 1.0, 1.0))
+    found = figures(equal(members))
     assert found["verdict"] in ("average", "gate")
     assert found["interval"][0] > 0
     assert found["gain"] == pytest.approx(sum(found["interval"]) / 2)
@@ -94,34 +110,34 @@ def test_a_much_better_member_is_used_alone(members, tmp_path):
     assert f"Use {short(members.names[0])} alone" in found["says"]
 
 
-def test_the_same_member_twice_is_one(members):
+def test_the_same_member_twice_is_one(members, unmeasured):
     same = positions(members, 0.3, 0.3)
     same = replace(same, hidden=[same.hidden[0], same.hidden[0]])
-    found = figures(advise(members, TEXT, same))
+    found = figures(advise(members, TEXT, same, folds=2))
     assert found["verdict"] == "single"
     assert found["gain"] == pytest.approx(0, abs=3e-3)
 
 
-def test_an_interval_that_holds_zero_is_no_advice(members):
+def test_an_interval_that_holds_zero_is_no_advice(members, unmeasured):
     """Whatever the mean is, over many draws of members about as good as their average."""
-    for seed in range(3):
-        found = figures(advise(members, TEXT, positions(members, 0.8, 1.1, seed)))
+    for seed in range(2):
+        found = figures(advise(members, TEXT, positions(members, 0.8, 1.1, seed), folds=2))
         assert (found["verdict"] != "single") == (found["interval"][0] > 0)
 
 
-@functools.cache
-def as_good(members):
-    return advised(members, 0.3, 0.3)
+def apart(judged):
+    """The same, with scores that may be changed."""
+    return replace(judged, fitted=replace(judged.fitted, test=deepcopy(judged.fitted.test)))
 
 
 def judged_by(members, nats, confidence=None, times=(1.0, 1.0), sizes=None):
     """What is judged of given losses: of two members, each fitted average and ``meet``."""
-    advice = as_good(members)
-    fitted = replace(advice.judged.fitted, test=deepcopy(advice.judged.fitted.test))
-    for name, own in zip(advice.judged.names, nats["members"], strict=True):
+    judged = apart(as_good(members).judged)
+    fitted = judged.fitted
+    for name, own in zip(judged.names, nats["members"], strict=True):
         fitted.test.members[name].nats = own.double()
         if confidence is not None:
-            fitted.test.members[name].confidence = confidence[name == advice.judged.names[1]].double()
+            fitted.test.members[name].confidence = confidence[name == judged.names[1]].double()
     for candidate in fitted.candidates[:2]:
         fitted.test.choices[candidate.label].nats = nats["members"][fitted.candidates.index(candidate)].double()
     for candidate in fitted.candidates[2:]:
@@ -179,7 +195,7 @@ def test_a_gate_is_judged_on_documents_that_it_was_not_chosen_by(members):
 
 
 def test_one_model_that_costs_no_more_and_is_better_is_used_instead(members):
-    advice = advised(members, 1.0, 1.0)
+    advice = replace(equal(members))
     ours = advice.judged
     losses = Clusters(ours.found.positions.document, "documents").sums(ours.base)
     sizes = Clusters(ours.found.positions.document, "documents").sums(ours.bytes)
@@ -197,13 +213,13 @@ def test_one_model_that_costs_no_more_and_is_better_is_used_instead(members):
     assert figures(advice)["verdict"] != "single"
 
 
-def test_meet_is_advised_where_members_err_only_by_their_heads(tmp_path):
+def test_meet_is_advised_where_members_err_only_by_their_heads(tmp_path, unmeasured):
     """The premise holds: each member's hidden state is the best that its narrow head allows."""
     narrow = Ensemble.from_pretrained([tiny.save(tmp_path / str(k), "opt projected", seed=k) for k in range(2)])
     generator = torch.Generator().manual_seed(0)
     log_truth = torch.randn(N, tiny.V, generator=generator, dtype=torch.float64).log_softmax(-1)
     hidden = [best_hidden(head, log_truth, 1e-6).float() for head in narrow.model.heads]
-    found = figures(advise(narrow, TEXT, of_truth(hidden, log_truth, generator)))
+    found = figures(advise(narrow, TEXT, of_truth(hidden, log_truth, generator), folds=2))
     assert found["verdict"] == found["rule"] == "meet"
     assert found["meet"]["interval"][0] > 0
     assert found["movement"]["total_variation"]["mean"] > 0.005
@@ -226,11 +242,11 @@ def test_one_member_is_used_alone(tmp_path):
     assert (found["verdict"], found["gain"]) == ("single", None)
 
 
-def test_what_may_mislead_is_said(members):
-    few = advised(members, 0.3, 0.3).judged
+def test_what_may_mislead_is_said(members, unmeasured):
+    few = apart(as_good(members).judged)
     assert few.cautions() == []
     short = positions(members, 0.3, 0.3).take(slice(300))
-    cautions = advise(members, TEXT, short).judged.cautions()
+    cautions = advise(members, TEXT, short, folds=2).judged.cautions()
     assert cautions[0].startswith("300 tokens are few")
     assert "blocks of text" in cautions[1]
     known = few.found.members[few.names[0]]
@@ -292,7 +308,7 @@ def test_members_are_named_by_options_too(folders, texts, monkeypatch):
     assert seen[0] == seen[1] == list(map(str, folders))
 
 
-def test_the_members_own_text(folders, tmp_path):
+def test_the_members_own_text(folders, tmp_path, unmeasured):
     done = command(*folders, "--tokens", 300, "--json", tmp_path / "own.json")
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "own.json").read_text())["own_text"]
@@ -312,8 +328,8 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, t
         assert message in str(done.exception), done.output
 
 
-def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch):
-    words = [*folders, "-t", texts, "--folds", 3, "--resume", tmp_path / "kept", "--json"]
+def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch, unmeasured):
+    words = [*folders, "-t", texts, "--folds", 2, "--resume", tmp_path / "kept", "--json"]
     first = command(*words, "-")
     assert first.exit_code == 0, first.output
     monkeypatch.setattr(advising, "fit", kept_only(advising.fit))
@@ -321,15 +337,15 @@ def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch):
     assert second["candidates"] == json.loads(first.stdout)["candidates"]
 
 
-def test_where_meet_would_take_too_long_it_is_not_tried(members, monkeypatch):
+def test_where_meet_would_take_too_long_it_is_not_tried(members, monkeypatch, unmeasured):
     monkeypatch.setattr(advising, "_UNMOVED", 0.0)
     monkeypatch.setattr(advising, "_SECONDS", 1e-6)
-    judged = advised(members, 1.0, 1.0).judged
+    judged = advised(members, 1.0, 1.0, folds=2).judged
     assert not judged.meets
     assert [own for own in judged.cautions() if own.startswith("meet may differ")]
     assert len(judged.found.positions) > 500
     monkeypatch.setattr(advising, "_SECONDS", 1e6)
-    judged = advised(members, 1.0, 1.0).judged
+    judged = advised(members, 1.0, 1.0, folds=2).judged
     assert judged.meets
     assert not [own for own in judged.cautions() if own.startswith("meet may differ")]
 
@@ -347,12 +363,12 @@ def kept_only(fit):
     return run
 
 
-def test_a_run_that_goes_on_judges_at_the_same_positions(members, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_judges_at_the_same_positions(members, tmp_path, monkeypatch, unmeasured):
     """How many were judged depended on time: the second run is quicker, as much is kept."""
     monkeypatch.setattr(advising, "_UNMOVED", 0.0)
     monkeypatch.setattr(advising, "_FEWEST", 1)
     monkeypatch.setattr(advising, "_SECONDS", 0.1)
-    kept = [advised(members, 1.0, 1.0, cache=PieceCache(tmp_path / "kept", {})).judged for _ in range(2)]
+    kept = [advised(members, 1.0, 1.0, folds=2, cache=PieceCache(tmp_path / "kept", {})).judged for _ in range(2)]
     first, second = (len(own.found.positions) for own in kept)
     assert first == second
     assert figures_of(kept[0]) == figures_of(kept[1])

@@ -142,8 +142,8 @@ def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, en
 
 @pytest.mark.parametrize(
     "own",
-    [{"rank": 4}, {"max_steps": 1, "tol": 0.1}, {"free_radial": True}, {"bands": 2, "trust": [0.5, 0.1, 1.0, 0.0]}],
-    ids=lambda own: next(iter(own)),
+    [{"rank": 4, "max_steps": 1, "tol": 0.1}, {"free_radial": True, "bands": 2, "trust": [0.5, 0.1, 1.0, 0.0]}],
+    ids=["rank, max_steps, tol", "free_radial, bands"],
 )
 def test_the_ensembles_own_settings_do_not_matter(fitted, folders, positions, own):
     other = Ensemble.from_pretrained(folders)

@@ -31,6 +31,20 @@ def by_folds(ensemble, positions):
     return fit(ensemble, positions, Options(folds=3, meets=False, rules=("meet:trust=0.3",)))
 
 
+@pytest.fixture(scope="module")
+def averages(ensemble, positions):
+    """(a fit of averages alone by folds, what pieces were asked for in it)."""
+    asked, original = [], Piece.sums
+
+    def sums(self, family, theta):
+        asked.append((id(self), family, tuple(theta.tolist())))
+        return original(self, family, theta)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Piece, "sums", sums)
+        return fit(ensemble, positions, Options(folds=3, meets=False)), asked
+
+
 def test_no_document_is_in_two_folds(positions):
     fold = folds_of(clusters(positions.document), 5)
     for document in positions.document.unique():
@@ -58,36 +72,30 @@ def test_figures_are_of_fits_without_the_fold(by_folds, ensemble, positions):
     assert [len(some) for some in by_folds.refits] == [6, 6, 6]
     for place, whole in enumerate(by_folds.candidates):
         scores = by_folds.test.choices[whole.label]
-        for k in range(3):
-            here, own = (by_folds.fold == k).nonzero().squeeze(-1), by_folds.refits[k][place]
-            again = evaluate(ensemble, positions.take(here), [RuleChoice("own", own.settings)])
-            assert torch.allclose(scores.nats[here], again.choices["own"].nats, atol=1e-4)
-            if own.average is not None:
-                assert own.settings != whole.settings
+        k = place % 3
+        here, own = (by_folds.fold == k).nonzero().squeeze(-1), by_folds.refits[k][place]
+        again = evaluate(ensemble, positions.take(here), [RuleChoice("own", own.settings)])
+        assert torch.allclose(scores.nats[here], again.choices["own"].nats, atol=1e-4)
+        if own.average is not None:
+            assert all(refits[place].settings != whole.settings for refits in by_folds.refits)
     assert torch.equal(by_folds.test.positions.targets, positions.targets)
 
 
-def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):
+def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions, averages):
     """Other targets in one fold leave what is fitted without it as it was, though it begins elsewhere."""
     fold = folds_of(clusters(positions.document), 3)
     other = replace(positions, targets=positions.targets.where(fold != 1, (positions.targets + 7) % 60))
-    first, second = (fit(ensemble, own, Options(folds=3, meets=False)) for own in (positions, other))
+    first, second = averages[0], fit(ensemble, other, Options(folds=3, meets=False))
     for ours, theirs in zip(first.refits[1], second.refits[1], strict=True):
         assert ours.fit_nll == pytest.approx(theirs.fit_nll, abs=2e-6)
         assert ours.settings["weights"] == pytest.approx(theirs.settings["weights"], abs=5e-3)
     assert first.refits[0][2].fit_nll != pytest.approx(second.refits[0][2].fit_nll, abs=1e-4)
 
 
-def test_no_piece_is_evaluated_twice_at_the_same_values(ensemble, positions, monkeypatch):
+def test_no_piece_is_evaluated_twice_at_the_same_values(averages):
     """Fits without a fold begin at the same values, and share what the pieces say there."""
-    asked, original = [], Piece.sums
-
-    def sums(self, family, theta):
-        asked.append((id(self), family, tuple(theta.tolist())))
-        return original(self, family, theta)
-
-    monkeypatch.setattr(Piece, "sums", sums)
-    fit(ensemble, positions, Options(folds=3, meets=False))
+    asked = averages[1]
+    assert asked
     assert len(asked) == len(set(asked))
 
 
@@ -125,11 +133,12 @@ def test_a_loss_changes_later_weights_of_its_document_alone():
 
 
 def test_weights_that_adapt_know_the_past_alone(ensemble, positions):
-    found = fit(ensemble, positions, Options(folds=3, meets=False, adaptive=True))
+    options = Options(folds=2, meets=False, adaptive=True)
+    found = fit(ensemble, positions, options)
     later = positions.targets.clone()
     last = (positions.document != positions.document.roll(-1)).nonzero().squeeze(-1)
     later[last] = (later[last] + 5) % 60
-    again = fit(ensemble, replace(positions, targets=later), Options(folds=3, meets=False, adaptive=True))
+    again = fit(ensemble, replace(positions, targets=later), options)
     # The last token of a document is in no weight: what differs are the fits, a little.
     before = torch.ones(len(later), dtype=torch.bool).index_fill(0, last, False)
     for name in ("logit-mean", "prob-mean", "power-mean"):

@@ -56,12 +56,6 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def plain(rows):
-    """What a rule answers without a gate, each solved once."""
-    return functools.cache(lambda rule: softmeet.combine(*rows, rule))
-
-
-@pytest.fixture(scope="module")
 def model():
     return build()
 
@@ -87,8 +81,9 @@ NEVER_CLOSED = [None, "none", "disagreement:0", "unsure:1.01", "unsure:7"]
     ("rule", "gate"),
     [("meet", gate) for gate in NEVER_CLOSED] + [(rule.name, "unsure:1.01") for rule in RULES if rule.name != "meet"],
 )
-def test_gates_that_never_close_are_no_gates(rows, plain, rule, gate):
-    plain, ours = plain(rule), softmeet.combine(*rows, rule, gate=gate)
+def test_gates_that_never_close_are_no_gates(rows, rule, gate):
+    log_p, heads = rows[0][:, ::3], rows[1]
+    plain, ours = softmeet.combine(log_p, heads, rule), softmeet.combine(log_p, heads, rule, gate=gate)
     assert that_closes(parse_gate(gate)) is None
     assert torch.equal(ours.log_probs, plain.log_probs)
     assert torch.equal(ours.status, plain.status)
@@ -225,15 +220,15 @@ def test_unsure_is_the_first_member_where_it_is_sure_and_all_of_them_elsewhere(m
     gate, recorder = median_gate(model, quantile), Recorder()
     short = torch.tensor([[0, 0, 7, 8], *PROMPTS.tolist()])
     mask = torch.tensor([[0, 0, 1, 1], [1] * 4, [1] * 4])
-    options = {"max_new_tokens": 16, "gate": gate, **GREEDY}
+    options = {"max_new_tokens": 10, "gate": gate, **GREEDY}
     together = model.generate(short, attention_mask=mask, recorder=recorder, **options)
     assert torch.equal(together, model.generate(short, attention_mask=mask, use_cache=False, **options))
-    by_hand = [gated_greedy(model, prompt, gate, 16) for prompt in ([7, 8], *PROMPTS.tolist())]
+    by_hand = [gated_greedy(model, prompt, gate, 10) for prompt in ([7, 8], *PROMPTS.tolist())]
     assert together[:, 4:].tolist() == [tokens for tokens, _ in by_hand]
     assert recorder.gate.gated == sum(closed for _, closed in by_hand)
     assert 0 < recorder.gate.share < 1
-    assert recorder.gate.rows == recorder.rows == 48
-    assert recorder.asked == 48 - recorder.gate.gated
+    assert recorder.gate.rows == recorder.rows == 30
+    assert recorder.asked == 30 - recorder.gate.gated
     assert recorder.gate.saved > 0
     for k, prompt in enumerate(([7, 8], *PROMPTS.tolist())):
         alone = model.generate(torch.tensor([prompt]), **options)
@@ -246,9 +241,9 @@ def test_all_asked_is_no_gate_though_each_catches_up_by_itself(rule):
     ours = build(rule)
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}):
         prompts = PROMPTS[:1] if "prompt_lookup_num_tokens" in options else PROMPTS
-        plain = ours.generate(prompts, max_new_tokens=8, **options, **GREEDY)
+        plain = ours.generate(prompts, max_new_tokens=5, **options, **GREEDY)
         for gate in ("unsure:1",) if options else ("unsure:1", "unsure:2", "disagreement:0"):
-            assert torch.equal(ours.generate(prompts, max_new_tokens=8, gate=gate, **options, **GREEDY), plain)
+            assert torch.equal(ours.generate(prompts, max_new_tokens=5, gate=gate, **options, **GREEDY), plain)
 
 
 def test_unsure_0_never_runs_the_others(model):
@@ -266,7 +261,7 @@ def test_unsure_0_never_runs_the_others(model):
 
 
 def test_beams_take_their_members_places_with_them(model):
-    options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 10, "gate": median_gate(model), **GREEDY}
+    options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 6, "gate": median_gate(model), **GREEDY}
     cached = model.generate(PROMPTS, **options)
     assert torch.equal(cached, model.generate(PROMPTS, use_cache=False, **options))
     assert torch.equal(cached[3:], model.generate(PROMPTS[1:], **options))
@@ -276,17 +271,17 @@ def test_beams_take_their_members_places_with_them(model):
 def test_prompt_lookup_and_continuing_from_a_cache(model, kind):
     gate = median_gate(model) if kind == "unsure" else f"disagreement:{NEAR}"
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    plain = model.generate(prompt, max_new_tokens=16, gate=gate, **GREEDY)
+    plain = model.generate(prompt, max_new_tokens=10, gate=gate, **GREEDY)
     assert torch.equal(
-        plain, model.generate(prompt, max_new_tokens=16, gate=gate, prompt_lookup_num_tokens=3, **GREEDY)
+        plain, model.generate(prompt, max_new_tokens=10, gate=gate, prompt_lookup_num_tokens=3, **GREEDY)
     )
     first = model.generate(prompt, max_new_tokens=5, gate=gate, return_dict_in_generate=True, **GREEDY)
-    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=11, gate=gate, **GREEDY)
+    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=5, gate=gate, **GREEDY)
     assert torch.equal(then, plain)
     # A cache whose members are behind serves a call without a gate too: then all of them catch up.
     first = model.generate(prompt, max_new_tokens=5, gate=gate, return_dict_in_generate=True, **GREEDY)
-    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=6, gate="none", **GREEDY)
-    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=6, **GREEDY))
+    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=5, gate="none", **GREEDY)
+    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=5, **GREEDY))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -52,7 +52,7 @@ def test_cached_equals_uncached_and_batched_equals_single(rule):
     pieces = [model(input_ids=tokens[:, a:b], cache=cache, use_cache=True).logits for a, b in ((0, 4), (4, 5), (5, 7))]
     assert total_variation(torch.cat(pieces, dim=1), full).max() < 1e-4
     assert cache.get_seq_length() == 7
-    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     together = model.generate(tokens, **options)
     for row in range(2):
         alone = model.generate(tokens[row : row + 1], **options)
@@ -209,16 +209,16 @@ def test_members_of_different_tokenizers(folders, tmp_path):
 
 def test_a_seed_samples_from_the_whole_distribution_and_greedy_stays_greedy():
     ours = Ensemble.from_pretrained("narrow", "logit-mean")
-    greedy = ours.generate("And the king said", max_new_tokens=20, do_sample=False)
-    assert ours.generate("And the king said", max_new_tokens=20, do_sample=False, seed=1) == greedy
-    assert "".join(ours.stream("And the king said", max_new_tokens=20, do_sample=False, seed=1)) == greedy
-    drawn = ours.generate("And the king said", max_new_tokens=40, seed=1)
-    assert drawn != ours.generate("And the king said", max_new_tokens=40, seed=1, temperature=0.5)
-    assert drawn == ours.generate("And the king said", max_new_tokens=40, seed=1, do_sample=True, top_k=0)
-    assert drawn != ours.generate("And the king said", max_new_tokens=40, seed=1, top_k=2)
+    greedy = ours.generate("And the king said", max_new_tokens=10, do_sample=False)
+    assert ours.generate("And the king said", max_new_tokens=10, do_sample=False, seed=1) == greedy
+    assert "".join(ours.stream("And the king said", max_new_tokens=10, do_sample=False, seed=1)) == greedy
+    drawn = ours.generate("And the king said", max_new_tokens=20, seed=1)
+    assert drawn != ours.generate("And the king said", max_new_tokens=20, seed=1, temperature=0.5)
+    assert drawn == ours.generate("And the king said", max_new_tokens=20, seed=1, do_sample=True, top_k=0)
+    assert drawn != ours.generate("And the king said", max_new_tokens=20, seed=1, top_k=2)
     given = GenerationConfig(do_sample=True, top_k=2)
-    few = ours.generate("And the king said", max_new_tokens=40, seed=1, generation_config=given)
-    assert few == ours.generate("And the king said", max_new_tokens=40, seed=1, top_k=2)
+    few = ours.generate("And the king said", max_new_tokens=20, seed=1, generation_config=given)
+    assert few == ours.generate("And the king said", max_new_tokens=20, seed=1, top_k=2)
 
 
 def test_a_text_that_utf8_cannot_hold_is_refused(folders):
@@ -243,12 +243,12 @@ class Kept(Recorder):
 
 @pytest.mark.parametrize(
     ("family", "rule"),
-    [("narrow", "meet"), ("wide", "meet"), ("wide", "logit-mean"), ("wide", "prob-mean"), ("mixed", "logit-mean")],
+    [("narrow", "meet"), ("wide", "prob-mean"), ("mixed", "logit-mean")],
 )
 def test_reproducible_prompts_get_the_same_bits_alone_and_beside_others(family, rule):
     ours = Ensemble.from_pretrained(family, rule)
     prompts = ["In the beginning", "O", "And the king said unto his daughter, and to all that were in the house,", "O"]
-    how = {"seed": 5, "max_new_tokens": 7}
+    how = {"seed": 5, "max_new_tokens": 4}
     alone = [Kept() for _ in prompts]
     texts = [ours.generate(p, **how, speculate=0, recorder=kept) for p, kept in zip(prompts, alone, strict=True)]
     together, batch = Kept(), Kept()

@@ -67,17 +67,22 @@ class Calls:
 RULES = ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"]
 
 
+# (how many texts, how many drafts, whether tokens are drawn)
+DRAFTS = [
+    [(1, 1, False), (2, "auto", False), (3, 2, True)],
+    [(1, 5, True), (1, "auto", False), (3, "auto", True)],
+]
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("count", [2, 3])
 def test_tokens_are_those_of_plain_decoding(names, rule, count):
-    drafts = {1: (1, 5, "auto"), 2: ("auto",), 3: (2, "auto")} if rule in RULES[:4] else {1: (3,), 3: (3,)}
-    for kind in ("far", "near") if rule == "logit-mean" else (("far",) if count == 2 else ("near",)):
-        model = ensemble(names, kind, count, rule).model
-        for rows, many in drafts.items():
-            for sample in (False, True):
-                plain = made(model, 0, rows, sample=sample, count=10)
-                for speculate in many:
-                    assert made(model, speculate, rows, sample=sample, count=10).equal(plain)
+    for k, kind in enumerate(("far", "near")):
+        if rule == "logit-mean" or kind == ("near" if count == 3 else "far"):
+            model = ensemble(names, kind, count, rule).model
+            for rows, speculate, sample in DRAFTS[(k + count) % 2]:
+                plain = made(model, 0, rows, sample=sample, count=8)
+                assert made(model, speculate, rows, sample=sample, count=8).equal(plain)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def test_no_member_reads_a_token_twice_where_all_drafts_are_right(names, monkeyp
 
 def test_processors_and_ends(names):
     model = ensemble(names, "near").model
-    plain = made(model, 0, 1, sample=False, count=30)[0, 4:].tolist()
+    plain = made(model, 0, 1, sample=False, count=15)[0, 4:].tolist()
     ends = [plain[7], plain[12]]
     options = [
         {"eos_token_id": ends},
@@ -126,12 +131,12 @@ def test_processors_and_ends(names):
         {"max_time": 1000.0},
     ]
     for own in options:
-        for rows in (1, 3):
-            for sample in (False, True):
-                assert made(model, 4, rows, sample=sample, **own).equal(made(model, 0, rows, sample=sample, **own)), own
+        for rows, sample in ((1, False), (3, True)):
+            more = own | {"rows": rows, "sample": sample, "count": 15}
+            assert made(model, 4, **more).equal(made(model, 0, **more)), own
     sampled = [{"temperature": 0.7}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}]
     for own in sampled:
-        assert made(model, 3, **own).equal(made(model, 0, **own)), own
+        assert made(model, 3, count=12, **own).equal(made(model, 0, count=12, **own)), own
 
 
 def test_a_text_that_ends_within_a_draft_ends_there(names):
@@ -188,15 +193,16 @@ def test_unseeded_scores_are_not_those_of_the_draw(names):
     assert all((own.isneginf().sum(-1) == 1).all() for own in found.scores)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    ("rows", "options"), [(1, {}), (2, {}), (3, {"temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3})]
+)
 def test_torchs_seed_gives_one_text_with_drafts_and_without(names, rows, options):
     model, texts = ensemble(names, "near").model, []
     for more in ({"speculate": 0}, {"speculate": 3}, {"speculate": 0, "output_scores": True}):
         torch.manual_seed(7)
         scored = {"return_dict_in_generate": True, **more}
         out = model.generate(
-            IDS[:rows], attention_mask=MASK[:rows], pad_token_id=0, max_new_tokens=20, do_sample=True,
+            IDS[:rows], attention_mask=MASK[:rows], pad_token_id=0, max_new_tokens=12, do_sample=True,
             **{"top_k": 0} | options | scored,
         )  # fmt: skip
         texts.append(out.sequences)
@@ -241,16 +247,11 @@ def test_no_token_is_drawn_where_none_is_left(names, speculate, seeded, score):
         made(ensemble(names).model, speculate, 1, sample=seeded, do_sample=True, top_k=0, logits_processor=[nothing])
 
 
-def test_structures_and_streams():
+def test_disagreements_are_streamed_as_without_drafts():
     whole = Ensemble.from_pretrained("wide", "logit-mean")
-    options = {"structure": Structure.regex("[a-z ]{24}"), "max_new_tokens": 24}
-    plain, fast = (whole.generate(["In the", "And"], speculate=k, seed=1, **options) for k in (0, 3))
-    assert plain == fast
-    parts = list(whole.stream("In the", max_new_tokens=15, speculate=4, seed=2))
-    assert len(parts) > 1
-    assert "".join(parts) == "".join(whole.stream("In the", max_new_tokens=15, seed=2))
     told = list(whole.stream_with_disagreement("In the", max_new_tokens=15, speculate=4, seed=2))
-    plain_told = list(whole.stream_with_disagreement("In the", max_new_tokens=15, seed=2))
+    plain_told = list(whole.stream_with_disagreement("In the", max_new_tokens=15, speculate=0, seed=2))
+    assert len(told) > 1
     assert [text for text, _ in told] == [text for text, _ in plain_told]
     assert [nats for _, nats in told] == pytest.approx([nats for _, nats in plain_told], abs=1e-4)
 
@@ -265,7 +266,7 @@ def test_a_recorder_counts_the_positions_of_the_text_alone(names):
 
 @pytest.mark.parametrize("rule", RULES[:3])
 def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names, rule):
-    model, rows = ensemble(names, rule=rule).model, 10_000
+    model, rows = ensemble(names, rule=rule).model, 5_000
     torch.manual_seed(3)
     prompts = torch.tensor([[5, 9]]).expand(rows, -1)
     found = made(
@@ -276,7 +277,7 @@ def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names, rule):
             expected, kept = model(before).logits[0, -1].double().topk(4)
         drawn = found[(found[:, : before.shape[1]] == before).all(-1), before.shape[1]]
         seen = torch.stack([(drawn == token).sum() for token in kept])
-        assert seen.sum() == len(drawn) > 2_000
+        assert seen.sum() == len(drawn) > 1_000
         assert chisquare(seen, (expected.softmax(-1) * len(drawn)).numpy()).pvalue > 1e-3
 
 
@@ -284,10 +285,10 @@ def test_unseeded_tokens_follow_the_rule(names):
     """The second token, which a draft and the rule's answer to it decide, over many texts."""
     model = ensemble(names, "near", rule="prob-mean").model
     torch.manual_seed(3)
-    prompts = torch.tensor([[5, 9]] * 4)
+    prompts = torch.tensor([[5, 9]] * 20)
     options = {"do_sample": True, "top_k": 3, "pad_token_id": 0, "attention_mask": torch.ones_like(prompts)}
     kept = {"max_new_tokens": 3, "suppress_tokens": [0], "speculate": 2}
-    found = torch.cat([model.generate(prompts, **kept, **options) for _ in range(150)])
+    found = torch.cat([model.generate(prompts, **kept, **options) for _ in range(30)])
     first, counts = found[:, 2].unique(return_counts=True)
     before = torch.tensor([[5, 9, first[counts.argmax()].item()]])
     second = found[(found[:, :3] == before).all(-1), 3]
@@ -473,11 +474,10 @@ def generated(*options):
 def test_the_command_speculates():
     plain = generated("--seed", "4")
     assert plain.exit_code == 0
-    for count in ("auto", "3"):
-        assert generated("--seed", "4", "--speculate", count).stdout == plain.stdout
-    figures = [json.loads(generated("--seed", "4", "--json", "--speculate", count).stdout) for count in ("0", "3")]
-    assert figures[0]["completions"] == figures[1]["completions"]
-    assert figures[0]["tokens"] == figures[1]["tokens"] == 12
+    assert generated("--seed", "4", "--speculate", "auto").stdout == plain.stdout
+    figures = json.loads(generated("--seed", "4", "--json", "--speculate", "3").stdout)
+    assert figures["completions"][0]["text"] + "\n" == plain.stdout
+    assert figures["tokens"] == 12
     wrong = generated("--speculate", "fast")
     assert wrong.exit_code == 2
     assert "neither a number of tokens from 0 to 64 nor auto" in " ".join(wrong.output.split())

@@ -39,25 +39,20 @@ def require(structure, oracle, text):
 
 @pytest.mark.parametrize("rule", ENSEMBLES)
 def test_texts_are_what_they_have_to_be(ensembles, rule):
+    """Of each structure one text is the likeliest, or one is drawn, by turns."""
     ensemble, complete = ensembles[rule], []
-    for structure, oracle in CASES.values():
-        for more in ({"do_sample": False}, {"seed": 1}):
-            texts = ensemble.generate(["And the king", "O"], structure=structure, max_new_tokens=72, **more)
-            complete += [require(structure, oracle, text) for text in texts]
+    for k, (structure, oracle) in enumerate(CASES.values(), list(ENSEMBLES).index(rule)):
+        more = {"do_sample": False} if k % 2 else {"seed": 1}
+        text = ensemble.generate("And the king", structure=structure, max_new_tokens=72, **more)
+        complete.append(require(structure, oracle, text))
     assert sum(complete) >= 0.7 * len(complete)
 
 
 @pytest.mark.parametrize("rule", ["prob-mean", "bytes"])
 def test_a_text_does_not_depend_on_others_of_the_batch(ensembles, rule):
     structure, ensemble = CASES["json"][0], ensembles[rule]
-    more = {"structure": structure, "max_new_tokens": 50, "seed": 3}
+    more = {"structure": structure, "max_new_tokens": 30, "seed": 3}
     assert ensemble.generate(["And", "The king said unto"], **more)[0] == ensemble.generate("And", **more)
-
-
-def test_a_stream_gives_what_generate_gives(ensembles):
-    more = {"structure": CASES["choice"][0], "seed": 2, "max_new_tokens": 40}
-    for ensemble in (ensembles["prob-mean"], ensembles["bytes"]):
-        assert "".join(ensemble.stream("And", **more)) == ensemble.generate("And", **more)
 
 
 @pytest.mark.parametrize(

@@ -57,16 +57,18 @@ def test_every_rule_is_documented():
     assert not [rule.name for rule in RULES if f"`{rule.name}`" not in page]
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
-def test_files_that_a_page_names_exist(page):
-    names = set(re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text()))
-    files = [
-        file
-        for folder in ("src", "zoo", "tests", "tools", "benchmarks", "examples")
-        for file in (ROOT / folder).rglob("*.py")
-    ]
+@pytest.fixture(scope="module")
+def known():
+    """Every file of ours, as a page may name it: from the root, the package, the tests, or a room of theirs."""
+    folders = ("src", "zoo", "tests", "tools", "benchmarks", "examples")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     roots = (ROOT, PACKAGE, ROOT / "tests", *(ROOT / "tests").iterdir())
-    known = {str(file.relative_to(root)) for root in roots for file in files if file.is_relative_to(root)}
+    return {str(file.relative_to(root)) for root in roots for file in files if file.is_relative_to(root)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
+def test_files_that_a_page_names_exist(page, known):
+    names = set(re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text()))
     folders = {line.split("`")[1] for line in page.read_text().splitlines() if line.startswith("| `") and "/`" in line}
     inside = {file.name for folder in folders for file in (PACKAGE / folder).glob("*.py")}
     assert not sorted(names - known - inside - {"softmeet_minimum.py"})  # which the guide has its readers write

@@ -19,7 +19,8 @@ ALSO = re.compile(r"followed by `(.+?)`")
 OTHERS = {"Cannot allocate memory", "meet", *Status.__members__}
 
 
-def _told():
+@pytest.fixture(scope="module")
+def told():
     """The texts in the source, but for docstrings; what is put into a text stands as a line end."""
     found = []
     for file in (ROOT / "src" / "softmeet").rglob("*.py"):
@@ -34,7 +35,6 @@ def _told():
     return found
 
 
-TOLD = _told()
 MESSAGES = [text for _, text in QUOTED.findall(PAGE) if text not in OTHERS] + ALSO.findall(PAGE)
 
 
@@ -43,10 +43,10 @@ def test_the_page_quotes_many_messages():
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_what_the_page_quotes_stands_in_the_source(message):
+def test_what_the_page_quotes_stands_in_the_source(message, told):
     # Some sentences are put together from a statement and advice, at the colon.
     parts = [part.strip() for part in re.split(r"…|: ", message) if part.strip(" :,.()")]
-    assert not [part for part in parts if not any(part in text for text in TOLD)]
+    assert not [part for part in parts if not any(part in text for text in told)]
 
 
 @pytest.mark.parametrize("status", Status)

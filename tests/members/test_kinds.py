@@ -28,7 +28,7 @@ from softmeet.server.app import create_app
 
 TEXTS = ["the quick fox", "and then it rains in spain"]
 PROMPT, QUESTION = "a long tale. ", "we ask: {prompt}, he says: "
-NEW = 6
+NEW = 4
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +165,9 @@ def kind(request, made):
 
 
 def generates(kind):
-    for text in TEXTS:
-        assert kind.ensemble.generate(text, max_new_tokens=NEW, do_sample=False) == kind.greedy(text)
-        assert "".join(kind.ensemble.stream(text, max_new_tokens=NEW, do_sample=False)) == kind.greedy(text)
+    text = TEXTS[0]
+    assert kind.ensemble.generate(text, max_new_tokens=NEW, do_sample=False) == kind.greedy(text)
+    assert "".join(kind.ensemble.stream(text, max_new_tokens=NEW, do_sample=False)) == kind.greedy(text)
 
 
 def runs_without_a_cache(kind):
@@ -192,7 +192,7 @@ def beams(kind):
     options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
     found = kind.ensemble.generate(TEXTS, **options)
     assert found == kind.ensemble.generate(TEXTS, **options, use_cache=False)
-    assert found == [kind.ensemble.generate(text, **options) for text in TEXTS]
+    assert found[0] == kind.ensemble.generate(TEXTS[0], **options)
 
 
 def looks_up(kind):
@@ -204,9 +204,8 @@ def looks_up(kind):
 
 
 def seeds(kind):
-    options = {"max_new_tokens": NEW, "seed": 3}
-    assert kind.ensemble.generate(TEXTS, **options)[0] == kind.ensemble.generate(TEXTS[0], **options)
-    assert kind.ensemble.generate(TEXTS[0], max_new_tokens=NEW, seed=4) != kind.ensemble.generate(TEXTS[0], **options)
+    alone = [kind.ensemble.generate(TEXTS[0], max_new_tokens=NEW, seed=seed) for seed in (3, 4)]
+    assert kind.ensemble.generate(TEXTS, max_new_tokens=NEW, seed=3)[0] == alone[0] != alone[1]
 
 
 def guards(kind):
@@ -224,14 +223,15 @@ def saves(kind):
 
 
 def evaluates(kind):
-    documents = [Document(f"d{k}", text) for k, text in enumerate(TEXTS)]
+    texts = [text[:9] for text in TEXTS]
+    documents = [Document(f"d{k}", text) for k, text in enumerate(texts)]
     if kind.is_template:
         with pytest.raises(Exception, match="has a template, which is for generation alone"):
             observe_text(kind.ensemble, documents)
         return
     found = evaluate(kind.ensemble, observe_text(kind.ensemble, documents), [])
     losses = []
-    for text in TEXTS:
+    for text in texts:
         ids = kind.tokenizer(text)["input_ids"]
         losses += [-kind.next_log_probs(kind.tokenizer.decode(ids[:k]))[:, ids[k]] for k in range(1, len(ids))]
     tol = 0.02 if kind.name in ROUNDED else 1e-6
@@ -243,7 +243,7 @@ def fits(kind):
     if kind.is_template:
         return
     words = "the quick brown fox jumps over a lazy dog and then it rains in spain "
-    documents = [Document(f"d{k}", words[k : k + 40]) for k in range(9)]
+    documents = [Document(f"d{k}", words[k : k + 20]) for k in range(9)]
     found = fit(kind.ensemble, observe_text(kind.ensemble, documents), Options(evaluations=2, rules=("logit-mean",)))
     weights = found.chosen.settings["weights"]
     assert len(weights) == len(kind.members)
@@ -279,22 +279,23 @@ def test_prompts_over_bytes(over_bytes):
     ensemble = Ensemble.from_pretrained(over_bytes[:2], "logit-mean")
     prompt = ensemble.model.chat.tokenizers[1]("In the beginning ")["input_ids"]
     plain = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"], "logit-mean", prefixes=[None, prompt])
-    options = {"max_new_tokens": 12, "do_sample": False}
-    assert ensemble.generate("the king", **options) == plain.generate("the king", **options)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    first = ensemble.generate("the king", **options)
+    assert first == plain.generate("the king", **options)
     assert ensemble.model.members[1] is not ensemble.model.members[0]
     both = Ensemble.from_pretrained([over_bytes[0], over_bytes[2]], "logit-mean")
     tokenizers = both.model.chat.tokenizers
     own = [tokenizers[0]("the king")["input_ids"], tokenizers[1]("Hear: the king And he said")["input_ids"]]
     wanted = plain.model.generate(
-        torch.tensor([[256]]), prefixes=[own], max_new_tokens=12, do_sample=False, pad_token_id=256
+        torch.tensor([[256]]), prefixes=[own], max_new_tokens=5, do_sample=False, pad_token_id=256
     )
     text = both.generate("the king", **options)
     assert text == plain.tokenizer.decode(wanted[0, 1:], skip_special_tokens=True)
     with TestClient(create_app(serving_of({"it": both, "two": ensemble})), base_url="http://localhost") as client:
-        for name, known in (("it", both), ("two", ensemble)):
-            body = {"model": name, "prompt": "the king", "max_tokens": 12, "temperature": 0}
+        for name, known in (("it", text), ("two", first)):
+            body = {"model": name, "prompt": "the king", "max_tokens": 5, "temperature": 0}
             answer = client.post("/v1/completions", json=body).json()
-            assert answer["choices"][0]["text"] == known.generate("the king", **options)
+            assert answer["choices"][0]["text"] == known
 
 
 def test_members_of_one_model_over_bytes_share_it(over_bytes):

@@ -208,7 +208,7 @@ folder, small, devices = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 
 def run(name, place):
     ensemble = softmeet.Ensemble.from_pretrained([name], device=place)
-    ensemble.generate("hello", max_new_tokens=4, do_sample=False, eos_token_id=None)
+    ensemble.generate("hello", max_new_tokens=2, do_sample=False, eos_token_id=None)
     return ensemble
 
 def resident():

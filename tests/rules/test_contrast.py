@@ -239,7 +239,7 @@ def test_under_unsure_the_expert_answers_alone_with_its_cut():
 @pytest.mark.parametrize("vocabulary", ["tokens", "bytes"])
 def test_texts_are_those_of_the_formula_alone_in_batches_and_reloaded(vocabulary, ensemble, over_bytes, tmp_path):
     found = ensemble if vocabulary == "tokens" else over_bytes
-    options = {"max_new_tokens": 12, "seed": 6, "reproducible": True, "do_sample": True}
+    options = {"max_new_tokens": 6, "seed": 6, "reproducible": True, "do_sample": True}
     prompts = [PROMPT, "In the beginning", "O"]
     batch = found.generate(prompts, **options)
     assert batch == [found.generate(prompt, **options) for prompt in prompts]
@@ -247,12 +247,12 @@ def test_texts_are_those_of_the_formula_alone_in_batches_and_reloaded(vocabulary
     again = Ensemble.from_pretrained(tmp_path)
     assert (str(again.model.settings.rule), again.model.config.weights) == (CONTRAST, WEIGHTS)
     assert again.generate(prompts, **options) == batch
-    assert found.generate(PROMPT, num_beams=3, do_sample=False, max_new_tokens=6)
+    assert found.generate(PROMPT, num_beams=3, do_sample=False, max_new_tokens=3)
     other = found.generate(PROMPT, weights=[0.0, 1.0], **options)
     assert other != batch[0]
     # Token by token, greedily, what the formula says.
     text = PROMPT
-    for _ in range(3):
+    for _ in range(2):
         expected = contrasted(*_next(found, text), 0.5, ALPHA)
         text += found.generate(
             text, do_sample=False, **{"max_bytes" if found.model.over_bytes else "max_new_tokens": 1}
@@ -296,10 +296,10 @@ def test_requests_with_such_weights(ensemble):
     with running(serving_of({"plain": plain, "contrast": ensemble, "three": three})) as url:
 
         def ask(model, **own):
-            body = {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "softmeet": own}
+            body = {"model": model, "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "softmeet": own}
             return http.post(f"{url}/v1/completions", json=body)
 
-        expected = ensemble.generate(PROMPT, do_sample=False, max_new_tokens=8)
+        expected = ensemble.generate(PROMPT, do_sample=False, max_new_tokens=4)
         own = ask("plain", rule=CONTRAST, weights=WEIGHTS)
         assert own.json()["choices"][0]["text"] == ask("contrast").json()["choices"][0]["text"] == expected
         assert own.json()["softmeet"]["weights"] == WEIGHTS
@@ -323,9 +323,9 @@ def test_requests_with_such_weights(ensemble):
 
 def test_requests_over_bytes(over_bytes):
     with running(serving_of({"plain": Ensemble.from_pretrained("mixed")})) as url:
-        body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "softmeet": {"rule": CONTRAST, "weights": WEIGHTS}}
+        body = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "softmeet": {"rule": CONTRAST, "weights": WEIGHTS}}
         found = http.post(f"{url}/v1/completions", json=body).json()["choices"][0]["text"]
-    assert found == over_bytes.generate(PROMPT, do_sample=False, max_new_tokens=8)
+    assert found == over_bytes.generate(PROMPT, do_sample=False, max_new_tokens=4)
 
 
 def test_a_request_for_members_of_which_the_first_is_negative_has_no_gate():

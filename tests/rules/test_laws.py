@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from instances import best_outputs, outputs, random_heads, zipf
 
@@ -18,6 +18,8 @@ pytestmark = pytest.mark.checked
 
 # The first law is checked, shapes and all; the others call the same functions some hundred times each.
 unchecked = pytest.mark.unchecked
+# Enough where no rule is drawn as well.
+fewer = settings(max_examples=12)
 V = 30
 seeds = st.integers(0, 10_000)
 trusts = st.tuples(*[st.floats(0.05, 20.0)] * 2)
@@ -45,6 +47,7 @@ def test_on_the_simplex(seed, rule, trust):
 
 
 @unchecked
+@fewer
 @given(seeds, trusts)
 def test_invariant_to_changes_of_basis_and_added_constants(seed, trust):
     log_p, heads = draw(seed)
@@ -91,6 +94,7 @@ def test_batched_equals_looped(seed, rule, trust):
 
 
 @unchecked
+@fewer
 @given(seeds, st.floats(0.05, 20.0))
 def test_shared_column_spaces_make_meet_logit_averaging(seed, scale):
     heads = random_heads(V, (4,), seed)
@@ -121,6 +125,7 @@ def test_the_guarantee_is_an_identity(seed, trust, pool):
 
 
 @unchecked
+@fewer
 @given(seeds, trusts)
 def test_the_value_is_concave_and_its_slope_is_the_disagreement(seed, trust):
     log_p, heads = draw(seed)
@@ -139,6 +144,7 @@ def test_the_value_is_concave_and_its_slope_is_the_disagreement(seed, trust):
 
 
 @unchecked
+@fewer
 @given(seeds)
 def test_trust_to_zero_is_the_pool(seed):
     log_p, heads = draw(seed)
@@ -152,6 +158,7 @@ def test_trust_to_zero_is_the_pool(seed):
 
 
 @unchecked
+@fewer
 @given(seeds)
 def test_trust_to_infinity_is_max_entropy_when_the_premise_holds(seed):
     heads = random_heads(V, (3, 4), seed)
@@ -163,6 +170,7 @@ def test_trust_to_infinity_is_max_entropy_when_the_premise_holds(seed):
 
 
 @unchecked
+@fewer
 @given(seeds, st.floats(0.1, 10.0))
 def test_no_worse_than_its_pool_by_at_least_v_under_the_premise(seed, trust):
     heads = random_heads(V, (3, 4), seed)

@@ -54,7 +54,7 @@ def members(widths=(3, 5), v=24, batch=3, biased=False, seed=0):
 @pytest.mark.parametrize(("widths", "biased"), [((3, 5), False), ((2, 2, 4), True), ((8, 12), False)])
 def test_the_objective_is_a_divergence_less_what_heads_cannot_express(widths, biased, pool):
     """(5a), at distributions that have nothing to do with the members, and at the optimum."""
-    log_p, heads = members(widths, biased=biased)
+    log_p, heads = members(widths, batch=2, biased=biased)
     trust = torch.tensor([0.4, 2.0, 0.9][: len(heads)], dtype=torch.float64)
     found = softmeet.combine(log_p, heads, trust=trust.tolist(), pool=pool, tol=1e-12)
     log_q, R = found.pool, trust.sum()

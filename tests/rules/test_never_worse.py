@@ -97,14 +97,18 @@ def check(rule, name, solution):
             assert mine[1] <= its[1] + 1e-9 * max(1.0, abs(its[1]))
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", NAMES[::2])  # all of them, where the time ends a row: the same points
-def test_few_steps(name, rule):
+def in_turn(names, values):
+    """Every instance with every rule, the values in turn: each comes with every instance and every rule."""
+    return [(n, r, values[(k + j) % len(values)]) for k, n in enumerate(names) for j, r in enumerate(RULES)]
+
+
+# All instances where the time ends a row, below: the same points.
+@pytest.mark.parametrize(("name", "rule", "steps"), in_turn(NAMES[::2], (1, 3)))
+def test_few_steps(name, rule, steps):
     log_p, heads, options, _ = instance(name)
-    for steps in (1, 3):
-        solution = softmeet.combine(log_p, heads, rule, tol=1e-9, max_steps=steps, **options)
-        assert Status.BUDGET not in solution.status.tolist()
-        check(rule, name, solution)
+    solution = softmeet.combine(log_p, heads, rule, tol=1e-9, max_steps=steps, **options)
+    assert Status.BUDGET not in solution.status.tolist()
+    check(rule, name, solution)
 
 
 def over_at(k):
@@ -118,18 +122,16 @@ def over_at(k):
     return over, asked
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", NAMES)
-def test_the_time_is_over(name, rule):
+@pytest.mark.parametrize(("name", "rule", "k"), in_turn(NAMES, (2, 5, 17)))  # at once: in the next test
+def test_the_time_is_over(name, rule, k):
     log_p, heads, options, _ = instance(name)
-    for k in (2, 5, 17):  # at once: in the next test
-        over, asked = over_at(k)
-        with softmeet.time_limit(over):
-            solution = softmeet.combine(log_p, heads, rule, tol=1e-9, **options)
-        # Every step of a row begins with a question; once the answer is yes no step follows.
-        assert solution.num_steps.max() < k
-        assert asked[0] < k or Status.NOT_CONVERGED not in solution.status.tolist()
-        check(rule, name, solution)
+    over, asked = over_at(k)
+    with softmeet.time_limit(over):
+        solution = softmeet.combine(log_p, heads, rule, tol=1e-9, **options)
+    # Every step of a row begins with a question; once the answer is yes no step follows.
+    assert solution.num_steps.max() < k
+    assert asked[0] < k or Status.NOT_CONVERGED not in solution.status.tolist()
+    check(rule, name, solution)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if softmeet.rules.settings.rule_of(rule).reads_heads])
@@ -172,31 +174,41 @@ def test_a_second_look_does_not_ask_the_time(rule):
     assert torch.equal(calm.gap, hurried.gap)
 
 
-@pytest.mark.parametrize("name", ["generic", "peaked", "near_one_hot", "sharp"])
-@pytest.mark.parametrize("trust", [1.0, 1e3, 1e6])
-def test_meet_at_high_trust(name, trust):
+@pytest.mark.parametrize(
+    ("name", "trust", "dtype"),
+    [
+        (name, trust, (torch.float32, torch.float64)[(k + j) % 2])
+        for k, name in enumerate(("generic", "peaked", "near_one_hot", "sharp"))
+        for j, trust in enumerate((1.0, 1e3, 1e6))
+    ],
+)
+def test_meet_at_high_trust(name, trust, dtype):
     log_p, heads = INSTANCES[name]()
     given = [softmeet.SoftmaxHead(head) for head in heads]
-    for dtype in (torch.float32, torch.float64):
-        for options in ({"max_steps": 1}, {"max_steps": 4}, {"rule": "meet:budget=2"}):
-            solution = softmeet.combine(log_p.to(dtype), heads, trust=trust, tol=1e-9, **options)
-            for k in range(log_p.shape[1]):
-                off = 1e-6 * trust if dtype == torch.float32 else 1e-9
-                assert fall(solution, log_p[:, k].numpy(), given, k, trust) <= off
-                assert solution.gap[k] <= max(2.0, float(trust * solution.disagreement[:, k].sum()) + 1e-6)
+    for options in ({"max_steps": 1}, {"max_steps": 4}, {"rule": "meet:budget=2"}):
+        solution = softmeet.combine(log_p.to(dtype), heads, trust=trust, tol=1e-9, **options)
+        for k in range(log_p.shape[1]):
+            off = 1e-6 * trust if dtype == torch.float32 else 1e-9
+            assert fall(solution, log_p[:, k].numpy(), given, k, trust) <= off
+            assert solution.gap[k] <= max(2.0, float(trust * solution.disagreement[:, k].sum()) + 1e-6)
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("trust", [1.0, 1e6])
-def test_no_step_of_meet_raises_f(trust, dtype, dense, monkeypatch):
+@pytest.mark.parametrize(
+    ("trust", "dtype", "names"),
+    [
+        (1.0, torch.float32, ("generic", "near_one_hot")), (1.0, torch.float64, ("peaked", "sharp")),
+        (1e6, torch.float32, ("peaked", "near_one_hot")), (1e6, torch.float64, ("generic", "sharp")),
+    ],
+)  # fmt: skip
+def test_no_step_of_meet_raises_f(trust, dtype, names, dense, monkeypatch):
     if dense:
         for name in ("HESSIAN", "HESSIAN_WHERE_FINE", "HESSIAN_AS_RESCUE"):
             monkeypatch.setattr(tuning, name, 0)
-    for name in ("generic", "peaked", "near_one_hot", "sharp"):
+    for name in names:
         log_p, heads = INSTANCES[name]()
         before = torch.zeros(log_p.shape[1], dtype=torch.float64)
-        for steps in range(1, 7):
+        for steps in range(1, 6):
             # What is answered may be the pool; the objective is -f at the solver's own point.
             now = softmeet.combine(log_p.to(dtype), heads, f"meet:budget={steps}", trust=trust, tol=1e-4).objective
             rounding = (1e-6 if dtype == torch.float32 else 1e-12) * (1 + before.abs())
@@ -250,8 +262,9 @@ def test_the_first_limit_that_is_over_counts():
         assert not softmeet.time_is_over()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "soft-capped"])
-@pytest.mark.parametrize("tol", [1e-3, 1e-7])
+@pytest.mark.parametrize(
+    ("name", "tol"), [(name, (1e-3, 1e-7)[k % 2]) for k, name in enumerate(CASES) if name != "soft-capped"]
+)
 def test_max_entropy_has_the_moments_where_it_is_optimal(name, tol):
     log_p, heads, options, _ = instance(name)
     solution = softmeet.combine(log_p, heads, "max-entropy", tol=tol, **options)

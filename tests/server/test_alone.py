@@ -52,23 +52,34 @@ def lengths(model, monkeypatch):
     return found
 
 
-CASES = [("logit-mean", count, speculate) for count in (2, 3) for speculate in (1, 4, "auto")]
-for name in ("prob-mean", "power-mean", "meet"):
-    CASES += [(name, 2, 4), (name, 3, "auto")]
-CASES.append(("min-underestimation", 2, 4))
+PLAIN, COLD, CHOOSY = {}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3}
 
 
-@pytest.mark.parametrize(("rule", "count", "speculate"), CASES)
-def test_tokens_are_those_of_generate(serve, alike, unlike, rule, count, speculate):
-    for names in (alike, unlike) if rule == "logit-mean" else ((alike,) if count == 2 else (unlike,)):
-        model = Ensemble.from_pretrained(names[:count], rule, dtype="float64", gate="none").model
-        model.generation_config.eos_token_id = None
-        engine = serve(model, speculate=speculate, one_member=True)
-        for seed, options in enumerate(({}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3})):
-            one, listener = sequence(model, prompt(3, 9), seed=seed, max_tokens=15, sampling=options)
-            engine.submit([one])
-            expected = generated(model, one.prompt, seed=seed, max_tokens=15, speculate=0, **options)
-            assert listener.tokens() == expected
+@pytest.mark.parametrize(
+    ("rule", "members", "count", "speculate", "options"),
+    [
+        ("logit-mean", "alike", 2, 1, PLAIN),
+        ("logit-mean", "alike", 3, 4, COLD),
+        ("logit-mean", "alike", 2, "auto", CHOOSY),
+        ("logit-mean", "unlike", 3, 1, CHOOSY),
+        ("logit-mean", "unlike", 2, 4, PLAIN),
+        ("logit-mean", "unlike", 3, "auto", COLD),
+        ("prob-mean", "alike", 2, 4, CHOOSY),
+        ("prob-mean", "unlike", 3, "auto", PLAIN),
+        ("power-mean", "alike", 2, 4, PLAIN),
+        ("power-mean", "unlike", 3, "auto", COLD),
+        ("meet", "alike", 2, 4, COLD),
+        ("meet", "unlike", 3, "auto", CHOOSY),
+        ("min-underestimation", "alike", 2, 4, PLAIN),
+    ],
+)
+def test_tokens_are_those_of_generate(serve, request, rule, members, count, speculate, options):
+    names = request.getfixturevalue(members)[:count]
+    model = Ensemble.from_pretrained(names, rule, dtype="float64", gate="none").model
+    model.generation_config.eos_token_id = None
+    one, listener = sequence(model, prompt(3, 9), max_tokens=15, sampling=options)
+    serve(model, speculate=speculate, one_member=True).submit([one])
+    assert listener.tokens() == generated(model, one.prompt, max_tokens=15, speculate=0, **options)
 
 
 def test_members_read_in_chunks(serve, model, lengths):
@@ -205,10 +216,10 @@ def test_a_member_that_returns_nan_is_named(serve, model):
 def test_by_itself_a_server_drafts_where_answers_repeat(serve, alike, speculate, dtype, options, drafts):
     model = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype=dtype).model
     model.generation_config.eos_token_id = None
-    one, listener = sequence(model, prompt(3, 9), max_tokens=40, **options)
+    one, listener = sequence(model, prompt(3, 9), max_tokens=25, **options)
     engine = serve(model, speculate=speculate)
     engine.submit([one])
-    assert len(listener.tokens()) == 40
+    assert len(listener.tokens()) == 25
     assert (engine.metrics.registry.get_sample_value("softmeet_draft_tokens_total") > 0) == drafts
 
 
@@ -288,20 +299,24 @@ def test_members_all_run_where_the_mean_itself_is_needed(serve, model, lengths, 
 
 
 def test_one_member_a_token_follows_the_mean_whoever_comes(serve):
-    """The tokens of a sequence that is alone, in company and alone again, against those of a batch."""
+    """The tokens of a sequence that is alone, in company and alone again, against many that generate draws."""
     far = ensemble_of(("gpt2", "llama"))
-    counts = []
-    for one_member in (False, True):
-        engine, found = serve(far, one_member=one_member), Counter()
-        for k in range(250):
-            one, listener = drawn_plainly(far, (5, 9), seed=k, max_tokens=5)
-            other, beside = drawn_plainly(far, (5, 9), seed=5000 + k, max_tokens=2)
-            engine.submit([one])
-            events = [listener.get(timeout=300), listener.get(timeout=300)]
-            engine.submit([other])
-            beside.all()
-            tokens = [e.token for e in events] + listener.tokens()
-            found[tokens[1] % 3, tokens[-1] % 3] += 1
-        counts.append(found)
-    table = [[own[key] for key in sorted({*counts[0], *counts[1]})] for own in counts]
+    engine, found = serve(far, one_member=True), Counter()
+    for k in range(150):
+        one, listener = drawn_plainly(far, (5, 9), seed=k, max_tokens=5)
+        other, beside = drawn_plainly(far, (5, 9), seed=5000 + k, max_tokens=2)
+        engine.submit([one])
+        events = [listener.get(timeout=300), listener.get(timeout=300)]
+        engine.submit([other])
+        beside.all()
+        tokens = [e.token for e in events] + listener.tokens()
+        found[tokens[1] % 3, tokens[-1] % 3] += 1
+    torch.manual_seed(0)
+    ids = torch.tensor([[5, 9]]).expand(2000, -1)
+    drawn = far.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=5, pad_token_id=0,
+        settings=one.combination.settings,
+    )  # fmt: skip
+    expected = Counter((second % 3, last % 3) for second, last in drawn[:, [3, -1]].tolist())
+    table = [[own[key] for key in sorted({*found, *expected})] for own in (found, expected)]
     assert chi2_contingency(table).pvalue > 1e-4

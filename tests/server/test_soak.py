@@ -12,10 +12,10 @@ from soak import ASKED, Answer, Soak, requests, soaked
 
 @pytest.mark.slow
 def test_seconds_of_the_soak_find_nothing_wrong(monkeypatch):
-    """With each seeded request's rule once."""
-    some = requests()[: len(ASKED)]
+    """With each seeded request's rule once, and few tokens of it."""
+    some = [asked | {"max_tokens": min(asked["max_tokens"], 4)} for asked in requests()[: len(ASKED)]]
     monkeypatch.setattr("soak.requests", lambda: some)
-    soak = asyncio.run(soaked(8, clients=4, kill_every=4, seed=1, reproducible=False, arguments=[]))
+    soak = asyncio.run(soaked(5, clients=4, kill_every=2, seed=1, reproducible=False, arguments=[]))
     found = soak.outcomes()
     assert not soak.breaches, soak.breaches
     assert soak.sites[1].kills >= 1
