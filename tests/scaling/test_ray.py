@@ -314,8 +314,8 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
         assert [p.read_bytes() for p in local] == [p.read_bytes() for p in there]
 
 
-def test_over_bytes_everything_is_the_same(cluster, tmp_path):
-    """Scores, costs, traces and fits; workers read the members' weights where the node keeps them."""
+def test_over_bytes_everything_is_the_same(engine, tmp_path):
+    """Scores, costs, traces and fits; a copy's readers read the weights of its own members."""
     members = Ensemble.from_pretrained("mixed")
     choices = with_baselines(parse_choices(["logit-mean", "prob-mean:weights=0.3/0.7"], 2))
     documents = [Document(f"d{k}", WORDS[k:]) for k in range(8)]
@@ -328,9 +328,8 @@ def test_over_bytes_everything_is_the_same(cluster, tmp_path):
 
     with LocalEngine() as local:
         ours = everything(local, tmp_path / "local")
-    with RayEngine(members, 1) as there:
-        assert everything(there, tmp_path / "ray") == ours
-        assert there.redone == []
+    assert everything(engine, tmp_path / "ray") == ours
+    assert engine.redone == []
     local, there = (sorted((tmp_path / name / "trace").iterdir()) for name in ("local", "ray"))
     assert [path.name for path in local] == [path.name for path in there]
     assert [path.read_bytes() for path in local] == [path.read_bytes() for path in there]
