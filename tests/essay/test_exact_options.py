@@ -45,8 +45,10 @@ def test_a_degenerate_program_says_why_and_answers_with_the_largest_entropy(rule
     assert softmeet.combine(*biased(), rule, **OPTIONS).remark == ""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rule", PROGRAMS)
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [(PROGRAMS[0], torch.float32), (PROGRAMS[1], torch.float16), (PROGRAMS[0], torch.bfloat16)],
+)
 def test_few_digits_do_not_make_a_program_choose(rule, dtype):
     """What rounding makes of a constant objective is not one to minimise."""
     heads = random_heads(256, (12, 16), seed=2)
@@ -80,7 +82,7 @@ def test_empirical_likelihood_without_a_finite_value():
 def test_the_nearest_point_of_largest_entropy_where_heads_share_directions():
     """Excesses cancel, so that every token is on the face: the nearest moments are the mean of the members'."""
     (W,) = random_heads(64, (6,), seed=0)
-    for seed in range(6):
+    for seed in range(3):
         log_p = outputs([W, W], 2, seed=seed, sharpness=0.5)
         solution = softmeet.combine(log_p, [W, W], "least-squares", **OPTIONS)
         assert (solution.status == Status.OPTIMAL).all()
@@ -102,7 +104,7 @@ def test_underestimation_where_moments_leave_one_point(seed):
 @pytest.mark.parametrize("rule", EXACT)
 def test_batched_equals_looped(rule):
     log_p, heads = CASES["generic"].build()
-    log_p = log_p[:, :3]
+    log_p = log_p[:, :2]
     together = softmeet.combine(log_p, heads, rule, **OPTIONS)
     for k in range(log_p.shape[1]):
         alone = softmeet.combine(log_p[:, k], heads, rule, **OPTIONS)
@@ -269,8 +271,8 @@ def test_zeros_go_through_sampling_and_beams(rule):
     options: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
     assert model(input_ids=prompts).logits.isneginf().any()
     torch.manual_seed(0)
-    for ways in ({"do_sample": True}, {"num_beams": 2}, {"do_sample": False}):
-        out = model.generate(prompts, **{"do_sample": False, **ways}, **options)
+    for ways in ({"do_sample": True}, {"do_sample": False, "num_beams": 2}):
+        out = model.generate(prompts, **ways, **options)
         assert out.shape == (2, 3)
         scores = model(input_ids=out[:, :-1]).logits.gather(-1, out[:, 1:, None])
         assert scores.isfinite().all()

@@ -70,7 +70,7 @@ def advised(members, first, second, **how):
 
 @functools.cache
 def equal(members):
-    return advised(members, 1.0, 1.0)
+    return advised(members, 1.0, 1.0, folds=3)
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def test_equal_members_are_averaged(members):
 
 
 def test_a_much_better_member_is_used_alone(members, tmp_path):
-    advice = advised(members, 0.05, 3.0)
+    advice = advised(members, 0.05, 3.0, folds=2)
     found = figures(advice)
     save(advice.ensemble, advice.fitted, tmp_path / "saved", found["says"])
     alone = Ensemble.from_pretrained(tmp_path / "saved")
@@ -272,7 +272,7 @@ def test_members_write_a_text_of_their_own(members):
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
-    for document in documents(count=12, length=60):
+    for document in documents(count=12, length=40):
         (folder / f"{document.name}.txt").write_text(document.text)
     return folder / "*.txt"
 
@@ -282,7 +282,7 @@ def command(*words):
 
 
 def test_the_command(folders, texts, tmp_path):
-    asked = [*folders, "-t", texts, "--folds", 3, "--instead", folders[0]]
+    asked = [*folders, "-t", texts, "--folds", 2, "--instead", folders[0]]
     done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
     assert done.exit_code == 0, done.output
     facts = json.loads((tmp_path / "a.json").read_text())

@@ -140,13 +140,9 @@ def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, en
     assert torch.equal(loaded(input_ids=ids).logits, again.model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize(
-    "own",
-    [{"rank": 4, "max_steps": 1, "tol": 0.1}, {"free_radial": True, "bands": 2, "trust": [0.5, 0.1, 1.0, 0.0]}],
-    ids=["rank, max_steps, tol", "free_radial, bands"],
-)
-def test_the_ensembles_own_settings_do_not_matter(fitted, folders, positions, own):
+def test_the_ensembles_own_settings_do_not_matter(fitted, folders, positions):
     other = Ensemble.from_pretrained(folders)
+    own = {"rank": 4, "max_steps": 1, "tol": 0.1, "free_radial": True, "bands": 2, "trust": [0.5, 0.1, 1.0, 0.0]}
     for name, value in own.items():
         setattr(other.model.config, name, value)
     found = fit(other, positions, Options(meet_positions=40, premise_positions=40, evaluations=4))
@@ -256,21 +252,17 @@ def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
     assert loss(parts) < loss(whole) + 0.01
 
 
-def test_minibatches_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypatch):
-    options = Options(meet_positions=40, premise_positions=40, evaluations=3, batch=8, judge_positions=20)
-    first = figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {})))
+def test_minibatches_are_kept_and_a_fit_with_bands_goes_on_from_one_without(ensemble, positions, tmp_path, monkeypatch):
+    options = Options(meet_positions=20, premise_positions=20, evaluations=3, batch=8, judge_positions=20)
+    kept, banded, names = PieceCache(tmp_path / "kept", {}), replace(options, bands=2), set()
+    first, alone = figures(fit(ensemble, positions, options, cache=kept)), figures(fit(ensemble, positions, banded))
 
     def again(self, theta):
         raise AssertionError("a loss was evaluated again")
 
-    monkeypatch.setattr(Objective, "sums", again)
-    assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == first
-
-
-def test_a_fit_with_bands_goes_on_from_one_without(ensemble, positions, tmp_path, monkeypatch):
-    options = Options(meet_positions=40, premise_positions=40, evaluations=3, batch=8, judge_positions=20)
-    kept, banded, names = PieceCache(tmp_path / "kept", {}), replace(options, bands=2), set()
-    first, alone = figures(fit(ensemble, positions, options, cache=kept)), figures(fit(ensemble, positions, banded))
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "sums", again)
+        assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == first
     write = PieceCache._write
     monkeypatch.setattr(PieceCache, "_write", lambda self, name, found: (names.add(name), write(self, name, found)))
     both = figures(fit(ensemble, positions, banded, cache=kept))

@@ -133,7 +133,7 @@ def test_a_loss_changes_later_weights_of_its_document_alone():
 
 
 def test_weights_that_adapt_know_the_past_alone(ensemble, positions):
-    options = Options(folds=2, meets=False, adaptive=True)
+    options = Options(folds=2, meets=False, adaptive=True, evaluations=5)
     found = fit(ensemble, positions, options)
     later = positions.targets.clone()
     last = (positions.document != positions.document.roll(-1)).nonzero().squeeze(-1)
@@ -175,7 +175,7 @@ def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_byt
 
     own = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"] if over_bytes else folders, "logit-mean")
     assert own.model.over_bytes == over_bytes
-    found = observe_text(own, documents()[:4], max_per_document=20)
+    found = observe_text(own, documents()[:2], max_per_document=20)
     choices = [
         RuleChoice("prob-mean", {"rule": "prob-mean"}),
         RuleChoice("power", {"rule": "power-mean:order=0.5"}),
@@ -197,7 +197,7 @@ def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_byt
 
 
 def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
-    command = ["evaluate", *tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 3, "--json", "-"]
+    command = ["evaluate", *tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 2, "--json", "-"]
     done = CliRunner().invoke(app, list(map(str, command)))
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
@@ -212,7 +212,8 @@ def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
 
 def test_fit_by_folds(folders, texts, tmp_path):
     command = ["fit", *tiny.each("-m", folders), "-t", texts, "--folds", 2, "--out", tmp_path / "out"]
-    command += ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10, "--json", tmp_path / "fit.json"]
+    command += ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10, "--judge-tokens", 60]
+    command += ["--json", tmp_path / "fit.json"]
     done = CliRunner().invoke(app, list(map(str, command)))
     assert done.exit_code == 0, done.output
     facts = json.loads((tmp_path / "fit.json").read_text())

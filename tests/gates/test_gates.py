@@ -207,28 +207,27 @@ def gated_greedy(model, prompt, gate, count):
 
 
 @functools.cache
-def median_gate(model, quantile=0.5):
+def median_gate(model):
     """A gate that is closed at about half of the tokens that greedy generation gives."""
     reports = TokenReports()
-    model.generate(PROMPTS, max_new_tokens=16, recorder=reports, **GREEDY)
+    model.generate(PROMPTS, max_new_tokens=12, recorder=reports, **GREEDY)
     sure = torch.tensor([log_p[0, row].max().exp().item() for _, log_p, row in reports._kept])
-    return f"unsure:{sure.quantile(quantile).item():.6f}"
+    return f"unsure:{sure.median().item():.6f}"
 
 
-@pytest.mark.parametrize("quantile", [0.5, 0.8])
-def test_unsure_is_the_first_member_where_it_is_sure_and_all_of_them_elsewhere(model, quantile):
-    gate, recorder = median_gate(model, quantile), Recorder()
+def test_unsure_is_the_first_member_where_it_is_sure_and_all_of_them_elsewhere(model):
+    gate, recorder = median_gate(model), Recorder()
     short = torch.tensor([[0, 0, 7, 8], *PROMPTS.tolist()])
     mask = torch.tensor([[0, 0, 1, 1], [1] * 4, [1] * 4])
-    options = {"max_new_tokens": 10, "gate": gate, **GREEDY}
+    options = {"max_new_tokens": 7, "gate": gate, **GREEDY}
     together = model.generate(short, attention_mask=mask, recorder=recorder, **options)
     assert torch.equal(together, model.generate(short, attention_mask=mask, use_cache=False, **options))
-    by_hand = [gated_greedy(model, prompt, gate, 10) for prompt in ([7, 8], *PROMPTS.tolist())]
+    by_hand = [gated_greedy(model, prompt, gate, 7) for prompt in ([7, 8], *PROMPTS.tolist())]
     assert together[:, 4:].tolist() == [tokens for tokens, _ in by_hand]
     assert recorder.gate.gated == sum(closed for _, closed in by_hand)
     assert 0 < recorder.gate.share < 1
-    assert recorder.gate.rows == recorder.rows == 30
-    assert recorder.asked == 30 - recorder.gate.gated
+    assert recorder.gate.rows == recorder.rows == 21
+    assert recorder.asked == 21 - recorder.gate.gated
     assert recorder.gate.saved > 0
     for k, prompt in enumerate(([7, 8], *PROMPTS.tolist())):
         alone = model.generate(torch.tensor([prompt]), **options)
@@ -241,9 +240,9 @@ def test_all_asked_is_no_gate_though_each_catches_up_by_itself(rule):
     ours = build(rule)
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt_lookup_num_tokens": 3}):
         prompts = PROMPTS[:1] if "prompt_lookup_num_tokens" in options else PROMPTS
-        plain = ours.generate(prompts, max_new_tokens=5, **options, **GREEDY)
-        for gate in ("unsure:1",) if options else ("unsure:1", "unsure:2", "disagreement:0"):
-            assert torch.equal(ours.generate(prompts, max_new_tokens=5, gate=gate, **options, **GREEDY), plain)
+        plain = ours.generate(prompts, max_new_tokens=4, **options, **GREEDY)
+        for gate in ("unsure:1",) if options else ("unsure:1", "disagreement:0"):
+            assert torch.equal(ours.generate(prompts, max_new_tokens=4, gate=gate, **options, **GREEDY), plain)
 
 
 def test_unsure_0_never_runs_the_others(model):
@@ -261,7 +260,7 @@ def test_unsure_0_never_runs_the_others(model):
 
 
 def test_beams_take_their_members_places_with_them(model):
-    options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 6, "gate": median_gate(model), **GREEDY}
+    options = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 4, "gate": median_gate(model), **GREEDY}
     cached = model.generate(PROMPTS, **options)
     assert torch.equal(cached, model.generate(PROMPTS, use_cache=False, **options))
     assert torch.equal(cached[3:], model.generate(PROMPTS[1:], **options))
@@ -271,17 +270,15 @@ def test_beams_take_their_members_places_with_them(model):
 def test_prompt_lookup_and_continuing_from_a_cache(model, kind):
     gate = median_gate(model) if kind == "unsure" else f"disagreement:{NEAR}"
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    plain = model.generate(prompt, max_new_tokens=10, gate=gate, **GREEDY)
-    assert torch.equal(
-        plain, model.generate(prompt, max_new_tokens=10, gate=gate, prompt_lookup_num_tokens=3, **GREEDY)
-    )
-    first = model.generate(prompt, max_new_tokens=5, gate=gate, return_dict_in_generate=True, **GREEDY)
-    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=5, gate=gate, **GREEDY)
+    plain = model.generate(prompt, max_new_tokens=8, gate=gate, **GREEDY)
+    assert torch.equal(plain, model.generate(prompt, max_new_tokens=8, gate=gate, prompt_lookup_num_tokens=3, **GREEDY))
+    first = model.generate(prompt, max_new_tokens=4, gate=gate, return_dict_in_generate=True, **GREEDY)
+    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=4, gate=gate, **GREEDY)
     assert torch.equal(then, plain)
     # A cache whose members are behind serves a call without a gate too: then all of them catch up.
-    first = model.generate(prompt, max_new_tokens=5, gate=gate, return_dict_in_generate=True, **GREEDY)
-    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=5, gate="none", **GREEDY)
-    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=5, **GREEDY))
+    first = model.generate(prompt, max_new_tokens=4, gate=gate, return_dict_in_generate=True, **GREEDY)
+    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=4, gate="none", **GREEDY)
+    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=4, **GREEDY))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -310,7 +307,7 @@ def test_a_member_that_cannot_catch_up_is_refused():
 def test_seeds_and_disagreement_in_batches(model):
     mask = torch.tensor([[0, 1, 1, 1], [1] * 4])
     for gate in (median_gate(model), f"disagreement:{NEAR}"):
-        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": None}
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 7, "pad_token_id": 0, "eos_token_id": None}
         recorder = Recorder()
         together = model.generate(
             PROMPTS, attention_mask=mask, row_sampler=RowSampler(3, [0, 1]), gate=gate, recorder=recorder, **options

@@ -34,11 +34,11 @@ def sequence(model, tokens, gate, *, rule=None, seed=5, max_tokens=12, **options
 def test_tokens_are_those_of_generate_whoever_shares_the_batch(serve, gate):
     """Rows under this gate, another one and none, of two rules, that come and go."""
     model = ensemble_of(MEMBERS, "meet")
-    engine = serve(model, limits=Limits(rows=4, waiting=50))
+    engine = serve(model, limits=Limits(rows=3, waiting=50))
     kinds = [(gate, "meet"), ("none", "meet"), (gate, "logit-mean"), ("unsure:0.3", "meet")]
     asked = [
         sequence(model, prompt(k, n), kinds[k % 4][0], rule=kinds[k % 4][1], seed=k, max_tokens=4 + 2 * (k % 4))
-        for k, n in enumerate(LENGTHS[:6])
+        for k, n in enumerate(LENGTHS[:5])
     ]
     engine.submit([one for one, _ in asked])
     found = [listener.tokens() for _, listener in asked]

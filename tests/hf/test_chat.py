@@ -54,21 +54,21 @@ def test_over_bytes_each_member_begins_after_its_own_prompt(ensemble, folders):
     texts = ["s:the!u:he t\u00e9!a:", "the\nhe t\u00e9\nthe "]
     for reader, ids, text in zip(ensemble.model.readers, own, texts, strict=True):
         assert reader.spelling.spelled(ids).decode().strip() == text.strip()
-    text = ensemble.generate(TURNS, seed=4, max_new_tokens=30)
-    assert text.rstrip("\ufffd") == expected(ensemble, own, 4, 30)
-    assert "".join(ensemble.stream(TURNS, seed=4, max_new_tokens=30)) == text
+    text = ensemble.generate(TURNS, seed=4, max_new_tokens=16)
+    assert text.rstrip("\ufffd") == expected(ensemble, own, 4, 16)
+    assert "".join(ensemble.stream(TURNS, seed=4, max_new_tokens=16)) == text
     both = ensemble.generate([TURNS, "the"], do_sample=False, max_new_tokens=8)
     assert both == [ensemble.generate(prompt, do_sample=False, max_new_tokens=8) for prompt in (TURNS, "the")]
 
 
 def test_over_the_wire_it_is_the_same_text(ensemble):
-    body = {"messages": TURNS, "seed": 4, "max_tokens": 30}
+    body = {"messages": TURNS, "seed": 4, "max_tokens": 16}
     with running(serving_of({"pair": ensemble})) as url:
         answer = http.post(f"{url}/v1/chat/completions", json=body).json()
         with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
             chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
     text = answer["choices"][0]["message"]["content"]
-    assert text == ensemble.generate(TURNS, seed=4, max_new_tokens=30)
+    assert text == ensemble.generate(TURNS, seed=4, max_new_tokens=16)
     assert "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]) == text
     size = answer["usage"]["softmeet"]["prompt_bytes"]
     assert size == sum(len(turn["content"].encode()) for turn in TURNS)
@@ -118,12 +118,12 @@ def test_over_tokens_members_share_the_prompt(folders):
 
 def test_the_command_chats(folders):
     command = ["generate", "he t\u00e9", "-m", str(folders[0]), "-m", str(folders[1]), "--rule", "prob-mean"]
-    command += ["--vocabulary", "bytes", "--seed", "4", "--max-new-tokens", "30"]
+    command += ["--vocabulary", "bytes", "--seed", "4", "--max-new-tokens", "16"]
     done = CliRunner().invoke(commands, [*command, "--chat", "--system", "the", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout[done.stdout.index("{") :])["completions"][0]
     ensemble = Ensemble.from_pretrained(folders, "prob-mean", vocabulary="bytes")
-    assert found["text"] == ensemble.generate(TURNS, seed=4, max_new_tokens=30)
+    assert found["text"] == ensemble.generate(TURNS, seed=4, max_new_tokens=16)
     for wrong, said in (
         (["--system", "the"], "say --chat as well"),
         (["--chat", "--prompt-weights"], "leave it out, or --chat"),

@@ -33,9 +33,9 @@ def test_trust_zero_is_a_hand_written_logit_average():
     average = torch.stack([m(input_ids=ids()).logits for m in model.members]).double().mean(0).log_softmax(-1)
     ours = model(input_ids=ids()).logits
     assert total_variation(ours.double(), average).max() < 1e-6
-    greedy = model.generate(ids(), max_new_tokens=12, do_sample=False)
+    greedy = model.generate(ids(), max_new_tokens=8, do_sample=False)
     by_hand = ids()
-    for _ in range(12):
+    for _ in range(8):
         logits = torch.stack([m(input_ids=by_hand).logits[:, -1].log_softmax(-1) for m in model.members]).mean(0)
         by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=-1)
     stop = (by_hand == 0).int().cumsum(-1) - (by_hand == 0).int() > 0
@@ -52,7 +52,7 @@ def test_cached_equals_uncached_and_batched_equals_single(rule):
     pieces = [model(input_ids=tokens[:, a:b], cache=cache, use_cache=True).logits for a, b in ((0, 4), (4, 5), (5, 7))]
     assert total_variation(torch.cat(pieces, dim=1), full).max() < 1e-4
     assert cache.get_seq_length() == 7
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     together = model.generate(tokens, **options)
     for row in range(2):
         alone = model.generate(tokens[row : row + 1], **options)
@@ -132,9 +132,15 @@ def test_unequal_padding_of_the_members_heads():
     assert logits[..., :64].isfinite().all()
 
 
-@pytest.fixture
-def folders(tmp_path):
-    return [tiny.save(tmp_path / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
+
+
+@pytest.fixture(scope="module")
+def average(folders):
+    return Ensemble.from_pretrained(folders, "logit-mean")
 
 
 def test_text_in_text_out(folders):
@@ -152,7 +158,7 @@ def test_text_in_text_out(folders):
 
 def test_a_seeded_row_does_not_depend_on_its_batch_mates(folders):
     ours = Ensemble.from_pretrained(folders, tol=1e-10)
-    options = {"seed": 5, "max_new_tokens": 10, "do_sample": True, "temperature": 0.8, "top_k": 20}
+    options = {"seed": 5, "max_new_tokens": 6, "do_sample": True, "temperature": 0.8, "top_k": 20}
     first, second = ours.generate(["hello", "a much-longer-prompt"], **options)
     assert ours.generate("hello", **options) == first
     assert ours.generate(["hello", "x"], **options)[0] == first
@@ -185,15 +191,14 @@ def test_bad_prompts(folders):
         ours.model(inputs_embeds=torch.zeros(1, 3, 32))
 
 
-def test_an_error_while_streaming_reaches_the_caller(folders, monkeypatch):
-    ours = Ensemble.from_pretrained(folders)
+def test_an_error_while_streaming_reaches_the_caller(average):
     with pytest.raises(ValueError, match="temperature"):
-        list(ours.stream("hello", do_sample=True, temperature=-1.0))
+        list(average.stream("hello", do_sample=True, temperature=-1.0))
 
 
-def test_a_stream_that_is_left_stops_the_generation(folders):
-    ours, recorder = Ensemble.from_pretrained(folders, "logit-mean"), Recorder()
-    stream = ours.stream("hello", max_new_tokens=58, do_sample=False, eos_token_id=None, recorder=recorder)
+def test_a_stream_that_is_left_stops_the_generation(average):
+    recorder = Recorder()
+    stream = average.stream("hello", max_new_tokens=58, do_sample=False, eos_token_id=None, recorder=recorder)
     next(stream)
     stream.close()
     assert recorder.rows < 58
@@ -212,19 +217,18 @@ def test_a_seed_samples_from_the_whole_distribution_and_greedy_stays_greedy():
     greedy = ours.generate("And the king said", max_new_tokens=10, do_sample=False)
     assert ours.generate("And the king said", max_new_tokens=10, do_sample=False, seed=1) == greedy
     assert "".join(ours.stream("And the king said", max_new_tokens=10, do_sample=False, seed=1)) == greedy
-    drawn = ours.generate("And the king said", max_new_tokens=20, seed=1)
-    assert drawn != ours.generate("And the king said", max_new_tokens=20, seed=1, temperature=0.5)
-    assert drawn == ours.generate("And the king said", max_new_tokens=20, seed=1, do_sample=True, top_k=0)
-    assert drawn != ours.generate("And the king said", max_new_tokens=20, seed=1, top_k=2)
+    drawn = ours.generate("And the king said", max_new_tokens=10, seed=1)
+    assert drawn != ours.generate("And the king said", max_new_tokens=10, seed=1, temperature=0.5)
+    assert drawn == ours.generate("And the king said", max_new_tokens=10, seed=1, do_sample=True, top_k=0)
+    assert drawn != ours.generate("And the king said", max_new_tokens=10, seed=1, top_k=2)
     given = GenerationConfig(do_sample=True, top_k=2)
-    few = ours.generate("And the king said", max_new_tokens=20, seed=1, generation_config=given)
-    assert few == ours.generate("And the king said", max_new_tokens=20, seed=1, top_k=2)
+    few = ours.generate("And the king said", max_new_tokens=10, seed=1, generation_config=given)
+    assert few == ours.generate("And the king said", max_new_tokens=10, seed=1, top_k=2)
 
 
-def test_a_text_that_utf8_cannot_hold_is_refused(folders):
-    ours = Ensemble.from_pretrained(folders, "logit-mean")
+def test_a_text_that_utf8_cannot_hold_is_refused(average):
     over_bytes = Ensemble.from_pretrained("mixed")
-    for function in (ours.generate, ours.inspect, ours.next_token, over_bytes.generate, over_bytes.inspect):
+    for function in (average.generate, average.inspect, average.next_token, over_bytes.generate, over_bytes.inspect):
         with pytest.raises(InvalidInputError, match=r"expected text that UTF-8 can hold, got '\\udcff' at character 1"):
             function("a\udcff")
 
@@ -248,7 +252,7 @@ class Kept(Recorder):
 def test_reproducible_prompts_get_the_same_bits_alone_and_beside_others(family, rule):
     ours = Ensemble.from_pretrained(family, rule)
     prompts = ["In the beginning", "O", "And the king said unto his daughter, and to all that were in the house,", "O"]
-    how = {"seed": 5, "max_new_tokens": 4}
+    how = {"seed": 5, "max_new_tokens": 3}
     alone = [Kept() for _ in prompts]
     texts = [ours.generate(p, **how, speculate=0, recorder=kept) for p, kept in zip(prompts, alone, strict=True)]
     together, batch = Kept(), Kept()
@@ -261,16 +265,15 @@ def test_reproducible_prompts_get_the_same_bits_alone_and_beside_others(family, 
     assert not torch.equal(torch.stack(batch.rows_of_prompts[:: len(prompts)]), expected[: len(expected) // 4])
 
 
-def test_reproducible_needs_a_seed_and_no_clock(folders):
-    ours = Ensemble.from_pretrained(folders, "logit-mean")
-    assert len(ours.generate(["a", "b"], reproducible=True, max_new_tokens=2)) == 2
+def test_reproducible_needs_a_seed_and_no_clock(average):
+    assert len(average.generate(["a", "b"], reproducible=True, max_new_tokens=2)) == 2
     with pytest.raises(InvalidInputError, match="expected a seed"):
-        ours.generate(["a", "b"], reproducible=True, do_sample=True)
+        average.generate(["a", "b"], reproducible=True, do_sample=True)
     with pytest.raises(InvalidInputError, match="expected no limit on a token's seconds"):
-        ours.generate(["a", "b"], reproducible=True, token_seconds=1.0)
+        average.generate(["a", "b"], reproducible=True, token_seconds=1.0)
     for seconds in (-1, "1", [1], float("nan")):
         with pytest.raises(InvalidInputError, match="expected token_seconds as a number from 0, got "):
-            ours.generate("a", token_seconds=seconds)
+            average.generate("a", token_seconds=seconds)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +286,9 @@ def test_reproducible_needs_a_seed_and_no_clock(folders):
         ("a", {"prompt_weights": True, "weights": [1, 0]}, "expected weights or prompt_weights, got both"),
     ],
 )
-def test_wrong_prompts_and_options_are_named(folders, text, options, said):
+def test_wrong_prompts_and_options_are_named(average, text, options, said):
     with pytest.raises(InvalidInputError, match=said):
-        Ensemble.from_pretrained(folders, "logit-mean").generate(text, **options, max_new_tokens=2)
+        average.generate(text, **options, max_new_tokens=2)
 
 
 def test_a_stream_keeps_the_callers_limit_of_time(folders):

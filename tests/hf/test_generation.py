@@ -24,15 +24,14 @@ def model():
 def test_prompt_lookup_equals_greedy(rule):
     ours = build(rule)
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    plain = ours.generate(prompt, max_new_tokens=10, **GREEDY)
-    looked_up = ours.generate(prompt, max_new_tokens=10, prompt_lookup_num_tokens=3, **GREEDY)
+    plain = ours.generate(prompt, max_new_tokens=6, **GREEDY)
+    looked_up = ours.generate(prompt, max_new_tokens=6, prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(plain, looked_up)
 
 
-@pytest.mark.parametrize(("family", "rule"), [("narrow", "meet"), ("wide", "power-mean")])
-def test_the_bundled_members_too(family, rule, tmp_path):
+def test_the_bundled_members_too(tmp_path):
     """Cached equals uncached, batched equals single, prompt lookup equals greedy, loaded equals saved."""
-    ours = Ensemble.from_pretrained(family, rule, trust=1.0, tol=1e-8, dtype=torch.float64)
+    ours = Ensemble.from_pretrained("narrow", "meet", trust=1.0, tol=1e-8, dtype=torch.float64)
     batch = ours.tokenizer(["And the king", "And the king said unto the king"], return_tensors="pt", padding=True)
     options = {"max_new_tokens": 2, **GREEDY}
     together = ours.model.generate(**batch, **options)
@@ -52,15 +51,15 @@ def test_left_padded_prompts_of_unequal_length(rule):
     short = torch.tensor([[7, 8]])
     padded = torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    together = ours.generate(padded, attention_mask=mask, max_new_tokens=5, **GREEDY)
-    assert torch.equal(together[0, 4:], ours.generate(short, max_new_tokens=5, **GREEDY)[0, 2:])
-    assert torch.equal(together[1], ours.generate(padded[1:], max_new_tokens=5, **GREEDY)[0])
+    together = ours.generate(padded, attention_mask=mask, max_new_tokens=3, **GREEDY)
+    assert torch.equal(together[0, 4:], ours.generate(short, max_new_tokens=3, **GREEDY)[0, 2:])
+    assert torch.equal(together[1], ours.generate(padded[1:], max_new_tokens=3, **GREEDY)[0])
 
 
 def test_beams_with_and_without_a_cache(model):
-    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8, **GREEDY}
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, **GREEDY}
     cached = model.generate(PROMPTS, **options)
-    assert cached.shape == (4, 12)
+    assert cached.shape == (4, 9)
     assert torch.equal(cached, model.generate(PROMPTS, use_cache=False, **options))
     alone = model.generate(PROMPTS[1:], **options)
     assert torch.equal(cached[2:], alone)
@@ -96,9 +95,9 @@ def test_several_ends_and_stop_strings(tmp_path):
 
 
 def test_continuing_from_a_returned_cache(model):
-    whole = model.generate(PROMPTS, max_new_tokens=10, **GREEDY)
-    first = model.generate(PROMPTS, max_new_tokens=4, return_dict_in_generate=True, **GREEDY)
-    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=6, **GREEDY)
+    whole = model.generate(PROMPTS, max_new_tokens=6, **GREEDY)
+    first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
+    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, **GREEDY)
     assert torch.equal(then, whole)
 
 
@@ -138,7 +137,7 @@ def test_what_an_ensemble_cannot_do_is_refused_by_name(model, options, message):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_assisted_decoding_on_either_side(model):
     other = tiny.build("llama", 1).double()
-    options = {"max_new_tokens": 12, **GREEDY}
+    options = {"max_new_tokens": 8, **GREEDY}
     for main, assistant in ((model, other), (other, model)):
         plain = main.generate(PROMPTS[:1], **options)
         assert torch.equal(plain, main.generate(PROMPTS[:1], assistant_model=assistant, **options))
@@ -146,12 +145,12 @@ def test_assisted_decoding_on_either_side(model):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_an_assistant_is_not_given_the_options_of_the_call(model):
-    options = {"max_new_tokens": 8, "weights": [0.8, 0.1, 0.1], **GREEDY}
+    options = {"max_new_tokens": 5, "weights": [0.8, 0.1, 0.1], **GREEDY}
     plain, reports = model.generate(PROMPTS[:1], **options), TokenReports()
     for assistant in (tiny.build("llama", 1).double(), build("prob-mean")):
         helped = model.generate(PROMPTS[:1], assistant_model=assistant, recorder=reports, **options)
         assert torch.equal(plain, helped)
-    assert reports.rows >= 8
+    assert reports.rows >= 5
 
 
 def test_a_call_of_the_model_itself_takes_the_same_options(model):
@@ -191,25 +190,12 @@ def test_a_transformers_script_with_a_pipeline(narrow):
     assert out["generated_text"] == narrow.generate("And the king said", max_new_tokens=5, do_sample=False)
 
 
-def test_a_transformers_script_with_batched_generate(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    Ensemble.from_pretrained("narrow").save_pretrained(tmp_path / "a")
-    # From here on, nothing but transformers.
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
-    batch = tokenizer(["In the beginning", "And it came to pass in those days"], return_tensors="pt", padding=True)
-    out = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-    assert texts[0].startswith("In the beginning")
-    assert len(texts) == 2
-
-
 @torch.no_grad()
-def test_a_transformers_script_that_evaluates_with_labels(tmp_path):
+def test_a_transformers_script_that_evaluates_with_labels_and_generates_in_batches(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     Ensemble.from_pretrained("narrow", "logit-mean").save_pretrained(tmp_path / "a")
+    # From here on, nothing but transformers.
     tokenizer, total = AutoTokenizer.from_pretrained(tmp_path / "a"), {}
     for rule in ("logit-mean", "meet"):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", rule=rule)
@@ -220,3 +206,8 @@ def test_a_transformers_script_that_evaluates_with_labels(tmp_path):
             by_hand = -log_p[0, :-1].gather(-1, ids[0, 1:, None]).mean().item()
             assert total[rule] == pytest.approx(by_hand, abs=1e-4)
     assert total["meet"] != total["logit-mean"]
+    batch = tokenizer(["In the beginning", "And it came to pass in those days"], return_tensors="pt", padding=True)
+    out = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+    assert texts[0].startswith("In the beginning")
+    assert len(texts) == 2

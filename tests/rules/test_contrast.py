@@ -239,15 +239,15 @@ def test_under_unsure_the_expert_answers_alone_with_its_cut():
 @pytest.mark.parametrize("vocabulary", ["tokens", "bytes"])
 def test_texts_are_those_of_the_formula_alone_in_batches_and_reloaded(vocabulary, ensemble, over_bytes, tmp_path):
     found = ensemble if vocabulary == "tokens" else over_bytes
-    options = {"max_new_tokens": 6, "seed": 6, "reproducible": True, "do_sample": True}
-    prompts = [PROMPT, "In the beginning", "O"]
+    options = {"max_new_tokens": 4, "seed": 6, "reproducible": True, "do_sample": True}
+    prompts = [PROMPT, "O"]
     batch = found.generate(prompts, **options)
     assert batch == [found.generate(prompt, **options) for prompt in prompts]
     found.save_pretrained(tmp_path)
     again = Ensemble.from_pretrained(tmp_path)
     assert (str(again.model.settings.rule), again.model.config.weights) == (CONTRAST, WEIGHTS)
     assert again.generate(prompts, **options) == batch
-    assert found.generate(PROMPT, num_beams=3, do_sample=False, max_new_tokens=3)
+    assert found.generate(PROMPT, num_beams=2, do_sample=False, max_new_tokens=2)
     other = found.generate(PROMPT, weights=[0.0, 1.0], **options)
     assert other != batch[0]
     # Token by token, greedily, what the formula says.

@@ -35,9 +35,9 @@ POOLS = ("logit-mean", "prob-mean")
 
 
 def in_turn(names, others):
-    """Every instance with every trust; the others in turn, so that each comes with every instance and every trust."""
+    """Every instance with every other trust, and the others in turn: each comes with every instance and every trust."""
     pairs = [(name, trust, k + j) for k, name in enumerate(names) for j, trust in enumerate(TRUSTS)]
-    return [(name, trust, others[turn % len(others)]) for name, trust, turn in pairs]
+    return [(name, trust, others[turn // 2 % len(others)]) for name, trust, turn in pairs if turn % 2 == 0]
 
 
 def solve(name, trust, pool="logit-mean", **options):
@@ -228,16 +228,16 @@ def test_a_stopped_solver_says_so_and_keeps_its_best_point():
 @pytest.mark.parametrize(
     ("name", "trust", "dtype"),
     [
-        (name, trust, (torch.float32, torch.float64)[(k + j) % 2])
+        (name, (0.3, 1.0, 20.0)[(k + j) % 3], dtype)
         for k, name in enumerate(INSTANCES)
-        for j, trust in enumerate((0.3, 1.0, 20.0))
+        for j, dtype in enumerate((torch.float32, torch.float64))
     ],
 )
 def test_the_certificate_is_never_below_the_true_gap(name, dtype, trust):
     log_p, heads = INSTANCES[name]()
     log_p, heads = log_p.to(dtype), [W.to(dtype) for W in heads]
     exact = softmeet.combine(log_p.double(), [W.double() for W in heads], trust=trust, tol=1e-12, max_steps=200)
-    for steps in (1, 2, 4, 6):
+    for steps in (1, 3, 6):
         solution = softmeet.combine(log_p, heads, trust=trust, tol=1e-14, max_steps=steps)
         true_gap = exact.objective - solution.objective
         certified = solution.gap_is_certified
@@ -246,8 +246,15 @@ def test_the_certificate_is_never_below_the_true_gap(name, dtype, trust):
         assert (true_gap[certified] <= solution.gap[certified] + allowed).all()
 
 
-@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot"])
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        (name, rule)
+        for k, name in enumerate(INSTANCES)
+        for j, rule in enumerate(("meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot"))
+        if (k + j) % 2 == 0
+    ],
+)
 def test_verify_agrees_without_the_solver(name, rule):
     log_p, heads = INSTANCES[name]()
     solution = softmeet.combine(log_p, heads, rule, trust=1.0, tol=1e-6, max_steps=200)
@@ -465,7 +472,7 @@ def test_a_second_look_agrees_where_members_are_nearly_one_hot():
     assert (found.verify(heads, log_p).status == Status.OPTIMAL).all()
 
 
-@pytest.mark.parametrize("saturation", [7.0, 8.0, 10.0])
+@pytest.mark.parametrize("saturation", [7.0, 10.0])
 def test_a_saturated_soft_cap_makes_no_false_certificate(saturation):
     """Slopes of 10⁻⁶ and less: single precision loses them in products."""
     generator = torch.Generator().manual_seed(6)

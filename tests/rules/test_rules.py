@@ -326,13 +326,24 @@ def test_a_checkpoint_says_which_package_is_missing(package, folders, tmp_path, 
         softmeet.Ensemble.from_pretrained(tmp_path / "saved")
 
 
-def test_the_command_knows_it_in_a_process_of_its_own(package, folders):
+# Importing softmeet imports neither of the two packages, and is enough for the Auto classes of one.
+PROCESS = """
+import runpy, sys, softmeet
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv.pop(1))
+assert type(model).__name__ == "EnsembleForCausalLM" and model.config.rule == "pointwise-minimum"
+runpy.run_module("softmeet", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_auto_classes_and_the_command_know_it_in_a_process_of_its_own(package, installed, folders, tmp_path):
     """The one start of a real process; all else runs in this one."""
-    command = [sys.executable, "-m", "softmeet", "generate", "the king", "--rule", "pointwise-minimum", "--json"]
-    for folder in folders:
-        command += ["-m", folder]
+    softmeet.Ensemble.from_pretrained(folders, "pointwise-minimum").save_pretrained(tmp_path / "saved")
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "saved"), "generate", "the king"]
+    command += ["--rule", "pointwise-minimum", "--json", *tiny.each("-m", folders), "--max-new-tokens", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, "--max-new-tokens", "2"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rule"] == "pointwise-minimum"
 

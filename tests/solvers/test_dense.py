@@ -21,7 +21,7 @@ from softmeet.solvers.projection import Projection
 
 pytestmark = pytest.mark.checked
 
-V = 1600
+V = 1000
 
 
 @pytest.fixture(autouse=True)
