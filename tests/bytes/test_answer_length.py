@@ -109,7 +109,7 @@ def mixed():
 PROMPT = "And the king said"
 
 
-@pytest.mark.parametrize("most", [1, 3, 9])
+@pytest.mark.parametrize("most", [1, 5])
 def test_roads_count_tokens(mixed, most):
     """The text is the longest beginning of a longer one with so many tokens; of other roads, see tests/matrix."""
     spelling = mixed.model.readers[0].spelling
@@ -157,10 +157,10 @@ def test_bytes_can_be_counted_instead(mixed):
     assert len(short.encode()) == 11
     text = mixed.generate(PROMPT, max_bytes=11, max_new_tokens=2, seed=5)
     assert text == mixed.generate(PROMPT, max_new_tokens=2, seed=5)
-    flags = ["--seed", "5", "--rule", "logit-mean", "--no-summary", "--max-new-bytes", "300"]
+    flags = ["--seed", "5", "--rule", "logit-mean", "--no-summary", "--max-new-bytes", "120"]
     done = CliRunner().invoke(app, ["generate", PROMPT, "-m", "mixed", *flags], catch_exceptions=False)
     assert done.stdout.startswith(short)
-    assert len(done.stdout.encode()) == 300 + len("\n")
+    assert len(done.stdout.encode()) == 120 + len("\n")
     for wrong in (0, "many", True):
         with pytest.raises(InvalidInputError, match="expected max_bytes as a number of bytes from 1"):
             mixed.generate(PROMPT, max_bytes=wrong)

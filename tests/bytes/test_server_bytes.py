@@ -57,7 +57,7 @@ def generated(ensemble, prompt, seed, count, key=0, **options):
 
 
 def test_texts_are_those_of_generate_in_any_company(url, ensemble):
-    asked = [(prompt, seed, 6 + seed) for seed, prompt in enumerate(PROMPTS)]
+    asked = [(prompt, seed, 3 + seed) for seed, prompt in enumerate(PROMPTS)]
 
     def answer(one):
         prompt, seed, count = one
@@ -120,7 +120,7 @@ def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, m
 
 
 def test_streams_are_whole_characters_and_the_text(url):
-    body = {"prompt": "t\u00e9", "seed": 5, "max_tokens": 40, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"prompt": "t\u00e9", "seed": 5, "max_tokens": 20, "stream": True, "stream_options": {"include_usage": True}}
     whole = completion(url, **{k: x for k, x in body.items() if "stream" not in k}).json()
     with http.stream("POST", f"{url}/v1/completions", json=body) as stream:
         chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
@@ -253,12 +253,12 @@ def test_a_members_own_tokens_are_those_that_its_covers_allow(ensemble):
 
 def test_the_text_is_what_it_has_to_be(url):
     """Structured output over bytes: no tokenizer is needed, and a grammar says what each byte may be."""
-    for seed in range(4):
+    for seed in range(2):
         answer = completion(url, prompt="the", seed=seed, max_tokens=60, structured_outputs={"regex": "[hte]{3} é+!"})
         choice = answer.json()["choices"][0]
         assert re.fullmatch("[hte]{3} é+!", choice["text"]) or choice["finish_reason"] == "length"
     choices = {"structured_outputs": {"choice": ["yes, été", "no"]}, "max_tokens": 30}
-    assert {completion(url, prompt="the", seed=seed, **choices).json()["choices"][0]["text"] for seed in range(8)} <= {
+    assert {completion(url, prompt="the", seed=seed, **choices).json()["choices"][0]["text"] for seed in range(3)} <= {
         "yes, été", "no"
     }  # fmt: skip
 

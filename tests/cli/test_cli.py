@@ -62,7 +62,7 @@ def test_a_token_that_took_its_time_is_said(members, monkeypatch):
 def test_weights_of_prompts_are_those_that_are_reported(members):
     ensemble = Ensemble.from_pretrained(members[1::2])
     expected = [ensemble.prompt_weights(prompt) for prompt in ("hello", "abc")]
-    common = [*members, "--max-new-tokens", 4, "--no-do-sample", "--prompt-weights", "--json"]
+    common = [*members, "--max-new-tokens", 2, "--no-do-sample", "--prompt-weights", "--json"]
     one, two = (json.loads(run("generate", *prompts, *common).stdout) for prompts in (["hello"], ["hello", "abc"]))
     assert [m["weight"] for m in one["members"]] == pytest.approx(expected[0])
     assert [m["weight"] for m in two["members"]] == pytest.approx([(a + b) / 2 for a, b in zip(*expected, strict=True)])

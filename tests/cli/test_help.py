@@ -138,8 +138,8 @@ def test_what_was_not_simply_solved_is_said(command, rule, folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
     words = {
         "generate": ["generate", "hello", *members, "--max-new-tokens", 3],
-        "inspect": ["inspect", "hello there", *members],
-        "evaluate": ["evaluate", *members, "-t", tmp_path / "a.txt", "--max-tokens", 12],
+        "inspect": ["inspect", "hello", *members],
+        "evaluate": ["evaluate", *members, "-t", tmp_path / "a.txt", "--max-tokens", 5],
     }[command]
     words += ["--trust", 4, "--max-steps", 1] if rule.startswith("meet") else []
     done = run(*words, "--rule", rule)

@@ -83,7 +83,7 @@ def test_rules_are_those_of_combine(ensemble):
 
 def test_a_sweep_answers_as_each_rule_alone():
     ensemble = Ensemble.from_pretrained("narrow")
-    positions = observe_text(ensemble, [Document("d", "And the king said unto his daughter, Arise.")])
+    positions = observe_text(ensemble, [Document("d", "And the king said unto his daughter")])
     choices = [RuleChoice(rule, {"rule": rule}) for rule in ("max-entropy", "min-reverse-cross-entropy", "logit-mean")]
     choices += [RuleChoice(f"meet {trust:g}", {"rule": "meet", "trust": trust}) for trust in (2.0, 0.3, 0.1)]
     together = evaluate(ensemble, positions, choices)
@@ -122,9 +122,10 @@ def test_prompt_weights_in_generation(ensemble):
     with torch.no_grad():
         losses = [member(input_ids=ids, labels=ids).loss.item() for member in ensemble.model.members]
     assert weights[0] == pytest.approx(perplexity_weights(losses), abs=1e-5)
-    together = ensemble.generate(prompts, max_new_tokens=6, do_sample=False, prompt_weights=True)
+    options = {"max_new_tokens": 3, "do_sample": False, "gate": "none"}
+    together = ensemble.generate(prompts, **options, prompt_weights=True)
     for prompt, own, text in zip(prompts, weights, together, strict=True):
-        assert text == ensemble.generate(prompt, max_new_tokens=6, do_sample=False, weights=own)
+        assert text == ensemble.generate(prompt, **options, weights=own)
     with pytest.raises(InvalidInputError, match="two tokens"):
         ensemble.prompt_weights("z")
 

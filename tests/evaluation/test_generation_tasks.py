@@ -115,21 +115,23 @@ def scratch(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "code",
+HARMFUL = (
     ["while True: pass", "import time\ntime.sleep(60)", "x = [0] * 10**10", "x = []\nwhile True: x.append(' ' * 10**7)",
      "import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit", "def f(x): return x +", "input()",
      "f = lambda x: f(x)", "import ctypes\nctypes.string_at(0)", "import typing_extensions",
      "import os\nos.environ['HOME']", "open('left', 'wb', 0).write(b'text')", "x = bytearray(10**9)", "f = lambda x: x",
-     "import os\nos.write(1, b'+' * 99)\nos._exit(0)", "while True: print('x' * 10**6)"],
+     "import os\nos.write(1, b'+' * 99)\nos._exit(0)", "while True: print('x' * 10**6)"]
 )  # fmt: skip
-def test_code_that_does_not_pass_harms_nobody(code, scratch):
-    before = time.monotonic()
-    patience = 1.0 if "sleep" in code else judging.PATIENCE
-    assert not judging.passes(f"{SAFE}{code}\n", ["f(1) == 2"], seconds=1, patience=patience)
-    assert time.monotonic() - before < judging.PATIENCE
+
+
+def test_code_that_does_not_pass_harms_nobody(scratch):
+    for code in HARMFUL:
+        before = time.monotonic()
+        patience = 1.0 if "sleep" in code else judging.PATIENCE
+        assert not judging.passes(f"{SAFE}{code}\n", ["f(1) == 2"], seconds=1, patience=patience), code
+        assert time.monotonic() - before < judging.PATIENCE, code
+        assert not list(scratch.iterdir()), code
     assert judging.passes(SAFE, ["f(1) == 2"])
-    assert not list(scratch.iterdir())
 
 
 def test_what_is_printed_or_left_behind_changes_nothing(scratch):

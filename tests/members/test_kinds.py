@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import warnings
@@ -51,11 +52,13 @@ def made(tmp_path_factory):
     return folder
 
 
+@functools.cache
 def dequantised(made, file):
     """A model of a GGUF file, as transformers reads it."""
     return AutoModelForCausalLM.from_pretrained(made / "files", gguf_file=file, dtype=torch.float64).eval()
 
 
+@functools.cache
 def quantised(made):
     """The base with linear layers in eight bits, as transformers and torchao make it."""
     return AutoModelForCausalLM.from_pretrained(
@@ -63,6 +66,7 @@ def quantised(made):
     ).eval()
 
 
+@functools.cache
 def plain(made, name="base", adapter=None):
     model = AutoModelForCausalLM.from_pretrained(made / name, dtype=torch.float64).eval()
     if adapter is None:
@@ -105,7 +109,7 @@ KINDS = {
         (Member(str(f / "other")), plain(f, "other"), str),
     ],
     "dtype": lambda f: [
-        (Member(str(f / "base"), dtype="bfloat16"), plain(f).bfloat16(), str),
+        (Member(str(f / "base"), dtype="bfloat16"), copy.deepcopy(plain(f)).bfloat16(), str),
         (Member(str(f / "other"), dtype="float64"), plain(f, "other"), str),
     ],
     "quantised": lambda f: [
@@ -189,7 +193,7 @@ def predicts(kind):
 
 def beams(kind):
     """A beam search with caches, whose rows are repeated and put in other orders, finds what one without finds."""
-    options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 3}
+    options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": 2}
     found = kind.ensemble.generate(TEXTS, **options)
     assert found == kind.ensemble.generate(TEXTS, **options, use_cache=False)
     assert found[0] == kind.ensemble.generate(TEXTS[0], **options)
@@ -243,7 +247,7 @@ def fits(kind):
     if kind.is_template:
         return
     words = "the quick brown fox jumps over a lazy dog and then it rains in spain "
-    documents = [Document(f"d{k}", words[k : k + 20]) for k in range(9)]
+    documents = [Document(f"d{k}", words[k : k + 8]) for k in range(6)]
     found = fit(kind.ensemble, observe_text(kind.ensemble, documents), Options(evaluations=2, rules=("logit-mean",)))
     weights = found.chosen.settings["weights"]
     assert len(weights) == len(kind.members)

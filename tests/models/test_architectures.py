@@ -30,7 +30,7 @@ from update_architectures import ARCHITECTURES, COLUMNS, PAGE, VOCABULARY, page
 
 PROMPTS = torch.tensor([[0, 0, 0, 7, 8], [9, 10, 11, 12, 30], [0, 5, 6, 7, 5]])
 MASK = torch.tensor([[0, 0, 0, 1, 1], [1] * 5, [0] + [1] * 4])
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 3}
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 2}
 TEXT = b"\n\nthe"
 every = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 
@@ -105,7 +105,7 @@ def test_head(architecture):
 @column
 @torch.inference_mode()
 def test_meet(architecture):
-    models, ids = (other(), model_of(architecture)), PROMPTS[1:2]
+    models, ids = (other(), model_of(architecture)), PROMPTS[1:2, :3]
     ours = ensemble_of(*models, rule="meet")(input_ids=ids).logits[0]
     logits = torch.stack([model(input_ids=ids, use_cache=False).logits[0] for model in models])
     options = {"logits": logits, "trust": 1.0, "tol": 1e-4}
@@ -131,10 +131,10 @@ def test_served(architecture):
     batcher = Batcher({model_of(architecture): "a member"}, Limits(), Metrics())
     batcher.start()
     try:
-        asked = [sequence(ours, prompt(k, n), seed=k, max_tokens=4) for k, n in enumerate((9, 1))]
+        asked = [sequence(ours, prompt(k, n), seed=k, max_tokens=2) for k, n in enumerate((9, 1))]
         batcher.submit([one for one, _ in asked])
         for k, (one, listener) in enumerate(asked):
-            assert listener.tokens() == generated(ours, one.prompt, seed=k, max_tokens=4)
+            assert listener.tokens() == generated(ours, one.prompt, seed=k, max_tokens=2)
     finally:
         batcher.close(0)
         batcher.join()

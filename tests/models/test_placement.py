@@ -26,7 +26,7 @@ from softmeet.members.placement import home, require_device, whereabouts
 SPREAD = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "disk",
           "model.rotary_emb": "cpu", "lm_head": "disk"}  # fmt: skip
 MAPS = {"some on disk": SPREAD, "all on disk": "disk", "head in memory": SPREAD | {"lm_head": "cpu"}}
-GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 
@@ -94,6 +95,12 @@ WHY = {"int8": "is quantised (Int8Tensor)", "LoRA": "has an adapter (peft", "unk
 every = pytest.mark.parametrize("kind", KINDS)
 
 
+@functools.cache
+def of_kind(kind, name):
+    """A member, which is made once: no test changes more of it than the positions that it counts."""
+    return KINDS[kind](name)
+
+
 def assembled(members, models, **settings):
     config = EnsembleConfig(list(members), **{"rule": "logit-mean", **settings})
     tokenizers = load_tokenizers(members)
@@ -122,7 +129,7 @@ def test_rules_that_read_heads_take_members_whose_heads_are_not_quantised():
 @every
 @torch.inference_mode()
 def test_over_tokens_averages_are_those_by_hand_alone_and_in_batches_with_a_cache_and_without(kind):
-    models = [KINDS[kind](name) for name in WIDE]
+    models = [of_kind(kind, name) for name in WIDE]
     ours = assembled(WIDE, models)
     assert ours.member_heads[0].why.startswith(WHY[kind])
     texts = [prompt(k, length) for k, length in enumerate((3, 9, 5))]
@@ -140,7 +147,7 @@ def test_over_tokens_averages_are_those_by_hand_alone_and_in_batches_with_a_cach
 @every
 @torch.inference_mode()
 def test_the_gate_unsure_finds_others_behind(kind):
-    models = [KINDS[kind](name) for name in reversed(WIDE)]
+    models = [of_kind(kind, name) for name in reversed(WIDE)]
     ours = assembled(WIDE[::-1], models)
     ids = torch.tensor([prompt(0, 7), prompt(1, 7)])
     always, never = ours.generate(ids, gate="unsure:1", **GREEDY), ours.generate(ids, gate="unsure:0", **GREEDY)
@@ -151,7 +158,7 @@ def test_the_gate_unsure_finds_others_behind(kind):
 @every
 def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatch):
     monkeypatch.setattr("softmeet.server.batch.PIECE", 32)
-    ours = assembled(WIDE, [KINDS[kind](name) for name in WIDE])
+    ours = assembled(WIDE, [of_kind(kind, name) for name in WIDE])
     ours.members[0].positions = 0
     running = Batcher(dict.fromkeys(ours.members, "it"), Limits(), Metrics())
     running.start()
@@ -182,7 +189,7 @@ def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatc
 
 @every
 def test_under_the_gate_unsure_the_batcher_draws_what_generate_does(kind):
-    ours = assembled(WIDE[::-1], [KINDS[kind](name) for name in reversed(WIDE)], gate="unsure:0.2")
+    ours = assembled(WIDE[::-1], [of_kind(kind, name) for name in reversed(WIDE)], gate="unsure:0.2")
     running = Batcher(dict.fromkeys(ours.members, "it"), Limits(), Metrics())
     asked = [sequence(ours, prompt(k, length), max_tokens=8) for k, length in enumerate((3, 20, 5))]
     running.start()
@@ -200,7 +207,7 @@ def test_under_the_gate_unsure_the_batcher_draws_what_generate_does(kind):
 @every
 @pytest.mark.parametrize("name", ["mixed/gpt2", "mixed/llama"])
 def test_over_bytes_a_text_has_the_sum_over_all_of_its_tokenizations(kind, name):
-    member = ByteMember(KINDS[kind](name), spelling_of(name, load_tokenizers([name])[0]), Pruning(0.0, None))
+    member = ByteMember(of_kind(kind, name), spelling_of(name, load_tokenizers([name])[0]), Pruning(0.0, None))
     assert isinstance(member.head, OpaqueHead) is (kind != "unknown" or name == "mixed/llama")
     for text in (b" the", b"th\n"):
         expected = exhaustive(member, text)
@@ -212,7 +219,7 @@ def test_over_bytes_a_text_has_the_sum_over_all_of_its_tokenizations(kind, name)
 @torch.inference_mode()
 def test_over_bytes_prompts_are_continued_by_the_average_alone_and_together(kind):
     both = ("mixed/gpt2", "mixed/llama")
-    models = [KINDS[kind](name) for name in both]
+    models = [of_kind(kind, name) for name in both]
     ours = assembled(both, models)
     readers, text = ours.readers, b"In the beginning God created the heaven and the earth. " * 4 + b"And the"
     texts = [list(text), list(text[9:])]
@@ -238,7 +245,7 @@ def test_over_bytes_prompts_are_continued_by_the_average_alone_and_together(kind
 
 @every
 def test_rules_and_settings_that_read_heads_refuse_them_by_name(kind):
-    models = [loaded("wide/neox"), KINDS[kind]("wide/llama")]
+    models = [loaded("wide/neox"), of_kind(kind, "wide/llama")]
     why = re.escape(WHY[kind])
     with pytest.raises(UnsupportedHeadError, match=f"the rule meet reads heads .* wide/llama {why}.*choose logit-mean"):
         assembled(("wide/neox", "wide/llama"), models, rule="meet")
@@ -321,7 +328,7 @@ def test_check_says_what_it_can(quantised_folder):
 
 @every
 def test_a_request_for_a_rule_that_reads_heads_gets_400_with_the_same_sentence(kind):
-    models = [KINDS[kind]("wide/llama"), loaded("wide/neox")]
+    models = [of_kind(kind, "wide/llama"), loaded("wide/neox")]
     model = assembled(WIDE, models)
     with serving.running(serving.serving_of({"two": Ensemble(model, model.tokenizer)})) as url:
         asked = {"model": "two", "prompt": "the", "max_tokens": 3, "temperature": 0}
@@ -338,7 +345,7 @@ def test_a_request_for_a_rule_that_reads_heads_gets_400_with_the_same_sentence(k
 def test_copies_and_other_processes_have_the_same_head(kind):
     from softmeet.scaling.packing import pack, parts, unpack
 
-    model = assembled(WIDE, [KINDS[kind](name) for name in WIDE])
+    model = assembled(WIDE, [of_kind(kind, name) for name in WIDE])
     ids = torch.arange(5, 12)[None]
     with torch.inference_mode():
         own = model(input_ids=ids).logits

@@ -77,9 +77,9 @@ def test_tokens_are_those_of_generate(serve, request, rule, members, count, spec
     names = request.getfixturevalue(members)[:count]
     model = Ensemble.from_pretrained(names, rule, dtype="float64", gate="none").model
     model.generation_config.eos_token_id = None
-    one, listener = sequence(model, prompt(3, 9), max_tokens=15, sampling=options)
+    one, listener = sequence(model, prompt(3, 9), max_tokens=10, sampling=options)
     serve(model, speculate=speculate, one_member=True).submit([one])
-    assert listener.tokens() == generated(model, one.prompt, max_tokens=15, speculate=0, **options)
+    assert listener.tokens() == generated(model, one.prompt, max_tokens=10, speculate=0, **options)
 
 
 def test_members_read_in_chunks(serve, model, lengths):

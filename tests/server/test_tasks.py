@@ -61,7 +61,7 @@ def test_rows_that_leave_the_batch_and_come_back_lose_nothing(serve, rule):
     model = ensemble_of(MEMBERS, rule)
     engine, slow = serve(model, limits=Limits(rows=6, waiting=50)), Slow(seconds=0.02)
     asked = [
-        sequence(model, prompt(k, n), seed=k, max_tokens=3 + 2 * (k % 3), rule=slow if k % 2 else None)
+        sequence(model, prompt(k, n), seed=k, max_tokens=3 + k % 3, rule=slow if k % 2 else None)
         for k, n in enumerate(LENGTHS)
     ]
     engine.submit([one for one, _ in asked])
