@@ -49,7 +49,8 @@ class Subject(NamedTuple):
     def settings(self, batch: int, limit: int | None) -> Json:
         """Everything that its answers depend on."""
         config = saved_config(self.saved)
-        files = [path.read_bytes() for path in sorted(TASKS.iterdir()) if path.is_file()]
+        kinds = (".jsonl", ".yaml", "")
+        files = [path.read_bytes() for path in sorted(TASKS.iterdir()) if path.is_file() and path.suffix in kinds]
         return {
             **self._asdict(), "config": config and config.to_json_string(), "batch": batch, "limit": limit,
             "tasks": hashlib.sha256(b"\0".join(files)).hexdigest(),

@@ -1,4 +1,4 @@
-"""The rules over the feasible set against outside oracles: each rule on each instance, from one table."""
+"""The rules over the feasible set against outside oracles: each rule on every other instance of one table."""
 
 from __future__ import annotations
 
@@ -285,10 +285,8 @@ def test_a_row_whose_moments_are_all_but_met_is_answered():
     row = found.take(slice(1196, 1197))
     heads = list(ensemble.model.heads)
     log_p = torch.stack([h.log_probs(x) for h, x in zip(heads, row.hidden, strict=True)])
-    first = softmeet.combine(log_p, heads, "max-entropy")
-    # All rules ask the same of the row: two find it out, and the others are told.
-    alone = softmeet.combine(log_p, heads, "min-cross-entropy")
-    for solution in (first, alone, *(softmeet.combine(log_p, heads, rule, start=first) for rule in EXACT[2:])):
+    for rule in EXACT:
+        solution = softmeet.combine(log_p, heads, rule)
         assert solution.status == Status.INFEASIBLE
         assert solution.verify(heads, log_p).status == Status.INFEASIBLE
         assert solution.log_probs[0, row.targets[0]] > -10

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from softmeet.simplex import entropy, kl, log_normalize, logit_mean, prob_mean, total_variation
 
@@ -9,6 +10,11 @@ pytestmark = pytest.mark.checked
 
 P = torch.tensor([[0.5, 0.25, 0.25, 0.0]], dtype=torch.float64).log()
 Q = torch.tensor([[0.25, 0.25, 0.25, 0.25]], dtype=torch.float64).log()
+
+
+def test_shapes_are_checked_at_run_time():
+    with pytest.raises(TypeCheckError):
+        kl(P, Q[:, :3])
 
 
 def test_entropy_and_kl_by_hand():
