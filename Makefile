@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# One BLAS thread a test process: the processes already fill the cores.
-TEST_ENV := OMP_NUM_THREADS=1
-PYTEST_ARGS ?= -n auto --dist worksteal
+# One BLAS thread a test process: the processes already fill the cores. Compiled code is kept, whatever the shell says:
+# some sixty processes start, and each would compile all of softmeet again.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo docs figures test soak bench check format lint clean
 

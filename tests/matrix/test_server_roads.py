@@ -1,0 +1,61 @@
+"""One text on every road: each case of the matrix, on the server and in the shipped precision, is its golden text."""
+
+from __future__ import annotations
+
+import golden
+import pytest
+import roads
+from agreeing import SAYS, differences, exactly, near
+from cases import AXES, CASES, PYTHON, SERVER, can
+
+# Of the cases of tiny members every third, which is tried in the shipped precision.
+SHIPPED = [case for case in CASES if case.vocabulary in AXES["vocabulary"] and can(case, PYTHON)][::3]
+
+
+@pytest.mark.parametrize("case", SAYS[SERVER], ids=str)
+def test_the_server(worlds, servers, known, case):
+    known, asked = known[str(case)], golden.asked(worlds, case, known)
+    ways = roads.served, roads.served_stream, roads.listed_stream, roads.served_together
+    found = {way.__name__: way(servers, asked) for way in ways}
+    assert differences(asked, known, found) == []
+    told = found["listed_stream"].log_probs
+    assert told[: len(known["log_probs"])] == near(known["log_probs"], asked, kept=True)
+    if can(case, PYTHON):
+        assert told == near(exactly(asked, tuple(known["tokens"])), asked)
+    chats = {"chat": roads.chat(servers, asked)}
+    if case.speculation == "default":
+        chats |= {"chat_stream": roads.chat_stream(servers, asked), "response": roads.response(servers, asked)}
+    assert {name: own.texts for name, own in chats.items()} == {name: [known["chat"]] for name in chats}
+
+
+ALIKE = [[case for case in SAYS[SERVER] if case.speculation == own] for own in AXES["speculation"]]
+SIXES = [alike[start : start + 6] for alike in ALIKE for start in range(0, len(alike), 6)]
+
+
+@pytest.mark.parametrize("six", SIXES, ids=lambda six: f"speculation={six[0].speculation}")
+def test_the_server_in_company(worlds, servers, known, six):
+    every = [golden.asked(worlds, case, known) for case in six]
+    assert roads.in_company(servers, every) == [known[str(case)]["text"] for case in six]
+
+
+@pytest.mark.parametrize("case", SHIPPED, ids=str)
+def test_in_single_precision(single, single_servers, known, case):
+    known, asked = known[str(case)], golden.asked(single, case, known)
+    found = {"model": roads.transformers(asked)}
+    found |= {"listed": roads.listed(single_servers, asked)} if can(case, SERVER) else {}
+    assert differences(asked, known, found) == []
+    exact = exactly(asked, tuple(known["tokens"]))
+    for written in found.values():
+        assert written.log_probs == near(exact, asked, kept=True)
+
+
+@pytest.mark.parametrize("vocabulary", AXES["vocabulary"])
+def test_a_known_text_is_read_as_it_is_written(worlds, servers, known, vocabulary):
+    for case in [case for case in CASES if case.vocabulary == vocabulary]:
+        asked, tokens = golden.asked(worlds, case, known), known[str(case)]["tokens"]
+        exact = exactly(asked, tuple(tokens))
+        if can(case, PYTHON):
+            assert roads.read_at_once(asked, tokens) == near(exact, asked)
+        if can(case, SERVER):
+            found = roads.scored(servers, asked, tokens)
+            assert found == near(exact[: len(found)], asked)
