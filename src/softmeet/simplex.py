@@ -66,8 +66,12 @@ def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> 
     return log_normalize(weighted_log_probs(log_p, weights))
 
 
-def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
+def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, n * w]) -> Float[Tensor, "*b v"]:
     """Return Σ_i w_i log p_i of n members, in nats, not normalised; -inf if a member of nonzero weight has -inf.
+
+    Args:
+        log_p: the members' log-probabilities log p_i, or logits.
+        weights: w_i, (n,), or for every row of the batch, (n, *b); the sum is differentiable in them.
 
     Example:
         >>> weighted_log_probs(torch.tensor([[0.0, -2.0], [0.0, -torch.inf]]), torch.tensor([1.0, 0.0]))
@@ -75,13 +79,20 @@ def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " 
         >>> weighted_log_probs(torch.tensor([[0.0, -2.0], [-1.0, -torch.inf]]), torch.tensor([2.0, -1.0]))
         tensor([1., -inf])
     """
-    scores = torch.zeros_like(log_p[0])
-    for member, weight in zip(log_p, weights.tolist(), strict=True):
-        if weight < 0:  # what this member excludes is excluded, too, and would be +inf
-            member = torch.where(member.isneginf(), torch.inf, member)
-        if weight:  # a member without weight excludes nothing, and 0 * -inf would be NaN
-            scores = scores + weight * member
-    return scores
+    each = _of_each(weights, log_p)
+    impossible: Tensor = log_p.isneginf()
+    if any_impossible := bool(impossible.any()):  # 0 * -inf would be NaN, and so would be derivatives
+        log_p = log_p.masked_fill(impossible, 0.0)
+    scores = each[0] * log_p[0]
+    for weight, own in zip(each[1:], log_p[1:], strict=True):
+        scores = torch.addcmul(scores, weight, own)
+    return scores.masked_fill((impossible & (each != 0)).any(0), -torch.inf) if any_impossible else scores
+
+
+def _of_each(weights: Float[Tensor, n * w], log_p: Float[Tensor, "n *b v"]) -> Float[Tensor, n * _]:
+    """Return weights, (n,) or (n, *b), in the dtype of log-probabilities and in a shape that multiplies them."""
+    shape = weights.shape[1:] or (1,) * (log_p.ndim - 2)
+    return weights.to(log_p).reshape(len(weights), *shape, 1)
 
 
 def prob_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b v"]:
@@ -99,8 +110,7 @@ def prob_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> F
         >>> prob_mean(members, torch.tensor([0.5, 0.5])).exp()
         tensor([0.7000, 0.3000])
     """
-    shape = (-1,) + (1,) * (log_p.ndim - 1)
-    return log_normalize((log_p + weights.log().reshape(shape)).logsumexp(0))
+    return log_normalize(log_power_means(log_p, weights, 1.0))
 
 
 def power_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"], order: float) -> Float[Tensor, "*b v"]:
@@ -126,28 +136,64 @@ def power_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"], ord
 
 
 def log_power_means(
-    log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"], order: float
+    log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, n * w], order: float
 ) -> Float[Tensor, "*b v"]:
     """Return log (Σ_i w_i p_i^order)^(1/order) of n members, in nats, not normalised; w_i are divided by their sum.
 
+    Every average of the package is this one: of order 1 that of probabilities, and of order 0, the limit, that of
+    logits, whose weights :func:`weighted_log_probs` takes as they are.
+
     Rounding is that of ``log_p`` itself, at small orders, too; but at a token that a member of weight excludes it is
     greater by the factor 1 / order. An order below some 10⁻¹⁵⁴ (10⁻¹⁹ for float32) counts as 0.
+
+    Args:
+        log_p: the members' log-probabilities log p_i, in nats.
+        weights: w_i, none negative, (n,), or for every row of the batch, (n, *b); the means are differentiable in them.
+        order: from 0 to 1.
 
     Example:
         >>> log_power_means(torch.tensor([[0.0, -2.0], [-1.0, -torch.inf]]), torch.tensor([1.0, 1.0]), 0.5)
         tensor([-0.4381, -3.3863])
     """
-    shares = weights / weights.sum()
+    shares = weights / weights.sum(0)
     if order < torch.finfo(log_p.dtype).tiny ** 0.5:  # differs from order 0 by nothing, and products would underflow
         return weighted_log_probs(log_p, shares)
-    shares = shares.reshape((-1,) + (1,) * (log_p.ndim - 1))
-    means = torch.add(shares.log(), log_p, alpha=order).logsumexp(0) / order
+    logs = _of_each(shares.log(), log_p)
+    means = torch.add(logs, log_p, alpha=order).logsumexp(0) / order
     if order >= _SMALL_ORDER:
         return means
     top = log_p.amax(0)
-    x = (shares * torch.expm1(order * (log_p - top))).sum(0)
+    x = (_of_each(shares, log_p) * torch.expm1(order * (log_p - top))).sum(0)
     # The mean is top + log(1 + x) / order. Near -1, where the largest are members of little weight, 1 + x is rounded.
     return torch.where(x > -0.5, top + x.log1p() / order, means)
+
+
+def power_mean_slopes(
+    log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"], order: float, means: Float[Tensor, "*b v"]
+) -> tuple[Float[Tensor, "n *b v"], Float[Tensor, "*b v"]]:
+    """Return the derivatives of power means in the members' weights and in the order.
+
+    Args:
+        log_p: the members' log-probabilities log p_i, in nats.
+        weights: w_i, which sum to 1 unless the order is 0.
+        order: from 0 to 1.
+        means: what :func:`log_power_means`, or at order 0 :func:`weighted_log_probs`, makes of them.
+
+    Returns:
+        (∂ means / ∂ w_i as if each weight moved alone, (n, *b, v); ∂ means / ∂ order, zeros at order 0). Where a mean
+        is 0, or a member that it does not need has probability 0, they are 0.
+
+    Example:
+        >>> log_p, weights = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log(), torch.tensor([0.5, 0.5])
+        >>> power_mean_slopes(log_p, weights, 1.0, log_power_means(log_p, weights, 1.0))[0]
+        tensor([[0.7143, 1.6667],
+                [1.2857, 0.3333]])
+    """
+    if not order:
+        return log_p.masked_fill(log_p.isneginf(), 0.0), torch.zeros_like(means)
+    beyond = (log_p - means).masked_fill(log_p.isneginf(), 0.0)
+    slopes = (order * beyond).exp().masked_fill(log_p.isneginf(), 0.0) / order
+    return slopes, (_of_each(weights, log_p) * slopes * beyond).sum(0)
 
 
 def total_variation(log_p: Float[Tensor, "*b v"], log_q: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -26,12 +27,13 @@ from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import fit
 from softmeet.evaluation.intervals import PARTS, split
 from softmeet.evaluation.layout import Layout, Values
-from softmeet.evaluation.objective import Objective, pooled
+from softmeet.evaluation.objective import Objective
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import figures, save, verdict
 from softmeet.evaluation.scoring import Text
 from softmeet.evaluation.trace import record
 from softmeet.scaling.local import LocalEngine
+from softmeet.simplex import log_power_means, weighted_log_probs
 
 
 def mean_loss(objective, theta):
@@ -82,7 +84,8 @@ def test_gradients_over_a_large_vocabulary_are_exact(pool):
     log_p = (3 * torch.randn(2, 6, 120_000, generator=generator)).log_softmax(-1)
     targets = torch.arange(6)
     theta = torch.tensor([-0.3, 0.2], dtype=torch.float64, requires_grad=True)
-    losses = -pooled(pool, log_p.double(), theta[:2].softmax(0), None).log_softmax(-1)[range(6), targets]
+    mean = weighted_log_probs if pool == "logit-mean" else partial(log_power_means, order=1.0)
+    losses = -mean(log_p.double(), theta[:2].softmax(0)).log_softmax(-1)[range(6), targets]
     found = torch.autograd.grad(losses.sum(), theta)[0]
     weights, own = theta[:2].softmax(0)[:, None, None], log_p.double()
     scores = (weights * own).sum(0) if pool == "logit-mean" else (weights * own.exp()).sum(0).log()

@@ -18,11 +18,11 @@ from softmeet.cli.main import app
 from softmeet.errors import DisjointSupportError, InvalidInputError
 from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.objective import pooled
 from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.rules.settings import Settings
 from softmeet.server.ensembles import Served
 from softmeet.server.schemas import CHANGES, Extension
+from softmeet.simplex import weighted_log_probs
 
 V, WEIGHTS, ALPHA = 12, [1.5, -0.5], 0.1
 CONTRAST = f"logit-mean:plausibility={ALPHA}"
@@ -152,7 +152,7 @@ def test_what_a_weighted_member_excludes_is_excluded(weights):
     assert torch.allclose(found.log_probs.exp().sum(-1), torch.ones(3, dtype=torch.float64))
     assert found.objective.isfinite().all()
     if weights[1]:
-        scores = pooled("logit-mean", log_p, torch.tensor(weights, dtype=torch.float64), None)
+        scores = weighted_log_probs(log_p, torch.tensor(weights, dtype=torch.float64))
         assert torch.allclose(scores.log_softmax(-1).exp(), found.log_probs.exp())
 
 

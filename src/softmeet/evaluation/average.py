@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.evaluation.layout import Layout, Values
+from softmeet.simplex import log_power_means, power_mean_slopes, weighted_log_probs
 
 # Stands for log 0, so that 0 · log 0 is 0.
 _LOG_ZERO = -1e4
@@ -55,16 +56,18 @@ class Family:
             targets: the ids of the tokens that came, (B,), int64.
             support: (v,) bool, True for the ids that can have a probability above 0; None for all.
         """
-        n, rows = len(log_p), torch.arange(len(targets), device=log_p.device)
+        rows = torch.arange(len(targets), device=log_p.device)
         parts = self.layout.unpack(theta)
         temperature, order = parts.temperature.item(), parts.order.item() if self.layout.ordered else self.order
-        scores, slopes = _power_mean(log_p, parts.weights.to(log_p), order, ordered=self.layout.ordered)
+        weights = parts.weights.to(log_p)
+        scores = _means(log_p, weights, order)
+        by_weight, by_order = power_mean_slopes(log_p, weights, order, scores)
         if support is not None:
             scores = scores.masked_fill(~support, -torch.inf)
         log_r = (scores / temperature).log_softmax(-1)
         # In the order of θ's parts: weights, then the temperature, then the order.
         sharpened = [-scores.clamp_min(_LOG_ZERO) / temperature] * self.layout.tempered
-        columns = torch.stack([*slopes[:n], *sharpened, *slopes[n:]])
+        columns = torch.stack([*by_weight, *sharpened, *[by_order] * self.layout.ordered])
         columns = columns - columns[:, rows, targets, None]
         weighted = columns * log_r.exp()
         mean = weighted.sum(-1).double().cpu() / temperature
@@ -86,40 +89,15 @@ class Family:
         """
         own = torch.tensor(values.weights, dtype=torch.float64) if weights is None else weights
         order = values.order if self.layout.ordered else self.order
-        scores, _ = _power_mean(log_p, own.to(log_p), order, ordered=False)
+        scores = _means(log_p, own.to(log_p), order)
         if support is not None:
             scores = scores.masked_fill(~support, -torch.inf)
         return (scores / values.temperature).log_softmax(-1)
 
 
-def _power_mean(
-    log_p: Float[Tensor, "n B v"], weights: Float[Tensor, "n ..."], order: float, *, ordered: bool
-) -> tuple[Float[Tensor, "B v"], list[Tensor]]:
-    """Return the logarithm of a power mean up to an added constant, and its slopes in the weights and in the order.
-
-    The slope in the order is the last, and there only if ``ordered``. Where the mean is 0 slopes are finite.
-    """
-    if order == 0:
-        zero = log_p.isneginf() if bool(log_p.amin().isneginf()) else None
-        finite = log_p if zero is None else log_p.masked_fill(zero, 0.0)
-        scores = _weighted(weights, finite)
-        return scores if zero is None else scores.masked_fill(zero.any(0), -torch.inf), list(finite)
-    finite = log_p.clamp_min(_LOG_ZERO)
-    # The largest is taken out before exponentials are taken.
-    largest = finite.amax(0)
-    parts = ((finite - largest) * order).exp()
-    total = _weighted(weights, parts)
-    scores = largest + total.log() / order
-    slopes = list(parts / (total * order))
-    if ordered:
-        inner = (weights[:, None, None] * parts * (finite - scores)).sum(0) / total
-        slopes.append(inner / order)
-    return scores.masked_fill(log_p.isneginf().all(0), -torch.inf), slopes
-
-
-def _weighted(weights: Float[Tensor, "n ..."], parts: Float[Tensor, "n B v"]) -> Float[Tensor, "B v"]:
-    """Return the sum of ``parts`` over members, with a weight for each, or for each at every position."""
-    return torch.einsum("n,nbv->bv" if weights.dim() == 1 else "nb,nbv->bv", weights, parts)
+def _means(log_p: Float[Tensor, "n B v"], weights: Float[Tensor, "n ..."], order: float) -> Float[Tensor, "B v"]:
+    """Return the logarithm of a power mean, at order 0 with weights that need not sum to 1, up to an added constant."""
+    return log_power_means(log_p, weights, order) if order else weighted_log_probs(log_p, weights)
 
 
 def _jacobian(layout: Layout, theta: Float[Tensor, " k"]) -> Float[Tensor, "j k"]:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -25,7 +26,7 @@ from softmeet.rules.settings import Settings
 from softmeet.rules.validate import slopes_of
 from softmeet.rules.values import Pool
 from softmeet.scaling.base import Engine
-from softmeet.simplex import log_normalize
+from softmeet.simplex import log_normalize, log_power_means, weighted_log_probs
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.implicit import projected
 from softmeet.solvers.minimise import minimise_dual
@@ -96,7 +97,10 @@ class Objective:
         """
         parts = self.layout.unpack(theta)
         # Sums over the vocabulary in fp32 would leave an error of a hundredth in the weights' gradient.
-        log_q = pooled(self.pool, log_p.double(), parts.weights, self.model.combiner.support)
+        mean = weighted_log_probs if self.pool == "logit-mean" else partial(log_power_means, order=1.0)
+        log_q = mean(log_p.double(), parts.weights)
+        if (support := self.model.combiner.support) is not None:
+            log_q = log_q.masked_fill(~support, -torch.inf)
         scores = self._met(log_q, parts.trust, log_p, logits)
         return nn.functional.cross_entropy(scores / parts.temperature, targets, reduction="none")
 
@@ -163,30 +167,6 @@ def _loss_in_pieces(
         return sum(totals) / len(positions), sum(gradients, torch.zeros_like(theta)) / len(positions)
 
     return loss
-
-
-def pooled(
-    pool: Pool, log_p: Float[Tensor, "n B v"], weights: Float[Tensor, " n"], support: Tensor | None
-) -> Float[Tensor, "B v"]:
-    """Return a pool's log-probabilities, each row up to an added constant, in nats, differentiable in the weights.
-
-    A logit mean excludes each token to which a member gives probability 0, whatever the sign of its weight; a
-    probability mean does not, like :func:`softmeet.simplex.prob_mean`.
-
-    Args:
-        pool: the average, ``"logit-mean"`` or ``"prob-mean"``.
-        log_p: (n, B, v), the members' log-probabilities in nats.
-        weights: (n,), one for each member; they need not sum to one, and for a logit mean may be negative.
-        support: (v,) bool, True for the ids that can have a probability above 0, the others get -inf; None for all.
-    """
-    if pool == "logit-mean":
-        # Usually no probability is zero, and no copy without -inf is needed.
-        zero = log_p.isneginf() if bool(log_p.amin().isneginf()) else None
-        scores = torch.einsum("n,nbv->bv", weights, log_p if zero is None else log_p.masked_fill(zero, 0.0))
-        scores = scores if zero is None else scores.masked_fill(zero.any(0), -torch.inf)
-    else:
-        scores = (log_p + weights.log()[:, None, None]).logsumexp(0)
-    return scores if support is None else scores.masked_fill(~support, -torch.inf)
 
 
 def minimise(
