@@ -127,7 +127,7 @@ def test_a_text_whose_structure_becomes_too_complex_ends_alone(client, monkeypat
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(ask, client, max_tokens=100)
-        monkeypatch.setattr(masking.Row, "allowed", too_complex)
+        monkeypatch.setattr(masking.RowMask, "allowed", too_complex)
         with pytest.raises(openai.BadRequestError, match="too complex"):
             ask(client, extra_body={"structured_outputs": {"choice": WORDS}})
         assert other.result()[0][1] in ("length", "stop")

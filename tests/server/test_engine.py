@@ -12,7 +12,8 @@ from batches import LENGTHS, MEMBERS, ensemble_of, generated, prompt, sequence
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.combining import Combiner
-from softmeet.server.batch import MemberBatch, PrefixCache
+from softmeet.readers.prefixes import PrefixCache
+from softmeet.server.batch import MemberBatch
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
 from softmeet.server.limits import Limits
 from softmeet.server.sequences import Failed, Finished, PromptScored, Token

@@ -47,12 +47,12 @@ class Mask:
         self._matcher = self._make()
         _require_well(self._matcher)
 
-    def begin(self) -> Row:
+    def begin(self) -> RowMask:
         """Return the state of a text that begins."""
-        return Row(self._matcher.deep_copy(), self._make, self.ends, self._v)
+        return RowMask(self._matcher.deep_copy(), self._make, self.ends, self._v)
 
 
-class Row:
+class RowMask:
     """What one text may go on with; made by :meth:`Mask.begin`."""
 
     def __init__(self, matcher: Any, make: Callable[[], Any], ends: frozenset[int], v: int) -> None:
@@ -118,7 +118,7 @@ class Structured(LogitsProcessor):
 
     def __init__(self, mask: Mask, prompt_length: int) -> None:
         self._mask, self._start = mask, prompt_length
-        self._rows: list[Row] = []
+        self._rows: list[RowMask] = []
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Return a copy of the scores with -inf at tokens that are not allowed; rows that have ended stay as they are.

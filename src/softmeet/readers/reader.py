@@ -1,0 +1,313 @@
+"""What a reader is: one member that reads texts, each in a row of its own, and predicts the symbol that follows.
+
+Everything above reads through this: decoding, serving, evaluation. A reader's *symbols* are the numbers 0 to v - 1 of
+its alphabet; over tokens they are ids, over bytes they are bytes and the end of a text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
+from softmeet.members.opaque import Head
+from softmeet.members.reading import Work
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a reader can do, and how exactly it does it; what stands above chooses by it, and never asks for a kind.
+
+    Attributes:
+        can_fork: whether :meth:`Reader.fork` works.
+        can_crop: whether :meth:`Reader.crop` works, and a row can be forked at less than its length. Readers with a
+            recurrent state can fork, but not crop.
+        rounding: how predictions depend on which rows are read in one call: not in any bit (``bitwise``); as rounding
+            of the reader's dtype does (``fine``); or noticeably (``coarse``), as of quantised weights.
+        bound: the largest mean KL in nats between predictions of a row read alone and read with others, where rounding
+            is ``coarse``; else the largest difference of log-probabilities at symbols of probability 10⁻⁶ or more.
+        known: how many symbols of each prediction have a known probability, the others being bounded by
+            :meth:`Predictions.bounds`; None if all have.
+        rows: the most rows that may be open at once; None for no limit.
+        predictions: the most predictions that one :meth:`Reader.read` may ask for; None for no limit.
+        room: the number of symbols for which all rows together have room; None if each row has room of its own.
+        places: the names of the devices on which it computes, such as ``cuda:0``; readers with none in common may read
+            at the same time.
+        cost: the bytes of memory that one call reads, about its time; 0 if that is not known.
+    """
+
+    can_fork: bool = True
+    can_crop: bool = True
+    rounding: Literal["bitwise", "fine", "coarse"] = "fine"
+    bound: float = 1e-4
+    known: int | None = None
+    rows: int | None = None
+    predictions: int | None = None
+    room: int | None = None
+    places: tuple[str, ...] = ()
+    cost: int = 0
+
+
+@runtime_checkable
+class Alphabet(Protocol):
+    """The symbols of a reader: how many there are, how texts are made of them, and which of them end a text."""
+
+    @property
+    def size(self) -> int:
+        """The number v of symbols, which are 0 to v - 1."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The symbols that end a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the symbols of a text."""
+
+    def decode(self, symbols: Sequence[int]) -> bytes:
+        """Return the bytes that symbols stand for, none for those that end a text, whole characters or not."""
+
+    def count(self, symbols: Sequence[int]) -> int:
+        """Return how many tokens symbols are, as limits and prices count them."""
+
+    def may_follow(self, symbols: Sequence[int]) -> Tensor | None:
+        """Return which symbols can follow, (v,) bool; None if all can.
+
+        What it returns depends on the last few symbols alone, as of characters that are written by several bytes.
+        """
+
+
+class Row:
+    """A text that a reader reads; :meth:`Reader.open` makes it, and only its reader may use it.
+
+    Attributes:
+        known: how many symbols of the text that it was opened with need not be read, since an earlier text began alike.
+        length: how many symbols have been read, those included.
+        full: whether no symbol more can be read, though ``length`` is below the reader's limit.
+    """
+
+    known: int = 0
+    length: int = 0
+    full: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What is to be read next in one row.
+
+    Attributes:
+        row: the row; a call of :meth:`Reader.read` has each row once.
+        symbols: the t symbols that follow those that were read; none, to be told again what follows.
+        at: behind how many of them predictions are wanted, each from 0 to t, in ascending order; 0 is before the first.
+        keep: whether the symbols count as read afterwards; without it, the row is left as it was.
+    """
+
+    row: Row
+    symbols: Sequence[int]
+    at: Sequence[int]
+    keep: bool = True
+
+
+class Predictions(ABC):
+    """What follows at each place that a call of :meth:`Reader.read` was asked for.
+
+    The places are numbered in the order in which they were asked for, read by read. What is computed of them is
+    computed when it is asked for, from what these predictions hold by themselves: a later call changes nothing in them.
+
+    Args:
+        counts: for each read, how many places it has; 0 if it failed.
+        errors: by the number of the read, why its row could not be read; the row is as it was before.
+        work: what reading has cost.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], errors: Mapping[int, SoftmeetError] | None = None, work: Work | None = None
+    ) -> None:
+        self.counts, self.errors, self.work = list(counts), dict(errors or {}), work or Work()
+
+    def __len__(self) -> int:
+        """Return the number of places."""
+        return sum(self.counts)
+
+    def of(self, k: int) -> slice:
+        """Return which places are those of read number ``k``."""
+        start = sum(self.counts[:k])
+        return slice(start, start + self.counts[k])
+
+    @abstractmethod
+    def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
+        """Return logits at some places, in nats, fp32 or fp64: log-probabilities up to a constant at each place."""
+
+    def log_probs(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
+        """Return log-probabilities at some places, in nats, in the dtype of :meth:`logits`."""
+        return self.logits(places).log_softmax(-1)
+
+    def hidden(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k d"]:
+        """Return the last hidden states at some places, which the reader's head turns into logits.
+
+        Raises:
+            UnsupportedHeadError: if the reader has no head.
+        """
+        raise UnsupportedHeadError(
+            "expected a reader with an output layer that can be read, for a rule that reads heads: use an average"
+        )
+
+    def bounds(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, " k"] | None:
+        """Return, of a reader that knows some symbols alone, the largest log-probability that any other can have.
+
+        Symbols that are not known have -inf among :meth:`log_probs`. None if all symbols are known.
+        """
+        return None
+
+
+class Given(Predictions):
+    """Predictions of which the logits are there.
+
+    Args:
+        found: (k, v), the logits at all places, in nats.
+        counts, errors, work: as of :class:`Predictions`.
+        most: (k,), the bounds of :meth:`Predictions.bounds`; None if all symbols are known.
+
+    Example:
+        >>> import torch
+        >>> Given(torch.zeros(1, 2), [1]).log_probs().exp()
+        tensor([[0.5000, 0.5000]])
+    """
+
+    def __init__(
+        self,
+        found: Float[Tensor, "k v"],
+        counts: Sequence[int],
+        errors: Mapping[int, SoftmeetError] | None = None,
+        work: Work | None = None,
+        most: Float[Tensor, " k"] | None = None,
+    ) -> None:
+        super().__init__(counts, errors, work)
+        self._found, self._most = found, most
+
+    def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
+        """Return logits at some places."""
+        return self._found[places]
+
+    def bounds(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, " k"] | None:
+        """Return the bounds at some places."""
+        return None if self._most is None else self._most[places]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a reader has read a row, for reports.
+
+    Attributes:
+        tokens: the tokens that the row's text is read as, the most probable way first, each way as (its probability,
+            the tokens' texts); empty where symbols are tokens.
+        details: anything more by name, which can be written as JSON.
+    """
+
+    tokens: tuple[tuple[float, tuple[str, ...]], ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Reader(ABC):
+    """One member that reads texts, each in a row of its own.
+
+    A subclass defines the abstract methods; :func:`softmeet.testing.check_reader` tries the laws that it has to obey.
+    Rows never change each other. A call of :meth:`read` is atomic for each row: its symbols have been read, or its
+    number is among the errors and the row is as before.
+
+    Attributes:
+        name: the member's name in messages.
+        alphabet: its symbols.
+        limit: the number of symbols for which a row has room.
+        traits: what it can do.
+        head: the output layer, for rules that read heads; None if there is none.
+    """
+
+    name: str
+    alphabet: Alphabet
+    limit: int
+    traits: Traits
+    head: Head | None = None
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """The bytes of memory of all open rows, and of what is kept of closed ones."""
+
+    @abstractmethod
+    def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
+        """Open a row, of which nothing has been read.
+
+        Args:
+            text: the symbols that will be read first, by which a row is found that began alike; ``row.known`` of them
+                need not be read. At least one is left to be read.
+            own: the member's own tokens before the text, such as a prompt of its own; they are no symbols, and none of
+                them is counted. Empty for those with which it begins every text.
+            reuse: whether what was read for earlier rows may be used.
+
+        Raises:
+            InvalidInputError: if ``own`` cannot be read, or no row more can be open.
+        """
+
+    @abstractmethod
+    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+        """Read on in some rows, in one call of the model where that is possible.
+
+        The generator yields where it may be left for a while: other rows may be read in between, none of these. It
+        returns the predictions; :func:`finished` runs it to its end.
+
+        Raises:
+            InvalidInputError: if a row is closed or not this reader's, or stands there twice; then nothing was read.
+        """
+
+    @abstractmethod
+    def close(self, row: Row) -> None:
+        """Give a row up; nothing more can be read in it."""
+
+    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
+        """Open ``count`` rows in which the first ``length`` symbols of another, by default all, have been read.
+
+        Raises:
+            InvalidInputError: if the reader cannot fork, or not at less than the row's length.
+        """
+        raise self.cannot("fork rows")
+
+    def crop(self, row: Row, length: int) -> None:
+        """Have all symbols of a row behind the first ``length`` count as not read.
+
+        Raises:
+            InvalidInputError: if the reader cannot crop.
+        """
+        raise self.cannot("take back what it has read")
+
+    def explain(self, row: Row) -> Explanation:
+        """Say how a row has been read."""
+        return Explanation()
+
+    def cannot(self, what: str) -> SoftmeetError:
+        """Return the error that says that this reader cannot do something, a verb with its object."""
+        return InvalidInputError(f"expected a reader that can {what}, which {self.name} cannot: use another member")
+
+
+def finished(reading: Generator[None, None, T]) -> T:
+    """Run a generator to its end, and return what it returns.
+
+    Example:
+        >>> def reading():
+        ...     yield
+        ...     return 7
+        ...
+        >>> finished(reading())
+        7
+    """
+    while True:
+        try:
+            next(reading)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]

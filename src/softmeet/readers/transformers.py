@@ -1,0 +1,279 @@
+"""A causal language model of transformers as a reader of its own tokens."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
+from softmeet.members.heads import head_of
+from softmeet.members.huggingface import require_cache
+from softmeet.members.opaque import Head
+from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_keys_and_values
+from softmeet.members.placement import whereabouts
+from softmeet.members.reading import Work
+from softmeet.readers.prefixes import PrefixCache, bytes_of
+from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits
+
+# The most tokens of one row that the model runs at once.
+PIECE = 256
+
+
+@dataclass(frozen=True, eq=False)
+class TokenAlphabet:
+    """The tokens of a tokenizer, as the symbols of a reader.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        size: the number of ids, padding of the vocabulary included.
+        ends: the ids that end a text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    size: int
+    ends: frozenset[int]
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, without those that the tokenizer puts before every text."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, symbols: Sequence[int]) -> bytes:
+        """Return the bytes of tokens."""
+        kept = [token for token in symbols if token not in self._special]
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)).encode()
+
+    def count(self, symbols: Sequence[int]) -> int:
+        """Return the number of tokens."""
+        return len(symbols)
+
+    def may_follow(self, symbols: Sequence[int]) -> None:
+        """Return None: any token can follow."""
+        return
+
+
+@dataclass(eq=False)
+class _Text(Row):
+    """A row: the tokens that were read, their keys and values, and the last hidden state.
+
+    Attributes:
+        own: the member's own tokens before the text.
+        symbols: those that were read.
+        cache: the keys and values of all these tokens.
+        last: (1, d), the last hidden state at the newest of them; None if it was taken back.
+    """
+
+    own: tuple[int, ...] = ()
+    symbols: tuple[int, ...] = ()
+    cache: PartialCache = field(default_factory=PartialCache)
+    last: Float[Tensor, "1 d"] | None = None
+    known: int = 0
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """The number of symbols that were read."""
+        return len(self.symbols)
+
+
+class _States(Predictions):
+    """Predictions as last hidden states, which the model's head turns into logits when these are asked for."""
+
+    def __init__(
+        self, head: Head, states: Float[Tensor, "k d"], counts: Sequence[int], errors: dict[int, SoftmeetError],
+        work: Work,
+    ) -> None:  # fmt: skip
+        super().__init__(counts, errors, work)
+        self._head, self._states = head, states
+
+    def hidden(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k d"]:
+        """Return the last hidden states at some places."""
+        return self._states[places]
+
+    def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
+        """Return the head's logits at some places."""
+        return self._head.logits(self._states[places])
+
+
+class TransformersReader(Reader):
+    """A causal language model of transformers, read token by token.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        name: its name in messages.
+        own: the tokens before every text for which no others are given; None for the tokenizer's own.
+        kept_tokens: the most tokens of earlier texts, in all, whose keys and values are kept for texts that begin
+            alike.
+        head: its output layer; None to find it.
+
+    Raises:
+        InvalidInputError: if the model takes no cache, or one that holds more than keys and values.
+        UnsupportedHeadError: if the output layer is of no known kind.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        own: Sequence[int] | None = None,
+        kept_tokens: int = 16384,
+        head: Head | None = None,
+    ) -> None:
+        require_cache(model)
+        layers_of_keys_and_values(name, model.config, "rows of a text cannot be read on")
+        self.model, self.name = model, name
+        self.head: Head = head or head_of(model)
+        config = model.config.get_text_config(decoder=True)
+        self.own = tuple(tokenizer.encode("") if own is None else own)
+        self._context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self.limit = self._context - len(self.own)
+        named = model.generation_config.eos_token_id
+        ends = named if isinstance(named, list) else [named]
+        self.alphabet = TokenAlphabet(tokenizer, self.head.v, frozenset({tokenizer.eos_token_id, *ends} - {None}))
+        weights = list(model.parameters())
+        small = any(own.dtype.itemsize < 4 for own in weights)
+        self.traits = Traits(
+            rounding="coarse" if small else "fine",
+            places=tuple(sorted(whereabouts(model))),
+            cost=sum(own.nbytes for own in weights),
+        )
+        self._prefixes = PrefixCache(kept_tokens)
+        self._rows = set[_Text]()
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of the keys and values of all open rows, each counted by itself, and of texts that are kept."""
+        return sum(bytes_of(row.cache.states) for row in list(self._rows)) + self._prefixes.bytes
+
+    def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
+        """Open a row, as of :meth:`Reader.open`."""
+        row = _Text(own=tuple(own) or self.own)
+        wrong = [token for token in row.own if not 0 <= token < self.alphabet.size]
+        if wrong or len(row.own) >= self._context:
+            said = f"the id {wrong[0]}" if wrong else f"{len(row.own):,} tokens"
+            raise InvalidInputError(
+                f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
+                f"{self.alphabet.size:,}, got {said}"
+            )
+        if reuse and text:
+            found, states = self._prefixes.longest([*row.own, *text])
+            row.known = max(0, found - len(row.own))
+            if found >= len(row.own):
+                cache = PartialCache(states)
+                row.cache, row.symbols = cache.shorter(cache.run - found), tuple(text[: row.known])
+        self._rows.add(row)
+        return row
+
+    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
+        """Open rows that begin with a row's symbols; keys and values are shared."""
+        one = self._mine(row)
+        forks = [replace(one) for _ in range(count)]
+        self._rows.update(forks)
+        for fork in forks:
+            self.crop(fork, one.length if length is None else length)
+        return list(forks)
+
+    def crop(self, row: Row, length: int) -> None:
+        """Take back the symbols behind the first ``length``."""
+        one = self._mine(row)
+        if not 0 <= length <= one.length:
+            raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
+        if length < one.length:
+            one.cache = one.cache.shorter(one.length - length)
+            one.symbols, one.last = one.symbols[:length], None
+
+    def close(self, row: Row) -> None:
+        """Give a row up."""
+        self._rows.discard(self._mine(row))
+
+    def _mine(self, row: Row) -> _Text:
+        if not (isinstance(row, _Text) and row in self._rows):
+            raise InvalidInputError(f"expected an open row of {self.name}: open() gives one, and close() ends it")
+        return row
+
+    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+        """Read on in some rows, as of :meth:`Reader.read`."""
+        rows = [self._mine(one.row) for one in asked]
+        if len(set(map(id, rows))) < len(rows):
+            raise InvalidInputError(f"expected each row of {self.name} once in a call of read")
+        pairs = list(zip(rows, asked, strict=True))
+        errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
+        begun = {k: cache for k, pair in enumerate(pairs) if k not in errors and (cache := self._begun(*pair)).pending}
+        ran = yield from self._run(begun)
+        wanted, counts = list[Tensor](), [0] * len(asked)
+        for k, (row, one) in enumerate(pairs):
+            if k in errors or not (one.symbols or one.at):
+                continue
+            cache, states = ran.get(k, (row.cache, None))
+            known = [own for own in (row.last, states) if own is not None]
+            every = torch.cat(known)
+            if not bool(every.isfinite().all()):
+                errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
+                continue
+            newest = len(every) - 1 - len(one.symbols)
+            wanted.append(every[[newest + place for place in one.at]])
+            counts[k] = len(one.at)
+            if one.keep:
+                self._keep(row, [*row.symbols, *one.symbols], cache, every[-1:])
+        states = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
+        work = Work(calls=bool(begun), tokens=sum(len(one.pending) for one in begun.values()))
+        return _States(self.head, states, counts, errors, work)
+
+    def _begun(self, row: _Text, one: Read) -> PartialCache:
+        """Return the keys and values of a row's tokens, with those that have to be run as pending."""
+        tokens = [*row.own, *row.symbols, *one.symbols]
+        # The state before the first new symbol is computed again where it was taken back.
+        again = row.last is None and bool(row.cache.run) and bool(one.at) and not one.at[0]
+        cache = row.cache.shorter(1) if again else row.cache
+        return cache.longer(tokens[cache.run :])
+
+    def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
+        """Return why some symbols cannot be read; None if they can."""
+        tokens = [*row.own, *row.symbols, *one.symbols]
+        if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
+            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
+        if len(tokens) > self._context:
+            return InvalidInputError(
+                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {len(tokens):,}"
+            )
+        if one.at and not one.at[0] and len(tokens) == len(one.symbols):
+            return InvalidInputError(
+                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
+            )
+        return None
+
+    def _run(
+        self, begun: dict[int, PartialCache]
+    ) -> Generator[None, None, dict[int, tuple[PartialCache, Float[Tensor, "t d"]]]]:
+        """Run what is pending, long texts in pieces; returns for each (its keys and values, states at the tokens)."""
+        found = dict[int, tuple[PartialCache, list[Tensor]]]()
+        left = dict(begun)
+        with torch.inference_mode():
+            while left:
+                now = {k: replace(one, pending=one.pending[:PIECE]) for k, one in left.items()}
+                done, hidden = catch_up(self.model, list(now.values()))
+                for (k, part), cache, states in zip(now.items(), done, hidden, strict=True):
+                    found[k] = cache, [*found.get(k, (cache, []))[1], states]
+                    rest = left.pop(k).pending[len(part.pending) :]
+                    if rest:
+                        left[k] = cache.longer(rest)
+                if left:
+                    yield
+        return {k: (cache, torch.cat(states)) for k, (cache, states) in found.items()}
+
+    def _keep(self, row: _Text, symbols: Sequence[int], cache: PartialCache, last: Float[Tensor, "1 d"]) -> None:
+        """Note what was read of a row, and keep the keys and values of the first symbols for texts that begin alike."""
+        if not row.length and symbols:
+            self._prefixes.keep([*row.own, *symbols], cache.states)
+        row.symbols, row.cache, row.last = tuple(symbols), cache, last

@@ -1,0 +1,248 @@
+"""The laws of readers: real ones and toys obey them, and each law finds a reader that breaks it."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from toys import TOYS, Few, Letters, Table, read
+
+from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
+from softmeet.readers.reader import Given, finished
+from softmeet.readers.transformers import TransformersReader
+from softmeet.testing import check_reader
+
+pytestmark = pytest.mark.checked
+
+
+def tiny_reader(name="gpt2", dtype=torch.float64, **options):
+    return TransformersReader(tiny.build(name).to(dtype), tiny.tokenizer(), name, **options)
+
+
+@pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.name)
+def test_toys_obey(toy):
+    check_reader(toy())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "opt projected", "gemma2 soft-cap", "phi bias"])
+def test_models_obey(name):
+    check_reader(tiny_reader(name))
+
+
+@pytest.mark.parametrize("own", [(), (0,), (0, 5, 7)])
+@pytest.mark.parametrize("kept", [0, 64])
+def test_with_tokens_of_its_own_before_every_text(own, kept):
+    check_reader(tiny_reader(own=own, kept_tokens=kept))
+
+
+def test_in_half_precision_the_bound_is_of_the_kl():
+    reader = tiny_reader(dtype=torch.bfloat16)
+    assert reader.traits.rounding == "coarse"
+    reader.traits = type(reader.traits)(rounding="coarse", bound=1e-2)
+    check_reader(reader)
+
+
+class Shares(Table):
+    """A fork that is the row itself."""
+
+    def fork(self, row, count=1, length=None):
+        return [row] * count
+
+    def close(self, row):
+        if row in self.rows:
+            super().close(row)
+
+
+class Leaks(Table):
+    """Symbols that were taken back are forgotten by the row's length alone."""
+
+    def crop(self, row, length):
+        row.symbols = (*row.symbols[: length - 1], row.symbols[-1])
+
+
+class Keeps(Table):
+    """What was not to be kept is kept."""
+
+    def read(self, asked):
+        return super().read([read(one.row, one.symbols, one.at) for one in asked])
+
+
+class Mixes(Table):
+    """In company, everybody gets the first one's predictions."""
+
+    def told(self, logits, counts, errors):
+        many = len(counts) > 1 and not errors
+        return super().told(logits[:1].expand_as(logits) if many else logits, counts, errors)
+
+
+class Overwrites(Table):
+    """One buffer holds all predictions."""
+
+    buffer = torch.zeros(64, len(Letters().ends) + 27, dtype=torch.float64)
+
+    def told(self, logits, counts, errors):
+        self.buffer[: len(logits)] = logits
+        return super().told(self.buffer[: len(logits)], counts, errors)
+
+
+class Unnormalised(Table):
+    """Predictions are no distributions."""
+
+    def told(self, logits, counts, errors):
+        found = super().told(logits, counts, errors)
+        found.log_probs = lambda places=slice(None): found.logits(places) + 1
+        return found
+
+
+class Promises(Few):
+    """Bounds that are below what is left."""
+
+    def told(self, logits, counts, errors):
+        found = super().told(logits, counts, errors)
+        found.bounds = lambda places=slice(None): torch.full_like(logits[places, 0], -50.0)
+        return found
+
+
+class Silent(Table):
+    """Symbols of no alphabet are predicted from as if they were one."""
+
+    def refused(self, row, symbols):
+        return None
+
+    def follows(self, symbols):
+        return super().follows([symbol % self.alphabet.size for symbol in symbols])
+
+
+class Halfway(Table):
+    """A row that cannot be read has read some symbols nevertheless."""
+
+    def read(self, asked):
+        for one in asked:
+            if self.refused(one.row, one.symbols) and one.row in self.rows:
+                one.row.symbols = (*one.row.symbols, 0)
+        return super().read(asked)
+
+
+class Hoards(Table):
+    """Closed rows are kept for ever."""
+
+    hoard = 0
+
+    def close(self, row):
+        self.hoard += 100 * (row.length + 1) ** 2 * (self.hoard + 1)
+        super().close(row)
+
+    @property
+    def bytes(self):
+        return self.hoard
+
+
+class Forgets(Table):
+    """What a text was opened with counts as known, though nothing was read."""
+
+    def open(self, text=(), own=(), *, reuse=True):
+        row = super().open(text, own)
+        row.known = max(0, len(text) - 1)
+        return row
+
+
+class Dead(Table):
+    """Rows that are closed are read on."""
+
+    def checked(self, asked):
+        return
+
+
+class Once(Table):
+    """What follows is told at once or not at all."""
+
+    def follows(self, symbols):
+        found = super().follows(symbols)
+        self.asked = getattr(self, "asked", 0) + 1
+        return found.roll(self.asked % 2)
+
+
+BROKEN = [
+    Shares, Leaks, Keeps, Mixes, Overwrites, Unnormalised, Promises, Silent, Halfway, Hoards, Forgets, Dead, Once,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_what_breaks_a_law_is_found(broken):
+    with pytest.raises(AssertionError, match="expected"):
+        check_reader(broken())
+
+
+def test_refusals_say_what_is_wrong():
+    reader, other = tiny_reader(), tiny_reader("llama")
+    row = reader.open(reuse=False)
+    with pytest.raises(InvalidInputError, match="expected an open row of gpt2"):
+        finished(reader.read([read(other.open(), [1])]))
+    with pytest.raises(InvalidInputError, match=r"expected at most 63 tokens of gpt2 before a text, .* got 70 tokens"):
+        reader.open(own=[1] * 70)
+    with pytest.raises(InvalidInputError, match="got the id 99"):
+        reader.open(own=[99])
+    with pytest.raises(InvalidInputError, match="expected a length from 0 to 0"):
+        reader.crop(row, 1)
+    found = finished(reader.read([read(row, [], [0])]))
+    assert "read a symbol first" in str(found.errors[0])
+    assert len(found) == 0
+
+
+def test_a_member_that_gives_nan_is_named_and_its_row_stays():
+    reader = tiny_reader()
+    row = reader.open(reuse=False)
+    finished(reader.read([read(row, [1, 2])]))
+    weight = reader.model.transformer.h[0].mlp.c_fc.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    found = finished(reader.read([read(row, [3])]))
+    assert isinstance(found.errors[0], NonFiniteError)
+    assert "gpt2" in str(found.errors[0])
+    assert row.length == 2
+    with torch.no_grad():
+        weight.copy_(kept)
+    told = finished(reader.read([read(row, [3])])).log_probs()
+    whole = reader.open(reuse=False)
+    assert torch.allclose(told, finished(reader.read([read(whole, [1, 2, 3])])).log_probs(), atol=1e-9)
+
+
+def test_long_texts_are_read_in_pieces_between_which_others_may_be_read(monkeypatch):
+    monkeypatch.setattr("softmeet.readers.transformers.PIECE", 8)
+    reader, text = tiny_reader(), [1 + k % 60 for k in range(40)]
+    long, short = reader.open(reuse=False), reader.open(reuse=False)
+    reading, told = reader.read([read(long, text)]), []
+    for symbol in text[:4]:
+        next(reading)
+        told.append(finished(reader.read([read(short, [symbol])])).log_probs())
+    last = finished(reading).log_probs()
+    monkeypatch.setattr("softmeet.readers.transformers.PIECE", 256)
+    whole = reader.open(reuse=False)
+    every = finished(reader.read([read(whole, text, range(1, 41))])).log_probs()
+    assert torch.allclose(torch.cat(told), every[:4], atol=1e-9)
+    assert torch.allclose(last, every[-1:], atol=1e-9)
+
+
+def test_a_text_that_begins_like_an_earlier_one_is_read_from_there_on():
+    reader = tiny_reader(own=(0,))
+    first = reader.open([1, 2, 3, 4, 5])
+    assert first.known == 0
+    finished(reader.read([read(first, [1, 2, 3, 4, 5])]))
+    for text, known in (([1, 2, 3, 9], 3), ([1, 2, 3, 4, 5], 4), ([9], 0)):
+        row = reader.open(text)
+        assert row.known == known
+        assert finished(reader.read([read(row, text[known:])])).work.tokens == len(text) - known
+
+
+def test_predictions_hold_logits_states_and_costs():
+    reader = tiny_reader()
+    rows = [reader.open(reuse=False) for _ in range(2)]
+    found = finished(reader.read([read(rows[0], [1, 2, 3], [1, 3]), read(rows[1], [4])]))
+    assert (len(found), found.counts, found.of(1)) == (3, [2, 1], slice(2, 3))
+    assert torch.equal(reader.head.logits(found.hidden()), found.logits())
+    assert torch.allclose(found.logits().log_softmax(-1), found.log_probs())
+    assert (found.work.calls, found.work.tokens) == (1, 4)
+    given = Given(torch.zeros(1, 3), [1])
+    with pytest.raises(UnsupportedHeadError, match="for a rule that reads heads"):
+        given.hidden()
