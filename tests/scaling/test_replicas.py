@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import warnings
 
@@ -132,6 +133,13 @@ def test_a_replica_killed_under_load(url):
         return len({answer.headers[HEADER] for answer in found} - {victim}) == 2
 
     wait_until(replaced)
+
+
+def test_the_front_has_neither_models_nor_what_runs_them(url):
+    (name,) = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "#front#" in one["name"]]
+    modules = ray.get(ray.get_actor(name, namespace="serve").__ray_call__.remote(lambda self: set(sys.modules)))
+    assert "softmeet.server.relay" in modules
+    assert not {"torch", "transformers"} & modules
 
 
 def test_what_a_single_server_says_replicas_say(url):

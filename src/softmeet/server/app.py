@@ -25,8 +25,9 @@ from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
 from softmeet.server.envelope import guarded
 from softmeet.server.errors import ErrorBody, RequestError, absent, error_response
+from softmeet.server.events import dumps
 from softmeet.server.refusals import refusal
-from softmeet.server.replies import ChatReply, CompletionReply, Reply, dumps
+from softmeet.server.replies import ChatReply, CompletionReply, Reply
 from softmeet.server.responses import ResponsesReply, ResponsesRequest, checked
 from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
 from softmeet.server.serving import Serving

@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from softmeet.server.asgi import unless_left
 from softmeet.server.errors import ReplicaLostError, described, error_response
-from softmeet.server.replies import LAST_EVENT, event
+from softmeet.server.events import LAST_EVENT, event
 
 _SENT_ON = (
     "type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "root_path", "headers",

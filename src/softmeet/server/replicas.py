@@ -10,23 +10,20 @@ a replica that dies; its unfinished answers end with an error object, and answer
 import contextlib
 import os
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from ray.exceptions import RayActorError
-from starlette.types import ASGIApp, Message
+from starlette.types import Message
 
 from softmeet.errors import InvalidInputError
 from softmeet.server.app import create_app
 from softmeet.server.asgi import run
 from softmeet.server.ensembles import load, named
-from softmeet.server.envelope import guarded
 from softmeet.server.errors import InternalError
-from softmeet.server.metrics import Metrics
-from softmeet.server.relay import Relay
+from softmeet.server.front import front_of
 from softmeet.server.security import Protection
 from softmeet.server.serving import ServerSettings, Serving
 
@@ -34,7 +31,6 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 with warnings.catch_warnings():  # Ray's imports warn
     warnings.simplefilter("ignore")
     from ray import serve
-    from ray.serve.exceptions import DeploymentUnavailableError
 
 NAME = "softmeet"
 HEADER = "x-softmeet-replica"
@@ -141,21 +137,10 @@ def application(
         graceful_shutdown_timeout_s=grace,
         **scale.options(),
     )
-    front = serve.deployment(serve.ingress(_front(settings))()).options(
+    front = serve.deployment(serve.ingress(front_of(settings.protection, settings.cors))()).options(
         name="front", num_replicas=scale.fronts, max_ongoing_requests=_MOST, ray_actor_options={"num_cpus": 0}
     )
     return front.bind(replicas.bind(named, options, settings, scale.threads))
-
-
-def _front(settings: ServerSettings) -> Callable[[], ASGIApp]:
-    """Return a function that builds the front, to be called in the process in which the front runs."""
-
-    def build() -> ASGIApp:
-        replicas = serve.get_deployment_handle("replicas").options(stream=True)
-        relay = Relay(replicas.remote, (RayActorError, DeploymentUnavailableError))
-        return guarded(relay, settings.protection, Metrics(), settings.cors)
-
-    return build
 
 
 class Arguments(Scale):

@@ -15,7 +15,8 @@ from pydantic import Field
 from softmeet.errors import SoftmeetError
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import RequestError, described
-from softmeet.server.replies import ChatReply, event
+from softmeet.server.events import event
+from softmeet.server.replies import ChatReply
 from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Natural, ResponseFormat, Strict, Word
 from softmeet.server.sequences import GenerationRequest, Token
 
