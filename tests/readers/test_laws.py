@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import tiny
 import torch
+import transformers as tf
 from toys import TOYS, Few, Letters, Table, read
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
@@ -27,6 +30,76 @@ def test_toys_obey(toy):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "opt projected", "gemma2 soft-cap", "phi bias"])
 def test_models_obey(name):
     check_reader(tiny_reader(name))
+
+
+def bloom():
+    """A model whose attention counts columns, so that it reads no trees."""
+    torch.manual_seed(0)
+    return tf.BloomForCausalLM(
+        tf.BloomConfig(vocab_size=tiny.V, hidden_size=32, n_layer=2, n_head=4, **tiny.IDS)
+    ).eval()
+
+
+def sliding():
+    """A model that attends to the last six tokens in half of its layers."""
+    torch.manual_seed(0)
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+    return tf.Gemma2ForCausalLM(tf.Gemma2Config(**tiny.SMALL, **tiny.GQA, **kinds)).eval()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("of", [*tiny.BUILDERS, "bloom", "sliding"])
+def test_whatever_is_done_to_rows_they_are_read_as_the_model_reads_their_texts(of, seed):
+    """Rows are opened, read, forked, cropped and closed at random; each prediction is that of the text by itself."""
+    model = {"bloom": bloom, "sliding": sliding}.get(of, lambda: tiny.build(of))().double()
+    reader, chance = TransformersReader(model, tiny.tokenizer(), of, kept_tokens=40), random.Random(seed)
+    assert reader._kv.reads_trees == (of != "bloom")
+    texts = {reader.open(): []}
+    for _ in range(40):
+        row = chance.choice(list(texts))
+        match chance.choice(["open", "read", "read", "read", "fork", "crop", "close"]):
+            case "open":
+                text = [*chance.choice(list(texts.values())), 1 + chance.randrange(60)]
+                row = reader.open(text)
+                texts[row] = text[: row.known]
+            case "fork":
+                length = chance.randrange(row.length + 1)
+                for fork in reader.fork(row, 2, length):
+                    texts[fork] = texts[row][:length]
+            case "crop":
+                length = chance.randrange(row.length + 1)
+                reader.crop(row, length)
+                texts[row] = texts[row][:length]
+            case "close" if len(texts) > 1:
+                reader.close(row)
+                del texts[row]
+            case _:
+                several = chance.sample(list(texts), min(len(texts), chance.choice([1, 2, 4])))
+                asked = []
+                for one in several:
+                    new = [1 + chance.randrange(60) for _ in range(chance.choice([1, 1, 1, 3]))]
+                    begun = not texts[one]
+                    at = sorted(chance.sample(range(begun, len(new) + 1), chance.choice([0, 1])))
+                    asked.append(read(one, new, at, keep=chance.random() < 0.8))
+                compared(reader, model, texts, asked)
+
+
+def compared(reader, model, texts, asked):
+    """Read, and compare what follows with the model's own logits for each text."""
+    found = finished(reader.read(asked))
+    told = found.log_probs()
+    for k, one in enumerate(asked):
+        whole = [*texts[one.row], *one.symbols]
+        if len(whole) > reader.limit:
+            assert k in found.errors
+            continue
+        with torch.inference_mode():
+            ids = torch.tensor([whole])
+            expected = model(ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
+        for place, row in zip(one.at, told[found.of(k)], strict=True):
+            assert torch.allclose(row, expected[len(texts[one.row]) + place - 1], atol=1e-9)
+        if one.keep:
+            texts[one.row] = whole
 
 
 @pytest.mark.parametrize("own", [(), (0,), (0, 5, 7)])

@@ -24,9 +24,10 @@ from softmeet.members.tree_cache import Columns, Layout, SideBySide, Store
 # The columns of a token's ancestors and of itself, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
 Ids = Int[np.ndarray, "B t"]
+Depths = Int[np.ndarray, "B k"]
 Allowed = Bool[np.ndarray, "B q k"]
 _SPARE = 64
-# Kinds of layers, by their names in configurations, that read a tree by the masks of ``_mask``.
+# Kinds of layers, by their names in configurations, that read a tree by the masks of :func:`attention_mask`.
 _KINDS = {"full_attention", "sliding_attention", "global"}
 # What a model is checked on: a trunk, and after it a chain beside another; and the relative error of rounding at most.
 _TRUNK, _OTHER, _CHAIN, _NEAR = range(3), range(3, 11), (11, 12), 1e-3
@@ -131,7 +132,7 @@ def run(model: PreTrainedModel, growths: Sequence[Growth]) -> list[tuple[TokenTr
     together = SideBySide([(row.growth.tree.store, row.columns) for row in rows], layout, new, model)
     positions = torch.from_numpy(depths[:, before:])
     # Without any mask transformers warns of padding if a token equals the padding token, as a text's first one may.
-    mask = torch.ones(1, before + new) if alike and len(rows) == 1 else _mask(model, allowed, depths)
+    mask = torch.ones(1, before + new) if alike and len(rows) == 1 else attention_mask(model, allowed, depths)
     # A row of logits is long, so none is computed that no tree wants.
     spared = min(row.new - row.wanted for row in rows) if gives_logits(model) else 0
     hidden = last_hidden(
@@ -191,7 +192,7 @@ def _rows(growths: Sequence[Growth]) -> list[_Row]:
     return [_Row(one, one.tree.columns, list(zip(one.paths, one.tokens, strict=True))) for one in growths]
 
 
-def _chains(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Ids, Allowed]:
+def _chains(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Depths, Allowed]:
     """Lay out rows of one chain each, behind all of the row's columns.
 
     Args:
@@ -210,7 +211,7 @@ def _chains(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Ids, Allo
     return ids, np.maximum(places - begin, 0), (places >= begin)[:, None] & (places <= last)
 
 
-def _trees(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Ids, Allowed]:
+def _trees(rows: Sequence[_Row], before: int, new: int) -> tuple[Ids, Depths, Allowed]:
     """Lay out rows of any chains, as :func:`_chains` does."""
     ids = np.zeros((len(rows), new), np.int64)
     depths = np.zeros((len(rows), before + new), np.int64)
@@ -263,7 +264,7 @@ def require_trees(model: PreTrainedModel) -> None:
         )
 
 
-def _mask(model: PreTrainedModel, allowed: Bool[np.ndarray, "B q k"], depths: Int[np.ndarray, "B k"]) -> Any:
+def attention_mask(model: PreTrainedModel, allowed: Allowed, depths: Depths) -> Any:
     """Make the additive attention mask, (B, 1, queries, keys); a dict of one by kind of layer if windows matter."""
     config = model.config.get_text_config(decoder=True)
     place, dtype = home(model), next(model.parameters()).dtype

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable
 from itertools import takewhile
 from operator import eq
+from typing import Generic, TypeVar
 
-from softmeet.members.partial_cache import KeysValues
+T = TypeVar("T")
 
 
-class PrefixCache:
+class PrefixCache(Generic[T]):
     """One member's keys and values of earlier prompts, for reuse by prompts with the same beginning.
 
     Args:
         limit: the most tokens kept, summed over prompts; beyond it the least recently used prompts are dropped.
+        dropped: called with what was kept of a prompt that is dropped.
 
     Attributes:
         tokens: the number of tokens kept, summed over prompts.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.tokens = limit, 0
-        self._kept: OrderedDict[tuple[int, ...], tuple[KeysValues, ...]] = OrderedDict()
+    def __init__(self, limit: int, dropped: Callable[[T], object] = lambda states: None) -> None:
+        self.limit, self.tokens, self._dropped = limit, 0, dropped
+        self._kept: OrderedDict[tuple[int, ...], T] = OrderedDict()
 
-    def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, tuple[KeysValues, ...]]:
+    def longest(self, tokens: list[int] | tuple[int, ...]) -> tuple[int, T | None]:
         """Find the kept prompt that shares the most leading tokens with a new one; it then counts as used just now.
 
         Args:
             tokens: the new prompt's ids, at least one.
 
         Returns:
-            (the number of shared leading tokens, at most ``len(tokens)`` - 1, so that one remains to be run; each
-            layer's keys and values of the kept prompt, which may cover more tokens). (0, ()) if none is shared.
+            (the number of shared leading tokens, at most ``len(tokens)`` - 1, so that one remains to be run; what was
+            kept of that prompt, which may have more tokens). (0, None) if none is shared.
         """
 
         def shared(known: tuple[int, ...]) -> int:
@@ -41,32 +43,32 @@ class PrefixCache:
         begun = (known for known in self._kept if known[0] == tokens[0])
         best = max(begun, key=shared, default=())
         if not shared(best):
-            return 0, ()
+            return 0, None
         self._kept.move_to_end(best)
         return shared(best), self._kept[best]
 
     @property
-    def bytes(self) -> int:
-        """The number of bytes of all keys and values kept."""
-        return sum(bytes_of(states) for states in list(self._kept.values()))
+    def states(self) -> list[T]:
+        """What is kept of all prompts."""
+        return list(self._kept.values())
 
-    def keep(self, tokens: list[int] | tuple[int, ...], states: tuple[KeysValues, ...]) -> None:
-        """Store a prompt's keys and values, unless the prompt is stored already or is longer than ``limit``.
+    def wants(self, tokens: list[int] | tuple[int, ...]) -> bool:
+        """Return whether a prompt would be stored: it is not stored already, and not longer than ``limit``."""
+        return len(tokens) <= self.limit and tuple(tokens) not in self._kept
+
+    def keep(self, tokens: list[int] | tuple[int, ...], states: T) -> None:
+        """Store a prompt's keys and values, if it :meth:`wants` them.
 
         Least recently used prompts are dropped until all stored ones together have at most ``limit`` tokens.
 
         Args:
             tokens: the prompt's ids.
-            states: each layer's keys and values of these tokens, each (1, heads, t, width).
+            states: its keys and values.
         """
-        key = tuple(tokens)
-        if len(key) <= self.limit and key not in self._kept:
-            self._kept[key] = states
-            self.tokens += len(key)
+        if self.wants(tokens):
+            self._kept[tuple(tokens)] = states
+            self.tokens += len(tokens)
             while self.tokens > self.limit:
-                self.tokens -= len(self._kept.popitem(last=False)[0])
-
-
-def bytes_of(states: Iterable[KeysValues]) -> int:
-    """Return the number of bytes of the keys and values of layers."""
-    return sum(part.numel() * part.element_size() for pair in states for part in pair)
+                old, found = self._kept.popitem(last=False)
+                self.tokens -= len(old)
+                self._dropped(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,10 +17,12 @@ from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
 from softmeet.members.heads import head_of
 from softmeet.members.huggingface import require_cache
 from softmeet.members.opaque import Head
-from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_keys_and_values
+from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.members.placement import whereabouts
 from softmeet.members.reading import Work
-from softmeet.readers.prefixes import PrefixCache, bytes_of
+from softmeet.members.token_tree import require_trees
+from softmeet.readers.kv import KeysAndValues, Seat
+from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits
 
 # The most tokens of one row that the model runs at once.
@@ -64,18 +67,18 @@ class TokenAlphabet:
 
 @dataclass(eq=False)
 class _Text(Row):
-    """A row: the tokens that were read, their keys and values, and the last hidden state.
+    """A row: the tokens that were read, where their keys and values are, and the last hidden state.
 
     Attributes:
         own: the member's own tokens before the text.
         symbols: those that were read.
-        cache: the keys and values of all these tokens.
+        seat: the keys and values of the first of all these tokens.
         last: (1, d), the last hidden state at the newest of them; None if it was taken back.
     """
 
     own: tuple[int, ...] = ()
     symbols: tuple[int, ...] = ()
-    cache: PartialCache = field(default_factory=PartialCache)
+    seat: Seat = field(default_factory=Seat)
     last: Float[Tensor, "1 d"] | None = None
     known: int = 0
 
@@ -148,13 +151,14 @@ class TransformersReader(Reader):
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in weights),
         )
-        self._prefixes = PrefixCache(kept_tokens)
+        self._kv = KeysAndValues(model, reads_trees=_reads_trees(model))
+        self._prefixes = PrefixCache[Seat](kept_tokens, self._kv.leave)
         self._rows = set[_Text]()
 
     @property
     def bytes(self) -> int:
-        """The bytes of the keys and values of all open rows, each counted by itself, and of texts that are kept."""
-        return sum(bytes_of(row.cache.states) for row in list(self._rows)) + self._prefixes.bytes
+        """The bytes of the keys and values of all open rows and of texts that are kept, with room for more."""
+        return self._kv.bytes
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`."""
@@ -167,18 +171,17 @@ class TransformersReader(Reader):
                 f"{self.alphabet.size:,}, got {said}"
             )
         if reuse and text:
-            found, states = self._prefixes.longest([*row.own, *text])
+            found, kept = self._prefixes.longest([*row.own, *text])
             row.known = max(0, found - len(row.own))
-            if found >= len(row.own):
-                cache = PartialCache(states)
-                row.cache, row.symbols = cache.shorter(cache.run - found), tuple(text[: row.known])
+            if kept is not None and found >= len(row.own):
+                row.seat, row.symbols = self._kv.alone(kept, found), tuple(text[: row.known])
         self._rows.add(row)
         return row
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that begin with a row's symbols; keys and values are shared."""
         one = self._mine(row)
-        forks = [replace(one) for _ in range(count)]
+        forks = [replace(one, seat=self._kv.fork(one.seat, one.seat.length)) for _ in range(count)]
         self._rows.update(forks)
         for fork in forks:
             self.crop(fork, one.length if length is None else length)
@@ -190,12 +193,14 @@ class TransformersReader(Reader):
         if not 0 <= length <= one.length:
             raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
         if length < one.length:
-            one.cache = one.cache.shorter(one.length - length)
             one.symbols, one.last = one.symbols[:length], None
+            one.seat.path = one.seat.path[: len(one.own) + length]
 
     def close(self, row: Row) -> None:
         """Give a row up."""
-        self._rows.discard(self._mine(row))
+        one = self._mine(row)
+        self._rows.discard(one)
+        self._kv.leave(one.seat)
 
     def _mine(self, row: Row) -> _Text:
         if not (isinstance(row, _Text) and row in self._rows):
@@ -209,34 +214,35 @@ class TransformersReader(Reader):
             raise InvalidInputError(f"expected each row of {self.name} once in a call of read")
         pairs = list(zip(rows, asked, strict=True))
         errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
-        begun = {k: cache for k, pair in enumerate(pairs) if k not in errors and (cache := self._begun(*pair)).pending}
-        ran = yield from self._run(begun)
+        new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}
+        before = {k: rows[k].seat.path for k in new}
+        ran = yield from self._run({k: (rows[k].seat, tokens) for k, tokens in new.items()})
         wanted, counts = list[Tensor](), [0] * len(asked)
         for k, (row, one) in enumerate(pairs):
             if k in errors or not (one.symbols or one.at):
                 continue
-            cache, states = ran.get(k, (row.cache, None))
-            known = [own for own in (row.last, states) if own is not None]
-            every = torch.cat(known)
+            every = torch.cat([own for own in (row.last, ran.get(k)) if own is not None])
             if not bool(every.isfinite().all()):
                 errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
-                continue
-            newest = len(every) - 1 - len(one.symbols)
-            wanted.append(every[[newest + place for place in one.at]])
-            counts[k] = len(one.at)
-            if one.keep:
-                self._keep(row, [*row.symbols, *one.symbols], cache, every[-1:])
+                self._kv.drop(row.seat, row.seat.path[len(before[k]) :])
+            else:
+                newest = len(every) - 1 - len(one.symbols)
+                wanted.append(every[[newest + place for place in one.at]])
+                counts[k] = len(one.at)
+            if one.keep and k not in errors:
+                self._keep(row, [*row.symbols, *one.symbols], every[-1:])
+            elif k in before:
+                row.seat.path = row.seat.path[: len(before[k])]
         states = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
-        work = Work(calls=bool(begun), tokens=sum(len(one.pending) for one in begun.values()))
+        work = Work(calls=bool(new), tokens=sum(map(len, new.values())))
         return _States(self.head, states, counts, errors, work)
 
-    def _begun(self, row: _Text, one: Read) -> PartialCache:
-        """Return the keys and values of a row's tokens, with those that have to be run as pending."""
-        tokens = [*row.own, *row.symbols, *one.symbols]
-        # The state before the first new symbol is computed again where it was taken back.
-        again = row.last is None and bool(row.cache.run) and bool(one.at) and not one.at[0]
-        cache = row.cache.shorter(1) if again else row.cache
-        return cache.longer(tokens[cache.run :])
+    def _new(self, row: _Text, one: Read) -> list[int]:
+        """Return the tokens of a row that have to be run."""
+        if row.last is None and one.at and not one.at[0]:
+            # The state before the first new symbol was taken back, and is computed again.
+            row.seat.path = row.seat.path[: len(row.own) + row.length - 1]
+        return [*row.own, *row.symbols, *one.symbols][row.seat.length :]
 
     def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
         """Return why some symbols cannot be read; None if they can."""
@@ -253,27 +259,40 @@ class TransformersReader(Reader):
             )
         return None
 
-    def _run(
-        self, begun: dict[int, PartialCache]
-    ) -> Generator[None, None, dict[int, tuple[PartialCache, Float[Tensor, "t d"]]]]:
-        """Run what is pending, long texts in pieces; returns for each (its keys and values, states at the tokens)."""
-        found = dict[int, tuple[PartialCache, list[Tensor]]]()
-        left = dict(begun)
-        with torch.inference_mode():
-            while left:
-                now = {k: replace(one, pending=one.pending[:PIECE]) for k, one in left.items()}
-                done, hidden = catch_up(self.model, list(now.values()))
-                for (k, part), cache, states in zip(now.items(), done, hidden, strict=True):
-                    found[k] = cache, [*found.get(k, (cache, []))[1], states]
-                    rest = left.pop(k).pending[len(part.pending) :]
-                    if rest:
-                        left[k] = cache.longer(rest)
-                if left:
-                    yield
-        return {k: (cache, torch.cat(states)) for k, (cache, states) in found.items()}
+    def _run(self, new: dict[int, tuple[Seat, list[int]]]) -> Generator[None, None, dict[int, Float[Tensor, "t d"]]]:
+        """Run new tokens, those of about equally many in one call, many in pieces; returns the states at them."""
+        found, left = defaultdict[int, list[Tensor]](list), dict(new)
+        while left:
+            groups = defaultdict[int, list[int]](list)
+            for k, (_, tokens) in left.items():
+                # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
+                count = min(len(tokens), PIECE)
+                groups[count.bit_length() if self._kv.reads_trees else count].append(k)
+            for own in groups.values():
+                pieces = [left[k][1][:PIECE] for k in own]
+                ran = self._kv.run([left[k][0] for k in own], pieces)
+                for k, piece, (columns, states) in zip(own, pieces, ran, strict=True):
+                    seat, tokens = left.pop(k)
+                    self._kv.keep(seat, columns)
+                    found[k].append(states)
+                    if rest := tokens[len(piece) :]:
+                        left[k] = seat, rest
+            if left:
+                yield
+        return {k: torch.cat(states) for k, states in found.items()}
 
-    def _keep(self, row: _Text, symbols: Sequence[int], cache: PartialCache, last: Float[Tensor, "1 d"]) -> None:
+    def _keep(self, row: _Text, symbols: Sequence[int], last: Float[Tensor, "1 d"]) -> None:
         """Note what was read of a row, and keep the keys and values of the first symbols for texts that begin alike."""
-        if not row.length and symbols:
-            self._prefixes.keep([*row.own, *symbols], cache.states)
-        row.symbols, row.cache, row.last = tuple(symbols), cache, last
+        tokens = [*row.own, *symbols]
+        if not row.length and symbols and self._prefixes.wants(tokens):
+            self._prefixes.keep(tokens, self._kv.alone(row.seat, len(tokens)))
+        row.symbols, row.last = tuple(symbols), last
+
+
+def _reads_trees(model: PreTrainedModel) -> bool:
+    """Return whether a model reads each path of a tree of tokens as it reads that path by itself."""
+    try:
+        require_trees(model)
+    except InvalidInputError:
+        return False
+    return True

@@ -7,7 +7,7 @@ column. Keys and values are copied only when a row joins or leaves, or when the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,15 @@ from softmeet.members.partial_cache import (
     cut,
     layers_of_keys_and_values,
 )
-from softmeet.readers.prefixes import PrefixCache, bytes_of
+from softmeet.readers.prefixes import PrefixCache
 from softmeet.server.sequences import Sequence
 
 # The most tokens of one sequence that a member runs at once.
 PIECE = 256
+
+
+def _bytes(states: Iterable[KeysValues]) -> int:
+    return sum(part.numel() * part.element_size() for pair in states for part in pair)
 
 
 @dataclass
@@ -145,7 +149,7 @@ class MemberBatch:
         require_cache(model)
         advice = "its rows cannot join a running batch; use softmeet generate"
         depth = layers_of_keys_and_values(name, model.config, advice)
-        self._prefixes = PrefixCache(kept_tokens)
+        self._prefixes = PrefixCache[tuple[KeysValues, ...]](kept_tokens)
         self._window = _Window()
         self._cache = Cache(layers=[_BatchLayer(self._window) for _ in range(depth)])
         self._lengths: list[int] = []
@@ -154,7 +158,7 @@ class MemberBatch:
     def cache_bytes(self) -> int:
         """The number of bytes of the batch's buffers, in use or not, and of the prompts kept."""
         layers = [(layer.keys, layer.values) for layer in self._cache.layers if layer.is_initialized]
-        return bytes_of(layers) + self._prefixes.bytes
+        return _bytes(layers) + sum(map(_bytes, self._prefixes.states))
 
     @property
     def kept_tokens(self) -> int:
@@ -204,7 +208,7 @@ class MemberBatch:
         tokens = [*s.read_by(i), *s.tokens[len(s.prompt) :]]
         if not trail.run and not every:
             reused, states = self._prefixes.longest(tokens)
-            trail = PartialCache(states)
+            trail = PartialCache(states or ())
             trail = trail.shorter(trail.run - reused)
         return trail.longer(tokens[trail.run :])
 

@@ -1,0 +1,385 @@
+"""Keys and values of many texts of one model, in blocks that are read on in place.
+
+A *block* has *slots*, the rows of a call of the model, and columns, one for each token that was run in a slot.
+A *seat* is a text's place in it: its slot and its *path*, the columns of its tokens. Texts that begin alike share the
+columns of their beginning in one slot; a text of its own has a slot of its own, whose path ends at the block's last
+column, as in left-padded batches. So forking copies nothing, taking back shortens a path, and reading on writes new
+columns behind all others.
+
+Texts of different blocks that are read in one call are brought into one block, where they stay.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from softmeet.members.huggingface import last_hidden
+from softmeet.members.token_tree import attention_mask
+
+# Of a text's tokens, the columns of their keys and values, first to last.
+Path = np.ndarray[Any, np.dtype[np.int64]]
+_NOTHING: Path = np.empty(0, np.int64)
+# Columns behind those in use when a block is made, at least, and as a share of those.
+_ROOM, _SHARE = 64, 2
+# A block is made anew without the columns that no text needs once these are so many, and such a share of all.
+_SPARE, _SPARED = 64, 2
+
+
+class Place(NamedTuple):
+    """Where a layer's keys or values are: (the number of the tensor, the number of its part)."""
+
+    tensor: int
+    part: int
+
+
+@dataclass(eq=False)
+class Seat:
+    """The place of one text's keys and values.
+
+    Attributes:
+        block: the block; None before the first token.
+        slot: its row there.
+        path: (tokens,), the columns of its tokens, ascending.
+    """
+
+    block: Block | None = None
+    slot: int = 0
+    path: Path = field(default_factory=lambda: _NOTHING)
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that were run."""
+        return len(self.path)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tokens' columns stand side by side, up to the last that is in use."""
+        path, end = self.path, 0 if self.block is None else self.block.end
+        return not len(path) or (int(path[0]), int(path[-1])) == (end - len(path), end - 1)
+
+
+class _InPlace(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values of the slots in use; a call of the model writes new columns behind the others."""
+
+    def __init__(self, keys: Tensor, values: Tensor, first: int, end: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.first, self.end = keys, values, first, end
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' keys and values, and return those of all columns."""
+        stop = self.end + key_states.shape[2]
+        self.keys[:, :, self.end : stop] = key_states
+        self.values[:, :, self.end : stop] = value_states
+        return self.keys[:, :, self.first : stop], self.values[:, :, self.first : stop]
+
+    def get_seq_length(self) -> int:
+        """Return the number of columns before the new ones."""
+        return self.end - self.first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (the width of the attention mask for ``query_length`` new tokens; its first column, 0)."""
+        return self.get_seq_length() + query_length, 0
+
+
+class Block:
+    """Slots of keys and values of one model.
+
+    Attributes:
+        tensors: for each shape of keys or values, (parts, slots, heads, columns, width); none before the model's first
+            call.
+        slots, columns: how many there are, free ones included.
+        end: the number of the first column that is free in all slots.
+        seats: all that are in the block.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], slots: int, columns: int, end: int) -> None:
+        self.tensors, self.slots, self.columns, self.end = list(tensors), slots, columns, end
+        self.seats = list[Seat]()
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all slots, in use or not."""
+        return sum(one.nbytes for one in self.tensors)
+
+
+class KeysAndValues:
+    """The keys and values of all texts that one model reads.
+
+    Args:
+        model: a causal LM, in evaluation mode, whose cache holds keys and values alone.
+        reads_trees: whether it reads each path of a tree of tokens as it reads that path by itself
+            (:func:`softmeet.members.token_tree.require_trees`). Without it each text has a slot of its own, and only
+            texts of which equally many tokens are new may be run in one call.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, reads_trees: bool = True) -> None:
+        self._model, self.reads_trees = model, reads_trees
+        self._layout = list[tuple[Place, Place]]()
+        self._likes = list[Tensor]()
+        self._blocks = list[Block]()
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all blocks."""
+        return sum(block.bytes for block in list(self._blocks))
+
+    def leave(self, seat: Seat) -> None:
+        """Give a seat up; a block without seats is given back."""
+        if (block := seat.block) is not None:
+            block.seats.remove(seat)
+            if not block.seats:
+                self._blocks.remove(block)
+        seat.block, seat.path = None, _NOTHING
+
+    def fork(self, seat: Seat, length: int) -> Seat:
+        """Return another seat of the first ``length`` tokens."""
+        other = Seat(seat.block, seat.slot, seat.path[:length])
+        if seat.block is not None:
+            seat.block.seats.append(other)
+        return other
+
+    @torch.inference_mode()
+    def alone(self, seat: Seat, length: int) -> Seat:
+        """Return another seat of the first ``length`` tokens, in a block of its own, so that it keeps no other's."""
+        other = Seat(None, 0, seat.path[:length])
+        if seat.block is not None and length:
+            other.block = self._new(1, length, 0)
+            _copy(seat.block, seat.slot, other.path, other.block, 0)
+            other.path = np.arange(length)
+            other.block.seats.append(other)
+        return other
+
+    @torch.inference_mode()
+    def run(
+        self, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], last: int | None = None
+    ) -> list[tuple[Path, Float[Tensor, "t d"]]]:
+        """Run new tokens of some texts, in one call of the model.
+
+        Args:
+            seats: of each text.
+            tokens: of each, the ids that follow, at least one.
+            last: of a model whose logits stand in for its hidden states, at how many last tokens of each text these are
+                enough; None for all.
+
+        Returns:
+            for each, (the columns of its new tokens, which :meth:`keep` makes its own; the last hidden states at them,
+            or at the last of them).
+        """
+        block = self._together(seats)
+        new = max(sum(len(tokens[k]) for k in own) for own in _by_slot(seats).values())
+        # Other models count columns, in which there must be no hole.
+        holes = not self.reads_trees and any(seat.length and not seat.is_whole for seat in seats)
+        if holes or block.end + new > block.columns:
+            self._rebuild(block, 0, 0, new)
+        slots = _by_slot(seats)
+        call = _Call(block, seats, tokens, slots, new)
+        layers: list[Any] = [DynamicLayer() for _ in DynamicCache(config=self._model.config).layers]
+        if self._layout:
+            layers = [call.layer(*pair) for pair in self._layout]
+        cache = Cache(layers=layers)
+        few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
+        hidden = last_hidden(
+            self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
+            attention_mask=call.mask(self._model), position_ids=torch.from_numpy(call.depths),
+        )  # fmt: skip
+        if not self._layout:
+            self._lay_out(block, cache)
+        block.end += new
+        left = new - hidden.shape[1]
+        found = []
+        for seat, columns in zip(seats, call.columns, strict=True):
+            at = columns - (block.end - new) - left
+            found.append((columns, hidden[seat.slot, torch.from_numpy(at[at >= 0]).to(hidden.device)]))
+        return found
+
+    def keep(self, seat: Seat, columns: Path) -> None:
+        """Put the columns of tokens that were run behind a seat's path."""
+        seat.path = np.append(seat.path, columns)
+
+    @torch.inference_mode()
+    def drop(self, seat: Seat, columns: Path) -> None:
+        """Clear columns that no text gets, since what was computed there is no number: 0 · NaN would be NaN."""
+        assert seat.block is not None
+        for one in seat.block.tensors:
+            one[:, seat.slot, :, torch.from_numpy(columns).to(one.device)] = 0
+
+    def _together(self, seats: Sequence[Seat]) -> Block:
+        """Bring the seats that are to be run together into one block: that in which most of them are."""
+        blocks = [seat.block for seat in seats if seat.block is not None]
+        target = max(blocks, key=blocks.count) if blocks else self._new(len(seats), 0, 0)
+        groups = defaultdict[Any, list[Seat]](list)
+        seen = set[int]()
+        for k, seat in enumerate(seats):
+            split = not self.reads_trees and seat.slot in seen
+            if seat.block is target and not split:
+                seen.add(seat.slot)
+            elif seat.block is None or not self.reads_trees:
+                groups[k].append(seat)
+            else:
+                groups[id(seat.block), seat.slot].append(seat)
+        if groups:
+            self._adopt(target, list(groups.values()))
+        return target
+
+    def _adopt(self, target: Block, groups: Sequence[Sequence[Seat]]) -> None:
+        """Bring groups of seats, each of one slot, into free slots of a block."""
+        longest = max(len(_union([seat.path for seat in own])) for own in groups)
+        free = sorted({*range(target.slots)} - {seat.slot for seat in target.seats})
+        if len(free) < len(groups) or longest > target.end:
+            taken = len({seat.slot for seat in target.seats} if self.reads_trees else target.seats)
+            self._rebuild(target, 1 << (taken + len(groups) - 1).bit_length(), longest, 0)
+            free = list(range(taken, target.slots))
+        for slot, own in zip(free, groups, strict=False):
+            columns = _union([seat.path for seat in own])
+            for one in target.tensors:
+                one[:, slot] = 0
+            if (source := own[0].block) is not None:
+                _copy(source, own[0].slot, columns, target, slot)
+            for seat in own:
+                path = target.end - len(columns) + np.searchsorted(columns, seat.path)
+                self.leave(seat)
+                seat.block, seat.slot, seat.path = target, slot, path
+                target.seats.append(seat)
+
+    def _rebuild(self, block: Block, slots: int, end: int, new: int) -> None:
+        """Make a block anew, without what no seat needs, with so many slots, and room for more columns.
+
+        Args:
+            block: the block.
+            slots: at least so many slots.
+            end: at least so many columns in use.
+            new: the number of columns for which there has to be room.
+        """
+        own = [[block.seats[k] for k in each] for each in _by_slot(block.seats).values()]
+        groups = own if self.reads_trees else [[seat] for seat in block.seats]
+        needed = [_union([seat.path for seat in group]) for group in groups]
+        end = max([end, *map(len, needed)])
+        made = self._new(max(slots, len(groups), 1), end, new)
+        for slot, (group, columns) in enumerate(zip(groups, needed, strict=True)):
+            _copy(block, group[0].slot, columns, made, slot)
+            for seat in group:
+                seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
+        block.tensors, block.slots, block.columns, block.end = made.tensors, made.slots, made.columns, made.end
+        self._blocks.remove(made)
+
+    def _new(self, slots: int, end: int, new: int) -> Block:
+        """Make a block of zeros, with room for new columns."""
+        columns = end + new + max(_ROOM, end // _SHARE)
+        tensors = [like.new_zeros(like.shape[0], slots, like.shape[2], columns, like.shape[4]) for like in self._likes]
+        block = Block(tensors, slots, columns, end)
+        self._blocks.append(block)
+        return block
+
+    def _lay_out(self, block: Block, cache: Cache) -> None:
+        """Note the shapes of a model's keys and values at its first call, and put those of the call into a block."""
+        groups = dict[Any, list[Tensor]]()
+        for layer in cache.layers:
+            pair = []
+            for part in (layer.keys, layer.values):
+                kind = part.shape[1], part.shape[3], part.dtype, part.device
+                own = groups.setdefault(kind, [])
+                pair.append(Place(list(groups).index(kind), len(own)))
+                own.append(part)
+            self._layout.append((pair[0], pair[1]))
+        stacked = [torch.stack(own) for own in groups.values()]
+        self._likes = [one[:, :0, :, :0].clone() for one in stacked]
+        for one in stacked:
+            parts, slots, heads, new, width = one.shape
+            whole = one.new_zeros(parts, slots, heads, block.columns, width)
+            whole[:, :, :, block.end : block.end + new] = one
+            block.tensors.append(whole)
+
+
+class _Call:
+    """One call of the model on new tokens of some seats of a block.
+
+    Attributes:
+        ids, depths: (slots, new), the new tokens, at the right, and their positions; 0 at padding.
+        columns: for each seat, the columns of its new tokens.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        seats: Sequence[Seat],
+        tokens: Sequence[Sequence[int]],
+        slots: dict[int, list[int]],
+        new: int,
+    ) -> None:
+        self._block, self._seats, self._slots = block, seats, slots
+        self._many = 1 + max(seat.slot for seat in block.seats)
+        self._first = min((int(seat.path[0]) for seat in block.seats if len(seat.path)), default=block.end)
+        self.ids, self.depths = np.zeros((2, self._many, new), np.int64)
+        self.columns = [_NOTHING] * len(seats)
+        for slot, own in slots.items():
+            at = new - sum(len(tokens[k]) for k in own)
+            for k in own:
+                here = slice(at, at := at + len(tokens[k]))
+                self.ids[slot, here] = tokens[k]
+                self.depths[slot, here] = seats[k].length + np.arange(len(tokens[k]))
+                self.columns[k] = block.end + np.arange(here.start, here.stop)
+
+    def layer(self, keys: Place, values: Place) -> Any:
+        """Return a layer's cache, of the slots in use."""
+        own, other = (self._block.tensors[one.tensor][one.part, : self._many] for one in (keys, values))
+        return _InPlace(own, other, self._first, self._block.end)
+
+    def mask(self, model: PreTrainedModel) -> Any:
+        """Return the attention mask: of padding at the left where that is all, else of each new token's own."""
+        end, (_, new) = self._block.end, self.ids.shape
+        alone = all(len(own) == 1 for own in self._slots.values())
+        pairs = list(zip(self._seats, self.columns, strict=True))
+        if alone and all(not seat.length or (seat.is_whole and len(own) == new) for seat, own in pairs):
+            starts = np.full(self._many, end)
+            starts[[seat.slot for seat in self._seats]] = [
+                int((seat.path if seat.length else own)[0]) for seat, own in pairs
+            ]
+            return torch.from_numpy(np.arange(self._first, end + new) >= starts[:, None]).long()
+        width = end + new - self._first
+        allowed = np.zeros((self._many, new, width), bool)
+        depths = np.zeros((self._many, width), np.int64)
+        # Every token attends to itself; padding too, since a softmax over nothing is NaN.
+        allowed[:, np.arange(new), width - new + np.arange(new)] = True
+        for seat, own in pairs:
+            path, mine = seat.path - self._first, own - self._first
+            queries = own - end
+            depths[seat.slot, path] = np.arange(len(path))
+            depths[seat.slot, mine] = len(path) + np.arange(len(mine))
+            allowed[seat.slot, queries[:, None], path] = True
+            allowed[seat.slot, queries[:, None], mine] = np.tri(len(mine), dtype=bool)
+        return attention_mask(model, allowed, depths)
+
+
+def _by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
+    """Return, for each slot, the numbers of the seats that are in it."""
+    slots = defaultdict[int, list[int]](list)
+    for k, seat in enumerate(seats):
+        slots[seat.slot].append(k)
+    return slots
+
+
+def _union(paths: Sequence[Path]) -> Path:
+    """Return the columns that are on some path, ascending."""
+    return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
+
+
+def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
+    """Copy columns of a slot to the last columns in use of another block's slot."""
+    end, count = target.end, len(columns)
+    if not count:
+        return
+    side_by_side = columns[-1] - columns[0] == count - 1
+    where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
+    for one, other in zip(source.tensors, target.tensors, strict=True):
+        other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
