@@ -109,11 +109,11 @@ def test_prefixes_forget_the_oldest_and_always_leave_a_token():
     kept.keep([1, 2, 3, 4], ["a"])
     kept.keep([1, 2, 5], ["b"])
     assert kept.longest([1, 2, 3, 4]) == (3, ["a"])
-    assert kept.longest([7, 7]) == (0, ())
+    assert kept.longest([7, 7]) == (0, None)
     kept.keep([8] * 4, ["c"])
     assert kept.longest([1, 2, 5, 6]) == (2, ["a"])
     kept.keep([9] * 11, ["d"])
-    assert kept.longest([9, 9]) == (0, ())
+    assert kept.longest([9, 9]) == (0, None)
 
 
 def test_ensembles_that_share_a_member_run_it_once(serve):
