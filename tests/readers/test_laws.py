@@ -282,7 +282,7 @@ def test_a_member_that_gives_nan_is_named_and_its_row_stays():
 
 
 def test_long_texts_are_read_in_pieces_between_which_others_may_be_read(monkeypatch):
-    monkeypatch.setattr("softmeet.readers.transformers.PIECE", 8)
+    monkeypatch.setattr("softmeet.readers.kv.PIECE", 8)
     reader, text = tiny_reader(), [1 + k % 60 for k in range(40)]
     long, short = reader.open(reuse=False), reader.open(reuse=False)
     reading, told = reader.read([read(long, text)]), []
@@ -290,7 +290,7 @@ def test_long_texts_are_read_in_pieces_between_which_others_may_be_read(monkeypa
         next(reading)
         told.append(finished(reader.read([read(short, [symbol])])).log_probs())
     last = finished(reading).log_probs()
-    monkeypatch.setattr("softmeet.readers.transformers.PIECE", 256)
+    monkeypatch.setattr("softmeet.readers.kv.PIECE", 256)
     whole = reader.open(reuse=False)
     every = finished(reader.read([read(whole, text, range(1, 41))])).log_probs()
     assert torch.allclose(torch.cat(told), every[:4], atol=1e-9)

@@ -257,14 +257,14 @@ def test_company_changes_a_row_by_rounding_alone(narrow, rule):
     members, ids = list(narrow.model.members), narrow.tokenizer("And the king said unto his daughter")["input_ids"]
 
     def after(lengths):
-        batches = [MemberBatch("a member", member) for member in members]
+        batches, rows = [MemberBatch("a member", member) for member in members], []
         for length in lengths:
             row, _ = sequence(narrow.model, tuple(ids[:length]))
             for k, batch in enumerate(batches):
                 batch.catch_up([(row, k)])
-                batch.join(row, k)
             row.tokens.append(50)
-        hidden = [batch.step() for batch in batches]
+            rows.append(row)
+        hidden = [batch.step([(row, k) for row in rows]) for k, batch in enumerate(batches)]
         settings = narrow.model.settings.changed(rule=rule).ungated()
         with torch.inference_mode():
             return narrow.model.combiner.solve_rows(hidden, settings)[1].log_probs

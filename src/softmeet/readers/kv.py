@@ -12,8 +12,9 @@ Texts of different blocks that are read in one call are brought into one block, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,16 +24,19 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
-from softmeet.members.token_tree import attention_mask
+from softmeet.members.token_tree import attention_mask, require_trees
 
 # Of a text's tokens, the columns of their keys and values, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
 _NOTHING: Path = np.empty(0, np.int64)
+# The most tokens of one text that the model runs at once.
+PIECE = 256
 # Columns behind those in use when a block is made, at least, and as a share of those.
 _ROOM, _SHARE = 64, 2
-# A block is made anew without the columns that no text needs once these are so many, and such a share of all.
-_SPARE, _SPARED = 64, 2
+# Texts that take less than this share of a block's slots are run in a block of their own.
+_FEW = 2
 
 
 class Place(NamedTuple):
@@ -118,16 +122,26 @@ class KeysAndValues:
 
     Args:
         model: a causal LM, in evaluation mode, whose cache holds keys and values alone.
-        reads_trees: whether it reads each path of a tree of tokens as it reads that path by itself
-            (:func:`softmeet.members.token_tree.require_trees`). Without it each text has a slot of its own, and only
-            texts of which equally many tokens are new may be run in one call.
     """
 
-    def __init__(self, model: PreTrainedModel, *, reads_trees: bool = True) -> None:
-        self._model, self.reads_trees = model, reads_trees
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
         self._layout = list[tuple[Place, Place]]()
         self._likes = list[Tensor]()
         self._blocks = list[Block]()
+
+    @cached_property
+    def reads_trees(self) -> bool:
+        """Whether the model reads each path of a tree of tokens as it reads that path by itself; tried when it matters.
+
+        Without it each text has a slot of its own, and only texts of which equally many tokens are new may be run in
+        one call.
+        """
+        try:
+            require_trees(self._model)
+        except InvalidInputError:
+            return False
+        return True
 
     @property
     def bytes(self) -> int:
@@ -179,7 +193,7 @@ class KeysAndValues:
         block = self._together(seats)
         new = max(sum(len(tokens[k]) for k in own) for own in _by_slot(seats).values())
         # Other models count columns, in which there must be no hole.
-        holes = not self.reads_trees and any(seat.length and not seat.is_whole for seat in seats)
+        holes = any(seat.length and not seat.is_whole for seat in seats) and not self.reads_trees
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
         slots = _by_slot(seats)
@@ -199,9 +213,43 @@ class KeysAndValues:
         left = new - hidden.shape[1]
         found = []
         for seat, columns in zip(seats, call.columns, strict=True):
-            at = columns - (block.end - new) - left
-            found.append((columns, hidden[seat.slot, torch.from_numpy(at[at >= 0]).to(hidden.device)]))
+            start = int(columns[0]) - (block.end - new) - left
+            found.append((columns, hidden[seat.slot, max(start, 0) : start + len(columns)]))
         return found
+
+    def read(
+        self, rows: Sequence[tuple[Seat, Sequence[int]]], last: int | None = None
+    ) -> Generator[None, None, list[Float[Tensor, "t d"]]]:
+        """Run new tokens of texts and keep them: those of about equally many in one call, many in pieces.
+
+        The generator yields between calls after which more are to come; other texts may be run there.
+
+        Args:
+            rows: for each text (its seat; the ids that follow, at least one).
+            last: as of :meth:`run`, at the end of each piece.
+
+        Returns:
+            for each, the last hidden states at these tokens, (t, d), or at the last of them.
+        """
+        found, left = defaultdict[int, list[Tensor]](list), dict(enumerate(rows))
+        while left:
+            groups = defaultdict[int, list[int]](list)
+            for k, (_, tokens) in left.items():
+                # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
+                count = min(len(tokens), PIECE)
+                groups[count.bit_length() if len(left) == 1 or self.reads_trees else count].append(k)
+            for own in groups.values():
+                pieces = [left[k][1][:PIECE] for k in own]
+                ran = self.run([left[k][0] for k in own], pieces, last)
+                for k, piece, (columns, states) in zip(own, pieces, ran, strict=True):
+                    seat, tokens = left.pop(k)
+                    self.keep(seat, columns)
+                    found[k].append(states)
+                    if rest := tokens[len(piece) :]:
+                        left[k] = seat, rest
+            if left:
+                yield
+        return [torch.cat(found[k]) for k in range(len(rows))]
 
     def keep(self, seat: Seat, columns: Path) -> None:
         """Put the columns of tokens that were run behind a seat's path."""
@@ -218,16 +266,16 @@ class KeysAndValues:
         """Bring the seats that are to be run together into one block: that in which most of them are."""
         blocks = [seat.block for seat in seats if seat.block is not None]
         target = max(blocks, key=blocks.count) if blocks else self._new(len(seats), 0, 0)
+        if len({seat.slot for seat in target.seats}) > _FEW * len(seats):
+            target = self._new(len(seats), 0, 0)  # rather than run the others' slots in vain
         groups = defaultdict[Any, list[Seat]](list)
-        seen = set[int]()
+        seen = set[Any]()
         for k, seat in enumerate(seats):
-            split = not self.reads_trees and seat.slot in seen
-            if seat.block is target and not split:
-                seen.add(seat.slot)
-            elif seat.block is None or not self.reads_trees:
-                groups[k].append(seat)
-            else:
-                groups[id(seat.block), seat.slot].append(seat)
+            place = id(seat.block), seat.slot
+            by_itself = seat.block is None or (place in seen and not self.reads_trees)
+            seen.add(place)
+            if by_itself or seat.block is not target:
+                groups[k if by_itself else place].append(seat)
         if groups:
             self._adopt(target, list(groups.values()))
         return target
@@ -237,7 +285,7 @@ class KeysAndValues:
         longest = max(len(_union([seat.path for seat in own])) for own in groups)
         free = sorted({*range(target.slots)} - {seat.slot for seat in target.seats})
         if len(free) < len(groups) or longest > target.end:
-            taken = len({seat.slot for seat in target.seats} if self.reads_trees else target.seats)
+            taken = len(self._groups(target))
             self._rebuild(target, 1 << (taken + len(groups) - 1).bit_length(), longest, 0)
             free = list(range(taken, target.slots))
         for slot, own in zip(free, groups, strict=False):
@@ -252,6 +300,12 @@ class KeysAndValues:
                 seat.block, seat.slot, seat.path = target, slot, path
                 target.seats.append(seat)
 
+    def _groups(self, block: Block) -> list[list[Seat]]:
+        """Return the seats of a block in groups, each of which may have one slot."""
+        groups = [[block.seats[k] for k in own] for own in _by_slot(block.seats).values()]
+        alone = len(groups) == len(block.seats) or self.reads_trees
+        return groups if alone else [[seat] for seat in block.seats]
+
     def _rebuild(self, block: Block, slots: int, end: int, new: int) -> None:
         """Make a block anew, without what no seat needs, with so many slots, and room for more columns.
 
@@ -261,8 +315,7 @@ class KeysAndValues:
             end: at least so many columns in use.
             new: the number of columns for which there has to be room.
         """
-        own = [[block.seats[k] for k in each] for each in _by_slot(block.seats).values()]
-        groups = own if self.reads_trees else [[seat] for seat in block.seats]
+        groups = self._groups(block)
         needed = [_union([seat.path for seat in group]) for group in groups]
         end = max([end, *map(len, needed)])
         made = self._new(max(slots, len(groups), 1), end, new)

@@ -7,7 +7,7 @@ its alphabet; over tokens they are ids, over bytes they are bytes and the end of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -295,8 +295,12 @@ class Reader(ABC):
         return InvalidInputError(f"expected a reader that can {what}, which {self.name} cannot: use another member")
 
 
-def finished(reading: Generator[None, None, T]) -> T:
+def finished(reading: Generator[None, None, T], pause: Callable[[], None] = lambda: None) -> T:
     """Run a generator to its end, and return what it returns.
+
+    Args:
+        reading: the generator.
+        pause: called where it yields.
 
     Example:
         >>> def reading():
@@ -309,5 +313,6 @@ def finished(reading: Generator[None, None, T]) -> T:
     while True:
         try:
             next(reading)
+            pause()
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]

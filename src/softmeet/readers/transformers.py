@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,13 +19,9 @@ from softmeet.members.opaque import Head
 from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.members.placement import whereabouts
 from softmeet.members.reading import Work
-from softmeet.members.token_tree import require_trees
 from softmeet.readers.kv import KeysAndValues, Seat
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits
-
-# The most tokens of one row that the model runs at once.
-PIECE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +146,7 @@ class TransformersReader(Reader):
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in weights),
         )
-        self._kv = KeysAndValues(model, reads_trees=_reads_trees(model))
+        self._kv = KeysAndValues(model)
         self._prefixes = PrefixCache[Seat](kept_tokens, self._kv.leave)
         self._rows = set[_Text]()
 
@@ -216,7 +211,8 @@ class TransformersReader(Reader):
         errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
         new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}
         before = {k: rows[k].seat.path for k in new}
-        ran = yield from self._run({k: (rows[k].seat, tokens) for k, tokens in new.items()})
+        states = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()])
+        ran = dict(zip(new, states, strict=True))
         wanted, counts = list[Tensor](), [0] * len(asked)
         for k, (row, one) in enumerate(pairs):
             if k in errors or not (one.symbols or one.at):
@@ -233,9 +229,9 @@ class TransformersReader(Reader):
                 self._keep(row, [*row.symbols, *one.symbols], every[-1:])
             elif k in before:
                 row.seat.path = row.seat.path[: len(before[k])]
-        states = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
+        told = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
         work = Work(calls=bool(new), tokens=sum(map(len, new.values())))
-        return _States(self.head, states, counts, errors, work)
+        return _States(self.head, told, counts, errors, work)
 
     def _new(self, row: _Text, one: Read) -> list[int]:
         """Return the tokens of a row that have to be run."""
@@ -259,40 +255,9 @@ class TransformersReader(Reader):
             )
         return None
 
-    def _run(self, new: dict[int, tuple[Seat, list[int]]]) -> Generator[None, None, dict[int, Float[Tensor, "t d"]]]:
-        """Run new tokens, those of about equally many in one call, many in pieces; returns the states at them."""
-        found, left = defaultdict[int, list[Tensor]](list), dict(new)
-        while left:
-            groups = defaultdict[int, list[int]](list)
-            for k, (_, tokens) in left.items():
-                # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
-                count = min(len(tokens), PIECE)
-                groups[count.bit_length() if self._kv.reads_trees else count].append(k)
-            for own in groups.values():
-                pieces = [left[k][1][:PIECE] for k in own]
-                ran = self._kv.run([left[k][0] for k in own], pieces)
-                for k, piece, (columns, states) in zip(own, pieces, ran, strict=True):
-                    seat, tokens = left.pop(k)
-                    self._kv.keep(seat, columns)
-                    found[k].append(states)
-                    if rest := tokens[len(piece) :]:
-                        left[k] = seat, rest
-            if left:
-                yield
-        return {k: torch.cat(states) for k, states in found.items()}
-
     def _keep(self, row: _Text, symbols: Sequence[int], last: Float[Tensor, "1 d"]) -> None:
         """Note what was read of a row, and keep the keys and values of the first symbols for texts that begin alike."""
         tokens = [*row.own, *symbols]
         if not row.length and symbols and self._prefixes.wants(tokens):
             self._prefixes.keep(tokens, self._kv.alone(row.seat, len(tokens)))
         row.symbols, row.last = tuple(symbols), last
-
-
-def _reads_trees(model: PreTrainedModel) -> bool:
-    """Return whether a model reads each path of a tree of tokens as it reads that path by itself."""
-    try:
-        require_trees(model)
-    except InvalidInputError:
-        return False
-    return True

@@ -376,11 +376,11 @@ class Batcher(threading.Thread):
         self._finish(s, Failed(known))
 
     def _finish(self, s: Sequence, event: Finished | Failed) -> None:
-        """End a sequence, unless it has ended: take it out of the batches, free its cache, and emit its last event."""
+        """End a sequence, unless it has ended: free its keys and values, and emit its last event."""
         if s.done:
             return
         s.done = True
-        self.members.leave(s)
+        self.members.close(s)
         for place in (self._running, self._waiting):
             if s in place:
                 place.remove(s)

@@ -13,23 +13,21 @@ from torch import Tensor
 
 from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END
-from softmeet.members.partial_cache import PartialCache
 from softmeet.members.reading import Reading
+from softmeet.server.batch import Part
 from softmeet.server.sequences import Sequence
 
 
 class ByteBatch:
     """The running sequences of one member that is read byte by byte.
 
-    A sequence's state is its :class:`Reading`, which is immutable and the sequence's own (``Sequence.trails``), so that
-    joining and leaving copy nothing.
+    A sequence's state is its :class:`Reading`, which is immutable and the sequence's own (``Sequence.trails``).
 
     Args:
         name: the member's name, for messages.
         member: the member.
 
     Attributes:
-        rows: (sequence, the number of this member among the sequence's members), in the order in which they joined.
         kept_tokens: 0, as no prompts are kept.
     """
 
@@ -37,29 +35,23 @@ class ByteBatch:
 
     def __init__(self, name: str, member: ByteMember) -> None:
         self.name, self.member = name, member
-        self.rows: list[tuple[Sequence, int]] = []
+        self._open = dict[Part, None]()
 
     @property
     def cache_bytes(self) -> int:
         """The bytes of the keys and values of all running sequences."""
-        trails = [s.trails[i] for s, i in list(self.rows)]
-        return sum(one.tree.bytes for one in trails if isinstance(one, Reading))
+        return sum(_reading(s, i).tree.bytes for s, i in list(self._open))
 
-    def join(self, s: Sequence, i: int) -> None:
-        """Add a sequence of which this is member ``i``."""
-        self.rows.append((s, i))
+    def close(self, s: Sequence, i: int) -> None:
+        """Forget a sequence."""
+        self._open.pop((s, i), None)
 
-    def leave(self, s: Sequence, i: int, *, keep: bool) -> Reading | PartialCache:
-        """Remove a sequence, and return its reading with ``keep``, else an empty cache."""
-        self.rows.remove((s, i))
-        return _reading(s, i) if keep else PartialCache()
-
-    def step(self) -> Float[Tensor, "B 257"]:
-        """Read the newest symbol of all sequences, and return the next one's log-probabilities, (B, 257), in nats."""
-        return torch.cat(self.catch_up(list(self.rows)))
+    def step(self, parts: list[Part]) -> Float[Tensor, "B 257"]:
+        """Read the newest symbol of sequences, and return the next one's log-probabilities, (B, 257), in nats."""
+        return torch.cat(self.catch_up(parts))
 
     def catch_up(
-        self, behind: list[tuple[Sequence, int]], *, every: bool = False, pause: Callable[[], None] = lambda: None
+        self, behind: list[Part], *, every: bool = False, pause: Callable[[], None] = lambda: None
     ) -> list[Float[Tensor, "t 257"]]:
         """Read the symbols of sequences that the member has not read.
 
@@ -80,11 +72,10 @@ class ByteBatch:
             self._read_on([behind[k] for k in rest], pause)
             log_probs = self.member.log_probs([_reading(*behind[k]) for k in rest])
             found |= {k: log_probs[j : j + 1] for j, k in enumerate(rest)}
+        self._open |= dict.fromkeys(behind)
         return [found[k] for k in range(len(behind))]
 
-    def _begun(
-        self, new: list[tuple[Sequence, int]], every: bool, pause: Callable[[], None]
-    ) -> list[Float[Tensor, "t 257"]]:
+    def _begun(self, new: list[Part], every: bool, pause: Callable[[], None]) -> list[Float[Tensor, "t 257"]]:
         """Read all symbols of sequences from their beginnings; as :meth:`catch_up`."""
         if not every:
             readings = self.member.begin_all([_text(s) for s, _ in new], [_prefix(s, i) for s, i in new], pause)
@@ -99,7 +90,7 @@ class ByteBatch:
             pause()
         return found
 
-    def _read_on(self, behind: list[tuple[Sequence, int]], pause: Callable[[], None]) -> None:
+    def _read_on(self, behind: list[Part], pause: Callable[[], None]) -> None:
         """Read the symbols that sequences have more than their readings."""
         for s, i in behind:
             if len(unread := _unread(s, i)) > 1 and END not in unread:

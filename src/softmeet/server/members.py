@@ -11,13 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import NonFiniteError
 from softmeet.members.byte_member import ByteMember
-from softmeet.server.batch import PIECE, MemberBatch
+from softmeet.server.batch import MemberBatch, Part
 from softmeet.server.byte_batch import ByteBatch
 from softmeet.server.gating import Hidden
 from softmeet.server.sequences import Runner, Sequence
@@ -63,8 +62,6 @@ class Members:
     def step(self, ready: list[Sequence]) -> dict[Sequence, Hidden]:
         """Run the newest token of sequences by the members in each one's ``batched``.
 
-        Sequences in the batches that are not ``ready`` leave them, and take their keys and values with them.
-
         Args:
             ready: the sequences, whose members have run all tokens but the newest.
 
@@ -73,43 +70,32 @@ class Members:
         """
         if self._reproducible:
             return {s: self.catch_up([s], members=slice(len(s.batched)))[s] for s in ready}
-        self._gather(ready)
-        busy = [batch for batch in self._batches.values() if batch.rows]
-        found: dict[tuple[Sequence, int], Float[Tensor, "1 d"]] = {}
-        steps = self._together.measured(lambda batch: batch.step(), busy, len(ready))
-        for batch, out in zip(busy, steps, strict=True):
-            found |= {row: out[k : k + 1] for k, row in enumerate(batch.rows)}
+        parts: dict[MemberBatch | ByteBatch, list[Part]] = defaultdict(list)
+        for s in ready:
+            for i in range(len(s.batched)):
+                parts[self._batch(s, i)].append((s, i))
+        found: dict[Part, Float[Tensor, "1 d"]] = {}
+        steps = self._together.measured(lambda batch: batch.step(parts[batch]), list(parts), len(ready))
+        for own, out in zip(parts.values(), steps, strict=True):
+            found |= {part: out[k : k + 1] for k, part in enumerate(own)}
         return {s: [found[s, i] for i in range(len(s.batched))] for s in ready}
 
     def read(self, s: Sequence, i: int, tokens: list[int]) -> Float[Tensor, "t d"]:
         """Run member i of a sequence, over tokens, on those that follow what it has run, while all others wait.
 
-        The member is once in the sequence's ensemble. Other sequences leave the batches, as of :meth:`step`.
-
         Returns:
             (t, d), the last hidden states at the t tokens, at least one.
         """
-        self._gather([s])
-        batch = self._batch(s, i)
-        assert isinstance(batch, MemberBatch)
-        pieces = (tokens[k : k + PIECE] for k in range(0, len(tokens), PIECE))
-        return torch.cat([batch.read([piece])[0] for piece in pieces])
+        return self._over_tokens(s, i).read(s, i, tokens)
 
     def forget(self, s: Sequence, i: int, count: int) -> None:
         """Take back the last ``count`` tokens that member i of a sequence has run by :meth:`read`."""
-        self._gather([s])
+        self._over_tokens(s, i).forget(s, i, count)
+
+    def _over_tokens(self, s: Sequence, i: int) -> MemberBatch:
         batch = self._batch(s, i)
         assert isinstance(batch, MemberBatch)
-        batch.forget(count)
-
-    def _gather(self, ready: list[Sequence]) -> None:
-        """Let these sequences be the rows of their members' batches, and no others."""
-        stepping = set(ready)
-        for s in {s for batch in self._batches.values() for s, _ in batch.rows if s not in stepping}:
-            self.leave(s, keep=True)
-        for s in ready:
-            if not s.joined:
-                self._join(s)
+        return batch
 
     def catch_up(
         self,
@@ -122,7 +108,7 @@ class Members:
         """Run members on the tokens of sequences that they have not run yet, each member on all sequences together.
 
         Args:
-            sequences: at least one token of each is new to each of the members; they are not in these members' batches.
+            sequences: at least one token of each is new to each of the members.
             members: the members to run, as a slice of each sequence's ``members``.
             every: as of :meth:`MemberBatch.catch_up`.
             pause: called between the pieces of a long prompt, if members do not run in threads of their own.
@@ -133,38 +119,22 @@ class Members:
         """
         if self._reproducible and len(sequences) > 1:
             return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
-        behind: dict[MemberBatch | ByteBatch, list[tuple[Sequence, int]]] = defaultdict(list)
+        behind: dict[MemberBatch | ByteBatch, list[Part]] = defaultdict(list)
         for s in sequences:
             for i in range(len(s.members))[members]:
                 behind[self._batch(s, i)].append((s, i))
         # A task can be suspended in its own thread alone.
         between = (lambda: None) if self._together.parallel is True else pause
-        hidden: dict[tuple[Sequence, int], Float[Tensor, "t _"]] = {}
+        hidden: dict[Part, Float[Tensor, "t _"]] = {}
         runs = self._together.map(lambda batch: batch.catch_up(behind[batch], every=every, pause=between), list(behind))
         for entries, states in zip(behind.values(), runs, strict=True):
             hidden |= zip(entries, states, strict=True)
         return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
 
-    def _join(self, s: Sequence) -> None:
-        """Add a sequence to the batches of its members: to all of them, or to none if that fails."""
-        try:
-            for i in range(len(s.batched)):
-                self._batch(s, i).join(s, i)
-        except Exception:
-            self._leave(s, keep=False)
-            raise
-        s.joined = True
-
-    def leave(self, s: Sequence, *, keep: bool = False) -> None:
-        """Remove a sequence from its members' batches, if it is there; with ``keep`` it takes its keys and values."""
-        if s.joined:
-            self._leave(s, keep=keep)
-            s.joined = False
-
-    def _leave(self, s: Sequence, *, keep: bool) -> None:
-        for i in range(len(s.batched)):
-            if (s, i) in (batch := self._batch(s, i)).rows:
-                s.trails[i] = batch.leave(s, i, keep=keep)
+    def close(self, s: Sequence) -> None:
+        """Give the keys and values of a sequence up."""
+        for i in range(len(s.members)):
+            self._batch(s, i).close(s, i)
 
     def _batch(self, s: Sequence, i: int) -> MemberBatch | ByteBatch:
         """Return the batch that runs member i of a sequence."""

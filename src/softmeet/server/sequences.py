@@ -17,7 +17,6 @@ from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.deferral import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.byte_member import ByteMember
-from softmeet.members.partial_cache import PartialCache
 from softmeet.members.reading import Reading
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
@@ -296,9 +295,8 @@ class Sequence:
         held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
         drafts: ids that may follow them, while it runs alone; else none.
         members: the members in their order.
-        trails: for each member, the tokens that it has run outside its batch, with their keys and values, a
-            :class:`PartialCache`, empty while the sequence is in the member's batch; over bytes its :class:`Reading`,
-            in the batch or not, and an empty PartialCache before the first.
+        trails: for each member, where the keys and values of the tokens that it has run are; over bytes its
+            :class:`Reading`; None before the first.
         reused: for each member, the prompt's tokens whose keys and values came from an earlier prompt.
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
@@ -307,7 +305,6 @@ class Sequence:
         asked: under the gate ``unsure`` a Deferral of one row: whether the other members run at the newest token.
         spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
-        joined: whether it is a row of the running batches of the members in ``batched``.
         busy: whether a task works on it, or it waits for one, so that it has no new token to run.
         account: the time that is left to its tasks: its request's, but all sequences without a token share one.
         last: when its last token was drawn, by ``time.perf_counter``; None before the first.
@@ -322,13 +319,13 @@ class Sequence:
         self._length = self.combination.answer_length(request.max_tokens, request.max_bytes)
         most = request.max_tokens if self._length is None else self._length.longest or 0
         self.max_tokens = min(most, self.combination.room(len(prompt), self.own))
-        self.cancelled = self.joined = self.done = False
+        self.cancelled = self.done = False
         self.busy = True
         self.account = request.account
         self.last: float | None = None
         self.tokens, self.drafts, self.held = list(prompt), list[int](), list[Token]()
         self.members: list[Runner] = self.combination.members
-        self.trails: list[Any] = [PartialCache() for _ in self.members]
+        self.trails: list[Any] = [None] * len(self.members)
         self.reused = [0] * len(self.members)
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.alone: Any = None
@@ -379,7 +376,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Free the keys and values, even if somebody keeps the sequence."""
-        self.trails, self.ahead, self.alone = [PartialCache() for _ in self.members], [], None
+        self.trails, self.ahead, self.alone = [None] * len(self.members), [], None
 
     def cancel(self) -> None:
         """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""
