@@ -2,16 +2,19 @@
 
 jaxtyping's hook puts a decorator before every function of the packages that ``--jaxtyping-packages`` names. As it is,
 it compiles each function's checks when the function is defined, and those of a function within another one at each call
-of the outer one, whether checks are on or off: a tenth of the suite's time.
+of the outer one, whether checks are on or off: a tenth of the suite's time. And it keeps compiled modules under a name
+that it has Python use by replacing a function for all threads: one that imports something else meanwhile may keep a
+module with checks under the name of the one without, which then fails wherever there is no hook.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from importlib.machinery import SourceFileLoader
 
 import jaxtyping
-from jaxtyping import _decorator
+from jaxtyping import _decorator, _import_hook
 
 _decorated = jaxtyping.jaxtyped
 
@@ -35,6 +38,12 @@ def _when_asked(fn, *, typechecker):
     return call
 
 
+def _compiled(self, fullname):
+    """Compile a module with the checks in it, and keep nothing."""
+    path = self.get_filename(fullname)
+    return self.source_to_code(self.get_data(path), path)
+
+
 def install():
     """Have the hook decorate in this way; to be called before anything is imported that it decorates."""
 
@@ -46,6 +55,8 @@ def install():
         )
 
     jaxtyping.jaxtyped = _decorator.jaxtyped = jaxtyped
+    _import_hook._JaxtypingLoader.get_code = _compiled
+    _import_hook._JaxtypingLoader.exec_module = SourceFileLoader.exec_module
 
 
 def only(on):

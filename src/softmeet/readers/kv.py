@@ -198,10 +198,8 @@ class KeysAndValues:
             self._rebuild(block, 0, 0, new)
         slots = _by_slot(seats)
         call = _Call(block, seats, tokens, slots, new)
-        layers: list[Any] = [DynamicLayer() for _ in DynamicCache(config=self._model.config).layers]
-        if self._layout:
-            layers = [call.layer(*pair) for pair in self._layout]
-        cache = Cache(layers=layers)
+        layers: list[Any] = [call.layer(*pair) for pair in self._layout]
+        cache = Cache(layers=layers or [DynamicLayer() for _ in DynamicCache(config=self._model.config).layers])
         few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
@@ -253,7 +251,7 @@ class KeysAndValues:
 
     def keep(self, seat: Seat, columns: Path) -> None:
         """Put the columns of tokens that were run behind a seat's path."""
-        seat.path = np.append(seat.path, columns)
+        seat.path = np.concatenate((seat.path, columns))
 
     @torch.inference_mode()
     def drop(self, seat: Seat, columns: Path) -> None:
@@ -375,13 +373,14 @@ class _Call:
         self._first = min((int(seat.path[0]) for seat in block.seats if len(seat.path)), default=block.end)
         self.ids, self.depths = np.zeros((2, self._many, new), np.int64)
         self.columns = [_NOTHING] * len(seats)
+        every, ahead = np.arange(block.end, block.end + new), np.arange(new)
         for slot, own in slots.items():
             at = new - sum(len(tokens[k]) for k in own)
             for k in own:
-                here = slice(at, at := at + len(tokens[k]))
-                self.ids[slot, here] = tokens[k]
-                self.depths[slot, here] = seats[k].length + np.arange(len(tokens[k]))
-                self.columns[k] = block.end + np.arange(here.start, here.stop)
+                begin, at = at, at + len(tokens[k])
+                self.ids[slot, begin:at] = tokens[k]
+                self.depths[slot, begin:at] = ahead[: at - begin] + seats[k].length
+                self.columns[k] = every[begin:at]
 
     def layer(self, keys: Place, values: Place) -> Any:
         """Return a layer's cache, of the slots in use."""
