@@ -157,7 +157,7 @@ def test_the_gate_unsure_finds_others_behind(kind):
 
 @every
 def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatch):
-    monkeypatch.setattr("softmeet.server.batch.PIECE", 32)
+    monkeypatch.setattr("softmeet.readers.kv.PIECE", 32)
     ours = assembled(WIDE, [of_kind(kind, name) for name in WIDE])
     ours.members[0].positions = 0
     running = Batcher(dict.fromkeys(ours.members, "it"), Limits(), Metrics())

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,95 +25,15 @@ from transformers.cache_utils import DynamicLayer
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
-from softmeet.members.token_tree import attention_mask, require_trees
+from softmeet.members.token_tree import require_trees
+from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
 
-# Of a text's tokens, the columns of their keys and values, first to last.
-Path = np.ndarray[Any, np.dtype[np.int64]]
-_NOTHING: Path = np.empty(0, np.int64)
 # The most tokens of one text that the model runs at once.
 PIECE = 256
 # Columns behind those in use when a block is made, at least, and as a share of those.
 _ROOM, _SHARE = 64, 2
 # Texts that take less than this share of a block's slots are run in a block of their own.
 _FEW = 2
-
-
-class Place(NamedTuple):
-    """Where a layer's keys or values are: (the number of the tensor, the number of its part)."""
-
-    tensor: int
-    part: int
-
-
-@dataclass(eq=False)
-class Seat:
-    """The place of one text's keys and values.
-
-    Attributes:
-        block: the block; None before the first token.
-        slot: its row there.
-        path: (tokens,), the columns of its tokens, ascending.
-    """
-
-    block: Block | None = None
-    slot: int = 0
-    path: Path = field(default_factory=lambda: _NOTHING)
-
-    @property
-    def length(self) -> int:
-        """The number of tokens that were run."""
-        return len(self.path)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the tokens' columns stand side by side, up to the last that is in use."""
-        path, end = self.path, 0 if self.block is None else self.block.end
-        return not len(path) or (int(path[0]), int(path[-1])) == (end - len(path), end - 1)
-
-
-class _InPlace(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values of the slots in use; a call of the model writes new columns behind the others."""
-
-    def __init__(self, keys: Tensor, values: Tensor, first: int, end: int) -> None:
-        super().__init__()
-        self.keys, self.values, self.first, self.end = keys, values, first, end
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values, and return those of all columns."""
-        stop = self.end + key_states.shape[2]
-        self.keys[:, :, self.end : stop] = key_states
-        self.values[:, :, self.end : stop] = value_states
-        return self.keys[:, :, self.first : stop], self.values[:, :, self.first : stop]
-
-    def get_seq_length(self) -> int:
-        """Return the number of columns before the new ones."""
-        return self.end - self.first
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (the width of the attention mask for ``query_length`` new tokens; its first column, 0)."""
-        return self.get_seq_length() + query_length, 0
-
-
-class Block:
-    """Slots of keys and values of one model.
-
-    Attributes:
-        tensors: for each shape of keys or values, (parts, slots, heads, columns, width); none before the model's first
-            call.
-        slots, columns: how many there are, free ones included.
-        end: the number of the first column that is free in all slots.
-        seats: all that are in the block.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], slots: int, columns: int, end: int) -> None:
-        self.tensors, self.slots, self.columns, self.end = list(tensors), slots, columns, end
-        self.seats = list[Seat]()
-
-    @property
-    def bytes(self) -> int:
-        """The bytes of all slots, in use or not."""
-        return sum(one.nbytes for one in self.tensors)
 
 
 class KeysAndValues:
@@ -154,7 +73,7 @@ class KeysAndValues:
             block.seats.remove(seat)
             if not block.seats:
                 self._blocks.remove(block)
-        seat.block, seat.path = None, _NOTHING
+        seat.block, seat.path = None, NOTHING
 
     def fork(self, seat: Seat, length: int) -> Seat:
         """Return another seat of the first ``length`` tokens."""
@@ -197,7 +116,7 @@ class KeysAndValues:
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
         slots = _by_slot(seats)
-        call = _Call(block, seats, tokens, slots, new)
+        call = Call(block, seats, tokens, slots, new)
         layers: list[Any] = [call.layer(*pair) for pair in self._layout]
         cache = Cache(layers=layers or [DynamicLayer() for _ in DynamicCache(config=self._model.config).layers])
         few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
@@ -350,67 +269,6 @@ class KeysAndValues:
             whole = one.new_zeros(parts, slots, heads, block.columns, width)
             whole[:, :, :, block.end : block.end + new] = one
             block.tensors.append(whole)
-
-
-class _Call:
-    """One call of the model on new tokens of some seats of a block.
-
-    Attributes:
-        ids, depths: (slots, new), the new tokens, at the right, and their positions; 0 at padding.
-        columns: for each seat, the columns of its new tokens.
-    """
-
-    def __init__(
-        self,
-        block: Block,
-        seats: Sequence[Seat],
-        tokens: Sequence[Sequence[int]],
-        slots: dict[int, list[int]],
-        new: int,
-    ) -> None:
-        self._block, self._seats, self._slots = block, seats, slots
-        self._many = 1 + max(seat.slot for seat in block.seats)
-        self._first = min((int(seat.path[0]) for seat in block.seats if len(seat.path)), default=block.end)
-        self.ids, self.depths = np.zeros((2, self._many, new), np.int64)
-        self.columns = [_NOTHING] * len(seats)
-        every, ahead = np.arange(block.end, block.end + new), np.arange(new)
-        for slot, own in slots.items():
-            at = new - sum(len(tokens[k]) for k in own)
-            for k in own:
-                begin, at = at, at + len(tokens[k])
-                self.ids[slot, begin:at] = tokens[k]
-                self.depths[slot, begin:at] = ahead[: at - begin] + seats[k].length
-                self.columns[k] = every[begin:at]
-
-    def layer(self, keys: Place, values: Place) -> Any:
-        """Return a layer's cache, of the slots in use."""
-        own, other = (self._block.tensors[one.tensor][one.part, : self._many] for one in (keys, values))
-        return _InPlace(own, other, self._first, self._block.end)
-
-    def mask(self, model: PreTrainedModel) -> Any:
-        """Return the attention mask: of padding at the left where that is all, else of each new token's own."""
-        end, (_, new) = self._block.end, self.ids.shape
-        alone = all(len(own) == 1 for own in self._slots.values())
-        pairs = list(zip(self._seats, self.columns, strict=True))
-        if alone and all(not seat.length or (seat.is_whole and len(own) == new) for seat, own in pairs):
-            starts = np.full(self._many, end)
-            starts[[seat.slot for seat in self._seats]] = [
-                int((seat.path if seat.length else own)[0]) for seat, own in pairs
-            ]
-            return torch.from_numpy(np.arange(self._first, end + new) >= starts[:, None]).long()
-        width = end + new - self._first
-        allowed = np.zeros((self._many, new, width), bool)
-        depths = np.zeros((self._many, width), np.int64)
-        # Every token attends to itself; padding too, since a softmax over nothing is NaN.
-        allowed[:, np.arange(new), width - new + np.arange(new)] = True
-        for seat, own in pairs:
-            path, mine = seat.path - self._first, own - self._first
-            queries = own - end
-            depths[seat.slot, path] = np.arange(len(path))
-            depths[seat.slot, mine] = len(path) + np.arange(len(mine))
-            allowed[seat.slot, queries[:, None], path] = True
-            allowed[seat.slot, queries[:, None], mine] = np.tri(len(mine), dtype=bool)
-        return attention_mask(model, allowed, depths)
 
 
 def _by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:

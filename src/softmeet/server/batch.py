@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from softmeet.members.huggingface import require_cache
 from softmeet.members.partial_cache import layers_of_keys_and_values
-from softmeet.readers.kv import KeysAndValues, Seat
+from softmeet.readers.blocks import Seat
+from softmeet.readers.kv import KeysAndValues
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import finished
 from softmeet.server.sequences import Sequence
@@ -23,7 +24,7 @@ Part = tuple[Sequence, int]
 class MemberBatch:
     """One member with the keys and values of its sequences and of earlier prompts.
 
-    A sequence's ``trails[i]`` is its :class:`~softmeet.readers.kv.Seat` among them.
+    A sequence's ``trails[i]`` is its :class:`~softmeet.readers.blocks.Seat` among them.
 
     Args:
         name: the member's name in messages.
