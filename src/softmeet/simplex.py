@@ -66,7 +66,7 @@ def logit_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"]) -> 
     return log_normalize(weighted_log_probs(log_p, weights))
 
 
-def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, n * w]) -> Float[Tensor, "*b v"]:
+def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n *w"]) -> Float[Tensor, "*b v"]:
     """Return Σ_i w_i log p_i of n members, in nats, not normalised; -inf if a member of nonzero weight has -inf.
 
     Args:
@@ -89,7 +89,7 @@ def weighted_log_probs(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, n 
     return scores.masked_fill((impossible & (each != 0)).any(0), -torch.inf) if any_impossible else scores
 
 
-def _of_each(weights: Float[Tensor, n * w], log_p: Float[Tensor, "n *b v"]) -> Float[Tensor, n * _]:
+def _of_each(weights: Float[Tensor, " n *w"], log_p: Float[Tensor, "n *b v"]) -> Float[Tensor, "n ..."]:
     """Return weights, (n,) or (n, *b), in the dtype of log-probabilities and in a shape that multiplies them."""
     shape = weights.shape[1:] or (1,) * (log_p.ndim - 2)
     return weights.to(log_p).reshape(len(weights), *shape, 1)
@@ -136,7 +136,7 @@ def power_mean(log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n"], ord
 
 
 def log_power_means(
-    log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, n * w], order: float
+    log_p: Float[Tensor, "n *b v"], weights: Float[Tensor, " n *w"], order: float
 ) -> Float[Tensor, "*b v"]:
     """Return log (Σ_i w_i p_i^order)^(1/order) of n members, in nats, not normalised; w_i are divided by their sum.
 

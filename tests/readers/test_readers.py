@@ -315,7 +315,7 @@ def test_predictions_hold_logits_states_and_costs():
     assert (len(found), found.counts, found.of(1)) == (3, [2, 1], slice(2, 3))
     assert torch.equal(reader.head.logits(found.hidden()), found.logits())
     assert torch.allclose(found.logits().log_softmax(-1), found.log_probs())
-    assert (found.work.calls, found.work.tokens) == (1, 4)
+    assert (found.work.calls, found.work.tokens) == (2, 4)
     given = Given(torch.zeros(1, 3), [1])
     with pytest.raises(UnsupportedHeadError, match="for a rule that reads heads"):
         given.hidden()

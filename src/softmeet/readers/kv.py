@@ -30,9 +30,9 @@ from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
 
 # The most tokens of one text that the model runs at once.
 PIECE = 256
-# Columns behind those in use when a block is made, at least, and as a share of those.
+# Free columns of a block that is made: at least so many, and one for every so many in use.
 _ROOM, _SHARE = 64, 2
-# Texts that take less than this share of a block's slots are run in a block of their own.
+# The most slots that are run for each text that is read: beyond, some are run in vain for too little.
 _FEW = 2
 
 
@@ -136,7 +136,7 @@ class KeysAndValues:
 
     def read(
         self, rows: Sequence[tuple[Seat, Sequence[int]]], last: int | None = None
-    ) -> Generator[None, None, list[Float[Tensor, "t d"]]]:
+    ) -> Generator[None, None, tuple[list[Float[Tensor, "t d"]], int]]:
         """Run new tokens of texts and keep them: those of about equally many in one call, many in pieces.
 
         The generator yields between calls after which more are to come; other texts may be run there.
@@ -146,9 +146,9 @@ class KeysAndValues:
             last: as of :meth:`run`, at the end of each piece.
 
         Returns:
-            for each, the last hidden states at these tokens, (t, d), or at the last of them.
+            (for each, the last hidden states at these tokens, (t, d), or at the last of them; the number of calls).
         """
-        found, left = defaultdict[int, list[Tensor]](list), dict(enumerate(rows))
+        found, left, calls = defaultdict[int, list[Tensor]](list), dict(enumerate(rows)), 0
         while left:
             groups = defaultdict[int, list[int]](list)
             for k, (_, tokens) in left.items():
@@ -158,6 +158,7 @@ class KeysAndValues:
             for own in groups.values():
                 pieces = [left[k][1][:PIECE] for k in own]
                 ran = self.run([left[k][0] for k in own], pieces, last)
+                calls += 1
                 for k, piece, (columns, states) in zip(own, pieces, ran, strict=True):
                     seat, tokens = left.pop(k)
                     self.keep(seat, columns)
@@ -166,7 +167,7 @@ class KeysAndValues:
                         left[k] = seat, rest
             if left:
                 yield
-        return [torch.cat(found[k]) for k in range(len(rows))]
+        return [torch.cat(found[k]) for k in range(len(rows))], calls
 
     def keep(self, seat: Seat, columns: Path) -> None:
         """Put the columns of tokens that were run behind a seat's path."""
@@ -181,10 +182,16 @@ class KeysAndValues:
 
     def _together(self, seats: Sequence[Seat]) -> Block:
         """Bring the seats that are to be run together into one block: that in which most of them are."""
+        for seat in seats:
+            if not seat.length:  # it may have a slot in a block that the model has never been run on
+                self.leave(seat)
         blocks = [seat.block for seat in seats if seat.block is not None]
         target = max(blocks, key=blocks.count) if blocks else self._new(len(seats), 0, 0)
-        if len({seat.slot for seat in target.seats}) > _FEW * len(seats):
-            target = self._new(len(seats), 0, 0)  # rather than run the others' slots in vain
+        used = {seat.slot for seat in target.seats}
+        if len(used) > _FEW * len(seats):
+            target = self._new(len(seats), 0, 0)
+        elif 1 + max(used, default=0) > _FEW * len(seats):  # texts that were closed have left slots behind
+            self._rebuild(target, 0, 0, 0)
         groups = defaultdict[Any, list[Seat]](list)
         seen = set[Any]()
         for k, seat in enumerate(seats):

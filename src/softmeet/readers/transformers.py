@@ -193,7 +193,7 @@ class TransformersReader(Reader):
             one.seat.path = one.seat.path[: len(one.own) + length]
 
     def close(self, row: Row) -> None:
-        """Give a row up."""
+        """Close a row, and free the memory of what no other row or kept text shares."""
         one = self._mine(row)
         self._rows.discard(one)
         self._kv.leave(one.seat)
@@ -211,27 +211,56 @@ class TransformersReader(Reader):
         pairs = list(zip(rows, asked, strict=True))
         errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
         new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}
-        before = {k: rows[k].seat.path for k in new}
-        states = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()])
+        before = {k: rows[k].seat.length for k in new}
+        try:
+            states, calls = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()])
+        except BaseException:
+            for k, length in before.items():
+                rows[k].seat.path = rows[k].seat.path[:length]
+            raise
         ran = dict(zip(new, states, strict=True))
-        wanted, counts = list[Tensor](), [0] * len(asked)
-        for k, (row, one) in enumerate(pairs):
-            if k in errors or not (one.symbols or one.at):
-                continue
-            every = torch.cat([own for own in (row.last, ran.get(k)) if own is not None])
-            if not bool(every.isfinite().all()):
-                errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
-                self._kv.drop(row.seat, row.seat.path[len(before[k]) :])
-            else:
-                newest = len(every) - 1 - len(one.symbols)
-                wanted.append(every[[newest + place for place in one.at]])
+        every = {
+            k: torch.cat([own for own in (row.last, ran.get(k)) if own is not None])
+            for k, (row, one) in enumerate(pairs)
+            if k not in errors and (one.symbols or one.at)
+        }
+        work = Work(calls, sum(map(len, new.values())))
+        return self._settled(pairs, every, before, errors, work)
+
+    def _settled(
+        self,
+        pairs: Sequence[tuple[_Text, Read]],
+        every: dict[int, Float[Tensor, "t d"]],
+        before: dict[int, int],
+        errors: dict[int, SoftmeetError],
+        work: Work,
+    ) -> Predictions:
+        """Note what was read of rows, and return the predictions.
+
+        Args:
+            pairs: each row with what was asked of it.
+            every: by number, the last hidden states of what was run for it, behind the one before, if that is known.
+            before: by number, how many tokens of the row had been run.
+            errors: by number, why it was not run; those of states that are no numbers are added.
+            work: what reading has cost.
+        """
+        # All rows are looked at in one transfer from the device.
+        finite = torch.stack([own.isfinite().all() for own in every.values()]).tolist() if every else []
+        wanted, counts = list[Tensor](), [0] * len(pairs)
+        for (k, own), well in zip(every.items(), finite, strict=True):
+            row, one = pairs[k]
+            if well:
+                newest = len(own) - 1 - len(one.symbols)
+                wanted.append(own[[newest + place for place in one.at]])
                 counts[k] = len(one.at)
-            if one.keep and k not in errors:
-                self._keep(row, [*row.symbols, *one.symbols], every[-1:])
+            else:
+                errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
+                self._kv.drop(row.seat, row.seat.path[before[k] :])
+            if well and one.keep:
+                self._keep(row, [*row.symbols, *one.symbols], own[-1:])
             elif k in before:
-                row.seat.path = row.seat.path[: len(before[k])]
+                row.seat.path = row.seat.path[: before[k]]
         told = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
-        work = Work(calls=bool(new), tokens=sum(map(len, new.values())))
         return _States(self.head, told, counts, errors, work)
 
     def _new(self, row: _Text, one: Read) -> list[int]:

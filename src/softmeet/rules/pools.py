@@ -164,7 +164,7 @@ class PowerMean(_OfProbabilities):
 
     @property
     def power(self) -> float:  # type: ignore[override]
-        """The option ``order``."""
+        """The order of the mean: the option ``order``."""
         return self.order
 
     def solve(self, problem: Problem) -> Answer:

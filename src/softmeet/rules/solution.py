@@ -62,8 +62,8 @@ class Solution:
     objective_range: Float[Tensor, 2 * batch]
     num_steps: Int[Tensor, "*batch"]
     num_passes: Float[Tensor, "*batch"]
-    disagreement: Float[Tensor, n * batch]
-    disagreement_is_bound: Bool[Tensor, n * batch]
+    disagreement: Float[Tensor, " n *batch"]
+    disagreement_is_bound: Bool[Tensor, " n *batch"]
     gated: Bool[Tensor, "*batch"]
     stopped_by: Int[Tensor, "*batch"]
     seconds: float
@@ -80,7 +80,7 @@ class Solution:
         return f"Solution({self.rule!r}, log_probs {shape}: {ends}{instead}, gap at most {gap:.1e} nats)"
 
     @cached_property
-    def residual(self) -> Float[Tensor, n * batch]:
+    def residual(self) -> Float[Tensor, " n *batch"]:
         """The distance ‖Q_iᵀ(p - p̂_i)‖ of p from each member's moments, (n, *batch), Q_i being its whitened head.
 
         Computed when first used, by reading every head once.

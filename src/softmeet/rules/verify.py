@@ -38,7 +38,7 @@ class Verification:
             holds; else NOT_CONVERGED; but UNVERIFIED for a rule without ``verify``.
     """
 
-    residual: Float[Tensor, n * batch]
+    residual: Float[Tensor, " n *batch"]
     gap: Float[Tensor, "*batch"]
     total_variation: Float[Tensor, "*batch"]
     status: Int[Tensor, "*batch"]

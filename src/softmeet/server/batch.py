@@ -69,7 +69,7 @@ class MemberBatch:
         """
         begun = [s.trails[i] is None for s, i in behind]
         rows = [self._begun(s, i, every=every) for s, i in behind]
-        hidden = finished(self._kv.read(rows, None if every else 1), pause)
+        hidden, _ = finished(self._kv.read(rows, None if every else 1), pause)
         for (s, i), new, states in zip(behind, begun, hidden, strict=True):
             prompt = s.read_by(i)
             if new and bool(states.isfinite().all()) and self._prefixes.wants(prompt):
@@ -99,7 +99,7 @@ class MemberBatch:
 
     def read(self, s: Sequence, i: int, tokens: list[int]) -> Float[Tensor, "t d"]:
         """Run the member on tokens that follow what it has run of a sequence; returns the last hidden states there."""
-        return finished(self._kv.read([(s.trails[i], tokens)]))[0]
+        return finished(self._kv.read([(s.trails[i], tokens)]))[0][0]
 
     def forget(self, s: Sequence, i: int, count: int) -> None:
         """Take back the last ``count`` tokens that were run of a sequence."""

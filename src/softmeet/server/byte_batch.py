@@ -43,7 +43,7 @@ class ByteBatch:
         return sum(_reading(s, i).tree.bytes for s, i in list(self._open))
 
     def close(self, s: Sequence, i: int) -> None:
-        """Forget a sequence."""
+        """Count a sequence that has ended no more; its reading is the sequence's own."""
         self._open.pop((s, i), None)
 
     def step(self, parts: list[Part]) -> Float[Tensor, "B 257"]:
