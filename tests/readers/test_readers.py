@@ -13,7 +13,7 @@ from toys import TOYS, Few, Letters, Table, read
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.readers.reader import Given, finished
 from softmeet.readers.transformers import TransformersReader
-from softmeet.testing import check_reader
+from softmeet.testing import LAWS, check_reader
 
 pytestmark = pytest.mark.checked
 
@@ -235,15 +235,77 @@ class Once(Table):
         return found.roll(self.asked % 2)
 
 
-BROKEN = [
-    Shares, Leaks, Keeps, Mixes, Overwrites, Unnormalised, Promises, Silent, Halfway, Hoards, Forgets, Dead, Once,
-]  # fmt: skip
+class Shy(Table):
+    """What follows is told once, and is anything when it is asked for again."""
+
+    def read(self, asked):
+        found = yield from super().read(asked)
+        again = any(not one.symbols for one in asked)
+        return Given(found.logits().roll(1, -1), found.counts, found.errors) if again else found
+
+
+# By a reader that breaks it, the law that finds it.
+BROKEN = {
+    Unnormalised: "tells_distributions",
+    Promises: "tells_distributions",
+    Once: "whole_equals_one_by_one",
+    Shy: "told_again_is_the_same",
+    Shares: "forks_read_on_by_themselves",
+    Leaks: "cropped_is_never_read",
+    Keeps: "what_is_not_kept_is_not_read",
+    Mixes: "company_changes_nothing",
+    Forgets: "texts_that_begin_alike_are_read_the_same",
+    Overwrites: "predictions_are_their_own",
+    Silent: "what_cannot_be_read_harms_nobody",
+    Halfway: "what_cannot_be_read_harms_nobody",
+    Hoards: "closed_rows_are_given_back",
+    Dead: "closed_rows_are_given_back",
+}
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
-def test_what_breaks_a_law_is_found(broken):
-    with pytest.raises(AssertionError, match="expected"):
+def test_what_breaks_a_law_is_found_by_that_law(broken):
+    with pytest.raises(AssertionError, match="expected") as found:
         check_reader(broken())
+    assert BROKEN[broken] in [entry.name for entry in found.traceback]
+    assert {law.__name__ for law in LAWS} == {*BROKEN.values()}
+
+
+def test_a_call_that_fails_leaves_rows_as_they_were(monkeypatch):
+    reader, text = tiny_reader(), [1 + k % 60 for k in range(20)]
+    expected = finished(reader.read([read(reader.open(reuse=False), text, range(1, 21))])).log_probs()
+    for piece, failing in ((256, 1), (4, 3)):
+        monkeypatch.setattr("softmeet.readers.kv.PIECE", piece)
+        row = reader.open(reuse=False)
+        finished(reader.read([read(row, text[:5])]))
+        calls = []
+
+        def fail(*_, calls=calls, failing=failing):
+            calls.append(1)
+            if len(calls) == failing:
+                raise RuntimeError("out of memory")
+
+        hook = reader.model.base_model.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            finished(reader.read([read(row, text[5:])]))
+        hook.remove()
+        found = finished(reader.read([read(row, text[5:], range(1, 16))])).log_probs()
+        assert torch.allclose(found, expected[5:], atol=1e-9)
+
+
+def test_texts_that_are_closed_leave_no_rows_to_be_run_in_vain():
+    reader, widths = tiny_reader(), []
+    rows = [reader.open(reuse=False) for _ in range(16)]
+    finished(reader.read([read(row, [1, 2]) for row in rows]))
+    for row in rows[:-1]:
+        reader.close(row)
+    hook = lambda module, given, out: widths.append(len(out.last_hidden_state))  # noqa: E731
+    reader.model.base_model.register_forward_hook(hook)
+    finished(reader.read([read(rows[-1], [3])]))
+    rows = [rows[-1], *(reader.open(reuse=False) for _ in range(15))]
+    finished(reader.read([read(row, [4]) for row in rows]))
+    finished(reader.read([read(row, [5]) for row in rows[:2]]))
+    assert widths == [1, 16, 2]
 
 
 def test_refusals_say_what_is_wrong():
