@@ -63,7 +63,7 @@ def test_distributions_are_those_that_are_solved_for(rule, dtype, settings, coun
     ours, theirs = both(of, hidden(of, dtype=dtype), rule=rule, **settings)
     assert ours.dtype == theirs.dtype == dtype
     assert torch.allclose(ours, theirs, atol=2e-5 if dtype == torch.float32 else 1e-11)
-    assert counted == [6]
+    assert counted == [6] * (1 + (rule == "power-mean:order=0"))  # an order that fp32 would round is solved for
 
 
 @pytest.mark.parametrize("rule", RULES[:3])
@@ -84,7 +84,8 @@ def test_signed_weights_and_excluded_tokens(counted):
         ours, theirs = both(of, hidden(of), rule="logit-mean", weights=weights)
         assert torch.equal(ours.isneginf(), theirs.isneginf())
         assert torch.allclose(ours[..., 3:], theirs[..., 3:], atol=2e-5)
-    assert counted == [6, 6]
+    # What a member of negative weight excludes has to be found by solving.
+    assert counted == [6, 6, 6]
 
 
 def test_without_any_token_left_the_error_is_the_same():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -24,10 +24,8 @@ from softmeet.solvers.base import Status
 
 # From this order on the objective of a power mean is that of order 1: 1 - Z^α, divided by 1 - α, would be all rounding.
 _AS_ONE = 1 - 1e-8
-
-
-def _tensor(weights: Sequence[float]) -> Float[Tensor, " n"]:
-    return torch.tensor(weights, dtype=torch.float64)
+# Below this order the logarithm of a sum of powers, divided by the order, would be rounded in fp32 by more than 1e-5.
+_ROUNDED = 0.01
 
 
 class _ClosedForm(Rule):
@@ -88,7 +86,13 @@ class LogitMean(_ClosedForm):
 
     def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
         """Return Σ w_i ℓ_i of logits ℓ_i, (B, v): what normalises each member is a constant; None with plausibility."""
-        return None if self.plausibility else weighted_log_probs(torch.stack(tuple(logits)), _tensor(weights))
+        if self.plausibility:
+            return None
+        (first, *others), (w, *rest) = logits, weights
+        scores = first * w
+        for own, weight in zip(others, rest, strict=True):
+            scores.add_(own, alpha=weight)
+        return scores
 
     def _cut(self, problem: Problem, scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Return the scores with -inf at tokens that are not plausible; ``scores`` itself if ``plausibility`` is 0."""
@@ -100,18 +104,7 @@ class LogitMean(_ClosedForm):
         return scores.masked_fill(likely < least, -torch.inf)
 
 
-class _OfProbabilities(_ClosedForm):
-    """A power mean of the members' probabilities; ``power`` is its order."""
-
-    is_average = True
-    power: ClassVar[float]
-
-    def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
-        """Return the logarithm of the mean."""
-        return log_power_means(torch.stack(tuple(logits)).log_softmax(-1), _tensor(weights), self.power)
-
-
-class ProbMean(_OfProbabilities):
+class ProbMean(_ClosedForm):
     """minimise Σ w_i KL(p̂_i‖p) over p: p = Σ w_i p̂_i / Σ w_i, the weighted average of the members' probabilities.
 
     p̂_i are the members' distributions, w_i their weights. If a ``support`` is given, p is the average conditional on
@@ -120,12 +113,22 @@ class ProbMean(_OfProbabilities):
 
     name = "prob-mean"
     summary = "the weighted average of the members' probabilities"
-    power = 1.0
+    is_average = True
 
     def solve(self, problem: Problem) -> Answer:
         """Return Σ w_i p̂_i / Σ w_i on the support, and the objective there in nats, for every row."""
         log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
         return closed_form(problem, log_probs, _divergence_from_members(problem, log_probs))
+
+    def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
+        """Return log Σ w_i p̂_i / Σ w_i, (B, v)."""
+        return _log_mean([own.log_softmax(-1) for own in logits], weights)
+
+
+def _log_mean(logs: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return log Σ w_i exp(logs_i) / Σ w_i; ``logs`` are changed in place."""
+    total = sum(weights)
+    return reduce(torch.logaddexp, (own.add_(math.log(w / total)) for own, w in zip(logs, weights, strict=True)))
 
 
 def _divergence_from_members(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, " B"]:
@@ -137,7 +140,7 @@ def _divergence_from_members(problem: Problem, log_probs: Float[Tensor, "B v"]) 
     return total
 
 
-class PowerMean(_OfProbabilities):
+class PowerMean(_ClosedForm):
     """minimise Σ w_i D(p̂_i, p) over p: p ∝ (Σ w_i p̂_i^α)^{1/α}, the power mean of order α of the probabilities.
 
     p̂_i are the members' distributions, w_i their weights, divided by their sum, and D(p̂, p) = (1 - Σ_j p̂_j^α p_j^{1-α})
@@ -161,11 +164,7 @@ class PowerMean(_OfProbabilities):
     name = "power-mean"
     summary = "the weighted power mean of the members' probabilities, between logit-mean and prob-mean"
     reference = "https://doi.org/10.1162/neco.2007.19.10.2780"
-
-    @property
-    def power(self) -> float:  # type: ignore[override]
-        """The order of the mean: the option ``order``."""
-        return self.order
+    is_average = True
 
     def solve(self, problem: Problem) -> Answer:
         """Return the power mean on the support, normalised, and the objective there, for every row.
@@ -176,6 +175,12 @@ class PowerMean(_OfProbabilities):
         scores = log_power_means(problem.log_p, problem.weights, self.order)
         log_probs = problem.restricted(log_normalize(scores))
         return closed_form(problem, log_probs, self._objective(problem, scores, log_probs))
+
+    def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
+        """Return the logarithm of the power mean; None at an order so small that fp32 would round it."""
+        if self.order < _ROUNDED:
+            return None
+        return _log_mean([own.log_softmax(-1).mul_(self.order) for own in logits], weights).div_(self.order)
 
     def _objective(
         self, problem: Problem, scores: Float[Tensor, "B v"], log_probs: Float[Tensor, "B v"]
