@@ -14,7 +14,7 @@ demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundle
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python examples/demo.py
 
 test: ## Run the tests.
-	@echo "make test: about 7 minutes on two idle cores, and on first use the installation, some minutes more."
+	@echo "make test: 7 to 10 minutes on two idle cores, and on first use the installation, some minutes more."
 	@command -v chromium >/dev/null || echo "without chromium (apt install chromium) the tests of the page are skipped"
 	@command -v npm >/dev/null || echo "without npm (apt install npm) those of OpenAI's client for JavaScript are skipped"
 	@$(MAKE) --no-print-directory $(VENV)/.test
