@@ -18,10 +18,13 @@ from serving import http, running, serving_of
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf.answer_length import tokens_in
-from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
+from softmeet.hf.byte_report import character_reports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.covers import END
 from softmeet.members.passages import Passage
+from softmeet.readers.byte_alphabet import shown_byte
+from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.reader import Read, finished
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
@@ -239,12 +242,13 @@ def test_reports_of_bytes_become_reports_of_characters():
 
 
 def test_a_members_own_tokens_are_those_that_its_covers_allow(ensemble):
-    (reader, _) = ensemble.model.readers
-    reading = reader.begin(b"the t")
-    found = own_tokens(reader, reading, 4)
+    reader = ByteReader(ensemble.model.readers[0], "first")
+    row = reader.open()
+    finished(reader.read([Read(row, b"the t", [])]))
+    found = reader.explain(row, 4).expected
     assert len(found) == 4
     assert all(x <= 1e-9 for _, x in found)
-    every = own_tokens(reader, reading, 10_000)
+    every = reader.explain(row, 10_000).expected
     # Each of them gives the byte behind what the member has read of it: together, the next byte's distribution.
     assert sum(math.exp(x) for _, x in every) == pytest.approx(1.0, abs=0.2)
     after = {text for text, _ in every}

@@ -5,17 +5,15 @@ A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
 
 from __future__ import annotations
 
-import codecs
 import copy
 import logging
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -41,6 +39,7 @@ from softmeet.members.member import Member
 from softmeet.members.opaque import Head
 from softmeet.members.prompting import prefix_of
 from softmeet.members.reading import Work
+from softmeet.readers.byte_alphabet import begun, continuing
 from softmeet.rules.gates import Gate, Unsure
 
 # The most bytes that evaluation reads at once by default.
@@ -287,30 +286,7 @@ class WholeCharacters(LogitsProcessor):
             input_ids: (B, t), the symbols so far.
             scores: (B, 257), scores of the next symbol.
         """
-        forbidden = torch.stack([_forbidden(_begun(row)) for row in input_ids[:, -3:].tolist()])
-        found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+        allowed = torch.stack([continuing(begun(row)) for row in input_ids[:, -3:].tolist()])
+        found = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.
         return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
-
-
-def _begun(last: Sequence[int]) -> bytes:
-    """Return the bytes of the character that the ``last`` symbols, at most three, have begun in UTF-8; mostly none."""
-    if not last or last[-1] < 0x80 or last[-1] == END:
-        return b""
-    text = bytes(symbol % END for symbol in last)  # after the end a text begins, as after any whole character
-    return text[codecs.utf_8_decode(text, "replace", False)[1] :]
-
-
-@lru_cache(maxsize=4096)
-def _forbidden(begun: bytes) -> Bool[Tensor, " v"]:
-    """Return a mask, (257,) bool, of the symbols that may not follow the bytes of a character that has begun."""
-
-    def fits(byte: int) -> bool:
-        try:
-            codecs.utf_8_decode(begun + bytes([byte]), "strict", False)
-        except UnicodeDecodeError:
-            return False
-        # Whether a character is a surrogate the decoder tells by its third byte, too late.
-        return begun != b"\xed" or byte < 0xA0
-
-    return ~torch.tensor([*map(fits, range(END)), not begun])

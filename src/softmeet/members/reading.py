@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.members.covers import Covers
+from softmeet.members.covers import Covers, ProbsAlongText
 from softmeet.members.token_tree import Path, TokenTree
 
 
@@ -72,6 +72,11 @@ class Reading:
     guesses: tuple[Guess, ...] = ()
     ended: bool = False
     full: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it can be lengthened by any byte, not by those alone that were known to follow it."""
+        return not any(isinstance(probs, ProbsAlongText) for probs in self.covers.places)
 
     def compact(self) -> Reading:
         """Return a copy whose ``tree`` lacks the tokens that no cover or guess needs.

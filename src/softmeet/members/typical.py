@@ -28,7 +28,7 @@ def expected_after_bytes(member: TokenModel) -> np.ndarray[Any, np.dtype[np.floa
     roots = [
         one.root
         for states in hidden[len(start) :].split(_AT_ONCE)
-        for one in member.next_token_probs([nowhere] * len(states), [0] * len(states), states)
+        for one in member.next_token_probs([nowhere] * len(states), [0] * len(states), list(states))
     ]
     return typical(spelling, tokens, roots)
 
