@@ -28,6 +28,7 @@ from softmeet.readers.reader import Read, finished
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
+from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
@@ -84,21 +85,21 @@ def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, m
         return sequence(ensemble.model, tuple(text or PROMPTS[k % 6].encode() + b" the"), seed=k, max_tokens=4)
 
     asked, (bad, refused) = [asking(k) for k in range(7)], asking(9, b"never the")
-    run, begin_all = readers[0].run, readers[0].begin_all
+    run, beginning = readers[0].run, readers[0].beginning
 
     def counted(growths):
         calls.append(len(growths))
         return run(growths)
 
-    def begun(texts, prefixes, pause):
+    def begun(texts, prefixes):
         if any(b"never" in text for text in texts):
             raise InvalidInputError("expected a text that can be read")
         sizes.append(len(texts))
-        return begin_all(texts, prefixes, pause)
+        return beginning(texts, prefixes)
 
     monkeypatch.setattr(readers[0], "run", counted)
-    monkeypatch.setattr(readers[0], "begin_all", begun)
-    engine = Batcher({reader: f"member {k}" for k, reader in enumerate(readers)}, Limits(rows=8), Metrics())
+    monkeypatch.setattr(readers[0], "beginning", begun)
+    engine = Batcher(readers_of([ensemble.model], [ensemble.names]), Limits(rows=8), Metrics())
     engine.start()
     try:
         engine.submit([one for one, _ in asked])

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from softmeet.errors import InvalidInputError
-from softmeet.heads import SoftmaxHead
 from softmeet.hf import assembly, checkpoint
 from softmeet.hf.answer_length import within_limits
 from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
@@ -36,11 +35,11 @@ from softmeet.members.byte_member import ByteMember
 from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
-from softmeet.members.opaque import Head
+from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
 from softmeet.members.reading import Work
 from softmeet.readers.byte_alphabet import begun, continuing
-from softmeet.rules.gates import Gate, Unsure
+from softmeet.rules.gates import Gate
 
 # The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
@@ -56,25 +55,6 @@ def _behind(reader: ByteMember, prefix: list[int]) -> ByteMember:
     found = copy.copy(reader)
     found.prefix, found.spent = prefix, Work()
     return found
-
-
-class _ByteCombiner(Combiner):
-    """A combiner whose ``hidden`` arguments hold members' log-probabilities of the next symbol, not hidden states."""
-
-    def own_logits(
-        self, hidden: Sequence[Float[Tensor, "B _"]], deferral: Deferral | None = None
-    ) -> Float[Tensor, "n B v"]:
-        """Stack the members' log-probabilities of the 257 symbols, in nats, without further columns of ``hidden``."""
-        return torch.stack(self._own_logits(hidden))
-
-    def _own_logits(
-        self, hidden: Sequence[Float[Tensor, "B _"]], *, native: bool = False
-    ) -> list[Float[Tensor, "B _"]]:
-        return [h[:, :SYMBOLS] for h in hidden]
-
-    def deferral(self, gate: Unsure, first: Float[Tensor, "B _"]) -> Deferral:
-        """Decide by a gate from the first member's log-probabilities, the first 257 columns of ``first``."""
-        return Deferral(gate.among(first[:, :SYMBOLS]))
 
 
 class ByteEnsembleForCausalLM(EnsembleForCausalLM):
@@ -111,8 +91,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
         for own in (config, self.generation_config):
             own.bos_token_id, own.eos_token_id, own.pad_token_id = END, END, END
-        # Bytes have no rows of a softmax matrix: a column of zeros stands in for a head, and constrains nothing.
-        self.combiner = _ByteCombiner(config.members, [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in readers])
+        # Bytes have no rows of a softmax matrix.
+        self.combiner = Combiner(config.members, [NoHead(SYMBOLS) for _ in readers])
         self.tokenizer = byte_tokenizer()
 
     @property
@@ -158,6 +138,11 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     ) -> ByteCache:
         """Make an empty cache for every member; ``gate`` and ``own_prompts`` are unused over bytes."""
         return ByteCache(len(self.readers))
+
+    def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+        """Return the tokens that member i reads before a text; it reads all of the text's symbols."""
+        mine = own[i] if own else None
+        return self.readers[i].prefix if mine is None else mine, 0
 
     def run(
         self,

@@ -105,10 +105,12 @@ class ByteReader(Reader):
         self._rows.pop(one)
         one.readings = {}
 
-    def explain(self, row: Row, top: int = 10) -> Explanation:
+    def explain(self, row: Row, top: int = 10, at: int | None = None) -> Explanation:
         """Return the member's own tokens that may come next, over all tokenizations that it follows of the text."""
-        one = self._mine(row)
-        reading, spelling = one.readings[one.length], self.member.spelling
+        one, spelling = self._mine(row), self.member.spelling
+        reading = one.readings.get(one.length if at is None else at)
+        if reading is None:
+            return Explanation()
         found = defaultdict[str, float](float)
         for cover in reading.covers.closed:
             share, probs = cover.weight / reading.covers.total, cover.probs.tokens[cover.longer : cover.end]

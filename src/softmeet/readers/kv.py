@@ -150,11 +150,12 @@ class KeysAndValues:
         """
         found, left, calls = defaultdict[int, list[Tensor]](list), dict(enumerate(rows)), 0
         while left:
+            counts = {k: min(len(own), PIECE) for k, (_, own) in left.items()}
             groups = defaultdict[int, list[int]](list)
-            for k, (_, tokens) in left.items():
+            ragged = len({*counts.values()}) > 1 and self.reads_trees
+            for k, count in counts.items():
                 # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
-                count = min(len(tokens), PIECE)
-                groups[count.bit_length() if len(left) == 1 or self.reads_trees else count].append(k)
+                groups[count.bit_length() if ragged else count].append(k)
             for own in groups.values():
                 pieces = [left[k][1][:PIECE] for k in own]
                 ran = self.run([left[k][0] for k in own], pieces, last)

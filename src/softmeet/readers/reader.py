@@ -285,8 +285,14 @@ class Reader(ABC):
         """
         raise self.cannot("take back what it has read")
 
-    def explain(self, row: Row, top: int = 10) -> Explanation:
-        """Say how a row has been read, and list ``top`` of the tokens that are expected."""
+    def explain(self, row: Row, top: int = 10, at: int | None = None) -> Explanation:
+        """Say how a row has been read, and list ``top`` of the tokens that are expected behind its symbols.
+
+        Args:
+            row: the row.
+            top: how many tokens to list.
+            at: behind how many of the row's symbols; None for all. Nothing is listed where that is no longer known.
+        """
         return Explanation()
 
     def cannot(self, what: str) -> SoftmeetError:

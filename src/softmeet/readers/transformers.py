@@ -18,6 +18,7 @@ from softmeet.members.huggingface import require_cache
 from softmeet.members.opaque import Head
 from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.members.placement import whereabouts
+from softmeet.members.quantized import rounds_coarsely
 from softmeet.members.reading import Work
 from softmeet.readers.blocks import Seat
 from softmeet.readers.kv import KeysAndValues
@@ -30,27 +31,33 @@ class TokenAlphabet:
     """The tokens of a tokenizer, as the symbols of a reader.
 
     Attributes:
-        tokenizer: the tokenizer.
+        tokenizer: the tokenizer; None where no text is ever encoded or decoded.
         size: the number of ids, padding of the vocabulary included.
         ends: the ids that end a text.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     size: int
     ends: frozenset[int]
 
     @cached_property
+    def _texts(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise InvalidInputError("expected a reader with a tokenizer, to encode or decode a text: give it one")
+        return self.tokenizer
+
+    @cached_property
     def _special(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.all_special_ids)
+        return frozenset(self._texts.all_special_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without those that the tokenizer puts before every text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self._texts.encode(text, add_special_tokens=False))
 
     def decode(self, symbols: Sequence[int]) -> bytes:
         """Return the bytes of tokens."""
         kept = [token for token in symbols if token not in self._special]
-        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)).encode()
+        return str(self._texts.decode(kept, clean_up_tokenization_spaces=False)).encode()
 
     def count(self, symbols: Sequence[int]) -> int:
         """Return the number of tokens."""
@@ -66,22 +73,24 @@ class _Text(Row):
     """A row: the tokens that were read, where their keys and values are, and the last hidden state.
 
     Attributes:
-        own: the member's own tokens before the text.
-        symbols: those that were read.
+        tokens: the member's own tokens before the text, and the symbols that were read.
+        own: how many of them are the member's own.
         seat: the keys and values of the first of all these tokens.
         last: (1, d), the last hidden state at the newest of them; None if it was taken back.
+        is_new: whether nothing was read in it yet, but for what is known of earlier texts.
     """
 
-    own: tuple[int, ...] = ()
-    symbols: tuple[int, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+    own: int = 0
     seat: Seat = field(default_factory=Seat)
     last: Float[Tensor, "1 d"] | None = None
     known: int = 0
+    is_new: bool = True
 
     @property
     def length(self) -> int:  # type: ignore[override]
         """The number of symbols that were read."""
-        return len(self.symbols)
+        return len(self.tokens) - self.own
 
 
 class _States(Predictions):
@@ -108,7 +117,7 @@ class TransformersReader(Reader):
 
     Args:
         model: the model, in evaluation mode.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; None where texts are tokens from the beginning.
         name: its name in messages.
         own: the tokens before every text for which no others are given; None for the tokenizer's own.
         kept_tokens: the most tokens of earlier texts, in all, whose keys and values are kept for texts that begin
@@ -123,7 +132,7 @@ class TransformersReader(Reader):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         own: Sequence[int] | None = None,
         kept_tokens: int = 16384,
@@ -134,16 +143,17 @@ class TransformersReader(Reader):
         self.model, self.name = model, name
         self.head: Head = head or head_of(model)
         config = model.config.get_text_config(decoder=True)
-        self.own = tuple(tokenizer.encode("") if own is None else own)
+        self.own = tuple(own or (tokenizer.encode("") if own is None and tokenizer is not None else ()))
         self._context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.limit = self._context - len(self.own)
         named = model.generation_config.eos_token_id
         ends = named if isinstance(named, list) else [named]
-        self.alphabet = TokenAlphabet(tokenizer, self.head.v, frozenset({tokenizer.eos_token_id, *ends} - {None}))
+        self.alphabet = TokenAlphabet(
+            tokenizer, self.head.v, frozenset({getattr(tokenizer, "eos_token_id", None), *ends} - {None})
+        )
         weights = list(model.parameters())
-        small = any(own.dtype.itemsize < 4 for own in weights)
         self.traits = Traits(
-            rounding="coarse" if small else "fine",
+            rounding="coarse" if rounds_coarsely(model) else "fine",
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in weights),
         )
@@ -156,28 +166,35 @@ class TransformersReader(Reader):
         """The bytes of the keys and values of all open rows and of texts that are kept, with room for more."""
         return self._kv.bytes
 
+    @property
+    def kept_tokens(self) -> int:
+        """The number of tokens of earlier texts whose keys and values are kept."""
+        return self._prefixes.tokens
+
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`."""
-        row = _Text(own=tuple(own) or self.own)
-        wrong = [token for token in row.own if not 0 <= token < self.alphabet.size]
-        if wrong or len(row.own) >= self._context:
-            said = f"the id {wrong[0]}" if wrong else f"{len(row.own):,} tokens"
+        before = list(own or self.own)
+        row = _Text(tokens=before, own=len(before))
+        wrong = [token for token in before if not 0 <= token < self.alphabet.size]
+        if wrong or len(before) >= self._context:
+            said = f"the id {wrong[0]}" if wrong else f"{len(before):,} tokens"
             raise InvalidInputError(
                 f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
                 f"{self.alphabet.size:,}, got {said}"
             )
-        if reuse and text:
-            found, kept = self._prefixes.longest([*row.own, *text])
-            row.known = max(0, found - len(row.own))
-            if kept is not None and found >= len(row.own):
-                row.seat, row.symbols = self._kv.alone(kept, found), tuple(text[: row.known])
+        if reuse and (before or text):
+            found, kept = self._prefixes.longest([*before, *text])
+            if kept is not None:
+                row.seat, row.known = self._kv.alone(kept, found), max(0, found - len(before))
+                row.tokens += text[: row.known]
         self._rows.add(row)
         return row
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that begin with a row's symbols; keys and values are shared."""
         one = self._mine(row)
-        forks = [replace(one, seat=self._kv.fork(one.seat, one.seat.length)) for _ in range(count)]
+        seats = [self._kv.fork(one.seat, one.seat.length) for _ in range(count)]
+        forks = [replace(one, tokens=list(one.tokens), seat=seat) for seat in seats]
         self._rows.update(forks)
         for fork in forks:
             self.crop(fork, one.length if length is None else length)
@@ -189,8 +206,8 @@ class TransformersReader(Reader):
         if not 0 <= length <= one.length:
             raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
         if length < one.length:
-            one.symbols, one.last = one.symbols[:length], None
-            one.seat.path = one.seat.path[: len(one.own) + length]
+            del one.tokens[one.own + length :]
+            one.last, one.seat.path = None, one.seat.path[: one.own + length]
 
     def close(self, row: Row) -> None:
         """Close a row, and free the memory of what no other row or kept text shares."""
@@ -213,7 +230,8 @@ class TransformersReader(Reader):
         new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}
         before = {k: rows[k].seat.length for k in new}
         try:
-            states, calls = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()])
+            last = max((len(asked[k].symbols) + 1 - place for k in new for place in asked[k].at[:1]), default=1)
+            states, calls = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()], last)
         except BaseException:
             for k, length in before.items():
                 rows[k].seat.path = rows[k].seat.path[:length]
@@ -257,7 +275,7 @@ class TransformersReader(Reader):
                 errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
                 self._kv.drop(row.seat, row.seat.path[before[k] :])
             if well and one.keep:
-                self._keep(row, [*row.symbols, *one.symbols], own[-1:])
+                self._keep(row, one.symbols, own[-1:])
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
         told = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
@@ -267,27 +285,27 @@ class TransformersReader(Reader):
         """Return the tokens of a row that have to be run."""
         if row.last is None and one.at and not one.at[0]:
             # The state before the first new symbol was taken back, and is computed again.
-            row.seat.path = row.seat.path[: len(row.own) + row.length - 1]
-        return [*row.own, *row.symbols, *one.symbols][row.seat.length :]
+            row.seat.path = row.seat.path[: len(row.tokens) - 1]
+        return [*row.tokens[row.seat.length :], *one.symbols]
 
     def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
         """Return why some symbols cannot be read; None if they can."""
-        tokens = [*row.own, *row.symbols, *one.symbols]
+        length = len(row.tokens) + len(one.symbols)
         if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
             return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        if len(tokens) > self._context:
+        if length > self._context:
             return InvalidInputError(
-                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {len(tokens):,}"
+                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {length:,}"
             )
-        if one.at and not one.at[0] and len(tokens) == len(one.symbols):
+        if one.at and not one.at[0] and not row.tokens:
             return InvalidInputError(
                 f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
             )
         return None
 
     def _keep(self, row: _Text, symbols: Sequence[int], last: Float[Tensor, "1 d"]) -> None:
-        """Note what was read of a row, and keep the keys and values of the first symbols for texts that begin alike."""
-        tokens = [*row.own, *symbols]
-        if not row.length and symbols and self._prefixes.wants(tokens):
-            self._prefixes.keep(tokens, self._kv.alone(row.seat, len(tokens)))
-        row.symbols, row.last = tuple(symbols), last
+        """Note what was read of a row, and keep the keys and values of what was first, for texts that begin alike."""
+        row.tokens += symbols
+        if row.is_new and self._prefixes.wants(row.tokens):
+            self._prefixes.keep(row.tokens, self._kv.alone(row.seat, len(row.tokens)))
+        row.last, row.is_new = last, False
