@@ -17,7 +17,7 @@ import typer
 from members import ensemble_of, load_pair, save_pair
 from report import median, now, show
 from softmeet.hf import combining, modeling
-from softmeet.hf.recorder import Recorder
+from softmeet.engine.recorder import Recorder
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers import dense
 

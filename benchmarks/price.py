@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from members import ensemble_of, save_pair
 from report import median, named, show
-from softmeet.hf import pace, quick, running
+from softmeet.engine import pace, quick
+from softmeet.hf import running
 from softmeet.members import zoo
 from softmeet.rules.settings import parse_rule
 

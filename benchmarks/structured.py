@@ -30,7 +30,7 @@ from report import show
 from servers import Server
 from softmeet import Ensemble, Structure
 from softmeet.hf.byte_tokenizer import byte_tokenizer
-from softmeet.hf.masking import Mask
+from softmeet.engine.masking import Mask
 from softmeet.members import zoo
 
 SCHEMA: dict[str, Any] = {

@@ -122,7 +122,6 @@ class Architecture:
 
 _ALIBI = {"bytes": Refusal("ALiBi counts columns, not positions", "cannot be read by bytes")}
 _RECURRENT = {
-    "gates": Refusal("`unsure`: a recurrent state cannot catch up", "it cannot catch up, so leave out the gate"),
     "served": Refusal("a recurrent state cannot join a batch", "cannot join a running batch; use softmeet generate"),
     "bytes": Refusal("a recurrent state knows no trees", "cannot be read by bytes"),
 }  # fmt: skip

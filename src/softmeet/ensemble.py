@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
 from softmeet.hf.assembly import assemble
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
@@ -20,7 +21,6 @@ from softmeet.hf.checkpoint import saved_config
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.prompts import Prompt, encoded, states_behind
-from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import RowSampler, require_reproducible

@@ -10,8 +10,8 @@ from serving import http, running, serving_of
 from structures import CLOCK, SCHEMA, SUMS, WORDS, is_json
 
 from softmeet import Ensemble, Structure
+from softmeet.engine import masking
 from softmeet.errors import InvalidInputError
-from softmeet.hf import masking
 
 FORM = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 # Sixteen patterns at once: compiling them has no end.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-import transformers as tf
 from commands import run
 from ensembles import GREEDY, MEMBERS, PROMPTS, build
 from instances import best_outputs, random_heads, zipf
@@ -23,9 +22,7 @@ from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import summary
 from softmeet.hf import EnsembleConfig, Recorder, TokenReports
-from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.partial_cache import PartialCache, catch_up
 from softmeet.rules.gates import GATES, Disagreement, parse_gate, that_closes
 from softmeet.simplex import kl, total_variation
 
@@ -148,50 +145,6 @@ def test_a_row_under_a_gate_depends_on_that_row_alone(rows, gate):
         assert torch.allclose(alone.log_probs[0], together.log_probs[k], atol=1e-9)
 
 
-def test_catching_up_is_running_token_by_token():
-    """Sequences behind by different numbers of tokens, in one batch, for positions and windows of all kinds."""
-    window = tf.Gemma2Config(**tiny.SMALL, **tiny.GQA, sliding_window=4)
-    models = {name: tiny.build(name) for name in tiny.BUILDERS} | {"window": tf.Gemma2ForCausalLM(window).eval()}
-    for name, model in models.items():
-        model, generator = model.double(), torch.Generator().manual_seed(0)
-        # Gemma's norms are fp32 whatever the dtype.
-        rounding = 1e-5 if "Gemma" in type(model).__name__ else 1e-12
-        texts = [torch.randint(1, tiny.V, (length,), generator=generator).tolist() for length in (20, 7, 13, 12, 1)]
-        trails = [PartialCache()] * len(texts)
-        found = [[] for _ in texts]
-        with torch.inference_mode():
-            # In three strides that part each text elsewhere.
-            for stride in range(3):
-                parts = [_part(text, stride, k) for k, text in enumerate(texts)]
-                some = [k for k, part in enumerate(parts) if part]
-                caught, hidden = catch_up(model, [trails[k].longer(parts[k]) for k in some])
-                for k, trail, states in zip(some, caught, hidden, strict=True):
-                    trails[k] = trail
-                    found[k].append(states)
-            for text, states, trail in zip(texts, found, trails, strict=True):
-                assert trail.run == len(text)
-                whole = model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0]
-                assert torch.allclose(torch.cat(states), whole, atol=rounding), name
-
-
-def _part(text, stride, k):
-    cuts = [0, (len(text) * (k + 1)) // 7, (len(text) * (k + 3)) // 8, len(text)]
-    return text[cuts[stride] : cuts[stride + 1]]
-
-
-def test_a_trail_can_be_cut_anywhere():
-    model = tiny.build("llama").double()
-    with torch.inference_mode():
-        ((trail,), (whole,)) = catch_up(model, [PartialCache().longer([5, 6, 7, 8, 9])])
-        for cut in range(6):
-            shorter = trail.longer([3, 4]).shorter(cut)
-            assert shorter.run + len(shorter.pending) == 7 - cut
-            ((_,), (again,)) = catch_up(model, [shorter.longer([*[5, 6, 7, 8, 9, 3, 4][7 - cut :], 2])])
-            expected = model.base_model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 3, 4, 2]])).last_hidden_state[0]
-            assert torch.allclose(again[-1], expected[-1], atol=1e-9)
-    assert len(whole) == 5
-
-
 def gated_greedy(model, prompt, gate, count):
     """By hand: whole texts, no cache, the first member's confidence and then who answers."""
     threshold, tokens = float(gate.partition(":")[2]), list(prompt)
@@ -291,17 +244,10 @@ def test_assisted_decoding_under_a_gate():
         assert torch.equal(plain, main.generate(PROMPTS[:1], assistant_model=assistant, **options))
 
 
-def test_a_cache_from_without_the_gate_is_refused(model):
+def test_a_cache_serves_a_call_under_another_gate(model):
     first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
-    with pytest.raises(InvalidInputError, match="whose members may be behind"):
-        model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate="unsure:0.5", **GREEDY)
-
-
-def test_a_member_that_cannot_catch_up_is_refused():
-    mamba = tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4)
-    EnsembleCache([mamba, tiny.build("llama").config], lagging=True)
-    with pytest.raises(InvalidInputError, match="it cannot catch up, so leave out the gate"):
-        EnsembleCache([tiny.build("llama").config, mamba], lagging=True)
+    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate="unsure:0.5", **GREEDY)
+    assert torch.equal(then, model.generate(first.sequences, max_new_tokens=3, gate="unsure:0.5", **GREEDY))
 
 
 def test_seeds_and_disagreement_in_batches(model):

@@ -66,13 +66,20 @@ def test_each_member_has_a_cache_of_its_own():
     cache = model.new_cache()
     model(input_ids=ids(), cache=cache, use_cache=True)
     assert isinstance(cache, EnsembleCache)
-    assert len(cache.layers) == 6
-    pointers = {layer.keys.data_ptr() for layer in cache.layers}
-    assert len(pointers) == 6
+    rows = {id(row) for one in cache.texts for row in one.rows}
+    assert len(rows) == 3 * len(ids())
+    assert cache.get_seq_length() == 7
     cache.crop(-3)
-    assert {member.get_seq_length() for member in cache.members} == {4}
+    assert {row.length for one in cache.texts for row in one.rows} == {4}
     cache.reorder_cache(torch.tensor([1, 1]))
-    assert all(torch.equal(layer.keys[0], layer.keys[1]) for layer in cache.layers)
+    one, other = cache.texts
+    assert one.tokens == other.tokens
+    assert not {id(row) for row in one.rows} & {id(row) for row in other.rows}
+    del one, other
+    assert all(reader.bytes for reader in model.readers_of_members)
+    cache.reset()
+    assert model.reading
+    assert not any(reader.bytes for reader in model.readers_of_members)
     with pytest.raises(InvalidInputError, match=r"expected an EnsembleCache, as model\.new_cache"):
         model.generate(ids(), max_new_tokens=2, cache=DynamicCache())
     with pytest.raises(InvalidInputError, match="cache_implementation='static' is not supported"):
@@ -83,7 +90,7 @@ def test_each_member_has_a_cache_of_its_own():
 def test_chunks_of_positions_change_nothing(monkeypatch):
     model = ensemble(trust=1.0)
     whole = model(input_ids=ids()).logits
-    monkeypatch.setattr("softmeet.hf.combining._ELEMENTS", 1)
+    monkeypatch.setattr("softmeet.engine.combine._ELEMENTS", 1)
     assert total_variation(model(input_ids=ids()).logits, whole).max() < 1e-5
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from softmeet import SoftmaxHead
+from softmeet.engine import combine as combining
+from softmeet.engine import quick
+from softmeet.engine.combine import Combiner
+from softmeet.engine.recorder import Recorder
 from softmeet.errors import DisjointSupportError, NonFiniteError
-from softmeet.hf import combining, quick
-from softmeet.hf.combining import Combiner
-from softmeet.hf.recorder import Recorder
 from softmeet.rules.settings import Settings
 
 V = 40

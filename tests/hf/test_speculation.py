@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble, Structure
 from softmeet.cli.main import app
+from softmeet.engine import quick
+from softmeet.engine.pace import Pace
+from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
-from softmeet.hf import quick
-from softmeet.hf.pace import Pace
-from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
 from softmeet.noise import draw
 
@@ -342,11 +342,13 @@ def test_an_error_that_is_no_drafts_fault_is_raised(names):
         made(model, 4, 1, prefix_allowed_tokens_fn=never)
 
 
-@pytest.mark.parametrize("kind", ["near", "far"])
-@pytest.mark.parametrize("positions", [[[3, 4, 5, 9]], [[0, 1, 2, 3]]])
-def test_positions_go_on_from_those_given(names, kind, positions):
-    model, options = ensemble(names, kind).model, {"position_ids": torch.tensor(positions)}
-    assert made(model, 4, 1, **options).equal(made(model, 0, 1, **options))
+def test_positions_have_to_count_tokens(names):
+    model = ensemble(names, "near").model
+    for speculate in (0, 4):
+        counted = made(model, speculate, 1, position_ids=torch.tensor([[0, 1, 2, 3]]))
+        assert counted.equal(made(model, speculate, 1))
+        with pytest.raises(InvalidInputError, match="position_ids that count"):
+            made(model, speculate, 1, position_ids=torch.tensor([[3, 4, 5, 9]]))
 
 
 def test_padding_on_the_right_is_read_as_without_drafts(names):
@@ -406,7 +408,6 @@ def test_what_cannot_be_speculated_is_refused_by_name(names):
         ({"assistant_model": model, "rows": 1, "sample": False}, "assistant_model"),
         ({"prompt_lookup_num_tokens": 3, "rows": 1, "sample": False}, "prompt_lookup_num_tokens"),
         ({"guidance_scale": 1.7}, "ClassifierFreeGuidance"),
-        ({"cache": model.new_cache("unsure:0.5")}, "lag behind"),
     ]:
         with pytest.raises(InvalidInputError, match=name):
             made(model, 2, **options)

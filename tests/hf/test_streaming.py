@@ -9,9 +9,9 @@ import torch
 from serving import tiny_ensemble
 
 from softmeet import Ensemble
+from softmeet.engine.recorder import Savings
 from softmeet.hf import Recorder, TokenReports
 from softmeet.hf.byte_tokenizer import byte_tokenizer
-from softmeet.hf.recorder import Savings
 from softmeet.hf.report import known_sum, style
 from softmeet.hf.streaming import DisagreementStreamer
 

@@ -8,8 +8,8 @@ from structures import CLOCK, SCHEMA, SUMS, WORDS, is_json
 
 import softmeet
 from softmeet import Ensemble, Structure
+from softmeet.engine.masking import Mask
 from softmeet.errors import InvalidInputError
-from softmeet.hf.masking import Mask
 
 # (a structure, an oracle from outside which says whether a text is one)
 CASES = {

@@ -107,7 +107,6 @@ REFUSALS = (
         "expected members whose tokens can be read as bytes for structured output",
     ),
     # A server speculates where it can: what a request asks for comes first.
-    Refusal({"vocabulary": ("bytes",), "speculation": ("4",)}, (PYTHON, COMMAND), "cannot be used with members over b"),
     Refusal({"gate": ("unsure",), "speculation": ("4",)}, (PYTHON, COMMAND), "cannot be used with the gate unsure"),
     # Python takes a gate that never closes; in a request it would be a promise.
     Refusal(

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 import softmeet
 from softmeet import Ensemble, SoftmaxHead, Status
 from softmeet.cli.main import app
+from softmeet.engine.combine import Combiner
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.heads import WhitenedHead
 from softmeet.hf import calibrated
-from softmeet.hf.combining import Combiner
 from softmeet.members.heads import one_head
 from softmeet.rules.settings import Settings
 from softmeet.server.ensembles import Served

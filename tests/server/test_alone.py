@@ -13,8 +13,8 @@ from batches import ensemble_of, generated, prompt, sequence
 from scipy.stats import chi2_contingency
 
 from softmeet import Ensemble, Structure
+from softmeet.engine.masking import Mask
 from softmeet.errors import InvalidInputError, NonFiniteError
-from softmeet.hf.masking import Mask
 from softmeet.server.sequences import Combination, Failed, Finished, Sequence, Token
 
 

@@ -9,13 +9,14 @@ import tiny
 import torch
 from batches import LENGTHS, MEMBERS, ensemble_of, generated, prompt, sequence
 
+from softmeet.engine.ask import Members
+from softmeet.engine.combine import Combiner
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.hf.combining import Combiner
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
 from softmeet.server.limits import Limits
-from softmeet.server.members import Members, readers_of
+from softmeet.server.members import readers_of
 from softmeet.server.sequences import Failed, Finished, PromptScored, Token
 from softmeet.simplex import total_variation
 
@@ -259,13 +260,14 @@ def test_company_changes_a_row_by_rounding_alone(narrow, rule):
 
     def after(lengths):
         readers = readers_of([narrow.model], [["a member"] * 2])
-        served, rows = Members(readers, parallel=False, reproducible=False), []
+        served, rows = Members(len(readers)), []
         for length in lengths:
             row, _ = sequence(narrow.model, tuple(ids[:length]))
-            served.read_on([row], slice(None))
+            row.readers = list(readers.values())
+            served.read_on([row])
             row.tokens.append(50)
             rows.append(row)
-        hidden = [torch.cat(own) for own in zip(*served.step(rows).values(), strict=True)]
+        hidden = [torch.cat(own) for own in zip(*served.read_on(rows).values(), strict=True)]
         settings = narrow.model.settings.changed(rule=rule).ungated()
         with torch.inference_mode():
             return narrow.model.combiner.solve_rows(hidden, settings)[1].log_probs

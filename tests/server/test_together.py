@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from softmeet.server.together import Together
+from softmeet.engine.together import Together
 
 
 @pytest.fixture

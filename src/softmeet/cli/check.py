@@ -209,7 +209,7 @@ def _notes(facts: dict[str, Any], weights: Sequence[float]) -> list[str]:
         weights: the ensemble's, one for each member.
     """
     if unread := [f"that of {m['name']} {m['unread']}" for m in facts["members"] if m["unread"]]:
-        from softmeet.hf.unread import averages
+        from softmeet.engine.unread import averages
 
         return [f"They can be combined by {averages()}: other rules read heads, and {', '.join(unread)}."]
     if len(facts["members"]) == 1:

@@ -27,7 +27,7 @@ def facts(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
         text: a text, for shared token boundaries, bits and work per byte; None for none.
         tokens: a quarter of the most bytes of the text that are read.
     """
-    from softmeet.hf.unread import averages
+    from softmeet.engine.unread import averages
     from softmeet.members.quantized import stored
     from softmeet.members.spelling import shared_boundaries, shared_words
 

@@ -2,11 +2,11 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from softmeet.engine.recorder import Recorder
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.recorder import Recorder
 from softmeet.hf.report import TokenReport, TokenReports
 
 __all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder", "TokenReport", "TokenReports"]

@@ -6,8 +6,6 @@ A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
 from __future__ import annotations
 
 import copy
-import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,18 +15,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from softmeet.engine.combine import Combiner
+from softmeet.engine.masking import SomethingLeft
 from softmeet.errors import InvalidInputError
 from softmeet.hf import assembly, checkpoint
 from softmeet.hf.answer_length import within_limits
-from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
 from softmeet.hf.byte_tokenizer import byte_tokenizer
-from softmeet.hf.call_options import CallOptions, Prefixes
 from softmeet.hf.chat import chat_of
-from softmeet.hf.combining import Combiner
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
-from softmeet.hf.deferral import Deferral
-from softmeet.hf.masking import SomethingLeft
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.byte_member import ByteMember
@@ -39,7 +34,8 @@ from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
 from softmeet.members.reading import Work
 from softmeet.readers.byte_alphabet import begun, continuing
-from softmeet.rules.gates import Gate
+from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.reader import Reader
 
 # The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
@@ -47,7 +43,6 @@ _NO_END = (
     "a text has to end, as the context of a member is full, but an option forbids its end: lower min_new_tokens, or "
     "take symbol 256 out of suppress_tokens"
 )
-_log = logging.getLogger("softmeet")
 
 
 def _behind(reader: ByteMember, prefix: list[int]) -> ByteMember:
@@ -130,92 +125,24 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     def find_heads_again(self) -> None:
         """Take each member's output layer anew from its model, after the model has been moved or cast."""
+        self.forget_readers()
         for reader in self.readers:
             reader.find_head_again()
 
-    def new_cache(
-        self, gate: str | Gate | None = None, *, own_prompts: Any = None, one_member: bool = False
-    ) -> ByteCache:
-        """Make an empty cache for every member; ``gate`` and ``own_prompts`` are unused over bytes."""
-        return ByteCache(len(self.readers))
+    def key_of(self, i: int) -> Any:
+        """Return what members share if one reader reads for both: the model and how its tokens are spelled."""
+        return self.readers[i].model, self.readers[i].spelling
+
+    def new_reader(self, i: int, name: str, kept_tokens: int | None) -> Reader:
+        """Make a reader of member i; nothing is kept of earlier texts."""
+        return ByteReader(self.readers[i], name)
 
     def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return the tokens that member i reads before a text; it reads all of the text's symbols."""
         mine = own[i] if own else None
+        if mine is not None and not len(mine):
+            raise InvalidInputError("expected a prefix of at least one token, such as the one that begins a text")
         return self.readers[i].prefix if mine is None else mine, 0
-
-    def run(
-        self,
-        input_ids: Int[Tensor, "B t"],
-        cache: Any,
-        kept: slice | Int[Tensor, " k"] = slice(None),
-        options: CallOptions | None = None,
-        attention_mask: Int[Tensor, "B s"] | None = None,
-        **shared: Any,
-    ) -> tuple[list[Float[Tensor, "B k 257"]], Deferral | None]:
-        """Have the members read new symbols, and return their log-probabilities of the symbols that follow.
-
-        Under the gate ``unsure`` members after the first read the sequences of which the first is unsure at a kept
-        position, and there all symbols that they have not read. After a sequence that fills the context of one member,
-        the end is the only possible symbol for all of them.
-
-        Args:
-            input_ids: (B, t), the new symbols, padded on the left.
-            cache: the :class:`ByteCache` of the symbols before them, which is updated; None if there are none.
-            kept: the k positions among the new symbols at which the members are to be combined.
-            options: the call's options, of which the gate and ``prefixes`` are used: the token ids that each member
-                reads before the text, as :class:`CallOptions` describes them. None for the members' default prefixes.
-            attention_mask: (B, s), 0 at padding, over all symbols so far; None if there is no padding.
-            shared: unused.
-
-        Returns:
-            (for each member the log-probabilities, in nats, fp64, of the symbol after each kept position, (B, k, 257),
-            index 256 being the end, uniform in sequences that it did not read; the :class:`Deferral`: at which of the
-            B · k positions all members were asked, None if at all of them).
-
-        Raises:
-            InvalidInputError: if the prefixes are malformed, are not token ids of their members, or their number does
-                not divide the number of sequences; or if a text that is read from its beginning exceeds a context.
-        """
-        new, wanted = input_ids.shape[1], torch.arange(input_ids.shape[1])[kept].tolist()
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
-        symbols = [row[mask.bool()].tolist() for row, mask in zip(input_ids.cpu(), real.cpu(), strict=True)]
-        prefixes = None if options is None else options.prefixes
-        if prefixes is not None:
-            self._require_prefixes(prefixes)
-        found, full, asked, deferral = list[Float[Tensor, "B k 257"]](), set[int](), None, None
-        started = time.perf_counter()
-        for i, reader in enumerate(self.readers):
-            rows = cache.members[i].rows if cache is not None else []
-            rows = rows or fresh_rows(len(symbols), None if prefixes is None else [own[i] for own in prefixes])
-            rows, log_probs = read_on(reader, rows, symbols, new, wanted, asked)
-            if cache is not None:
-                cache.members[i].rows = rows
-            found.append(log_probs)
-            full |= {k for k, row in enumerate(rows) if row.is_full}
-            if any(row.fills_up for row in rows):
-                _log.warning("a text ends because the context of %s is full", reader.spelling.name)
-            if not i and options is not None and options.unsure is not None:
-                deferral = self.combiner.deferral(options.unsure, log_probs.flatten(0, 1))
-                deferral.rows &= real[:, kept].bool().flatten().to(deferral.rows.device)
-                asked = set(deferral.rows.view(log_probs.shape[:2]).any(-1).nonzero().flatten().tolist())
-                started = time.perf_counter()
-        if deferral is not None and asked:
-            deferral.seconds = time.perf_counter() - started
-        for log_probs in found if full else ():
-            # If one member's context is full, the sequence has to end for all of them.
-            log_probs[sorted(full), -1:] = torch.eye(SYMBOLS, dtype=torch.float64)[END].log()
-        return found, deferral
-
-    def _require_prefixes(self, prefixes: Prefixes) -> None:
-        """Raise InvalidInputError unless each entry of ``prefixes`` has token ids or None for every member."""
-        n = len(self.readers)
-        for own in prefixes:
-            if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):
-                raise InvalidInputError(
-                    f"expected prefixes as a list for each prompt, with token ids or None for each of {n} members, got "
-                    f"{own!r}"
-                )
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
         """Compute each member's predictions after every symbol of one text of t symbols, and their costs.
@@ -255,10 +182,6 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         last = len(processors) - (kwargs["model_kwargs"]["call_options"].row_sampler is not None)
         return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(_NO_END), *processors[last:]])
-
-
-def _is_list(given: Any) -> bool:
-    return isinstance(given, Sequence) and not isinstance(given, str)
 
 
 class WholeCharacters(LogitsProcessor):

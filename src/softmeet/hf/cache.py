@@ -1,98 +1,123 @@
-"""``EnsembleCache``: one cache per member, which transformers uses as a single cache.
-
-A *sequence* is a row of the batch that is generated: a prompt and its continuation so far.
-"""
+"""``EnsembleCache``: texts that members have read, which transformers uses as the cache of one model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from softmeet.hf.contexts import ContextRows
-from softmeet.hf.rows import RowsLayer
-from softmeet.members.partial_cache import PartialCache, catch_up, layers_of_keys_and_values
-
-
-class Lagging(RowsLayer):
-    """A layer with a partial KV cache of each sequence: tokens that the member has not run yet are kept as pending."""
-
-    def follow(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Add new token ids to each sequence as pending, without running them; an empty layer begins the sequences.
-
-        Args:
-            tokens: for each sequence, in order, the ids of its new tokens, which may be an empty list.
-        """
-        rows = self.rows or [PartialCache()] * len(tokens)
-        self.rows = [row.longer(new) for row, new in zip(rows, tokens, strict=True)]
-
-    def run(
-        self, model: PreTrainedModel, rows: Int[Tensor, " k"], *, newest: bool = False
-    ) -> list[Float[Tensor, "t d"]]:
-        """Run the pending tokens of some sequences, which then are pending no longer.
-
-        Args:
-            model: the member, in evaluation mode.
-            rows: (k,), the numbers of the sequences, each with at least one pending token.
-            newest: whether the states at the newest token are enough, as :func:`catch_up` has it.
-
-        Returns:
-            For each sequence, in the order of ``rows``, the last hidden states at its t pending tokens, (t, d).
-        """
-        chosen = rows.tolist()
-        caught, hidden = catch_up(model, [self.rows[k] for k in chosen], newest=newest)
-        for k, row in zip(chosen, caught, strict=True):
-            self.rows[k] = row
-        return hidden
+from softmeet.engine.continuation import Dropped
+from softmeet.readers.reader import Reader
 
 
 class EnsembleCache(Cache):
-    """The cache of an ensemble over tokens: its layers are the layers of all members' caches, in one list.
+    """The texts of a batch, each with a row in every member's reader.
 
-    So transformers' reordering, cropping and resetting reach every member.
+    Transformers' loops treat it as the cache of one model: they reorder it for beams, cut drafts off, and repeat it for
+    several sequences of a prompt.
 
     Args:
-        configs: the members' configurations, in order.
-        lagging: whether members after the first may have run fewer tokens than the first, as under the gate ``unsure``.
-        first_lags: whether the first may have, too, as where each token is drawn from one member.
-        batched: groups of members' numbers that are rows of one batch, as :meth:`Contexts.batched` gives them.
+        readers: those who read.
 
     Attributes:
-        lagging, first_lags, batched: as given.
-        members: each member's own cache: a ``DynamicCache``; with ``lagging`` a :class:`Lagging` layer for all but
-            the first, with ``first_lags`` for all; else the :class:`ContextRows` of its group, if it is in one.
-
-    Raises:
-        InvalidInputError: if ``lagging`` and the cache of a member after the first holds anything but keys and values.
+        texts: for each sequence of the batch what members have read; empty before the first token.
     """
 
-    def __init__(
-        self,
-        configs: Sequence[PreTrainedConfig],
-        *,
-        lagging: bool = False,
-        first_lags: bool = False,
-        batched: Sequence[Sequence[int]] = (),
-    ) -> None:
-        self.lagging, self.first_lags, self.batched = lagging, first_lags, [list(group) for group in batched]
-        self.members: list[Any] = []
-        rows = {i: layer for group in batched for layer in [ContextRows(1 if lagging else len(group))] for i in group}
-        for i, config in enumerate(configs):
-            lags = first_lags or (lagging and i > 0)
-            if lags:
-                why = "one_member" if first_lags else "the gate 'unsure'"
-                layers_of_keys_and_values(f"member {i}", config, f"it cannot catch up, so leave out {why}")
-            own = Lagging() if lags else rows.get(i)
-            self.members.append(DynamicCache(config=config) if own is None else own)
-        found = {id(one): [one] if isinstance(one, RowsLayer) else one.layers for one in self.members}
-        super().__init__(layers=[layer for own in found.values() for layer in own])
+    def __init__(self, readers: Sequence[Reader] = ()) -> None:
+        self._texts = _Texts(all(reader.traits.can_crop for reader in readers))
+        super().__init__(layers=[self._texts])
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Count the tokens that the cache holds; 0 if all members are recurrent, whose states do not count them."""
-        if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
-            return 0
-        return int(super().get_seq_length(layer_idx))
+    @property
+    def texts(self) -> list[Dropped]:
+        """The sequences of the batch."""
+        return self._texts.texts
+
+    @property
+    def columns(self) -> int:
+        """How many columns the sequences fill, with padding at the left."""
+        return self._texts.columns
+
+    @columns.setter
+    def columns(self, count: int) -> None:
+        self._texts.columns = count
+
+    def begin(self, texts: Sequence[Dropped], columns: int) -> None:
+        """Begin with texts of which nothing was read; they fill the last of so many columns."""
+        self._texts.texts, self._texts.columns = list(texts), columns
+
+    def add(self, tokens: Sequence[Sequence[int]], columns: int) -> None:
+        """Add new tokens to every text, which members have not read; they fill the last of so many columns."""
+        for one, new in zip(self.texts, tokens, strict=True):
+            one.tokens += new
+        self._texts.columns += columns
+
+
+class _Texts(CacheLayerMixin):
+    """The one layer of an ensemble's cache.
+
+    Attributes:
+        is_croppable: whether all members can take tokens back.
+        texts: those of :class:`EnsembleCache`.
+        columns: how many columns they fill, with padding at the left.
+    """
+
+    supports_early_init = False
+
+    def __init__(self, is_croppable: bool) -> None:
+        super().__init__()
+        self.is_croppable = is_croppable
+        self.texts, self.columns = list[Dropped](), 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: members' readers hold keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Raise TypeError: members' readers hold keys and values, and no model writes into this layer."""
+        raise TypeError("an ensemble's cache is for the ensemble: pass it to its forward or generate")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (the number of columns that a mask covers, with ``query_length`` new ones; its offset, 0)."""
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Count the columns so far."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        """Return -1, by which transformers' caches say that the layer sets no limit to a sequence's length."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget all sequences: the layer is then as before the first token."""
+        self.texts, self.columns = [], 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last |``tokens_to_remove``| columns; transformers passes a negative number."""
+        for one in self.texts:
+            del one.tokens[max(0, len(one.tokens) - abs(tokens_to_remove)) :]
+            for i in range(len(one.rows)):
+                one.crop(i, len(one.tokens))
+        self.columns = max(0, self.columns - abs(tokens_to_remove))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times, its copies side by side."""
+        self._select([k for k in range(len(self.texts)) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Int[Tensor, " B"] | Bool[Tensor, " B"]) -> None:
+        """Keep the sequences at ``indices``, numbers or a mask, in that order; a number may come more than once."""
+        if self.texts:
+            self._select(torch.arange(len(self.texts))[indices.cpu()].tolist())
+
+    reorder_cache = batch_select_indices
+
+    def _select(self, chosen: Sequence[int]) -> None:
+        found, used = list[Dropped](), set[int]()
+        for k in chosen:
+            found.append(self.texts[k].fork() if k in used else self.texts[k])
+            used.add(k)
+        self.texts = found

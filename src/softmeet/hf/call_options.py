@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import LogitsProcessorList
 
+from softmeet.engine.masking import Mask, SomethingLeft, Structured, ends_of
+from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.contexts import OwnPrompt
-from softmeet.hf.masking import Mask, SomethingLeft, Structured, ends_of
-from softmeet.hf.recorder import Recorder
 from softmeet.hf.sampling import RowSampler
 from softmeet.rules.gates import Unsure, that_closes
 from softmeet.rules.pools import ProbMean
@@ -48,6 +48,20 @@ def _refuse_beside_one_member(named: Sequence[str]) -> None:
             f"one_member draws each token from one member alone, by prob-mean, and cannot be used with "
             f"{', '.join(named)}: leave out one of both"
         )
+
+
+def _require_prefixes(prefixes: Prefixes, n: int) -> None:
+    """Raise InvalidInputError unless each entry of ``prefixes`` has token ids or None for every one of n members."""
+    for own in prefixes:
+        if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):
+            raise InvalidInputError(
+                f"expected prefixes as a list for each prompt, with token ids or None for each of {n} members, got "
+                f"{own!r}"
+            )
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
 
 
 def checked_drafts(speculate: Any) -> int | Literal["auto"] | None:
@@ -132,12 +146,12 @@ class CallOptions:
         names = ("recorder", "row_sampler", "prefixes", "own_prompts", "token_seconds", "structure")
         own = {name: given.pop(name, None) for name in names} | {"one_member": bool(given.pop("one_member", False))}
         own["speculate"] = checked_drafts(given.pop("speculate", None))
-        if own["one_member"] and model.over_bytes:
-            raise InvalidInputError("one_member takes members over tokens, and these are combined over bytes")
         if given.pop("max_bytes", None) is not None:
             raise InvalidInputError("max_bytes is for members combined over bytes: over tokens say max_new_tokens")
         if own["prefixes"] is not None and not model.over_bytes:
             raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
+        if own["prefixes"] is not None:
+            _require_prefixes(own["prefixes"], len(model.members))
         seconds = own["token_seconds"]
         if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
             raise InvalidInputError(f"expected token_seconds as a number from 0, got {seconds!r}")

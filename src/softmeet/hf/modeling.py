@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +15,20 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from softmeet.engine.ask import Members
+from softmeet.engine.combine import Combiner
+from softmeet.engine.deferral import Deferral, Drawn
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf import checkpoint
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
-from softmeet.hf.combining import Combiner
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts, OwnPrompt
-from softmeet.hf.deferral import Deferral, Drawn
+from softmeet.hf.decoding import decode, decodes, is_to_speculate
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
 from softmeet.hf.sampling import one_by_one
-from softmeet.hf.speculation import decode, is_to_speculate
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, require_cache
@@ -34,7 +36,11 @@ from softmeet.members.opaque import Head
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
-from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
+from softmeet.readers.kv import others_than_keys_and_values
+from softmeet.readers.reader import Reader, Row
+from softmeet.readers.recurrent import RecurrentReader
+from softmeet.readers.transformers import TransformersReader
+from softmeet.rules.gates import Gate, parse_gate
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
 
@@ -66,8 +72,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     OF_A_KIND = (
-        "over_bytes", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again", "new_cache",
-        "before", "run", "hidden_states", "generate", "_get_logits_processor",
+        "over_bytes", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again", "key_of",
+        "new_reader", "before", "hidden_states", "generate", "_get_logits_processor",
     )  # fmt: skip
     over_bytes = False
 
@@ -88,6 +94,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.combiner = Combiner(config.members, own, support)
         self.require(config.settings)
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.garbage = deque[tuple[Reader, Row]]()
         self.contexts = Contexts(config.members, list(members))
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(self.generation_config, key, getattr(members[0].generation_config, key))
@@ -125,7 +132,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """
         options = call_options or CallOptions.of(self, kwargs)
         if use_cache and cache is None:
-            cache = self.new_cache(options.settings.gate)
+            cache = self.new_cache()
         input_ids = checked_length(self.config, input_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden, deferral = self.run(
@@ -162,10 +169,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
             :class:`Deferral`: at which of the B · k positions all members ran, None if at all of them).
 
         Raises:
-            InvalidInputError: if ``cache`` was made by :meth:`new_cache` for another gate, or without ``own_prompts``.
+            InvalidInputError: if a text exceeds a member's context, or own prompts or prefixes do not fit.
         """
-        own = None if options is None else options.own_prompts
-        return run_members(NewTokens(self, input_ids, kept, cache, shared, own), options)
+        return run_members(NewTokens(self, input_ids, kept, cache, options, shared))
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
@@ -203,9 +209,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         """Put a new ensemble cache into ``model_kwargs``, unless there is one or ``use_cache`` is off."""
         refuse_other_caches(generation_config, model_kwargs.get("cache"))
         if model_kwargs.get("cache") is None and generation_config.use_cache:
-            options: CallOptions = model_kwargs["call_options"]
-            how: dict[str, Any] = {"own_prompts": options.own_prompts, "one_member": options.one_member}
-            model_kwargs["cache"] = self.new_cache(options.settings.gate, **how)
+            model_kwargs["cache"] = self.new_cache()
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put the call's structure before transformers' own processors, its row sampler after, and bound its length."""
@@ -216,11 +220,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         return options.around(found, self, generation_config, input_ids_seq_length)
 
     def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """Choose tokens by transformers' loop, one by one or, where the call speculates, several at once."""
-        options, config, processors = (kwargs[x] for x in ("call_options", "generation_config", "logits_processor"))
-        # Processes that wait for each other would have to draft alike.
-        apart = bool(kwargs.get("synced_gpus"))
-        if not apart and is_to_speculate(self, options, config, processors, kwargs.get("cache"), len(input_ids)):
+        """Choose tokens by the engine; by transformers' own loop where members keep nothing of what they have read."""
+        if decodes(kwargs["generation_config"], kwargs):
             return decode(self, input_ids, **kwargs)
         return one_by_one(super()._sample, input_ids, kwargs)
 
@@ -229,22 +230,60 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         known = {name: value for name, value in model_kwargs.items() if name != "call_options"}
         return super()._get_candidate_generator(*args, model_kwargs=known, **kwargs)
 
-    def new_cache(
-        self, gate: str | Gate | None = None, *, own_prompts: Any = None, one_member: bool = False
-    ) -> EnsembleCache:
-        """Make an empty cache of all members; if ``gate`` is ``unsure``, those after the first may lag behind it.
-
-        Args:
-            gate: the gate of the calls that the cache is for.
-            own_prompts, one_member: those in the ``CallOptions`` of the call that it is for.
+    def new_cache(self, gate: str | Gate | None = None) -> EnsembleCache:
+        """Make an empty cache of all members, for any call; ``gate`` is checked, and makes no difference.
 
         Raises:
-            InvalidInputError: if there is no such gate, or a member takes no cache (at ``unsure``: of keys and values).
+            InvalidInputError: if there is no such gate, or a member takes no cache.
         """
-        lagging = isinstance(that_closes(parse_gate(gate)), Unsure)
-        configs = [require_cache(member).config for member in self.members]
-        batched = [] if one_member else self.contexts.batched(own_prompts)
-        return EnsembleCache(configs, lagging=lagging, first_lags=one_member, batched=batched)
+        parse_gate(gate)
+        return EnsembleCache(self.readers_of_members)
+
+    @cached_property
+    def readers_of_members(self) -> list[Reader]:
+        """The readers of the members, in order: one of those that are one model, whatever they read before texts.
+
+        Raises:
+            InvalidInputError: if a member takes no cache.
+        """
+        found = dict[Any, Reader]()
+        for i in range(len(self.members)):
+            if self.key_of(i) not in found:
+                found[self.key_of(i)] = self.new_reader(i, self.config.members[i], None)
+        return [found[self.key_of(i)] for i in range(len(self.members))]
+
+    def key_of(self, i: int) -> Any:
+        """Return what members share if one reader reads for both."""
+        return self.members[i]
+
+    def new_reader(self, i: int, name: str, kept_tokens: int | None) -> Reader:
+        """Make a reader of member i.
+
+        Args:
+            i: the member's number.
+            name: its name in messages.
+            kept_tokens: the most tokens of texts, of all together, whose keys and values are kept for texts that begin
+                alike; None to keep those of what it reads before texts alone.
+
+        Raises:
+            InvalidInputError: if it takes no cache.
+        """
+        model, head = self.members[i], self.member_heads[i]
+        if others_than_keys_and_values(require_cache(model).config):
+            return RecurrentReader(model, self.tokenizer, name, head)
+        return TransformersReader(model, self.tokenizer, name, (), kept_tokens, head)
+
+    @property
+    def reading(self) -> Members:
+        """Those who read texts for this ensemble; rows of texts that nobody needs any more are closed first."""
+        while self.garbage:
+            reader, row = self.garbage.popleft()
+            reader.close(row)
+        return self._reading
+
+    @cached_property
+    def _reading(self) -> Members:
+        return Members(len(self.members), parallel=self.apart)
 
     @property
     def settings(self) -> Settings:
@@ -325,10 +364,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         self.find_heads_again()
         return self
 
+    def forget_readers(self) -> None:
+        """Have readers made anew, as after members were moved or cast."""
+        for name in ("apart", "readers_of_members", "_reading"):
+            self.__dict__.pop(name, None)
+
     def find_heads_again(self) -> None:
         """Take the heads anew from the members' weights; call it after single members were moved or cast."""
-        self.__dict__.pop("apart", None)
-        self.contexts.forget()
+        self.forget_readers()
         heads = [replace_weight(head, member) for head, member in zip(self.member_heads, self.members, strict=True)]
         self.combiner = Combiner(self.config.members, heads, self.combiner.support)
 
@@ -345,6 +388,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer = tokenizer
+        self.forget_readers()
         self.contexts = Contexts.of(self.config, list(self.members), tokenizer)
         self.config.adopt_limits(list(self.members), self.combiner.v, self.contexts.prefixes)
         self.combiner.support = token_support(ids or token_ids(tokenizer), self.config.members, self.heads)

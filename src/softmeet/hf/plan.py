@@ -16,8 +16,8 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map
 
+from softmeet.engine.combine import rows_at_once
 from softmeet.errors import InvalidInputError
-from softmeet.hf.combining import rows_at_once
 from softmeet.members import quantized
 from softmeet.members.huggingface import Dtype, dtype_of, placed, random_member
 from softmeet.members.member import Member

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,10 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from softmeet.hf.combining import Combiner
+from softmeet.engine.ask import Members
+from softmeet.engine.combine import Combiner
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.members.opaque import Head
+from softmeet.readers.reader import Reader, Row
 from softmeet.rules.settings import Settings
 
 
@@ -25,6 +28,7 @@ class AnyEnsemble(Protocol):
 
     members: nn.ModuleList
     combiner: Combiner
+    garbage: deque[tuple[Reader, Row]]
     config: EnsembleConfig
     contexts: Contexts
     tokenizer: PreTrainedTokenizerBase | None
@@ -47,6 +51,17 @@ class AnyEnsemble(Protocol):
     @property
     def apart(self) -> bool:
         """Whether members are on different devices."""
+
+    @property
+    def readers_of_members(self) -> Sequence[Reader]:
+        """The readers of the members, in order."""
+
+    @property
+    def reading(self) -> Members:
+        """Those who read texts for this ensemble."""
+
+    def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+        """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
 
     parameters: Callable[[], Any]
     generate: Callable[..., Any]

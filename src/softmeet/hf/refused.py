@@ -73,11 +73,15 @@ def checked_length(config: EnsembleConfig, input_ids: Int[Tensor, "B t"] | None,
     """
     if input_ids is None:
         raise InvalidInputError("expected input_ids: members share tokens, not embeddings, so inputs_embeds is refused")
-    length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+    require_context(config, input_ids.shape[1] + (0 if cache is None else cache.get_seq_length()))
+    return input_ids
+
+
+def require_context(config: EnsembleConfig, length: int) -> None:
+    """Raise InvalidInputError if so many tokens exceed the shortest member's context."""
     limit = config.max_position_embeddings
     if limit is not None and length > limit:
         raise InvalidInputError(
             f"expected at most {limit} tokens, the shortest member's context, got {length}: shorten the prompt or "
             "lower max_new_tokens"
         )
-    return input_ids

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softmeet.hf.recorder import Recorder
+from softmeet.engine.recorder import Recorder
 from softmeet.rules.solution import Solution
 from softmeet.solvers.base import Status
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
-from softmeet.hf.recorder import Recorder
+from softmeet.engine.recorder import Recorder
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:

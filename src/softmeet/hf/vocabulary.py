@@ -8,9 +8,9 @@ from numbers import Real
 
 from transformers import PreTrainedTokenizerBase
 
+from softmeet.engine.unread import AVERAGE, averages
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.unread import AVERAGE, averages
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary
 from softmeet.rules.settings import Settings

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
 from softmeet.members.token_tree import require_trees
 from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
 
+_KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 # The most tokens of one text that the model runs at once.
 PIECE = 256
 # Free columns of a block that is made: at least so many, and one for every so many in use.
@@ -301,3 +302,26 @@ def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> 
     where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
     for one, other in zip(source.tensors, target.tensors, strict=True):
         other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
+
+
+def others_than_keys_and_values(config: PreTrainedConfig) -> list[str]:
+    """Return the kinds of layers of a model's cache that hold something else, such as a recurrent layer's state."""
+    layers = DynamicCache(config=config).layers
+    return sorted({type(one).__name__ for one in layers if type(one) not in _KEYS_AND_VALUES})
+
+
+def require_keys_and_values(name: str, config: PreTrainedConfig, what: str) -> None:
+    """Check that the layers of a member's cache hold nothing but keys and values.
+
+    Args:
+        name: the member's, for the message.
+        config: the member's configuration.
+        what: the end of the message, a clause that names the consequence or gives advice.
+
+    Raises:
+        InvalidInputError: if a layer of the cache holds something else, such as the state of a recurrent layer.
+    """
+    if other := others_than_keys_and_values(config):
+        raise InvalidInputError(
+            f"expected members whose cache holds keys and values, but {name} has {', '.join(other)}: {what}"
+        )

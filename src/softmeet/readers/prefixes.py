@@ -52,6 +52,13 @@ class PrefixCache(Generic[T]):
         """What is kept of all prompts."""
         return list(self._kept.values())
 
+    def clear(self) -> None:
+        """Drop everything."""
+        for states in self._kept.values():
+            self._dropped(states)
+        self._kept.clear()
+        self.tokens = 0
+
     def wants(self, tokens: list[int] | tuple[int, ...]) -> bool:
         """Return whether a prompt would be stored: it is not stored already, and not longer than ``limit``."""
         return len(tokens) <= self.limit and tuple(tokens) not in self._kept

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,12 +17,11 @@ from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
 from softmeet.members.heads import head_of
 from softmeet.members.huggingface import require_cache
 from softmeet.members.opaque import Head
-from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.members.placement import whereabouts
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.members.reading import Work
 from softmeet.readers.blocks import Seat
-from softmeet.readers.kv import KeysAndValues
+from softmeet.readers.kv import KeysAndValues, require_keys_and_values
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits
 
@@ -68,6 +68,17 @@ class TokenAlphabet:
         return
 
 
+# Where only a member's own tokens are kept: those of so many contexts.
+_OWN = 16
+
+
+def stamp_of(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Return what changes when a model's weights are changed in place, cast or moved."""
+    parameters = list(model.parameters())
+    first = parameters[0]
+    return first.dtype, first.device, first.data_ptr(), sum(0 if p.is_inference() else p._version for p in parameters)
+
+
 @dataclass(eq=False)
 class _Text(Row):
     """A row: the tokens that were read, where their keys and values are, and the last hidden state.
@@ -93,7 +104,7 @@ class _Text(Row):
         return len(self.tokens) - self.own
 
 
-class _States(Predictions):
+class States(Predictions):
     """Predictions as last hidden states, which the model's head turns into logits when these are asked for."""
 
     def __init__(
@@ -112,6 +123,19 @@ class _States(Predictions):
         return self._head.logits(self._states[places])
 
 
+def context_of(model: PreTrainedModel) -> int:
+    """Return the number of tokens in a model's context; 2⁶³ - 1 if nothing limits it."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def ends_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Return the ids that end a text."""
+    named = model.generation_config.eos_token_id
+    ends = named if isinstance(named, list) else [named]
+    return frozenset({getattr(tokenizer, "eos_token_id", None), *ends} - {None})
+
+
 class TransformersReader(Reader):
     """A causal language model of transformers, read token by token.
 
@@ -121,7 +145,7 @@ class TransformersReader(Reader):
         name: its name in messages.
         own: the tokens before every text for which no others are given; None for the tokenizer's own.
         kept_tokens: the most tokens of earlier texts, in all, whose keys and values are kept for texts that begin
-            alike.
+            alike; None to keep those of the member's own tokens before texts alone.
         head: its output layer; None to find it.
 
     Raises:
@@ -135,22 +159,17 @@ class TransformersReader(Reader):
         tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         own: Sequence[int] | None = None,
-        kept_tokens: int = 16384,
+        kept_tokens: int | None = 16384,
         head: Head | None = None,
     ) -> None:
         require_cache(model)
-        layers_of_keys_and_values(name, model.config, "rows of a text cannot be read on")
+        require_keys_and_values(name, model.config, "rows of a text cannot be read on")
         self.model, self.name = model, name
         self.head: Head = head or head_of(model)
-        config = model.config.get_text_config(decoder=True)
         self.own = tuple(own or (tokenizer.encode("") if own is None and tokenizer is not None else ()))
-        self._context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self._context = context_of(model)
         self.limit = self._context - len(self.own)
-        named = model.generation_config.eos_token_id
-        ends = named if isinstance(named, list) else [named]
-        self.alphabet = TokenAlphabet(
-            tokenizer, self.head.v, frozenset({getattr(tokenizer, "eos_token_id", None), *ends} - {None})
-        )
+        self.alphabet = TokenAlphabet(tokenizer, self.head.v, ends_of_texts(model, tokenizer))
         weights = list(model.parameters())
         self.traits = Traits(
             rounding="coarse" if rounds_coarsely(model) else "fine",
@@ -158,7 +177,8 @@ class TransformersReader(Reader):
             cost=sum(own.nbytes for own in weights),
         )
         self._kv = KeysAndValues(model)
-        self._prefixes = PrefixCache[Seat](kept_tokens, self._kv.leave)
+        self._whole, limit = kept_tokens is not None, _OWN * self._context if kept_tokens is None else kept_tokens
+        self._prefixes, self._stamp = PrefixCache[Seat](limit, self._kv.leave), stamp_of(model)
         self._rows = set[_Text]()
 
     @property
@@ -183,12 +203,19 @@ class TransformersReader(Reader):
                 f"{self.alphabet.size:,}, got {said}"
             )
         if reuse and (before or text):
+            self._forget_other_weights()
             found, kept = self._prefixes.longest([*before, *text])
             if kept is not None:
                 row.seat, row.known = self._kv.alone(kept, found), max(0, found - len(before))
                 row.tokens += text[: row.known]
         self._rows.add(row)
         return row
+
+    def _forget_other_weights(self) -> None:
+        """Forget what is kept of earlier texts, if the weights were changed in place since."""
+        if self._prefixes.tokens and (now := stamp_of(self.model)) != self._stamp:
+            self._prefixes.clear()
+            self._stamp = now
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that begin with a row's symbols; keys and values are shared."""
@@ -279,7 +306,7 @@ class TransformersReader(Reader):
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
         told = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
-        return _States(self.head, told, counts, errors, work)
+        return States(self.head, told, counts, errors, work)
 
     def _new(self, row: _Text, one: Read) -> list[int]:
         """Return the tokens of a row that have to be run."""
@@ -306,6 +333,7 @@ class TransformersReader(Reader):
     def _keep(self, row: _Text, symbols: Sequence[int], last: Float[Tensor, "1 d"]) -> None:
         """Note what was read of a row, and keep the keys and values of what was first, for texts that begin alike."""
         row.tokens += symbols
-        if row.is_new and self._prefixes.wants(row.tokens):
-            self._prefixes.keep(row.tokens, self._kv.alone(row.seat, len(row.tokens)))
+        known = row.tokens if self._whole else row.tokens[: row.own]
+        if row.is_new and known and self._prefixes.wants(known):
+            self._prefixes.keep(known, self._kv.alone(row.seat, len(known)))
         row.last, row.is_new = last, False

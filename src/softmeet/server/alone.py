@@ -1,7 +1,7 @@
 """A sequence that runs alone: its tokens come by speculation, or each from one member, as long as nobody else runs.
 
 A batch gives every sequence one token for one reading of the members' weights. Where there is a single sequence, the
-time of such a reading is better spent on several of its tokens (:mod:`softmeet.hf.turns`), or on one member alone.
+time of such a reading is better spent on several of its tokens (:mod:`softmeet.engine.speculate`), or on one member.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import secrets
 from collections.abc import Callable
 from typing import Literal
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.hf import quick
-from softmeet.hf.deferral import Drawn
-from softmeet.hf.turns import Combined, MemberTurns
+from softmeet.engine import quick
+from softmeet.engine.ask import Members
+from softmeet.engine.combined import Combined, of_one_each
+from softmeet.engine.speculate import FullError, MemberTurns
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
 from softmeet.server.limits import Limits
-from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import Sequence, Token
 from softmeet.server.tasks import Task
@@ -49,14 +48,8 @@ class OneMember:
 
     def go_on(self, task: Task) -> None:
         """Draw a member by its weight, and the next token from it; then give the token."""
-        s, combiner = self._s, self._s.combination.model.combiner
-        i = self._random.choices(range(len(s.members)), self._weights)[0]
-        (states,) = self._members.read_on([s], slice(i, i + 1), pause=task.pause)[s]
-        if s.error is not None:
-            raise s.error
-        ours = quick.of_drawn(
-            combiner.heads, [states] * len(s.members), Drawn(torch.tensor([i])), combiner.support, combiner.v
-        )
+        s = self._s
+        ours = of_one_each([s], self._random.choices(range(len(s.members)), self._weights), self._members)
         for token in tokens_of([s], Combined(ours), drawn([s], ours)):
             self._give(s, token)
 
@@ -88,8 +81,8 @@ class Ahead(MemberTurns):
         seconds: float,
     ) -> None:
         how, reported = s.combination, s.request.report is not None
-        super().__init__(how.model, how.settings, speculate, rows=1, read=0, reported=reported)
-        self._s, self._members, self._give, self._counted = s, members, give, count
+        super().__init__([s], members, how.settings, speculate, reported=reported)
+        self._s, self._give, self._counted = s, give, count
         self._metrics, self._seconds = metrics, seconds
         self._task: Task
         self._begun, self._suspended = False, 0.0
@@ -99,7 +92,11 @@ class Ahead(MemberTurns):
         self._task = task
         if not self._begun:
             self.read, self._begun = [self.length - 1] * len(self.read), True
-        self.turn()
+        try:
+            self.turn()
+        except FullError:
+            self.end()
+            self._s.alone = False
 
     def end(self) -> None:
         """Let every member forget drafts, and the newest token, as in a batch."""
@@ -113,32 +110,10 @@ class Ahead(MemberTurns):
         return self._task.clock()
 
     @property
-    def length(self) -> int:
-        """The number of tokens, without drafts."""
-        return len(self._s.tokens)
-
-    def columns(self, start: int, stop: int) -> Int[Tensor, "1 k"]:
-        """Return the tokens and drafts from number ``start`` to ``stop - 1``."""
-        return torch.tensor([(self._s.tokens + self._s.drafts)[start:stop]])
-
-    @property
     def is_room(self) -> bool:
         """Whether another draft may follow, with a token of the rule's behind it."""
         s = self._s
         return s.drawn + len(s.drafts) < s.max_tokens - 1 and s.drafts[-1:] not in ([end] for end in s.request.ends)
-
-    def run(self, i: int) -> Float[Tensor, "1 t d"]:
-        """Run member i on what it has not read."""
-        s = self._s
-        (states,) = self._members.read_on([s], slice(i, i + 1), every=True)[s]
-        if s.error is not None:
-            raise s.error
-        return states[None]
-
-    def forget(self, i: int, count: int) -> None:
-        """Make member i forget the last ``count`` tokens that it has read."""
-        if count and not self._s.done:
-            self._members.crop(self._s, i, self.read[i] - count)
 
     def draft(self, log_probs: Float[Tensor, "1 v"]) -> bool:
         """Draw a draft; there is none where a structure has come to a dead end."""
@@ -206,7 +181,7 @@ def alone(
         one_member: whether tokens may come from one member each.
     """
     how, request = s.combination, s.request
-    if how.over_bytes or how.unsure is not None or len(set(s.members)) < max(len(s.members), 2):
+    if how.unsure is not None or len(set(s.readers)) < max(len(s.readers), 2):
         return None
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
@@ -215,7 +190,7 @@ def alone(
     # What is read at once depends on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)
     if request.sampling.is_seeded or s.sampler.greedy:
-        noticed |= any(members.reader(s, i).traits.rounding == "coarse" for i in range(len(s.members)))
-    if not speculate or (speculate == "auto" and (noticed or how.model.apart)):
+        noticed |= any(reader.traits.rounding == "coarse" for reader in s.readers)
+    if not speculate or (speculate == "auto" and (noticed or len({reader.traits.places for reader in s.readers}) > 1)):
         return None
     return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)

@@ -19,18 +19,20 @@ from typing import Any, Literal
 
 import torch
 
+from softmeet.engine.ask import Hidden, Members
+from softmeet.engine.combined import combined
 from softmeet.errors import SoftmeetError
 from softmeet.readers.reader import Reader
 from softmeet.server.alone import alone
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
-from softmeet.server.gating import Gates, Hidden
+from softmeet.server.gating import Gates
 from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
-from softmeet.server.members import Members
+from softmeet.server.members import key_of
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
-from softmeet.server.tokens import combined, drawn, scored, tokens_of
+from softmeet.server.tokens import drawn, scored, tokens_of
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
 
@@ -81,8 +83,9 @@ class Batcher(threading.Thread):
     ) -> None:
         super().__init__(name="softmeet-batcher", daemon=True)
         self.limits, self.metrics, self._reproducible = limits, metrics, reproducible
-        self.members = Members(readers, parallel=parallel, reproducible=reproducible)
-        self._gates = Gates(partial(self.members.read_on, members=slice(1, None)), self.metrics)
+        self._readers = readers
+        self.members = Members(len(readers), parallel=parallel, reproducible=reproducible)
+        self._gates = Gates(self.members, self.metrics)
         self._kinds = Kinds(alone=reproducible)
         parts = self.members, self._give, self._gates.saved, metrics, limits
         self._alone = partial(alone, *parts, speculate=speculate, one_member=one_member)
@@ -95,8 +98,9 @@ class Batcher(threading.Thread):
         self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds), self._prompts)
         self.metrics.waiting.set_function(lambda: len(self._waiting))
         self.metrics.rows.set_function(lambda: len(self._running))
-        self.metrics.kept_prompt_tokens.set_function(lambda: self.members.kept_tokens)
-        self.metrics.cache_bytes.set_function(lambda: self.members.cache_bytes)
+        kept = lambda: sum(getattr(reader, "kept_tokens", 0) for reader in readers.values())  # noqa: E731
+        self.metrics.kept_prompt_tokens.set_function(kept)
+        self.metrics.cache_bytes.set_function(lambda: sum(reader.bytes for reader in readers.values()))
         self._wake = threading.Condition()
         self._closing, self._last_call = False, float("inf")
 
@@ -134,6 +138,8 @@ class Batcher(threading.Thread):
                     f"the server is full: this request needs {more} of its {places} places, and {free} "
                     f"{'is' if free == 1 else 'are'} free: ask again later"
                 )
+            for s in sequences:
+                s.readers = [self._readers[key_of(member)] for member in s.members]
             self._waiting += sequences
             self._wake.notify()
 
@@ -217,7 +223,7 @@ class Batcher(threading.Thread):
                 self._turns.add(Task([s], partial(self._step_alone, s)))
             ready = []
         ready = [s for s in ready if not self._goes_alone(s)]
-        found = self.members.step(ready) if ready else {}
+        found = self._step(ready)
         for s in [s for s in self._unsolved if self._kinds.of(s) not in solving]:
             found[s] = self._unsolved.pop(s)
         groups: dict[Any, list[Sequence]] = defaultdict(list)
@@ -229,6 +235,11 @@ class Batcher(threading.Thread):
         for prompts in prompts_together(new, alone=self._reproducible):
             self._turns.add(Task(prompts, partial(self._run_prompts, prompts)))
         self._turns.take(time.perf_counter() - started, self._some_wait, [s.account for s in found])
+
+    def _step(self, ready: list[Sequence]) -> dict[Sequence, Hidden]:
+        """Read the newest tokens of sequences, each by those of its members that read every token."""
+        wanted = [(s, i) for s in ready for i in range(len(s.rows))[s.batched]]
+        return self.members.step(wanted, ready) if ready else {}
 
     def _start(self, task: Task) -> None:
         """Draw averages at once; all else takes turns."""
@@ -259,7 +270,7 @@ class Batcher(threading.Thread):
 
     def _step_alone(self, s: Sequence, task: Task) -> None:
         """Run one sequence's newest token and draw the next, as no other sequence's is."""
-        self._solve([s], [self.members.step([s])[s]], task)
+        self._solve([s], [self._step([s])[s]], task)
 
     def _some_wait(self) -> bool:
         """Return whether a sequence waits for the next round."""
@@ -269,7 +280,7 @@ class Batcher(threading.Thread):
     def _run_prompts(self, group: list[Sequence], task: Task) -> None:
         """Run the prompts of sequences of one combination, together or, if that fails, each alone."""
         group = [s for s in group if not s.done]
-        members, scored = slice(len(group[0].batched)), group[0].request.score_prompt
+        members, scored = group[0].batched, group[0].request.score_prompt
         try:
             found = self.members.read_on(group, members, every=scored, pause=task.pause)
         except SoftmeetError:
@@ -286,7 +297,7 @@ class Batcher(threading.Thread):
         if s.error is not None:
             raise s.error
         self.metrics.prompt_tokens.inc(len(s.prompt))
-        self.metrics.reused_tokens.inc(self.members.reused(s))
+        self.metrics.reused_tokens.inc(s.reused)
         if s.request.score_prompt:
             every, asked = self._gates.over_prompt(s, hidden, task)
             if s.error is not None:
@@ -317,7 +328,8 @@ class Batcher(threading.Thread):
         suspended, started = task.suspended, task.clock()
         try:
             with task.limit(self.limits.token_seconds * len(group)):
-                chunks = list(combined(group, hidden, quickly=not self._reproducible))
+                plain = not self._reproducible and all(s.request.report is None for s in group)
+                chunks = list(combined(group, hidden, group[0].combination.settings, quickly=plain))
         except SoftmeetError as error:
             if len(group) == 1:
                 self._fail(group[0], error)
@@ -378,7 +390,6 @@ class Batcher(threading.Thread):
         if s.done:
             return
         s.done = True
-        self.members.close(s)
         for place in (self._running, self._waiting):
             if s in place:
                 place.remove(s)

@@ -8,36 +8,28 @@ the others run all tokens that they have not run, each member in one pass over a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from softmeet.hf.deferral import Deferral
-from softmeet.hf.recorder import Savings
+from softmeet.engine.ask import Hidden, Members
+from softmeet.engine.deferral import Deferral
+from softmeet.engine.gate import OTHERS, ask, unread
+from softmeet.engine.recorder import Savings
 from softmeet.rules.solution import Solution
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import Sequence
 from softmeet.server.tasks import Task
-
-# For each member, its last hidden states of one sequence at the same t tokens, (t, d_i).
-Hidden = list[Float[Tensor, "t _"]]
 
 
 class Gates:
     """The decision which members run for sequences under the gate ``unsure``, and the count of what all gates save.
 
     Args:
-        read_on: a function of a list of sequences and a task's ``pause`` that runs all members but the first on the
-            tokens that they have not run, and returns, for each sequence, those members' last hidden states there,
-            (t, d_i); with ``every=True`` it runs all of a new prompt's tokens even if some are cached.
+        members: those who read.
         metrics: its counters ``passes``, ``gated`` and ``saved`` are added to.
     """
 
-    def __init__(self, read_on: Callable[..., dict[Sequence, Hidden]], metrics: Metrics) -> None:
-        self._read_on, self._metrics = read_on, metrics
+    def __init__(self, members: Members, metrics: Metrics) -> None:
+        self._members, self._metrics = members, metrics
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
     def over_prompt(self, sequence: Sequence, hidden: Hidden, task: Task) -> tuple[Hidden, Deferral | None]:
@@ -53,7 +45,7 @@ class Gates:
             task: the task that runs the prompt; it may pause.
 
         Returns:
-            (the last hidden states of every member, (t, d_i) each; a :class:`~softmeet.hf.combining.Deferral` whose
+            (the last hidden states of every member, (t, d_i) each; a :class:`~softmeet.engine.combine.Deferral` whose
             mask, (t,), says at which tokens the gate ``unsure`` is open, or None if the sequence has no such gate).
         """
         gate = sequence.combination.unsure
@@ -61,44 +53,16 @@ class Gates:
             return hidden, None
         asked = sequence.combination.model.combiner.deferral(gate, hidden[0])
         if not bool(asked.rows.any()):
-            return [*hidden, *_unread(sequence, hidden[0])], asked
-        others = self._read_on([sequence], every=True, pause=task.pause)[sequence]
+            return [*hidden, *unread(sequence, hidden[0])], asked
+        others = self._members.read_on([sequence], OTHERS, every=True, pause=task.pause)[sequence]
         sequence.ahead = [states[-1:] for states in others]
         return [*hidden, *others], asked
 
     def ask(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> list[Hidden]:
-        """Return every member's last hidden states at the newest token, for sequences under one gate ``unsure``.
-
-        Where the gate is open, the other members run the tokens that they have not run; where it is closed they do not
-        run, and zeros stand for their hidden states. States in ``Sequence.ahead`` are used, and removed. Each
-        sequence's ``asked`` (whether they run) and ``spent`` (its share of the seconds that this takes) are set.
-
-        Args:
-            group: the sequences, all of one combination.
-            hidden: for each of them, a list of the first member's last hidden state at its newest token, (1, d_1).
-            task: the task that solves the sequences; it may pause.
-
-        Returns:
-            for each sequence a list of one tensor (1, d_i) per member.
-        """
-        combination = group[0].combination
-        assert combination.unsure is not None
-        stacked = torch.cat([own[0] for own in hidden])
-        asked = combination.model.combiner.deferral(combination.unsure, stacked)
-        for k, s in enumerate(group):
-            s.asked, s.spent = asked.take(slice(k, k + 1)), 0.0
-        is_open = [s for s in group if s.asked is not None and bool(s.asked.rows)]
-        started = task.clock()
-        behind = [s for s in is_open if not s.ahead]
-        caught_up = self._read_on(behind, pause=task.pause) if behind else {}
-        for s in is_open:
-            s.spent = (task.clock() - started) / len(is_open)
-        found = []
-        for s, own in zip(group, hidden, strict=True):
-            others = [states[-1:] for states in caught_up.get(s, s.ahead)] or _unread(s, own[0])
-            s.ahead = []
-            found.append([*own, *others])
-        return found
+        """Return every member's last hidden states at the newest token, for sequences under one gate ``unsure``."""
+        gate = group[0].combination.unsure
+        assert gate is not None
+        return ask(group, hidden, gate, self._members, pause=task.pause, clock=task.clock)
 
     def saved(self, sequences: list[Sequence], solution: Solution | None, suspended: float = 0.0) -> float:
         """Count a batch's reads of heads, rows and closed rows; return about how many seconds each closed row saved.
@@ -128,31 +92,3 @@ class Gates:
         self._metrics.gated.labels(gate.name).inc(closed)
         self._metrics.saved.labels(gate.name).inc(closed * each)
         return each
-
-
-def joined(sequences: list[Sequence]) -> Deferral | None:
-    """Join the ``asked`` of sequences of one combination: for which of them all members run, not the first alone.
-
-    Args:
-        sequences: B sequences, each with ``asked`` as :meth:`Gates.ask` sets it.
-
-    Returns:
-        a :class:`~softmeet.hf.combining.Deferral` whose mask, (B,), is True for sequences for which all members run,
-        with the first member's logits, (B, v), if every sequence has them; None without a gate ``unsure``.
-    """
-    found = [s.asked for s in sequences if s.asked is not None]
-    if not found:
-        return None
-    logits = [one.logits for one in found if one.logits is not None]
-    return Deferral(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
-
-
-def _unread(sequence: Sequence, like: Float[Tensor, "t d"]) -> Hidden:
-    """Return zeros, (t, d_i), in place of the hidden states of each member but the first, where they are not used.
-
-    Args:
-        sequence: whose members they are.
-        like: the first member's hidden states, (t, d); they give t, dtype and device.
-    """
-    heads = sequence.combination.model.combiner.heads[1:]
-    return [like.new_zeros(len(like), head.d) for head in heads]

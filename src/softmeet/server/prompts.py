@@ -7,6 +7,7 @@ from functools import partial
 from itertools import accumulate, zip_longest
 from typing import Any
 
+from softmeet.engine.continuation import Own
 from softmeet.errors import InvalidInputError
 from softmeet.hf.chat import chat_of
 from softmeet.hf.prompts import read_prompt
@@ -16,7 +17,7 @@ from softmeet.members.spelling import Spelling
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CompletionRequest, Generation
-from softmeet.server.sequences import Combination, Own
+from softmeet.server.sequences import Combination
 from softmeet.server.texts import token_texts
 
 # The fields that say how many tokens an answer may have; the first that is given counts.

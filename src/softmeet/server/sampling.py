@@ -10,9 +10,9 @@ import transformers as tf
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from softmeet.engine.masking import Mask, Structured
 from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_modeling import WholeCharacters
-from softmeet.hf.masking import Mask, Structured
 from softmeet.members.covers import END
 from softmeet.noise import draw, require_seed
 

@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from softmeet.errors import NonFiniteError, SoftmeetError
+from softmeet.engine.continuation import Continuation, Own, Runner
 from softmeet.hf.answer_length import AnswerLength
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.deferral import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.byte_member import ByteMember
-from softmeet.readers.reader import Reader, Row
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
 from softmeet.server.sampling import Sampler, Sampling
-
-# For each member its own tokens, or None.
-Own: TypeAlias = tuple[tuple[int, ...] | None, ...]
-# What the batcher runs: a model over tokens, or one that is read byte by byte.
-Runner: TypeAlias = PreTrainedModel | ByteMember
 
 
 def members_of(model: EnsembleForCausalLM) -> list[Runner]:
@@ -274,7 +263,7 @@ class GenerationRequest:
         return (*(() if self.ignore_eos else self.combination.ends), *self.stop_token_ids)
 
 
-class Sequence:
+class Sequence(Continuation):
     """One continuation of one prompt: its tokens, and how many of them each member has run.
 
     Args:
@@ -290,21 +279,10 @@ class Sequence:
         sampler: draws the sequence's tokens.
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before; over bytes the
             most symbols.
-        own: what the members read of their own, one of ``GenerationRequest.own``; empty for nothing.
-        tokens: the prompt's ids and those drawn so far.
         held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
-        drafts: ids that may follow them, while it runs alone; else none.
         members: the members in their order.
-        rows: for each member, the row in which it reads the sequence; None before the first token.
-        readers: for each member that has a row, what reads it.
-        skipped: for each member, in place of how many of the first tokens it reads its own.
-        failures: (the name of a member, why it cannot read the sequence).
-        ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
-            has computed them already; else empty.
         alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it, False for as in a
             batch; None before.
-        asked: under the gate ``unsure`` a Deferral of one row: whether the other members run at the newest token.
-        spent: the sequence's share of the seconds that running these other members took.
         cancelled: whether the sequence is to be ended before its next token.
         busy: whether a task works on it, or it waits for one, so that it has no new token to run.
         account: the time that is left to its tasks: its request's, but all sequences without a token share one.
@@ -313,10 +291,11 @@ class Sequence:
     """
 
     def __init__(self, request: GenerationRequest, prompt: tuple[int, ...], key: int, emit: Listener) -> None:
-        self.request, self.prompt, self.emit = request, prompt, emit
+        own = request.own[key // request.choices] if request.own else ()
+        super().__init__(request.combination.model, prompt, own, ())
+        self.request, self.emit = request, emit
         self.combination = request.combination
         self.sampler = Sampler(request.sampling, key, len(prompt), request.ends, over_bytes=self.combination.over_bytes)
-        self.own: Own = request.own[key // request.choices] if request.own else ()
         self._length = self.combination.answer_length(request.max_tokens, request.max_bytes)
         most = request.max_tokens if self._length is None else self._length.longest or 0
         self.max_tokens = min(most, self.combination.room(len(prompt), self.own))
@@ -324,71 +303,19 @@ class Sequence:
         self.busy = True
         self.account = request.account
         self.last: float | None = None
-        self.tokens, self.drafts, self.held = list(prompt), list[int](), list[Token]()
+        self.held = list[Token]()
         self.members: list[Runner] = self.combination.members
-        self.rows: list[Row | None] = [None] * len(self.members)
-        self.readers: list[Reader | None] = [None] * len(self.members)
-        self.skipped = [0] * len(self.members)
-        self.failures = list[tuple[str, SoftmeetError]]()
-        self.ahead: list[Float[Tensor, "1 _"]] = []
         self.alone: Any = None
-        self.asked: Deferral | None = None
-        self.spent = 0.0
-
-    def row(self, i: int, reader: Reader, *, reuse: bool = True) -> Row:
-        """Return the row in which member i reads the sequence; it is opened if there is none.
-
-        Args:
-            i: the member's number.
-            reader: the member.
-            reuse: whether a row that is opened may begin with what was read of earlier prompts.
-        """
-        found = self.rows[i]
-        if found is None:
-            own, self.skipped[i] = self.combination.model.before(i, self.prompt, self.own)
-            found = self.rows[i] = reader.open(self.tokens[self.skipped[i] :], own, reuse=reuse)
-            self.readers[i] = reader
-        return found
-
-    def expected(self, top: int) -> list[list[tuple[str, float]]]:
-        """Return for each member its most probable own tokens that may come next; empty where that is not known."""
-        pairs = zip(self.readers, self.rows, self.skipped, strict=True)
-        found = [
-            list(reader.explain(row, top, len(self.tokens) - skipped).expected)
-            for reader, row, skipped in pairs
-            if reader is not None and row is not None
-        ]
-        return found if all(found) else []
-
-    def unread(self, i: int) -> list[int]:
-        """Return the tokens and drafts that member i has not read."""
-        row = self.rows[i]
-        return (self.tokens + self.drafts)[self.skipped[i] + (0 if row is None else row.length) :]
 
     @property
-    def error(self) -> SoftmeetError | None:
-        """Why members cannot read the sequence; None if they can."""
-        for _, error in self.failures:
-            if not isinstance(error, NonFiniteError):
-                return error
-        bad = ", ".join(name for name, _ in self.failures)
-        return (
-            bad
-            and NonFiniteError(
-                f"expected finite hidden states, got NaN or an infinity from {bad}: leave it out of this request, or "
-                "change the prompt"
-            )
-        ) or None
+    def batched(self) -> slice:
+        """The members that read every token: all, or under the gate ``unsure`` the first alone."""
+        return slice(1 if self.combination.unsure else None)
 
     @property
-    def batched(self) -> list[PreTrainedModel]:
-        """The members that have the sequence in their batches: all, or under the gate ``unsure`` the first alone."""
-        return self.members[:1] if self.combination.unsure else self.members
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a member's context is full, though its limit was not reached, so that nothing can follow."""
-        return any(row is not None and row.full for row in self.rows)
+    def reused(self) -> int:
+        """How many tokens of the prompt none of these had to read."""
+        return min(0 if row is None else row.known for row in self.rows[self.batched])
 
     def add(self, token: Token) -> list[Token]:
         """Append a drawn token, and return those that belong to the answer for certain and were not returned before."""
@@ -419,7 +346,8 @@ class Sequence:
 
     def forget(self) -> None:
         """Free the keys and values, even if somebody keeps the sequence."""
-        self.rows, self.ahead, self.alone = [None] * len(self.members), [], None
+        self.close()
+        self.alone = None
 
     def cancel(self) -> None:
         """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""

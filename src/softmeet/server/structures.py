@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from softmeet.engine.masking import Mask, ends_of
 from softmeet.errors import InvalidInputError
-from softmeet.hf.masking import Mask, ends_of
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.server.errors import BusyError, RequestError
 from softmeet.server.schemas import Generation, ResponseFormat, StructuredOutputs

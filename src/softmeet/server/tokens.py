@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet.engine.ask import Hidden
+from softmeet.engine.combined import Combined
+from softmeet.engine.deferral import Deferral
 from softmeet.hf.byte_report import byte_report
-from softmeet.hf.deferral import Deferral
 from softmeet.hf.report import token_report
-from softmeet.hf.turns import Combined
 from softmeet.rules.problem import TokensBefore
-from softmeet.server.gating import Hidden, joined
 from softmeet.server.sampling import next_scores, next_tokens
 from softmeet.server.sequences import Sequence, Token
 from softmeet.server.tasks import Task
@@ -24,28 +24,6 @@ from softmeet.solvers.base import Status
 
 # Tokens of a prompt that are scored at once: their solver's steps cannot be interrupted.
 _SCORED_AT_ONCE = 16
-
-
-def combined(group: list[Sequence], hidden: list[Hidden], *, quickly: bool) -> Iterator[Combined]:
-    """Combine the members at the newest position of each sequence, in chunks of sequences that bound memory.
-
-    Args:
-        group: B sequences of one combination.
-        hidden: for each sequence, each member's last hidden states there, (1, d_i).
-        quickly: whether an average that nobody wants a report of may be computed without one, which rounds otherwise.
-
-    Raises:
-        SoftmeetError: as :meth:`Combiner.combine_rows`.
-    """
-    how, asked = group[0].combination, joined(group)
-    combiner, stacked = how.model.combiner, [torch.cat(member) for member in zip(*hidden, strict=True)]
-    plain = quickly and asked is None and all(s.request.report is None for s in group)
-    if plain and (found := combiner.quickly(stacked, how.settings)) is not None:
-        yield Combined(found)
-        return
-    before = TokensBefore.of(torch.tensor([s.tokens[-1] for s in group]), how.model.tokenizer)
-    for log_probs, solution in combiner.solve_in_chunks(stacked, how.settings, asked, before, proved=False):
-        yield Combined(solution.log_probs, log_probs, solution)
 
 
 def drawn(sequences: list[Sequence], ours: Float[Tensor, "B v"]) -> list[int]:

@@ -8,50 +8,38 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from softmeet.hf import quick
-from softmeet.hf.combining import rows_at_once
-from softmeet.hf.pace import MOST, Pace
+from softmeet.engine import quick
+from softmeet.engine.ask import Members
+from softmeet.engine.combine import rows_at_once
+from softmeet.engine.combined import Combined
+from softmeet.engine.continuation import Continuation
+from softmeet.engine.pace import MOST, Pace
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
-from softmeet.rules.solution import Solution
-
-if TYPE_CHECKING:
-    from softmeet.hf.protocol import AnyEnsemble
 
 
-@dataclass(frozen=True, eq=False)
-class Combined:
-    """What a rule makes of B positions.
-
-    Attributes:
-        ours: (B, v), the rule's log-probabilities in nats.
-        members: (n, B, v), the members' own; None of an average that was computed without them.
-        solution: how the rule was solved; None of such an average.
-    """
-
-    ours: Float[Tensor, "B v"]
-    members: Float[Tensor, "n B v"] | None = None
-    solution: Solution | None = None
+class FullError(Exception):
+    """A member's context is full, so that nothing can be drafted any more."""
 
 
 class MemberTurns(ABC):
     """The members' turns over B texts that advance together: each reads all that it has not read, and drafts.
 
-    What the texts are, and how members read them, is a subclass's.
+    How tokens are drawn, and what becomes of them, is a subclass's. Columns are counted from the first text's first
+    token; the others' last tokens stand beside its.
 
     Args:
-        model: the ensemble.
-        settings: those by which its members are combined, from :meth:`Settings.for_members`.
+        texts: the texts, of one ensemble, of which every member has read all tokens but the newest.
+        members: those who read.
+        settings: those by which they are combined, from :meth:`Settings.for_members`.
         speculate: how many tokens the cheapest member drafts at its turn; "auto" for as many as pay.
-        rows: the number B of texts.
-        read: the number of columns that every member has read.
         reported: whether more of each position is wanted than the rule's distribution.
         singly: whether positions are solved one by one.
 
@@ -62,26 +50,25 @@ class MemberTurns(ABC):
 
     def __init__(
         self,
-        model: AnyEnsemble,
+        texts: Sequence[Continuation],
+        members: Members,
         settings: Settings,
         speculate: int | Literal["auto"],
         *,
-        rows: int,
-        read: int,
         reported: bool,
         singly: bool = False,
     ) -> None:
-        self._model, self._settings, self._speculate = model, settings, speculate
-        n, v = len(model.members), model.combiner.v
-        sizes = [sum(p.numel() * p.element_size() for p in member.parameters()) for member in model.members]
-        weights = quick.weights_of(settings)
+        self.texts, self._members, self._model = list(texts), members, texts[0].model
+        self._settings, self._speculate = settings, speculate
+        n, rows, v = len(self.texts[0].readers), len(self.texts), self._model.combiner.v
+        sizes, weights = [reader.traits.cost for reader in self.texts[0].readers], quick.weights_of(settings)
         # Of members of about one size, the one that weighs most is the nearest to the rule.
         self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
         self.pace = Pace(n, self._order[0], rows)
         most = rows * (n + (MOST if speculate == "auto" else speculate))
         self._quick = settings.rule.is_average and not reported and quick.may(settings, most, v)
         self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
-        self.read = [read] * n
+        self.read = [self.length - 1] * n
         self._count = 0
         self._authors: list[int] = []
         self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
@@ -91,27 +78,33 @@ class MemberTurns(ABC):
         """Return a time in seconds, from which the times of calls are taken."""
         return time.perf_counter()
 
+    def pause(self) -> None:  # noqa: B027 - most have nothing to do here
+        """Be told that a piece of what is read was read."""
+
     @property
-    @abstractmethod
     def length(self) -> int:
         """The number of columns that are settled."""
-
-    @abstractmethod
-    def columns(self, start: int, stop: int) -> Int[Tensor, "B k"]:
-        """Return the tokens in columns ``start`` to ``stop - 1``."""
+        return len(self.texts[0].tokens)
 
     @property
     @abstractmethod
     def is_room(self) -> bool:
-        """Whether another draft has a place, in the texts and in the members' contexts."""
+        """Whether another draft has a place in the texts."""
 
-    @abstractmethod
     def run(self, i: int) -> Float[Tensor, "B t d"]:
-        """Run member i on the t columns that it has not read, and return its last hidden states there."""
+        """Have member i read the t columns that it has not read, and return its last hidden states there.
 
-    @abstractmethod
-    def forget(self, i: int, count: int) -> None:
-        """Make member i forget the last ``count`` columns that it has read."""
+        Raises:
+            SoftmeetError: if it cannot read a text.
+            FullError: if its context is full before its limit.
+        """
+        found = self._members.read_on(self.texts, slice(i, i + 1), every=True, pause=self.pause)
+        for one in self.texts:
+            if one.error is not None:
+                raise one.error
+            if one.is_full:
+                raise FullError
+        return torch.stack([states for (states,) in found.values()])
 
     @abstractmethod
     def draft(self, log_probs: Float[Tensor, "B v"]) -> bool:
@@ -137,8 +130,9 @@ class MemberTurns(ABC):
     def take_back(self) -> None:
         """Make every member forget the columns behind those that are settled, and the newest of these."""
         kept = self.length - 1
-        for i, read in enumerate(self.read):
-            self.forget(i, read - kept)
+        for one in self.texts:
+            for i in range(len(self.read)):
+                one.crop(i, len(one.tokens) - 1)
         self.read, self._authors = [kept] * len(self.read), []
         for known in (*self._hidden, *self._logits):
             known.clear()
@@ -158,9 +152,9 @@ class MemberTurns(ABC):
                 return Combined(average)
             # A rule without a quick form has none anywhere.
             self._quick = False
-        newest = self.length - 1
-        columns = self.columns(newest, newest + stop - start)
-        before = TokensBefore.of(columns.T.flatten(), self._model.tokenizer)
+        # Before the first of the positions is the newest token, before the others are drafts.
+        ahead = [[*one.tokens[-1:], *one.drafts][: stop - start] for one in self.texts]
+        before = TokensBefore.of(torch.tensor(ahead).T.flatten(), self._model.tokenizer)
         hidden = [torch.cat(own[start:stop]) for own in self._hidden]
         log_probs, solution = combiner.solve_rows(hidden, self._settings, before=before, proved=False)
         return Combined(solution.log_probs, log_probs, solution)
@@ -184,7 +178,7 @@ class MemberTurns(ABC):
     def _padded(self, logits: Float[Tensor, "r _"]) -> Float[Tensor, "r v"]:
         """Put a member's logits where the rule is computed, with -inf for ids that its head does not have."""
         more = self._model.combiner.v - logits.shape[-1]
-        logits = logits.to(self._model.device)
+        logits = logits.to(self._model.combiner.heads[0].device)
         return nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
 
     def _draft(self, i: int) -> bool:

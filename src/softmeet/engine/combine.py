@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from softmeet.engine import quick
+from softmeet.engine.deferral import Deferral, Drawn
+from softmeet.engine.recorder import Recorder
+from softmeet.engine.unread import require_read
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
-from softmeet.hf import quick
-from softmeet.hf.deferral import Deferral, Drawn
-from softmeet.hf.recorder import Recorder
-from softmeet.hf.unread import require_read
 from softmeet.members.bands import bands
 from softmeet.members.heads import one_head
 from softmeet.members.opaque import Head
@@ -130,7 +130,7 @@ class Combiner:
         return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
 
     def quickly(self, hidden: Hidden, settings: Settings) -> Float[Tensor, "B v"] | None:
-        """Return an average's log-probabilities in nats, without what a report needs (:mod:`softmeet.hf.quick`).
+        """Return an average's log-probabilities in nats, without what a report needs (:mod:`softmeet.engine.quick`).
 
         Args:
             hidden: for each member i, its last hidden states, (B, d_i).
@@ -300,8 +300,8 @@ class Combiner:
 
         Raises:
             NonFiniteError: if ``scores`` hold NaN, +inf or a row of -inf only; the message names the member.
-            UnsupportedHeadError: if a head that is to be read cannot be (:func:`softmeet.hf.unread.require_read`), or
-                ``free_radial`` is set and a member's final norm is unknown.
+            UnsupportedHeadError: if a head that is to be read cannot be (:func:`require_read`), or ``free_radial`` is
+                set and a member's final norm is unknown.
             InvalidInputError: if ``free_radial`` is set with several bands, ``start`` or ``relaxed`` does not fit, or
                 the gate is ``movement`` without a calibrated factor.
             InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from softmeet.engine.deferral import Drawn
 from softmeet.errors import NonFiniteError
-from softmeet.hf.deferral import Drawn
 from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.rules.gates import that_closes
 from softmeet.rules.settings import Settings

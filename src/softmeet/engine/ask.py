@@ -1,0 +1,124 @@
+"""``Members``: the readers of texts that are written, each of which reads what it has not read of them.
+
+Usually each member reads the newest tokens of all its texts in one call. What it predicts for a text then depends on
+the others up to rounding. If members are *reproducible*, every text is read by itself, at the price of the batch: its
+numbers are the same, to the last bit, whatever else is written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.engine.continuation import Continuation
+from softmeet.engine.together import Together
+from softmeet.readers.reader import Predictions, Read, Reader, finished
+
+# For each member, its last hidden states of one text at the same t tokens, (t, d_i); or log-probabilities, (t, v).
+Hidden: TypeAlias = list[Float[Tensor, "t _"]]
+# A text, and which of its members a reader is; an ensemble may have one several times, with prompts of its own.
+Part = tuple[Continuation, int]
+C = TypeVar("C", bound=Continuation)
+
+
+class Members:
+    """The members of ensembles, as those who read texts.
+
+    Args:
+        n: the number of members.
+        parallel: whether members read at the same time, in a thread each; it pays if they are on different devices, and
+            "auto" measures whether it does for the newest tokens of so many texts.
+        reproducible: whether every text is read by itself.
+    """
+
+    def __init__(self, n: int, *, parallel: bool | Literal["auto"] = False, reproducible: bool = False) -> None:
+        self._together, self._reproducible = Together(n, parallel), reproducible
+
+    def step(self, parts: Sequence[tuple[C, int]], texts: Sequence[C]) -> dict[C, Hidden]:
+        """Read what members have not read of texts, in the way that was measured to be faster for so many.
+
+        Args:
+            parts: each text with the numbers of the members that read it.
+            texts: the texts; why a member cannot read them is added to their ``failures``.
+
+        Returns:
+            for each text, what each of its members predicts behind its newest token, as :meth:`read_on` has it.
+        """
+        if self._reproducible and len(texts) > 1:
+            return {one: self.step([part for part in parts if part[0] is one], [one])[one] for one in texts}
+        return self._read(parts, texts)
+
+    def read_on(
+        self,
+        texts: Sequence[C],
+        members: slice = slice(None),
+        *,
+        every: bool = False,
+        pause: Callable[[], None] = lambda: None,
+    ) -> dict[C, Hidden]:
+        """Read the tokens and drafts of texts that members have not read, each member those of all together.
+
+        Args:
+            texts: why a member cannot read them is added to their ``failures``.
+            members: the members that read, as a slice.
+            every: whether the next token is to be predicted behind all t tokens that a member has not read, in place of
+                the newest alone. What is kept of earlier texts is then not used.
+            pause: called between the pieces of a long text, if members do not read in threads of their own.
+
+        Returns:
+            for each text and each of those members the last hidden states, (t, d_i), or of a member without a head
+            log-probabilities in nats, (t, v); (1, …) for the newest token alone.
+        """
+        if self._reproducible and len(texts) > 1:
+            return {one: self.read_on([one], members, every=every, pause=pause)[one] for one in texts}
+        parts = [(one, i) for one in texts for i in range(len(one.rows))[members]]
+        return self._read(parts, texts, every=every, pause=pause)
+
+    def _read(
+        self,
+        asked: Sequence[tuple[C, int]],
+        texts: Sequence[C],
+        *,
+        every: bool = False,
+        pause: Callable[[], None] | None = None,
+    ) -> dict[C, Hidden]:
+        """Read as :meth:`read_on` does; without a ``pause`` in the way that was measured to be faster."""
+        parts = defaultdict[Reader, list[Part]](list)
+        for text, i in asked:
+            parts[text.readers[i]].append((text, i))
+        # A task can be suspended in its own thread alone.
+        between = pause if pause is not None and self._together.parallel is not True else lambda: None
+        run = partial(_read_by, parts, every=every, pause=between)
+        if pause is None:
+            told = self._together.measured(run, list(parts), len(texts))
+        else:
+            told = self._together.map(run, list(parts))
+        behind = dict[Any, Float[Tensor, "t _"]]()
+        for reader, own, predictions in zip(parts, parts.values(), told, strict=True):
+            states = predictions.log_probs() if reader.head is None else predictions.hidden()
+            behind |= zip(own, states.split(predictions.counts), strict=True)
+            for k, error in predictions.errors.items():
+                own[k][0].failures.append((reader.name, error))
+        found: dict[C, Hidden] = {one: [] for one in texts}
+        for (text, _), states in sorted(behind.items(), key=lambda one: one[0][1]):
+            found[text].append(states)
+        return found
+
+
+def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool, pause: Callable[[], None]) -> Predictions:
+    return finished(_reading(reader, parts[reader], every=every), pause)
+
+
+def _reading(reader: Reader, parts: list[Part], *, every: bool) -> Generator[None, None, Predictions]:
+    asked = []
+    for text, i in parts:
+        row, symbols = text.row(i, reuse=not every), text.unread(i)
+        # A token in whose place the member reads its own is predicted behind before any symbol.
+        first = max(0, 1 - (0 if row.length else text.skipped[i])) if every else len(symbols)
+        asked.append(Read(row, symbols, range(first, len(symbols) + 1)))
+    return (yield from reader.read(asked))

@@ -1,0 +1,419 @@
+"""Decoding of a call of ``generate``: sampling and greedy search, token by token or several at once by speculation.
+
+Every token is the one that transformers' own loop would choose: the rule's most probable, or the one with the largest
+sum of the rule's score and the noise of its position (:mod:`softmeet.hf.sampling`). A draft is drawn from a member's
+own distribution with the same noise. Where the rule chooses another token, that token takes the draft's place, and what
+members have read behind it is taken back. A draft from q in place of the rule's p is accepted with probability
+(1 - TV(p, q)) / (1 + TV(p, q)) at least (Daliri, Musco and Suresh, Coupling without Communication, 2024). That members
+draft and read in turn is due to Fu et al., Speculative Ensemble (2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from softmeet.engine.ask import Hidden
+from softmeet.engine.combined import Combined, combined, of_one_each
+from softmeet.engine.continuation import Dropped
+from softmeet.engine.gate import ask
+from softmeet.engine.quick import weights_of
+from softmeet.engine.speculate import FullError, MemberTurns
+from softmeet.errors import InvalidInputError
+from softmeet.hf.call_options import CallOptions
+from softmeet.hf.refused import checked_length, require_context
+from softmeet.hf.running import NewTokens, said_full
+from softmeet.hf.sampling import FreshNoise
+from softmeet.members.quantized import rounds_coarsely
+from softmeet.rules.gates import Unsure, that_closes
+from softmeet.solvers.clock import time_limit
+
+if TYPE_CHECKING:
+    from softmeet.hf.protocol import AnyEnsemble
+
+
+# Processors of transformers whose scores depend on what they were called with before, which may have been drafts.
+_STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
+
+
+# The most sequences that "auto" drafts for: a turn's drafts have to be right in all of them.
+_ROWS = 2
+
+
+def is_to_speculate(
+    model: AnyEnsemble,
+    options: CallOptions,
+    config: Any,
+    processors: Sequence[Any],
+    rows: int = 1,
+) -> bool:
+    """Return whether a call drafts tokens: it is asked to, or does not say, and nothing stands against it.
+
+    Args:
+        model: the ensemble that is called.
+        options: the call's.
+        config: the call's generation configuration.
+        processors: the call's processors of scores.
+        rows: the number of the call's sequences.
+
+    Raises:
+        InvalidInputError: if a number of drafts is asked for, and something stands against it; the message names it.
+    """
+    asked = options.speculate
+    # Members on devices of their own run at the same time, and members that draft in turn.
+    cannot_pay = rows > _ROWS or model.apart
+    if asked == 0 or (asked in ("auto", None) and cannot_pay) or (asked is None and _is_noticed(model, processors)):
+        return False
+    against = _against(model, options, config, processors)
+    if against and asked not in ("auto", None):
+        raise InvalidInputError(
+            f"speculate={options.speculate} cannot be used with {', '.join(against)}: leave out one of both"
+        )
+    return not against
+
+
+def _is_noticed(model: AnyEnsemble, processors: Sequence[Any]) -> bool:
+    """Return whether somebody could notice more of speculation than the time that it takes.
+
+    Texts which should repeat would not where members round coarsely. Processors and functions of the caller's own may
+    remember what they were called with.
+    """
+    ours, given = ("transformers.", "softmeet."), "PrefixConstrainedLogitsProcessor"
+    foreign = (not f"{type(one).__module__}.".startswith(ours) or type(one).__name__ == given for one in processors)
+    return any(foreign) or any(map(rounds_coarsely, model.members))
+
+
+def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: Sequence[Any]) -> list[str]:
+    """Return what stands against speculation, for messages."""
+    found = {
+        "a single member": len(model.members) < 2,
+        "one_member": options.one_member,
+        "the gate unsure, by which members already lag behind": isinstance(that_closes(options.settings.gate), Unsure),
+        "token_seconds": options.token_seconds is not None,
+        "use_cache=False": not config.use_cache,
+        "num_beams": config.num_beams not in (None, 1),
+        "prompt_lookup_num_tokens": getattr(config, "prompt_lookup_num_tokens", None) is not None,
+        "use_mtp": bool(getattr(config, "use_mtp", None)),
+    }
+    names = [name for name, given in found.items() if given]
+    names += [type(one).__name__ for one in processors if type(one).__name__ in _STATEFUL]
+    readers = [] if names else model.readers_of_members
+    fixed = [i for i, one in enumerate(readers) if not one.traits.can_crop]
+    return names or [f"member {i}, whose cache cannot be cut back" for i in fixed]
+
+
+def decodes(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether :func:`decode` does what transformers' loop of sampling and greedy search would do.
+
+    Not where members reread each text, where processes wait for each other, and for an assistant that drafts for
+    another loop.
+    """
+    return kwargs.get("cache") is not None and not kwargs.get("synced_gpus") and not config.is_assistant
+
+
+@torch.no_grad()
+def decode(
+    model: AnyEnsemble,
+    input_ids: Int[Tensor, "B t"],
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    synced_gpus: bool = False,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Generate tokens as transformers' loop of sampling and greedy search does, by the engine.
+
+    Args:
+        model: the ensemble that is called.
+        input_ids: (B, t), the prompts.
+        logits_processor, stopping_criteria, generation_config, streamer, model_kwargs: those of the call, as
+            transformers' own loop gets them.
+        synced_gpus: is False.
+    """
+    options, cache, config = model_kwargs["call_options"], model_kwargs["cache"], generation_config
+    shared = {"attention_mask": model_kwargs.get("attention_mask"), "position_ids": model_kwargs.get("position_ids")}
+    mask, width = shared["attention_mask"], getattr(config, "_mask_length", -1)
+    # A call that goes on from a cache has all tokens, or new ones alone with a mask of all, as transformers has it.
+    whole = input_ids.shape[1] == (width if mask is None else mask.shape[1])
+    new = checked_length(model.config, input_ids[:, cache.columns * whole :], cache)
+    texts = NewTokens(model, new, slice(-1, None), cache, options, shared).texts
+    starts = [len(one.tokens) for one in texts]
+    noise = FreshNoise() if config.do_sample and options.row_sampler is None else None
+    written = Written(input_ids, logits_processor, noise, stopping_criteria, config, streamer)
+    steps = Steps(model, options, texts, written)
+    steps.take()
+    ahead = None
+    if is_to_speculate(model, options, config, logits_processor, len(texts)) and not written.finished:
+        ahead = Drafting(model, options, steps)
+    while not written.finished:
+        if ahead is None or ahead.is_over:
+            steps.take()
+        else:
+            ahead.go_on()
+    if ahead is not None:
+        ahead.end()
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return written.ids
+    more = written.ids.shape[1] - input_ids.shape[1]
+    for one, start in zip(texts, starts, strict=True):
+        # The newest token counts as not read; behind its end a sequence has padding.
+        one.tokens += [written.padding] * (start + more - len(one.tokens))
+        del one.tokens[-1:]
+    cache.columns = written.ids.shape[1] - 1
+    return GenerateDecoderOnlyOutput(sequences=written.ids, scores=written.scores, logits=written.logits, cache=cache)
+
+
+class Written:
+    """The sequences of a call of ``generate`` as transformers' loop has them, and how their tokens are chosen.
+
+    Args:
+        ids: (B, t), the prompts.
+        processors: the call's, with its row sampler if it has one.
+        noise: to draw tokens by; None to take the one of the largest score.
+        stopping, config, streamer: those of the call.
+
+    Attributes:
+        ids: (B, T), the sequences so far.
+        limit: the most columns.
+        unfinished: (B,), which of them go on.
+        finished: whether none does.
+        ends: the ids that end a sequence.
+        padding: the id behind a sequence's end.
+        scores, logits: of every token, if the call asks for them; else None.
+    """
+
+    def __init__(
+        self,
+        ids: Int[Tensor, "B t"],
+        processors: Any,
+        noise: FreshNoise | None,
+        stopping: Any,
+        config: Any,
+        streamer: Any,
+    ) -> None:
+        self.ids, self.limit = ids, config.max_length
+        self._processors, self._noise, self._stopping, self._streamer = processors, noise, stopping, streamer
+        self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.finished = False
+        pad, ends = config._pad_token_tensor, config._eos_token_tensor
+        self.padding, self.ends = 0 if pad is None else int(pad), [] if ends is None else ends.tolist()
+        self._padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping)
+        asked = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
+
+    def settle(self, log_probs: Float[Tensor, "B v"]) -> list[int]:
+        """Choose the next token of each sequence by the rule's log-probabilities in nats, and return the tokens."""
+        chosen, scores = self.chosen(self.ids, log_probs, self.unfinished)
+        self.ids = torch.cat([self.ids, chosen[:, None]], -1)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (log_probs.float(),)
+        if self._streamer is not None:
+            self._streamer.put(chosen.cpu())
+        self.unfinished = self.unfinished & ~self._stopping(self.ids, self.scores)
+        self.finished = not bool(self.unfinished.any())
+        return chosen.tolist()
+
+    def chosen(
+        self, ids: Int[Tensor, "B T"], log_probs: Float[Tensor, "B v"], unfinished: Bool[Tensor, " B"]
+    ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B v"]]:
+        """Return (the token that follows, padding in sequences that are finished; the processed scores)."""
+        scores = self._processors(ids, log_probs.to(torch.float32, copy=True).to(ids.device))
+        chosen = scores.argmax(-1) if self._noise is None else self._noise.draw(scores, ids.shape[1])
+        if self._padded:
+            chosen = torch.where(unfinished, chosen, torch.full_like(chosen, self.padding))
+        return chosen, scores
+
+
+class Steps:
+    """The steps of a call: each reads the newest token of every sequence that goes on, and chooses the next.
+
+    Args:
+        model: the ensemble that is called.
+        options: the call's.
+        texts: what members have read of each sequence.
+        written: the sequences.
+    """
+
+    def __init__(self, model: AnyEnsemble, options: CallOptions, texts: Sequence[Dropped], written: Written) -> None:
+        self._model, self._options, self.texts, self.written = model, options, texts, written
+
+    @property
+    def live(self) -> list[int]:
+        """The numbers of the sequences that go on."""
+        return self.written.unfinished.nonzero().flatten().tolist()
+
+    def take(self) -> None:
+        """Take one step."""
+        live = self.live
+        require_context(self._model.config, max(len(self.texts[k].tokens) for k in live))
+        chosen = self.written.settle(self.spread(live, self._ours([self.texts[k] for k in live])))
+        for k in live:
+            self.texts[k].tokens.append(chosen[k])
+
+    def spread(self, live: Sequence[int], ours: Float[Tensor, "b v"]) -> Float[Tensor, "B v"]:
+        """Return a row for every sequence, zeros for those that are finished."""
+        if len(live) == len(self.texts):
+            return ours
+        return ours.new_zeros(len(self.texts), ours.shape[-1]).index_copy(
+            0, torch.tensor(live, device=ours.device), ours
+        )
+
+    def _ours(self, texts: Sequence[Dropped]) -> Float[Tensor, "b v"]:
+        """Return the rule's log-probabilities, in nats, behind the newest token of texts."""
+        options, members = self._options, self._model.reading
+        if options.one_member:
+            weights = torch.tensor(weights_of(options.settings), dtype=torch.float64)
+            drawn = torch.multinomial(weights, len(texts), replacement=True)
+            return of_one_each(texts, drawn.tolist(), members)
+        gate = options.unsure
+        hidden = list(members.read_on(texts, slice(None if gate is None else 1)).values())
+        require_read(texts)
+        if gate is None:
+            for one in texts:
+                one.asked = None
+        else:
+            hidden = ask(texts, hidden, gate, members)
+            require_read(texts)
+        full = [one.is_full for one in texts]
+        going = [k for k, is_full in enumerate(full) if not is_full]
+        parts = [chunk.ours for chunk in self._combined([texts[k] for k in going], [hidden[k] for k in going])]
+        if len(going) == len(texts):
+            return torch.cat(parts)
+        ended = torch.full((len(texts), self._model.combiner.v), -torch.inf, dtype=torch.float64)
+        ended[:, sorted(texts[0].readers[0].alphabet.ends)] = 0.0
+        if going:
+            ended[going] = torch.cat(parts).to(ended)
+        return ended
+
+    def _combined(self, texts: Sequence[Dropped], hidden: Sequence[Hidden]) -> Iterator[Combined]:
+        """Yield what the rule makes of texts that go on, in the call's time, and record it."""
+        options = self._options
+        recorder, seconds = options.recorder, options.token_seconds
+        if recorder is not None:
+            recorder.gate.seconds += sum(one.spent for one in texts)
+        with nullcontext() if seconds is None else time_limit(seconds):
+            for chunk in combined(texts, hidden, options.settings, quickly=recorder is None) if texts else ():
+                if recorder is not None and chunk.solution is not None and chunk.members is not None:
+                    recorder.add(chunk.solution, chunk.members)
+                yield chunk
+
+
+class Drafting(MemberTurns):
+    """The turns of the members over the sequences of a call of ``generate``.
+
+    Args:
+        model: the ensemble that is called.
+        options: the call's.
+        steps: the call's, of which the first was taken.
+
+    Attributes:
+        is_over: whether nothing more can be drafted, as a member's context is full.
+    """
+
+    def __init__(self, model: AnyEnsemble, options: CallOptions, steps: Steps) -> None:
+        self._live, self._steps, self._recorder = steps.live, steps, options.recorder
+        recorded, speculate = options.recorder is not None, options.speculate
+        super().__init__(
+            [steps.texts[k] for k in self._live], model.reading, options.settings,
+            "auto" if speculate is None else speculate, reported=recorded, singly=recorded,
+        )  # fmt: skip
+        self._config, self.is_over = model.config, False
+
+    def go_on(self) -> None:
+        """Let the member that has read the least read on, draft its share, and settle what can be."""
+        try:
+            self.turn()
+        except FullError:
+            self.end()
+            self.is_over = True
+        if (live := self._steps.live) != self._live:
+            # Nothing is left of the others' drafts, either.
+            self._live, self.texts = live, [self._steps.texts[k] for k in live]
+            self.read = [self.length - 1] * len(self.read) if live else []
+
+    def end(self) -> None:
+        """Forget all drafts."""
+        for one in self.texts:
+            one.drafts = []
+        if self.texts:
+            self.take_back()
+
+    @property
+    def _hopeful(self) -> list[bool]:
+        """Which sequences no draft ends."""
+        ends = self._steps.written.ends
+        return [not set(one.drafts).intersection(ends) for one in self.texts]
+
+    @property
+    def is_room(self) -> bool:
+        """Whether another draft has a place: there is room, and a sequence that no draft ends."""
+        columns = self._steps.written.ids.shape[1] + len(self.texts[0].drafts)
+        limit = self._config.max_position_embeddings
+        fits = columns < self._steps.written.limit - 1 and (limit is None or columns < limit)
+        return fits and any(self._hopeful)
+
+    def run(self, i: int) -> Float[Tensor, "b t d"]:
+        """Have member i read what it has not read."""
+        require_context(self._config, max(len(one.tokens) + len(one.drafts) for one in self.texts))
+        return super().run(i)
+
+    def draft(self, log_probs: Float[Tensor, "b v"]) -> bool:
+        """Add a draft to each sequence, drawn from log-probabilities in nats behind the last token.
+
+        Returns:
+            whether there is one: none where a processor of scores fails, as where a draft has led to a dead end.
+        """
+        written, live = self._steps.written, self._live
+        ahead = written.ids.new_full((len(written.ids), len(self.texts[0].drafts)), written.padding)
+        ahead[live] = torch.tensor([one.drafts for one in self.texts], dtype=ahead.dtype, device=ahead.device)
+        hopeful = torch.zeros_like(written.unfinished)
+        hopeful[live] = torch.tensor(self._hopeful, device=hopeful.device)
+        try:
+            chosen, _ = written.chosen(
+                torch.cat([written.ids, ahead], -1), self._steps.spread(live, log_probs), hopeful
+            )
+        except Exception:  # What is no draft's fault is raised again when the rule is asked.
+            return False
+        for k, one in zip(live, self.texts, strict=True):
+            one.drafts.append(int(chosen[k]))
+        return True
+
+    def settle(self, found: Combined) -> bool:
+        """Settle the next tokens, and record the positions if that is asked for."""
+        if self._recorder is not None and found.solution is not None and found.members is not None:
+            self._recorder.add(found.solution, found.members)
+        return all(self._settled(rows) for rows in found.ours.split(len(self.texts)))
+
+    def _settled(self, ours: Float[Tensor, "b v"]) -> bool:
+        """Settle the next token of each sequence; returns whether drafts behind them remain."""
+        steps, live = self._steps, self._live
+        chosen, drafted = steps.written.settle(steps.spread(live, ours)), bool(self.texts[0].drafts)
+        right = drafted and all(one.drafts[0] == chosen[k] for k, one in zip(live, self.texts, strict=True))
+        if drafted:
+            self.told(right)
+        goes_on = right and steps.live == live
+        for k, one in zip(live, self.texts, strict=True):
+            one.tokens.append(chosen[k])
+            one.drafts = one.drafts[1:] if goes_on else []
+        return goes_on
+
+
+def require_read(texts: Sequence[Dropped]) -> None:
+    """Raise the error of a text that a member cannot read; say in the log where a context is full."""
+    for one in texts:
+        if one.error is not None:
+            raise one.error
+        said_full(one)
