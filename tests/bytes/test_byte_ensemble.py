@@ -28,7 +28,7 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, WholeCharacters
 from softmeet.hf.byte_report import expected_tokens
 from softmeet.hf.byte_tokenizer import byte_tokenizer
-from softmeet.members.covers import END, SYMBOLS
+from softmeet.readers.bytes.covers import END, SYMBOLS
 
 GREEDY = {"max_bytes": 3, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]

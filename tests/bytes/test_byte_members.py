@@ -26,11 +26,11 @@ from byte_members import (
 from scipy.stats import chi2_contingency
 
 from softmeet.errors import VocabularyMismatchError
-from softmeet.members import guesses as guesses_module
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
 from softmeet.members.spelling import spelling_of
 from softmeet.members.token_tree import Growth, TokenTree, run
+from softmeet.readers.bytes import guesses as guesses_module
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
 
 ROOT = np.empty(0, np.int64)
 

@@ -20,8 +20,8 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.covers import END
 from softmeet.members.passages import Passage
+from softmeet.readers.bytes.covers import END
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits

@@ -34,13 +34,13 @@ from softmeet.hf.deferral import Deferral
 from softmeet.hf.masking import SomethingLeft
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
 from softmeet.members.opaque import Head
 from softmeet.members.prompting import prefix_of
-from softmeet.members.reading import Work
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.reader import Work
 from softmeet.rules.gates import Gate, Unsure
 
 # The most bytes that evaluation reads at once by default.
@@ -86,9 +86,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     Args:
         config: the settings; ``config.members`` names the members.
-        readers: the members, a :class:`softmeet.members.byte_member.ByteMember` each (a model with its tokenizer's
-            spelling), in the order of ``config.members``; None to build each from its own configuration, with random
-            weights.
+        readers: the members, a :class:`softmeet.readers.bytes.byte_member.ByteMember` each (a model with its
+            tokenizer's spelling), in the order of ``config.members``; None to build each from its own configuration,
+            with random weights.
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices.
@@ -133,7 +133,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     @property
     def spent(self) -> list[Work]:
-        """Each member's :class:`softmeet.members.reading.Work` since it was loaded, summed over all texts."""
+        """Each member's :class:`softmeet.readers.reader.Work` since it was loaded, summed over all texts."""
         return [reader.spent for reader in self.readers]
 
     def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:

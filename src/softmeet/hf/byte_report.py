@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.hf.report import most_probable, token_report
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END
-from softmeet.members.reading import Reading
 from softmeet.members.spelling import Spelling
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.reading import Reading
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from transformers import Cache
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.rows import RowsLayer
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS
-from softmeet.members.reading import Reading
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.bytes.reading import Reading
 
 # The readings kept for each row; fewer symbols than that can be removed without reading the row anew.
 _KEPT = 16

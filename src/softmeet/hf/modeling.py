@@ -32,8 +32,8 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype, require_cache
 from softmeet.members.opaque import Head
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
-from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
+from softmeet.readers.reader import Work
 from softmeet.rules.gates import Gate, Unsure, parse_gate, that_closes
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings

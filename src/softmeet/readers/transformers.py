@@ -18,11 +18,10 @@ from softmeet.members.huggingface import require_cache
 from softmeet.members.opaque import Head
 from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.members.placement import whereabouts
-from softmeet.members.reading import Work
 from softmeet.readers.blocks import Seat
 from softmeet.readers.kv import KeysAndValues
 from softmeet.readers.prefixes import PrefixCache
-from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits
+from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits, Work
 
 
 @dataclass(frozen=True, eq=False)

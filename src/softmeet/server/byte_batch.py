@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END
-from softmeet.members.reading import Reading
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.reading import Reading
 from softmeet.server.batch import Part
 from softmeet.server.sequences import Sequence
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import NonFiniteError
-from softmeet.members.byte_member import ByteMember
+from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.server.batch import MemberBatch, Part
 from softmeet.server.byte_batch import ByteBatch
 from softmeet.server.gating import Hidden

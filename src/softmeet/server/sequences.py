@@ -16,8 +16,8 @@ from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.deferral import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.reading import Reading
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.reading import Reading
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of

@@ -2,7 +2,7 @@
 
 docs/guides/vocabularies.md states the method. A text's bytes can be cut into tokens in several ways; each way that is
 followed is a *cover*: whole tokens that spell the beginning of the text, with the text's remaining bytes as the
-beginning of the next token (:mod:`softmeet.members.covers`). A *symbol* is a byte, or 256: the end of the text.
+beginning of the next token (:mod:`softmeet.readers.bytes.covers`). A *symbol* is a byte, or 256: the end of the text.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from softmeet.members.covers import END, SYMBOLS, Answers, Covers, Open, Pruning
-from softmeet.members.guesses import likely, possible
-from softmeet.members.known_text import KnownText
-from softmeet.members.own_path import way
-from softmeet.members.reading import Guess, Reading
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_model import TokenModel
 from softmeet.members.token_tree import Growth, Path
-from softmeet.members.typical import expected_after_bytes
+from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Covers, Open, Pruning
+from softmeet.readers.bytes.guesses import likely, possible
+from softmeet.readers.bytes.known_text import KnownText
+from softmeet.readers.bytes.own_path import way
+from softmeet.readers.bytes.reading import Guess, Reading
+from softmeet.readers.bytes.token_model import TokenModel
+from softmeet.readers.bytes.typical import expected_after_bytes
 
 # Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
 _LOOK_BACK = 64

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_model import TokenModel
+from softmeet.readers.bytes.token_model import TokenModel
 
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
-SAMPLE = files("softmeet.members").joinpath("sample.txt").read_text(encoding="utf-8")
+SAMPLE = files("softmeet.readers.bytes").joinpath("sample.txt").read_text(encoding="utf-8")
 # The shares of first bytes among all tokens count as this many observations of each kind, since some kinds are rare.
 _PRIOR = 4.0
 # Positions whose next tokens' probabilities are held at once.

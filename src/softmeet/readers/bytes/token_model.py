@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.covers import END, SYMBOLS, NextTokenProbs
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.opaque import Head
-from softmeet.members.reading import Work
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Growth, Path, TokenTree, require_trees
 from softmeet.members.token_tree import run as run_trees
+from softmeet.readers.bytes.covers import END, SYMBOLS, NextTokenProbs
+from softmeet.readers.reader import Work
 
 # The least probability of a token: without it, rounding could leave all covers without mass.
 _LEAST = torch.finfo(torch.float32).tiny

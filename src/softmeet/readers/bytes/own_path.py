@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from softmeet.members.covers import NextTokenProbs
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Path, TokenTree
+from softmeet.readers.bytes.covers import NextTokenProbs
 
 # A space between a byte that is none and a letter or digit: every pre-tokenizer begins anew there.
 _BREAKS = re.compile(rb"[^\s](?= [0-9A-Za-z])")

@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.members.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
-from softmeet.members.own_path import is_own, parting, path_of, way
-from softmeet.members.reading import Guess, Reading, Work
-from softmeet.members.token_model import TokenModel
 from softmeet.members.token_tree import Growth, Path, TokenTree
+from softmeet.readers.bytes.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
+from softmeet.readers.bytes.own_path import is_own, parting, path_of, way
+from softmeet.readers.bytes.reading import Guess, Reading
+from softmeet.readers.bytes.token_model import TokenModel
+from softmeet.readers.reader import Work
 
 # Probabilities of next tokens that are held at once: 128 MiB in fp32.
 _ELEMENTS = 1 << 25
@@ -47,8 +48,8 @@ class KnownText:
     """A text whose bytes are all known, with the covers that are followed and the model's answers about them so far.
 
     A cover is one way to cut the bytes into tokens, open if the model has not been run on its last token
-    (:mod:`softmeet.members.covers`). It is made by :meth:`begun` or :meth:`after`. Then the caller asks what the model
-    has to be run on (:meth:`wanted`), runs it, perhaps for several texts at once, and hands the results over
+    (:mod:`softmeet.readers.bytes.covers`). It is made by :meth:`begun` or :meth:`after`. Then the caller asks what the
+    model has to be run on (:meth:`wanted`), runs it, perhaps for several texts at once, and hands the results over
     (:meth:`grown`), until nothing is wanted.
 
     Args:

@@ -7,30 +7,9 @@ from dataclasses import dataclass, field, replace
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.members.covers import Covers
 from softmeet.members.token_tree import Path, TokenTree
-
-
-@dataclass(frozen=True)
-class Work:
-    """The cost of a text for one member, summed over its bytes.
-
-    A call of the model that serves several texts counts once for each of them. The call that reads the member's tokens
-    before every text, which is made once and kept, is not counted.
-
-    Attributes:
-        calls: the number of calls of the model.
-        tokens: the number of tokens that were run in them for this text, over all tokenizations, guesses included.
-        dropped: the sum over bytes of the share of probability mass that was estimated or dropped, not computed.
-    """
-
-    calls: int = 0
-    tokens: int = 0
-    dropped: float = 0.0
-
-    def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
-        """Return the sum of this work and of further ``calls``, ``tokens`` and ``dropped`` shares of mass."""
-        return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
+from softmeet.readers.bytes.covers import Covers
+from softmeet.readers.reader import Work
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +35,7 @@ class Reading:
 
     Attributes:
         covers: the tokenizations of the text that are still pursued (the others are too improbable), each with the next
-            token's probabilities after it; the last token may run past the text (:mod:`softmeet.members.covers`).
+            token's probabilities after it; the last token may run past the text (:mod:`softmeet.readers.bytes.covers`).
         tree: the keys and values of all tokens that were run for the text.
         text: the bytes read.
         work: the cost of reading them, without the prefix before the text.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from softmeet.members.own_path import way
-from softmeet.members.reading import Guess, Reading
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_tree import Path
+from softmeet.readers.bytes.own_path import way
+from softmeet.readers.bytes.reading import Guess, Reading
 
 # A token is run before it is needed if its probability is at least _LIKELY, at most _GUESSES at once. Beside a single
 # open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one vector takes half the
