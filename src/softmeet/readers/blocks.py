@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softmeet.members.token_tree import attention_mask
+from softmeet.readers.masks import attention_mask
 
 # Of a text's tokens, the columns of their keys and values, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
@@ -46,6 +46,12 @@ class Seat:
         return len(self.path)
 
     @property
+    def newest(self) -> int:
+        """The id of the last of them."""
+        assert self.block is not None
+        return int(self.block.ids[self.slot, self.path[-1]])
+
+    @property
     def is_whole(self) -> bool:
         """Whether the tokens' columns stand side by side, up to the last that is in use."""
         path, end = self.path, 0 if self.block is None else self.block.end
@@ -60,11 +66,13 @@ class Block:
             call.
         slots, columns: how many there are, free ones included.
         end: the number of the first column that is free in all slots.
+        ids: (slots, columns), the tokens that were run.
         seats: all that are in the block.
     """
 
     def __init__(self, tensors: Sequence[Tensor], slots: int, columns: int, end: int) -> None:
         self.tensors, self.slots, self.columns, self.end = list(tensors), slots, columns, end
+        self.ids = np.zeros((slots, columns), np.int64)
         self.seats = list[Seat]()
 
     @property

@@ -11,7 +11,8 @@ Texts of different blocks that are read in one call are brought into one block, 
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,13 +21,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
-from softmeet.members.token_tree import require_trees
 from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
+from softmeet.readers.masks import empty_cache, require_trees
 
 # The most tokens of one text that the model runs at once.
 PIECE = 256
@@ -34,6 +34,8 @@ PIECE = 256
 _ROOM, _SHARE = 64, 2
 # The most slots that are run for each text that is read: beyond, some are run in vain for too little.
 _FEW = 2
+# The most columns of a slot for each of its longest text, beside a few, before texts that part get slots of their own.
+_MANY = 2
 
 
 class KeysAndValues:
@@ -41,10 +43,12 @@ class KeysAndValues:
 
     Args:
         model: a causal LM, in evaluation mode, whose cache holds keys and values alone.
+        at_once: whether :meth:`read` runs all new tokens of all texts in one call, however many they are; for models
+            that read trees.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, *, at_once: bool = False) -> None:
+        self._model, self._at_once = model, at_once
         self._layout = list[tuple[Place, Place]]()
         self._likes = list[Tensor]()
         self._blocks = list[Block]()
@@ -57,7 +61,8 @@ class KeysAndValues:
         one call.
         """
         try:
-            require_trees(self._model)
+            if not self._at_once:
+                require_trees(self._model)
         except InvalidInputError:
             return False
         return True
@@ -118,7 +123,7 @@ class KeysAndValues:
         slots = _by_slot(seats)
         call = Call(block, seats, tokens, slots, new)
         layers: list[Any] = [call.layer(*pair) for pair in self._layout]
-        cache = Cache(layers=layers or [DynamicLayer() for _ in DynamicCache(config=self._model.config).layers])
+        cache = Cache(layers=layers) if layers else empty_cache(self._model)
         few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
@@ -126,6 +131,7 @@ class KeysAndValues:
         )  # fmt: skip
         if not self._layout:
             self._lay_out(block, cache)
+        block.ids[: len(call.ids), block.end : block.end + new] = call.ids
         block.end += new
         left = new - hidden.shape[1]
         found = []
@@ -137,7 +143,7 @@ class KeysAndValues:
     def read(
         self, rows: Sequence[tuple[Seat, Sequence[int]]], last: int | None = None
     ) -> Generator[None, None, tuple[list[Float[Tensor, "t d"]], int]]:
-        """Run new tokens of texts and keep them: those of about equally many in one call, many in pieces.
+        """Run new tokens of texts and keep them: all at once, or those of about equally many in one call, in pieces.
 
         The generator yields between calls after which more are to come; other texts may be run there.
 
@@ -149,14 +155,13 @@ class KeysAndValues:
             (for each, the last hidden states at these tokens, (t, d), or at the last of them; the number of calls).
         """
         found, left, calls = defaultdict[int, list[Tensor]](list), dict(enumerate(rows)), 0
+        most = sys.maxsize if self._at_once else PIECE
         while left:
             groups = defaultdict[int, list[int]](list)
             for k, (_, tokens) in left.items():
-                # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
-                count = min(len(tokens), PIECE)
-                groups[count.bit_length() if len(left) == 1 or self.reads_trees else count].append(k)
+                groups[self._company(min(len(tokens), most), len(left))].append(k)
             for own in groups.values():
-                pieces = [left[k][1][:PIECE] for k in own]
+                pieces = [left[k][1][:most] for k in own]
                 ran = self.run([left[k][0] for k in own], pieces, last)
                 calls += 1
                 for k, piece, (columns, states) in zip(own, pieces, ran, strict=True):
@@ -168,6 +173,13 @@ class KeysAndValues:
             if left:
                 yield
         return [torch.cat(found[k]) for k in range(len(rows))], calls
+
+    def _company(self, count: int, texts: int) -> int:
+        """Return a number that is the same for the texts that are run in one call, from their numbers of new tokens."""
+        if self._at_once:
+            return 0
+        # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
+        return count.bit_length() if texts == 1 or self.reads_trees else count
 
     def keep(self, seat: Seat, columns: Path) -> None:
         """Put the columns of tokens that were run behind a seat's path."""
@@ -181,28 +193,38 @@ class KeysAndValues:
             one[:, seat.slot, :, torch.from_numpy(columns).to(one.device)] = 0
 
     def _together(self, seats: Sequence[Seat]) -> Block:
-        """Bring the seats that are to be run together into one block: that in which most of them are."""
+        """Bring the seats that are to be run together into one block, that in which most of them are.
+
+        Texts that share a slot with one of them come along.
+        """
         for seat in seats:
             if not seat.length:  # it may have a slot in a block that the model has never been run on
                 self.leave(seat)
         blocks = [seat.block for seat in seats if seat.block is not None]
-        target = max(blocks, key=blocks.count) if blocks else self._new(len(seats), 0, 0)
+        places = {(seat.block, seat.slot) for seat in seats if seat.block}
+        texts = len(places) + len(seats) - len(blocks)
+        texts = texts if texts == len(seats) or self.reads_trees else len(seats)
+        target = Counter(blocks).most_common(1)[0][0] if blocks else self._new(texts, 0, 0)
         used = {seat.slot for seat in target.seats}
-        if len(used) > _FEW * len(seats):
-            target = self._new(len(seats), 0, 0)
-        elif 1 + max(used, default=0) > _FEW * len(seats):  # texts that were closed have left slots behind
+        if len(used) > _FEW * texts:
+            target = self._new(texts, 0, 0)
+        elif 1 + max(used, default=0) > _FEW * texts:  # texts that were closed have left slots behind
             self._rebuild(target, 0, 0, 0)
-        groups = defaultdict[Any, list[Seat]](list)
-        seen = set[Any]()
-        for k, seat in enumerate(seats):
-            place = id(seat.block), seat.slot
-            by_itself = seat.block is None or (place in seen and not self.reads_trees)
-            seen.add(place)
-            if by_itself or seat.block is not target:
-                groups[k if by_itself else place].append(seat)
-        if groups:
-            self._adopt(target, list(groups.values()))
+        if groups := self._newcomers(seats, target):
+            self._adopt(target, groups)
         return target
+
+    def _newcomers(self, seats: Sequence[Seat], target: Block) -> list[list[Seat]]:
+        """Return the groups of seats that have to come into slots of a block before some seats are run there."""
+        groups, seen = list[list[Seat]](), set[Any]()
+        for seat in seats:
+            place = seat.block, seat.slot
+            if seat.block is None or (place in seen and not self.reads_trees):
+                groups.append([seat])
+            elif seat.block is not target and place not in seen:
+                groups.append([one for one in seat.block.seats if one.slot == seat.slot])
+            seen.add(place)
+        return groups
 
     def _adopt(self, target: Block, groups: Sequence[Sequence[Seat]]) -> None:
         """Bring groups of seats, each of one slot, into free slots of a block."""
@@ -227,8 +249,9 @@ class KeysAndValues:
     def _groups(self, block: Block) -> list[list[Seat]]:
         """Return the seats of a block in groups, each of which may have one slot."""
         groups = [[block.seats[k] for k in own] for own in _by_slot(block.seats).values()]
-        alone = len(groups) == len(block.seats) or self.reads_trees
-        return groups if alone else [[seat] for seat in block.seats]
+        if len(groups) < len(block.seats) and not self.reads_trees:
+            return [[seat] for seat in block.seats]
+        return [part for group in groups for part in _parted(group)]
 
     def _rebuild(self, block: Block, slots: int, end: int, new: int) -> None:
         """Make a block anew, without what no seat needs, with so many slots, and room for more columns.
@@ -248,6 +271,7 @@ class KeysAndValues:
             for seat in group:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
         block.tensors, block.slots, block.columns, block.end = made.tensors, made.slots, made.columns, made.end
+        block.ids = made.ids
         self._blocks.remove(made)
 
     def _new(self, slots: int, end: int, new: int) -> Block:
@@ -291,6 +315,25 @@ def _union(paths: Sequence[Path]) -> Path:
     return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
 
 
+def _parted(seats: list[Seat]) -> list[list[Seat]]:
+    """Return seats of one slot in groups: those apart of which each would attend past more columns than are its own."""
+    longest = max((seat.path for seat in seats), key=len)
+    if len(_union([seat.path for seat in seats])) <= _MANY * len(longest) + _ROOM:
+        return [seats]
+    common = min(_common(seat.path, longest) for seat in seats)
+    groups = defaultdict[int, list[Seat]](list)
+    for seat in seats:
+        path = seat.path if seat.length > common else longest
+        groups[int(path[common])].append(seat)
+    return [part for group in groups.values() for part in _parted(group)]
+
+
+def _common(path: Path, longest: Path) -> int:
+    """Return at how many first columns a path is as a longer one; that one's last at most, if it is all of the path."""
+    other = np.flatnonzero(path != longest[: len(path)])
+    return int(other[0]) if len(other) else len(longest) - 1
+
+
 def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
     """Copy columns of a slot to the last columns in use of another block's slot."""
     end, count = target.end, len(columns)
@@ -298,5 +341,6 @@ def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> 
         return
     side_by_side = columns[-1] - columns[0] == count - 1
     where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
+    target.ids[into, end - count : end] = source.ids[slot, columns]
     for one, other in zip(source.tensors, target.tensors, strict=True):
         other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]

@@ -21,7 +21,10 @@ from softmeet.members.placement import whereabouts
 from softmeet.readers.blocks import Seat
 from softmeet.readers.kv import KeysAndValues
 from softmeet.readers.prefixes import PrefixCache
-from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits, Work
+from softmeet.readers.reader import Alphabet, Predictions, Read, Reader, Row, Traits, Work
+
+# The members' own tokens before texts, by themselves, that are kept with what follows them.
+_BEGUN = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,25 +65,25 @@ class TokenAlphabet:
 
 @dataclass(eq=False)
 class _Text(Row):
-    """A row: the tokens that were read, where their keys and values are, and the last hidden state.
+    """A row: the keys and values of what was read, and the last hidden state.
 
     Attributes:
         own: the member's own tokens before the text.
-        symbols: those that were read.
-        seat: the keys and values of the first of all these tokens.
-        last: (1, d), the last hidden state at the newest of them; None if it was taken back.
+        seat: the keys and values of these and of the symbols that were read, without ``pending``.
+        pending: the last of these tokens, which still have to be run.
+        last: (1, d), the last hidden state at the newest of them; None if it was taken back, or they were not run.
     """
 
     own: tuple[int, ...] = ()
-    symbols: tuple[int, ...] = ()
     seat: Seat = field(default_factory=Seat)
+    pending: tuple[int, ...] = ()
     last: Float[Tensor, "1 d"] | None = None
     known: int = 0
 
     @property
     def length(self) -> int:  # type: ignore[override]
         """The number of symbols that were read."""
-        return len(self.symbols)
+        return self.seat.length + len(self.pending) - len(self.own)
 
 
 class _States(Predictions):
@@ -107,12 +110,14 @@ class TransformersReader(Reader):
 
     Args:
         model: the model, in evaluation mode.
-        tokenizer: its tokenizer.
+        alphabet: its symbols; a tokenizer stands for its tokens.
         name: its name in messages.
         own: the tokens before every text for which no others are given; None for the tokenizer's own.
         kept_tokens: the most tokens of earlier texts, in all, whose keys and values are kept for texts that begin
             alike.
         head: its output layer; None to find it.
+        at_once: whether all that is read in one call of :meth:`read` is one call of the model, however many tokens are
+            new in each row; for models that read trees of tokens.
 
     Raises:
         InvalidInputError: if the model takes no cache, or one that holds more than keys and values.
@@ -122,23 +127,27 @@ class TransformersReader(Reader):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        alphabet: PreTrainedTokenizerBase | Alphabet,
         name: str,
         own: Sequence[int] | None = None,
         kept_tokens: int = 16384,
         head: Head | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
         require_cache(model)
         layers_of_keys_and_values(name, model.config, "rows of a text cannot be read on")
         self.model, self.name = model, name
         self.head: Head = head or head_of(model)
         config = model.config.get_text_config(decoder=True)
-        self.own = tuple(tokenizer.encode("") if own is None else own)
+        if isinstance(alphabet, PreTrainedTokenizerBase):
+            named = model.generation_config.eos_token_id
+            ends = {alphabet.eos_token_id, *(named if isinstance(named, list) else [named])}
+            own = alphabet.encode("") if own is None else own
+            alphabet = TokenAlphabet(alphabet, self.head.v, frozenset(ends - {None}))
+        self.alphabet, self.own = alphabet, tuple(own or ())
         self._context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.limit = self._context - len(self.own)
-        named = model.generation_config.eos_token_id
-        ends = named if isinstance(named, list) else [named]
-        self.alphabet = TokenAlphabet(tokenizer, self.head.v, frozenset({tokenizer.eos_token_id, *ends} - {None}))
         weights = list(model.parameters())
         small = any(own.dtype.itemsize < 4 for own in weights)
         self.traits = Traits(
@@ -146,8 +155,9 @@ class TransformersReader(Reader):
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in weights),
         )
-        self._kv = KeysAndValues(model)
+        self._kv = KeysAndValues(model, at_once=at_once)
         self._prefixes = PrefixCache[Seat](kept_tokens, self._kv.leave)
+        self._begun = dict[tuple[int, ...], tuple[Seat, Float[Tensor, "1 d"]]]()
         self._rows = set[_Text]()
 
     @property
@@ -158,6 +168,7 @@ class TransformersReader(Reader):
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`."""
         row = _Text(own=tuple(own) or self.own)
+        row.pending = row.own
         wrong = [token for token in row.own if not 0 <= token < self.alphabet.size]
         if wrong or len(row.own) >= self._context:
             said = f"the id {wrong[0]}" if wrong else f"{len(row.own):,} tokens"
@@ -165,11 +176,13 @@ class TransformersReader(Reader):
                 f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
                 f"{self.alphabet.size:,}, got {said}"
             )
-        if reuse and text:
-            found, kept = self._prefixes.longest([*row.own, *text])
-            row.known = max(0, found - len(row.own))
-            if kept is not None and found >= len(row.own):
-                row.seat, row.symbols = self._kv.alone(kept, found), tuple(text[: row.known])
+        found, kept = self._prefixes.longest([*row.own, *text]) if reuse and text else (0, None)
+        row.known = max(0, found - len(row.own))
+        if kept is not None and found >= len(row.own):
+            row.seat, row.pending = self._kv.alone(kept, found), ()
+        elif reuse and row.own in self._begun:
+            begun, row.last = self._begun[row.own]
+            row.seat, row.pending = self._kv.alone(begun, len(row.own)), ()
         self._rows.add(row)
         return row
 
@@ -188,7 +201,7 @@ class TransformersReader(Reader):
         if not 0 <= length <= one.length:
             raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
         if length < one.length:
-            one.symbols, one.last = one.symbols[:length], None
+            one.last, one.pending = None, ()
             one.seat.path = one.seat.path[: len(one.own) + length]
 
     def close(self, row: Row) -> None:
@@ -211,8 +224,10 @@ class TransformersReader(Reader):
         errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
         new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}
         before = {k: rows[k].seat.length for k in new}
+        # A row of logits is long: models that give no hidden states compute no more of them than are wanted.
+        last = max((1 + len(asked[k].symbols) - [*asked[k].at, len(asked[k].symbols)][0] for k in new), default=1)
         try:
-            states, calls = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()])
+            states, calls = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()], last)
         except BaseException:
             for k, length in before.items():
                 rows[k].seat.path = rows[k].seat.path[:length]
@@ -238,7 +253,8 @@ class TransformersReader(Reader):
 
         Args:
             pairs: each row with what was asked of it.
-            every: by number, the last hidden states of what was run for it, behind the one before, if that is known.
+            every: by number, the last hidden states of what was run for it, or of the last that are wanted, behind the
+                one before, if that is known.
             before: by number, how many tokens of the row had been run.
             errors: by number, why it was not run; those of states that are no numbers are added.
             work: what reading has cost.
@@ -250,13 +266,13 @@ class TransformersReader(Reader):
             row, one = pairs[k]
             if well:
                 newest = len(own) - 1 - len(one.symbols)
-                wanted.append(own[[newest + place for place in one.at]])
+                wanted += [own[newest + start : newest + stop] for start, stop in _stretches(one.at)]
                 counts[k] = len(one.at)
             else:
                 errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
                 self._kv.drop(row.seat, row.seat.path[before[k] :])
             if well and one.keep:
-                self._keep(row, [*row.symbols, *one.symbols], own[-1:])
+                self._keep(row, one.symbols, own[-1:].clone())
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
         told = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
@@ -264,21 +280,21 @@ class TransformersReader(Reader):
 
     def _new(self, row: _Text, one: Read) -> list[int]:
         """Return the tokens of a row that have to be run."""
-        if row.last is None and one.at and not one.at[0]:
+        if row.last is None and one.at and not one.at[0] and not row.pending:
             # The state before the first new symbol was taken back, and is computed again.
-            row.seat.path = row.seat.path[: len(row.own) + row.length - 1]
-        return [*row.own, *row.symbols, *one.symbols][row.seat.length :]
+            row.pending, row.seat.path = (row.seat.newest,), row.seat.path[:-1]
+        return [*row.pending, *one.symbols]
 
     def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
         """Return why some symbols cannot be read; None if they can."""
-        tokens = [*row.own, *row.symbols, *one.symbols]
+        tokens = len(row.own) + row.length + len(one.symbols)
         if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
             return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        if len(tokens) > self._context:
+        if tokens > self._context:
             return InvalidInputError(
-                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {len(tokens):,}"
+                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {tokens:,}"
             )
-        if one.at and not one.at[0] and len(tokens) == len(one.symbols):
+        if one.at and not one.at[0] and tokens == len(one.symbols):
             return InvalidInputError(
                 f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
             )
@@ -286,7 +302,24 @@ class TransformersReader(Reader):
 
     def _keep(self, row: _Text, symbols: Sequence[int], last: Float[Tensor, "1 d"]) -> None:
         """Note what was read of a row, and keep the keys and values of the first symbols for texts that begin alike."""
-        tokens = [*row.own, *symbols]
-        if not row.length and symbols and self._prefixes.wants(tokens):
+        row.pending, row.last = (), last
+        if row.length > len(symbols):
+            return
+        tokens = (*row.own, *symbols)
+        if symbols and self._prefixes.wants(tokens):
             self._prefixes.keep(tokens, self._kv.alone(row.seat, len(tokens)))
-        row.symbols, row.last = tuple(symbols), last
+        elif tokens and not symbols and tokens not in self._begun:
+            for old in list(self._begun)[: 1 - _BEGUN]:
+                self._kv.leave(self._begun.pop(old)[0])
+            self._begun[tokens] = self._kv.alone(row.seat, len(tokens)), last
+
+
+def _stretches(at: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the places in stretches of such as follow each other, each from a first to one behind its last."""
+    found = list[tuple[int, int]]()
+    for place in at:
+        if found and found[-1][1] == place:
+            found[-1] = found[-1][0], place + 1
+        else:
+            found.append((place, place + 1))
+    return found

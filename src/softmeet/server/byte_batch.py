@@ -39,8 +39,8 @@ class ByteBatch:
 
     @property
     def cache_bytes(self) -> int:
-        """The bytes of the keys and values of all running sequences."""
-        return sum(_reading(s, i).tree.bytes for s, i in list(self._open))
+        """The bytes of the keys and values of all running sequences, and of the tokens before them."""
+        return self.member.reader.bytes
 
     def close(self, s: Sequence, i: int) -> None:
         """Count a sequence that has ended no more; its reading is the sequence's own."""

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_tree import Growth, Path
 from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Covers, Open, Pruning
 from softmeet.readers.bytes.guesses import likely, possible
 from softmeet.readers.bytes.known_text import KnownText
+from softmeet.readers.bytes.nodes import Chain
 from softmeet.readers.bytes.own_path import way
 from softmeet.readers.bytes.reading import Guess, Reading
 from softmeet.readers.bytes.token_model import TokenModel
@@ -40,13 +40,13 @@ class _Wanted(NamedTuple):
     Attributes:
         known: those whose last token was run as a guess, with the next token's probabilities there.
         missing: the others.
-        chains: for each of these, (the columns of its first tokens, which have been run; the ids of the others).
+        chains: for each of these, its last tokens, behind those that have been run.
         places: for each of these, the number of the text's bytes that its tokens spell.
     """
 
     known: Answers
     missing: list[Open]
-    chains: list[tuple[Path, list[int]]]
+    chains: list[Chain]
     places: list[int]
 
 
@@ -169,7 +169,7 @@ class ByteMember(TokenModel):
         found = []
         for text, known in zip(texts, begun, strict=True):
             work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
-            found.append((Reading(known.covers[-1], known.tree, text, work).compact(), known.covers))
+            found.append((Reading(known.covers[-1], text, work), known.covers))
         return found
 
     def follow(self, reading: Reading, text: bytes) -> Reading:
@@ -185,7 +185,7 @@ class ByteMember(TokenModel):
         Returns:
             the new reading; it has ended if its tokens would exceed the model's context, as in :meth:`advance`.
         """
-        longest = max((len(probs.path) for probs in reading.covers.places), default=0)
+        longest = max((probs.path.length for probs in reading.covers.places), default=0)
         if len(text) == 1 or longest + len(text) >= self.limit:
             for byte in text:
                 (reading,) = self.advance([reading], [byte])
@@ -195,16 +195,16 @@ class ByteMember(TokenModel):
         dropped = sum(covers.unasked for covers in known.covers[1:])
         work = reading.work.and_(known.work.calls, known.work.tokens, dropped)
         guesses = possible(reading.guesses, known.text)
-        return Reading(known.covers[-1], known.tree, reading.text + text, work, guesses).compact()
+        return Reading(known.covers[-1], reading.text + text, work, guesses)
 
     def _finish(self, texts: Sequence[KnownText], pause: Callable[[], None] = lambda: None) -> None:
         """Run the model on what known texts want, each call for all of them, until they want nothing."""
         while True:
-            wanting = [(known, growth) for known in texts if (growth := known.wanted()) is not None]
+            wanting = [(known, chains) for known in texts if (chains := known.wanted())]
             if not wanting:
                 return
-            for (known, _), (tree, states) in zip(wanting, self.run([own for _, own in wanting]), strict=True):
-                known.grown(tree, states)
+            for (known, _), found in zip(wanting, self.run([chains for _, chains in wanting]), strict=True):
+                known.ran(found)
             texts = [known for known, _ in wanting]
             pause()
 
@@ -232,13 +232,13 @@ class ByteMember(TokenModel):
             one, covers, symbol = found[k], found[k].covers, symbols[k]
             if symbol not in self.spelling.unwritable:
                 covers = covers.followed(self.spelling, symbol, self.pruning)
-            found[k] = Reading(covers, one.tree, one.text + bytes([symbol]), one.work, one.guesses)
+            found[k] = Reading(covers, one.text + bytes([symbol]), one.work, one.guesses)
         self._settle(found, moved)
         for k in moved:
             if not (one := found[k]).ended:
                 work = one.work.and_(dropped=one.covers.unasked)
                 guesses = possible(one.guesses, self.spelling.written(one.text)) if one.guesses else ()
-                found[k] = Reading(one.covers, one.tree, one.text, work, guesses).compact()
+                found[k] = Reading(one.covers, one.text, work, guesses)
         self.spent = self.spent.and_(dropped=sum(found[k].covers.unasked for k in moved if not found[k].ended))
         return found
 
@@ -255,27 +255,23 @@ class ByteMember(TokenModel):
                 k: likely(readings[k], self.spelling, self.limit, len(wanted.missing)) if few else []
                 for k, wanted in asking.items()
             }
-            growths = {}
-            for k, wanted in asking.items():
-                chains = [*wanted.chains, *((one.path, one.tokens) for one in ahead[k])]
-                growths[k] = Growth(readings[k].tree, [path for path, _ in chains], [tokens for _, tokens in chains])
-            grown = dict(zip(asking, self.run(list(growths.values())), strict=True))
-            paths = {k: growth.grown for k, growth in growths.items()}
-            asked = [
-                (path, place, hidden[-1])
+            chains = {
+                k: [*wanted.chains, *(Chain(one.path, one.tokens, [len(one.tokens)]) for one in ahead[k])]
                 for k, wanted in asking.items()
-                for path, place, hidden in zip(paths[k], wanted.places, grown[k][1], strict=False)
-            ]
-            found = iter(self.next_token_probs(*zip(*asked, strict=True)))
+            }
+            ran = {k: [own[-1] for own in each] for k, each in zip(asking, self.run([*chains.values()]), strict=True)}
+            behind = [one for k, wanted in asking.items() for one in ran[k][: len(wanted.missing)]]
+            places = [place for wanted in asking.values() for place in wanted.places]
+            found = iter(self.next_token_probs(behind, places))
             for k, wanted in asking.items():
-                (tree, states), one, count = grown[k], readings[k], len(wanted.missing)
+                one = readings[k]
                 covers = one.covers.answered(
                     self.spelling, [*wanted.known, *((cover, next(found)) for cover in wanted.missing)], self.pruning
                 )
-                run_ahead = zip(ahead[k], paths[k][count:], states[count:], strict=True)
-                guesses = [Guess(own.place, own.word, path, hidden[-1]) for own, path, hidden in run_ahead]
-                work = one.work.and_(calls=1, tokens=tree.columns - one.tree.columns)
-                readings[k] = Reading(covers, tree, one.text, work, (*one.guesses, *guesses))
+                run_ahead = zip(ahead[k], ran[k][len(wanted.missing) :], strict=True)
+                guesses = [Guess(own.place, own.word, behind) for own, behind in run_ahead]
+                work = one.work.and_(calls=1, tokens=sum(len(chain.tokens) for chain in chains[k]))
+                readings[k] = Reading(covers, one.text, work, (*one.guesses, *guesses))
             moved = list(asking)
 
     def _wanted(self, readings: list[Reading], moved: list[int]) -> dict[int, _Wanted]:
@@ -289,7 +285,7 @@ class ByteMember(TokenModel):
             while opened := readings[k].covers.wanted(self.pruning):
                 one = readings[k]
                 wanted = self._sorted_out(one, opened)
-                if any(len(path) + len(tokens) > self.limit for path, tokens in wanted.chains):
+                if any(chain.path.length + len(chain.tokens) > self.limit for chain in wanted.chains):
                     readings[k] = replace(one, ended=True, full=True)
                 elif not wanted.missing:
                     readings[k] = replace(one, covers=one.covers.answered(self.spelling, wanted.known, self.pruning))
@@ -302,20 +298,18 @@ class ByteMember(TokenModel):
     def _sorted_out(self, reading: Reading, opened: Sequence[Open]) -> _Wanted:
         """Tell wanted covers whose last token was run as a guess from those that the model has to be run on."""
         if not self.pruning.prune:
-            return _Wanted([], list(opened), [(one.probs.path, [one.token]) for one in opened], [0] * len(opened))
+            chains = [Chain(one.probs.path, [one.token], [1]) for one in opened]
+            return _Wanted([], list(opened), chains, [0] * len(opened))
         written = self.spelling.written(reading.text)
         guesses = {guess.place: guess for guess in reading.guesses if written[: guess.place].endswith(guess.word)}
         places = [len(written) - len(one.rest) for one in opened]
         hits = [(one, place, guesses[place]) for one, place in zip(opened, places, strict=True) if place in guesses]
         known: Answers = []
         if hits:
-            probs = self.next_token_probs(
-                [guess.path for *_, guess in hits],
-                [place for _, place, _ in hits],
-                [guess.hidden for *_, guess in hits],
-            )
+            probs = self.next_token_probs([guess.behind for *_, guess in hits], [place for _, place, _ in hits])
             known = list(zip((one for one, *_ in hits), probs, strict=True))
         missing = [(one, place) for one, place in zip(opened, places, strict=True) if place not in guesses]
         paths = [(probs.path, probs.place) for probs in reading.covers.places]
-        chains = [way(self.spelling, reading.tree, written[:place], paths) for _, place in missing]
+        ways = [way(self.spelling, written[:place], paths) for _, place in missing]
+        chains = [Chain(path, tokens, [len(tokens)]) for path, tokens in ways]
         return _Wanted(known, [one for one, _ in missing], chains, [place for _, place in missing])

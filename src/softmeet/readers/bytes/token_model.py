@@ -1,9 +1,11 @@
-"""A causal language model over tokens, as reading by bytes uses it: trees of tokens, and next tokens' probabilities."""
+"""A causal language model over tokens, as reading by bytes uses it: chains of tokens, next tokens' probabilities."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,57 +17,98 @@ from softmeet.errors import InvalidInputError
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.opaque import Head
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_tree import Growth, Path, TokenTree, require_trees
-from softmeet.members.token_tree import run as run_trees
 from softmeet.readers.bytes.covers import END, SYMBOLS, NextTokenProbs
-from softmeet.readers.reader import Work
+from softmeet.readers.bytes.nodes import Chain, Next, Rows
+from softmeet.readers.masks import require_trees
+from softmeet.readers.reader import Reader, Work
+from softmeet.readers.transformers import TransformersReader
 
 # The least probability of a token: without it, rounding could leave all covers without mass.
 _LEAST = torch.finfo(torch.float32).tiny
-# Prefixes whose states are kept.
-_PREFIXES = 16
 # Logits that are normalised at once on a CPU.
 _CACHED = 1 << 20
 
 
+@dataclass(frozen=True, eq=False)
+class SpelledTokens:
+    """The tokens of a spelling, as the symbols of a reader.
+
+    Attributes:
+        spelling: the spelling.
+        size: the number of ids.
+        ends: the ids that end a text.
+    """
+
+    spelling: Spelling
+    size: int
+    ends: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text."""
+        return self.spelling.encode(text.encode())
+
+    def decode(self, symbols: Sequence[int]) -> bytes:
+        """Return the bytes of tokens."""
+        return self.spelling.spelled(symbols)
+
+    def count(self, symbols: Sequence[int]) -> int:
+        """Return the number of tokens."""
+        return len(symbols)
+
+    def may_follow(self, symbols: Sequence[int]) -> None:
+        """Return None: any token can follow."""
+        return
+
+
 class TokenModel:
-    """A causal language model that is run on trees of tokens, and gives the probabilities of tokens that spell bytes.
+    """A causal language model that is run on chains of tokens, and gives the probabilities of tokens that spell bytes.
 
     Args:
-        model: a causal LM of transformers, in evaluation mode.
+        model: a causal LM of transformers, in evaluation mode; or a reader of its tokens that can fork and crop.
         spelling: what :func:`spelling_of` returns for the model's tokenizer.
         prefix: ids, at least one, of the tokens that precede each text for which no other prefix is given; None for
             ``spelling.start``, the tokenizer's own.
 
     Attributes:
-        head: the model's output layer.
+        model: as given; of a reader its ``model``, None if it has none.
+        head: the model's output layer; None of a reader that has none.
         limit: the number of tokens in its context, prefix included.
         ends: ids of the tokens that end a text.
         spent: the :class:`Work` for all texts, prefixes and a sample run on construction: calls of the model (one for
             several texts counts once), tokens run in them, and the shares of mass estimated in reading, summed.
 
     Raises:
-        CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens.
+        CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens; if a reader
+            cannot fork or crop.
     """
 
-    def __init__(self, model: PreTrainedModel, spelling: Spelling, prefix: Sequence[int] | None = None) -> None:
-        self.model, self.spelling = model, spelling
-        named = model.generation_config.eos_token_id
-        self.ends = sorted({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
-        self.head: Head = head_of(model)
-        require_trees(model)
-        config = model.config.get_text_config(decoder=True)
-        self.limit: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    def __init__(
+        self, model: PreTrainedModel | Reader, spelling: Spelling, prefix: Sequence[int] | None = None
+    ) -> None:
+        self.spelling = spelling
+        if not isinstance(model, Reader):
+            model = _reader(model, head_of(model), spelling)
+        if not (model.traits.can_fork and model.traits.can_crop):
+            raise model.cannot("fork rows and take back what it has read")
+        self.model: Any = getattr(model, "model", None)
+        self.head: Any = model.head
+        self.ends = sorted(model.alphabet.ends | ({spelling.end} if spelling.end is not None else set()))
+        self.limit = model.limit
         self.prefix = list(self.spelling.start if prefix is None else prefix)
-        self._columns = torch.tensor([*spelling.tokens.tolist(), *self.ends], device=self.head.device)
-        self._prefixes: dict[tuple[int, ...], tuple[TokenTree, Tensor]] = {}
+        self._v = model.alphabet.size
+        self._columns = torch.tensor([*spelling.tokens.tolist(), *self.ends])
+        self._rows = Rows(model)
         self.spent = Work()
 
+    @property
+    def reader(self) -> Reader:
+        """What reads the tokens."""
+        return self._rows.reader
+
     def find_head_again(self) -> None:
-        """Update ``head`` after the model has changed device or dtype, and forget the results of :meth:`behind`."""
+        """Take ``head`` anew after the model has changed device or dtype; what was read before cannot be read on."""
         self.head = replace_weight(self.head, self.model)
-        self._columns = self._columns.to(self.head.device)
-        self._prefixes.clear()
+        self._rows = Rows(_reader(self.model, self.head, self.spelling))
 
     @property
     def room(self) -> int:
@@ -73,85 +116,84 @@ class TokenModel:
         # The model may have to be run on one token more than the bytes make, and the dummy prefix is another.
         return max(1, self.limit - len(self.prefix) - 2)
 
-    def behind(self, prefix: Sequence[int]) -> tuple[TokenTree, Float[Tensor, "1 d"]]:
-        """Run a prefix, the ids of tokens before a text, and keep the result for later texts (of the 16 newest).
-
-        Returns:
-            (the prefix's keys and values as a tree of one path; (1, d), the last hidden state at its last token).
+    def behind(self, prefix: Sequence[int]) -> Next:
+        """Return what follows a prefix, the ids of tokens before a text; the reader keeps it for later texts.
 
         Raises:
             InvalidInputError: if the prefix is empty, has an id that the model does not know, or exceeds its context.
         """
-        key = tuple(prefix)
-        if not key:
+        if not prefix:
             raise InvalidInputError("expected a prefix of at least one token, such as the one that begins a text")
-        known = range(self.head.v)
-        if wrong := [token for token in key if isinstance(token, bool | str) or token not in known]:
+        known = range(self._v)
+        if wrong := [token for token in prefix if isinstance(token, bool | str) or token not in known]:
             raise InvalidInputError(
-                f"expected a prefix of token ids of {self.spelling.name}, from 0 to {self.head.v - 1}, got {wrong[0]!r}"
+                f"expected a prefix of token ids of {self.spelling.name}, from 0 to {self._v - 1}, got {wrong[0]!r}"
             )
-        if key not in self._prefixes:
-            tree, hidden = self.run_chain(key)
-            for old in list(self._prefixes)[: 1 - _PREFIXES]:
-                self._prefixes.pop(old, None)
-            self._prefixes[key] = tree, hidden[-1:]
-        return self._prefixes[key]
+        return self.run_chain(prefix, (), (0,))[0]
 
-    def run_chain(self, tokens: Sequence[int], tree: TokenTree | None = None) -> tuple[TokenTree, Float[Tensor, "t d"]]:
-        """Run a sequence of tokens after those of ``tree``, which must be a single sequence, in one call of the model.
+    def run_chain(self, prefix: Sequence[int], tokens: Sequence[int], at: Sequence[int]) -> list[Next]:
+        """Run a sequence of tokens after a prefix, in one call of the model, or none if all is known.
 
         Args:
-            tokens: t ids, at least one.
-            tree: the keys and values of the tokens before them; None if there are none.
-
-        Returns:
-            (the tree with the new tokens; (t, d), the last hidden states at them).
+            prefix: the ids of tokens before a text, at least one.
+            tokens: the ids of the t that follow.
+            at: behind how many of these the predictions of next tokens are wanted, 0 to t, ascending.
         """
-        tree = tree or TokenTree()
-        ((tree, (hidden,)),) = self.run([Growth(tree, [np.arange(tree.columns)], [list(tokens)])])
-        return tree, hidden
+        self._require_room(len(prefix) + len(tokens))
+        found, work = self._rows.begin(prefix, tokens, at)
+        self.spent = self.spent.and_(work.calls, work.tokens)
+        return found
 
-    def run(self, growths: Sequence[Growth]) -> list[tuple[TokenTree, list[Float[Tensor, "t d"]]]]:
-        """Run the tokens of one or more ``growths`` (:class:`Growth`) in one call of the model; count it in ``spent``.
+    def run(self, texts: Sequence[Sequence[Chain]]) -> list[list[list[Next]]]:
+        """Run chains of tokens of one or more texts in one call of the model; count it in ``spent``.
 
         Returns:
-            For each, (its tree with the new tokens; for each of its chains of t tokens, last hidden states, (t, d)).
+            For each text, for each of its chains, the predictions of next tokens that are wanted along it.
 
         Raises:
             InvalidInputError: if a chain, with the tokens before it, is longer than the model's context.
         """
-        pairs = [(path, own) for growth in growths for path, own in zip(growth.paths, growth.tokens, strict=True)]
-        longest = max(len(path) + len(own) for path, own in pairs)
-        if longest > self.limit:
+        chains = [chain for own in texts for chain in own]
+        self._require_room(max(chain.path.length + len(chain.tokens) for chain in chains))
+        ran, work = self._rows.run(chains)
+        self.spent, found = self.spent.and_(work.calls, work.tokens), iter(ran)
+        return [[next(found) for _ in own] for own in texts]
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens > self.limit:
             raise InvalidInputError(
-                f"expected a text of at most {self.limit} tokens, the context of {self.spelling.name}, got {longest}: "
+                f"expected a text of at most {self.limit} tokens, the context of {self.spelling.name}, got {tokens}: "
                 "shorten the prompt or lower max_new_tokens"
             )
-        self.spent = self.spent.and_(calls=1, tokens=sum(len(own) for _, own in pairs))
-        with torch.inference_mode():
-            return run_trees(self.model, growths)
 
-    def next_token_probs(
-        self, paths: Sequence[Path], places: Sequence[int], hidden: Sequence[Float[Tensor, " d"]]
-    ) -> list[NextTokenProbs]:
-        """Compute the next token's probabilities at k places from the last hidden states there.
+    def logits(self, behind: Sequence[Next]) -> Float[Tensor, "k v"]:
+        """Compute the logits of the next tokens at k ≥ 1 places, in nats."""
+        with torch.inference_mode():
+            parts = list[Tensor]()
+            for _, group in groupby(behind, lambda one: id(one.told)):
+                own = list(group)
+                places = torch.tensor([one.number for one in own])
+                parts.append(own[0].told.logits(places) if self.head is None else own[0].told.hidden(places))
+            found = torch.cat(parts) if len(parts) > 1 else parts[0]
+            return found if self.head is None else self.head.logits(found)
+
+    def next_token_probs(self, behind: Sequence[Next], places: Sequence[int]) -> list[NextTokenProbs]:
+        """Compute the next token's probabilities at k places.
 
         They sum to 1 over the tokens that spell bytes or end a text, and none is below 1.17e-38.
 
         Args:
-            paths: for each place, the columns that the tokens before it have among the keys and values of its text's
-                :class:`TokenTree`, first to last; they become ``path`` of the result.
-            places: for each, the number of the text's bytes that these tokens spell; they become ``place``.
-            hidden: (d,) for each, the last hidden state at the last of these tokens.
+            behind: the predictions; their paths become ``path`` of the result.
+            places: for each, the number of the text's bytes that the tokens spell; they become ``place``.
         """
         found, m = list[NextTokenProbs](), len(self.spelling.words)
-        with torch.inference_mode():
-            logits = self.head.logits(torch.stack([*hidden]))
+        logits = self.logits(behind)
+        paths, columns = [one.path for one in behind], self._columns.to(logits.device)
         # Several passes over the vocabulary follow: a few rows at a time stay in the CPU's caches.
-        size = _CACHED // self.head.v if logits.device.type == "cpu" else len(logits)
+        size = _CACHED // self._v if logits.device.type == "cpu" else len(logits)
         for some in logits.split(max(1, size)):
             # A byte to which the member gives probability 0 may come all the same, and some cover has to continue then.
-            own = some.gather(1, self._columns.expand(len(some), -1)).softmax(-1).clamp_min_(_LEAST)
+            own = some.gather(1, columns.expand(len(some), -1)).softmax(-1).clamp_min_(_LEAST)
             probs, (letters, where) = own.cpu().numpy(), self.spelling.beginnings
             roots = np.zeros((len(some), SYMBOLS))
             roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
@@ -159,3 +201,12 @@ class TokenModel:
             rows = slice(len(found), len(found) + len(some))
             found += [NextTokenProbs(*one) for one in zip(paths[rows], places[rows], probs[:, :m], roots, strict=True)]
         return found
+
+
+def _reader(model: PreTrainedModel, head: Head, spelling: Spelling) -> TransformersReader:
+    """Make the reader of a model's tokens, which reads those of all texts in one call."""
+    require_trees(model)
+    named = model.generation_config.eos_token_id
+    ends = frozenset({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
+    tokens = SpelledTokens(spelling, head.v, ends)
+    return TransformersReader(model, tokens, spelling.name, kept_tokens=0, head=head, at_once=True)

@@ -23,13 +23,11 @@ def expected_after_bytes(member: TokenModel) -> np.ndarray[Any, np.dtype[np.floa
     """Run a member on :data:`SAMPLE`, and return :func:`typical` of what it expects there, (256, 257)."""
     start, spelling = member.spelling.start, member.spelling
     tokens = spelling.encode(SAMPLE.encode())[: member.limit - len(start)]
-    _, hidden = member.run_chain([*start, *tokens])
-    nowhere = np.empty(0, np.int64)
-    roots = [
-        one.root
-        for states in hidden[len(start) :].split(_AT_ONCE)
-        for one in member.next_token_probs([nowhere] * len(states), [0] * len(states), states)
-    ]
+    behind = member.run_chain(start, tokens, range(1, len(tokens) + 1))
+    roots = list[np.ndarray[Any, np.dtype[np.float64]]]()
+    for k in range(0, len(behind), _AT_ONCE):
+        some = behind[k : k + _AT_ONCE]
+        roots += [one.root for one in member.next_token_probs(some, [0] * len(some))]
     return typical(spelling, tokens, roots)
 
 
