@@ -141,11 +141,12 @@ class Call:
         return _InPlace(own, other, self._first, self._block.end)
 
     def mask(self, model: PreTrainedModel) -> Any:
-        """Return the attention mask: of padding at the left where that is all, else of each new token's own."""
+        """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
         end, (_, new) = self._block.end, self.ids.shape
         alone = all(len(own) == 1 for own in self._slots.values())
         pairs = list(zip(self._seats, self.columns, strict=True))
-        if alone and all(not seat.length or (seat.is_whole and len(own) == new) for seat, own in pairs):
+        # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
+        if alone and all(len(own) == new and seat.is_whole for seat, own in pairs):
             starts = np.full(self._many, end)
             starts[[seat.slot for seat in self._seats]] = [
                 int((seat.path if seat.length else own)[0]) for seat, own in pairs

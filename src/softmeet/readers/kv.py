@@ -172,7 +172,8 @@ class KeysAndValues:
                         left[k] = seat, rest
             if left:
                 yield
-        return [torch.cat(found[k]) for k in range(len(rows))], calls
+        parts = [found[k] for k in range(len(rows))]
+        return [own[0] if len(own) == 1 else torch.cat(own) for own in parts], calls
 
     def _company(self, count: int, texts: int) -> int:
         """Return a number that is the same for the texts that are run in one call, from their numbers of new tokens."""

@@ -191,8 +191,9 @@ class TransformersReader(Reader):
         one = self._mine(row)
         forks = [replace(one, seat=self._kv.fork(one.seat, one.seat.length)) for _ in range(count)]
         self._rows.update(forks)
-        for fork in forks:
-            self.crop(fork, one.length if length is None else length)
+        if length is not None:
+            for fork in forks:
+                self.crop(fork, length)
         return list(forks)
 
     def crop(self, row: Row, length: int) -> None:
@@ -232,12 +233,11 @@ class TransformersReader(Reader):
             for k, length in before.items():
                 rows[k].seat.path = rows[k].seat.path[:length]
             raise
-        ran = dict(zip(new, states, strict=True))
-        every = {
-            k: torch.cat([own for own in (row.last, ran.get(k)) if own is not None])
-            for k, (row, one) in enumerate(pairs)
-            if k not in errors and (one.symbols or one.at)
-        }
+        every = dict(zip(new, states, strict=True))
+        for k, (row, one) in enumerate(pairs):
+            if k not in errors and row.last is not None and one.at and not one.at[0]:
+                every[k] = torch.cat((row.last, every[k])) if k in every else row.last
+        every = dict(sorted(every.items()))
         work = Work(calls, sum(map(len, new.values())))
         return self._settled(pairs, every, before, errors, work)
 
@@ -253,20 +253,21 @@ class TransformersReader(Reader):
 
         Args:
             pairs: each row with what was asked of it.
-            every: by number, the last hidden states of what was run for it, or of the last that are wanted, behind the
-                one before, if that is known.
+            every: by number, last hidden states at its last tokens, from the first at which one is wanted.
             before: by number, how many tokens of the row had been run.
             errors: by number, why it was not run; those of states that are no numbers are added.
             work: what reading has cost.
         """
-        # All rows are looked at in one transfer from the device.
-        finite = torch.stack([own.isfinite().all() for own in every.values()]).tolist() if every else []
-        wanted, counts = list[Tensor](), [0] * len(pairs)
-        for (k, own), well in zip(every.items(), finite, strict=True):
-            row, one = pairs[k]
+        none = torch.zeros(0, self.head.d, device=self.head.device)
+        whole = torch.cat([*every.values()]) if every else none
+        # All rows are looked at in one transfer from the device, and each by itself where that finds something.
+        finite = bool(whole.isfinite().all())
+        wanted, counts, end = list[int](), [0] * len(pairs), 0
+        for k, own in every.items():
+            (row, one), end = pairs[k], end + len(own)
+            well = finite or bool(own.isfinite().all())
             if well:
-                newest = len(own) - 1 - len(one.symbols)
-                wanted += [own[newest + start : newest + stop] for start, stop in _stretches(one.at)]
+                wanted += [end - 1 - len(one.symbols) + place for place in one.at]
                 counts[k] = len(one.at)
             else:
                 errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
@@ -275,11 +276,12 @@ class TransformersReader(Reader):
                 self._keep(row, one.symbols, own[-1:].clone())
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
-        told = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
-        return _States(self.head, told, counts, errors, work)
+        return _States(self.head, whole[wanted] if wanted else none, counts, errors, work)
 
     def _new(self, row: _Text, one: Read) -> list[int]:
         """Return the tokens of a row that have to be run."""
+        if not (one.symbols or one.at):
+            return []
         if row.last is None and one.at and not one.at[0] and not row.pending:
             # The state before the first new symbol was taken back, and is computed again.
             row.pending, row.seat.path = (row.seat.newest,), row.seat.path[:-1]
@@ -312,14 +314,3 @@ class TransformersReader(Reader):
             for old in list(self._begun)[: 1 - _BEGUN]:
                 self._kv.leave(self._begun.pop(old)[0])
             self._begun[tokens] = self._kv.alone(row.seat, len(tokens)), last
-
-
-def _stretches(at: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the places in stretches of such as follow each other, each from a first to one behind its last."""
-    found = list[tuple[int, int]]()
-    for place in at:
-        if found and found[-1][1] == place:
-            found[-1] = found[-1][0], place + 1
-        else:
-            found.append((place, place + 1))
-    return found

@@ -35,7 +35,6 @@ class ByteBatch:
 
     def __init__(self, name: str, member: ByteMember) -> None:
         self.name, self.member = name, member
-        self._open = dict[Part, None]()
 
     @property
     def cache_bytes(self) -> int:
@@ -43,8 +42,7 @@ class ByteBatch:
         return self.member.reader.bytes
 
     def close(self, s: Sequence, i: int) -> None:
-        """Count a sequence that has ended no more; its reading is the sequence's own."""
-        self._open.pop((s, i), None)
+        """Do nothing: what a sequence that has ended has read goes with its reading, which is the sequence's own."""
 
     def step(self, parts: list[Part]) -> Float[Tensor, "B 257"]:
         """Read the newest symbol of sequences, and return the next one's log-probabilities, (B, 257), in nats."""
@@ -72,7 +70,6 @@ class ByteBatch:
             self._read_on([behind[k] for k in rest], pause)
             log_probs = self.member.log_probs([_reading(*behind[k]) for k in rest])
             found |= {k: log_probs[j : j + 1] for j, k in enumerate(rest)}
-        self._open |= dict.fromkeys(behind)
         return [found[k] for k in range(len(behind))]
 
     def _begun(self, new: list[Part], every: bool, pause: Callable[[], None]) -> list[Float[Tensor, "t 257"]]:
