@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softmeet.readers.masks import attention_mask
+from softmeet.readers.masks import Masks
 
 # Of a text's tokens, the columns of their keys and values, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
@@ -140,7 +139,7 @@ class Call:
         own, other = (self._block.tensors[one.tensor][one.part, : self._many] for one in (keys, values))
         return _InPlace(own, other, self._first, self._block.end)
 
-    def mask(self, model: PreTrainedModel) -> Any:
+    def mask(self, masks: Masks) -> Any:
         """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
         end, (_, new) = self._block.end, self.ids.shape
         alone = all(len(own) == 1 for own in self._slots.values())
@@ -158,10 +157,12 @@ class Call:
         # Every token attends to itself; padding too, since a softmax over nothing is NaN.
         allowed[:, np.arange(new), width - new + np.arange(new)] = True
         for seat, own in pairs:
-            path, mine = seat.path - self._first, own - self._first
-            queries = own - end
+            path, count = seat.path - self._first, len(own)
+            first, at = int(own[0]) - end, int(own[0]) - self._first
             depths[seat.slot, path] = np.arange(len(path))
-            depths[seat.slot, mine] = len(path) + np.arange(len(mine))
-            allowed[seat.slot, queries[:, None], path] = True
-            allowed[seat.slot, queries[:, None], mine] = np.tri(len(mine), dtype=bool)
-        return attention_mask(model, allowed, depths)
+            depths[seat.slot, at : at + count] = np.arange(len(path), len(path) + count)
+            rows = allowed[seat.slot, first : first + count]
+            rows[:, path] = True
+            if count > 1:
+                rows[:, at : at + count] = np.tri(count, dtype=bool)
+        return masks.of(allowed, depths)

@@ -26,7 +26,7 @@ from transformers import Cache, PreTrainedModel
 from softmeet.errors import InvalidInputError
 from softmeet.members.huggingface import last_hidden
 from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
-from softmeet.readers.masks import empty_cache, require_trees
+from softmeet.readers.masks import Masks, empty_cache, require_trees
 
 # The most tokens of one text that the model runs at once.
 PIECE = 256
@@ -52,6 +52,10 @@ class KeysAndValues:
         self._layout = list[tuple[Place, Place]]()
         self._likes = list[Tensor]()
         self._blocks = list[Block]()
+
+    @cached_property
+    def _masks(self) -> Masks:
+        return Masks(self._model)
 
     @cached_property
     def reads_trees(self) -> bool:
@@ -127,7 +131,7 @@ class KeysAndValues:
         few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
-            attention_mask=call.mask(self._model), position_ids=torch.from_numpy(call.depths),
+            attention_mask=call.mask(self._masks), position_ids=torch.from_numpy(call.depths),
         )  # fmt: skip
         if not self._layout:
             self._lay_out(block, cache)

@@ -17,7 +17,7 @@ from softmeet.members.placement import home
 
 Depths = Int[np.ndarray, "B k"]
 Allowed = Bool[np.ndarray, "B q k"]
-# Kinds of layers, by their names in configurations, that read a tree by the masks of :func:`attention_mask`.
+# Kinds of layers, by their names in configurations, that read a tree by :class:`Masks`.
 _KINDS = {"full_attention", "sliding_attention", "global"}
 # What a model is checked on: a trunk, and after it a chain beside another; and the relative error of rounding at most.
 _TRUNK, _OTHER, _CHAIN, _NEAR = range(3), range(3, 11), (11, 12), 1e-3
@@ -28,13 +28,45 @@ def empty_cache(model: PreTrainedModel) -> Cache:
     return Cache(layers=[DynamicLayer() for _ in DynamicCache(config=model.config).layers])
 
 
+class Masks:
+    """Makes the attention masks of a model, which has to stay on its device and in its dtype.
+
+    Args:
+        model: a causal LM.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self._place, self._dtype = home(model), next(model.parameters()).dtype
+        self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        self._kinds = getattr(config, "layer_types", None)
+
+    def of(self, allowed: Allowed, depths: Depths) -> Any:
+        """Make the additive mask, (B, 1, queries, keys); a dict of one by kind of layer if windows matter.
+
+        Args:
+            allowed: which columns, the new ones last, each new token attends to, (B, queries, keys).
+            depths: the position of each column's token in its text, (B, keys).
+        """
+        full, new = self._additive(allowed), depths[:, -allowed.shape[1] :]
+        if self._window is None or new.max() < self._window:
+            return full
+        narrow = self._additive(allowed & (new[:, :, None] - depths[:, None, :] < self._window))
+        return narrow if self._kinds is None else {"full_attention": full, "sliding_attention": narrow}
+
+    def _additive(self, allowed: Allowed) -> Float[Tensor, "B 1 q k"]:
+        forbidden = torch.from_numpy(~allowed[:, None])
+        mask = torch.zeros(forbidden.shape, dtype=self._dtype)
+        return mask.masked_fill_(forbidden, torch.finfo(self._dtype).min).to(self._place)
+
+
 @torch.inference_mode()
 def require_trees(model: PreTrainedModel) -> None:
     """Check that a model reads each path of a tree of tokens as it reads that path by itself, on a few tokens.
 
     A tree is several texts that begin alike, whose common tokens are run once. Models whose attention counts columns
     (ALiBi) instead of positions do not read them so, nor those with recurrent layers, nor those with windows of which
-    :func:`attention_mask` does not know.
+    :class:`Masks` does not know.
 
     Raises:
         InvalidInputError: if it does not.
@@ -73,31 +105,5 @@ def _behind(model: PreTrainedModel, trunk: list[int], other: list[int], chain: l
     last_hidden(model, torch.tensor([trunk]), cache=cache, use_cache=True, **begun)
     return last_hidden(
         model, torch.tensor([other + chain]), cache=cache, use_cache=True,
-        attention_mask=attention_mask(model, allowed, depths), position_ids=torch.from_numpy(depths[:, first:]),
+        attention_mask=Masks(model).of(allowed, depths), position_ids=torch.from_numpy(depths[:, first:]),
     )[0, beside:]  # fmt: skip
-
-
-def attention_mask(model: PreTrainedModel, allowed: Allowed, depths: Depths) -> Any:
-    """Make the additive attention mask, (B, 1, queries, keys); a dict of one by kind of layer if windows matter.
-
-    Args:
-        model: the model.
-        allowed: which columns, the new ones last, each new token attends to, (B, queries, keys).
-        depths: the position of each column's token in its text, (B, keys).
-    """
-    config = model.config.get_text_config(decoder=True)
-    place, dtype = home(model), next(model.parameters()).dtype
-    full = _additive(torch.from_numpy(allowed), dtype).to(place)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    new = depths[:, -allowed.shape[1] :]
-    if window is None or new.max() < window:
-        return full
-    near = new[:, :, None] - depths[:, None, :] < window
-    narrow = _additive(torch.from_numpy(allowed & near), dtype).to(place)
-    kinds = getattr(config, "layer_types", None)
-    return narrow if kinds is None else {"full_attention": full, "sliding_attention": narrow}
-
-
-def _additive(allowed: Bool[Tensor, "B q k"], dtype: torch.dtype) -> Float[Tensor, "B 1 q k"]:
-    forbidden = ~allowed[:, None]
-    return torch.zeros(forbidden.shape, dtype=dtype).masked_fill(forbidden, torch.finfo(dtype).min)

@@ -258,14 +258,13 @@ class TransformersReader(Reader):
             errors: by number, why it was not run; those of states that are no numbers are added.
             work: what reading has cost.
         """
-        none = torch.zeros(0, self.head.d, device=self.head.device)
-        whole = torch.cat([*every.values()]) if every else none
+        whole = torch.cat([*every.values()] or [torch.zeros(0, self.head.d, device=self.head.device)])
         # All rows are looked at in one transfer from the device, and each by itself where that finds something.
-        finite = bool(whole.isfinite().all())
+        finite = _finite(whole)
         wanted, counts, end = list[int](), [0] * len(pairs), 0
         for k, own in every.items():
             (row, one), end = pairs[k], end + len(own)
-            well = finite or bool(own.isfinite().all())
+            well = finite or _finite(own)
             if well:
                 wanted += [end - 1 - len(one.symbols) + place for place in one.at]
                 counts[k] = len(one.at)
@@ -276,7 +275,8 @@ class TransformersReader(Reader):
                 self._keep(row, one.symbols, own[-1:].clone())
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
-        return _States(self.head, whole[wanted] if wanted else none, counts, errors, work)
+        told = whole.index_select(0, torch.tensor(wanted, dtype=torch.long, device=whole.device))
+        return _States(self.head, told, counts, errors, work)
 
     def _new(self, row: _Text, one: Read) -> list[int]:
         """Return the tokens of a row that have to be run."""
@@ -314,3 +314,8 @@ class TransformersReader(Reader):
             for old in list(self._begun)[: 1 - _BEGUN]:
                 self._kv.leave(self._begun.pop(old)[0])
             self._begun[tokens] = self._kv.alone(row.seat, len(tokens)), last
+
+
+def _finite(x: Tensor) -> bool:
+    """Return whether all entries are numbers: 0 · NaN and 0 · ∞ are none, which is told faster than by isfinite."""
+    return bool((x * 0).sum() == 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from sys import is_finalizing
 from threading import Lock
 from typing import NamedTuple
 
@@ -25,8 +26,9 @@ class Node:
         self._rows = rows
 
     def __del__(self) -> None:
-        """Give the row up."""
-        self._rows.leave(self.row)
+        """Give the row up, but for the end of the interpreter, when what closes it may be gone."""
+        if not is_finalizing():
+            self._rows.leave(self.row)
 
 
 class Path(NamedTuple):
