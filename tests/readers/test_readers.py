@@ -329,6 +329,23 @@ def test_at_once_all_texts_are_one_call():
     assert calls[0] == 1 < calls[1]
 
 
+def test_a_long_text_that_is_closed_leaves_a_short_one_little():
+    reader = tiny_reader(at_once=True)
+    short = reader.open(reuse=False)
+    finished(reader.read([read(short, [1])]))
+    alone, (long,) = reader.bytes, reader.fork(short)
+    finished(reader.read([read(reader.fork(short)[0], [5, 6])]))
+    for k in range(60):
+        finished(reader.read([read(long, [1 + k % 60]), *(read(row, [7]) for row in reader.fork(short, 5))]))
+    assert reader.bytes > 4 * alone
+    for row in reader._rows - {short}:
+        reader.close(row)
+    assert reader.bytes <= 2 * alone
+    told = finished(reader.read([read(short, [9])])).log_probs()
+    again = reader.open(reuse=False)
+    assert torch.allclose(told, finished(reader.read([read(again, [1, 9])])).log_probs(), atol=1e-9)
+
+
 def test_texts_that_part_for_good_no_longer_attend_past_each_other():
     reader, widths = tiny_reader(at_once=True), []
     first = reader.open(reuse=False)

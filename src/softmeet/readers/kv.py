@@ -34,6 +34,8 @@ PIECE = 256
 _ROOM, _SHARE = 64, 2
 # The most slots that are run for each text that is read: beyond, some are run in vain for too little.
 _FEW = 2
+# Times the slots or the columns that are in use, from which a block is made anew when a text leaves it.
+_TOO_MANY = 4
 # The most columns of a slot for each of its longest text, beside a few, before texts that part get slots of their own.
 _MANY = 2
 
@@ -77,7 +79,16 @@ class KeysAndValues:
         return sum(block.bytes for block in list(self._blocks))
 
     def leave(self, seat: Seat) -> None:
-        """Give a seat up; a block without seats is given back."""
+        """Give a seat up; a block without seats is given back, one that is far too large for the others made anew."""
+        block, gone = seat.block, seat.length
+        self._out(seat)
+        if block is not None and block.seats:
+            longest = max(other.length for other in block.seats)
+            slots = len({other.slot for other in block.seats})
+            if gone > _TOO_MANY * (longest + _ROOM) or block.slots > _TOO_MANY * slots:
+                self._rebuild(block, 0, 0, 0)
+
+    def _out(self, seat: Seat) -> None:
         if (block := seat.block) is not None:
             block.seats.remove(seat)
             if not block.seats:
@@ -204,7 +215,7 @@ class KeysAndValues:
         """
         for seat in seats:
             if not seat.length:  # it may have a slot in a block that the model has never been run on
-                self.leave(seat)
+                self._out(seat)
         blocks = [seat.block for seat in seats if seat.block is not None]
         places = {(seat.block, seat.slot) for seat in seats if seat.block}
         texts = len(places) + len(seats) - len(blocks)
@@ -247,7 +258,7 @@ class KeysAndValues:
                 _copy(source, own[0].slot, columns, target, slot)
             for seat in own:
                 path = target.end - len(columns) + np.searchsorted(columns, seat.path)
-                self.leave(seat)
+                self._out(seat)
                 seat.block, seat.slot, seat.path = target, slot, path
                 target.seats.append(seat)
 
@@ -258,6 +269,7 @@ class KeysAndValues:
             return [[seat] for seat in block.seats]
         return [part for group in groups for part in _parted(group)]
 
+    @torch.inference_mode()
     def _rebuild(self, block: Block, slots: int, end: int, new: int) -> None:
         """Make a block anew, without what no seat needs, with so many slots, and room for more columns.
 
