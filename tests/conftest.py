@@ -103,13 +103,16 @@ def serve():
     # Only the tests of the server need its packages.
     from softmeet.server.batcher import Batcher
     from softmeet.server.limits import Limits
+    from softmeet.server.members import readers_of
     from softmeet.server.metrics import Metrics
 
     engines = []
 
     def start(*models, **options):
-        names = {m: f"member {k}" for k, m in enumerate({m: 0 for model in models for m in model.members})}
-        engines.append(Batcher(names, options.pop("limits", Limits()), Metrics(), **options))
+        limits, named = options.pop("limits", Limits()), {m: 0 for model in models for m in model.members}
+        names = [[f"member {list(named).index(m)}" for m in model.members] for model in models]
+        readers = readers_of(models, names, 0 if options.get("reproducible") else limits.kept_tokens)
+        engines.append(Batcher(readers, limits, Metrics(), **options))
         engines[-1].start()
         return engines[-1]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softmeet.errors import InvalidInputError
 from softmeet.hf.assembly import assemble
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.byte_report import GroupReport, group_reports, shown_byte
+from softmeet.hf.byte_report import GroupReport, group_reports
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.chat import Messages, is_chat
 from softmeet.hf.checkpoint import member_names as member_names
@@ -34,6 +34,7 @@ from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
 from softmeet.members.weighting import perplexity_weights
 from softmeet.members.zoo import Named
+from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.rules.base import Rule
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.signatures import takes_settings

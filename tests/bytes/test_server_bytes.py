@@ -18,13 +18,17 @@ from serving import http, running, serving_of
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf.answer_length import tokens_in
-from softmeet.hf.byte_report import character_reports, own_tokens, shown_byte
+from softmeet.hf.byte_report import character_reports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.passages import Passage
+from softmeet.readers.byte_alphabet import shown_byte
+from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.covers import END
+from softmeet.readers.reader import Read, finished
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
+from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
@@ -81,21 +85,21 @@ def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, m
         return sequence(ensemble.model, tuple(text or PROMPTS[k % 6].encode() + b" the"), seed=k, max_tokens=4)
 
     asked, (bad, refused) = [asking(k) for k in range(7)], asking(9, b"never the")
-    run, begin_all = readers[0].run, readers[0].begin_all
+    run, beginning = readers[0].run, readers[0].beginning
 
     def counted(growths):
         calls.append(len(growths))
         return run(growths)
 
-    def begun(texts, prefixes, pause):
+    def begun(texts, prefixes):
         if any(b"never" in text for text in texts):
             raise InvalidInputError("expected a text that can be read")
         sizes.append(len(texts))
-        return begin_all(texts, prefixes, pause)
+        return beginning(texts, prefixes)
 
     monkeypatch.setattr(readers[0], "run", counted)
-    monkeypatch.setattr(readers[0], "begin_all", begun)
-    engine = Batcher({reader: f"member {k}" for k, reader in enumerate(readers)}, Limits(rows=8), Metrics())
+    monkeypatch.setattr(readers[0], "beginning", begun)
+    engine = Batcher(readers_of([ensemble.model], [ensemble.names]), Limits(rows=8), Metrics())
     engine.start()
     try:
         engine.submit([one for one, _ in asked])
@@ -239,12 +243,13 @@ def test_reports_of_bytes_become_reports_of_characters():
 
 
 def test_a_members_own_tokens_are_those_that_its_covers_allow(ensemble):
-    (reader, _) = ensemble.model.readers
-    reading = reader.begin(b"the t")
-    found = own_tokens(reader, reading, 4)
+    reader = ByteReader(ensemble.model.readers[0], "first")
+    row = reader.open()
+    finished(reader.read([Read(row, b"the t", [])]))
+    found = reader.explain(row, 4).expected
     assert len(found) == 4
     assert all(x <= 1e-9 for _, x in found)
-    every = own_tokens(reader, reading, 10_000)
+    every = reader.explain(row, 10_000).expected
     # Each of them gives the byte behind what the member has read of it: together, the next byte's distribution.
     assert sum(math.exp(x) for _, x in every) == pytest.approx(1.0, abs=0.2)
     after = {text for text, _ in every}

@@ -25,6 +25,7 @@ from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
 from softmeet.server.batcher import Batcher
 from softmeet.server.limits import Limits
+from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
 from update_architectures import ARCHITECTURES, COLUMNS, PAGE, VOCABULARY, page
 
@@ -128,7 +129,7 @@ def test_gates(architecture):
 @column
 def test_served(architecture):
     ours = ensemble_of(model_of(architecture))
-    batcher = Batcher({model_of(architecture): "a member"}, Limits(), Metrics())
+    batcher = Batcher(readers_of([ours], [["a member"]]), Limits(), Metrics())
     batcher.start()
     try:
         asked = [sequence(ours, prompt(k, n), seed=k, max_tokens=2) for k, n in enumerate((9, 1))]

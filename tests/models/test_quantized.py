@@ -35,6 +35,7 @@ from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
 from softmeet.server.batcher import Batcher
 from softmeet.server.limits import Limits
+from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import PromptScored, Token
 
@@ -160,7 +161,7 @@ def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatc
     monkeypatch.setattr("softmeet.readers.kv.PIECE", 32)
     ours = assembled(WIDE, [of_kind(kind, name) for name in WIDE])
     ours.members[0].positions = 0
-    running = Batcher(dict.fromkeys(ours.members, "it"), Limits(), Metrics())
+    running = Batcher(readers_of([ours], [["it"] * len(ours.members)], 16384), Limits(), Metrics())
     running.start()
     try:
         asked = [sequence(ours, prompt(k, length), max_tokens=6) for k, length in enumerate((3, 20, 5, 100))]
@@ -190,7 +191,7 @@ def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatc
 @every
 def test_under_the_gate_unsure_the_batcher_draws_what_generate_does(kind):
     ours = assembled(WIDE[::-1], [of_kind(kind, name) for name in reversed(WIDE)], gate="unsure:0.2")
-    running = Batcher(dict.fromkeys(ours.members, "it"), Limits(), Metrics())
+    running = Batcher(readers_of([ours], [["it"] * len(ours.members)], 16384), Limits(), Metrics())
     asked = [sequence(ours, prompt(k, length), max_tokens=8) for k, length in enumerate((3, 20, 5))]
     running.start()
     try:

@@ -8,9 +8,12 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from byte_members import EXACT, member_of
 from toys import TOYS, Few, Letters, Table, read
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
+from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.bytes.covers import Pruning
 from softmeet.readers.reader import Given, finished
 from softmeet.readers.transformers import TransformersReader
 from softmeet.testing import LAWS, check_reader
@@ -108,6 +111,49 @@ def compared(reader, model, texts, asked):
             assert torch.allclose(row, expected[len(texts[one.row]) + place - 1], atol=1e-9)
         if one.keep:
             texts[one.row] = whole
+
+
+@pytest.mark.parametrize("pruning", [EXACT, Pruning()], ids=["exact", "pruned"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
+def test_members_over_bytes_obey(kind, pruning):
+    reader = ByteReader(member_of(kind, pruning), kind)
+    check_reader(reader)
+    check_reader(reader, [list(text) for text in (b" the th", b"the\n\ne", b"t\xffhe", " \u00e9the".encode())])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_to_bytes_they_are_read_as_texts(seed):
+    """Rows are read in pieces, forked and cropped at random; each prediction is that of the text as it is scored."""
+    member, chance = member_of("gpt2", Pruning()), random.Random(seed)
+    reader = ByteReader(member, "bytes")
+    texts, known = {reader.open(): b""}, b"the hat\n ehth\xc3\xa9 he theethe th" * 3
+    for _ in range(40):
+        row = chance.choice(list(texts))
+        match chance.choice(["read", "read", "read", "fork", "crop"]):
+            case "fork":
+                length = chance.randrange(row.length + 1)
+                (fork,) = reader.fork(row, 1, length)
+                texts[fork] = texts[row][:length]
+            case "crop":
+                length = max(0, row.length - chance.choice([1, 2, 9]))
+                reader.crop(row, length)
+                texts[row] = texts[row][:length]
+            case _:
+                asked = []
+                for one in chance.sample(list(texts), min(len(texts), 3)):
+                    start = chance.randrange(30)
+                    new = list(known[start : start + chance.choice([1, 1, 2, 5, 9])])
+                    at = sorted(chance.sample(range(len(new) + 1), chance.choice([0, 1, 2])))
+                    asked.append(read(one, new, at, keep=chance.random() < 0.8))
+                found = finished(reader.read(asked))
+                for k, one in enumerate(asked):
+                    whole = texts[one.row] + bytes(one.symbols)
+                    _, expected, _ = member.score(whole)
+                    for place, told in zip(one.at, found.log_probs(found.of(k)), strict=True):
+                        place += len(texts[one.row])
+                        assert torch.allclose(told.exp(), torch.from_numpy(expected[place]).exp(), atol=1e-9)
+                    if one.keep:
+                        texts[one.row] = whole
 
 
 @pytest.mark.parametrize("own", [(), (0,), (0, 5, 7)])
@@ -361,7 +407,7 @@ def test_texts_that_part_for_good_no_longer_attend_past_each_other():
 
 
 def test_what_stands_before_texts_is_read_once_if_it_is_read_by_itself():
-    reader, own = tiny_reader(), [0, 5, 7]
+    reader, own = tiny_reader(kept_tokens=0), [0, 5, 7]
     first = finished(reader.read([read(reader.open(own=own), [])]))
     again = finished(reader.read([read(reader.open(own=own), [])]))
     assert (first.work.tokens, again.work.tokens) == (3, 0)

@@ -276,7 +276,7 @@ def test_in_company_members_have_read_what_they_were_not_drawn_for(serve, model)
         listener.put(event)
         if one.drawn == 20:
             engine.submit([other])
-        read.append({seat.length for seat in one.trails if seat is not None})
+        read.append({row.length for row in one.rows if row is not None})
 
     one.emit = emit
     engine.submit([one])

@@ -13,9 +13,9 @@ from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.combining import Combiner
 from softmeet.readers.prefixes import PrefixCache
-from softmeet.server.batch import MemberBatch
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
 from softmeet.server.limits import Limits
+from softmeet.server.members import Members, readers_of
 from softmeet.server.sequences import Failed, Finished, PromptScored, Token
 from softmeet.simplex import total_variation
 
@@ -247,24 +247,25 @@ def test_a_member_without_keys_and_values_is_refused():
     from softmeet.errors import InvalidInputError
 
     mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(InvalidInputError, match="cannot join a running batch"):
-        MemberBatch("a mamba", mamba)
+    model = EnsembleForCausalLM(EnsembleConfig(members=["a mamba"]), [mamba]).eval()
+    with pytest.raises(InvalidInputError, match="its rows cannot join a running batch"):
+        readers_of([model], [["a mamba"]])
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])
 def test_company_changes_a_row_by_rounding_alone(narrow, rule):
     """Why a seeded token does not depend on its batch: the chance that it does is the total variation."""
-    members, ids = list(narrow.model.members), narrow.tokenizer("And the king said unto his daughter")["input_ids"]
+    ids = narrow.tokenizer("And the king said unto his daughter")["input_ids"]
 
     def after(lengths):
-        batches, rows = [MemberBatch("a member", member) for member in members], []
+        readers = readers_of([narrow.model], [["a member"] * 2])
+        served, rows = Members(readers, parallel=False, reproducible=False), []
         for length in lengths:
             row, _ = sequence(narrow.model, tuple(ids[:length]))
-            for k, batch in enumerate(batches):
-                batch.catch_up([(row, k)])
+            served.read_on([row], slice(None))
             row.tokens.append(50)
             rows.append(row)
-        hidden = [batch.step([(row, k) for row in rows]) for k, batch in enumerate(batches)]
+        hidden = [torch.cat(own) for own in zip(*served.step(rows).values(), strict=True)]
         settings = narrow.model.settings.changed(rule=rule).ungated()
         with torch.inference_mode():
             return narrow.model.combiner.solve_rows(hidden, settings)[1].log_probs

@@ -5,22 +5,19 @@ A *symbol* is one of 257: a byte, 0 to 255, or 256, the end of a text.
 
 from __future__ import annotations
 
-import codecs
 import copy
 import logging
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from softmeet.errors import InvalidInputError
-from softmeet.heads import SoftmaxHead
 from softmeet.hf import assembly, checkpoint
 from softmeet.hf.answer_length import within_limits
 from softmeet.hf.byte_rows import ByteCache, fresh_rows, read_on
@@ -36,12 +33,13 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
-from softmeet.members.opaque import Head
+from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
+from softmeet.readers.byte_alphabet import begun, continuing
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END, SYMBOLS
 from softmeet.readers.reader import Work
-from softmeet.rules.gates import Gate, Unsure
+from softmeet.rules.gates import Gate
 
 # The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
@@ -57,25 +55,6 @@ def _behind(reader: ByteMember, prefix: list[int]) -> ByteMember:
     found = copy.copy(reader)
     found.prefix, found.spent = prefix, Work()
     return found
-
-
-class _ByteCombiner(Combiner):
-    """A combiner whose ``hidden`` arguments hold members' log-probabilities of the next symbol, not hidden states."""
-
-    def own_logits(
-        self, hidden: Sequence[Float[Tensor, "B _"]], deferral: Deferral | None = None
-    ) -> Float[Tensor, "n B v"]:
-        """Stack the members' log-probabilities of the 257 symbols, in nats, without further columns of ``hidden``."""
-        return torch.stack(self._own_logits(hidden))
-
-    def _own_logits(
-        self, hidden: Sequence[Float[Tensor, "B _"]], *, native: bool = False
-    ) -> list[Float[Tensor, "B _"]]:
-        return [h[:, :SYMBOLS] for h in hidden]
-
-    def deferral(self, gate: Unsure, first: Float[Tensor, "B _"]) -> Deferral:
-        """Decide by a gate from the first member's log-probabilities, the first 257 columns of ``first``."""
-        return Deferral(gate.among(first[:, :SYMBOLS]))
 
 
 class ByteEnsembleForCausalLM(EnsembleForCausalLM):
@@ -112,8 +91,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         config.vocab_size, config.max_position_embeddings = SYMBOLS, None
         for own in (config, self.generation_config):
             own.bos_token_id, own.eos_token_id, own.pad_token_id = END, END, END
-        # Bytes have no rows of a softmax matrix: a column of zeros stands in for a head, and constrains nothing.
-        self.combiner = _ByteCombiner(config.members, [SoftmaxHead(torch.zeros(SYMBOLS, 1)) for _ in readers])
+        # Bytes have no rows of a softmax matrix.
+        self.combiner = Combiner(config.members, [NoHead(SYMBOLS) for _ in readers])
         self.tokenizer = byte_tokenizer()
 
     @property
@@ -159,6 +138,11 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     ) -> ByteCache:
         """Make an empty cache for every member; ``gate`` and ``own_prompts`` are unused over bytes."""
         return ByteCache(len(self.readers))
+
+    def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+        """Return the tokens that member i reads before a text; it reads all of the text's symbols."""
+        mine = own[i] if own else None
+        return self.readers[i].prefix if mine is None else mine, 0
 
     def run(
         self,
@@ -287,30 +271,7 @@ class WholeCharacters(LogitsProcessor):
             input_ids: (B, t), the symbols so far.
             scores: (B, 257), scores of the next symbol.
         """
-        forbidden = torch.stack([_forbidden(_begun(row)) for row in input_ids[:, -3:].tolist()])
-        found = scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+        allowed = torch.stack([continuing(begun(row)) for row in input_ids[:, -3:].tolist()])
+        found = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.
         return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
-
-
-def _begun(last: Sequence[int]) -> bytes:
-    """Return the bytes of the character that the ``last`` symbols, at most three, have begun in UTF-8; mostly none."""
-    if not last or last[-1] < 0x80 or last[-1] == END:
-        return b""
-    text = bytes(symbol % END for symbol in last)  # after the end a text begins, as after any whole character
-    return text[codecs.utf_8_decode(text, "replace", False)[1] :]
-
-
-@lru_cache(maxsize=4096)
-def _forbidden(begun: bytes) -> Bool[Tensor, " v"]:
-    """Return a mask, (257,) bool, of the symbols that may not follow the bytes of a character that has begun."""
-
-    def fits(byte: int) -> bool:
-        try:
-            codecs.utf_8_decode(begun + bytes([byte]), "strict", False)
-        except UnicodeDecodeError:
-            return False
-        # Whether a character is a surrogate the decoder tells by its third byte, too late.
-        return begun != b"\xed" or byte < 0xA0
-
-    return ~torch.tensor([*map(fits, range(END)), not begun])

@@ -6,13 +6,10 @@ A stretch is the text between two neighbouring places at which every member's to
 from __future__ import annotations
 
 import codecs
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from softmeet.hf.report import most_probable, token_report
 from softmeet.members.spelling import Spelling
+from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END
-from softmeet.readers.bytes.reading import Reading
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
@@ -122,24 +119,21 @@ def byte_report(
     row: int,
     symbol: int,
     top: int,
-    members: Sequence[tuple[ByteMember, Reading]] = (),
+    expected: Sequence[Listed] = (),
 ) -> dict[str, Any]:
     """Report on one position and the symbol that came there, as :meth:`TokenReport.spelled` does over tokens.
 
     Args:
         solution, log_probs, row, top: as for :func:`softmeet.hf.report.token_report`.
         symbol: the byte that came there, or 256, the end.
-        members: each member with its reading of the text before the symbol; empty if they are not known any more.
+        expected: for each member its own tokens that could come there, as readers explain; empty if not known any more.
 
     Returns:
-        the report, with bytes as :func:`shown_byte` shows them. ``member_top`` lists for each member the most probable
-        of its own tokens that begin with what it has read since its last token's end, as :func:`own_tokens` does;
-        without ``members`` its most probable bytes.
+        the report, with bytes as :func:`shown_byte` shows them. ``member_top`` lists for each member what it has
+        ``expected``, without which its most probable bytes.
     """
     found = token_report(solution, log_probs, row, symbol, top).with_texts(shown_byte)
-    return found | (
-        {"member_top": [own_tokens(reader, reading, top) for reader, reading in members]} if members else {}
-    )
+    return found | ({"member_top": [list(own) for own in expected]} if expected else {})
 
 
 def character_reports(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -165,30 +159,6 @@ def _joined(reports: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
         for name in ("member_log_probs", "disagreement")
     }
     return reports[0] | sums | by_member | {"text": text, "unit": "character"}
-
-
-def own_tokens(reader: ByteMember, reading: Reading, top: int) -> Listed:
-    """List the most probable tokens of a member that the next byte may be part of, over all tokenizations it follows.
-
-    Args:
-        reader: the member.
-        reading: the text before the byte, as the member has read it.
-        top: how many to list.
-
-    Returns:
-        (text of the whole token, its log-probability given the text in nats), the most probable first; ``<|end|>`` is
-        the end of the text.
-    """
-    spelling, covers = reader.spelling, reading.covers
-    found = defaultdict[str, float](float)
-    for cover in covers.closed:
-        share, probs = cover.weight / covers.total, cover.probs.tokens[cover.longer : cover.end]
-        for k in np.argsort(-probs)[:top].tolist():
-            found[spelling.words[cover.longer + k].decode(errors="backslashreplace")] += share * float(probs[k])
-        if not cover.rest:
-            found[shown_byte(END)] += share * float(cover.probs.root[END])
-    best = sorted(found.items(), key=lambda one: -one[1])[:top]
-    return [(text, math.log(share)) for text, share in best if share]
 
 
 def expected_tokens(reader: ByteMember, text: bytes, top: int) -> dict[int, Listed]:
@@ -222,15 +192,3 @@ def _named(spelling: Spelling, token: int) -> str:
     """Return a token as text, bytes that are not UTF-8 with backslash escapes; ``<id>`` if it spells nothing."""
     word = spelling.spelled([token])
     return word.decode(errors="backslashreplace") if word else f"<{token}>"
-
-
-def shown_byte(symbol: int) -> str:
-    r"""Return a symbol as text: an ASCII byte as its character, another as ``\xNN``, 256 (the end) as ``<|end|>``.
-
-    Example:
-        >>> shown_byte(65), shown_byte(200), shown_byte(256)
-        ('A', '\\xC8', '<|end|>')
-    """
-    if symbol == END:
-        return "<|end|>"
-    return chr(symbol) if symbol < 0x80 else f"\\x{symbol:02X}"

@@ -300,7 +300,12 @@ class Contexts:
         self._read = {}
 
     def first_row(self, i: int, ids: Ids, own: OwnPrompt | None = None) -> list[int]:
-        """Return what member i reads at the beginning of a sequence.
+        """Return what member i reads at the beginning of a sequence, as :meth:`before` has it."""
+        mine, skipped = self.before(i, ids, own)
+        return [*mine, *ids[skipped:]]
+
+    def before(self, i: int, ids: Ids, own: OwnPrompt | None = None) -> tuple[Ids, int]:
+        """Return what member i reads of its own at the beginning of a sequence, and in place of how many tokens.
 
         Args:
             i: the member's number.
@@ -312,13 +317,13 @@ class Contexts:
         """
         mine = None if own is None else own.ids[i]
         if own is not None and mine is not None:
-            return [*mine, *ids[own.replaced :]]
+            return mine, own.replaced
         self.require_no_template(i)
         before = self.prefixes[i]
         if not before or list(ids[:1]) != [self._begin]:
-            return [*before, *ids]
+            return before, 0
         # The text begins with the prefix now.
-        return [*ids[:1], *before[before[:1] == (self._begin,) :], *ids[1:]]
+        return (*ids[:1], *before[before[:1] == (self._begin,) :]), 1
 
     def room(self, own: Sequence[Ids | None]) -> int:
         """Return how many tokens fit behind prompts of the members' own; 2³⁰ if nothing limits it.

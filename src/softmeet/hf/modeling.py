@@ -21,7 +21,7 @@ from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.combining import Combiner
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.contexts import Contexts
+from softmeet.hf.contexts import Contexts, OwnPrompt
 from softmeet.hf.deferral import Deferral, Drawn
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
@@ -67,7 +67,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     OF_A_KIND = (
         "over_bytes", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again", "new_cache",
-        "run", "hidden_states", "generate", "_get_logits_processor",
+        "before", "run", "hidden_states", "generate", "_get_logits_processor",
     )  # fmt: skip
     over_bytes = False
 
@@ -279,6 +279,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
     def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
         """Return the costs among the columns of one member's :meth:`hidden_states`: over tokens none, shape (0, 3)."""
         return hidden.new_zeros(0, 3)
+
+    def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+        """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens.
+
+        Args:
+            i: the member's number.
+            prompt: the text's first tokens, which members share.
+            own: for each member what it reads in place of these, over bytes before them; empty, or None, for nothing.
+        """
+        return self.contexts.before(i, prompt, OwnPrompt(len(prompt), tuple(own)) if own else None)
 
     def require(self, settings: Settings) -> None:
         """Raise the errors of :func:`require_for_bytes` over bytes, of :meth:`Combiner.require` over tokens."""

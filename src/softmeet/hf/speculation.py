@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -26,6 +26,7 @@ from softmeet.hf.running import NewTokens
 from softmeet.hf.sampling import FreshNoise
 from softmeet.hf.turns import Combined, MemberTurns
 from softmeet.members.partial_cache import layers_of_keys_and_values
+from softmeet.members.quantized import rounds_coarsely
 from softmeet.rules.gates import Unsure, that_closes
 
 if TYPE_CHECKING:
@@ -81,22 +82,7 @@ def _is_noticed(model: AnyEnsemble, processors: Sequence[Any]) -> bool:
     """
     ours, given = ("transformers.", "softmeet."), "PrefixConstrainedLogitsProcessor"
     foreign = (not f"{type(one).__module__}.".startswith(ours) or type(one).__name__ == given for one in processors)
-    return any(foreign) or rounds_coarsely(model)
-
-
-def rounds_coarsely(model: AnyEnsemble) -> bool:
-    """Return whether a member computes in half precision, or with quantised numbers.
-
-    What it computes then depends noticeably on how many tokens it reads at once. A GGUF file's weights, which loading
-    dequantises, are judged by their dtype.
-    """
-
-    def coarse(member: nn.Module) -> bool:
-        quantised = getattr(member, "quantization_method", None) not in (None, "gguf")
-        small = any(own.dtype.itemsize < 4 for own in member.parameters())
-        return quantised or small or any("quantized" in type(own).__module__ for own in member.modules())
-
-    return any(map(coarse, model.members))
+    return any(foreign) or any(map(rounds_coarsely, model.members))
 
 
 def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: Sequence[Any], cache: Any) -> list[str]:

@@ -176,7 +176,7 @@ class MemberTurns(ABC):
         begun, states = self.clock(), self.run(i)
         self._hidden[i] += states.unbind(1)
         if self._quick:
-            logits = quick.native_logits(self._model.member_heads[i], states.flatten(0, 1))
+            logits = quick.native_logits(self._model.combiner.heads[i], states.flatten(0, 1))
             self._logits[i] += self._padded(logits).unflatten(0, states.shape[:2]).unbind(1)
         self.read[i] += states.shape[1]
         self.pace.calls[i].add(states.shape[1], self.clock() - begun)
@@ -189,8 +189,8 @@ class MemberTurns(ABC):
 
     def _draft(self, i: int) -> bool:
         """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can."""
-        begun, head, combiner = self.clock(), self._model.member_heads[i], self._model.combiner
-        logits = self._logits[i][-1] if self._quick else self._padded(head.logits(self._hidden[i][-1]))
+        begun, combiner = self.clock(), self._model.combiner
+        logits = self._logits[i][-1] if self._quick else self._padded(combiner.heads[i].logits(self._hidden[i][-1]))
         logits = logits / self._settings.rule_temperature
         logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
         # What another member has no id for, it could not read.

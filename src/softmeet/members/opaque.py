@@ -68,6 +68,37 @@ class OpaqueHead:
         return log_normalize(self.logits(hidden))
 
 
+class NoHead(OpaqueHead):
+    """In place of the output layer of a member that tells log-probabilities, which stand in for its hidden states.
+
+    Args:
+        v: the number of symbols; hidden states may have further columns, which are no log-probabilities.
+
+    Example:
+        >>> NoHead(2).logits(torch.tensor([[-0.5, -0.9, 7.0]]))
+        tensor([[-0.5000, -0.9000]])
+    """
+
+    def __init__(self, v: int) -> None:
+        # A frozen dataclass sets its fields in this way.
+        for name, value in {"v": v, "d": v, "why": "is none", "remedy": "", "scale": 1.0, "soft_cap": None}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which log-probabilities come."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of log-probabilities."""
+        return torch.float64
+
+    def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
+        """Return the log-probabilities."""
+        return hidden[..., : self.v]
+
+
 Head = SoftmaxHead | OpaqueHead
 
 

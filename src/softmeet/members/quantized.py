@@ -207,3 +207,14 @@ def planned_bytes(model: PreTrainedModel, quantizer: Any) -> dict[str, int]:
                 parameter.numel() * (size + scale / (parameter.shape[-1] if size == 1 else _BLOCKS[method]))
             )
     return found
+
+
+def rounds_coarsely(model: nn.Module) -> bool:
+    """Return whether a model computes in half precision, or with quantised numbers.
+
+    What it computes then depends noticeably on how many tokens it reads at once. A GGUF file's weights, which loading
+    dequantises, are judged by their dtype.
+    """
+    quantised = getattr(model, "quantization_method", None) not in (None, "gguf")
+    small = any(own.dtype.itemsize < 4 for own in model.parameters())
+    return quantised or small or any("quantized" in type(own).__module__ for own in model.modules())

@@ -45,10 +45,9 @@ class Seat:
         return len(self.path)
 
     @property
-    def newest(self) -> int:
-        """The id of the last of them."""
-        assert self.block is not None
-        return int(self.block.ids[self.slot, self.path[-1]])
+    def tokens(self) -> tuple[int, ...]:
+        """The ids of these tokens."""
+        return () if self.block is None else tuple(self.block.ids[self.slot, self.path].tolist())
 
     @property
     def is_whole(self) -> bool:

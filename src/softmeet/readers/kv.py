@@ -172,9 +172,12 @@ class KeysAndValues:
         found, left, calls = defaultdict[int, list[Tensor]](list), dict(enumerate(rows)), 0
         most = sys.maxsize if self._at_once else PIECE
         while left:
+            counts = {k: min(len(own), most) for k, (_, own) in left.items()}
             groups = defaultdict[int, list[int]](list)
-            for k, (_, tokens) in left.items():
-                groups[self._company(min(len(tokens), most), len(left))].append(k)
+            ragged = len({*counts.values()}) > 1 and self.reads_trees
+            for k, count in counts.items():
+                # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
+                groups[0 if self._at_once else count.bit_length() if ragged else count].append(k)
             for own in groups.values():
                 pieces = [left[k][1][:most] for k in own]
                 ran = self.run([left[k][0] for k in own], pieces, last)
@@ -189,13 +192,6 @@ class KeysAndValues:
                 yield
         parts = [found[k] for k in range(len(rows))]
         return [own[0] if len(own) == 1 else torch.cat(own) for own in parts], calls
-
-    def _company(self, count: int, texts: int) -> int:
-        """Return a number that is the same for the texts that are run in one call, from their numbers of new tokens."""
-        if self._at_once:
-            return 0
-        # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
-        return count.bit_length() if texts == 1 or self.reads_trees else count
 
     def keep(self, seat: Seat, columns: Path) -> None:
         """Put the columns of tokens that were run behind a seat's path."""

@@ -7,17 +7,16 @@ its alphabet; over tokens they are ids, over bytes they are bytes and the end of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.members.opaque import Head
-
-T = TypeVar("T")
+from softmeet.suspended import finished as finished
 
 
 @dataclass(frozen=True)
@@ -226,12 +225,12 @@ class Explanation:
     """How a reader has read a row, for reports.
 
     Attributes:
-        tokens: the tokens that the row's text is read as, the most probable way first, each way as (its probability,
-            the tokens' texts); empty where symbols are tokens.
+        expected: the member's own tokens that may come next, the most probable first, each as (its text, its
+            log-probability in nats); empty where symbols are tokens.
         details: anything more by name, which can be written as JSON.
     """
 
-    tokens: tuple[tuple[float, tuple[str, ...]], ...] = ()
+    expected: tuple[tuple[str, float], ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -307,33 +306,16 @@ class Reader(ABC):
         """
         raise self.cannot("take back what it has read")
 
-    def explain(self, row: Row) -> Explanation:
-        """Say how a row has been read."""
+    def explain(self, row: Row, top: int = 10, at: int | None = None) -> Explanation:
+        """Say how a row has been read, and list ``top`` of the tokens that are expected behind its symbols.
+
+        Args:
+            row: the row.
+            top: how many tokens to list.
+            at: behind how many of the row's symbols; None for all. Nothing is listed where that is no longer known.
+        """
         return Explanation()
 
     def cannot(self, what: str) -> SoftmeetError:
         """Return the error that says that this reader cannot do something, a verb with its object."""
         return InvalidInputError(f"expected a reader that can {what}, which {self.name} cannot: use another member")
-
-
-def finished(reading: Generator[None, None, T], pause: Callable[[], None] = lambda: None) -> T:
-    """Run a generator to its end, and return what it returns.
-
-    Args:
-        reading: the generator.
-        pause: called where it yields.
-
-    Example:
-        >>> def reading():
-        ...     yield
-        ...     return 7
-        ...
-        >>> finished(reading())
-        7
-    """
-    while True:
-        try:
-            next(reading)
-            pause()
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]

@@ -18,10 +18,11 @@ from softmeet.members.huggingface import require_cache
 from softmeet.members.opaque import Head
 from softmeet.members.partial_cache import layers_of_keys_and_values
 from softmeet.members.placement import whereabouts
+from softmeet.members.quantized import rounds_coarsely
 from softmeet.readers.blocks import Seat
 from softmeet.readers.kv import KeysAndValues
 from softmeet.readers.prefixes import PrefixCache
-from softmeet.readers.reader import Alphabet, Predictions, Read, Reader, Row, Traits, Work
+from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits, Work
 
 # The members' own tokens before texts, by themselves, that are kept with what follows them.
 _BEGUN = 16
@@ -32,27 +33,33 @@ class TokenAlphabet:
     """The tokens of a tokenizer, as the symbols of a reader.
 
     Attributes:
-        tokenizer: the tokenizer.
+        tokenizer: the tokenizer; None where no text is ever encoded or decoded.
         size: the number of ids, padding of the vocabulary included.
         ends: the ids that end a text.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     size: int
     ends: frozenset[int]
 
     @cached_property
+    def _texts(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise InvalidInputError("expected a reader with a tokenizer, to encode or decode a text: give it one")
+        return self.tokenizer
+
+    @cached_property
     def _special(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.all_special_ids)
+        return frozenset(self._texts.all_special_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without those that the tokenizer puts before every text."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(self._texts.encode(text, add_special_tokens=False))
 
     def decode(self, symbols: Sequence[int]) -> bytes:
         """Return the bytes of tokens."""
         kept = [token for token in symbols if token not in self._special]
-        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)).encode()
+        return str(self._texts.decode(kept, clean_up_tokenization_spaces=False)).encode()
 
     def count(self, symbols: Sequence[int]) -> int:
         """Return the number of tokens."""
@@ -72,6 +79,7 @@ class _Text(Row):
         seat: the keys and values of these and of the symbols that were read, without ``pending``.
         pending: the last of these tokens, which still have to be run.
         last: (1, d), the last hidden state at the newest of them; None if it was taken back, or they were not run.
+        is_new: whether nothing was read in it yet, but for what is known of earlier texts.
     """
 
     own: tuple[int, ...] = ()
@@ -79,6 +87,7 @@ class _Text(Row):
     pending: tuple[int, ...] = ()
     last: Float[Tensor, "1 d"] | None = None
     known: int = 0
+    is_new: bool = True
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -110,7 +119,7 @@ class TransformersReader(Reader):
 
     Args:
         model: the model, in evaluation mode.
-        alphabet: its symbols; a tokenizer stands for its tokens.
+        tokenizer: its tokenizer; None where texts are tokens from the beginning.
         name: its name in messages.
         own: the tokens before every text for which no others are given; None for the tokenizer's own.
         kept_tokens: the most tokens of earlier texts, in all, whose keys and values are kept for texts that begin
@@ -127,7 +136,7 @@ class TransformersReader(Reader):
     def __init__(
         self,
         model: PreTrainedModel,
-        alphabet: PreTrainedTokenizerBase | Alphabet,
+        tokenizer: PreTrainedTokenizerBase | None,
         name: str,
         own: Sequence[int] | None = None,
         kept_tokens: int = 16384,
@@ -140,18 +149,15 @@ class TransformersReader(Reader):
         self.model, self.name = model, name
         self.head: Head = head or head_of(model)
         config = model.config.get_text_config(decoder=True)
-        if isinstance(alphabet, PreTrainedTokenizerBase):
-            named = model.generation_config.eos_token_id
-            ends = {alphabet.eos_token_id, *(named if isinstance(named, list) else [named])}
-            own = alphabet.encode("") if own is None else own
-            alphabet = TokenAlphabet(alphabet, self.head.v, frozenset(ends - {None}))
-        self.alphabet, self.own = alphabet, tuple(own or ())
+        self.own = tuple(own or (tokenizer.encode("") if own is None and tokenizer is not None else ()))
         self._context: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.limit = self._context - len(self.own)
+        named = model.generation_config.eos_token_id
+        ends = {getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, list) else [named])}
+        self.alphabet = TokenAlphabet(tokenizer, self.head.v, frozenset(ends - {None}))
         weights = list(model.parameters())
-        small = any(own.dtype.itemsize < 4 for own in weights)
         self.traits = Traits(
-            rounding="coarse" if small else "fine",
+            rounding="coarse" if rounds_coarsely(model) else "fine",
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in weights),
         )
@@ -165,6 +171,11 @@ class TransformersReader(Reader):
         """The bytes of the keys and values of all open rows and of texts that are kept, with room for more."""
         return self._kv.bytes
 
+    @property
+    def kept_tokens(self) -> int:
+        """The number of tokens of earlier texts whose keys and values are kept."""
+        return self._prefixes.tokens
+
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`."""
         row = _Text(own=tuple(own) or self.own)
@@ -176,13 +187,12 @@ class TransformersReader(Reader):
                 f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
                 f"{self.alphabet.size:,}, got {said}"
             )
-        found, kept = self._prefixes.longest([*row.own, *text]) if reuse and text else (0, None)
+        found, kept = self._prefixes.longest([*row.own, *text]) if reuse and (row.own or text) else (0, None)
         row.known = max(0, found - len(row.own))
-        if kept is not None and found >= len(row.own):
-            row.seat, row.pending = self._kv.alone(kept, found), ()
-        elif reuse and row.own in self._begun:
-            begun, row.last = self._begun[row.own]
-            row.seat, row.pending = self._kv.alone(begun, len(row.own)), ()
+        if reuse and not row.known and row.own in self._begun:
+            (kept, row.last), found = self._begun[row.own], len(row.own)
+        if kept is not None:
+            row.seat, row.pending = self._kv.alone(kept, found), row.own[found:]
         self._rows.add(row)
         return row
 
@@ -272,7 +282,7 @@ class TransformersReader(Reader):
                 errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
                 self._kv.drop(row.seat, row.seat.path[before[k] :])
             if well and one.keep:
-                self._keep(row, one.symbols, own[-1:].clone())
+                self._keep(row, own[-1:].clone())
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
         told = whole.index_select(0, torch.tensor(wanted, dtype=torch.long, device=whole.device))
@@ -284,7 +294,7 @@ class TransformersReader(Reader):
             return []
         if row.last is None and one.at and not one.at[0] and not row.pending:
             # The state before the first new symbol was taken back, and is computed again.
-            row.pending, row.seat.path = (row.seat.newest,), row.seat.path[:-1]
+            row.pending, row.seat.path = row.seat.tokens[-1:], row.seat.path[:-1]
         return [*row.pending, *one.symbols]
 
     def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
@@ -302,15 +312,15 @@ class TransformersReader(Reader):
             )
         return None
 
-    def _keep(self, row: _Text, symbols: Sequence[int], last: Float[Tensor, "1 d"]) -> None:
-        """Note what was read of a row, and keep the keys and values of the first symbols for texts that begin alike."""
+    def _keep(self, row: _Text, last: Float[Tensor, "1 d"]) -> None:
+        """Note what was read of a row, and keep the keys and values of what was first, for texts that begin alike."""
         row.pending, row.last = (), last
-        if row.length > len(symbols):
+        if not row.is_new:
             return
-        tokens = (*row.own, *symbols)
-        if symbols and self._prefixes.wants(tokens):
+        row.is_new, tokens = False, row.seat.tokens
+        if self._prefixes.wants(tokens):
             self._prefixes.keep(tokens, self._kv.alone(row.seat, len(tokens)))
-        elif tokens and not symbols and tokens not in self._begun:
+        if not row.length and tokens not in self._begun:
             for old in list(self._begun)[: 1 - _BEGUN]:
                 self._kv.leave(self._begun.pop(old)[0])
             self._begun[tokens] = self._kv.alone(row.seat, len(tokens)), last

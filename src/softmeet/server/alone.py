@@ -16,7 +16,6 @@ from torch import Tensor
 
 from softmeet.hf import quick
 from softmeet.hf.deferral import Drawn
-from softmeet.hf.speculation import rounds_coarsely
 from softmeet.hf.turns import Combined, MemberTurns
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
@@ -47,27 +46,22 @@ class OneMember:
         self._s, self._members, self._give = s, members, give
         self._weights = quick.weights_of(s.combination.settings)
         self._random = secrets.SystemRandom()
-        self._read: list[int] = []
 
     def go_on(self, task: Task) -> None:
         """Draw a member by its weight, and the next token from it; then give the token."""
         s, combiner = self._s, self._s.combination.model.combiner
-        self._read = self._read or [len(s.tokens) - 1] * len(s.members)
         i = self._random.choices(range(len(s.members)), self._weights)[0]
-        states = self._members.read(s, i, s.tokens[self._read[i] :])[-1:]
-        self._read[i] = len(s.tokens)
-        self._members.check_finite(s, [states], i)
-        hidden = [states] * len(s.members)
-        ours = quick.of_drawn(combiner.heads, hidden, Drawn(torch.tensor([i])), combiner.support, combiner.v)
+        (states,) = self._members.read_on([s], slice(i, i + 1), pause=task.pause)[s]
+        if s.error is not None:
+            raise s.error
+        ours = quick.of_drawn(
+            combiner.heads, [states] * len(s.members), Drawn(torch.tensor([i])), combiner.support, combiner.v
+        )
         for token in tokens_of([s], Combined(ours), drawn([s], ours)):
             self._give(s, token)
 
     def end(self) -> None:
-        """Let every member read all tokens but the newest, as in a batch."""
-        for i, read in enumerate(self._read):
-            if unread := self._s.tokens[read:-1]:
-                self._members.read(self._s, i, unread)
-        self._read = []
+        """Go on as in a batch, in which every member reads what it has not read."""
 
 
 class Ahead(MemberTurns):
@@ -136,14 +130,15 @@ class Ahead(MemberTurns):
     def run(self, i: int) -> Float[Tensor, "1 t d"]:
         """Run member i on what it has not read."""
         s = self._s
-        states = self._members.read(s, i, (s.tokens + s.drafts)[self.read[i] :])
-        self._members.check_finite(s, [states], i)
+        (states,) = self._members.read_on([s], slice(i, i + 1), every=True)[s]
+        if s.error is not None:
+            raise s.error
         return states[None]
 
     def forget(self, i: int, count: int) -> None:
         """Make member i forget the last ``count`` tokens that it has read."""
         if count and not self._s.done:
-            self._members.forget(self._s, i, count)
+            self._members.crop(self._s, i, self.read[i] - count)
 
     def draft(self, log_probs: Float[Tensor, "1 v"]) -> bool:
         """Draw a draft; there is none where a structure has come to a dead end."""
@@ -220,7 +215,7 @@ def alone(
     # What is read at once depends on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)
     if request.sampling.is_seeded or s.sampler.greedy:
-        noticed |= rounds_coarsely(how.model)
+        noticed |= any(members.reader(s, i).traits.rounding == "coarse" for i in range(len(s.members)))
     if not speculate or (speculate == "auto" and (noticed or how.model.apart)):
         return None
     return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from softmeet.errors import SoftmeetError
+from softmeet.readers.reader import Reader
 from softmeet.server.alone import alone
 from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
 from softmeet.server.gating import Gates, Hidden
@@ -27,7 +28,7 @@ from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import Members
 from softmeet.server.metrics import Metrics
-from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Runner, Sequence, Token
+from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.server.tokens import combined, drawn, scored, tokens_of
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
@@ -51,8 +52,8 @@ class Batcher(threading.Thread):
     Sequences submitted before ``start()`` wait in the queue. To end the thread, call :meth:`close`, then ``join()``.
 
     Args:
-        names: for each member, which is in evaluation mode, its name in messages; a member of several ensembles is
-            named once. Only sequences of these members may be submitted.
+        readers: the members, as :func:`softmeet.server.members.readers_of` makes them. Only sequences of these may be
+            submitted.
         limits: how many sequences may run and wait, and for how long a rule may work on a token.
         metrics: all of its counters but ``requests`` and ``first`` are kept up to date, on the batcher's thread.
         parallel: whether the members of a round run at the same time, in a thread each; "auto" measures whether it
@@ -65,14 +66,11 @@ class Batcher(threading.Thread):
 
     Attributes:
         members: the members, with the keys and values that they hold.
-
-    Raises:
-        InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
     def __init__(
         self,
-        names: dict[Runner, str],
+        readers: dict[Any, Reader],
         limits: Limits,
         metrics: Metrics,
         *,
@@ -83,8 +81,8 @@ class Batcher(threading.Thread):
     ) -> None:
         super().__init__(name="softmeet-batcher", daemon=True)
         self.limits, self.metrics, self._reproducible = limits, metrics, reproducible
-        self.members = Members(names, limits.kept_tokens, parallel=parallel, reproducible=reproducible)
-        self._gates = Gates(partial(self.members.catch_up, members=slice(1, None)), self.metrics)
+        self.members = Members(readers, parallel=parallel, reproducible=reproducible)
+        self._gates = Gates(partial(self.members.read_on, members=slice(1, None)), self.metrics)
         self._kinds = Kinds(alone=reproducible)
         parts = self.members, self._give, self._gates.saved, metrics, limits
         self._alone = partial(alone, *parts, speculate=speculate, one_member=one_member)
@@ -273,7 +271,7 @@ class Batcher(threading.Thread):
         group = [s for s in group if not s.done]
         members, scored = slice(len(group[0].batched)), group[0].request.score_prompt
         try:
-            found = self.members.catch_up(group, members=members, every=scored, pause=task.pause)
+            found = self.members.read_on(group, members, every=scored, pause=task.pause)
         except SoftmeetError:
             if len(group) == 1:
                 raise
@@ -285,12 +283,14 @@ class Batcher(threading.Thread):
 
     def _begin(self, s: Sequence, hidden: Hidden, task: Task) -> None:
         """Score a prompt that was run if its request asks so, and have its first token drawn in the next round."""
-        self.members.check_finite(s, hidden)
+        if s.error is not None:
+            raise s.error
         self.metrics.prompt_tokens.inc(len(s.prompt))
         self.metrics.reused_tokens.inc(self.members.reused(s))
         if s.request.score_prompt:
             every, asked = self._gates.over_prompt(s, hidden, task)
-            self.members.check_finite(s, every)
+            if s.error is not None:
+                raise s.error
             seconds = self.limits.token_seconds * len(every[0][:-1])
             self._emit(s, PromptScored(scored(s, [own[:-1] for own in every], asked, task, seconds)))
         s.account = self._newcomers if s.account is self._prompts else s.account
@@ -308,12 +308,12 @@ class Batcher(threading.Thread):
         """
         if group[0].combination.unsure:
             hidden = self._gates.ask(group, hidden, task)
-        finite = [(s, own) for s, own in zip(group, hidden, strict=True) if self._goes_on(s, own)]
+        finite = [(s, own) for s, own in zip(group, hidden, strict=True) if self._goes_on(s)]
         if finite:
             self._draw([s for s, _ in finite], [own for _, own in finite], task)
 
     def _draw(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
-        """Do as :meth:`_solve`, with finite hidden states of every member for each sequence."""
+        """Do as :meth:`_solve`, with what every member predicts for each sequence."""
         suspended, started = task.suspended, task.clock()
         try:
             with task.limit(self.limits.token_seconds * len(group)):
@@ -360,14 +360,12 @@ class Batcher(threading.Thread):
         elif s.is_long:
             self._finish(s, Finished("length"))
 
-    def _goes_on(self, s: Sequence, hidden: Hidden) -> bool:
-        """Return whether a sequence can go on; end it where a context is full, or by an error at NaN or an infinity."""
-        try:
-            self.members.check_finite(s, hidden)
-            if s.is_full:
-                self._finish(s, Finished("length"))
-        except SoftmeetError as error:
-            self._fail(s, error)
+    def _goes_on(self, s: Sequence) -> bool:
+        """Return whether a sequence can go on; end it where a context is full, or by the error of a member."""
+        if s.error is not None:
+            self._fail(s, s.error)
+        elif s.is_full:
+            self._finish(s, Finished("length"))
         return not s.done
 
     def _fail(self, s: Sequence, error: Exception) -> None:

@@ -30,14 +30,14 @@ class Gates:
     """The decision which members run for sequences under the gate ``unsure``, and the count of what all gates save.
 
     Args:
-        catch_up: a function of a list of sequences and a task's ``pause`` that runs all members but the first on the
+        read_on: a function of a list of sequences and a task's ``pause`` that runs all members but the first on the
             tokens that they have not run, and returns, for each sequence, those members' last hidden states there,
             (t, d_i); with ``every=True`` it runs all of a new prompt's tokens even if some are cached.
         metrics: its counters ``passes``, ``gated`` and ``saved`` are added to.
     """
 
-    def __init__(self, catch_up: Callable[..., dict[Sequence, Hidden]], metrics: Metrics) -> None:
-        self._catch_up, self._metrics = catch_up, metrics
+    def __init__(self, read_on: Callable[..., dict[Sequence, Hidden]], metrics: Metrics) -> None:
+        self._read_on, self._metrics = read_on, metrics
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
     def over_prompt(self, sequence: Sequence, hidden: Hidden, task: Task) -> tuple[Hidden, Deferral | None]:
@@ -62,7 +62,7 @@ class Gates:
         asked = sequence.combination.model.combiner.deferral(gate, hidden[0])
         if not bool(asked.rows.any()):
             return [*hidden, *_unread(sequence, hidden[0])], asked
-        others = self._catch_up([sequence], every=True, pause=task.pause)[sequence]
+        others = self._read_on([sequence], every=True, pause=task.pause)[sequence]
         sequence.ahead = [states[-1:] for states in others]
         return [*hidden, *others], asked
 
@@ -90,7 +90,7 @@ class Gates:
         is_open = [s for s in group if s.asked is not None and bool(s.asked.rows)]
         started = task.clock()
         behind = [s for s in is_open if not s.ahead]
-        caught_up = self._catch_up(behind, pause=task.pause) if behind else {}
+        caught_up = self._read_on(behind, pause=task.pause) if behind else {}
         for s in is_open:
             s.spent = (task.clock() - started) / len(is_open)
         found = []
@@ -152,9 +152,7 @@ def _unread(sequence: Sequence, like: Float[Tensor, "t d"]) -> Hidden:
 
     Args:
         sequence: whose members they are.
-        like: the first member's hidden states, (t, d), or over bytes log-probabilities, (t, 257); they give t, dtype
-            and device.
+        like: the first member's hidden states, (t, d); they give t, dtype and device.
     """
-    how = sequence.combination
-    widths = [like.shape[1] if how.over_bytes else head.d for head in how.model.member_heads[1:]]
-    return [like.new_zeros(len(like), width) for width in widths]
+    heads = sequence.combination.model.combiner.heads[1:]
+    return [like.new_zeros(len(like), head.d) for head in heads]

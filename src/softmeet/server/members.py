@@ -1,169 +1,188 @@
-"""The members of a server with their running batches: they run the tokens of sequences, and know the keys and values.
+"""The members of a server: each is a reader, in which every sequence has a row.
 
-Usually each member runs the newest tokens of all its sequences in one batch. The result for a sequence then depends on
-the batch up to rounding. If members are *reproducible*, every sequence is run by itself, at the price of the batch: its
-numbers are the same, to the last bit, whoever else is served.
+Usually each member reads the newest tokens of all its sequences in one call. What it predicts for a sequence then
+depends on the others up to rounding. If members are *reproducible*, every sequence is read by itself, at the price of
+the batch: its numbers are the same, to the last bit, whoever else is served.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from typing import Any, Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
-from softmeet.errors import NonFiniteError
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.members.partial_cache import layers_of_keys_and_values
+from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.server.batch import MemberBatch, Part
-from softmeet.server.byte_batch import ByteBatch
+from softmeet.readers.reader import Predictions, Read, Reader, finished
+from softmeet.readers.transformers import TransformersReader
 from softmeet.server.gating import Hidden
-from softmeet.server.sequences import Runner, Sequence
+from softmeet.server.sequences import Runner, Sequence, members_of
 from softmeet.server.together import Together
+
+_NO_ROWS = "its rows cannot join a running batch; use softmeet generate"
+# A sequence, and which of its members a reader is; an ensemble may have one several times, with prompts of its own.
+Part = tuple[Sequence, int]
 
 
 class Members:
-    """The members of all ensembles of a server, each once, with its batch of running sequences.
+    """The members of all ensembles of a server, each once, with a row for each running sequence.
 
     Args:
-        names: for each member, which is in evaluation mode, its name in messages.
-        kept_tokens: for each member, the most prompt tokens whose keys and values are kept; 0 if ``reproducible``.
+        readers: those of :func:`readers_of`, one for each member.
         parallel: whether members run at the same time, in a thread each; it pays if they are on different devices, and
             "auto" measures whether it does for the newest tokens of so many sequences.
         reproducible: whether every sequence is run by itself.
-
-    Raises:
-        InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
     """
 
-    def __init__(
-        self, names: dict[Runner, str], kept_tokens: int, *, parallel: bool | Literal["auto"], reproducible: bool
-    ) -> None:
-        # A prompt that begins like an earlier one would be run in other pieces, and so rounded otherwise.
-        kept = 0 if reproducible else kept_tokens
-        self._batches: dict[Any, MemberBatch | ByteBatch] = {
-            _key(member): ByteBatch(name, member) if isinstance(member, ByteMember) else MemberBatch(name, member, kept)
-            for member, name in names.items()
-        }
-        self._together = Together(len(names), parallel)
-        self._reproducible = reproducible
+    def __init__(self, readers: dict[Any, Reader], *, parallel: bool | Literal["auto"], reproducible: bool) -> None:
+        self._readers, self._reproducible = readers, reproducible
+        self._together = Together(len(readers), parallel)
 
     @property
     def cache_bytes(self) -> int:
-        """The bytes of all keys and values in the batches and of kept prompts."""
-        return sum(batch.cache_bytes for batch in self._batches.values())
+        """The bytes of all keys and values of running sequences and of kept prompts."""
+        return sum(reader.bytes for reader in self._readers.values())
 
     @property
     def kept_tokens(self) -> int:
         """The number of prompt tokens whose keys and values are kept for later prompts, summed over members."""
-        return sum(batch.kept_tokens for batch in self._batches.values())
+        return sum(getattr(reader, "kept_tokens", 0) for reader in self._readers.values())
+
+    def reader(self, s: Sequence, i: int) -> Reader:
+        """Return the reader that is member i of a sequence."""
+        return self._readers[_key(s.members[i])]
 
     def step(self, ready: list[Sequence]) -> dict[Sequence, Hidden]:
-        """Run the newest token of sequences by the members in each one's ``batched``.
+        """Read the newest token of sequences by the members in each one's ``batched``.
 
         Args:
-            ready: the sequences, whose members have run all tokens but the newest.
+            ready: the sequences, whose members have read all tokens but the newest.
 
         Returns:
-            for each sequence, the last hidden states of each of these members at its newest token, (1, d_i).
+            for each sequence, what each of these members predicts behind its newest token, as :meth:`read_on` has it.
         """
         if self._reproducible:
-            return {s: self.catch_up([s], members=slice(len(s.batched)))[s] for s in ready}
-        parts: dict[MemberBatch | ByteBatch, list[Part]] = defaultdict(list)
-        for s in ready:
-            for i in range(len(s.batched)):
-                parts[self._batch(s, i)].append((s, i))
-        found: dict[Part, Float[Tensor, "1 d"]] = {}
-        steps = self._together.measured(lambda batch: batch.step(parts[batch]), list(parts), len(ready))
-        for own, out in zip(parts.values(), steps, strict=True):
-            found |= {part: out[k : k + 1] for k, part in enumerate(own)}
-        return {s: [found[s, i] for i in range(len(s.batched))] for s in ready}
+            return {s: self.read_on([s], slice(len(s.batched)))[s] for s in ready}
+        return self._read((s, slice(len(s.batched))) for s in ready)
 
-    def read(self, s: Sequence, i: int, tokens: list[int]) -> Float[Tensor, "t d"]:
-        """Run member i of a sequence, over tokens, on those that follow what it has run, while all others wait.
-
-        Returns:
-            (t, d), the last hidden states at the t tokens, at least one.
-        """
-        return self._over_tokens(s, i).read(s, i, tokens)
-
-    def forget(self, s: Sequence, i: int, count: int) -> None:
-        """Take back the last ``count`` tokens that member i of a sequence has run by :meth:`read`."""
-        self._over_tokens(s, i).forget(s, i, count)
-
-    def _over_tokens(self, s: Sequence, i: int) -> MemberBatch:
-        batch = self._batch(s, i)
-        assert isinstance(batch, MemberBatch)
-        return batch
-
-    def catch_up(
+    def read_on(
         self,
         sequences: list[Sequence],
-        *,
         members: slice,
+        *,
         every: bool = False,
         pause: Callable[[], None] = lambda: None,
     ) -> dict[Sequence, Hidden]:
-        """Run members on the tokens of sequences that they have not run yet, each member on all sequences together.
+        """Read the tokens and drafts of sequences that members have not read, each member those of all together.
 
         Args:
-            sequences: at least one token of each is new to each of the members.
-            members: the members to run, as a slice of each sequence's ``members``.
-            every: as of :meth:`MemberBatch.catch_up`.
+            sequences: why a member cannot read them is added to their ``failures``.
+            members: the members that read, as a slice of each sequence's ``members``.
+            every: whether the next token is to be predicted behind all t tokens that a member has not read, in place of
+                the newest alone. What is kept of earlier prompts is then not used.
             pause: called between the pieces of a long prompt, if members do not run in threads of their own.
 
         Returns:
-            for each sequence, the last hidden states of each of those members at the t tokens that it ran, (t, d_i);
-            without ``every``, perhaps at the newest alone.
+            for each sequence and each of those members the last hidden states, (t, d_i), or of a member without a head
+            log-probabilities in nats, (t, v); (1, …) for the newest token alone.
         """
         if self._reproducible and len(sequences) > 1:
-            return {s: self.catch_up([s], members=members, every=every, pause=pause)[s] for s in sequences}
-        behind: dict[MemberBatch | ByteBatch, list[Part]] = defaultdict(list)
-        for s in sequences:
+            return {s: self.read_on([s], members, every=every, pause=pause)[s] for s in sequences}
+        return self._read(((s, members) for s in sequences), every=every, pause=pause)
+
+    def _read(
+        self,
+        asked: Iterable[tuple[Sequence, slice]],
+        *,
+        every: bool = False,
+        pause: Callable[[], None] | None = None,
+    ) -> dict[Sequence, Hidden]:
+        """Read as :meth:`read_on` does; without a ``pause`` in the way that was measured to be faster."""
+        parts, found = defaultdict[Reader, list[Part]](list), dict[Sequence, Hidden]()
+        for s, members in asked:
+            found[s] = []
             for i in range(len(s.members))[members]:
-                behind[self._batch(s, i)].append((s, i))
+                parts[self.reader(s, i)].append((s, i))
         # A task can be suspended in its own thread alone.
-        between = (lambda: None) if self._together.parallel is True else pause
-        hidden: dict[Part, Float[Tensor, "t _"]] = {}
-        runs = self._together.map(lambda batch: batch.catch_up(behind[batch], every=every, pause=between), list(behind))
-        for entries, states in zip(behind.values(), runs, strict=True):
-            hidden |= zip(entries, states, strict=True)
-        return {s: [hidden[s, i] for i in range(len(s.members))[members]] for s in sequences}
+        between = pause if pause is not None and self._together.parallel is not True else lambda: None
+        run = partial(self._read_by, parts, every=every, pause=between)
+        if pause is None:
+            told = self._together.measured(run, list(parts), len(found))
+        else:
+            told = self._together.map(run, list(parts))
+        behind = dict[Part, Any]()
+        for reader, own, predictions in zip(parts, parts.values(), told, strict=True):
+            states = predictions.log_probs() if reader.head is None else predictions.hidden()
+            behind |= zip(own, states.split(predictions.counts), strict=True)
+            for k, error in predictions.errors.items():
+                own[k][0].failures.append((reader.name, error))
+        for (s, _), states in sorted(behind.items(), key=lambda one: one[0][1]):
+            found[s].append(states)
+        return found
+
+    def _read_by(
+        self, parts: dict[Reader, list[Part]], reader: Reader, *, every: bool, pause: Callable[[], None]
+    ) -> Predictions:
+        return finished(self._reading(reader, parts[reader], every=every), pause)
+
+    def _reading(self, reader: Reader, parts: list[Part], *, every: bool) -> Generator[None, None, Predictions]:
+        asked = []
+        for s, i in parts:
+            row, symbols = s.row(i, reader, reuse=not every), s.unread(i)
+            # A token in whose place the member reads its own is predicted behind before any symbol.
+            first = max(0, 1 - (0 if row.length else s.skipped[i])) if every else len(symbols)
+            asked.append(Read(row, symbols, range(first, len(symbols) + 1)))
+        return (yield from reader.read(asked))
+
+    def crop(self, s: Sequence, i: int, length: int) -> None:
+        """Have member i of a sequence take back all tokens behind the first ``length``."""
+        reader = self.reader(s, i)
+        row = s.row(i, reader)
+        if row.length + s.skipped[i] > length:
+            reader.crop(row, length - s.skipped[i])
 
     def close(self, s: Sequence) -> None:
-        """Give the keys and values of a sequence up."""
-        for i in range(len(s.members)):
-            self._batch(s, i).close(s, i)
-
-    def _batch(self, s: Sequence, i: int) -> MemberBatch | ByteBatch:
-        """Return the batch that runs member i of a sequence."""
-        return self._batches[_key(s.members[i])]
+        """Close the rows of a sequence."""
+        for i, row in enumerate(s.rows):
+            if row is not None:
+                self.reader(s, i).close(row)
 
     @staticmethod
     def reused(s: Sequence) -> int:
-        """Return how many tokens of a prompt :meth:`catch_up` did not run by any of its members; over bytes none."""
-        return min(s.reused[: len(s.batched)])
+        """Return how many tokens of a prompt none of its members had to read."""
+        return min(0 if row is None else row.known for row in s.rows[: len(s.batched)])
 
-    def check_finite(self, s: Sequence, hidden: Hidden, first: int = 0) -> None:
-        """Raise NonFiniteError with the names of the members at fault if any hidden state of a sequence is not finite.
 
-        Args:
-            s: the sequence.
-            hidden: the last hidden states, (t, d_i), of its members, or of some that follow each other; over bytes
-                their log-probabilities, which may be -inf, and come from hidden states that are finite.
-            first: the number of the first of these members.
-        """
-        if s.combination.over_bytes:
-            return
-        bad = [self._batch(s, i).name for i, h in enumerate(hidden, first) if not h.isfinite().all()]
-        if bad:
-            raise NonFiniteError(
-                f"expected finite hidden states, got NaN or an infinity from {', '.join(bad)}: leave it out of this "
-                "request, or change the prompt"
-            )
+def readers_of(
+    models: Iterable[EnsembleForCausalLM], names: Iterable[Iterable[str]], kept_tokens: int = 0
+) -> dict[Any, Reader]:
+    """Make a reader of every member of ensembles, one of those that several ensembles share.
+
+    Args:
+        models: the ensembles, in evaluation mode.
+        names: for each, its members' names in messages.
+        kept_tokens: for each member, the most prompt tokens whose keys and values are kept for prompts that begin
+            alike. Such a prompt is run in other pieces, and so rounded otherwise.
+
+    Raises:
+        InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
+    """
+    found = dict[Any, Reader]()
+    for model, own in zip(models, names, strict=True):
+        for member, head, name in zip(members_of(model), model.member_heads, own, strict=True):
+            if _key(member) in found:
+                continue
+            if isinstance(member, ByteMember):
+                found[_key(member)] = ByteReader(member, name)
+                continue
+            layers_of_keys_and_values(name, member.config, _NO_ROWS)
+            found[_key(member)] = TransformersReader(member, model.tokenizer, name, (), kept_tokens, head)
+    return found
 
 
 def _key(member: Runner) -> Any:
-    """Return what a member's batch is found by: over bytes its model and spelling, whatever it reads before texts."""
+    """Return what a member's reader is found by: over bytes its model and spelling, whatever it reads before texts."""
     return (member.model, member.spelling) if isinstance(member, ByteMember) else member

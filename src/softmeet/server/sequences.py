@@ -11,13 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from softmeet.errors import NonFiniteError, SoftmeetError
 from softmeet.hf.answer_length import AnswerLength
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.deferral import Deferral
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.reading import Reading
+from softmeet.readers.reader import Reader, Row
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
@@ -295,9 +295,10 @@ class Sequence:
         held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
         drafts: ids that may follow them, while it runs alone; else none.
         members: the members in their order.
-        trails: for each member, where the keys and values of the tokens that it has run are; over bytes its
-            :class:`Reading`; None before the first.
-        reused: for each member, the prompt's tokens whose keys and values came from an earlier prompt.
+        rows: for each member, the row in which it reads the sequence; None before the first token.
+        readers: for each member that has a row, what reads it.
+        skipped: for each member, in place of how many of the first tokens it reads its own.
+        failures: (the name of a member, why it cannot read the sequence).
         ahead: the last hidden states of all members but the first at the newest token, (1, d_i), if scoring the prompt
             has computed them already; else empty.
         alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it, False for as in a
@@ -325,17 +326,59 @@ class Sequence:
         self.last: float | None = None
         self.tokens, self.drafts, self.held = list(prompt), list[int](), list[Token]()
         self.members: list[Runner] = self.combination.members
-        self.trails: list[Any] = [None] * len(self.members)
-        self.reused = [0] * len(self.members)
+        self.rows: list[Row | None] = [None] * len(self.members)
+        self.readers: list[Reader | None] = [None] * len(self.members)
+        self.skipped = [0] * len(self.members)
+        self.failures = list[tuple[str, SoftmeetError]]()
         self.ahead: list[Float[Tensor, "1 _"]] = []
         self.alone: Any = None
         self.asked: Deferral | None = None
         self.spent = 0.0
 
-    def read_by(self, i: int) -> list[int]:
-        """Return what member i reads before the tokens that are drawn, over tokens."""
-        own = OwnPrompt(len(self.prompt), self.own) if self.own else None
-        return self.combination.model.contexts.first_row(i, self.prompt, own)
+    def row(self, i: int, reader: Reader, *, reuse: bool = True) -> Row:
+        """Return the row in which member i reads the sequence; it is opened if there is none.
+
+        Args:
+            i: the member's number.
+            reader: the member.
+            reuse: whether a row that is opened may begin with what was read of earlier prompts.
+        """
+        found = self.rows[i]
+        if found is None:
+            own, self.skipped[i] = self.combination.model.before(i, self.prompt, self.own)
+            found = self.rows[i] = reader.open(self.tokens[self.skipped[i] :], own, reuse=reuse)
+            self.readers[i] = reader
+        return found
+
+    def expected(self, top: int) -> list[list[tuple[str, float]]]:
+        """Return for each member its most probable own tokens that may come next; empty where that is not known."""
+        pairs = zip(self.readers, self.rows, self.skipped, strict=True)
+        found = [
+            list(reader.explain(row, top, len(self.tokens) - skipped).expected)
+            for reader, row, skipped in pairs
+            if reader is not None and row is not None
+        ]
+        return found if all(found) else []
+
+    def unread(self, i: int) -> list[int]:
+        """Return the tokens and drafts that member i has not read."""
+        row = self.rows[i]
+        return (self.tokens + self.drafts)[self.skipped[i] + (0 if row is None else row.length) :]
+
+    @property
+    def error(self) -> SoftmeetError | None:
+        """Why members cannot read the sequence; None if they can."""
+        for _, error in self.failures:
+            if not isinstance(error, NonFiniteError):
+                return error
+        bad = ", ".join(name for name, _ in self.failures)
+        return (
+            bad
+            and NonFiniteError(
+                f"expected finite hidden states, got NaN or an infinity from {bad}: leave it out of this request, or "
+                "change the prompt"
+            )
+        ) or None
 
     @property
     def batched(self) -> list[PreTrainedModel]:
@@ -344,8 +387,8 @@ class Sequence:
 
     @property
     def is_full(self) -> bool:
-        """Whether, over bytes, a member's context is full, so that nothing can follow."""
-        return any(isinstance(trail, Reading) and trail.full for trail in self.trails)
+        """Whether a member's context is full, though its limit was not reached, so that nothing can follow."""
+        return any(row is not None and row.full for row in self.rows)
 
     def add(self, token: Token) -> list[Token]:
         """Append a drawn token, and return those that belong to the answer for certain and were not returned before."""
@@ -376,7 +419,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Free the keys and values, even if somebody keeps the sequence."""
-        self.trails, self.ahead, self.alone = [None] * len(self.members), [], None
+        self.rows, self.ahead, self.alone = [None] * len(self.members), [], None
 
     def cancel(self) -> None:
         """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""

@@ -24,11 +24,12 @@ from softmeet.server.batcher import Batcher
 from softmeet.server.ensembles import Ensembles, Served, behind_passages
 from softmeet.server.errors import RequestError
 from softmeet.server.limits import Limits
+from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
 from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
-from softmeet.server.sequences import Combination, GenerationRequest, members_of
+from softmeet.server.sequences import Combination, GenerationRequest
 from softmeet.server.structures import Structures
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
@@ -103,10 +104,10 @@ class Serving:
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         told = False if settings.reproducible and settings.parallel == "auto" else settings.parallel
         parallel = True if any(s.ensemble.model.apart for s in ensembles) else told
-        names = {m: name for s in ensembles for m, name in zip(members_of(s.ensemble.model), s.names, strict=True)}
         apart = settings.reproducible
+        models, names = zip(*((s.ensemble.model, s.names) for s in ensembles), strict=True)
         self.batcher = Batcher(
-            names,
+            readers_of(models, names, 0 if apart else settings.limits.kept_tokens),
             settings.limits,
             self.metrics,
             parallel=parallel,

@@ -116,6 +116,6 @@ def _report(s: Sequence, found: Combined, row: int, token: int, *, scored: bool)
     assert found.solution is not None
     assert found.members is not None
     if s.combination.over_bytes:
-        readings = [] if scored else list(zip(s.members, s.trails, strict=True))
-        return byte_report(found.solution, found.members, row, token, s.request.report, readings)
+        expected = [] if scored else s.expected(s.request.report)
+        return byte_report(found.solution, found.members, row, token, s.request.report, expected)
     return token_report(found.solution, found.members, row, token, s.request.report).spelled(s.request.tokenizer)

@@ -7,7 +7,7 @@ beginning of the next token (:mod:`softmeet.readers.bytes.covers`). A *symbol* i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from softmeet.readers.bytes.own_path import way
 from softmeet.readers.bytes.reading import Guess, Reading
 from softmeet.readers.bytes.token_model import TokenModel
 from softmeet.readers.bytes.typical import expected_after_bytes
+from softmeet.suspended import finished
 
 # Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
 _LOOK_BACK = 64
@@ -116,7 +117,14 @@ class ByteMember(TokenModel):
         Raises:
             InvalidInputError: for the reasons of :meth:`begin`; then none is read.
         """
-        return [reading for reading, _ in self._read(texts, prefixes, pause, whole=not self.pruning.prune)]
+        return finished(self.beginning(texts, prefixes), pause)
+
+    def beginning(
+        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None]
+    ) -> Generator[None, None, list[Reading]]:
+        """Do as :meth:`begin_all`, and yield between calls of the model."""
+        found = yield from self._read(texts, prefixes, whole=not self.pruning.prune)
+        return [reading for reading, _ in found]
 
     def score(
         self, text: bytes, prefix: Sequence[int] | None = None
@@ -136,8 +144,14 @@ class ByteMember(TokenModel):
         Raises:
             InvalidInputError: for the reasons of :meth:`begin`.
         """
+        return finished(self.scoring(text, prefix))
+
+    def scoring(
+        self, text: bytes, prefix: Sequence[int] | None = None
+    ) -> Generator[None, None, tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]]:
+        """Do as :meth:`score`, and yield between calls of the model."""
         spelling = self.spelling
-        ((reading, covers),) = self._read([text], [prefix], whole=True)
+        ((reading, covers),) = yield from self._read([text], [prefix], whole=True)
         written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
         found = np.array([one.prediction(spelling) for one in covers])[written]
         with np.errstate(divide="ignore"):
@@ -147,10 +161,9 @@ class ByteMember(TokenModel):
         self,
         texts: Sequence[bytes],
         prefixes: Sequence[Sequence[int] | None],
-        pause: Callable[[], None] = lambda: None,
         *,
         whole: bool,
-    ) -> list[tuple[Reading, list[Covers]]]:
+    ) -> Generator[None, None, list[tuple[Reading, list[Covers]]]]:
         """Read texts whose bytes are all known: one call of the model for the tokenizer's tokens, few for others.
 
         Several tokenizations are followed in the ``whole`` text, or in its last 64 bytes or more: from a place on that
@@ -165,7 +178,7 @@ class ByteMember(TokenModel):
             KnownText.begun(self, self.pruning, self.prefix if own is None else own, text, look_back)
             for text, own in pairs
         ]
-        self._finish(begun, pause)
+        yield from self._finish(begun)
         found = []
         for text, known in zip(texts, begun, strict=True):
             work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
@@ -185,19 +198,52 @@ class ByteMember(TokenModel):
         Returns:
             the new reading; it has ended if its tokens would exceed the model's context, as in :meth:`advance`.
         """
-        longest = max((probs.path.length for probs in reading.covers.places), default=0)
-        if len(text) == 1 or longest + len(text) >= self.limit:
-            for byte in text:
-                (reading,) = self.advance([reading], [byte])
-            return reading
-        known = KnownText.after(self, self.pruning, reading, text)
-        self._finish([known])
-        dropped = sum(covers.unasked for covers in known.covers[1:])
-        work = reading.work.and_(known.work.calls, known.work.tokens, dropped)
-        guesses = possible(reading.guesses, known.text)
-        return Reading(known.covers[-1], reading.text + text, work, guesses)
+        return finished(self.following([reading], [text], [[len(text)]]))[0][len(text)]
 
-    def _finish(self, texts: Sequence[KnownText], pause: Callable[[], None] = lambda: None) -> None:
+    def following(
+        self, readings: Sequence[Reading], texts: Sequence[bytes], wanted: Sequence[Sequence[int]]
+    ) -> Generator[None, None, list[dict[int, Reading]]]:
+        """Lengthen several readings as :meth:`follow` does, each call of the model for all of them; yield between.
+
+        Args:
+            readings: those that have not ended.
+            texts: for each, one or more bytes.
+            wanted: for each, after how many of these bytes readings are wanted, ascending; the last is among them.
+
+        Returns:
+            for each, the readings after so many bytes. All tell what follows (:meth:`log_probs`); those can be
+            lengthened of which :meth:`Reading.goes_on` is true, the last among them.
+        """
+        found: list[dict[int, Reading]] = [{} for _ in readings]
+        begun = dict[int, KnownText]()
+        for k, (reading, text) in enumerate(zip(readings, texts, strict=True)):
+            longest = max((probs.path.length for probs in reading.covers.places), default=0)
+            if len(text) > 1 and longest + len(text) < self.limit:
+                begun[k] = KnownText.after(self, self.pruning, reading, text)
+                continue
+            for count, byte in enumerate(text, 1):
+                (reading,) = self.advance([reading], [byte])
+                if count in wanted[k]:
+                    found[k][count] = reading
+                yield
+        yield from self._finish(list(begun.values()))
+        for k, known in begun.items():
+            found[k] = self._after(readings[k], texts[k], wanted[k], known)
+        return found
+
+    def _after(self, reading: Reading, text: bytes, places: Sequence[int], known: KnownText) -> dict[int, Reading]:
+        """Return the readings after so many bytes of a text that is known, and follows a reading."""
+        spelling, found = self.spelling, dict[int, Reading]()
+        written = np.cumsum([byte not in spelling.unwritable for byte in text])
+        dropped = np.cumsum([covers.unasked for covers in known.covers])
+        for count in places:
+            whole, place = reading.text + text[:count], int(written[count - 1])
+            work = reading.work.and_(known.work.calls, known.work.tokens, float(dropped[place] - dropped[0]))
+            guesses = possible(reading.guesses, spelling.written(whole)) if reading.guesses else ()
+            found[count] = Reading(known.covers[place], whole, work, guesses)
+        return found
+
+    def _finish(self, texts: Sequence[KnownText]) -> Generator[None, None, None]:
         """Run the model on what known texts want, each call for all of them, until they want nothing."""
         while True:
             wanting = [(known, chains) for known in texts if (chains := known.wanted())]
@@ -206,7 +252,7 @@ class ByteMember(TokenModel):
             for (known, _), found in zip(wanting, self.run([chains for _, chains in wanting]), strict=True):
                 known.ran(found)
             texts = [known for known, _ in wanting]
-            pause()
+            yield
 
     def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
         """Return the next symbol's log-probabilities after each of B ≥ 1 readings, (B, 257) fp64, in nats, on the CPU.

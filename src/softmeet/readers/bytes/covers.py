@@ -390,4 +390,4 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
 
 def _mass(covers: Sequence[Cover] | Sequence[Open]) -> float:
     """Return the sum of the masses of covers."""
-    return sum([cover.mass for cover in covers])
+    return sum([cover.mass for cover in covers], 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from softmeet.readers.bytes.covers import Covers
+from softmeet.readers.bytes.covers import Covers, ProbsAlongText
 from softmeet.readers.bytes.nodes import Next
 from softmeet.readers.reader import Work
 
@@ -44,3 +44,8 @@ class Reading:
     guesses: tuple[Guess, ...] = ()
     ended: bool = False
     full: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it can be lengthened by any byte, not by those alone that were known to follow it."""
+        return not any(isinstance(probs, ProbsAlongText) for probs in self.covers.places)

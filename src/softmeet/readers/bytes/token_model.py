@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -27,37 +26,6 @@ from softmeet.readers.transformers import TransformersReader
 _LEAST = torch.finfo(torch.float32).tiny
 # Logits that are normalised at once on a CPU.
 _CACHED = 1 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class SpelledTokens:
-    """The tokens of a spelling, as the symbols of a reader.
-
-    Attributes:
-        spelling: the spelling.
-        size: the number of ids.
-        ends: the ids that end a text.
-    """
-
-    spelling: Spelling
-    size: int
-    ends: frozenset[int]
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text."""
-        return self.spelling.encode(text.encode())
-
-    def decode(self, symbols: Sequence[int]) -> bytes:
-        """Return the bytes of tokens."""
-        return self.spelling.spelled(symbols)
-
-    def count(self, symbols: Sequence[int]) -> int:
-        """Return the number of tokens."""
-        return len(symbols)
-
-    def may_follow(self, symbols: Sequence[int]) -> None:
-        """Return None: any token can follow."""
-        return
 
 
 class TokenModel:
@@ -87,7 +55,7 @@ class TokenModel:
     ) -> None:
         self.spelling = spelling
         if not isinstance(model, Reader):
-            model = _reader(model, head_of(model), spelling)
+            model = _reader(model, head_of(model), spelling.name)
         if not (model.traits.can_fork and model.traits.can_crop):
             raise model.cannot("fork rows and take back what it has read")
         self.model: Any = getattr(model, "model", None)
@@ -108,7 +76,7 @@ class TokenModel:
     def find_head_again(self) -> None:
         """Take ``head`` anew after the model has changed device or dtype; what was read before cannot be read on."""
         self.head = replace_weight(self.head, self.model)
-        self._rows = Rows(_reader(self.model, self.head, self.spelling))
+        self._rows = Rows(_reader(self.model, self.head, self.spelling.name))
 
     @property
     def room(self) -> int:
@@ -203,10 +171,7 @@ class TokenModel:
         return found
 
 
-def _reader(model: PreTrainedModel, head: Head, spelling: Spelling) -> TransformersReader:
+def _reader(model: PreTrainedModel, head: Head, name: str) -> TransformersReader:
     """Make the reader of a model's tokens, which reads those of all texts in one call."""
     require_trees(model)
-    named = model.generation_config.eos_token_id
-    ends = frozenset({spelling.end, *(named if isinstance(named, list) else [named])} - {None})
-    tokens = SpelledTokens(spelling, head.v, ends)
-    return TransformersReader(model, tokens, spelling.name, kept_tokens=0, head=head, at_once=True)
+    return TransformersReader(model, None, name, kept_tokens=0, head=head, at_once=True)
