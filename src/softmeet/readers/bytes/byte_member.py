@@ -26,6 +26,7 @@ from softmeet.readers.bytes.own_path import way
 from softmeet.readers.bytes.reading import Guess, Reading
 from softmeet.readers.bytes.token_model import TokenModel
 from softmeet.readers.bytes.typical import expected_after_bytes
+from softmeet.readers.reader import Reader
 from softmeet.suspended import finished
 
 # Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
@@ -59,7 +60,7 @@ class ByteMember(TokenModel):
     :meth:`log_probs` gives the next symbol's distribution.
 
     Args:
-        model: a causal LM of transformers, in evaluation mode.
+        model: a causal LM of transformers, in evaluation mode; or a reader of its tokens that can fork and crop.
         spelling: what :func:`spelling_of` returns for the model's tokenizer; ``self.spelling`` may be an adjusted copy.
         pruning: which tokenizations of a text are followed; None for the defaults of :class:`Pruning`.
         prefix: ids, at least one, of the tokens that precede each text for which no other prefix is given; None for
@@ -67,15 +68,16 @@ class ByteMember(TokenModel):
 
     Attributes:
         pruning: as given, or the default.
-        head, limit, ends, prefix, spent: those of a :class:`TokenModel`.
+        model, head, limit, ends, prefix, spent: those of a :class:`TokenModel`.
 
     Raises:
-        CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens.
+        CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens; if a reader
+            cannot fork or crop.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Reader,
         spelling: Spelling,
         pruning: Pruning | None = None,
         prefix: Sequence[int] | None = None,
