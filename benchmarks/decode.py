@@ -16,8 +16,8 @@ import typer
 
 from members import ensemble_of, load_pair, save_pair
 from report import median, now, show
-from softmeet.hf import combining, modeling
 from softmeet.engine.recorder import Recorder
+from softmeet.hf import combining, modeling
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers import dense
 

@@ -29,8 +29,8 @@ from hostile import gaps
 from report import show
 from servers import Server
 from softmeet import Ensemble, Structure
-from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.engine.masking import Mask
+from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.members import zoo
 
 SCHEMA: dict[str, Any] = {

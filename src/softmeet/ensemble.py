@@ -383,10 +383,8 @@ class Ensemble:
         self, prompts: list[Prompt], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
-        inputs, usual = (
-            encoded(self.model, self.tokenizer, prompts),
-            options.get("generation_config") or self.model.generation_config,
-        )
+        inputs = encoded(self.model, self.tokenizer, prompts)
+        usual = options.get("generation_config") or self.model.generation_config
         drawn = options.get("do_sample", bool(usual.do_sample) or seed is not None)
         # transformers would keep the 50 likeliest tokens where no number is given.
         whole = {"top_k": usual.top_k or 0} if drawn else {}

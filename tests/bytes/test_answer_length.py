@@ -19,9 +19,9 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf import answer_length
 from softmeet.hf.answer_length import AnswerLength, AnswersEnd, WholeCharacterStreamer, tokens_in
 from softmeet.members import zoo
-from softmeet.members.covers import END
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.spelling import spelling_of
+from softmeet.readers.bytes.covers import END
 
 NAMES = ["mixed/gpt2", "mixed/llama"]
 SPELLINGS = [spelling_of(name, own) for name, own in zip(NAMES, load_tokenizers(NAMES), strict=True)]

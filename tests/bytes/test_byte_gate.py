@@ -16,7 +16,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.hf import Recorder
 from softmeet.hf.byte_modeling import WholeCharacters
-from softmeet.members.covers import END, Pruning
+from softmeet.readers.bytes.covers import END, Pruning
 
 KINDS = ("gpt2", "llama")
 GREEDY = {"max_bytes": 3, "do_sample": False}

@@ -1,15 +1,15 @@
-"""Members over bytes: exhaustive sums over tokenizations, trees of tokens, what is pruned, and what is refused."""
+"""Members over bytes: exhaustive sums over tokenizations, what is kept, what is pruned, and what is refused."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import byte_tokenizers
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers as tf
 from byte_members import (
@@ -25,14 +25,12 @@ from byte_members import (
 )
 from scipy.stats import chi2_contingency
 
-from softmeet.errors import VocabularyMismatchError
-from softmeet.members import guesses as guesses_module
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
+from softmeet.errors import InvalidInputError, VocabularyMismatchError
 from softmeet.members.spelling import spelling_of
-from softmeet.members.token_tree import Growth, TokenTree, run
-
-ROOT = np.empty(0, np.int64)
+from softmeet.readers.bytes import guesses as guesses_module
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
+from softmeet.readers.reader import Given, Reader
 
 
 def total(log_probs, text):
@@ -118,9 +116,9 @@ def test_a_batch_is_its_rows(monkeypatch):
     calls, run = [], member.run
     member.behind(member.prefix)  # once for all texts
 
-    def counted(growths):
-        calls.append(len(growths))
-        return run(growths)
+    def counted(chains):
+        calls.append(len(chains))
+        return run(chains)
 
     monkeypatch.setattr(member, "run", counted)
     alone = []
@@ -147,16 +145,93 @@ def test_after_the_end_comes_the_end():
     assert member.advance([reading], [65])[0].ended
 
 
+def columns(member):
+    """How many tokens' keys and values a member holds, with room for more."""
+    layers, width = member.model.config.n_layer, member.model.config.n_embd
+    return member.reader.bytes // (2 * layers * width * 8)
+
+
 def test_long_texts_keep_little_and_ask_little():
-    """States of covers that were let go are let go, and most bytes cost no call."""
+    """What was read behind covers that were let go is let go, all of it with the reading; most bytes cost no call."""
     member = member_of("gpt2", Pruning(0.05))
-    reading, text = member.begin(b"the"), b" there, then he the other" * 12
+    kept = columns(member)
+    reading, text, most = member.begin(b"the"), b" there, then he the other" * 12, 0
     before = reading.work
     for byte in text:
         (reading,) = member.advance([reading], [byte])
+        most = max(most, columns(member))
     own = len(member.spelling.encode(b"the" + text))
-    assert reading.tree.columns < own + 80
+    assert most < 1.5 * (own + 64) + 2 * 80
     assert reading.work.calls - before.calls <= len(text)
+    del reading
+    assert columns(member) - kept <= 80  # those before every text
+
+
+def test_readings_may_go_in_any_order():
+    """Of many that part from one, each is what it is alone, whatever others have gone; then nothing is left."""
+    member, chance, texts = member_of("gpt2", Pruning()), random.Random(0), [b"the"]
+    readings, most = [member.begin(texts[0])], 0
+    for _ in range(150):
+        k = chance.randrange(len(readings))
+        more = chance.choice([b" the other", b"re", b", he threw"])
+        readings.append(member.follow(readings[k], more))
+        texts.append(texts[k] + more)
+        if len(readings) > 6:
+            gone = chance.randrange(6)
+            del readings[gone], texts[gone]
+        most = max(most, columns(member))
+    for text, reading in zip(texts, readings, strict=True):
+        assert torch.allclose(member.log_probs([reading]), member.log_probs([member.begin(text)]), atol=1e-9)
+    assert most < 4 * sum(len(member.spelling.encode(text)) + 64 for text in texts)
+    readings.clear()
+    del reading
+    assert columns(member) <= 80
+
+
+class Plain(Reader):
+    """A reader whose output layer nobody sees."""
+
+    def __init__(self, below, **can):
+        self.below, self.head = below, None
+        self.name, self.alphabet, self.limit = below.name, below.alphabet, below.limit
+        self.traits = replace(below.traits, **can)
+
+    bytes = property(lambda self: self.below.bytes)
+
+    def open(self, text=(), own=(), *, reuse=True):
+        return self.below.open(text, own, reuse=reuse)
+
+    def fork(self, row, count=1, length=None):
+        return self.below.fork(row, count, length)
+
+    def crop(self, row, length):
+        self.below.crop(row, length)
+
+    def close(self, row):
+        self.below.close(row)
+
+    def read(self, asked):
+        told = yield from self.below.read(asked)
+        return Given(told.log_probs(), told.counts, told.errors, told.work)
+
+
+@pytest.mark.parametrize("pruning", [Pruning(), EXACT])
+def test_any_reader_of_tokens_that_forks_and_crops_is_read_by_bytes(pruning):
+    member = member_of("llama", pruning)
+    plain = ByteMember(Plain(member.reader), spelling_of("plain", byte_tokenizers.KINDS["llama"]()), pruning)
+    assert (plain.model, plain.head, plain.limit, plain.ends) == (None, None, member.limit, member.ends)
+    for text in TEXTS:
+        (ours, found, _), (theirs, expected, _) = plain.score(text), member.score(text)
+        assert np.allclose(np.exp(found), np.exp(expected), atol=1e-9)
+        assert ours.work.calls == theirs.work.calls
+        assert step_by_step(plain, text) == pytest.approx(step_by_step(member, text), abs=1e-9)
+
+
+@pytest.mark.parametrize("can", [{"can_fork": False}, {"can_crop": False}])
+def test_readers_that_cannot_fork_or_crop_are_refused(can):
+    member = member_of("gpt2")
+    with pytest.raises(InvalidInputError, match="expected a reader that can fork rows and take back what it has read"):
+        ByteMember(Plain(member.reader, **can), member.spelling)
 
 
 @pytest.mark.parametrize("text", HOSTILE[1:6], ids=range(1, 6))
@@ -225,48 +300,6 @@ def test_a_prefix_of_ones_own():
     with torch.inference_mode():
         log_p = model(torch.tensor([own.prefix])).logits[0, -1].log_softmax(-1)
     assert own.log_probs([own.begin(b"")])[0, END].item() == pytest.approx(log_p[0].item(), abs=1e-9)
-
-
-WINDOWED = {
-    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**tiny.SMALL, num_key_value_heads=2, sliding_window=4)),
-    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**tiny.SMALL, **tiny.GQA, sliding_window=4)),
-    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**tiny.SMALL, num_key_value_heads=2)),
-}
-
-
-@pytest.mark.parametrize("name", [*tiny.BUILDERS, *WINDOWED])
-def test_a_tree_of_tokens_says_what_each_of_its_paths_says(name):
-    """Two trees in a batch, grown twice; windows are counted along the path."""
-    if name in WINDOWED:
-        torch.manual_seed(0)
-        model = WINDOWED[name]().eval().double()
-    else:
-        model = tiny.build(name).double()
-    trunks = [[3, 9, 4, 1, 7, 2], [5, 6]]
-    with torch.inference_mode():
-        begun = run(model, [Growth(TokenTree(), [ROOT], [trunk]) for trunk in trunks])
-        paths = [np.arange(len(trunk)) for trunk in trunks]
-        grown = run(
-            model,
-            [
-                Growth(begun[0][0], [paths[0], paths[0][:3], paths[0]], [[8], [10, 11], [12]]),
-                Growth(begun[1][0], [paths[1][:1]], [[13]]),
-            ],
-        )
-        deep = np.append(paths[0][:3], [7, 8])
-        ((_, (last,)),) = run(model, [Growth(grown[0][0], [deep], [[14, 15, 16]])])
-
-        def plain(tokens):
-            return model.base_model(torch.tensor([tokens])).last_hidden_state[0]
-
-        found = [*grown[0][1], *grown[1][1], last]
-        expected = [
-            plain([*trunks[0], 8])[-1:], plain([3, 9, 4, 10, 11])[-2:], plain([*trunks[0], 12])[-1:],
-            plain([5, 13])[-1:], plain([3, 9, 4, 10, 11, 14, 15, 16])[-3:],
-        ]  # fmt: skip
-    # Some norms are taken in single precision whatever the model's is.
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_sampled_bytes_have_the_members_own_distribution():

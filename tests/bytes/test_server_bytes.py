@@ -20,10 +20,10 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.byte_report import character_reports
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.covers import END
 from softmeet.members.passages import Passage
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.bytes.covers import END
 from softmeet.readers.reader import Read, finished
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together

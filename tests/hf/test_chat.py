@@ -17,7 +17,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.chat import PLAIN, ChatTemplates, chat_of, take_plain
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.covers import END
+from softmeet.readers.bytes.covers import END
 
 TURNS = [{"role": "system", "content": "the"}, {"role": "user", "content": "he t\u00e9"}]
 OTHER = "{% for m in messages %}{{ m.content }}\n{% endfor %}the "

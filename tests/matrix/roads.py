@@ -20,7 +20,7 @@ from softmeet import Ensemble, Structure
 from softmeet.cli.main import app
 from softmeet.hf.prompts import encoded
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.covers import END
+from softmeet.readers.bytes.covers import END
 from softmeet.server.answer import AnswerStream
 from softmeet.server.sampling import RepeatPenalties
 from softmeet.server.schemas import CompletionRequest

@@ -71,7 +71,7 @@ def test_passages_outlive_a_cast(made):
     behind.generate("the", max_new_tokens=2, do_sample=False)
 
 
-def test_a_recurrent_member_stands_beside_a_prompt_and_takes_none(made):
+def test_a_recurrent_member_stands_beside_a_prompt_and_takes_one(made):
     folder = made / "mamba"
     torch.manual_seed(0)
     config = tf.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, **tiny.IDS)
@@ -79,8 +79,14 @@ def test_a_recurrent_member_stands_beside_a_prompt_and_takes_none(made):
     tiny.tokenizer().save_pretrained(folder)
     ensemble = Ensemble.from_pretrained([f"{made / 'base'}+prompt={PROMPT}", str(folder)], "logit-mean")
     assert isinstance(ensemble.generate("the", max_new_tokens=3, do_sample=False), str)
-    with pytest.raises(InvalidInputError, match="its prompt cannot be kept"):
-        Ensemble.from_pretrained([f"{folder}+prompt=so"], "logit-mean")
+    alone, prompted = (Ensemble.from_pretrained([name], "logit-mean").model for name in (folder, f"{folder}+prompt=so"))
+    ids = ensemble.tokenizer("the")["input_ids"]
+    own, skipped = prompted.contexts.before(0, ids)
+    assert own
+    whole = torch.tensor([[*own, *ids[skipped:]]])
+    with torch.inference_mode():
+        (found,), (expected,) = prompted.hidden_states(torch.tensor([ids])), alone.hidden_states(whole)
+    assert torch.allclose(found, expected[-len(found) :], atol=1e-6)
 
 
 def test_a_chunk_of_padding_alone(made):

@@ -20,7 +20,8 @@ from softmeet.heads import SoftmaxHead
 from softmeet.members import names as known
 from softmeet.members import refused, zoo
 from softmeet.members.heads import head_of
-from softmeet.members.huggingface import dtype_of, last_hidden, load_members, load_tokenizers
+from softmeet.members.huggingface import dtype_of, load_members, load_tokenizers
+from softmeet.members.trunk import last_hidden
 from softmeet.members.vocabulary import common_vocabulary, token_ids, token_support
 
 pytestmark = pytest.mark.checked

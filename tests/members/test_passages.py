@@ -118,7 +118,7 @@ def test_over_bytes(tmp_path):
     for name, seed in (("gpt2", 3), ("llama", 4)):
         tiny.save(tmp_path / name, name, seed=seed)
         byte_level().save_pretrained(tmp_path / name)
-    ensemble = Ensemble.from_pretrained("mixed/llama", "prob-mean", vocabulary="bytes")
+    ensemble = Ensemble.from_pretrained("mixed/llama", "prob-mean", vocabulary="bytes", dtype="float64")
     behind = ensemble.with_passages(FOUND)
     alone = [ensemble.with_passages([one]) for one in FOUND]
     weights = torch.tensor(passage_weights(FOUND), dtype=torch.float64)

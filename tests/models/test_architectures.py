@@ -19,10 +19,10 @@ import softmeet
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, UnsupportedHeadError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import Pruning
 from softmeet.members.heads import head_of
 from softmeet.members.spelling import spelling_of
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import Pruning
 from softmeet.server.batcher import Batcher
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of

@@ -145,7 +145,8 @@ def test_the_plan_of_a_member_is_what_it_then_takes(name, tmp_path):
     assert sizes["head"] + sizes["body"] == sum(p.nbytes for p in member.parameters())
     cache = ensemble.model.new_cache()
     ensemble.model(input_ids=torch.ones(3, 7, dtype=torch.int64), cache=cache, use_cache=True)
-    assert sizes["cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    (block,) = ensemble.model.readers_of_members[0]._kv._blocks
+    assert sizes["cache"] == 3 * 7 * block.bytes // (block.slots * block.columns)
     assert sizes["cache"] == 3 * 7 * found.cache_bytes_per_token[str(folder)]
     assert found.totals() == {"cpu": sum(sizes.values())}
 

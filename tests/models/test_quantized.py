@@ -26,13 +26,13 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.assembly import assemble
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import names, quantized
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import Pruning
 from softmeet.members.heads import head_of
 from softmeet.members.huggingface import load_tokenizers, require_loadable
 from softmeet.members.identity import body_hash
 from softmeet.members.opaque import OpaqueHead
 from softmeet.members.spelling import spelling_of
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import Pruning
 from softmeet.server.batcher import Batcher
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
@@ -135,9 +135,9 @@ def test_over_tokens_averages_are_those_by_hand_alone_and_in_batches_with_a_cach
     assert ours.member_heads[0].why.startswith(WHY[kind])
     texts = [prompt(k, length) for k, length in enumerate((3, 9, 5))]
     own = [by_hand(models, torch.tensor([text]), 6) for text in texts]
-    for model in models:
-        model.positions = 0
-    for options in ({}, {"use_cache": False}):
+    for options in ({}, {"use_cache": False}, {}):
+        for model in models:
+            model.positions = 0  # it was tried once whether the models read trees
         ids = torch.tensor([[0] * (9 - len(text)) + list(text) for text in texts])
         mask = torch.tensor([[0] * (9 - len(text)) + [1] * len(text) for text in texts])
         found = ours.generate(ids, attention_mask=mask, **GREEDY, **options)

@@ -12,8 +12,8 @@ from byte_members import EXACT, member_of
 from toys import TOYS, Few, Letters, Table, read
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
-from softmeet.members.covers import Pruning
 from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.bytes.covers import Pruning
 from softmeet.readers.reader import Given, finished
 from softmeet.readers.transformers import TransformersReader
 from softmeet.testing import LAWS, check_reader
@@ -43,19 +43,27 @@ def bloom():
     ).eval()
 
 
-def sliding():
-    """A model that attends to the last six tokens in half of its layers."""
-    torch.manual_seed(0)
-    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
-    return tf.Gemma2ForCausalLM(tf.Gemma2Config(**tiny.SMALL, **tiny.GQA, **kinds)).eval()
+HALF = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+# Models that attend to the last few tokens, some in half of their layers.
+WINDOWED = {
+    "sliding": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**tiny.SMALL, **tiny.GQA, **HALF)).eval(),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**tiny.SMALL, **tiny.GQA, sliding_window=4)).eval(),
+    "mistral": lambda: tf.MistralForCausalLM(
+        tf.MistralConfig(**tiny.SMALL, num_key_value_heads=2, sliding_window=4)
+    ).eval(),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**tiny.SMALL, num_key_value_heads=2)).eval(),
+}
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("of", [*tiny.BUILDERS, "bloom", "sliding"])
+@pytest.mark.parametrize("of", [*tiny.BUILDERS, "bloom", *WINDOWED])
 def test_whatever_is_done_to_rows_they_are_read_as_the_model_reads_their_texts(of, seed):
     """Rows are opened, read, forked, cropped and closed at random; each prediction is that of the text by itself."""
-    model = {"bloom": bloom, "sliding": sliding}.get(of, lambda: tiny.build(of))().double()
-    reader, chance = TransformersReader(model, tiny.tokenizer(), of, kept_tokens=40), random.Random(seed)
+    torch.manual_seed(0)
+    model = {"bloom": bloom, **WINDOWED}.get(of, lambda: tiny.build(of))().double()
+    at_once = seed == 2 and of != "bloom"
+    reader = TransformersReader(model, tiny.tokenizer(), of, kept_tokens=40, at_once=at_once)
+    chance = random.Random(seed)
     assert reader._kv.reads_trees == (of != "bloom")
     texts = {reader.open(): []}
     for _ in range(40):
@@ -109,8 +117,9 @@ def compared(reader, model, texts, asked):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
 def test_members_over_bytes_obey(kind, pruning):
     reader = ByteReader(member_of(kind, pruning), kind)
-    check_reader(reader)
-    check_reader(reader, [list(text) for text in (b" the th", b"the\n\ne", b"t\xffhe", " \u00e9the".encode())])
+    # All tokenizations of more bytes would be too many.
+    short = [list(text) for text in (b"the t", b"t\xffhe", b"e\n ht")]
+    check_reader(reader, None if pruning.prune else short)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -352,6 +361,68 @@ def test_texts_that_are_closed_leave_no_rows_to_be_run_in_vain():
     finished(reader.read([read(row, [4]) for row in rows]))
     finished(reader.read([read(row, [5]) for row in rows[:2]]))
     assert widths == [1, 16, 2]
+
+
+def test_at_once_all_texts_are_one_call():
+    """However many tokens are new in each of some, forks among them; else some wait for others."""
+    text, calls = [1 + k % 60 for k in range(40)], []
+    for at_once in (True, False):
+        reader = tiny_reader(at_once=at_once)
+        row, other = reader.open(reuse=False), reader.open(reuse=False)
+        finished(reader.read([read(row, text[:5])]))
+        fork = reader.fork(row, 1, 3)[0]
+        asked = [read(row, text[5:]), read(fork, [7]), read(other, text[:12])]
+        calls.append(finished(reader.read(asked)).work.calls)
+    assert calls[0] == 1 < calls[1]
+
+
+def test_a_long_text_that_is_closed_leaves_a_short_one_little():
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_positions=1024, n_embd=32, n_layer=2, n_head=4))
+    reader = TransformersReader(model.eval().double(), tiny.tokenizer(), "long", kept_tokens=0, at_once=True)
+    short = reader.open()
+    finished(reader.read([read(short, [1])]))
+    alone, (long,) = reader.bytes, reader.fork(short)
+    finished(reader.read([read(long, [1 + k % 60 for k in range(800)])]))
+    assert reader.bytes > 8 * alone
+    reader.close(long)
+    assert reader.bytes <= 2 * alone
+    told = finished(reader.read([read(short, [9])])).log_probs()
+    assert torch.allclose(told, finished(reader.read([read(reader.open(), [1, 9])])).log_probs(), atol=1e-9)
+
+
+def test_texts_that_part_for_good_no_longer_attend_past_each_other():
+    reader, widths = tiny_reader(at_once=True), []
+    first = reader.open(reuse=False)
+    finished(reader.read([read(first, [1, 2, 3])]))
+    rows = [first, *reader.fork(first, 7)]
+    note = lambda module, given, options: widths.append(options["input_ids"].shape)  # noqa: E731
+    reader.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    for k in range(40):
+        told = finished(reader.read([read(row, [1 + (k * j) % 60]) for j, row in enumerate(rows)])).log_probs()
+    assert widths[0] == (1, 8)
+    assert widths[-1] == (8, 1)
+    for j, own in enumerate(told):
+        whole = [1, 2, 3, *(1 + (k * j) % 60 for k in range(40))]
+        alone = finished(reader.read([read(reader.open(reuse=False), whole)])).log_probs()
+        assert torch.allclose(own, alone[0], atol=1e-9)
+
+
+def test_what_stands_before_texts_is_read_once_if_it_is_read_by_itself():
+    reader, own = tiny_reader(kept_tokens=0), [0, 5, 7]
+    first = finished(reader.read([read(reader.open(own=own), [])]))
+    again = finished(reader.read([read(reader.open(own=own), [])]))
+    assert (first.work.tokens, again.work.tokens) == (3, 0)
+    assert torch.equal(first.log_probs(), again.log_probs())
+    assert finished(reader.read([read(reader.open(own=own), [1, 2])])).work.tokens == 2
+    assert finished(reader.read([read(reader.open(own=own, reuse=False), [1, 2])])).work.tokens == 5
+    sizes = []
+    for k in range(40):
+        row = reader.open(own=[1 + k])
+        finished(reader.read([read(row, [], [])]))
+        assert finished(reader.read([read(row, [])])).work.tokens == 1
+        reader.close(row)
+        sizes.append(reader.bytes)
+    assert sizes[-1] == sizes[20] > sizes[5]
 
 
 def test_refusals_say_what_is_wrong():

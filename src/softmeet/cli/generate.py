@@ -28,7 +28,7 @@ from softmeet.rules.endings import endings
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
-    from softmeet.members.reading import Work
+    from softmeet.readers.reader import Work
     from softmeet.structured.structure import Structure
 
 

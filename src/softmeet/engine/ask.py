@@ -8,7 +8,7 @@ numbers are the same, to the last bit, whatever else is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softmeet.engine.continuation import Continuation
 from softmeet.engine.together import Together
-from softmeet.readers.reader import Predictions, Read, Reader, finished
+from softmeet.readers.reader import Predictions, Read, Reader
 
 # For each member, its last hidden states of one text at the same t tokens, (t, d_i); or log-probabilities, (t, v).
 Hidden: TypeAlias = list[Float[Tensor, "t _"]]
@@ -98,27 +98,35 @@ class Members:
             told = self._together.measured(run, list(parts), len(texts))
         else:
             told = self._together.map(run, list(parts))
-        behind = dict[Any, Float[Tensor, "t _"]]()
+        found: dict[Any, Any] = {text: [None] * len(text.rows) for text in texts}
         for reader, own, predictions in zip(parts, parts.values(), told, strict=True):
             states = predictions.log_probs() if reader.head is None else predictions.hidden()
-            behind |= zip(own, states.split(predictions.counts), strict=True)
+            for (one, i), behind in zip(own, states.split(predictions.counts), strict=True):
+                found[one][i] = behind
             for k, error in predictions.errors.items():
                 own[k][0].failures.append((reader.name, error))
-        found: dict[C, Hidden] = {one: [] for one in texts}
-        for (text, _), states in sorted(behind.items(), key=lambda one: one[0][1]):
-            found[text].append(states)
-        return found
+        return {text: [states for states in own if states is not None] for text, own in found.items()}
 
 
 def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool, pause: Callable[[], None]) -> Predictions:
-    return finished(_reading(reader, parts[reader], every=every), pause)
-
-
-def _reading(reader: Reader, parts: list[Part], *, every: bool) -> Generator[None, None, Predictions]:
+    """Have a reader read on in its parts."""
     asked = []
-    for text, i in parts:
-        row, symbols = text.row(i, reuse=not every), text.unread(i)
-        # A token in whose place the member reads its own is predicted behind before any symbol.
-        first = max(0, 1 - (0 if row.length else text.skipped[i])) if every else len(symbols)
+    for text, i in parts[reader]:
+        known = text.rows[i]
+        row = known or text.row(i, reuse=not every)
+        start = row.length + text.skipped[i]
+        symbols = [*text.tokens[start:], *text.drafts[max(0, start - len(text.tokens)) :]]
+        # What follows a first token in whose place the member reads its own is predicted before any symbol.
+        first = len(symbols) if not every else 0 if known is None and text.skipped[i] else 1
         asked.append(Read(row, symbols, range(first, len(symbols) + 1)))
-    return (yield from reader.read(asked))
+    work = reader.read(asked)
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            found: Predictions = done.value
+            break
+        pause()
+    for (text, _), read in zip(parts[reader], asked, strict=True):
+        text.is_full |= read.row.full
+    return found

@@ -78,8 +78,7 @@ def one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Membe
         states = torch.zeros(len(texts), head.d, dtype=head.dtype, device=head.device)
         told = members.read_on([texts[k] for k in rows], slice(i, i + 1)) if rows else {}
         for one in told:
-            if one.error is not None:
-                raise one.error
+            one.check()
         if told:
             states[rows] = torch.cat([own for (own,) in told.values()]).to(states)
         found.append(states)

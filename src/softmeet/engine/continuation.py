@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softmeet.engine.combine import Combiner
 from softmeet.engine.deferral import Deferral
 from softmeet.errors import NonFiniteError, SoftmeetError
-from softmeet.members.byte_member import ByteMember
+from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.reader import Reader, Row
 
 # What an ensemble combines: models over tokens, or members that are read byte by byte.
@@ -55,6 +55,7 @@ class Continuation:
         drafts: tokens that may follow them.
         rows: for each member, the row in which it reads the text; None before the first token.
         skipped: for each member, in place of how many of the first tokens it reads its own.
+        is_full: whether a member's context is full, though its limit was not reached, so that nothing can follow.
         failures: (the name of a member, why it cannot read the text).
         asked: under the gate ``unsure`` a deferral of one row: whether the members after the first read the newest
             token.
@@ -70,7 +71,7 @@ class Continuation:
         self.tokens, self.drafts = list(prompt), list[int]()
         self.rows: list[Row | None] = [None] * len(model.members)
         self.skipped = [0] * len(model.members)
-        self.failures = list[tuple[str, SoftmeetError]]()
+        self.failures, self.is_full = list[tuple[str, SoftmeetError]](), False
         self.asked: Deferral | None = None
         self.spent = 0.0
         self.ahead: list[Float[Tensor, "1 _"]] = []
@@ -95,20 +96,17 @@ class Continuation:
         row = self.rows[i]
         return 0 if row is None else row.length + self.skipped[i]
 
-    def unread(self, i: int) -> list[int]:
-        """Return the tokens and drafts that member i has not read, once its row is open."""
-        return (self.tokens + self.drafts)[self.read_by(i) or self.skipped[i] :]
-
     def crop(self, i: int, length: int) -> None:
         """Have member i take back all tokens and drafts behind the first ``length``."""
         if (row := self.rows[i]) is not None and self.read_by(i) > length:
             self.readers[i].crop(row, max(0, length - self.skipped[i]))
+            self.is_full = bool(self.full_members)
 
     def fork(self) -> Self:
         """Return another text that begins with the same tokens, of which members have read as many."""
         other = type(self)(self.model, self.prompt, self.own, self.readers)
         other.tokens, other.drafts = list(self.tokens), list(self.drafts)
-        other.skipped, other.failures = list(self.skipped), list(self.failures)
+        other.skipped, other.failures, other.is_full = list(self.skipped), list(self.failures), self.is_full
         pairs = zip(self.readers, self.rows, strict=True)
         other.rows = [None if row is None else reader.fork(row)[0] for reader, row in pairs]
         return other
@@ -126,11 +124,6 @@ class Continuation:
         return [self.readers[i].name for i, row in enumerate(self.rows) if row is not None and row.full]
 
     @property
-    def is_full(self) -> bool:
-        """Whether a member's context is full, though its limit was not reached, so that nothing can follow."""
-        return any(row is not None and row.full for row in self.rows)
-
-    @property
     def error(self) -> SoftmeetError | None:
         """Why members cannot read the text; None if they can."""
         for _, error in self.failures:
@@ -143,6 +136,11 @@ class Continuation:
             f"expected finite hidden states, got NaN or an infinity from {bad}: leave it out of this request, or "
             "change the prompt"
         )
+
+    def check(self) -> None:
+        """Raise the error of a member that cannot read the text, if there is one."""
+        if self.failures and (error := self.error) is not None:
+            raise error
 
     def expected(self, top: int) -> list[list[tuple[str, float]]]:
         """Return for each member its most probable own tokens that may come next; empty where that is not known."""

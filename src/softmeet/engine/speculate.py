@@ -100,8 +100,7 @@ class MemberTurns(ABC):
         """
         found = self._members.read_on(self.texts, slice(i, i + 1), every=True, pause=self.pause)
         for one in self.texts:
-            if one.error is not None:
-                raise one.error
+            one.check()
             if one.is_full:
                 raise FullError
         return torch.stack([states for (states,) in found.values()])

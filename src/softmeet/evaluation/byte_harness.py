@@ -17,8 +17,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.calibrated import resolved
-from softmeet.members.covers import END
 from softmeet.members.spelling import Spelling
+from softmeet.readers.bytes.covers import END
 
 # The bytes of UTF-8 that begin no character.
 _WITHIN = bytes(range(0x80, 0xC0))

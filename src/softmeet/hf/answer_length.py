@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.covers import END
 from softmeet.members.spelling import Spelling
+from softmeet.readers.bytes.covers import END
 
 # Up to so many bytes before its end, a text may be cut otherwise once more is written.
 _REACH = 64

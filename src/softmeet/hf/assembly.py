@@ -9,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.hf.chat import ChatTemplates
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import Pruning
 from softmeet.members.member import Member
 from softmeet.members.prompting import prefix_of
 from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import Pruning
 
 
 def assemble(

@@ -26,16 +26,15 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
 from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
-from softmeet.members.reading import Work
 from softmeet.readers.byte_alphabet import begun, continuing
 from softmeet.readers.byte_reader import ByteReader
-from softmeet.readers.reader import Reader
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.reader import Reader, Work
 
 # The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
@@ -60,9 +59,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     Args:
         config: the settings; ``config.members`` names the members.
-        readers: the members, a :class:`softmeet.members.byte_member.ByteMember` each (a model with its tokenizer's
-            spelling), in the order of ``config.members``; None to build each from its own configuration, with random
-            weights.
+        readers: the members, a :class:`softmeet.readers.bytes.byte_member.ByteMember` each (a model with its
+            tokenizer's spelling), in the order of ``config.members``; None to build each from its own configuration,
+            with random weights.
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices.
@@ -107,7 +106,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     @property
     def spent(self) -> list[Work]:
-        """Each member's :class:`softmeet.members.reading.Work` since it was loaded, summed over all texts."""
+        """Each member's :class:`softmeet.readers.reader.Work` since it was loaded, summed over all texts."""
         return [reader.spent for reader in self.readers]
 
     def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:

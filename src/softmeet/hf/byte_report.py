@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.hf.report import most_probable, token_report
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END
 from softmeet.members.spelling import Spelling
 from softmeet.readers.byte_alphabet import shown_byte
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
@@ -177,14 +177,12 @@ def expected_tokens(reader: ByteMember, text: bytes, top: int) -> dict[int, List
     """
     spelling = reader.spelling
     tokens = spelling.encode(text) if text else []
-    _, hidden = reader.run_chain([*reader.prefix, *tokens])
-    behind = hidden[len(reader.prefix) - 1 :][: len(tokens)]
+    behind = reader.run_chain(reader.prefix, tokens, range(len(tokens)))
     # Indices in the text of the bytes that tokens spell: it may have bytes without a token, and no dummy prefix.
     seen = [k for k, byte in enumerate(text) if byte not in spelling.unwritable]
     found = {}
-    for place, state in zip(spelling.bounds(tokens)[:-1].tolist(), behind, strict=True):
-        with torch.inference_mode():
-            log_p = reader.head.logits(state[None])[0].log_softmax(-1)
+    for place, one in zip(spelling.bounds(tokens)[:-1].tolist(), behind, strict=True):
+        log_p = reader.logits([one])[0].log_softmax(-1)
         listed = [(_named(spelling, k), x) for k, x in most_probable(log_p, top)]
         found[seen[max(0, place - len(spelling.dummy))]] = listed
     return found

@@ -1,4 +1,4 @@
-"""Members of one model that read texts of their own: their sequences go through the model as rows of one batch.
+"""What each member of an ensemble reads of its own.
 
 A *prefix* is what a member alone reads before every text, as ids of tokens; its keys and values are kept. A prompt of
 its own takes the place of the whole prompt that the members share, as where its template has something behind the text.
@@ -14,13 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.members.huggingface import require_cache
 from softmeet.members.member import SLOT, Member
 from softmeet.members.prompting import prefix_of
-from softmeet.readers.kv import require_keys_and_values
+from softmeet.members.trunk import require_cache
 
-# Free columns behind those in use when keys and values are copied, at least, and as a share of those in use.
-_ROOM, _ROOM_SHARE = 32, 4
 _LIMIT = "max_position_embeddings"
 Ids = Sequence[int]
 
@@ -39,7 +36,7 @@ class OwnPrompt:
 
 
 class Contexts:
-    """What each member of an ensemble reads before a text, and which members are one model.
+    """What each member of an ensemble reads before a text.
 
     Args:
         names: the members' names, for messages.
@@ -49,11 +46,9 @@ class Contexts:
 
     Attributes:
         members: the members' descriptions.
-        groups: the numbers of the members of each model.
 
     Raises:
-        InvalidInputError: if a prefix has an id that its member does not know, or its member has a cache of anything
-            but keys and values.
+        InvalidInputError: if a prefix has an id that its member does not know, or its member takes no cache.
     """
 
     def __init__(
@@ -65,11 +60,6 @@ class Contexts:
     ) -> None:
         self.prefixes = [tuple(own or ()) for own in prefixes or [()] * len(models)]
         self.members, self._models, self._begin = [Member.of(name) for name in names], models, begin
-        groups: dict[int, list[int]] = {}
-        for i, model in enumerate(models):
-            groups.setdefault(id(model), []).append(i)
-        self.groups = list(groups.values())
-        self._prefixed = [group for group in self.groups if any(self.prefixes[i] for i in group)]
         for name, model, own in zip(names, models, self.prefixes, strict=True):
             known = range(model.get_input_embeddings().weight.shape[0] if own else 0)
             if wrong := [token for token in own if isinstance(token, bool | str) or token not in known]:
@@ -78,8 +68,6 @@ class Contexts:
                 )
             if own:
                 require_cache(model)
-                require_keys_and_values(name, model.config, "its prompt cannot be kept: leave the prompt out")
-        self._names = list(names)
 
     @classmethod
     def of(
@@ -107,11 +95,6 @@ class Contexts:
                     f"expected prompts that a text follows, but {member.title} has a template, which is for generation "
                     f"alone: leave out what its prompt has behind {SLOT}"
                 )
-
-    def first_row(self, i: int, ids: Ids, own: OwnPrompt | None = None) -> list[int]:
-        """Return what member i reads at the beginning of a sequence, as :meth:`before` has it."""
-        mine, skipped = self.before(i, ids, own)
-        return [*mine, *ids[skipped:]]
 
     def before(self, i: int, ids: Ids, own: OwnPrompt | None = None) -> tuple[Ids, int]:
         """Return what member i reads of its own at the beginning of a sequence, and in place of how many tokens.

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -31,6 +31,7 @@ from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
 from softmeet.hf.running import NewTokens, said_full
 from softmeet.hf.sampling import FreshNoise
+from softmeet.hf.written import Written
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.rules.gates import Unsure, that_closes
 from softmeet.solvers.clock import time_limit
@@ -67,8 +68,8 @@ def is_to_speculate(
         InvalidInputError: if a number of drafts is asked for, and something stands against it; the message names it.
     """
     asked = options.speculate
-    # Members on devices of their own run at the same time, and members that draft in turn.
-    cannot_pay = rows > _ROWS or model.apart
+    # Members on devices of their own run at the same time, and those of one model in one call, but drafts in turn.
+    cannot_pay = rows > _ROWS or model.apart or len({*map(id, model.members)}) < len(model.members)
     if asked == 0 or (asked in ("auto", None) and cannot_pay) or (asked is None and _is_noticed(model, processors)):
         return False
     against = _against(model, options, config, processors)
@@ -171,70 +172,6 @@ def decode(
         del one.tokens[-1:]
     cache.columns = written.ids.shape[1] - 1
     return GenerateDecoderOnlyOutput(sequences=written.ids, scores=written.scores, logits=written.logits, cache=cache)
-
-
-class Written:
-    """The sequences of a call of ``generate`` as transformers' loop has them, and how their tokens are chosen.
-
-    Args:
-        ids: (B, t), the prompts.
-        processors: the call's, with its row sampler if it has one.
-        noise: to draw tokens by; None to take the one of the largest score.
-        stopping, config, streamer: those of the call.
-
-    Attributes:
-        ids: (B, T), the sequences so far.
-        limit: the most columns.
-        unfinished: (B,), which of them go on.
-        finished: whether none does.
-        ends: the ids that end a sequence.
-        padding: the id behind a sequence's end.
-        scores, logits: of every token, if the call asks for them; else None.
-    """
-
-    def __init__(
-        self,
-        ids: Int[Tensor, "B t"],
-        processors: Any,
-        noise: FreshNoise | None,
-        stopping: Any,
-        config: Any,
-        streamer: Any,
-    ) -> None:
-        self.ids, self.limit = ids, config.max_length
-        self._processors, self._noise, self._stopping, self._streamer = processors, noise, stopping, streamer
-        self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-        self.finished = False
-        pad, ends = config._pad_token_tensor, config._eos_token_tensor
-        self.padding, self.ends = 0 if pad is None else int(pad), [] if ends is None else ends.tolist()
-        self._padded = any(hasattr(criterion, "eos_token_id") for criterion in stopping)
-        asked = config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if asked and config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if asked and config.output_logits else None
-
-    def settle(self, log_probs: Float[Tensor, "B v"]) -> list[int]:
-        """Choose the next token of each sequence by the rule's log-probabilities in nats, and return the tokens."""
-        chosen, scores = self.chosen(self.ids, log_probs, self.unfinished)
-        self.ids = torch.cat([self.ids, chosen[:, None]], -1)
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (log_probs.float(),)
-        if self._streamer is not None:
-            self._streamer.put(chosen.cpu())
-        self.unfinished = self.unfinished & ~self._stopping(self.ids, self.scores)
-        self.finished = not bool(self.unfinished.any())
-        return chosen.tolist()
-
-    def chosen(
-        self, ids: Int[Tensor, "B T"], log_probs: Float[Tensor, "B v"], unfinished: Bool[Tensor, " B"]
-    ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B v"]]:
-        """Return (the token that follows, padding in sequences that are finished; the processed scores)."""
-        scores = self._processors(ids, log_probs.to(torch.float32, copy=True).to(ids.device))
-        chosen = scores.argmax(-1) if self._noise is None else self._noise.draw(scores, ids.shape[1])
-        if self._padded:
-            chosen = torch.where(unfinished, chosen, torch.full_like(chosen, self.padding))
-        return chosen, scores
 
 
 class Steps:
@@ -414,6 +351,5 @@ class Drafting(MemberTurns):
 def require_read(texts: Sequence[Dropped]) -> None:
     """Raise the error of a text that a member cannot read; say in the log where a context is full."""
     for one in texts:
-        if one.error is not None:
-            raise one.error
+        one.check()
         said_full(one)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from softmeet.engine.ask import Members
 from softmeet.engine.combine import Combiner
 from softmeet.engine.deferral import Deferral, Drawn
 from softmeet.errors import InvalidInputError
@@ -26,20 +25,17 @@ from softmeet.hf.call_options import CallOptions
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts, OwnPrompt
 from softmeet.hf.decoding import decode, decodes, is_to_speculate
+from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
 from softmeet.hf.sampling import one_by_one
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
-from softmeet.members.huggingface import Dtype, require_cache
+from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
-from softmeet.members.reading import Work
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
-from softmeet.readers.kv import others_than_keys_and_values
-from softmeet.readers.reader import Reader, Row
-from softmeet.readers.recurrent import RecurrentReader
-from softmeet.readers.transformers import TransformersReader
+from softmeet.readers.reader import Reader, Row, Work
 from softmeet.rules.gates import Gate, parse_gate
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
@@ -48,7 +44,7 @@ from softmeet.rules.settings import Settings
 _WINDOW = 1024
 
 
-class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
+class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     """A causal LM whose logits are the log-probabilities, in nats, that a rule computes from its members' predictions.
 
     This class combines members over the tokens that they share. It is the base class of other kinds of ensemble, such
@@ -239,52 +235,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         parse_gate(gate)
         return EnsembleCache(self.readers_of_members)
 
-    @cached_property
-    def readers_of_members(self) -> list[Reader]:
-        """The readers of the members, in order: one of those that are one model, whatever they read before texts.
-
-        Raises:
-            InvalidInputError: if a member takes no cache.
-        """
-        found = dict[Any, Reader]()
-        for i in range(len(self.members)):
-            if self.key_of(i) not in found:
-                found[self.key_of(i)] = self.new_reader(i, self.config.members[i], None)
-        return [found[self.key_of(i)] for i in range(len(self.members))]
-
-    def key_of(self, i: int) -> Any:
-        """Return what members share if one reader reads for both."""
-        return self.members[i]
-
-    def new_reader(self, i: int, name: str, kept_tokens: int | None) -> Reader:
-        """Make a reader of member i.
-
-        Args:
-            i: the member's number.
-            name: its name in messages.
-            kept_tokens: the most tokens of texts, of all together, whose keys and values are kept for texts that begin
-                alike; None to keep those of what it reads before texts alone.
-
-        Raises:
-            InvalidInputError: if it takes no cache.
-        """
-        model, head = self.members[i], self.member_heads[i]
-        if others_than_keys_and_values(require_cache(model).config):
-            return RecurrentReader(model, self.tokenizer, name, head)
-        return TransformersReader(model, self.tokenizer, name, (), kept_tokens, head)
-
-    @property
-    def reading(self) -> Members:
-        """Those who read texts for this ensemble; rows of texts that nobody needs any more are closed first."""
-        while self.garbage:
-            reader, row = self.garbage.popleft()
-            reader.close(row)
-        return self._reading
-
-    @cached_property
-    def _reading(self) -> Members:
-        return Members(len(self.members), parallel=self.apart)
-
     @property
     def settings(self) -> Settings:
         """The settings by which the members are combined: ``config.settings``, completed for these members."""
@@ -363,11 +313,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):
         super()._apply(fn, recurse)
         self.find_heads_again()
         return self
-
-    def forget_readers(self) -> None:
-        """Have readers made anew, as after members were moved or cast."""
-        for name in ("apart", "readers_of_members", "_reading"):
-            self.__dict__.pop(name, None)
 
     def find_heads_again(self) -> None:
         """Take the heads anew from the members' weights; call it after single members were moved or cast."""

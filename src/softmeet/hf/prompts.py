@@ -16,9 +16,9 @@ from softmeet.hf.chat import Messages, chat_of, is_chat
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_unicode
-from softmeet.members.covers import END
 from softmeet.members.member import Member
 from softmeet.members.prompting import ids_of, own_messages
+from softmeet.readers.bytes.covers import END
 
 # A text, or the turns of a conversation.
 Prompt = str | Messages

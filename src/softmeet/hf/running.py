@@ -25,8 +25,8 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.contexts import OwnPrompt
-from softmeet.members.huggingface import last_hidden
 from softmeet.members.opaque import Head
+from softmeet.members.trunk import last_hidden
 from softmeet.rules.gates import Unsure
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ class NewTokens:
         """Have members read on in some of the sequences; returns each one's last hidden states, zeros in the others."""
         found = self.model.reading.read_on(texts, members, every=self.needed > 1)
         for one in found:
-            if one.error is not None:
-                raise one.error
+            one.check()
             said_full(one)
         numbers = {id(one): k for k, one in enumerate(self.texts)}
         rows = torch.tensor([numbers[id(one)] for one in found], dtype=torch.int64)

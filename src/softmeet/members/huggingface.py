@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import CheckpointError, InvalidInputError
@@ -23,17 +20,12 @@ from softmeet.members import quantized, refused, zoo
 from softmeet.members.adapters import adapted, require_adapter
 from softmeet.members.member import Member
 from softmeet.members.placement import (
-    LOGITS,
     Device,
-    body,
     computes_on_cpu,
     device_map_of,
-    home,
     require_device,
-    without_head,
 )
 from softmeet.members.zoo import Named
-from softmeet.products import MOST, few_rows
 
 Dtype = torch.dtype | str | None
 _ALL = slice(None)
@@ -241,51 +233,6 @@ def random_member(
         own = getattr(config, "dtype", None) or torch.float32
         chosen = own if dtype == "auto" else dtype or torch.get_default_dtype()
         return transformers.AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
-
-
-def last_hidden(
-    model: PreTrainedModel, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any
-) -> Float[Tensor, "B k d"]:
-    """Run a model without its head, and return the last hidden states, the head's input, on the head's device.
-
-    Of a model whose head is unknown (:func:`softmeet.members.heads.head_of`) its own logits are returned instead, and
-    computed at the kept positions alone, if its ``forward`` takes ``logits_to_keep``.
-
-    Args:
-        model: a causal LM of transformers.
-        input_ids: token ids, on any device.
-        kept: the k positions whose states are returned: all, the last few as ``slice(-k, None)``, or indices.
-        options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them, which
-            the model has to take (:func:`require_cache`), is extended in place.
-    """
-    place, whole = home(model), LOGITS in vars(model)
-    run: Any = model if whole else without_head(model)
-    moved = {k: x.to(place) if isinstance(x, Tensor) else x for k, x in options.items()}
-    if whole and kept is not _ALL and "logits_to_keep" in signature(run.forward).parameters:
-        moved["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
-        kept = _ALL
-    with few_rows(run, place) if 1 < input_ids.numel() <= MOST else nullcontext():
-        out = run(input_ids=input_ids.to(place), **moved)
-    if whole:
-        return out.logits[:, kept]  # type: ignore[no-any-return]
-    weight, hidden = getattr(model.get_output_embeddings(), "weight", None), out.last_hidden_state
-    return hidden.to(place if weight is None or weight.is_meta else weight.device)[:, kept]  # type: ignore[no-any-return]
-
-
-def require_cache(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model that takes a cache of transformers; some leave one aside in silence, and would lose the text.
-
-    Raises:
-        InvalidInputError: if it does not take one.
-    """
-    parameters = signature(body(model).forward).parameters
-    # Those that hand everything on to another module name nothing.
-    if "cache" not in parameters and "input_ids" in parameters:
-        raise InvalidInputError(
-            f"expected members that continue from a cache, but {type(model).__name__} takes none: pass use_cache=False "
-            "to generate, which reads the whole text for each token"
-        )
-    return model
 
 
 def one_each(value: Any, what: str, n: int) -> list[Any]:

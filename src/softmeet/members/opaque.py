@@ -24,7 +24,7 @@ class OpaqueHead:
 
     It has what averages need of a :class:`~softmeet.heads.SoftmaxHead`, on the same terms, and no weight. If the model
     computes its logits in an unknown way, these logits stand in for its hidden states
-    (:func:`softmeet.members.huggingface.last_hidden`), and d is v.
+    (:func:`softmeet.members.trunk.last_hidden`), and d is v.
 
     Args:
         model: the causal LM whose output layer this is; its present layer is run, also after it was moved or cast.

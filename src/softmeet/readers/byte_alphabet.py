@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.spelling import Spelling
+from softmeet.readers.bytes.covers import END, SYMBOLS
 
 
 @dataclass(frozen=True, eq=False)

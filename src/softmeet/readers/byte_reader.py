@@ -14,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError
-from softmeet.members.byte_member import ByteMember
-from softmeet.members.covers import END, SYMBOLS
 from softmeet.members.placement import whereabouts
-from softmeet.members.reading import Reading, Work
 from softmeet.readers.byte_alphabet import ByteAlphabet, shown_byte
-from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row, Traits
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.bytes.reading import Reading
+from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row, Traits, Work
 
 # The readings kept of each row; fewer symbols than that can be taken back without reading the row anew.
 _KEPT = 16
@@ -70,9 +70,8 @@ class ByteReader(Reader):
 
     @property
     def bytes(self) -> int:
-        """The bytes of the keys and values of all open rows."""
-        stores = {id(one.tree.store): one.tree.bytes for row in list(self._rows) for one in row.readings.values()}
-        return sum(stores.values())
+        """The bytes of the keys and values of all open rows, and of the tokens before them that are kept."""
+        return self.member.reader.bytes
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`; nothing is known of earlier texts."""

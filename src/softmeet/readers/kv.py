@@ -11,7 +11,8 @@ Texts of different blocks that are read in one call are brought into one block, 
 
 from __future__ import annotations
 
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from typing import Any
@@ -20,21 +21,24 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.huggingface import last_hidden
-from softmeet.members.token_tree import require_trees
+from softmeet.members.trunk import last_hidden
 from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
+from softmeet.readers.masks import Masks, empty_cache, require_trees
+from softmeet.readers.steady import Steady
 
-_KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 # The most tokens of one text that the model runs at once.
 PIECE = 256
 # Free columns of a block that is made: at least so many, and one for every so many in use.
 _ROOM, _SHARE = 64, 2
 # The most slots that are run for each text that is read: beyond, some are run in vain for too little.
 _FEW = 2
+# Times the slots or the columns that are in use, from which a block is made anew when a text leaves it.
+_TOO_MANY = 4
+# The most columns of a slot for each of its longest text, beside a few, before texts that part get slots of their own.
+_MANY = 2
 
 
 class KeysAndValues:
@@ -42,13 +46,19 @@ class KeysAndValues:
 
     Args:
         model: a causal LM, in evaluation mode, whose cache holds keys and values alone.
+        at_once: whether :meth:`read` runs all new tokens of all texts in one call, however many they are; for models
+            that read trees.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, *, at_once: bool = False) -> None:
+        self._model, self._at_once = model, at_once
         self._layout = list[tuple[Place, Place]]()
         self._likes = list[Tensor]()
         self._blocks = list[Block]()
+
+    @cached_property
+    def _masks(self) -> Masks:
+        return Masks(self._model)
 
     @cached_property
     def reads_trees(self) -> bool:
@@ -58,7 +68,8 @@ class KeysAndValues:
         one call.
         """
         try:
-            require_trees(self._model)
+            if not self._at_once:
+                require_trees(self._model)
         except InvalidInputError:
             return False
         return True
@@ -68,9 +79,23 @@ class KeysAndValues:
         """The bytes of all blocks."""
         return sum(block.bytes for block in list(self._blocks))
 
+    def forget_layout(self) -> None:
+        """Forget the shapes and dtypes of keys and values, which the model's next call tells."""
+        self._layout, self._likes = [], []
+
     def leave(self, seat: Seat) -> None:
-        """Give a seat up; a block without seats is given back."""
+        """Give a seat up; a block without seats is given back, one that is far too large for the others made anew."""
+        block, gone = seat.block, seat.length
+        self._out(seat)
+        if block is not None and block.seats:
+            longest = max(other.length for other in block.seats)
+            slots = len({other.slot for other in block.seats})
+            if gone > _TOO_MANY * (longest + _ROOM) or block.slots > _TOO_MANY * slots:
+                self._rebuild(block, 0, 0, 0)
+
+    def _out(self, seat: Seat) -> None:
         if (block := seat.block) is not None:
+            block.change()
             block.seats.remove(seat)
             if not block.seats:
                 self._blocks.remove(block)
@@ -80,6 +105,7 @@ class KeysAndValues:
         """Return another seat of the first ``length`` tokens."""
         other = Seat(seat.block, seat.slot, seat.path[:length])
         if seat.block is not None:
+            seat.block.change()
             seat.block.seats.append(other)
         return other
 
@@ -111,6 +137,7 @@ class KeysAndValues:
             or at the last of them).
         """
         block = self._together(seats)
+        block.change()
         new = max(sum(len(tokens[k]) for k in own) for own in _by_slot(seats).values())
         # Other models count columns, in which there must be no hole.
         holes = any(seat.length and not seat.is_whole for seat in seats) and not self.reads_trees
@@ -118,15 +145,16 @@ class KeysAndValues:
             self._rebuild(block, 0, 0, new)
         slots = _by_slot(seats)
         call = Call(block, seats, tokens, slots, new)
-        layers: list[Any] = [call.layer(*pair) for pair in self._layout]
-        cache = Cache(layers=layers or [DynamicLayer() for _ in DynamicCache(config=self._model.config).layers])
+        layers: list[Any] = [call.layer(place) for place in self._layout]
+        cache = Cache(layers=layers) if layers else empty_cache(self._model)
         few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
-            attention_mask=call.mask(self._model), position_ids=torch.from_numpy(call.depths),
+            attention_mask=call.mask(self._masks), position_ids=torch.from_numpy(call.depths),
         )  # fmt: skip
         if not self._layout:
             self._lay_out(block, cache)
+        block.ids[: len(call.ids), block.end : block.end + new] = call.ids
         block.end += new
         left = new - hidden.shape[1]
         found = []
@@ -135,10 +163,23 @@ class KeysAndValues:
             found.append((columns, hidden[seat.slot, max(start, 0) : start + len(columns)]))
         return found
 
+    def steady(self, seats: Sequence[Seat]) -> Steady | None:
+        """Return what runs one token more of texts in every call; None if they are not alone in a block, each whole."""
+        block = seats[0].block
+        if block is None:
+            return None
+        slots = {seat.slot for seat in seats if seat.block is block}
+        alone = len(block.seats) == len(seats) == len(slots) and max(slots) < _FEW * len(slots)
+        if not alone or not all(seat.length and seat.is_whole for seat in seats):
+            return None
+        block.change()
+        found = block.steady = Steady(self._model, block, seats, self._layout)
+        return found
+
     def read(
         self, rows: Sequence[tuple[Seat, Sequence[int]]], last: int | None = None
     ) -> Generator[None, None, tuple[list[Float[Tensor, "t d"]], int]]:
-        """Run new tokens of texts and keep them: those of about equally many in one call, many in pieces.
+        """Run new tokens of texts and keep them: all at once, or those of about equally many in one call, in pieces.
 
         The generator yields between calls after which more are to come; other texts may be run there.
 
@@ -150,15 +191,16 @@ class KeysAndValues:
             (for each, the last hidden states at these tokens, (t, d), or at the last of them; the number of calls).
         """
         found, left, calls = defaultdict[int, list[Tensor]](list), dict(enumerate(rows)), 0
+        most = sys.maxsize if self._at_once else PIECE
         while left:
-            counts = {k: min(len(own), PIECE) for k, (_, own) in left.items()}
+            counts = {k: min(len(own), most) for k, (_, own) in left.items()}
             groups = defaultdict[int, list[int]](list)
             ragged = len({*counts.values()}) > 1 and self.reads_trees
             for k, count in counts.items():
                 # Beside one of less than twice as many tokens, no text is padded to more than twice its length.
-                groups[count.bit_length() if ragged else count].append(k)
+                groups[0 if self._at_once else count.bit_length() if ragged else count].append(k)
             for own in groups.values():
-                pieces = [left[k][1][:PIECE] for k in own]
+                pieces = [left[k][1][:most] for k in own]
                 ran = self.run([left[k][0] for k in own], pieces, last)
                 calls += 1
                 for k, piece, (columns, states) in zip(own, pieces, ran, strict=True):
@@ -169,7 +211,8 @@ class KeysAndValues:
                         left[k] = seat, rest
             if left:
                 yield
-        return [torch.cat(found[k]) for k in range(len(rows))], calls
+        parts = [found[k] for k in range(len(rows))]
+        return [own[0] if len(own) == 1 else torch.cat(own) for own in parts], calls
 
     def keep(self, seat: Seat, columns: Path) -> None:
         """Put the columns of tokens that were run behind a seat's path."""
@@ -183,28 +226,38 @@ class KeysAndValues:
             one[:, seat.slot, :, torch.from_numpy(columns).to(one.device)] = 0
 
     def _together(self, seats: Sequence[Seat]) -> Block:
-        """Bring the seats that are to be run together into one block: that in which most of them are."""
+        """Bring the seats that are to be run together into one block, that in which most of them are.
+
+        Texts that share a slot with one of them come along.
+        """
         for seat in seats:
             if not seat.length:  # it may have a slot in a block that the model has never been run on
-                self.leave(seat)
+                self._out(seat)
         blocks = [seat.block for seat in seats if seat.block is not None]
-        target = max(blocks, key=blocks.count) if blocks else self._new(len(seats), 0, 0)
+        places = {(seat.block, seat.slot) for seat in seats if seat.block}
+        texts = len(places) + len(seats) - len(blocks)
+        texts = texts if texts == len(seats) or self.reads_trees else len(seats)
+        target = Counter(blocks).most_common(1)[0][0] if blocks else self._new(texts, 0, 0)
         used = {seat.slot for seat in target.seats}
-        if len(used) > _FEW * len(seats):
-            target = self._new(len(seats), 0, 0)
-        elif 1 + max(used, default=0) > _FEW * len(seats):  # texts that were closed have left slots behind
+        if len(used) > _FEW * texts:
+            target = self._new(texts, 0, 0)
+        elif 1 + max(used, default=0) > _FEW * texts:  # texts that were closed have left slots behind
             self._rebuild(target, 0, 0, 0)
-        groups = defaultdict[Any, list[Seat]](list)
-        seen = set[Any]()
-        for k, seat in enumerate(seats):
-            place = id(seat.block), seat.slot
-            by_itself = seat.block is None or (place in seen and not self.reads_trees)
-            seen.add(place)
-            if by_itself or seat.block is not target:
-                groups[k if by_itself else place].append(seat)
-        if groups:
-            self._adopt(target, list(groups.values()))
+        if groups := self._newcomers(seats, target):
+            self._adopt(target, groups)
         return target
+
+    def _newcomers(self, seats: Sequence[Seat], target: Block) -> list[list[Seat]]:
+        """Return the groups of seats that have to come into slots of a block before some seats are run there."""
+        groups, seen = list[list[Seat]](), set[Any]()
+        for seat in seats:
+            place = seat.block, seat.slot
+            if seat.block is None or (place in seen and not self.reads_trees):
+                groups.append([seat])
+            elif seat.block is not target and place not in seen:
+                groups.append([one for one in seat.block.seats if one.slot == seat.slot])
+            seen.add(place)
+        return groups
 
     def _adopt(self, target: Block, groups: Sequence[Sequence[Seat]]) -> None:
         """Bring groups of seats, each of one slot, into free slots of a block."""
@@ -222,16 +275,18 @@ class KeysAndValues:
                 _copy(source, own[0].slot, columns, target, slot)
             for seat in own:
                 path = target.end - len(columns) + np.searchsorted(columns, seat.path)
-                self.leave(seat)
+                self._out(seat)
                 seat.block, seat.slot, seat.path = target, slot, path
                 target.seats.append(seat)
 
     def _groups(self, block: Block) -> list[list[Seat]]:
         """Return the seats of a block in groups, each of which may have one slot."""
         groups = [[block.seats[k] for k in own] for own in _by_slot(block.seats).values()]
-        alone = len(groups) == len(block.seats) or self.reads_trees
-        return groups if alone else [[seat] for seat in block.seats]
+        if len(groups) < len(block.seats) and not self.reads_trees:
+            return [[seat] for seat in block.seats]
+        return [part for group in groups for part in _parted(group)]
 
+    @torch.inference_mode()
     def _rebuild(self, block: Block, slots: int, end: int, new: int) -> None:
         """Make a block anew, without what no seat needs, with so many slots, and room for more columns.
 
@@ -249,7 +304,9 @@ class KeysAndValues:
             _copy(block, group[0].slot, columns, made, slot)
             for seat in group:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
+        block.change()
         block.tensors, block.slots, block.columns, block.end = made.tensors, made.slots, made.columns, made.end
+        block.ids = made.ids
         self._blocks.remove(made)
 
     def _new(self, slots: int, end: int, new: int) -> Block:
@@ -293,6 +350,25 @@ def _union(paths: Sequence[Path]) -> Path:
     return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
 
 
+def _parted(seats: list[Seat]) -> list[list[Seat]]:
+    """Return seats of one slot in groups: those apart of which each would attend past more columns than are its own."""
+    longest = max((seat.path for seat in seats), key=len)
+    if len(_union([seat.path for seat in seats])) <= _MANY * len(longest) + _ROOM:
+        return [seats]
+    common = min(_common(seat.path, longest) for seat in seats)
+    groups = defaultdict[int, list[Seat]](list)
+    for seat in seats:
+        path = seat.path if seat.length > common else longest
+        groups[int(path[common])].append(seat)
+    return [part for group in groups.values() for part in _parted(group)]
+
+
+def _common(path: Path, longest: Path) -> int:
+    """Return at how many first columns a path is as a longer one; that one's last at most, if it is all of the path."""
+    other = np.flatnonzero(path != longest[: len(path)])
+    return int(other[0]) if len(other) else len(longest) - 1
+
+
 def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
     """Copy columns of a slot to the last columns in use of another block's slot."""
     end, count = target.end, len(columns)
@@ -300,28 +376,6 @@ def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> 
         return
     side_by_side = columns[-1] - columns[0] == count - 1
     where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
+    target.ids[into, end - count : end] = source.ids[slot, columns]
     for one, other in zip(source.tensors, target.tensors, strict=True):
         other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
-
-
-def others_than_keys_and_values(config: PreTrainedConfig) -> list[str]:
-    """Return the kinds of layers of a model's cache that hold something else, such as a recurrent layer's state."""
-    layers = DynamicCache(config=config).layers
-    return sorted({type(one).__name__ for one in layers if type(one) not in _KEYS_AND_VALUES})
-
-
-def require_keys_and_values(name: str, config: PreTrainedConfig, what: str) -> None:
-    """Check that the layers of a member's cache hold nothing but keys and values.
-
-    Args:
-        name: the member's, for the message.
-        config: the member's configuration.
-        what: the end of the message, a clause that names the consequence or gives advice.
-
-    Raises:
-        InvalidInputError: if a layer of the cache holds something else, such as the state of a recurrent layer.
-    """
-    if other := others_than_keys_and_values(config):
-        raise InvalidInputError(
-            f"expected members whose cache holds keys and values, but {name} has {', '.join(other)}: {what}"
-        )

@@ -16,8 +16,29 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.members.opaque import Head
-from softmeet.members.reading import Work
 from softmeet.suspended import finished as finished
+
+
+@dataclass(frozen=True)
+class Work:
+    """The cost of a text for one member, summed over its bytes.
+
+    A call of the model that serves several texts counts once for each of them. The call that reads the member's tokens
+    before every text, which is made once and kept, is not counted.
+
+    Attributes:
+        calls: the number of calls of the model.
+        tokens: the number of tokens that were run in them for this text, over all tokenizations, guesses included.
+        dropped: the sum over bytes of the share of probability mass that was estimated or dropped, not computed.
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    dropped: float = 0.0
+
+    def and_(self, calls: int = 0, tokens: int = 0, dropped: float = 0.0) -> Work:
+        """Return the sum of this work and of further ``calls``, ``tokens`` and ``dropped`` shares of mass."""
+        return Work(self.calls + calls, self.tokens + tokens, self.dropped + dropped)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
 from softmeet.members.heads import head_of
-from softmeet.members.huggingface import last_hidden, require_cache
 from softmeet.members.opaque import Head
 from softmeet.members.placement import whereabouts
 from softmeet.members.quantized import rounds_coarsely
-from softmeet.members.reading import Work
-from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits
+from softmeet.members.trunk import last_hidden, require_cache
+from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits, Work
 from softmeet.readers.transformers import States, TokenAlphabet, context_of, ends_of_texts
 
 

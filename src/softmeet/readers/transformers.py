@@ -15,15 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
 from softmeet.members.heads import head_of
-from softmeet.members.huggingface import require_cache
 from softmeet.members.opaque import Head
 from softmeet.members.placement import whereabouts
 from softmeet.members.quantized import rounds_coarsely
-from softmeet.members.reading import Work
+from softmeet.members.trunk import require_cache
 from softmeet.readers.blocks import Seat
-from softmeet.readers.kv import KeysAndValues, require_keys_and_values
+from softmeet.readers.kinds import require_keys_and_values
+from softmeet.readers.kv import KeysAndValues
 from softmeet.readers.prefixes import PrefixCache
-from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits
+from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits, Work
+
+# The members' own tokens before texts, by themselves, that are kept with what follows them.
+_BEGUN = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +71,8 @@ class TokenAlphabet:
         return
 
 
-# Where only a member's own tokens are kept: those of so many contexts.
-_OWN = 16
+# Where only members' own tokens before texts are kept, so many of them in all, and of each so many at most.
+_OWN, _OWN_EACH = 8192, 2048
 
 
 def stamp_of(model: PreTrainedModel) -> tuple[Any, ...]:
@@ -81,27 +84,23 @@ def stamp_of(model: PreTrainedModel) -> tuple[Any, ...]:
 
 @dataclass(eq=False)
 class _Text(Row):
-    """A row: the tokens that were read, where their keys and values are, and the last hidden state.
+    """A row: the keys and values of what was read, and the last hidden state.
 
     Attributes:
-        tokens: the member's own tokens before the text, and the symbols that were read.
-        own: how many of them are the member's own.
-        seat: the keys and values of the first of all these tokens.
-        last: (1, d), the last hidden state at the newest of them; None if it was taken back.
+        own: the member's own tokens before the text.
+        seat: the keys and values of these and of the symbols that were read, without ``pending``.
+        pending: the last of these tokens, which still have to be run.
+        last: (1, d), the last hidden state at the newest of them; None if it was taken back, or they were not run.
         is_new: whether nothing was read in it yet, but for what is known of earlier texts.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    own: int = 0
+    own: tuple[int, ...] = ()
     seat: Seat = field(default_factory=Seat)
+    pending: tuple[int, ...] = ()
     last: Float[Tensor, "1 d"] | None = None
+    length: int = 0
     known: int = 0
     is_new: bool = True
-
-    @property
-    def length(self) -> int:  # type: ignore[override]
-        """The number of symbols that were read."""
-        return len(self.tokens) - self.own
 
 
 class States(Predictions):
@@ -147,6 +146,8 @@ class TransformersReader(Reader):
         kept_tokens: the most tokens of earlier texts, in all, whose keys and values are kept for texts that begin
             alike; None to keep those of the member's own tokens before texts alone.
         head: its output layer; None to find it.
+        at_once: whether all that is read in one call of :meth:`read` is one call of the model, however many tokens are
+            new in each row; for models that read trees of tokens.
 
     Raises:
         InvalidInputError: if the model takes no cache, or one that holds more than keys and values.
@@ -161,6 +162,8 @@ class TransformersReader(Reader):
         own: Sequence[int] | None = None,
         kept_tokens: int | None = 16384,
         head: Head | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
         require_cache(model)
         require_keys_and_values(name, model.config, "rows of a text cannot be read on")
@@ -176,9 +179,10 @@ class TransformersReader(Reader):
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in weights),
         )
-        self._kv = KeysAndValues(model)
-        self._whole, limit = kept_tokens is not None, _OWN * self._context if kept_tokens is None else kept_tokens
+        self._kv, self._whole = KeysAndValues(model, at_once=at_once), kept_tokens is not None
+        limit = _OWN if kept_tokens is None else kept_tokens
         self._prefixes, self._stamp = PrefixCache[Seat](limit, self._kv.leave), stamp_of(model)
+        self._begun = dict[tuple[int, ...], tuple[Seat, Float[Tensor, "1 d"]]]()
         self._rows = set[_Text]()
 
     @property
@@ -193,38 +197,42 @@ class TransformersReader(Reader):
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`."""
-        before = list(own or self.own)
-        row = _Text(tokens=before, own=len(before))
-        wrong = [token for token in before if not 0 <= token < self.alphabet.size]
-        if wrong or len(before) >= self._context:
-            said = f"the id {wrong[0]}" if wrong else f"{len(before):,} tokens"
+        row = _Text(own=tuple(own) or self.own)
+        row.pending = row.own
+        wrong = [token for token in row.own if not 0 <= token < self.alphabet.size]
+        if wrong or len(row.own) >= self._context:
+            said = f"the id {wrong[0]}" if wrong else f"{len(row.own):,} tokens"
             raise InvalidInputError(
                 f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
                 f"{self.alphabet.size:,}, got {said}"
             )
-        if reuse and (before or text):
-            self._forget_other_weights()
-            found, kept = self._prefixes.longest([*before, *text])
-            if kept is not None:
-                row.seat, row.known = self._kv.alone(kept, found), max(0, found - len(before))
-                row.tokens += text[: row.known]
+        self._forget_other_weights()
+        found, kept = self._prefixes.longest([*row.own, *text]) if reuse and (row.own or text) else (0, None)
+        row.known = row.length = max(0, found - len(row.own))
+        if reuse and not row.known and row.own in self._begun:
+            (kept, row.last), found = self._begun[row.own], len(row.own)
+        if kept is not None:
+            row.seat, row.pending = self._kv.alone(kept, found), row.own[found:]
         self._rows.add(row)
         return row
 
     def _forget_other_weights(self) -> None:
-        """Forget what is kept of earlier texts, if the weights were changed in place since."""
-        if self._prefixes.tokens and (now := stamp_of(self.model)) != self._stamp:
-            self._prefixes.clear()
+        """Forget what is kept of earlier texts, if the weights were changed in place, cast or moved since."""
+        if (now := stamp_of(self.model)) != self._stamp:
             self._stamp = now
+            self._prefixes.clear()
+            while self._begun:
+                self._kv.leave(self._begun.popitem()[1][0])
+            self._kv.forget_layout()
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that begin with a row's symbols; keys and values are shared."""
         one = self._mine(row)
-        seats = [self._kv.fork(one.seat, one.seat.length) for _ in range(count)]
-        forks = [replace(one, tokens=list(one.tokens), seat=seat) for seat in seats]
+        forks = [replace(one, seat=self._kv.fork(one.seat, one.seat.length)) for _ in range(count)]
         self._rows.update(forks)
-        for fork in forks:
-            self.crop(fork, one.length if length is None else length)
+        if length is not None:
+            for fork in forks:
+                self.crop(fork, length)
         return list(forks)
 
     def crop(self, row: Row, length: int) -> None:
@@ -233,8 +241,8 @@ class TransformersReader(Reader):
         if not 0 <= length <= one.length:
             raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
         if length < one.length:
-            del one.tokens[one.own + length :]
-            one.last, one.seat.path = None, one.seat.path[: one.own + length]
+            one.last, one.pending, one.length = None, (), length
+            one.seat.path = one.seat.path[: len(one.own) + length]
 
     def close(self, row: Row) -> None:
         """Close a row, and free the memory of what no other row or kept text shares."""
@@ -249,6 +257,8 @@ class TransformersReader(Reader):
 
     def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
+        if (found := self._stepped(asked)) is not None:
+            return found
         rows = [self._mine(one.row) for one in asked]
         if len(set(map(id, rows))) < len(rows):
             raise InvalidInputError(f"expected each row of {self.name} once in a call of read")
@@ -256,21 +266,45 @@ class TransformersReader(Reader):
         errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
         new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}
         before = {k: rows[k].seat.length for k in new}
+        # A row of logits is long: models that give no hidden states compute no more of them than are wanted.
+        last = max((1 + len(asked[k].symbols) - [*asked[k].at, len(asked[k].symbols)][0] for k in new), default=1)
         try:
-            last = max((len(asked[k].symbols) + 1 - place for k in new for place in asked[k].at[:1]), default=1)
             states, calls = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()], last)
         except BaseException:
             for k, length in before.items():
                 rows[k].seat.path = rows[k].seat.path[:length]
             raise
-        ran = dict(zip(new, states, strict=True))
-        every = {
-            k: torch.cat([own for own in (row.last, ran.get(k)) if own is not None])
-            for k, (row, one) in enumerate(pairs)
-            if k not in errors and (one.symbols or one.at)
-        }
+        every = dict(zip(new, states, strict=True))
+        for k, (row, one) in enumerate(pairs):
+            if k not in errors and row.last is not None and one.at and not one.at[0]:
+                every[k] = torch.cat((row.last, every[k])) if k in every else row.last
+        every = dict(sorted(every.items()))
         work = Work(calls, sum(map(len, new.values())))
         return self._settled(pairs, every, before, errors, work)
+
+    def _stepped(self, asked: Sequence[Read]) -> Predictions | None:
+        """Read one symbol more of each row, as while texts are written, with less ado; None if it is not that."""
+        seats, tokens = list[Seat](), list[int]()
+        for one in asked:
+            row, symbols = one.row, one.symbols
+            if not (isinstance(row, _Text) and row in self._rows and len(symbols) == 1 and one.keep):
+                return None
+            if row.last is None or row.pending or len(one.at) != 1 or one.at[0] != 1:
+                return None
+            if not (0 <= symbols[0] < self.alphabet.size and len(row.own) + row.length < self._context):
+                return None
+            seats.append(row.seat)
+            tokens.append(symbols[0])
+        steady = seats[0].block.steady if seats and seats[0].block is not None else None
+        if steady is None or steady.seats != seats:
+            steady = self._kv.steady(seats) if seats else None
+        states = None if steady is None else steady.step(tokens)
+        if states is None:
+            return None
+        for one, last in zip(asked, states.split(1), strict=True):
+            one.row.last = last  # type: ignore[attr-defined]
+            one.row.length += 1
+        return States(self.head, states, [1] * len(seats), {}, Work(1, len(seats)))
 
     def _settled(
         self,
@@ -284,56 +318,71 @@ class TransformersReader(Reader):
 
         Args:
             pairs: each row with what was asked of it.
-            every: by number, the last hidden states of what was run for it, behind the one before, if that is known.
+            every: by number, last hidden states at its last tokens, from the first at which one is wanted.
             before: by number, how many tokens of the row had been run.
             errors: by number, why it was not run; those of states that are no numbers are added.
             work: what reading has cost.
         """
-        # All rows are looked at in one transfer from the device.
-        finite = torch.stack([own.isfinite().all() for own in every.values()]).tolist() if every else []
-        wanted, counts = list[Tensor](), [0] * len(pairs)
-        for (k, own), well in zip(every.items(), finite, strict=True):
-            row, one = pairs[k]
+        whole = torch.cat([*every.values()] or [torch.zeros(0, self.head.d, device=self.head.device)])
+        # All rows are looked at in one transfer from the device, and each by itself where that finds something.
+        finite = _finite(whole)
+        wanted, counts, end = list[int](), [0] * len(pairs), 0
+        for k, own in every.items():
+            (row, one), end = pairs[k], end + len(own)
+            well = finite or _finite(own)
             if well:
-                newest = len(own) - 1 - len(one.symbols)
-                wanted.append(own[[newest + place for place in one.at]])
+                wanted += [end - 1 - len(one.symbols) + place for place in one.at]
                 counts[k] = len(one.at)
             else:
                 errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
                 self._kv.drop(row.seat, row.seat.path[before[k] :])
             if well and one.keep:
-                self._keep(row, one.symbols, own[-1:])
+                row.length += len(one.symbols)
+                self._keep(row, own[-1:].clone())
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
-        told = torch.cat(wanted) if wanted else torch.zeros(0, self.head.d, device=self.head.device)
+        told = whole.index_select(0, torch.tensor(wanted, dtype=torch.long, device=whole.device))
         return States(self.head, told, counts, errors, work)
 
     def _new(self, row: _Text, one: Read) -> list[int]:
         """Return the tokens of a row that have to be run."""
-        if row.last is None and one.at and not one.at[0]:
+        if not (one.symbols or one.at):
+            return []
+        if row.last is None and one.at and not one.at[0] and not row.pending:
             # The state before the first new symbol was taken back, and is computed again.
-            row.seat.path = row.seat.path[: len(row.tokens) - 1]
-        return [*row.tokens[row.seat.length :], *one.symbols]
+            row.pending, row.seat.path = row.seat.tokens[-1:], row.seat.path[:-1]
+        return [*row.pending, *one.symbols]
 
     def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
         """Return why some symbols cannot be read; None if they can."""
-        length = len(row.tokens) + len(one.symbols)
+        tokens = len(row.own) + row.length + len(one.symbols)
         if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
             return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        if length > self._context:
+        if tokens > self._context:
             return InvalidInputError(
-                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {length:,}"
+                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {tokens:,}"
             )
-        if one.at and not one.at[0] and not row.tokens:
+        if one.at and not one.at[0] and tokens == len(one.symbols):
             return InvalidInputError(
                 f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
             )
         return None
 
-    def _keep(self, row: _Text, symbols: Sequence[int], last: Float[Tensor, "1 d"]) -> None:
+    def _keep(self, row: _Text, last: Float[Tensor, "1 d"]) -> None:
         """Note what was read of a row, and keep the keys and values of what was first, for texts that begin alike."""
-        row.tokens += symbols
-        known = row.tokens if self._whole else row.tokens[: row.own]
-        if row.is_new and known and self._prefixes.wants(known):
+        row.pending, row.last = (), last
+        if not row.is_new:
+            return
+        row.is_new, tokens = False, row.seat.tokens
+        known = tokens if self._whole else row.own if len(row.own) <= _OWN_EACH else ()
+        if known and self._prefixes.wants(known):
             self._prefixes.keep(known, self._kv.alone(row.seat, len(known)))
-        row.last, row.is_new = last, False
+        if not row.length and len(tokens) <= _OWN_EACH and tokens not in self._begun:
+            for old in list(self._begun)[: 1 - _BEGUN]:
+                self._kv.leave(self._begun.pop(old)[0])
+            self._begun[tokens] = self._kv.alone(row.seat, len(tokens)), last
+
+
+def _finite(x: Tensor) -> bool:
+    """Return whether all entries are numbers: 0 · NaN and 0 · ∞ are none, which is told faster than by isfinite."""
+    return bool((x * 0).sum() == 0)

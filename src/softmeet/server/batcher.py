@@ -82,8 +82,7 @@ class Batcher(threading.Thread):
         one_member: bool = False,
     ) -> None:
         super().__init__(name="softmeet-batcher", daemon=True)
-        self.limits, self.metrics, self._reproducible = limits, metrics, reproducible
-        self._readers = readers
+        self.limits, self.metrics, self._readers, self._reproducible = limits, metrics, readers, reproducible
         self.members = Members(len(readers), parallel=parallel, reproducible=reproducible)
         self._gates = Gates(self.members, self.metrics)
         self._kinds = Kinds(alone=reproducible)
@@ -96,11 +95,7 @@ class Batcher(threading.Thread):
         # Who sends one request after the other gets no further than who sends a long one.
         self._prompts, self._newcomers = Account(SAVED, saves=SAVED), Account()
         self._turns = Turns(lambda task, seconds: self._guarded(task.rows, task.run, seconds), self._prompts)
-        self.metrics.waiting.set_function(lambda: len(self._waiting))
-        self.metrics.rows.set_function(lambda: len(self._running))
-        kept = lambda: sum(getattr(reader, "kept_tokens", 0) for reader in readers.values())  # noqa: E731
-        self.metrics.kept_prompt_tokens.set_function(kept)
-        self.metrics.cache_bytes.set_function(lambda: sum(reader.bytes for reader in readers.values()))
+        self.metrics.watch(self._waiting, self._running, readers.values())
         self._wake = threading.Condition()
         self._closing, self._last_call = False, float("inf")
 
@@ -294,14 +289,12 @@ class Batcher(threading.Thread):
 
     def _begin(self, s: Sequence, hidden: Hidden, task: Task) -> None:
         """Score a prompt that was run if its request asks so, and have its first token drawn in the next round."""
-        if s.error is not None:
-            raise s.error
+        s.check()
         self.metrics.prompt_tokens.inc(len(s.prompt))
         self.metrics.reused_tokens.inc(s.reused)
         if s.request.score_prompt:
             every, asked = self._gates.over_prompt(s, hidden, task)
-            if s.error is not None:
-                raise s.error
+            s.check()
             seconds = self.limits.token_seconds * len(every[0][:-1])
             self._emit(s, PromptScored(scored(s, [own[:-1] for own in every], asked, task, seconds)))
         s.account = self._newcomers if s.account is self._prompts else s.account
@@ -314,8 +307,6 @@ class Batcher(threading.Thread):
         """Solve sequences of one combination together, draw the next token of each, and hand it over by :meth:`_give`.
 
         If solving them together fails, each is solved alone, so that only a sequence which fails alone is ended.
-
-        ``hidden`` has, for each, the last hidden states of its ``batched`` members at its newest token, (1, d_i).
         """
         if group[0].combination.unsure:
             hidden = self._gates.ask(group, hidden, task)

@@ -7,8 +7,8 @@ from typing import Any
 
 from softmeet.engine.continuation import Runner
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.members.byte_member import ByteMember
-from softmeet.readers.kv import require_keys_and_values
+from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.reader import Reader
 from softmeet.server.sequences import members_of
 

@@ -11,9 +11,9 @@ from softmeet.engine.continuation import Own
 from softmeet.errors import InvalidInputError
 from softmeet.hf.chat import chat_of
 from softmeet.hf.prompts import read_prompt
-from softmeet.members.covers import END
 from softmeet.members.member import short
 from softmeet.members.spelling import Spelling
+from softmeet.readers.bytes.covers import END
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CompletionRequest, Generation

@@ -14,8 +14,8 @@ from pydantic_core import to_jsonable_python
 from softmeet.errors import SoftmeetError
 from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.chat import chat_of
-from softmeet.members.covers import END
 from softmeet.members.member import short
+from softmeet.readers.bytes.covers import END
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import described
 from softmeet.server.events import LAST_EVENT, event

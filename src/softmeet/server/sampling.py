@@ -13,8 +13,8 @@ from torch import Tensor
 from softmeet.engine.masking import Mask, Structured
 from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_modeling import WholeCharacters
-from softmeet.members.covers import END
 from softmeet.noise import draw, require_seed
+from softmeet.readers.bytes.covers import END
 
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
 _COLD = 1e-4

@@ -11,7 +11,7 @@ from softmeet.engine.continuation import Continuation, Own, Runner
 from softmeet.hf.answer_length import AnswerLength
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.members.byte_member import ByteMember
+from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from softmeet.members.own_path import way
-from softmeet.members.reading import Guess, Reading
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_tree import Path
+from softmeet.readers.bytes.nodes import Path
+from softmeet.readers.bytes.own_path import way
+from softmeet.readers.bytes.reading import Guess, Reading
 
 # A token is run before it is needed if its probability is at least _LIKELY, at most _GUESSES at once. Beside a single
 # open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one vector takes half the
@@ -22,7 +22,7 @@ class LikelyToken(NamedTuple):
     Attributes:
         place: the number of the text's bytes with those of the token.
         word: the bytes that it spells.
-        path: the columns of the tokenizer's own tokens of all these bytes, as far as they have been run.
+        path: the tokenizer's own tokens of all these bytes, as far as they have been run.
         tokens: the ids of the others, at least one.
     """
 
@@ -48,8 +48,8 @@ def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> lis
         word = spelling.words[k]
         if (probs.place + len(word), word) in known:
             continue
-        path, tokens = way(spelling, reading.tree, written[: probs.place] + word, places)
-        if len(path) + len(tokens) <= limit:
+        path, tokens = way(spelling, written[: probs.place] + word, places)
+        if path.length + len(tokens) <= limit:
             found.append(LikelyToken(probs.place + len(word), word, path, tokens))
             together += share
     return [] if asking == 1 and together < _WORTH else found

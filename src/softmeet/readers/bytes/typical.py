@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_model import TokenModel
+from softmeet.readers.bytes.token_model import TokenModel
 
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
-SAMPLE = files("softmeet.members").joinpath("sample.txt").read_text(encoding="utf-8")
+SAMPLE = files("softmeet.readers.bytes").joinpath("sample.txt").read_text(encoding="utf-8")
 # The shares of first bytes among all tokens count as this many observations of each kind, since some kinds are rare.
 _PRIOR = 4.0
 # Positions whose next tokens' probabilities are held at once.
@@ -23,13 +23,11 @@ def expected_after_bytes(member: TokenModel) -> np.ndarray[Any, np.dtype[np.floa
     """Run a member on :data:`SAMPLE`, and return :func:`typical` of what it expects there, (256, 257)."""
     start, spelling = member.spelling.start, member.spelling
     tokens = spelling.encode(SAMPLE.encode())[: member.limit - len(start)]
-    _, hidden = member.run_chain([*start, *tokens])
-    nowhere = np.empty(0, np.int64)
-    roots = [
-        one.root
-        for states in hidden[len(start) :].split(_AT_ONCE)
-        for one in member.next_token_probs([nowhere] * len(states), [0] * len(states), list(states))
-    ]
+    behind = member.run_chain(start, tokens, range(1, len(tokens) + 1))
+    roots = list[np.ndarray[Any, np.dtype[np.float64]]]()
+    for k in range(0, len(behind), _AT_ONCE):
+        some = behind[k : k + _AT_ONCE]
+        roots += [one.root for one in member.next_token_probs(some, [0] * len(some))]
     return typical(spelling, tokens, roots)
 
 

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from softmeet.members.covers import NextTokenProbs
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_tree import Path, TokenTree
+from softmeet.readers.bytes.covers import NextTokenProbs
+from softmeet.readers.bytes.nodes import Node, Path
 
 # A space between a byte that is none and a letter or digit: every pre-tokenizer begins anew there.
 _BREAKS = re.compile(rb"[^\s](?= [0-9A-Za-z])")
@@ -118,49 +118,46 @@ def _forced(written: bytes, start: int, end: int) -> list[int]:
     return found
 
 
-def way(
-    spelling: Spelling, tree: TokenTree, written: bytes, known: Iterable[tuple[Path, int]]
-) -> tuple[Path, list[int]]:
+def way(spelling: Spelling, written: bytes, known: Iterable[tuple[Path, int]]) -> tuple[Path, list[int]]:
     """Return how a model gets behind all tokens of the path of some bytes.
 
     Args:
         spelling: the member's.
-        tree: the tokens that have been run.
         written: the bytes, at least one, as :meth:`Spelling.written` makes them.
-        known: at least one path that has been run, (its columns in ``tree``, the number of bytes that its tokens
-            spell); it begins with the tokens before the text, and follows the tokenizer's own tokens.
+        known: at least one path that has been run, (it, the number of bytes that its tokens spell); it begins with the
+            tokens before the text, and follows the tokenizer's own tokens.
 
     Returns:
-        (the columns of those tokens, first to last, that have been run; the ids of the others, at least one).
+        (those tokens that have been run; the ids of the others, at least one).
     """
     candidates, anchor, tokens = list(known), len(written), list[int]()
     while True:
         start = anchor_of(spelling, written[:anchor])
         tokens = [*path_of(spelling, written[start:anchor]), *tokens]
         anchor = start
-        paths = dict[int, Path]()
+        paths = dict[int, tuple[Node, int]]()
         for path, place in candidates:
             if place >= anchor:
-                _note(paths, spelling, tree, path, place, anchor)
+                _note(paths, spelling, path, place, anchor)
         ends = anchor + spelling.bounds(tokens)
         for count in range(len(tokens) - 1, -1, -1):
             found = paths.get(int(ends[count]))
-            if found is not None and tree.ids[found[len(found) - count :]].tolist() == tokens[:count]:
-                return found, tokens[count:]
+            if found is not None and (path := Path(*found)).last(count) == tuple(tokens[:count]):
+                return path, tokens[count:]
 
 
-def _note(paths: dict[int, Path], spelling: Spelling, tree: TokenTree, path: Path, place: int, anchor: int) -> None:
+def _note(paths: dict[int, tuple[Node, int]], spelling: Spelling, path: Path, place: int, anchor: int) -> None:
     """Put the beginnings of a path into ``paths``, by the place at which they end, back to ``anchor``."""
-    length = len(path)
+    node, length = path
     while True:
-        paths.setdefault(place, path[:length])
+        paths.setdefault(place, (node, length))
         if place <= anchor:
             return
         length -= 1
-        place -= spelling.length(int(tree.ids[path[length]]))
+        place -= spelling.length(node.tokens[length])
 
 
-def is_own(spelling: Spelling, tree: TokenTree, written: bytes, probs: NextTokenProbs) -> bool:
+def is_own(spelling: Spelling, written: bytes, probs: NextTokenProbs) -> bool:
     """Return whether ``probs`` are those behind the path of some bytes, if they are behind that to its anchor."""
     tokens = path_of(spelling, written[anchor_of(spelling, written) :])
-    return probs.place == len(written) and np.array_equal(tree.ids[probs.path[len(probs.path) - len(tokens) :]], tokens)
+    return probs.place == len(written) and probs.path.last(len(tokens)) == tuple(tokens)

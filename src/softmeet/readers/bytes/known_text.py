@@ -6,16 +6,12 @@ from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from softmeet.members.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
-from softmeet.members.own_path import is_own, parting, path_of, way
-from softmeet.members.reading import Guess, Reading, Work
-from softmeet.members.token_model import TokenModel
-from softmeet.members.token_tree import Growth, Path, TokenTree
+from softmeet.readers.bytes.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
+from softmeet.readers.bytes.nodes import Chain, Next, Path
+from softmeet.readers.bytes.own_path import is_own, parting, path_of, way
+from softmeet.readers.bytes.reading import Guess, Reading
+from softmeet.readers.bytes.token_model import TokenModel
+from softmeet.readers.reader import Work
 
 # Probabilities of next tokens that are held at once: 128 MiB in fp32.
 _ELEMENTS = 1 << 25
@@ -28,27 +24,27 @@ class _Own:
     """The tokenizer's own tokens for a text, from some place on, and where they end.
 
     Attributes:
-        path: the columns of the tokens before them.
+        path: the tokens before them.
         tokens: their ids.
         ends: the byte at which the first begins, and those at which each of them ends.
         first: the number of tokens after which next tokens' probabilities are wanted first; at least 1 without
-            ``hidden``.
-        hidden: (1, d), the last hidden state at the last token of ``path``.
+            ``before``.
+        before: the prediction behind ``path``.
     """
 
     path: Path
     tokens: list[int]
     ends: list[int]
     first: int = 1
-    hidden: Float[Tensor, "1 d"] | None = None
+    before: Next | None = None
 
 
 class KnownText:
     """A text whose bytes are all known, with the covers that are followed and the model's answers about them so far.
 
     A cover is one way to cut the bytes into tokens, open if the model has not been run on its last token
-    (:mod:`softmeet.members.covers`). It is made by :meth:`begun` or :meth:`after`. Then the caller asks what the model
-    has to be run on (:meth:`wanted`), runs it, perhaps for several texts at once, and hands the results over
+    (:mod:`softmeet.readers.bytes.covers`). It is made by :meth:`begun` or :meth:`after`. Then the caller asks what the
+    model has to be run on (:meth:`wanted`), runs it, perhaps for several texts at once, and hands the results over
     (:meth:`grown`), until nothing is wanted.
 
     Args:
@@ -57,31 +53,28 @@ class KnownText:
         text: the bytes that the member's tokens spell: the tokenizer's dummy prefix and the text, without unwritable
             bytes.
         place: the index in this text of the byte from which several tokenizations are followed.
-        tree: the keys and values of the tokens before that byte.
         own: the tokenizer's own tokens, if they may have to be run.
 
     Attributes:
         text, place: as given.
         covers: a list; entry k has the :class:`Covers` of the first ``place + k`` bytes of ``self.text``.
-        tree: the keys and values of the tokens that have been run.
         work: the cost of reading so far, without the prefix.
     """
 
-    def __init__(
-        self, member: TokenModel, pruning: Pruning, text: bytes, place: int, tree: TokenTree, own: _Own | None
-    ) -> None:
+    def __init__(self, member: TokenModel, pruning: Pruning, text: bytes, place: int, own: _Own | None) -> None:
         self.member, self.pruning, self.text, self.place = member, pruning, text, place
-        self.tree, self.work = tree, Work()
+        self.work = Work()
         self.covers = list[Covers]()
         self._sure = 1  # This many of them, the first, need no answer that is missing.
         # The model's answers and what it has still to answer, by what a cover's answer depends on.
         self._known = dict[Hashable, NextTokenProbs]()
         self._missing = dict[Hashable, tuple[Open, int]]()
-        # The tokenizer's own tokens that have been run: the columns of all, and the bytes at which they end.
-        self._path, self._ends = np.empty(0, np.int64), list[int]()
+        # The tokenizer's own tokens that have been run, with those before them, and the bytes at which they end.
+        self._path: Path | None = None
+        self._ends = list[int]()
         self._own = dict[int, NextTokenProbs]()
         self._guesses = dict[int, Guess]()
-        self._growth: Growth | None = None
+        self._chains = list[Chain]()
         self._unrun = own
 
     @classmethod
@@ -105,9 +98,9 @@ class KnownText:
         ends = spelling.bounds(tokens).tolist()
         if look_back is not None:
             first = bisect_right(ends, parting(spelling, written, max(0, len(written) - look_back))) - 1
-        tree, hidden = member.behind(prefix)
-        own = _Own(np.arange(len(prefix)), tokens, ends, first, hidden)
-        known = cls(member, pruning, written, ends[first], tree, own)
+        before = member.behind(prefix)
+        own = _Own(before.path, tokens, ends, first, before)
+        known = cls(member, pruning, written, ends[first], own)
         if not tokens:
             known._keep_own(own, [])
         return known
@@ -123,9 +116,9 @@ class KnownText:
         behind = reading.covers.places
         own = None
         if len(written) > place:
-            path, tokens = way(spelling, reading.tree, written, [(one.path, one.place) for one in behind])
+            path, tokens = way(spelling, written, [(one.path, one.place) for one in behind])
             own = _Own(path, tokens, (len(written) - spelling.bounds(tokens)[-1] + spelling.bounds(tokens)).tolist())
-        known = cls(member, pruning, written, place, reading.tree, own)
+        known = cls(member, pruning, written, place, own)
         known.covers.append(reading.covers)
         known._guesses = {
             one.place: one for one in reading.guesses if written[one.place - len(one.word) : one.place] == one.word
@@ -134,8 +127,8 @@ class KnownText:
             known._known |= {probs.place: probs for probs in behind}
         return known
 
-    def wanted(self) -> Growth | None:
-        """Return what the model has to be run on next, for :meth:`grown`; None if the reading is complete.
+    def wanted(self) -> list[Chain]:
+        """Return what the model has to be run on next, for :meth:`ran`; nothing if the reading is complete.
 
         Raises:
             InvalidInputError: if ``pruning.covers`` is None and there are more than 2,048 tokenizations to follow.
@@ -143,62 +136,56 @@ class KnownText:
         if self.covers:
             self._missing = self._walk()
             if not self._missing:
-                return None
+                return []
         if self._unrun is not None:
-            own = self._unrun
-            return Growth(self.tree, [own.path], [own.tokens], min(len(own.tokens), len(own.tokens) + 1 - own.first))
-        chains = [self._way(one, place) for one, place in self._missing.values()]
-        self._growth = Growth(self.tree, [path for path, _ in chains], [tokens for _, tokens in chains])
-        return self._growth
+            path, tokens, first = self._unrun.path, self._unrun.tokens, self._unrun.first
+            self._chains = [Chain(path, tokens, range(max(first, 1), len(tokens) + 1))]
+        else:
+            ways = [self._way(one, place) for one, place in self._missing.values()]
+            self._chains = [Chain(path, tokens, [len(tokens)]) for path, tokens in ways]
+        return self._chains
 
-    def grown(self, tree: TokenTree, states: Sequence[Float[Tensor, "t d"]]) -> None:
-        """Take what running the model on :meth:`wanted` gave: the new tree, and each chain's last hidden states."""
-        before, self.tree = self.tree.columns, tree
-        self.work = self.work.and_(calls=1, tokens=tree.columns - before)
+    def ran(self, found: Sequence[list[Next]]) -> None:
+        """Take what running the model on :meth:`wanted` gave: of each chain the predictions along it."""
+        self.work = self.work.and_(calls=1, tokens=sum(len(chain.tokens) for chain in self._chains))
         if self._unrun is not None:
-            self._keep_own(self._unrun, states, before)
+            self._keep_own(self._unrun, found[0])
             return
-        assert self._growth is not None
         places = [place for _, place in self._missing.values()]
-        self._known |= zip(
-            self._missing, self._along(self._growth.grown, places, [own[-1] for own in states]), strict=True
-        )
+        self._known |= zip(self._missing, self._along([own[-1] for own in found], places), strict=True)
 
     def _way(self, one: Open, place: int) -> tuple[Path, list[int]]:
-        """Return (the columns of a cover's first tokens, which have been run; the ids of its others, at least one)."""
+        """Return (a cover's first tokens, which have been run; the ids of its others, at least one)."""
         if not self.pruning.prune:
             return one.probs.path, [one.token]
         known = [self._known[k] for k in range(max(0, place - _NEAR), place) if k in self._known]
         paths = [(probs.path, probs.place) for probs in known]
-        if self._ends:
+        if self._path is not None:
             count = bisect_right(self._ends, place) - 1
-            paths.append((self._path[: len(self._path) - len(self._ends) + 1 + count], self._ends[count]))
-        return way(self.member.spelling, self.tree, self.text[:place], paths)
+            before = Path(self._path.node, self._path.length - len(self._ends) + 1 + count)
+            paths.append((before, self._ends[count]))
+        return way(self.member.spelling, self.text[:place], paths)
 
-    def _keep_own(self, own: _Own, states: Sequence[Float[Tensor, "t d"]], before: int = 0) -> None:
-        """Keep the next token's probabilities after the tokenizer's own tokens; ``before`` columns were before them."""
-        self._ends = own.ends
-        whole = self._path = np.concatenate([own.path, before + np.arange(len(own.tokens))])
-        paths = [whole[: len(own.path) + k] for k in range(own.first, len(own.tokens) + 1)]
-        if paths:
-            hidden = torch.cat([*([] if own.hidden is None else [own.hidden]), *states])[-len(paths) :]
-            self._own |= zip(
-                own.ends[own.first :], self._along(paths, own.ends[own.first :], list(hidden)), strict=True
-            )
-        for k in range(max(own.first, 1), len(own.tokens) + 1):
-            self._known[int(whole[len(own.path) + k - 2]), own.tokens[k - 1]] = self._own[own.ends[k]]
+    def _keep_own(self, own: _Own, found: Sequence[Next]) -> None:
+        """Keep the next token's probabilities after the tokenizer's own tokens."""
+        self._ends, self._path = own.ends, found[-1].path if found else own.path
+        behind = found if own.first or own.before is None else [own.before, *found]
+        self._own |= zip(own.ends[own.first :], self._along(behind, own.ends[own.first :]), strict=True)
+        if not self.pruning.prune:
+            for one in found:
+                before = Path(one.path.node, one.path.length - 1)
+                end = own.ends[one.path.length - own.path.length]
+                self._known[before.tokens, *one.path.last(1)] = self._own[end]
         if not self.covers:
             self.covers.append(Covers.begun(self._own[self.place], self.member.spelling))
         self._unrun = None
 
-    def _along(
-        self, paths: Sequence[Path], places: Sequence[int], hidden: Sequence[Float[Tensor, " d"]]
-    ) -> Iterator[NextTokenProbs]:
-        """Compute the next token's probabilities after each path, whose tokens end at its byte in ``places``."""
-        size, longest = max(1, _ELEMENTS // self.member.head.v), self.member.spelling.longest
-        for start in range(0, len(paths), size):
+    def _along(self, behind: Sequence[Next], places: Sequence[int]) -> Iterator[NextTokenProbs]:
+        """Compute the next token's probabilities behind paths, whose tokens end at their bytes in ``places``."""
+        size, longest = max(1, _ELEMENTS // self.member.reader.alphabet.size), self.member.spelling.longest
+        for start in range(0, len(behind), size):
             some = slice(start, start + size)
-            for probs in self.member.next_token_probs(paths[some], places[some], hidden[some]):
+            for probs in self.member.next_token_probs(behind[some], places[some]):
                 if probs.place + longest < len(self.text):
                     yield ProbsAlongText(probs, self.member.spelling, self.text[probs.place : probs.place + longest])
                 else:
@@ -227,7 +214,7 @@ class KnownText:
         found = []
         for one in covers.wanted(self.pruning):
             end = place - len(one.rest)
-            key = end if self.pruning.prune else (int(one.probs.path[-1]), one.token)
+            key = end if self.pruning.prune else (one.probs.path.tokens, one.token)
             probs = self._known.get(key) or (self._answer(end) if self.pruning.prune else None)
             if probs is None:
                 missing[key] = one, end
@@ -242,9 +229,9 @@ class KnownText:
         None is returned if the model has not been run there, in reading the whole text or as a guess.
         """
         own, guess = self._own.get(place), self._guesses.get(place)
-        if own is not None and is_own(self.member.spelling, self.tree, self.text[:place], own):
+        if own is not None and is_own(self.member.spelling, self.text[:place], own):
             return own
         if guess is None:
             return None
-        (probs,) = self._along([guess.path], [place], [guess.hidden])
+        (probs,) = self._along([guess.behind], [place])
         return probs

@@ -14,7 +14,6 @@ A *symbol* is one of the 256 bytes, or ``END`` = 256: the end of the text. A tok
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -24,7 +23,7 @@ import numpy as np
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.spelling import Spelling
-from softmeet.members.token_tree import Path
+from softmeet.readers.bytes.nodes import Path
 
 # The 256 bytes, and the end of the text.
 SYMBOLS = 257
@@ -75,7 +74,7 @@ class NextTokenProbs:
     """A model's next-token probabilities after a sequence of tokens, made by :meth:`ByteMember.next_token_probs`.
 
     Attributes:
-        path: the columns of the sequence's tokens in the text's :class:`TokenTree`, first to last.
+        path: the sequence, with the member's own tokens before the text.
         place: the number of the text's bytes that they spell.
         tokens: (m,), the probability of each of the m tokens in the order of ``Spelling.words``; with the end's,
             ``root[256]``, they sum to 1.
@@ -86,12 +85,6 @@ class NextTokenProbs:
     place: int
     tokens: Masses
     root: Masses
-
-    def moved(self, path: Path) -> NextTokenProbs:
-        """Return a copy with another path, for a tree whose columns were renumbered."""
-        found = copy.copy(self)
-        object.__setattr__(found, "path", path)
-        return found
 
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
         """Sum the probabilities of the tokens ``longer`` to ``end - 1`` by their byte at index ``length``, (257,) fp64.
@@ -397,4 +390,4 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
 
 def _mass(covers: Sequence[Cover] | Sequence[Open]) -> float:
     """Return the sum of the masses of covers."""
-    return sum([cover.mass for cover in covers])
+    return sum([cover.mass for cover in covers], 0.0)

@@ -1,0 +1,80 @@
+"""The readers of an ensemble's members: what of the ensemble's model has to do with them."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import cached_property
+from typing import Any
+
+from softmeet.engine.ask import Members
+from softmeet.members.trunk import require_cache
+from softmeet.readers.kinds import others_than_keys_and_values
+from softmeet.readers.reader import Reader, Row
+from softmeet.readers.recurrent import RecurrentReader
+from softmeet.readers.transformers import TransformersReader
+
+
+class ReadMembers:
+    """The part of an ensemble's model that makes readers of its members.
+
+    Attributes:
+        garbage: rows of texts that nobody needs any more, each with its reader, to be closed before the next reading.
+    """
+
+    garbage: deque[tuple[Reader, Row]]
+    members: Any
+    config: Any
+    tokenizer: Any
+    member_heads: Any
+    apart: Any
+
+    @cached_property
+    def readers_of_members(self) -> list[Reader]:
+        """The readers of the members, in order: one of those that are one model, whatever they read before texts.
+
+        Raises:
+            InvalidInputError: if a member takes no cache.
+        """
+        found = dict[Any, Reader]()
+        for i in range(len(self.members)):
+            if self.key_of(i) not in found:
+                found[self.key_of(i)] = self.new_reader(i, self.config.members[i], None)
+        return [found[self.key_of(i)] for i in range(len(self.members))]
+
+    def key_of(self, i: int) -> Any:
+        """Return what members share if one reader reads for both."""
+        return self.members[i]
+
+    def new_reader(self, i: int, name: str, kept_tokens: int | None) -> Reader:
+        """Make a reader of member i.
+
+        Args:
+            i: the member's number.
+            name: its name in messages.
+            kept_tokens: the most tokens of texts, of all together, whose keys and values are kept for texts that begin
+                alike; None to keep those of what it reads before texts alone.
+
+        Raises:
+            InvalidInputError: if it takes no cache.
+        """
+        model, head = self.members[i], self.member_heads[i]
+        if others_than_keys_and_values(require_cache(model).config):
+            return RecurrentReader(model, self.tokenizer, name, head)
+        return TransformersReader(model, self.tokenizer, name, (), kept_tokens, head)
+
+    @property
+    def reading(self) -> Members:
+        """Those who read texts for this ensemble; rows of texts that nobody needs any more are closed first."""
+        while self.garbage:
+            reader, row = self.garbage.popleft()
+            reader.close(row)
+        return self._reading
+
+    @cached_property
+    def _reading(self) -> Members:
+        return Members(len(self.members), parallel=self.apart)
+
+    def forget_readers(self) -> None:
+        """Have readers made anew, as after members were moved or cast."""
+        for name in ("apart", "readers_of_members", "_reading"):
+            self.__dict__.pop(name, None)

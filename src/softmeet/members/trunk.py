@@ -1,0 +1,80 @@
+"""Running a model without its head: the last hidden states, which the head turns into logits."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from inspect import signature
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softmeet.errors import InvalidInputError
+from softmeet.members.placement import LOGITS, body, home, without_head
+from softmeet.products import MOST, few_rows
+
+_ALL = slice(None)
+
+
+def last_hidden(
+    model: PreTrainedModel, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any
+) -> Float[Tensor, "B k d"]:
+    """Run a model without its head, and return the last hidden states, the head's input, on the head's device.
+
+    Of a model whose head is unknown (:func:`softmeet.members.heads.head_of`) its own logits are returned instead, and
+    computed at the kept positions alone, if its ``forward`` takes ``logits_to_keep``.
+
+    Args:
+        model: a causal LM of transformers.
+        input_ids: token ids, on any device.
+        kept: the k positions whose states are returned: all, the last few as ``slice(-k, None)``, or indices.
+        options: keyword arguments of the base model's ``forward``, tensors on any device; a cache among them, which
+            the model has to take (:func:`require_cache`), is extended in place.
+    """
+    return Trunk(model)(input_ids, kept, **options)
+
+
+class Trunk:
+    """A model without its head, to be run many times: as of :func:`last_hidden`, which runs it once."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._place, self._whole = home(model), LOGITS in vars(model)
+        self._run: Any = model if self._whole else without_head(model)
+        self._keeps = self._whole and "logits_to_keep" in signature(self._run.forward).parameters
+        weight = getattr(model.get_output_embeddings(), "weight", None)
+        self._target = self._place if weight is None or weight.is_meta else weight.device
+
+    def __call__(
+        self, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any
+    ) -> Float[Tensor, "B k d"]:
+        """Return the last hidden states."""
+        place = self._place
+        for name, x in options.items():
+            if isinstance(x, Tensor):
+                options[name] = x.to(place)
+        if self._keeps and kept is not _ALL:
+            options["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
+            kept = _ALL
+        with few_rows(self._run, place) if 1 < input_ids.numel() <= MOST else nullcontext():
+            out = self._run(input_ids=input_ids.to(place), **options)
+        if self._whole:
+            return out.logits[:, kept]  # type: ignore[no-any-return]
+        hidden: Tensor = out.last_hidden_state
+        return hidden.to(self._target)[:, kept]
+
+
+def require_cache(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model that takes a cache of transformers; some leave one aside in silence, and would lose the text.
+
+    Raises:
+        InvalidInputError: if it does not take one.
+    """
+    parameters = signature(body(model).forward).parameters
+    # Those that hand everything on to another module name nothing.
+    if "cache" not in parameters and "input_ids" in parameters:
+        raise InvalidInputError(
+            f"expected members that continue from a cache, but {type(model).__name__} takes none: pass use_cache=False "
+            "to generate, which reads the whole text for each token"
+        )
+    return model

@@ -1,0 +1,363 @@
+"""A causal language model over tokens that is read byte by byte: the probabilities of a text's next byte.
+
+docs/guides/vocabularies.md states the method. A text's bytes can be cut into tokens in several ways; each way that is
+followed is a *cover*: whole tokens that spell the beginning of the text, with the text's remaining bytes as the
+beginning of the next token (:mod:`softmeet.readers.bytes.covers`). A *symbol* is a byte, or 256: the end of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from softmeet.members.spelling import Spelling
+from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Covers, Open, Pruning
+from softmeet.readers.bytes.guesses import likely, possible
+from softmeet.readers.bytes.known_text import KnownText
+from softmeet.readers.bytes.nodes import Chain
+from softmeet.readers.bytes.own_path import way
+from softmeet.readers.bytes.reading import Guess, Reading
+from softmeet.readers.bytes.token_model import TokenModel
+from softmeet.readers.bytes.typical import expected_after_bytes
+from softmeet.readers.reader import Reader
+from softmeet.suspended import finished
+
+# Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
+_LOOK_BACK = 64
+# Likely next tokens are run before they are needed beside at most so many texts: among more, some text has to run a
+# token at each byte anyway.
+_FEW = 4
+
+
+class _Wanted(NamedTuple):
+    """The covers of a text that have to be closed before its next byte is predicted.
+
+    Attributes:
+        known: those whose last token was run as a guess, with the next token's probabilities there.
+        missing: the others.
+        chains: for each of these, its last tokens, behind those that have been run.
+        places: for each of these, the number of the text's bytes that its tokens spell.
+    """
+
+    known: Answers
+    missing: list[Open]
+    chains: list[Chain]
+    places: list[int]
+
+
+class ByteMember(TokenModel):
+    """A causal language model over tokens that is read byte by byte.
+
+    :meth:`begin` and :meth:`score` read a text and return its state, a :class:`Reading`; :meth:`advance` lengthens
+    readings by a symbol (a byte 0 to 255, or 256 for the end), and :meth:`follow` one by several bytes;
+    :meth:`log_probs` gives the next symbol's distribution.
+
+    Args:
+        model: a causal LM of transformers, in evaluation mode; or a reader of its tokens that can fork and crop.
+        spelling: what :func:`spelling_of` returns for the model's tokenizer; ``self.spelling`` may be an adjusted copy.
+        pruning: which tokenizations of a text are followed; None for the defaults of :class:`Pruning`.
+        prefix: ids, at least one, of the tokens that precede each text for which no other prefix is given; None for
+            ``spelling.start``, the tokenizer's own.
+
+    Attributes:
+        pruning: as given, or the default.
+        model, head, limit, ends, prefix, spent: those of a :class:`TokenModel`.
+
+    Raises:
+        CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens; if a reader
+            cannot fork or crop.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | Reader,
+        spelling: Spelling,
+        pruning: Pruning | None = None,
+        prefix: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(model, spelling, prefix)
+        self.pruning = pruning or Pruning()
+        if self.pruning.prune:
+            self.spelling = replace(spelling, typical=expected_after_bytes(self))
+
+    def begin(self, text: bytes, prefix: Sequence[int] | None = None) -> Reading:
+        """Read a prompt, and return the reading, from which :meth:`log_probs` and :meth:`advance` continue.
+
+        Probabilities are sums over several tokenizations of the last 64 bytes or a little more, and of the whole prompt
+        if ``pruning.prune`` is 0; the bytes before are cut into tokens as the tokenizer cuts them.
+
+        Args:
+            text: the prompt: any bytes, UTF-8 or not.
+            prefix: ids of the tokens that precede it; None for the member's own, ``self.prefix``.
+
+        Raises:
+            InvalidInputError: if prefix and text exceed the model's context, the prefix is empty or has an unknown id,
+                or ``pruning.covers`` is None and more than 2,048 tokenizations would have to be followed.
+        """
+        return self.begin_all([text], [prefix])[0]
+
+    def begin_all(
+        self,
+        texts: Sequence[bytes],
+        prefixes: Sequence[Sequence[int] | None],
+        pause: Callable[[], None] = lambda: None,
+    ) -> list[Reading]:
+        """Read several prompts as :meth:`begin` does, each call of the model for all of them.
+
+        Args:
+            texts: the prompts.
+            prefixes: for each, ids of the tokens that precede it; None for the member's own.
+            pause: called between calls of the model.
+
+        Raises:
+            InvalidInputError: for the reasons of :meth:`begin`; then none is read.
+        """
+        return finished(self.beginning(texts, prefixes), pause)
+
+    def beginning(
+        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None]
+    ) -> Generator[None, None, list[Reading]]:
+        """Do as :meth:`begin_all`, and yield between calls of the model."""
+        found = yield from self._read(texts, prefixes, whole=not self.pruning.prune)
+        return [reading for reading, _ in found]
+
+    def score(
+        self, text: bytes, prefix: Sequence[int] | None = None
+    ) -> tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]:
+        """Read a whole text, and return the log-probabilities of all symbols at each of its places.
+
+        Args:
+            text: t - 1 bytes, UTF-8 or not.
+            prefix: ids of the tokens that precede it; None for the member's own, ``self.prefix``.
+
+        Returns:
+            (reading, log_probs, unasked): the reading of the whole text; (t, 257) fp64 in nats, in row k the
+            distribution of the symbol after the first k bytes (column 256 is the end), so that the last row is that
+            after the text; (t,), for each row the share of probability mass that was estimated or dropped, instead of
+            computed by the model.
+
+        Raises:
+            InvalidInputError: for the reasons of :meth:`begin`.
+        """
+        return finished(self.scoring(text, prefix))
+
+    def scoring(
+        self, text: bytes, prefix: Sequence[int] | None = None
+    ) -> Generator[None, None, tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]]:
+        """Do as :meth:`score`, and yield between calls of the model."""
+        spelling = self.spelling
+        ((reading, covers),) = yield from self._read([text], [prefix], whole=True)
+        written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
+        found = np.array([one.prediction(spelling) for one in covers])[written]
+        with np.errstate(divide="ignore"):
+            return reading, np.log(found), np.array([one.unasked for one in covers])[written]
+
+    def _read(
+        self,
+        texts: Sequence[bytes],
+        prefixes: Sequence[Sequence[int] | None],
+        *,
+        whole: bool,
+    ) -> Generator[None, None, list[tuple[Reading, list[Covers]]]]:
+        """Read texts whose bytes are all known: one call of the model for the tokenizer's tokens, few for others.
+
+        Several tokenizations are followed in the ``whole`` text, or in its last 64 bytes or more: from a place on that
+        no token spans, which leaves everything behind it as it would be.
+
+        Returns:
+            for each text (the reading; the covers at the first byte from which several tokenizations are followed, and
+            after each later byte).
+        """
+        look_back, pairs = None if whole else _LOOK_BACK, zip(texts, prefixes, strict=True)
+        begun = [
+            KnownText.begun(self, self.pruning, self.prefix if own is None else own, text, look_back)
+            for text, own in pairs
+        ]
+        yield from self._finish(begun)
+        found = []
+        for text, known in zip(texts, begun, strict=True):
+            work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
+            found.append((Reading(known.covers[-1], text, work), known.covers))
+        return found
+
+    def follow(self, reading: Reading, text: bytes) -> Reading:
+        """Lengthen a reading by several bytes, in fewer calls of the model than :meth:`advance` needs for one by one.
+
+        As the bytes are known, the tokenizer's own tokens are run in one call, and tokens that the bytes rule out are
+        not run. The probabilities of what follows are those of :meth:`score`, up to rounding and pruning.
+
+        Args:
+            reading: one that has not ended.
+            text: one or more bytes.
+
+        Returns:
+            the new reading; it has ended if its tokens would exceed the model's context, as in :meth:`advance`.
+        """
+        return finished(self.following([reading], [text], [[len(text)]]))[0][len(text)]
+
+    def following(
+        self, readings: Sequence[Reading], texts: Sequence[bytes], wanted: Sequence[Sequence[int]]
+    ) -> Generator[None, None, list[dict[int, Reading]]]:
+        """Lengthen several readings as :meth:`follow` does, each call of the model for all of them; yield between.
+
+        Args:
+            readings: those that have not ended.
+            texts: for each, one or more bytes.
+            wanted: for each, after how many of these bytes readings are wanted, ascending; the last is among them.
+
+        Returns:
+            for each, the readings after so many bytes. All tell what follows (:meth:`log_probs`); those can be
+            lengthened of which :meth:`Reading.goes_on` is true, the last among them.
+        """
+        found: list[dict[int, Reading]] = [{} for _ in readings]
+        begun = dict[int, KnownText]()
+        for k, (reading, text) in enumerate(zip(readings, texts, strict=True)):
+            longest = max((probs.path.length for probs in reading.covers.places), default=0)
+            if len(text) > 1 and longest + len(text) < self.limit:
+                begun[k] = KnownText.after(self, self.pruning, reading, text)
+                continue
+            for count, byte in enumerate(text, 1):
+                (reading,) = self.advance([reading], [byte])
+                if count in wanted[k]:
+                    found[k][count] = reading
+                yield
+        yield from self._finish(list(begun.values()))
+        for k, known in begun.items():
+            found[k] = self._after(readings[k], texts[k], wanted[k], known)
+        return found
+
+    def _after(self, reading: Reading, text: bytes, places: Sequence[int], known: KnownText) -> dict[int, Reading]:
+        """Return the readings after so many bytes of a text that is known, and follows a reading."""
+        spelling, found = self.spelling, dict[int, Reading]()
+        written = np.cumsum([byte not in spelling.unwritable for byte in text])
+        dropped = np.cumsum([covers.unasked for covers in known.covers])
+        for count in places:
+            whole, place = reading.text + text[:count], int(written[count - 1])
+            work = reading.work.and_(known.work.calls, known.work.tokens, float(dropped[place] - dropped[0]))
+            guesses = possible(reading.guesses, spelling.written(whole)) if reading.guesses else ()
+            found[count] = Reading(known.covers[place], whole, work, guesses)
+        return found
+
+    def _finish(self, texts: Sequence[KnownText]) -> Generator[None, None, None]:
+        """Run the model on what known texts want, each call for all of them, until they want nothing."""
+        while True:
+            wanting = [(known, chains) for known in texts if (chains := known.wanted())]
+            if not wanting:
+                return
+            for (known, _), found in zip(wanting, self.run([chains for _, chains in wanting]), strict=True):
+                known.ran(found)
+            texts = [known for known, _ in wanting]
+            yield
+
+    def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
+        """Return the next symbol's log-probabilities after each of B ≥ 1 readings, (B, 257) fp64, in nats, on the CPU.
+
+        Columns 0 to 255 are bytes, 256 is the end. A reading that has ended gives the end probability 1.
+        """
+        end = np.eye(SYMBOLS)[END]
+        found = [end if one.ended else one.covers.prediction(self.spelling) for one in readings]
+        with np.errstate(divide="ignore"):
+            return torch.from_numpy(np.log(np.stack(found)))
+
+    def advance(self, readings: Sequence[Reading], symbols: Sequence[int]) -> list[Reading]:
+        """Lengthen each reading by one symbol, and return the new readings; each call of the model serves all of them.
+
+        A symbol is a byte, 0 to 255, or 256: the end. A reading comes back with ``ended`` True if its symbol is 256, if
+        it had ended before, or if its tokens would exceed the model's context; ``full`` is True in the last case.
+        InvalidInputError is raised if ``pruning.covers`` is None and a text has over 2,048 tokenizations to follow.
+        """
+        pairs = zip(readings, symbols, strict=True)
+        found = [replace(one, ended=True) if symbol == END or one.ended else one for one, symbol in pairs]
+        moved = [k for k, one in enumerate(found) if not one.ended]
+        for k in moved:
+            one, covers, symbol = found[k], found[k].covers, symbols[k]
+            if symbol not in self.spelling.unwritable:
+                covers = covers.followed(self.spelling, symbol, self.pruning)
+            found[k] = Reading(covers, one.text + bytes([symbol]), one.work, one.guesses)
+        self._settle(found, moved)
+        for k in moved:
+            if not (one := found[k]).ended:
+                work = one.work.and_(dropped=one.covers.unasked)
+                guesses = possible(one.guesses, self.spelling.written(one.text)) if one.guesses else ()
+                found[k] = Reading(one.covers, one.text, work, guesses)
+        self.spent = self.spent.and_(dropped=sum(found[k].covers.unasked for k in moved if not found[k].ended))
+        return found
+
+    def _settle(self, readings: list[Reading], moved: list[int]) -> None:
+        """Run the model on the open covers that weigh enough, and on likely next tokens, for some readings at once.
+
+        Args:
+            readings: the list in which these readings are replaced.
+            moved: their indices.
+        """
+        few = len(moved) <= _FEW and bool(self.pruning.prune)
+        while asking := self._wanted(readings, moved):
+            ahead = {
+                k: likely(readings[k], self.spelling, self.limit, len(wanted.missing)) if few else []
+                for k, wanted in asking.items()
+            }
+            chains = {
+                k: [*wanted.chains, *(Chain(one.path, one.tokens, [len(one.tokens)]) for one in ahead[k])]
+                for k, wanted in asking.items()
+            }
+            ran = {k: [own[-1] for own in each] for k, each in zip(asking, self.run([*chains.values()]), strict=True)}
+            behind = [one for k, wanted in asking.items() for one in ran[k][: len(wanted.missing)]]
+            places = [place for wanted in asking.values() for place in wanted.places]
+            found = iter(self.next_token_probs(behind, places))
+            for k, wanted in asking.items():
+                one = readings[k]
+                covers = one.covers.answered(
+                    self.spelling, [*wanted.known, *((cover, next(found)) for cover in wanted.missing)], self.pruning
+                )
+                run_ahead = zip(ahead[k], ran[k][len(wanted.missing) :], strict=True)
+                guesses = [Guess(own.place, own.word, behind) for own, behind in run_ahead]
+                work = one.work.and_(calls=1, tokens=sum(len(chain.tokens) for chain in chains[k]))
+                readings[k] = Reading(covers, one.text, work, (*one.guesses, *guesses))
+            moved = list(asking)
+
+    def _wanted(self, readings: list[Reading], moved: list[int]) -> dict[int, _Wanted]:
+        """Return what the model has to be run on, by index of reading, for some of ``readings``.
+
+        Where all that is wanted was run as a guess, covers are closed at once, and readings that exceed the model's
+        context are ended.
+        """
+        found = {}
+        for k in moved:
+            while opened := readings[k].covers.wanted(self.pruning):
+                one = readings[k]
+                wanted = self._sorted_out(one, opened)
+                if any(chain.path.length + len(chain.tokens) > self.limit for chain in wanted.chains):
+                    readings[k] = replace(one, ended=True, full=True)
+                elif not wanted.missing:
+                    readings[k] = replace(one, covers=one.covers.answered(self.spelling, wanted.known, self.pruning))
+                    continue
+                else:
+                    found[k] = wanted
+                break
+        return found
+
+    def _sorted_out(self, reading: Reading, opened: Sequence[Open]) -> _Wanted:
+        """Tell wanted covers whose last token was run as a guess from those that the model has to be run on."""
+        if not self.pruning.prune:
+            chains = [Chain(one.probs.path, [one.token], [1]) for one in opened]
+            return _Wanted([], list(opened), chains, [0] * len(opened))
+        written = self.spelling.written(reading.text)
+        guesses = {guess.place: guess for guess in reading.guesses if written[: guess.place].endswith(guess.word)}
+        places = [len(written) - len(one.rest) for one in opened]
+        hits = [(one, place, guesses[place]) for one, place in zip(opened, places, strict=True) if place in guesses]
+        known: Answers = []
+        if hits:
+            probs = self.next_token_probs([guess.behind for *_, guess in hits], [place for _, place, _ in hits])
+            known = list(zip((one for one, *_ in hits), probs, strict=True))
+        missing = [(one, place) for one, place in zip(opened, places, strict=True) if place not in guesses]
+        paths = [(probs.path, probs.place) for probs in reading.covers.places]
+        ways = [way(self.spelling, written[:place], paths) for _, place in missing]
+        chains = [Chain(path, tokens, [len(tokens)]) for path, tokens in ways]
+        return _Wanted(known, [one for one, _ in missing], chains, [place for _, place in missing])
