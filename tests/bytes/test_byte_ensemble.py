@@ -28,6 +28,7 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, WholeCharacters
 from softmeet.hf.byte_report import expected_tokens
 from softmeet.hf.byte_tokenizer import byte_tokenizer
+from softmeet.hf.readers import ReadMembers
 from softmeet.readers.bytes.covers import END, SYMBOLS
 
 GREEDY = {"max_bytes": 3, "do_sample": False}
@@ -162,7 +163,7 @@ def test_it_can_be_made_of_its_configuration_alone(folders):
 
 def test_it_overrides_what_a_kind_of_ensemble_has_to():
     """Nothing else, so that EnsembleForCausalLM says what its kinds may differ in."""
-    own = vars(ByteEnsembleForCausalLM).keys() & vars(EnsembleForCausalLM).keys()
+    own = vars(ByteEnsembleForCausalLM).keys() & (vars(EnsembleForCausalLM).keys() | vars(ReadMembers).keys())
     own -= {"config_class", "_can_set_experts_implementation_cached_value"}  # which transformers sets
     assert {name for name in own if not name.startswith("__")} == set(EnsembleForCausalLM.OF_A_KIND)
 

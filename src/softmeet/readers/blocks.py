@@ -85,6 +85,7 @@ class Block:
         ids: (slots, columns), the tokens that were run.
         seats: all that are in the block.
         late: how many of the last columns all seats have that their paths do not list yet.
+        looked: how many seats there were, at most, since it was looked whether the block is too large.
         steady: what is kept between calls in which all seats get one token more; None if there is nothing to keep.
     """
 
@@ -92,7 +93,7 @@ class Block:
         self.tensors, self.slots, self.columns, self.end = list(tensors), slots, columns, end
         self.ids = np.zeros((slots, columns), np.int64)
         self.seats = list[Seat]()
-        self.late = 0
+        self.late = self.looked = 0
         self.steady: Any = None
 
     def catch_up(self) -> None:

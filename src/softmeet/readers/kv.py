@@ -86,12 +86,18 @@ class KeysAndValues:
     def leave(self, seat: Seat) -> None:
         """Give a seat up; a block without seats is given back, one that is far too large for the others made anew."""
         block, gone = seat.block, seat.length
+        if block is not None:
+            block.looked = max(block.looked, len(block.seats))
         self._out(seat)
-        if block is not None and block.seats:
-            longest = max(other.length for other in block.seats)
-            slots = len({other.slot for other in block.seats})
-            if gone > _TOO_MANY * (longest + _ROOM) or block.slots > _TOO_MANY * slots:
-                self._rebuild(block, 0, 0, 0)
+        # To look at all others each time that one of many leaves would take longer than what it saves.
+        left = 0 if block is None else len(block.seats)
+        if block is None or not left or (gone <= _TOO_MANY * _ROOM and _ROOM < left and block.looked < 2 * left):
+            return
+        block.looked = len(block.seats)
+        longest = max(other.length for other in block.seats)
+        slots = len({other.slot for other in block.seats})
+        if gone > _TOO_MANY * (longest + _ROOM) or block.slots > _TOO_MANY * slots:
+            self._rebuild(block, 0, 0, 0)
 
     def _out(self, seat: Seat) -> None:
         if (block := seat.block) is not None:

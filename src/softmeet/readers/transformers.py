@@ -115,7 +115,9 @@ class States(Predictions):
 
     def hidden(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k d"]:
         """Return the last hidden states at some places."""
-        return self._states[places]
+        found = self._states[places]
+        # Outside of inference mode, what was computed in it could not be changed in place.
+        return found if torch.is_inference_mode_enabled() or not found.is_inference() else found.clone()
 
     def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return the head's logits at some places."""

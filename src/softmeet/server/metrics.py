@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sized
 from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
-
-from softmeet.readers.reader import Reader
 
 _FINE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
@@ -85,7 +84,7 @@ class Metrics:
             "softmeet_first_token_seconds", "Seconds from a request's arrival in the queue to its first token."
         )
 
-    def watch(self, waiting: Sized, running: Sized, readers: Collection[Reader]) -> None:
+    def watch(self, waiting: Sized, running: Sized, readers: Collection[Any]) -> None:
         """Tell from now on how many sequences wait and run, and what readers hold."""
         self.waiting.set_function(lambda: len(waiting))
         self.rows.set_function(lambda: len(running))
