@@ -91,7 +91,7 @@ class KeysAndValues:
         self._out(seat)
         # To look at all others each time that one of many leaves would take longer than what it saves.
         left = 0 if block is None else len(block.seats)
-        if block is None or not left or (gone <= _TOO_MANY * _ROOM and _ROOM < left and block.looked < 2 * left):
+        if block is None or not left or (gone <= _TOO_MANY * _ROOM and left > _ROOM and block.looked < 2 * left):
             return
         block.looked = len(block.seats)
         longest = max(other.length for other in block.seats)
