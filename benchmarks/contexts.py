@@ -95,7 +95,7 @@ def main(
         whole: list[list[float]] = [[], []]
         for _ in range(repeats):
             for own, ensemble in zip(whole, passages, strict=True):
-                ensemble.model.contexts.forget()  # passages are new to the model, as a request's are
+                ensemble.model.forget_readers()  # passages are new to the model, as a request's are
                 own.append(seconds(ensemble, tokens))
         rows += [
             row(f"{tokens} tokens behind ten passages, read anew", *whole),

@@ -16,8 +16,9 @@ import typer
 
 from members import ensemble_of, load_pair, save_pair
 from report import median, now, show
+from softmeet.engine import ask, combine
 from softmeet.engine.recorder import Recorder
-from softmeet.hf import combining, modeling
+from softmeet.hf import modeling
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers import dense
 
@@ -113,8 +114,8 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         names = save_pair(Path(folder), shared)
         model = ensemble_of(names, load_pair(names), "meet", trust)
-    clock.watch(modeling.EnsembleForCausalLM, "run", "members")
-    clock.watch(combining.Combiner, "solve_rows", "rows")
+    clock.watch(ask.Members, "read_on", "members")
+    clock.watch(combine.Combiner, "solve_rows", "rows")
     clock.watch(dense, "direction", "directions")
     clock.watch(dense, "_least", "coefficients")
     clock.watch(dense.DenseNewton, "_floor", "bounds")

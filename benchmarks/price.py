@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from members import ensemble_of, save_pair
 from report import median, named, show
 from softmeet.engine import pace, quick
-from softmeet.hf import running
-from softmeet.members import zoo
+from softmeet.members import trunk, zoo
 from softmeet.rules.settings import parse_rule
 
 Run = Callable[[int], Any]
@@ -57,8 +56,8 @@ class Inside:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        for module, name in ((running, "last_hidden"), (quick, "native_logits")):
-            setattr(module, name, self._noted(getattr(module, name)))
+        for owner, name in ((trunk.Trunk, "__call__"), (quick, "native_logits")):
+            setattr(owner, name, self._noted(getattr(owner, name)))
 
     def _noted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def function(*args: Any, **options: Any) -> Any:
