@@ -80,6 +80,8 @@ def test_each_member_has_a_cache_of_its_own():
     cache.reset()
     assert model.reading
     assert not any(reader.bytes for reader in model.readers_of_members)
+    model.generate(ids(), max_new_tokens=3, pad_token_id=0)
+    assert not any(reader.bytes for reader in model.readers_of_members), "of texts that were written"
     with pytest.raises(InvalidInputError, match=r"expected an EnsembleCache, as model\.new_cache"):
         model.generate(ids(), max_new_tokens=2, cache=DynamicCache())
     with pytest.raises(InvalidInputError, match="cache_implementation='static' is not supported"):

@@ -187,7 +187,9 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         """
         refuse(generation_config, kwargs)
         kwargs["call_options"] = CallOptions.of(self, kwargs)
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+        found = super().generate(inputs, generation_config=generation_config, **kwargs)
+        self.close_dropped()
+        return found
 
     def _prepare_generated_length(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Lower ``max_length`` to the shortest member's context, with a warning, if it is larger."""

@@ -65,10 +65,14 @@ class ReadMembers:
     @property
     def reading(self) -> Members:
         """Those who read texts for this ensemble; rows of texts that nobody needs any more are closed first."""
+        self.close_dropped()
+        return self._reading
+
+    def close_dropped(self) -> None:
+        """Close the rows of texts that nobody needs any more."""
         while self.garbage:
             reader, row = self.garbage.popleft()
             reader.close(row)
-        return self._reading
 
     @cached_property
     def _reading(self) -> Members:
