@@ -21,6 +21,8 @@ from softmeet.readers.bytes.covers import END, SYMBOLS
 from softmeet.readers.bytes.reading import Reading
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row, Traits, Work
 
+# What is known at a place.
+_Told = Reading | Float[Tensor, " v"] | None
 # The readings kept of each row; fewer symbols than that can be taken back without reading the row anew.
 _KEPT = 16
 
@@ -148,11 +150,24 @@ class ByteReader(Reader):
         for part in well:
             if asked[part.k].keep:
                 part.keep(rows[part.k], asked[part.k].symbols)
-        told = [part.told(self.member) for part in well]
+        told = self._told([state for part in well for state in part.told()])
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
         now = self.member.spent
         work = Work(now.calls - spent.calls, now.tokens - spent.tokens, now.dropped - spent.dropped)
-        return Given(torch.cat([*told, torch.zeros(0, SYMBOLS, dtype=torch.float64)]), counts, errors, work)
+        return Given(told, counts, errors, work)
+
+    def _told(self, states: Sequence[_Told]) -> Float[Tensor, "k 257"]:
+        """Return the log-probabilities, in nats, of the states at all places."""
+        known = [state for state in states if isinstance(state, Reading)]
+        if known and len(known) == len(states):
+            return self.member.log_probs(known)
+        found = torch.full((len(states), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
+        if known:
+            found[[isinstance(state, Reading) for state in states]] = self.member.log_probs(known)
+        for row, state in zip(found, states, strict=True):
+            if isinstance(state, Tensor):
+                row.copy_(state)
+        return found
 
     def _begin(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
         """Read texts from their beginnings, of which the prediction at the end alone is wanted."""
@@ -240,8 +255,9 @@ class _Part:
         known = {self.base + count: one for count, one in self.readings.items()}
         if self.end is not None:
             known[row.length] = self._ended()
-        row.readings |= {count: one for count, one in known.items() if one.goes_on}
-        row.readings = dict(sorted(row.readings.items())[-_KEPT:])
+        row.readings |= {count: one for count, one in sorted(known.items()) if len(known) == 1 or one.goes_on}
+        while len(row.readings) > _KEPT:
+            del row.readings[next(iter(row.readings))]
 
     def _ended(self) -> Reading:
         """Return the state after the end of the text."""
@@ -249,22 +265,19 @@ class _Part:
         assert newest is not None
         return replace(newest, ended=True)
 
-    def told(self, member: ByteMember) -> Float[Tensor, "k 257"]:
-        """Return the log-probabilities, in nats, at all places."""
-        found = torch.full((len(self.places), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
-        states = dict[int, Reading]()
-        for at, place in enumerate(self.places):
+    def told(self) -> list[_Told]:
+        """Return what is known at each place: the state there, or what follows; None before the text begins."""
+        found = list[_Told]()
+        for place in self.places:
             count = place - self.base
             if self.end is not None and place > self.end:
-                states[at] = self._ended()
+                found.append(self._ended())
             elif count == 0 and self.reading is not None:
-                states[at] = self.reading
+                found.append(self.reading)
             elif self.scores is not None and count >= 0:
-                found[at] = self.scores[count]
-            elif count in self.readings:
-                states[at] = self.readings[count]
-        if states:
-            found[list(states)] = member.log_probs(list(states.values()))
+                found.append(self.scores[count])
+            else:
+                found.append(self.readings.get(count))
         return found
 
 
