@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
 from commands import run
 from rich.console import Console
-from serving import tiny_ensemble
+from serving import http, tiny_ensemble
 
 import demo
+from servers import free_port
 from softmeet.evaluation.intervals import Difference
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
@@ -66,9 +70,10 @@ def test_it_scores_continues_and_ends_in_plain_text(printed, commands):
 
 @pytest.mark.slow
 def test_the_printed_commands_work(folder, commands, monkeypatch):
-    """In this process; the program that they name is run by the next test."""
+    """In this process; the program that they name is there, and runs."""
     monkeypatch.chdir(folder)
-    assert len({command.split()[0] for command in commands.values()}) == 1
+    (program,) = {command.split()[0] for command in commands.values()}
+    assert subprocess.run([program, "--version"], capture_output=True, check=True).stdout.startswith(b"softmeet ")
     for name in ("inspect", "evaluate"):
         done = run(*shlex.split(commands[name])[1:])
         assert done.returncode == 0, done.stderr
@@ -77,18 +82,30 @@ def test_the_printed_commands_work(folder, commands, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_printed_server_serves_its_page_until_it_is_stopped(folder, commands, interruptible):
-    # "exec", so that the signal reaches the server; another port, as 8000 may be in use where tests run.
-    server = subprocess.Popen(
-        f"exec {commands['serve']} --port 0", shell=True, cwd=folder, stderr=subprocess.PIPE, text=True
-    )
-    with server:
-        address = next(found[0] for line in server.stderr if (found := re.search(r"http://127.0.0.1:\d+", line)))
-        page = httpx.get(f"{address}/ui", follow_redirects=True, timeout=300)
-        server.send_signal(signal.SIGINT)
-        server.stderr.read()
-    assert page.status_code == 200
-    assert server.returncode in (0, 130)
+@pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # Gradio's own, in its thread
+def test_the_printed_server_serves_its_page_until_it_is_stopped(commands, interruptible, monkeypatch):
+    """In this process, at another port, as 8000 may be in use where tests run."""
+    port, pages, over = free_port(), [], threading.Event()
+
+    def visit():
+        while not over.wait(0.1):
+            with contextlib.suppress(httpx.ConnectError):
+                pages.append(http.get(f"http://127.0.0.1:{port}/ui", follow_redirects=True))
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    done = run(*shlex.split(commands["serve"])[1:], "--port", port)
+    over.set()
+    visitor.join()
+    assert pages[0].status_code == 200
+    assert done.returncode in (0, 130), done.stderr
+    assert f"running on http://127.0.0.1:{port}" in done.stderr
 
 
 @pytest.mark.parametrize(
