@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
@@ -10,17 +9,14 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
-import httpx
 import pytest
-from commands import run
+from commands import run, serve
 from rich.console import Console
 from serving import http, tiny_ensemble
 
 import demo
-from servers import free_port
 from softmeet.evaluation.intervals import Difference
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "demo.py"
@@ -83,29 +79,17 @@ def test_the_printed_commands_work(folder, commands, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # Gradio's own, in its thread
-def test_the_printed_server_serves_its_page_until_it_is_stopped(commands, interruptible, monkeypatch):
+def test_the_printed_server_serves_its_page_until_it_is_stopped(commands, interruptible):
     """In this process, at another port, as 8000 may be in use where tests run."""
-    port, pages, over = free_port(), [], threading.Event()
 
-    def visit():
-        while not over.wait(0.1):
-            with contextlib.suppress(httpx.ConnectError):
-                pages.append(http.get(f"http://127.0.0.1:{port}/ui", follow_redirects=True))
-                os.kill(os.getpid(), signal.SIGINT)
-                return
+    def visit(url):
+        page = http.get(f"{url}/ui", follow_redirects=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        return page
 
-    def leave(code):
-        raise SystemExit(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
-    visitor = threading.Thread(target=visit)
-    visitor.start()
-    done = run(*shlex.split(commands["serve"])[1:], "--port", port)
-    over.set()
-    visitor.join()
-    assert pages[0].status_code == 200
+    done, page = serve(*shlex.split(commands["serve"])[2:], meanwhile=visit)
+    assert page.status_code == 200
     assert done.returncode in (0, 130), done.stderr
-    assert f"running on http://127.0.0.1:{port}" in done.stderr
 
 
 @pytest.mark.parametrize(
