@@ -75,10 +75,10 @@ def accepts(url):
         return False
 
 
-def process(*arguments, stdin="", **environment):
+def process(*arguments, stdin="", program=("-m", "softmeet"), **environment):
     """The same in a process of its own, which takes seconds to start, without lines on progress of a busy machine."""
     done = subprocess.run(
-        [sys.executable, "-m", "softmeet", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         input=stdin, capture_output=True, encoding="utf-8", check=False, timeout=900,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
     )  # fmt: skip

@@ -131,14 +131,35 @@ def test_stdin_that_is_no_text_is_named(words, monkeypatch):
     assert "error: expected UTF-8 in stdin, but byte 1 (line 1) is not" in run(*words, stdin=b"a\xff").stderr
 
 
-def test_texts_are_utf8_in_any_locale(members):
-    """In one that decodes ASCII alone, the words of the command line come with surrogates in place of other bytes.
+START = """
+import sys
+from pathlib import Path
+from softmeet.cli import main
+from transformers.utils import import_utils
 
+read, calls = import_utils.create_import_structure_from_path, []
+import_utils.create_import_structure_from_path = lambda path: (calls.append(path), read(path))[1]
+try:
+    main.main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert "scipy.optimize" not in sys.modules and "softmeet.ensemble" in sys.modules
+models = Path(import_utils.__file__).parents[1] / "models"
+assert calls.count(models) == 1, len(calls)
+assert models / "__init__.py" not in map(Path, calls)
+assert sys.modules["transformers.utils"].is_scipy_available()
+"""
+
+
+def test_a_start_is_quick_and_texts_are_utf8_in_any_locale(members):
+    """It imports nothing that no command needs, and reads the folder of models once.
+
+    In a locale that decodes ASCII alone, the words of the command line come with surrogates in place of other bytes.
     What is written is what this process writes.
     """
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     words = ("generate", "-", "é→", *members, "--gate", "none", "--max-new-tokens", 6, "--seed", 1, "--json")
-    done = process(*words, stdin="ü\n", **plain)
+    done = process(*words, stdin="ü\n", program=("-c", START), **plain)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)["completions"]
     assert [c["prompt"] for c in found] == ["ü", "é→"]
