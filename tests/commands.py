@@ -5,74 +5,39 @@ from __future__ import annotations
 import io
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from warnings import catch_warnings, simplefilter
 
-import httpx
 import pytest
-from serving import http
 
 from softmeet import freed_memory
 from softmeet.cli import main as cli
 
+_OWN, _END = os.getpid(), os._exit
 
-def run(*arguments, stdin="", columns=120):
+
+def leave(code):
+    """End as ``os._exit`` does, but go on in this process."""
+    if os.getpid() == _OWN:
+        raise SystemExit(code)
+    _END(code)
+
+
+def run(*arguments, stdin="", columns=120, stdout=None):
     """What ``softmeet`` does with these arguments, by the same entry point, in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = stdout or io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
         simplefilter("ignore")
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
         patch.setattr(freed_memory, "keep", lambda: None)
+        patch.setattr(os, "_exit", leave)
         patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:
             cli.main()
-    return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
-
-
-def serve(*arguments, meanwhile):
-    """(what ``softmeet serve`` does in this process, what ``meanwhile(url)`` returns, which has to end it by a signal).
-
-    The latter runs in a thread of its own, from when the server answers.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url, ended = f"http://127.0.0.1:{port}", threading.Event()
-
-    def leave(code):
-        raise SystemExit(code)
-
-    def visit():
-        while not accepts(url):
-            assert not ended.wait(0.05)
-        try:
-            return meanwhile(url)
-        except BaseException:
-            while not ended.wait(1):
-                os.kill(os.getpid(), signal.SIGINT)
-            raise
-
-    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "_exit", leave)
-        visited = pool.submit(visit)
-        done = run("serve", *arguments, "--port", port)
-        ended.set()
-        return done, visited.result()
-
-
-def accepts(url):
-    """Whether a server takes new connections."""
-    try:
-        return http.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+    return subprocess.CompletedProcess(arguments, end.value.code or 0, stdout or out.getvalue(), err.getvalue())
 
 
 def process(*arguments, stdin="", program=("-m", "softmeet"), **environment):

@@ -15,8 +15,8 @@ import httpx
 import openai
 import pytest
 import tiny
-from commands import accepts, run, serve
-from serving import http, running, serving_of, tiny_ensemble, wait_until
+from commands import run
+from serving import accepts, http, running, serve, serving_of, tiny_ensemble, wait_until
 
 from softmeet.server.limits import Limits
 from softmeet.server.security import Protection

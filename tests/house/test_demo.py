@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import run, serve
+from commands import run
 from rich.console import Console
-from serving import http, tiny_ensemble
+from serving import http, serve, tiny_ensemble
 
 import demo
 from softmeet.evaluation.intervals import Difference
