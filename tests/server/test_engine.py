@@ -259,7 +259,7 @@ def test_company_changes_a_row_by_rounding_alone(narrow, rule):
     ids = narrow.tokenizer("And the king said unto his daughter")["input_ids"]
 
     def after(lengths):
-        readers = readers_of([narrow.model], [["a member"] * 2])
+        readers = readers_of([narrow.model], [["a member"] * 4])
         served, rows = Members(len(readers)), []
         for length in lengths:
             row, _ = sequence(narrow.model, tuple(ids[:length]))
