@@ -15,25 +15,35 @@ import pytest
 from softmeet import freed_memory
 from softmeet.cli import main as cli
 
+_OWN, _END = os.getpid(), os._exit
 
-def run(*arguments, stdin="", columns=120):
+
+def leave(code):
+    """End as ``os._exit`` does, but go on in this process."""
+    if os.getpid() == _OWN:
+        raise SystemExit(code)
+    _END(code)
+
+
+def run(*arguments, stdin="", columns=120, stdout=None):
     """What ``softmeet`` does with these arguments, by the same entry point, in this process."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = stdout or io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, catch_warnings(), redirect_stdout(out), redirect_stderr(err):
         simplefilter("ignore")
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
         patch.setattr(freed_memory, "keep", lambda: None)
+        patch.setattr(os, "_exit", leave)
         patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:
             cli.main()
-    return subprocess.CompletedProcess(arguments, end.value.code or 0, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, end.value.code or 0, stdout or out.getvalue(), err.getvalue())
 
 
-def process(*arguments, stdin="", **environment):
+def process(*arguments, stdin="", program=("-m", "softmeet"), **environment):
     """The same in a process of its own, which takes seconds to start, without lines on progress of a busy machine."""
     done = subprocess.run(
-        [sys.executable, "-m", "softmeet", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         input=stdin, capture_output=True, encoding="utf-8", check=False, timeout=900,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120", **environment},
     )  # fmt: skip

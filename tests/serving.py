@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import tiny
 import uvicorn
+from commands import run
 
 from softmeet import Ensemble
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
@@ -64,3 +68,38 @@ def wait_until(condition, seconds=300):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def serve(*arguments, meanwhile):
+    """(what ``softmeet serve`` does in this process, what ``meanwhile(url)`` returns, which has to end it by a signal).
+
+    The latter runs in a thread of its own, from when the server answers.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, ended = f"http://127.0.0.1:{port}", threading.Event()
+
+    def visit():
+        while not accepts(url):
+            assert not ended.wait(0.05)
+        try:
+            return meanwhile(url)
+        except BaseException:
+            while not ended.wait(1):
+                os.kill(os.getpid(), signal.SIGINT)
+            raise
+
+    with ThreadPoolExecutor(1) as pool:
+        visited = pool.submit(visit)
+        done = run("serve", *arguments, "--port", port)
+        ended.set()
+        return done, visited.result()
+
+
+def accepts(url):
+    """Whether a server takes new connections."""
+    try:
+        return http.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False

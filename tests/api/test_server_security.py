@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,7 @@ import openai
 import pytest
 import tiny
 from commands import run
-from serving import http, running, serving_of, tiny_ensemble, wait_until
+from serving import accepts, http, running, serve, serving_of, tiny_ensemble, wait_until
 
 from softmeet.server.limits import Limits
 from softmeet.server.security import Protection
@@ -261,30 +259,6 @@ def members(tmp_path_factory):
     return [str(tiny.save(folder / name, name)) for name in ("gpt2", "llama")]
 
 
-class Process:
-    """``softmeet serve`` in a process of its own."""
-
-    def __init__(self, *arguments):
-        self.lines = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "softmeet.cli.main", "serve", *arguments, "--port", "0"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        self.url = None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if found := re.search(r"running on (http://\S+)", line):
-                self.url = found[1]
-                break
-        assert self.url, "".join(self.lines)
-
-    def end(self):
-        """The exit code, and all that was printed."""
-        rest, _ = self.process.communicate(timeout=300)
-        return self.process.returncode, "".join(self.lines) + rest
-
-
 def streamed(url, fields):
     """The events of a stream, until the connection closes."""
     with http.stream("POST", f"{url}/v1/completions", json=fields, timeout=600) as stream:
@@ -297,80 +271,76 @@ def outstanding(url):
     return sum(float(text.split(f"\nsoftmeet_{name} ")[1].split()[0]) for name in ("rows", "waiting"))
 
 
-def test_sigterm_under_load_ends_every_stream_properly(members):
-    """After a first one, answers go on to their end; at a second one, those that are left are ended by name."""
-    server = Process(
-        *tiny.each("-m", (f"pair={member}" for member in members)),
-        "--rule",
-        "logit-mean",
-        "--no-ui",
-        "--grace",
-        "3000",
-        "--batch",
-        "2",
-    )
+@pytest.fixture
+def terminable():
+    """SIGTERM, which ends a process where nobody handles it, is handled; what came is listed."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    yield came
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_under_load_ends_every_stream_properly(members, terminable):
+    """After a first one, answers go on to their end; at a second one, those that are left are ended by name.
+
+    In this process; servers in processes of their own get one from the soak.
+    """
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}, "stream": True}
-    with ThreadPoolExecutor(16) as pool:
-        streams = [pool.submit(streamed, server.url, fields) for _ in range(16)]
-        wait_until(lambda: sum(s.done() for s in streams) + outstanding(server.url) >= 16)
-        server.process.send_signal(signal.SIGTERM)
-        before = sum(s.done() for s in streams)
-        wait_until(lambda: sum(s.done() for s in streams) > before + 2)
-        with pytest.raises(httpx.ConnectError):
-            http.get(f"{server.url}/health")
-        server.process.send_signal(signal.SIGTERM)
-        ends = [stream.result() for stream in streams]
+
+    def load(url):
+        with ThreadPoolExecutor(16) as pool:
+            streams = [pool.submit(streamed, url, fields) for _ in range(16)]
+            wait_until(lambda: sum(s.done() for s in streams) + outstanding(url) >= 16)
+            os.kill(os.getpid(), signal.SIGTERM)
+            before = sum(s.done() for s in streams)
+            wait_until(lambda: sum(s.done() for s in streams) > before + 2)
+            with pytest.raises(httpx.ConnectError):
+                http.get(f"{url}/health")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return url, [stream.result() for stream in streams]
+
+    named = tiny.each("-m", (f"pair={member}" for member in members))
+    options = "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "2"
+    done, (url, ends) = serve(*named, *options, meanwhile=load)
     reasons = set()
     for events in ends:
         assert events[-1] == "[DONE]"
         last = json.loads(events[-2])
         reasons.add(last["error"]["code"] if "error" in last else last["choices"][0]["finish_reason"])
     assert reasons == {"length", "shutting_down"}
-    code, text = server.end()
-    assert code in (0, -signal.SIGTERM)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
+    assert set(terminable) == {signal.SIGTERM}  # raised again once all is over, for whoever handles it
     assert "Traceback" not in text
     assert "Application shutdown complete" in text
-    assert f"serving pair, running on {server.url} (Ctrl-C ends it)" in text
+    assert f"serving pair, running on {url} (Ctrl-C ends it)" in text
 
 
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_every_answer_properly(members):
-    server = Process(
-        *tiny.each("-m", (f"pair={member}" for member in members)),
-        "--rule",
-        "logit-mean",
-        "--no-ui",
-        "--grace",
-        "3000",
-        "--batch",
-        "1",
-    )
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}
-    with ThreadPoolExecutor(20) as pool, socket.create_connection(tuple(server.url.split("//")[1].split(":"))) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
-        streams = [pool.submit(streamed, server.url, fields | {"stream": True}) for _ in range(10)]
-        wholes = [pool.submit(http.post, f"{server.url}/v1/completions", json=fields) for _ in range(10)]
-        wait_until(lambda: sum(s.done() for s in streams + wholes) + outstanding(server.url) >= 20)
-        server.process.send_signal(signal.SIGINT)
-        wait_until(lambda: not accepts(server.url))
-        server.process.send_signal(signal.SIGINT)
-        ends, answers = [stream.result() for stream in streams], [whole.result() for whole in wholes]
+
+    def load(url):
+        with ThreadPoolExecutor(20) as pool, socket.create_connection(tuple(url.split("//")[1].split(":"))) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+            streams = [pool.submit(streamed, url, fields | {"stream": True}) for _ in range(10)]
+            wholes = [pool.submit(http.post, f"{url}/v1/completions", json=fields) for _ in range(10)]
+            wait_until(lambda: sum(s.done() for s in streams + wholes) + outstanding(url) >= 20)
+            os.kill(os.getpid(), signal.SIGINT)
+            wait_until(lambda: not accepts(url))
+            os.kill(os.getpid(), signal.SIGINT)
+            return [stream.result() for stream in streams], [whole.result() for whole in wholes]
+
+    named = tiny.each("-m", (f"pair={member}" for member in members))
+    options = "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "1"
+    done, (ends, answers) = serve(*named, *options, meanwhile=load)
     assert all(events[-1] == "[DONE]" for events in ends)
     assert "shutting_down" in {json.loads(events[-2]).get("error", {}).get("code") for events in ends}
     for answer in answers:
         assert answer.status_code == 200 or answer.json()["error"]["code"] == "shutting_down"
-    code, text = server.end()
-    assert code == 130
-    assert "Traceback" not in text
-    assert "Application shutdown complete" in text
-
-
-def accepts(url):
-    """Whether a server takes new connections."""
-    try:
-        return http.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
+    assert done.returncode == 130
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "Application shutdown complete" in done.stdout + done.stderr
 
 
 def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
-import sys
 import time
 
 import pytest
@@ -286,28 +284,6 @@ def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch):
     ), lines
     assert any(re.fullmatch(r"loading a: \d+ s", line) for line in lines)
     assert any(re.fullmatch(r"loading b: \d+ s", line) for line in lines)
-
-
-def test_a_start_imports_nothing_that_no_command_needs_and_reads_the_folder_of_models_once(folders):
-    script = """
-import sys
-from pathlib import Path
-from softmeet.cli import main, options
-from transformers.utils import import_utils
-
-read, calls = import_utils.create_import_structure_from_path, []
-import_utils.create_import_structure_from_path = lambda path: (calls.append(path), read(path))[1]
-options.LoadingFlags().ensemble(sys.argv[1:])
-assert "scipy.optimize" not in sys.modules and "softmeet.ensemble" in sys.modules
-models = Path(import_utils.__file__).parents[1] / "models"
-assert calls.count(models) == 1, len(calls)
-assert models / "__init__.py" not in map(Path, calls)
-assert sys.modules["transformers.utils"].is_scipy_available()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "out"], ["trace", "out"], ["check"]])

@@ -273,9 +273,9 @@ def test_a_recorder_counts_the_positions_of_the_text_alone(names):
         assert (one.rows, one.statuses) == (two.rows, two.statuses)
 
 
-@pytest.mark.parametrize("rule", RULES[:3])
-def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names, rule):
-    model, rows = ensemble(names, rule=rule).model, 5_000
+def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names):
+    """Whichever it is: what is drawn from are a rule's scores, and each rule's are tested elsewhere."""
+    model, rows = ensemble(names, rule="prob-mean").model, 5_000
     torch.manual_seed(3)
     prompts = torch.tensor([[5, 9]]).expand(rows, -1)
     found = made(

@@ -99,21 +99,27 @@ def test_architectures(wide, narrow):
     assert "macbeth_gut" in HELD_OUT
 
 
-def test_the_cards_loss_is_about_what_the_kjv_gives(narrow):
+@pytest.fixture(scope="module")
+def halves(narrow):
+    """The beginnings of ten books to choose by, and of ten to judge by."""
+    return read(narrow, 104)
+
+
+def test_the_cards_loss_is_about_what_the_kjv_gives(narrow, halves):
     """A member that was damaged on its way into the package would be far worse than its card says."""
     nats = [
         -narrow.model.heads[0].log_probs(half.hidden[0]).gather(-1, half.targets[:, None]).squeeze(-1)
-        for half in read(narrow, 208)
+        for half in halves
     ]
     card = json.loads((FOLDERS[3] / "training.json").read_text())["held_out_nats"]
     assert card - 1.0 < torch.cat(nats).mean().item() < card + 0.3
 
 
 @pytest.mark.slow
-def test_meet_beats_logit_averaging_on_the_narrow_family(narrow):
+def test_meet_beats_logit_averaging_on_the_narrow_family(narrow, halves):
     """Trust chosen on ten books; on ten others the 95 % interval by book lies below -0.005 nats a token."""
-    tuning, test = read(narrow, 104)
-    some = tuning.take(torch.arange(0, len(tuning), 6))
+    tuning, test = halves
+    some = tuning.take(torch.arange(0, len(tuning), 12))
     choice = meet(choose_trust(narrow, some, (0.3, 1.0)), 4)
     assert len(test) >= 1000
     found = compare(narrow, test, [choice, RuleChoice("logit-mean", {"rule": "logit-mean"})]).choices

@@ -79,9 +79,9 @@ def cluster():
     made = Cluster(
         initialize_head=True,
         connect=True,
-        head_node_args={"num_cpus": 4, "num_gpus": 2, "object_store_memory": 1 << 28, "include_dashboard": False},
+        head_node_args={"num_cpus": 4, "num_gpus": 3, "object_store_memory": 1 << 28, "include_dashboard": False},
     )
-    made.add_node(num_cpus=4, num_gpus=2, object_store_memory=1 << 28)
+    made.add_node(num_cpus=4, num_gpus=3, object_store_memory=1 << 28)
     made.wait_for_nodes()
     yield made
     ray.shutdown()
@@ -97,8 +97,8 @@ def engine(cluster, ensemble):
 
 @pytest.fixture(scope="module")
 def plain(cluster):
-    """Two without, which begin in half the time."""
-    with RayEngine(None, 2) as engine:
+    """Two without, which begin in half the time, and have halves of devices that are there in name only."""
+    with RayEngine(None, 2, gpus=0.5) as engine:
         yield engine
 
 
@@ -139,79 +139,6 @@ def test_an_evaluation_is_the_same_to_the_last_byte(engine, ensemble, expected):
     assert engine.redone == []
 
 
-def test_a_worker_that_is_killed_changes_nothing(engine, ensemble, expected):
-    """It is stopped before it gets its piece, so that it surely has one when it is killed."""
-    victim = processes(engine)[0]
-    os.kill(victim, signal.SIGSTOP)
-    pieces = []
-
-    def advance(count):
-        pieces.append(count)
-        if len(pieces) == 1:
-            os.kill(victim, signal.SIGKILL)
-
-    assert evaluated(ensemble, engine, begin=lambda total: advance) == expected
-    assert len(pieces) == len(DOCUMENTS)
-    assert len(engine.redone) == 1
-
-
-def _begin(k, folder):
-    """The first that begins item 3 kills its own process."""
-    (folder / "begun").open("a").write(f"{k}\n")
-    if k == 3 and (folder / "kill").exists():
-        (folder / "kill").unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return torch.full((3,), float(k))
-
-
-def test_what_was_under_way_is_begun_twice_and_nothing_else_is(plain, tmp_path, monkeypatch):
-    (tmp_path / "kill").touch()
-    said = []
-    monkeypatch.setattr(plain, "_on_loss", said.append)
-    done = dict(plain.map(_begin, [(k, tmp_path) for k in range(12)]))
-    assert sorted(done) == list(range(12))
-    assert all(done[k][0] == k for k in done)
-    assert sorted((tmp_path / "begun").read_text().split()) == sorted([*map(str, range(12)), "3"])
-    assert plain.redone == [3]
-    assert len(said) == 1
-    assert "done again" in said[0]
-
-
-def _once(folder):
-    """Kills its own process the first time; then the number of the one that did it."""
-    if (folder / "kill").exists():
-        (folder / "kill").unlink()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return os.getpid()
-
-
-def test_a_worker_with_nothing_to_do_takes_over(plain, tmp_path):
-    """Nobody waits for the dead one's place to be taken."""
-    (tmp_path / "kill").touch()
-    before = processes(plain)
-    ((_, found),) = plain.map(_once, [(tmp_path,)])
-    assert found in before
-    assert plain.redone == [0]
-
-
-def _act(what):
-    if what == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if what == "fail":
-        raise NonFiniteError("NaN from a member")
-    return what
-
-
-def test_what_kills_every_worker_is_named_and_errors_are_the_calls_own(plain, monkeypatch):
-    monkeypatch.setattr(ray_engine, "_TRIES", 2)
-    with pytest.raises(NonFiniteError, match="NaN from a member"):
-        list(plain.map(_act, [("fail",), ("well",)]))
-    assert list(plain.map(_act, [("well",)])) == [(0, "well")]
-    with pytest.raises(WorkerLostError, match=r"piece of work \(0\) lost 2 workers"):
-        list(plain.map(_act, [("die",)]))
-    assert plain.redone == [0, 0]
-
-
 def test_no_more_is_under_way_than_there_are_workers(plain):
     """Items are taken from their iterable as there is room for them, however slow the caller is."""
     taken = []
@@ -225,6 +152,26 @@ def test_no_more_is_under_way_than_there_are_workers(plain):
         # Done, under way, and one for each worker to choose from.
         assert len(taken) <= count + 2 * plain.workers
     assert len(taken) == 20
+
+
+def _devices(model):
+    return ray.get_gpu_ids()
+
+
+def test_workers_share_a_device_or_have_several(plain, ensemble):
+    """Devices that are there in name only: what is tested is who gets which."""
+    from softmeet.scaling import worker
+
+    given = [tuple(ray.get(s.actor.__ray_call__.remote(_devices))) for s in plain._slots]
+    assert all(len(own) == 1 for own in given)
+    assert given[0] == given[1]
+    with RayEngine(None, 1, gpus=2) as engine:
+        assert len(ray.get(engine._slots[0].actor.__ray_call__.remote(_devices))) == 2
+    moved = unpack(pack(ensemble)[0])
+    worker.spread(moved, [torch.device("meta")] * 2)
+    assert all(weight.is_meta for member in moved.model.members for weight in member.parameters())
+    with pytest.raises(InvalidInputError, match="part of one device or a whole number"):
+        RayEngine(None, gpus=1.5)
 
 
 def _look(model, seconds):
@@ -417,27 +364,6 @@ def test_a_command_goes_on_after_its_driver_was_killed(cluster, ensemble, folder
     assert found == json.loads(json.dumps(local))
 
 
-def _devices(model):
-    return ray.get_gpu_ids()
-
-
-def test_workers_share_a_device_or_have_several(cluster, ensemble):
-    """Devices that are there in name only: what is tested is who gets which."""
-    from softmeet.scaling import worker
-
-    with RayEngine(None, 2, gpus=0.5) as engine:
-        given = [tuple(ray.get(s.actor.__ray_call__.remote(_devices))) for s in engine._slots]
-    assert all(len(own) == 1 for own in given)
-    assert given[0] == given[1]
-    with RayEngine(None, 1, gpus=2) as engine:
-        assert len(ray.get(engine._slots[0].actor.__ray_call__.remote(_devices))) == 2
-    moved = unpack(pack(ensemble)[0])
-    worker.spread(moved, [torch.device("meta")] * 2)
-    assert all(weight.is_meta for member in moved.model.members for weight in member.parameters())
-    with pytest.raises(InvalidInputError, match="part of one device or a whole number"):
-        RayEngine(None, gpus=1.5)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -456,3 +382,63 @@ def test_no_cluster_at_an_address(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(InvalidInputError, match=r"expected a Ray cluster at 127\.0\.0\.1:1, found none"):
         connect("127.0.0.1:1")
+
+
+# Last, since the workers that replace others are not waited for then.
+
+
+def test_a_worker_that_is_killed_changes_nothing(engine, ensemble, expected):
+    """It is stopped before it gets its piece, so that it surely has one when it is killed."""
+    victim = processes(engine)[0]
+    os.kill(victim, signal.SIGSTOP)
+    pieces = []
+
+    def advance(count):
+        pieces.append(count)
+        if len(pieces) == 1:
+            os.kill(victim, signal.SIGKILL)
+
+    assert evaluated(ensemble, engine, begin=lambda total: advance) == expected
+    assert len(pieces) == len(DOCUMENTS)
+    assert len(engine.redone) == 1
+
+
+def _begin(k, folder):
+    """The first that begins the last item kills its own process; then the number of the one that did the item."""
+    (folder / "begun").open("a").write(f"{k}\n")
+    if k == 11 and (folder / "kill").exists():
+        (folder / "kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return os.getpid()
+
+
+def test_what_was_under_way_is_begun_twice_and_nothing_else_is(plain, tmp_path, monkeypatch):
+    """By a worker that has nothing to do: nobody waits for the dead one's place to be taken."""
+    (tmp_path / "kill").touch()
+    said, before = [], processes(plain)
+    monkeypatch.setattr(plain, "_on_loss", said.append)
+    done = dict(plain.map(_begin, [(k, tmp_path) for k in range(12)]))
+    assert sorted(done) == list(range(12))
+    assert set(done.values()) <= set(before)
+    assert sorted((tmp_path / "begun").read_text().split()) == sorted([*map(str, range(12)), "11"])
+    assert plain.redone == [11]
+    assert len(said) == 1
+    assert "done again" in said[0]
+
+
+def _act(what):
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "fail":
+        raise NonFiniteError("NaN from a member")
+    return what
+
+
+def test_what_kills_every_worker_is_named_and_errors_are_the_calls_own(plain, monkeypatch):
+    monkeypatch.setattr(ray_engine, "_TRIES", 2)
+    with pytest.raises(NonFiniteError, match="NaN from a member"):
+        list(plain.map(_act, [("fail",), ("well",)]))
+    assert list(plain.map(_act, [("well",)])) == [(0, "well")]
+    with pytest.raises(WorkerLostError, match=r"piece of work \(0\) lost 2 workers"):
+        list(plain.map(_act, [("die",)]))
+    assert plain.redone == [0, 0]

@@ -58,22 +58,16 @@ PLAIN, COLD, CHOOSY = {}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penal
 @pytest.mark.parametrize(
     ("rule", "members", "count", "speculate", "options"),
     [
-        ("logit-mean", "alike", 2, 1, PLAIN),
         ("logit-mean", "alike", 3, 4, COLD),
-        ("logit-mean", "alike", 2, "auto", CHOOSY),
-        ("logit-mean", "unlike", 3, 1, CHOOSY),
-        ("logit-mean", "unlike", 2, 4, PLAIN),
-        ("logit-mean", "unlike", 3, "auto", COLD),
-        ("prob-mean", "alike", 2, 4, CHOOSY),
+        ("logit-mean", "unlike", 2, 1, CHOOSY),
         ("prob-mean", "unlike", 3, "auto", PLAIN),
         ("power-mean", "alike", 2, 4, PLAIN),
-        ("power-mean", "unlike", 3, "auto", COLD),
-        ("meet", "alike", 2, 4, COLD),
         ("meet", "unlike", 3, "auto", CHOOSY),
         ("min-underestimation", "alike", 2, 4, PLAIN),
     ],
 )
 def test_tokens_are_those_of_generate(serve, request, rule, members, count, speculate, options):
+    """Every value once: the engine is generate's, whose tests try more of them together."""
     names = request.getfixturevalue(members)[:count]
     model = Ensemble.from_pretrained(names, rule, dtype="float64", gate="none").model
     model.generation_config.eos_token_id = None
@@ -309,7 +303,7 @@ def test_one_member_a_token_follows_the_mean_whoever_comes(serve):
         tokens = [e.token for e in events] + listener.tokens()
         found[tokens[1] % 3, tokens[-1] % 3] += 1
     torch.manual_seed(0)
-    ids = torch.tensor([[5, 9]]).expand(2000, -1)
+    ids = torch.tensor([[5, 9]]).expand(1000, -1)
     drawn = far.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=5, pad_token_id=0,
         settings=one.combination.settings,
