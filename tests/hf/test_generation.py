@@ -99,6 +99,10 @@ def test_continuing_from_a_returned_cache(model):
     first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
     then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, **GREEDY)
     assert torch.equal(then, whole)
+    cache = model.new_cache()
+    half = model.generate(PROMPTS, cache=cache, max_new_tokens=3, **GREEDY)
+    assert cache.get_seq_length() == half.shape[1] - 1
+    assert torch.equal(model.generate(half, cache=cache, max_new_tokens=3, **GREEDY), whole)
 
 
 def test_logits_and_scores_are_the_ensembles(model):

@@ -39,11 +39,8 @@ from softmeet.solvers.clock import time_limit
 if TYPE_CHECKING:
     from softmeet.hf.protocol import AnyEnsemble
 
-
 # Processors of transformers whose scores depend on what they were called with before, which may have been drafts.
 _STATEFUL = ("SynthIDTextWatermarkLogitsProcessor", "UnbatchedClassifierFreeGuidanceLogitsProcessor")
-
-
 # The most sequences that "auto" drafts for: a turn's drafts have to be right in all of them.
 _ROWS = 2
 
@@ -163,14 +160,14 @@ def decode(
         ahead.end()
     if streamer is not None:
         streamer.end()
-    if not config.return_dict_in_generate:
-        return written.ids
     more = written.ids.shape[1] - input_ids.shape[1]
     for one, start in zip(texts, starts, strict=True):
         # The newest token counts as not read; behind its end a sequence has padding.
         one.tokens += [written.padding] * (start + more - len(one.tokens))
         del one.tokens[-1:]
-    cache.columns = written.ids.shape[1] - 1
+    cache.columns += more - 1
+    if not config.return_dict_in_generate:
+        return written.ids
     return GenerateDecoderOnlyOutput(sequences=written.ids, scores=written.scores, logits=written.logits, cache=cache)
 
 

@@ -107,10 +107,10 @@ class States(Predictions):
     """Predictions as last hidden states, which the model's head turns into logits when these are asked for."""
 
     def __init__(
-        self, head: Head, states: Float[Tensor, "k d"], counts: Sequence[int], errors: dict[int, SoftmeetError],
+        self, head: Head, states: Float[Tensor, "k d"], counts: list[int], errors: dict[int, SoftmeetError],
         work: Work,
     ) -> None:  # fmt: skip
-        super().__init__(counts, errors, work)
+        self.counts, self.errors, self.work = counts, errors, work
         self._head, self._states = head, states
 
     def hidden(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k d"]:
