@@ -454,8 +454,10 @@ def test_a_text_ends_where_a_members_context_is_full(folders, rule, caplog):
     found = ours.generate(["x" * 120, "the"], max_new_tokens=24, do_sample=True, seed=3, top_k=50)
     assert 0 < len(found[0].encode()) < 20
     assert len(found[1].encode()) > 20
+    streamed = ours.stream_with_disagreement("x" * 120, max_new_tokens=24, do_sample=True, seed=3, top_k=50)
+    assert "".join(piece for piece, _ in streamed) == found[0]
     record, *others = (one for one in caplog.records if "is full" in one.message)
-    assert len(others) <= 1  # one for each member
+    assert len(others) <= 3  # one for each member and text
     assert str(folders[0]) in record.message or str(folders[1]) in record.message
     with pytest.raises(InvalidInputError, match="lower min_new_tokens"):
         ours.generate("x" * 120, min_new_tokens=40, max_new_tokens=40, do_sample=True, seed=1)

@@ -221,16 +221,9 @@ class Steps:
         else:
             hidden = ask(texts, hidden, gate, members)
             require_read(texts)
-        full = [one.is_full for one in texts]
-        going = [k for k, is_full in enumerate(full) if not is_full]
-        parts = [chunk.ours for chunk in self._combined([texts[k] for k in going], [hidden[k] for k in going])]
-        if len(going) == len(texts):
-            return torch.cat(parts)
-        ended = torch.full((len(texts), self._model.combiner.v), -torch.inf, dtype=torch.float64)
-        ended[:, sorted(texts[0].readers[0].alphabet.ends)] = 0.0
-        if going:
-            ended[going] = torch.cat(parts).to(ended)
-        return ended
+        # If one member's context is full, the text has to end for all of them.
+        hidden = [ended(one) if one.is_full else own for one, own in zip(texts, hidden, strict=True)]
+        return torch.cat([chunk.ours for chunk in self._combined(texts, hidden)])
 
     def _combined(self, texts: Sequence[Dropped], hidden: Sequence[Hidden]) -> Iterator[Combined]:
         """Yield what the rule makes of texts that go on, in the call's time, and record it."""
@@ -239,7 +232,7 @@ class Steps:
         if recorder is not None:
             recorder.gate.seconds += sum(one.spent for one in texts)
         with nullcontext() if seconds is None else time_limit(seconds):
-            for chunk in combined(texts, hidden, options.settings, quickly=recorder is None) if texts else ():
+            for chunk in combined(texts, hidden, options.settings, quickly=recorder is None):
                 if recorder is not None and chunk.solution is not None and chunk.members is not None:
                     recorder.add(chunk.solution, chunk.members)
                 yield chunk
@@ -343,6 +336,16 @@ class Drafting(MemberTurns):
             one.tokens.append(chosen[k])
             one.drafts = one.drafts[1:] if goes_on else []
         return goes_on
+
+
+def ended(text: Dropped) -> Hidden:
+    """Return for each member log-probabilities, (1, v), by which an end of the text is all that can follow."""
+    found = []
+    for reader in text.readers:
+        log_probs = torch.full((1, reader.alphabet.size), -torch.inf, dtype=torch.float64)
+        log_probs[:, sorted(reader.alphabet.ends)] = 0.0
+        found.append(log_probs)
+    return found
 
 
 def require_read(texts: Sequence[Dropped]) -> None:
