@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import random
 from collections import Counter
@@ -390,3 +391,9 @@ def test_no_estimate_is_above_what_it_may_be(kind):
             assert cover.mass <= cover.most * (1 + 1e-12)
             seen += 1
     assert seen
+
+
+def test_the_former_place_of_byte_members_warns():
+    with pytest.warns(DeprecationWarning, match="softmeet.readers.bytes.byte_member now"):
+        former = importlib.reload(importlib.import_module("softmeet.members.byte_member"))
+    assert former.ByteMember is ByteMember

@@ -127,6 +127,8 @@ def test_a_token_of_one_member_is_of_that_member():
         found = of_one_each(texts, drawn, members)
         for own, text, i in zip(found, texts, drawn, strict=True):
             assert torch.allclose(own, model.members[i].follows(text.tokens), atol=1e-12)
+            assert text.read_by(i) == len(text.tokens)
+            assert text.read_by(1 - i) < len(text.tokens)  # nobody reads in vain
             text.tokens.append(9)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -13,8 +14,10 @@ from toys import TOYS, Few, Letters, Table, read
 
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
 from softmeet.readers.reader import Given, finished
+from softmeet.readers.recurrent import RecurrentReader
 from softmeet.readers.transformers import TransformersReader
 from softmeet.testing import LAWS, check_reader
 
@@ -155,6 +158,45 @@ def test_whatever_is_done_to_bytes_they_are_read_as_texts(seed):
                         assert torch.allclose(told.exp(), torch.from_numpy(expected[place]).exp(), atol=1e-9)
                     if one.keep:
                         texts[one.row] = whole
+
+
+def mamba():
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=2, state_size=4, **tiny.IDS)
+    return tf.MambaForCausalLM(config).eval()
+
+
+def test_a_recurrent_model_obeys():
+    reader = RecurrentReader(mamba(), None, "mamba")
+    assert not reader.traits.can_crop
+    reader.traits = replace(reader.traits, bound=1e-5)  # which reading on as if nothing had been read would not keep
+    check_reader(reader)
+
+
+def test_a_recurrent_model_that_fails_amid_a_text_reads_it_again(monkeypatch):
+    model, texts = mamba(), [5, 6, 7, 8]
+    reader = RecurrentReader(model, None, "mamba")
+    row = reader.open(own=(3,))
+    finished(reader.read([read(row, texts[:2], [2])]))
+    with monkeypatch.context() as patch:
+        patch.setattr(model.backbone.norm_f, "forward", lambda x: x * torch.nan)
+        found = finished(reader.read([read(row, [9], [1])]))
+        assert isinstance(found.errors[0], NonFiniteError)
+    told = finished(reader.read([read(row, texts[2:], [0, 2])])).log_probs()
+    with torch.inference_mode():
+        expected = model(torch.tensor([[3, *texts]])).logits[0].log_softmax(-1)
+    assert torch.allclose(told, expected[[2, 4]], atol=1e-5)
+    with pytest.raises(InvalidInputError, match="puts none before a text"):
+        raise finished(reader.read([read(reader.open(), [5], [0])])).errors[0]
+
+
+def test_bytes_round_as_the_reader_below_does():
+    member = member_of("gpt2", Pruning())
+    assert ByteReader(member, "bytes").traits.rounding == "fine"
+    half = ByteMember(member.model.bfloat16(), member.spelling, EXACT)
+    reader = ByteReader(half, "bytes")
+    assert (reader.traits.rounding, reader.traits.places) == ("coarse", half.reader.traits.places)
+    assert reader.traits.cost == half.reader.traits.cost > 0
 
 
 @pytest.mark.parametrize("own", [(), (0,), (0, 5, 7)])

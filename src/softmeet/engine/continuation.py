@@ -67,9 +67,9 @@ class Continuation:
         self, model: Ensembled, prompt: Sequence[int], own: Own = (), readers: Sequence[Reader] | None = None
     ) -> None:
         self.model, self.prompt, self.own = model, tuple(prompt), own
+        self.rows: list[Row | None] = [None] * len(model.members)
         self.readers: list[Reader] = list(model.readers_of_members if readers is None else readers)
         self.tokens, self.drafts = list(prompt), list[int]()
-        self.rows: list[Row | None] = [None] * len(model.members)
         self.skipped = [0] * len(model.members)
         self.failures, self.is_full = list[tuple[str, SoftmeetError]](), False
         self.asked: Deferral | None = None
@@ -166,5 +166,4 @@ class Dropped(Continuation):
 
     def __del__(self) -> None:
         """Note the rows, to be closed when nobody reads."""
-        pairs = zip(self.readers, self.rows, strict=True)
-        self.model.garbage.extend((reader, row) for reader, row in pairs if row is not None)
+        self.model.garbage.extend((self.readers[i], row) for i, row in enumerate(self.rows) if row is not None)

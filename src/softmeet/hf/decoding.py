@@ -190,7 +190,7 @@ class Steps:
         return self.written.unfinished.nonzero().flatten().tolist()
 
     def take(self) -> None:
-        """Take one step."""
+        """Read the newest token of every sequence that goes on, and choose the next."""
         live = self.live
         require_context(self._model.config, max(len(self.texts[k].tokens) for k in live))
         chosen = self.written.settle(self.spread(live, self._ours([self.texts[k] for k in live])))
@@ -211,7 +211,9 @@ class Steps:
         if options.one_member:
             weights = torch.tensor(weights_of(options.settings), dtype=torch.float64)
             drawn = torch.multinomial(weights, len(texts), replacement=True)
-            return of_one_each(texts, drawn.tolist(), members)
+            ours = of_one_each(texts, drawn.tolist(), members)
+            require_read(texts)
+            return ours
         gate = options.unsure
         hidden = list(members.read_on(texts, slice(None if gate is None else 1)).values())
         require_read(texts)
@@ -272,7 +274,7 @@ class Drafting(MemberTurns):
             self.read = [self.length - 1] * len(self.read) if live else []
 
     def end(self) -> None:
-        """Forget all drafts."""
+        """Forget all drafts, and have members take back what they have read of them."""
         for one in self.texts:
             one.drafts = []
         if self.texts:

@@ -91,11 +91,11 @@ class NoHead(OpaqueHead):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of log-probabilities."""
+        """The dtype in which members without an output layer tell log-probabilities."""
         return torch.float64
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """Return the log-probabilities."""
+        """Return the log-probabilities, in nats: hidden states without their further columns."""
         return hidden[..., : self.v]
 
 

@@ -33,7 +33,7 @@ class ByteAlphabet:
         return list(text.encode())
 
     def decode(self, symbols: Sequence[int]) -> bytes:
-        """Return the bytes."""
+        """Return the bytes that symbols are, without those that end a text."""
         return bytes(symbol for symbol in symbols if symbol != END)
 
     def count(self, symbols: Sequence[int]) -> int:

@@ -14,12 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError
-from softmeet.members.placement import whereabouts
 from softmeet.readers.byte_alphabet import ByteAlphabet, shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END, SYMBOLS
 from softmeet.readers.bytes.reading import Reading
-from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row, Traits, Work
+from softmeet.readers.reader import Explanation, Given, Predictions, Read, ReaderOfRows, Row, Traits, Work
 
 # What is known at a place.
 _Told = Reading | Float[Tensor, " v"] | None
@@ -52,7 +51,7 @@ class ByteText(Row):
         return bool(self.readings) and self.readings[max(self.readings)].full
 
 
-class ByteReader(Reader):
+class ByteReader(ReaderOfRows[ByteText]):
     """A causal language model over tokens, read byte by byte.
 
     A symbol 256 at the beginning of a row, or anywhere in what is read first, begins a text anew; after any other
@@ -64,11 +63,10 @@ class ByteReader(Reader):
     """
 
     def __init__(self, member: ByteMember, name: str) -> None:
+        super().__init__(ByteText)
         self.member, self.name, self.limit = member, name, sys.maxsize
-        self.alphabet = ByteAlphabet(member.spelling)
-        weights = list(member.model.parameters())
-        self.traits = Traits(places=tuple(sorted(whereabouts(member.model))), cost=sum(own.nbytes for own in weights))
-        self._rows = dict[ByteText, None]()
+        self.alphabet, below = ByteAlphabet(member.spelling), member.reader.traits
+        self.traits = Traits(rounding=below.rounding, places=below.places, cost=below.cost)
 
     @property
     def bytes(self) -> int:
@@ -79,8 +77,7 @@ class ByteReader(Reader):
         """Open a row, as of :meth:`Reader.open`; nothing is known of earlier texts."""
         row = ByteText(own=tuple(own) or tuple(self.member.prefix))
         self.member.behind(row.own)
-        self._rows[row] = None
-        return row
+        return self._opened(row)
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that begin with a row's symbols; what was read is shared."""
@@ -101,7 +98,7 @@ class ByteReader(Reader):
         one.readings = {count: reading for count, reading in one.readings.items() if count <= length}
 
     def close(self, row: Row) -> None:
-        """Close a row."""
+        """Give a row up, with all that was read in it."""
         one = self._mine(row)
         self._rows.pop(one)
         one.readings = {}
@@ -123,16 +120,9 @@ class ByteReader(Reader):
         best = sorted(found.items(), key=lambda one: -one[1])[:top]
         return Explanation(tuple((text, math.log(share)) for text, share in best if share))
 
-    def _mine(self, row: Row) -> ByteText:
-        if not (isinstance(row, ByteText) and row in self._rows):
-            raise InvalidInputError(f"expected an open row of {self.name}: open() gives one, and close() ends it")
-        return row
-
     def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`; each call of the model serves all that it can."""
-        rows = [self._mine(one.row) for one in asked]
-        if len(set(map(id, rows))) < len(rows):
-            raise InvalidInputError(f"expected each row of {self.name} once in a call of read")
+        rows = self._each_once(asked)
         spent, errors, parts = self.member.spent, dict[int, SoftmeetError](), list[_Part]()
         for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
             if wrong := [symbol for symbol in one.symbols if not 0 <= symbol <= END]:
@@ -225,16 +215,15 @@ class _Part:
     @classmethod
     def of(cls, k: int, row: ByteText, one: Read) -> _Part:
         """Say what has to be read of a row."""
-        symbols, base, end = [*row.symbols, *one.symbols], max(row.readings, default=0), None
-        reading = row.readings.get(base)
-        if reading is None:
+        base = max(row.readings, default=0)
+        reading, symbols, end = row.readings.get(base), [*row.symbols[base:], *one.symbols], None
+        if reading is None and END in symbols:
             # A text is read from behind the last symbol that ends one.
-            base = len(symbols) - (symbols[::-1].index(END) if END in symbols else len(symbols))
-        elif reading.ended:
-            end = base
-        elif END in symbols[base:]:
-            end = symbols.index(END, base)
-        text = bytes(symbols[base:end])
+            base = len(symbols) - symbols[::-1].index(END)
+            symbols = symbols[base:]
+        elif reading is not None and (reading.ended or END in symbols):
+            end = base + (0 if reading.ended else symbols.index(END))
+        text = bytes(symbols if end is None else symbols[: end - base])
         return cls(k, row.own, base, reading, text, end, [row.length + place for place in one.at])
 
     @property

@@ -53,7 +53,7 @@ class PrefixCache(Generic[T]):
         return list(self._kept.values())
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Drop what is kept of all prompts."""
         for states in self._kept.values():
             self._dropped(states)
         self._kept.clear()

@@ -23,7 +23,7 @@ from softmeet.readers.blocks import Seat
 from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.kv import KeysAndValues
 from softmeet.readers.prefixes import PrefixCache
-from softmeet.readers.reader import Predictions, Read, Reader, Row, Traits, Work
+from softmeet.readers.reader import Predictions, Read, ReaderOfRows, Row, Traits, Work
 
 # The members' own tokens before texts, by themselves, that are kept with what follows them.
 _BEGUN = 16
@@ -137,7 +137,7 @@ def ends_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return frozenset({getattr(tokenizer, "eos_token_id", None), *ends} - {None})
 
 
-class TransformersReader(Reader):
+class TransformersReader(ReaderOfRows[_Text]):
     """A causal language model of transformers, read token by token.
 
     Args:
@@ -167,6 +167,7 @@ class TransformersReader(Reader):
         *,
         at_once: bool = False,
     ) -> None:
+        super().__init__(_Text)
         require_cache(model)
         require_keys_and_values(name, model.config, "rows of a text cannot be read on")
         self.model, self.name = model, name
@@ -185,7 +186,6 @@ class TransformersReader(Reader):
         limit = _OWN if kept_tokens is None else kept_tokens
         self._prefixes, self._stamp = PrefixCache[Seat](limit, self._kv.leave), stamp_of(model)
         self._begun = dict[tuple[int, ...], tuple[Seat, Float[Tensor, "1 d"]]]()
-        self._rows = set[_Text]()
 
     @property
     def bytes(self) -> int:
@@ -215,8 +215,7 @@ class TransformersReader(Reader):
             (kept, row.last), found = self._begun[row.own], len(row.own)
         if kept is not None:
             row.seat, row.pending = self._kv.alone(kept, found), row.own[found:]
-        self._rows.add(row)
-        return row
+        return self._opened(row)
 
     def _forget_other_weights(self) -> None:
         """Forget what is kept of earlier texts, if the weights were changed in place, cast or moved since."""
@@ -231,7 +230,7 @@ class TransformersReader(Reader):
         """Open rows that begin with a row's symbols; keys and values are shared."""
         one = self._mine(row)
         forks = [replace(one, seat=self._kv.fork(one.seat, one.seat.length)) for _ in range(count)]
-        self._rows.update(forks)
+        self._rows |= dict.fromkeys(forks)
         if length is not None:
             for fork in forks:
                 self.crop(fork, length)
@@ -249,21 +248,14 @@ class TransformersReader(Reader):
     def close(self, row: Row) -> None:
         """Close a row, and free the memory of what no other row or kept text shares."""
         one = self._mine(row)
-        self._rows.discard(one)
+        self._rows.pop(one)
         self._kv.leave(one.seat)
-
-    def _mine(self, row: Row) -> _Text:
-        if not (isinstance(row, _Text) and row in self._rows):
-            raise InvalidInputError(f"expected an open row of {self.name}: open() gives one, and close() ends it")
-        return row
 
     def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
         if (found := self._stepped(asked)) is not None:
             return found
-        rows = [self._mine(one.row) for one in asked]
-        if len(set(map(id, rows))) < len(rows):
-            raise InvalidInputError(f"expected each row of {self.name} once in a call of read")
+        rows = self._each_once(asked)
         pairs = list(zip(rows, asked, strict=True))
         errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
         new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}

@@ -50,6 +50,9 @@ class OneMember:
         """Draw a member by its weight, and the next token from it; then give the token."""
         s = self._s
         ours = of_one_each([s], self._random.choices(range(len(s.members)), self._weights), self._members)
+        if s.is_full:
+            s.alone = False  # it ends as in a batch
+            return
         for token in tokens_of([s], Combined(ours), drawn([s], ours)):
             self._give(s, token)
 

@@ -70,7 +70,7 @@ class TokenModel:
 
     @property
     def reader(self) -> Reader:
-        """What reads the tokens."""
+        """The reader of the tokens, in whose rows texts are read."""
         return self._rows.reader
 
     def find_head_again(self) -> None:
