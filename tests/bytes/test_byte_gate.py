@@ -145,7 +145,7 @@ def test_a_gate_saves_calls_of_the_members_that_are_not_asked(mixed):
     second, spent = mixed.model.readers[1], []
     for gate in ("none", "unsure:0.3"):
         before, recorder = second.spent, Recorder()
-        mixed.generate("And the king", gate=gate, max_bytes=100, do_sample=False, recorder=recorder)
+        mixed.generate("And the king", gate=gate, max_bytes=100, do_sample=False, speculate=0, recorder=recorder)
         spent.append((second.spent.calls - before.calls, recorder.gate.gated))
     (calls, _), (fewer, gated) = spent
     assert 0 < gated < 100
