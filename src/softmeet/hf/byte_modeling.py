@@ -20,7 +20,6 @@ from softmeet.engine.masking import SomethingLeft
 from softmeet.errors import InvalidInputError
 from softmeet.hf import assembly, checkpoint
 from softmeet.hf.answer_length import within_limits
-from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.chat import chat_of
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
@@ -32,6 +31,7 @@ from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
 from softmeet.readers.byte_alphabet import begun, continuing
 from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END, SYMBOLS
 from softmeet.readers.reader import Reader, Work

@@ -7,6 +7,7 @@ from typing import Any
 
 from softmeet.engine.continuation import Runner
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.members.reader_model import ReaderModel
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.reader import Reader
@@ -34,7 +35,7 @@ def readers_of(
         for i, (member, name) in enumerate(zip(members_of(model), own, strict=True)):
             if key_of(member) in found:
                 continue
-            if not isinstance(member, ByteMember):
+            if not isinstance(member, ByteMember | ReaderModel):
                 require_keys_and_values(name, member.config, _NO_ROWS)
             found[key_of(member)] = model.new_reader(i, name, kept_tokens)
     return found
