@@ -8,7 +8,7 @@ numbers are the same, to the last bit, whatever else is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -99,13 +99,11 @@ class Members:
                 text.failures.append((reader.name, refused))
             else:
                 parts[reader].append((text, i, is_new))
-        # A task can be suspended in its own thread alone.
-        between = pause if pause is not None and self._together.parallel is not True else lambda: None
-        run = partial(_read_by, parts, every=every, pause=between)
+        run = partial(_read_by, parts, every=every)
         if pause is None:
             told = self._together.measured(run, list(parts), len(texts))
         else:
-            told = self._together.map(run, list(parts))
+            told = self._together.map(run, list(parts), pause)
         found: dict[Any, Any] = {text: [None] * len(text.rows) for text in texts}
         for reader, own, predictions in zip(parts, parts.values(), told, strict=True):
             states = predictions.log_probs() if reader.head is None else predictions.hidden()
@@ -116,7 +114,7 @@ class Members:
         return {text: [states for states in own if states is not None] for text, own in found.items()}
 
 
-def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool, pause: Callable[[], None]) -> Predictions:
+def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool) -> Generator[None, None, Predictions]:
     """Have a reader read on in its parts."""
     asked = []
     for text, i, is_new in parts[reader]:
@@ -126,14 +124,7 @@ def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool, pa
         # What follows a first token in whose place the member reads its own is predicted before any symbol.
         first = len(symbols) if not every else 0 if is_new and text.skipped[i] else 1
         asked.append(Read(row, symbols, range(first, len(symbols) + 1)))
-    work = reader.read(asked)
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            found: Predictions = done.value
-            break
-        pause()
+    found = yield from reader.read(asked)
     for (text, *_), read in zip(parts[reader], asked, strict=True):
         text.is_full |= read.row.full
     return found
