@@ -147,13 +147,6 @@ def test_over_common_tokens_every_road_gives_the_rules_text(tmp_path):
     assert report.member_log_probs[0] == pytest.approx(mine.next_logits(before)[0].log_softmax(-1)[tokens[-1]].item())
 
 
-class Deaf(Counted):
-    """Leaves out the member's own tokens."""
-
-    def open(self, text=(), own=(), *, reuse=True):
-        return super().open(text, (), reuse=reuse)
-
-
 class Unmoved(Counted):
     """Has forks whose length is 0, though they go on where the row was."""
 
@@ -175,7 +168,6 @@ class Torn(Counted):
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (Deaf, "behind its own tokens: expected to differ by at most"),
         (Unmoved, "expected forks of length"),
         (Torn, "whole_equals_one_by_one: the reader raised AttributeError: 'Torn' object"),
     ],
