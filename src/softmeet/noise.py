@@ -14,7 +14,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
@@ -71,8 +71,3 @@ def noisy(scores: Float[Tensor, "B v"], noise: Sequence[tuple[int, int, int]]) -
     for row, one in zip(found, noise, strict=True):
         row += gumbel(*one, scores.shape[-1]).to(row.device)
     return found
-
-
-def draw(scores: Float[Tensor, "B v"], noise: Sequence[tuple[int, int, int]]) -> Int[Tensor, " B"]:
-    """Draw one token id per row from softmax(scores); the arguments are those of :func:`noisy`."""
-    return noisy(scores, noise).argmax(-1)

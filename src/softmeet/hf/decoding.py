@@ -1,7 +1,7 @@
 """Decoding of a call of ``generate``: sampling and greedy search, token by token or several at once by speculation.
 
 Every token is the one that transformers' own loop would choose: the rule's most probable, or the one with the largest
-sum of the rule's score and the noise of its position (:mod:`softmeet.hf.sampling`). A draft is drawn from a member's
+sum of the rule's score and the noise of its position (:mod:`softmeet.engine.draw`). A draft is drawn from a member's
 own distribution with the same noise. Where the rule chooses another token, that token takes the draft's place, and what
 members have read behind it is taken back. A draft from q in place of the rule's p is accepted with probability
 (1 - TV(p, q)) / (1 + TV(p, q)) at least (Daliri, Musco and Suresh, Coupling without Communication, 2024). That members
@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined, combined, of_one_each
 from softmeet.engine.continuation import Dropped
+from softmeet.engine.draw import Noise
 from softmeet.engine.gate import ask
 from softmeet.engine.quick import weights_of
 from softmeet.engine.speculate import FullError, MemberTurns
@@ -30,7 +31,6 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
 from softmeet.hf.running import NewTokens, said_full
-from softmeet.hf.sampling import FreshNoise
 from softmeet.hf.written import Written
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.rules.gates import Unsure, that_closes
@@ -144,7 +144,7 @@ def decode(
     new = checked_length(model.config, input_ids[:, cache.columns * whole :], cache)
     texts = NewTokens(model, new, slice(-1, None), cache, options, shared).texts
     starts = [len(one.tokens) for one in texts]
-    noise = FreshNoise() if config.do_sample and options.row_sampler is None else None
+    noise = Noise.unseeded(len(input_ids)) if config.do_sample and options.row_sampler is None else None
     written = Written(input_ids, logits_processor, noise, stopping_criteria, config, streamer)
     steps = Steps(model, options, texts, written)
     steps.take()

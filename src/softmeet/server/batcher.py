@@ -344,8 +344,8 @@ class Batcher(threading.Thread):
 
         Nothing happens if the sequence has ended while its token was being solved.
         """
-        if s.sampler.error is not None:
-            self._fail(s, s.sampler.error)
+        if s.dead_end is not None:
+            self._fail(s, s.dead_end)
         if s.done:
             return
         now, before = time.perf_counter(), s.last

@@ -8,6 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from softmeet.engine.continuation import Continuation, Own, Runner
+from softmeet.engine.draw import Sampling
+from softmeet.engine.masking import ends_of
+from softmeet.errors import SoftmeetError
 from softmeet.hf.answer_length import AnswerLength
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -16,7 +19,6 @@ from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
-from softmeet.server.sampling import Sampler, Sampling
 
 
 def members_of(model: EnsembleForCausalLM) -> list[Runner]:
@@ -102,8 +104,7 @@ class Combination:
     @property
     def ends(self) -> tuple[int, ...]:
         """The ids of the ensemble's end-of-text tokens."""
-        found = self.model.generation_config.eos_token_id
-        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        return ends_of(self.model.generation_config)
 
     @cached_property
     def gate(self) -> Gate | None:
@@ -276,7 +277,8 @@ class Sequence(Continuation):
 
     Attributes:
         combination: the request's.
-        sampler: draws the sequence's tokens.
+        draw: chooses the sequence's tokens.
+        dead_end: why nothing can follow, as the text's structure is too complex; None while something can.
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before; over bytes the
             most symbols.
         held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
@@ -295,7 +297,8 @@ class Sequence(Continuation):
         super().__init__(request.combination.model, prompt, own, ())
         self.request, self.emit = request, emit
         self.combination = request.combination
-        self.sampler = Sampler(request.sampling, key, len(prompt), request.ends, over_bytes=self.combination.over_bytes)
+        self.draw = request.sampling.begin(key, len(prompt), request.ends, self.combination.model.alphabet)
+        self.dead_end: SoftmeetError | None = None
         self._length = self.combination.answer_length(request.max_tokens, request.max_bytes)
         most = request.max_tokens if self._length is None else self._length.longest or 0
         self.max_tokens = min(most, self.combination.room(len(prompt), self.own))

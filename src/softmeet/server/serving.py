@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from softmeet.engine.draw import Sampling
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
 from softmeet.hf.chat import chat_of, take_plain
@@ -26,7 +27,6 @@ from softmeet.server.errors import RequestError
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
-from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest

@@ -14,10 +14,10 @@ from torch import Tensor
 from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined
 from softmeet.engine.deferral import Deferral
+from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_report import byte_report
 from softmeet.hf.report import token_report
 from softmeet.rules.problem import TokensBefore
-from softmeet.server.sampling import next_scores, next_tokens
 from softmeet.server.sequences import Sequence, Token
 from softmeet.server.tasks import Task
 from softmeet.solvers.base import Status
@@ -27,9 +27,18 @@ _SCORED_AT_ONCE = 16
 
 
 def drawn(sequences: list[Sequence], ours: Float[Tensor, "B v"]) -> list[int]:
-    """Draw what follows each sequence's tokens and drafts, from log-probabilities in nats, as its request asks."""
-    samplers, texts = [s.sampler for s in sequences], [s.tokens + s.drafts for s in sequences]
-    return next_tokens(samplers, texts, next_scores(samplers, texts, ours))
+    """Draw what follows each sequence's tokens and drafts, from log-probabilities in nats, as its request asks.
+
+    Where a sequence cannot go on, its ``dead_end`` is set.
+    """
+    found = []
+    for s, row in zip(sequences, ours.split(1), strict=True):
+        try:
+            found.append(s.draw.behind(s.tokens + s.drafts, row))
+        except SoftmeetError as error:
+            s.dead_end = error
+            found.append(row.argmax(-1))
+    return torch.cat(found).tolist()
 
 
 def scored(s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task, seconds: float) -> list[Token]:
