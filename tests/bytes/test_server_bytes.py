@@ -17,7 +17,6 @@ from serving import http, running, serving_of
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.byte_report import character_reports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.passages import Passage
@@ -44,6 +43,10 @@ def url(ensemble):
     serving = serving_of({"bytes": ensemble})
     with running(serving) as found:
         yield found
+
+
+def tokens_in(spelling, text):
+    return len(spelling.encode(text)) if text else 0
 
 
 def completion(url, **fields):

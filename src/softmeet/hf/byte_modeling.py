@@ -172,8 +172,8 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate symbols as an ensemble over tokens does tokens, and end texts as :func:`within_limits` does."""
-        spelling, usual = self.readers[0].spelling, self.generation_config
-        return within_limits(super().generate, spelling, usual, inputs, generation_config, kwargs)
+        usual = self.generation_config
+        return within_limits(super().generate, self.alphabet, usual, inputs, generation_config, kwargs)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put what keeps texts to UTF-8 before transformers' processors, :class:`SomethingLeft` after them."""

@@ -9,12 +9,13 @@ from typing import Any
 
 from softmeet.engine.continuation import Continuation, Own, Runner
 from softmeet.engine.draw import Sampling
+from softmeet.engine.limits import AnswerLength
 from softmeet.engine.masking import ends_of
 from softmeet.errors import SoftmeetError
-from softmeet.hf.answer_length import AnswerLength
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.reader import Alphabet
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
@@ -60,9 +61,19 @@ class Combination:
     why_no_gate: str | None = field(default=None, compare=False)
 
     @property
+    def symbols_are_tokens(self) -> bool:
+        """Whether symbols are tokens of the members, whose number is what limits and usage count."""
+        return self.alphabet.spelling is None
+
+    @property
     def over_bytes(self) -> bool:
         """Whether tokens are bytes, and 256 the end of a text."""
         return self.model.over_bytes
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """The symbols of texts, which the API calls tokens."""
+        return self.model.alphabet
 
     @property
     def members(self) -> list[Runner]:
@@ -79,10 +90,6 @@ class Combination:
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         shared = 1 << 30 if limit is None else max(limit - length, 0)
         return shared if self.over_bytes else min(shared, self.model.contexts.room(own))
-
-    def answer_length(self, tokens: int, most_bytes: int | None = None) -> AnswerLength | None:
-        """Return the length of an answer that is to begin, over bytes; None over tokens."""
-        return AnswerLength(self.readers[0].spelling, tokens, most_bytes) if self.over_bytes else None
 
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
@@ -297,11 +304,12 @@ class Sequence(Continuation):
         super().__init__(request.combination.model, prompt, own, ())
         self.request, self.emit = request, emit
         self.combination = request.combination
-        self.draw = request.sampling.begin(key, len(prompt), request.ends, self.combination.model.alphabet)
+        alphabet, room = self.combination.alphabet, self.combination.room(len(prompt), self.own)
+        self.draw = request.sampling.begin(key, len(prompt), request.ends, alphabet)
         self.dead_end: SoftmeetError | None = None
-        self._length = self.combination.answer_length(request.max_tokens, request.max_bytes)
-        most = request.max_tokens if self._length is None else self._length.longest or 0
-        self.max_tokens = min(most, self.combination.room(len(prompt), self.own))
+        most = room if request.max_bytes is None else min(room, request.max_bytes)
+        self._length = AnswerLength(alphabet, request.max_tokens, most)
+        self.max_tokens = self._length.longest or 0
         self.cancelled = self.done = False
         self.busy = True
         self.account = request.account
@@ -324,12 +332,10 @@ class Sequence(Continuation):
         """Append a drawn token, and return those that belong to the answer for certain and were not returned before."""
         self.tokens.append(token.token)
         self.held.append(token)
-        own = self._length
-        if own is None or token.token in self.request.ends:
-            certain = len(self.held)
-        else:
-            own.push(token.token)
-            certain = len(self.held) - (own.count - own.kept)
+        certain = len(self.held)
+        if token.token not in self.request.ends:
+            self._length.push(token.token)
+            certain -= self._length.count - self._length.kept
         found, self.held = self.held[:certain], [] if self.is_long else self.held[certain:]
         return found
 
@@ -340,7 +346,7 @@ class Sequence(Continuation):
     @property
     def is_long(self) -> bool:
         """Whether the answer has come to its limit."""
-        return self.drawn >= self.max_tokens if self._length is None else self._length.is_over
+        return self._length.is_over
 
     @property
     def drawn(self) -> int:

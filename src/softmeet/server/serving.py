@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from softmeet.engine.draw import Sampling
+from softmeet.engine.limits import AnswerLength
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
 from softmeet.hf.chat import chat_of, take_plain
@@ -346,8 +347,7 @@ def _symbols(tokens: int, ours: Extension, combination: Combination) -> int:
             "max_bytes is for ensembles over bytes, and this one is over tokens: say max_tokens",
             param="softmeet.max_bytes",
         )
-    length = combination.answer_length(tokens, ours.max_bytes)
-    return tokens if length is None else length.longest or 0
+    return AnswerLength(combination.alphabet, tokens, ours.max_bytes).longest or 0
 
 
 def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
