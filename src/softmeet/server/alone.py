@@ -49,7 +49,7 @@ class OneMember:
     def go_on(self, task: Task) -> None:
         """Draw a member by its weight, and the next token from it; then give the token."""
         s = self._s
-        ours = of_one_each([s], self._random.choices(range(len(s.members)), self._weights), self._members)
+        ours = of_one_each([s], self._random.choices(range(len(s.rows)), self._weights), self._members)
         if s.is_full:
             s.alone = False  # it ends as in a batch
             return

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from softmeet.engine.continuation import Continuation, Own, Runner
+from softmeet.engine.continuation import Continuation, Own
 from softmeet.engine.draw import Sampling
 from softmeet.engine.limits import AnswerLength
 from softmeet.engine.masking import ends_of
 from softmeet.errors import SoftmeetError
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.reader import Alphabet
@@ -20,11 +19,6 @@ from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
-
-
-def members_of(model: EnsembleForCausalLM) -> list[Runner]:
-    """Return what the batcher runs for an ensemble: its members' models, or over bytes the readers of these."""
-    return list(model.readers if isinstance(model, ByteEnsembleForCausalLM) else model.members)
 
 
 def unused(rule: Rule) -> tuple[str, ...]:
@@ -66,9 +60,9 @@ class Combination:
         return self.alphabet.spelling is None
 
     @property
-    def over_bytes(self) -> bool:
-        """Whether tokens are bytes, and 256 the end of a text."""
-        return self.model.over_bytes
+    def unit(self) -> str:
+        """What symbols are called, in the plural."""
+        return "tokens" if self.symbols_are_tokens else "bytes"
 
     @property
     def alphabet(self) -> Alphabet:
@@ -76,20 +70,15 @@ class Combination:
         return self.model.alphabet
 
     @property
-    def members(self) -> list[Runner]:
-        """The ensemble's members, in order."""
-        return members_of(self.model)
-
-    @property
-    def readers(self) -> list[ByteMember]:
-        """The members of an ensemble over bytes, in order; none over tokens."""
-        return [member for member in self.members if isinstance(member, ByteMember)]
+    def spellers(self) -> list[ByteMember]:
+        """The members that spell texts by tokens of their own, in order; none where symbols are tokens."""
+        return [] if self.symbols_are_tokens else list(self.model.readers)
 
     def room(self, length: int, own: Own = ()) -> int:
         """Return how many tokens fit after ``length`` tokens, in whose place members read ``own``; at most 2³⁰."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         shared = 1 << 30 if limit is None else max(limit - length, 0)
-        return shared if self.over_bytes else min(shared, self.model.contexts.room(own))
+        return min(shared, self.model.contexts.room(own)) if self.symbols_are_tokens else shared
 
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
@@ -100,8 +89,8 @@ class Combination:
         """
         plain, idle = self.settings.plain(), unused(self.settings.rule)
         found = {name: plain[name] for name in ("rule", "trust", "weights", "pool") if name not in idle}
-        if self.over_bytes:
-            found["vocabulary"] = "bytes"
+        if not self.symbols_are_tokens:
+            found["vocabulary"] = self.unit
         if self.gate is not None:
             found["gate"] = plain["gate"]
         elif self.why_no_gate is not None:
@@ -289,7 +278,6 @@ class Sequence(Continuation):
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before; over bytes the
             most symbols.
         held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
-        members: the members in their order.
         alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it, False for as in a
             batch; None before.
         cancelled: whether the sequence is to be ended before its next token.
@@ -315,7 +303,6 @@ class Sequence(Continuation):
         self.account = request.account
         self.last: float | None = None
         self.held = list[Token]()
-        self.members: list[Runner] = self.combination.members
         self.alone: Any = None
 
     @property

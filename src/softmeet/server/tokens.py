@@ -15,8 +15,8 @@ from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined
 from softmeet.engine.deferral import Deferral
 from softmeet.errors import SoftmeetError
-from softmeet.hf.byte_report import byte_report
 from softmeet.hf.report import token_report
+from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.rules.problem import TokensBefore
 from softmeet.server.sequences import Sequence, Token
 from softmeet.server.tasks import Task
@@ -98,11 +98,16 @@ def tokens_of(
 
 
 def _report(s: Sequence, found: Combined, row: int, token: int, *, scored: bool) -> dict[str, Any]:
-    """Return the report on a row's token, over tokens or over bytes."""
+    """Return the report on a row's token, with its texts.
+
+    Where symbols are no tokens, ``member_top`` lists what members' own tokens could come there, as readers explain, or
+    if that is not known any more the most probable symbols.
+    """
     assert s.request.report is not None
     assert found.solution is not None
     assert found.members is not None
-    if s.combination.over_bytes:
-        expected = [] if scored else s.expected(s.request.report)
-        return byte_report(found.solution, found.members, row, token, s.request.report, expected)
-    return token_report(found.solution, found.members, row, token, s.request.report).spelled(s.request.tokenizer)
+    report = token_report(found.solution, found.members, row, token, s.request.report)
+    if s.combination.symbols_are_tokens:
+        return report.spelled(s.request.tokenizer)
+    expected = [] if scored else s.expected(s.request.report)
+    return report.with_texts(shown_byte) | ({"member_top": [list(own) for own in expected]} if expected else {})
