@@ -226,7 +226,7 @@ class Serving:
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
         longest = _symbols(limit, ours, combination)
         tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
-        _check_listed(tokens, combination.unit, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
+        _check_listed(tokens, combination, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
         return GenerationRequest(
             combination=combination,
@@ -374,10 +374,10 @@ def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
     return Sampling(**({"seed": secrets.randbits(53)} | given | changes))
 
 
-def _check_listed(tokens: int, unit: str, each: int) -> None:
+def _check_listed(tokens: int, combination: Combination, each: int) -> None:
     """Raise RequestError if an answer may have more log-probabilities, of ``each`` a token, than is kept in memory."""
     if tokens * each > _MOST_LISTED:
-        field = "softmeet.max_bytes" if unit == "bytes" else "max_tokens"
+        unit, field = combination.unit, "max_tokens" if combination.symbols_are_tokens else "softmeet.max_bytes"
         raise RequestError(
             f"expected at most {_MOST_LISTED:,} log-probabilities in an answer, got {tokens * each:,} ({tokens:,} "
             f"{unit} with {each} each): ask for fewer {unit} ({field}), choices, logprobs or a smaller report",
