@@ -31,11 +31,11 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, seed: int, keys: Sequence[int]) -> None:
-        self.noise = Noise(seed, keys)
+        self._noise = Noise(seed, keys)
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Draw a token for each row from softmax(scores), and return scores of 0 for it and -inf for all others."""
-        drawn = self.noise.draw(scores, input_ids.shape[1])
+        drawn = self._noise.draw(scores, input_ids.shape[1])
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
 
 
