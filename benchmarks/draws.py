@@ -16,15 +16,15 @@ import torch
 import typer
 
 from report import seconds, show
-from softmeet.engine.draw import Draw, Noise
+from softmeet.engine.draw import Noise, choose
 
 # The vocabularies of GPT-2 and of Qwen2.5.
 SIZES = 50_257, 151_936
 
 
-def by_noise(draw: Draw, positions: Iterator[int], scores: torch.Tensor) -> None:
+def by_noise(noise: Noise, positions: Iterator[int], scores: torch.Tensor) -> None:
     """Draw as every road does, each time at another position."""
-    draw(torch.zeros(len(scores), next(positions), dtype=torch.int64), scores)
+    choose(scores, noise.at(next(positions)))
 
 
 def by_multinomial(scores: torch.Tensor) -> None:
@@ -46,7 +46,7 @@ def main(
             noise, other = (
                 1000 * median(seconds(draw, repeats))
                 for draw in (
-                    partial(by_noise, Draw([], Noise.unseeded(batch)), count(), scores),
+                    partial(by_noise, Noise.unseeded(batch), count(), scores),
                     partial(by_multinomial, scores),
                 )
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import transformers as tf
@@ -17,13 +18,39 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.engine.masking import Mask, Structured
-from softmeet.engine.processors import REACH, NoEndBefore, RepeatPenalties, following
+from softmeet.engine.processors import NoEndBefore, RepeatPenalties
 from softmeet.errors import InvalidInputError
 from softmeet.noise import noisy, require_seed
-from softmeet.readers.reader import Alphabet
 
+# The seed, sequence and position of a token's noise.
+Place: TypeAlias = tuple[int, int, int]
 # Below this temperature the most probable token is taken: dividing by it could overflow fp32.
 _COLD = 1e-4
+
+
+def choose(scores: Float[Tensor, "B v"], noise: Sequence[Place | None]) -> Int[Tensor, " B"]:
+    """Return each row's token: drawn from softmax(scores) by its noise, or without noise that of the largest score.
+
+    Args:
+        scores: (B, v), in nats; -inf for what cannot come.
+        noise: for each row the seed, sequence and position of its noise, as of :func:`softmeet.noise.gumbel`, or None.
+
+    Raises:
+        InvalidInputError: if tokens are drawn, and a row has no finite score, or NaN or +inf.
+
+    Example:
+        >>> choose(torch.tensor([[0.1, 0.7], [0.9, 0.2]]), [None, None])
+        tensor([1, 0])
+    """
+    if not any(noise):
+        return scores.argmax(-1)
+    best, drawn = noisy(scores, noise).max(-1)
+    if not bool(best.isfinite().all()):
+        raise InvalidInputError(
+            "expected scores of which at least one is finite and none is NaN or +inf, to draw a token from: processors "
+            "of scores left none; allow more tokens"
+        )
+    return drawn
 
 
 class Noise:
@@ -39,9 +66,8 @@ class Noise:
         InvalidInputError: if the seed is none.
 
     Example:
-        >>> scores = torch.zeros(2, 5)
-        >>> Noise(3, [0, 1]).draw(scores, 7).equal(Noise(3, [0, 1], start=7).draw(scores, 7))
-        True
+        >>> Noise(3, [0, 1]).at(7), Noise(3, [0], start=5).at(7)
+        ([(3, 0, 0), (3, 1, 0)], [(3, 0, 2)])
     """
 
     def __init__(self, seed: int, keys: Sequence[int], start: int | None = None) -> None:
@@ -52,35 +78,20 @@ class Noise:
         """Return noise for so many texts that depends on torch's own generator, which is used once."""
         return cls(int(torch.randint(1 << 62, ())), range(count), 0)
 
-    def draw(self, scores: Float[Tensor, "B v"], length: int) -> Int[Tensor, " B"]:
-        """Draw the token that follows each text's first ``length`` ones from softmax(scores).
-
-        Raises:
-            InvalidInputError: if a row has no finite score, or NaN or +inf, so that no token can be drawn.
-        """
+    def at(self, length: int) -> list[Place]:
+        """Return the seed, sequence and position of each text's noise for the token behind its first ``length``."""
         if self._start is None:
             self._start = length
-        best, drawn = noisy(scores, [(self._seed, key, length - self._start) for key in self._keys]).max(-1)
-        if not bool(best.isfinite().all()):
-            raise InvalidInputError(
-                "expected scores of which at least one is finite and none is NaN or +inf, to draw a token from: "
-                "processors of scores left none; allow more tokens"
-            )
-        return drawn
+        return [(self._seed, key, length - self._start) for key in self._keys]
 
 
 class Draw:
-    """The choice of the next tokens of B texts of one length.
+    """How the next tokens of one text, or of several of one length, are chosen.
 
     Args:
         processors: called one after the other with the texts, (B, t), and scores, (B, v); each returns new scores.
         noise: to draw tokens by; None to take the token of the largest score.
         looks: at how many of a text's last tokens processors look at most; None for all.
-
-    Example:
-        >>> greedy, log_probs = Draw([], None), torch.tensor([[0.2, 0.5, 0.3]]).log()
-        >>> greedy.behind([0, 1, 2], log_probs)
-        tensor([1])
     """
 
     def __init__(
@@ -91,30 +102,30 @@ class Draw:
     ) -> None:
         self._processors, self._noise, self._looks = list(processors), noise, looks
 
-    def __call__(
-        self, ids: Int[Tensor, "B t"], log_probs: Float[Tensor, "B v"], length: int | None = None
-    ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B v"]]:
-        """Return (the token that follows each text, (B,); the scores, (B, v), that it was chosen by).
+    def scores(self, ids: Int[Tensor, "B t"], log_probs: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Return the scores by which the token behind each text is chosen.
 
         Args:
             ids: the texts so far.
             log_probs: of the next token, in nats.
-            length: that of the texts; None if ``ids`` has all of it.
 
         Raises:
             SoftmeetError: that of a processor, such as of a structure that is too complex to go on.
         """
-        scores = log_probs
         for processor in self._processors:
-            scores = processor(ids, scores)
-        if self._noise is None:
-            return scores.argmax(-1), scores
-        return self._noise.draw(scores, ids.shape[1] if length is None else length), scores
+            log_probs = processor(ids, log_probs)
+        return log_probs
 
-    def behind(self, text: Sequence[int], log_probs: Float[Tensor, "1 v"]) -> Int[Tensor, " 1"]:
-        """Return the token that follows one text; as :meth:`__call__`, which is told no more of it than is read."""
+    def behind(self, text: Sequence[int], log_probs: Float[Tensor, "1 v"]) -> Float[Tensor, "1 v"]:
+        """Return what :meth:`scores` does of one text, of which processors are told no more than they look at."""
+        if not self._processors:
+            return log_probs
         read = text if self._looks is None else text[-self._looks :]
-        return self(torch.tensor([read], dtype=torch.int64, device=log_probs.device), log_probs, len(text))[0]
+        return self.scores(torch.tensor([read], dtype=torch.int64, device=log_probs.device), log_probs)
+
+    def noise(self, length: int) -> Sequence[Place | None]:
+        """Return each text's noise for the token behind its first ``length``, for :func:`choose`."""
+        return [None] if self._noise is None else self._noise.at(length)
 
 
 @dataclass(frozen=True)
@@ -161,15 +172,14 @@ class Sampling:
         """Whether the token with the largest score is taken instead of a draw; temperature and truncation are idle."""
         return self.temperature < _COLD
 
-    def begin(self, key: int, prompt_length: int, ends: Sequence[int], alphabet: Alphabet) -> Draw:
-        """Return the choice of the tokens of one sequence.
+    def begin(self, key: int, prompt_length: int, ends: Sequence[int]) -> Draw:
+        """Return how the tokens of one sequence are chosen.
 
         Args:
             key: the sequence's number within its request, from 0.
             prompt_length: the number of prompt tokens, which ``min_tokens``, presence and frequency penalties do not
                 count.
             ends: the ids of the tokens that end the sequence.
-            alphabet: says which of its symbols, the tokens, may follow which.
         """
         found: list[tf.LogitsProcessor] = []
         if self.mask is not None:
@@ -181,7 +191,7 @@ class Sampling:
             found.append(RepeatPenalties(prompt_length, self.presence_penalty, self.frequency_penalty))
         if self.min_tokens and ends:
             found.append(NoEndBefore(prompt_length + self.min_tokens, ends))
-        looks, found = None if found else REACH, [*following(alphabet), *found]
+        looks = None if found else 1
         if self.logit_bias:
             found.append(tf.SequenceBiasLogitsProcessor({(token,): float(x) for token, x in self.logit_bias.items()}))
         if self.is_greedy:

@@ -13,7 +13,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.readers.reader import Alphabet
 
 # What can follow depends on so many symbols at most.
-REACH = 8
+_REACH = 8
 
 
 class MayFollow(LogitsProcessor):
@@ -33,14 +33,18 @@ class MayFollow(LogitsProcessor):
             input_ids: (B, t), the symbols so far, of which the last are enough.
             scores: (B, v), scores of the next symbol.
         """
-        masks = [self._alphabet.may_follow(row) for row in input_ids[:, -REACH:].tolist()]
+        return self.behind(input_ids[:, -_REACH:].tolist(), scores)
+
+    def behind(self, texts: Sequence[Sequence[int]], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Return what :meth:`__call__` does, with texts of any lengths, of which the last symbols are enough."""
+        masks = [self._alphabet.may_follow(text) for text in texts]
         allowed = torch.stack([mask for mask in masks if mask is not None])
         found = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         # A text whose context is full ends within a character if it has to.
         return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
 
 
-def following(alphabet: Alphabet) -> list[LogitsProcessor]:
+def following(alphabet: Alphabet) -> list[MayFollow]:
     """Return the processor that forbids what cannot follow; none for an alphabet of which anything can."""
     return [] if alphabet.may_follow([]) is None else [MayFollow(alphabet)]
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from softmeet.engine.draw import Noise
+from softmeet.engine.draw import Noise, choose
 from softmeet.errors import InvalidInputError
 
 
@@ -35,7 +35,7 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Draw a token for each row from softmax(scores), and return scores of 0 for it and -inf for all others."""
-        drawn = self._noise.draw(scores, input_ids.shape[1])
+        drawn = choose(scores, self._noise.at(input_ids.shape[1]))
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn[:, None], 0.0)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.engine.draw import Draw, Noise
+from softmeet.engine.draw import Draw, Noise, choose
 
 
 class Written:
@@ -68,7 +68,8 @@ class Written:
         self, ids: Int[Tensor, "B T"], log_probs: Float[Tensor, "B v"], unfinished: Bool[Tensor, " B"]
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B v"]]:
         """Return (the token that follows, padding in sequences that are finished; the processed scores)."""
-        chosen, scores = self._draw(ids, log_probs.to(torch.float32, copy=True).to(ids.device))
+        scores = self._draw.scores(ids, log_probs.to(torch.float32, copy=True).to(ids.device))
+        chosen = choose(scores, self._draw.noise(ids.shape[1]))
         if self._padded:
             chosen = torch.where(unfinished, chosen, torch.full_like(chosen, self.padding))
         return chosen, scores

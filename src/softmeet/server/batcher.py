@@ -359,7 +359,7 @@ class Batcher(threading.Thread):
         self._emit(s, *s.add(token))
         if token.token in s.request.ends:
             self._finish(s, Finished("stop"))
-        elif s.is_long:
+        elif s.answer.is_over:
             self._finish(s, Finished("length"))
 
     def _goes_on(self, s: Sequence) -> bool:

@@ -273,8 +273,9 @@ class Sequence(Continuation):
 
     Attributes:
         combination: the request's.
-        draw: chooses the sequence's tokens.
+        draw: how the sequence's tokens are chosen.
         dead_end: why nothing can follow, as the text's structure is too complex; None while something can.
+        answer: how long the answer is, and whether it has come to its limit.
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before; over bytes the
             most symbols.
         held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
@@ -292,12 +293,12 @@ class Sequence(Continuation):
         super().__init__(request.combination.model, prompt, own, ())
         self.request, self.emit = request, emit
         self.combination = request.combination
-        alphabet, room = self.combination.alphabet, self.combination.room(len(prompt), self.own)
-        self.draw = request.sampling.begin(key, len(prompt), request.ends, alphabet)
+        self.draw = request.sampling.begin(key, len(prompt), request.ends)
         self.dead_end: SoftmeetError | None = None
+        room = self.combination.room(len(prompt), self.own)
         most = room if request.max_bytes is None else min(room, request.max_bytes)
-        self._length = AnswerLength(alphabet, request.max_tokens, most)
-        self.max_tokens = self._length.longest or 0
+        self.answer = AnswerLength(self.combination.alphabet, request.max_tokens, most)
+        self.max_tokens = self.answer.longest or 0
         self.cancelled = self.done = False
         self.busy = True
         self.account = request.account
@@ -321,19 +322,14 @@ class Sequence(Continuation):
         self.held.append(token)
         certain = len(self.held)
         if token.token not in self.request.ends:
-            self._length.push(token.token)
-            certain -= self._length.count - self._length.kept
-        found, self.held = self.held[:certain], [] if self.is_long else self.held[certain:]
+            self.answer.push(token.token)
+            certain -= self.answer.count - self.answer.kept
+        found, self.held = self.held[:certain], [] if self.answer.is_over else self.held[certain:]
         return found
 
     def rest(self, last: Event) -> list[Token]:
         """Return the tokens that are held as the last event comes: a character may begin where a context is full."""
         return self.held if isinstance(last, Finished) else []
-
-    @property
-    def is_long(self) -> bool:
-        """Whether the answer has come to its limit."""
-        return self._length.is_over
 
     @property
     def drawn(self) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor
 from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined
 from softmeet.engine.deferral import Deferral
+from softmeet.engine.draw import Place, choose
+from softmeet.engine.processors import following
 from softmeet.errors import SoftmeetError
 from softmeet.hf.report import token_report
 from softmeet.readers.byte_alphabet import shown_byte
@@ -29,16 +31,21 @@ _SCORED_AT_ONCE = 16
 def drawn(sequences: list[Sequence], ours: Float[Tensor, "B v"]) -> list[int]:
     """Draw what follows each sequence's tokens and drafts, from log-probabilities in nats, as its request asks.
 
+    The sequences are of one combination.
+
     Where a sequence cannot go on, its ``dead_end`` is set.
     """
-    found = []
-    for s, row in zip(sequences, ours.split(1), strict=True):
+    scores, noise, texts = list[Tensor](), list[Place | None](), [s.tokens + s.drafts for s in sequences]
+    for allowed in following(sequences[0].combination.alphabet):
+        ours = allowed.behind(texts, ours)
+    for s, text, row in zip(sequences, texts, ours.split(1), strict=True):
         try:
-            found.append(s.draw.behind(s.tokens + s.drafts, row))
+            scores.append(s.draw.behind(text, row))
         except SoftmeetError as error:
             s.dead_end = error
-            found.append(row.argmax(-1))
-    return torch.cat(found).tolist()
+            scores.append(row)
+        noise += s.draw.noise(len(text))
+    return choose(torch.cat(scores), noise).tolist()
 
 
 def scored(s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task, seconds: float) -> list[Token]:
