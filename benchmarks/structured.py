@@ -30,8 +30,8 @@ from report import show
 from servers import Server
 from softmeet import Ensemble, Structure
 from softmeet.engine.masking import Mask
-from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.members import zoo
+from softmeet.readers.byte_tokenizer import byte_tokenizer
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -9,6 +9,7 @@ import torch
 
 from softmeet.errors import InvalidInputError
 from softmeet.readers.reader import Given, Read, Reader, Row, Traits
+from softmeet.suspended import by_turns
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 ROOM = 64
@@ -130,15 +131,76 @@ class _Known(Given):
 
 
 class Late(Table):
-    """Answers after a while, in which others may be read."""
+    """Answers after a while, in which others may be read; ``said`` tells when it was asked and when it answered."""
 
     name = "late"
 
+    def __init__(self, seed=0, said=None):
+        super().__init__(seed)
+        self.said = [] if said is None else said
+
     def read(self, asked):
         self.checked(asked)
+        self.said.append(("asked", self))
         for _ in range(3):
             yield
+        self.said.append(("answered", self))
         return (yield from super().read(asked))
+
+
+class Joint(Reader):
+    """Readers that know some symbols each, as one: it knows those that any of them knows, at each step others.
+
+    A reader that does not know a symbol says how probable it may be at most, which is taken for what it says.
+    """
+
+    def __init__(self, readers):
+        self.name, self.readers, self.alphabet, self.limit = readers[0].name, readers, readers[0].alphabet, ROOM
+        self.traits = Traits(rounding="bitwise", known=sum(reader.traits.known for reader in readers))
+
+    @property
+    def bytes(self):
+        return sum(reader.bytes for reader in self.readers)
+
+    def _of(self, rows):
+        found = Text()
+        found.rows = rows
+        return found
+
+    def open(self, text=(), own=(), *, reuse=True):
+        return self._of([reader.open(text, own, reuse=reuse) for reader in self.readers])
+
+    def close(self, row):
+        for reader, own in zip(self.readers, row.rows, strict=True):
+            reader.close(own)
+
+    def fork(self, row, count=1, length=None):
+        pairs = zip(self.readers, row.rows, strict=True)
+        forks = [self._of(rows) for rows in zip(*(one.fork(own, count, length) for one, own in pairs), strict=True)]
+        for fork in forks:
+            fork.symbols = row.symbols[:length]
+        return forks
+
+    def crop(self, row, length):
+        for reader, own in zip(self.readers, row.rows, strict=True):
+            reader.crop(own, length)
+        row.symbols = row.symbols[:length]
+
+    def read(self, asked):
+        works = [
+            reader.read([replace(one, row=one.row.rows[k]) for one in asked]) for k, reader in enumerate(self.readers)
+        ]
+        told = by_turns(works)
+        yield
+        for k, one in enumerate(asked):
+            if one.keep and k not in told[0].errors:
+                one.row.symbols = (*one.row.symbols, *one.symbols)
+        own = torch.stack([one.log_probs() for one in told])
+        least = torch.stack([one.bounds() for one in told])[..., None]
+        known = ~own.isneginf().all(0)
+        pooled = torch.where(own.isneginf(), least, own).mean(0)
+        found = torch.where(known, pooled, -torch.inf)
+        return _Known(found, told[0].counts, told[0].errors, most=least[..., 0].mean(0))
 
 
 class Eight(Table):
@@ -179,7 +241,12 @@ class Stubborn(Table):
     fork, crop = Reader.fork, Reader.crop
 
 
-TOYS = [Table, Few, Late, Eight, Coarse, Onwards, Stubborn]
+def joint():
+    """Two readers of which each knows five symbols."""
+    return Joint([Few(0), Few(1)])
+
+
+TOYS = [Table, Few, Late, Eight, Coarse, Onwards, Stubborn, joint]
 
 
 def read(row, symbols, at=None, keep=True):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from softmeet.heads import SoftmaxHead
     from softmeet.members.member import Member
     from softmeet.members.passages import Passage
+    from softmeet.members.registered import register_reader
+    from softmeet.readers.reader import Reader
     from softmeet.rules.base import Rule
     from softmeet.rules.combine import combine
     from softmeet.rules.registry import register_rule, rule_names
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
     from softmeet.structured.structure import Structure
 
 __all__ = [
-    "RULES", "Ensemble", "Member", "Passage", "Rule", "Settings", "SoftmaxHead", "Solution", "Status", "StoppedBy",
-    "Structure", "__version__", "combine", "register_rule", "rule_names", "time_is_over", "time_limit",
+    "RULES", "Ensemble", "Member", "Passage", "Reader", "Rule", "Settings", "SoftmaxHead", "Solution", "Status",
+    "StoppedBy", "Structure", "__version__", "combine", "register_reader", "register_rule", "rule_names",
+    "time_is_over", "time_limit",
 ]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
@@ -39,6 +42,7 @@ _HOMES = {
     "Ensemble": "softmeet.ensemble",
     "Member": "softmeet.members.member",
     "Passage": "softmeet.members.passages",
+    "Reader": "softmeet.readers.reader",
     "Rule": "softmeet.rules.base",
     "Settings": "softmeet.rules.settings",
     "SoftmaxHead": "softmeet.heads",
@@ -47,6 +51,7 @@ _HOMES = {
     "StoppedBy": "softmeet.solvers.base",
     "Structure": "softmeet.structured.structure",
     "combine": "softmeet.rules.combine",
+    "register_reader": "softmeet.members.registered",
     "register_rule": "softmeet.rules.registry",
     "rule_names": "softmeet.rules.registry",
     "time_is_over": "softmeet.solvers.clock",

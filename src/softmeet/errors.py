@@ -11,6 +11,7 @@
     ├── CheckpointError (OSError)         a member cannot be loaded
     ├── UnsupportedHeadError              a rule reads heads, and a member's cannot be read
     ├── RuleError                         a rule failed, or returned something other than distributions
+    ├── ReaderError                       a reader of a member failed, or answered otherwise than it was asked
     ├── InfeasibleError                   no distribution has every member's moments (on_infeasible="raise")
     ├── NotConvergedError                 a row's gap is above tol at the end (throw=True)
     └── WorkerLostError                   workers of a cluster died, or none started
@@ -59,6 +60,10 @@ class UnsupportedHeadError(SoftmeetError):
 
 class RuleError(SoftmeetError):
     """The error for a rule that fails, returns something other than distributions, or cannot be loaded."""
+
+
+class ReaderError(SoftmeetError):
+    """The error for a reader of a member that raises what it should not, or answers otherwise than it was asked."""
 
 
 class InfeasibleError(SoftmeetError):

@@ -15,7 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import SoftmeetError
+from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.reader import Predictions, Read, Reader, Row, finished
+from softmeet.readers.stateless import StatelessReader
+from softmeet.readers.transformers import TokenAlphabet
 
 # Below this log-probability, differences count no more.
 _LEAST = -13.8
@@ -312,3 +315,18 @@ LAWS: tuple[Callable[[Reader, Texts], None], ...] = (
     what_cannot_be_read_harms_nobody,
     closed_rows_are_given_back,
 )
+
+
+class Uniform(StatelessReader):
+    """A reader for tests and examples, by which every byte, and the end of a text, is as likely as any other.
+
+    Args:
+        name: its name in messages.
+    """
+
+    def __init__(self, name: str = "uniform") -> None:
+        super().__init__(name, TokenAlphabet.of(byte_tokenizer()))
+
+    def next_logits(self, texts: Texts) -> Float[Tensor, "k v"]:
+        """Return zeros."""
+        return torch.zeros(len(texts), self.alphabet.size)

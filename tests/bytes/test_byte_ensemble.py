@@ -28,8 +28,8 @@ from softmeet.evaluation.trace import Trace, record
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import expected_tokens
-from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.readers import ReadMembers
+from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.covers import END, SYMBOLS
 
 GREEDY = {"max_bytes": 3, "do_sample": False}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import Table
+from toys import Late, Table, joint
 
 from softmeet.engine.ask import Members
 from softmeet.engine.combine import Combiner
@@ -176,3 +176,50 @@ def test_drafts_change_no_token(count, rows):
     while len(drafted[0].tokens) < 20:
         turns.turn()
     assert [text.tokens[:20] for text in drafted] == [text.tokens for text in plain]
+
+
+def test_members_that_answer_late_are_waited_for_at_the_same_time():
+    said = []
+    model, members = ensemble(Late(0, said), Late(1, said)), Members(2)
+    one, (first, second) = Continuation(model, [1, 2]), model.members
+    found = members.read_on([one])[one]
+    assert said == [("asked", first), ("asked", second), ("answered", first), ("answered", second)]
+    assert all(same(told[0], reader.follows([1, 2])) for told, reader in zip(found, model.members, strict=True))
+
+
+def test_members_that_know_some_symbols_each_are_combined_over_those_that_one_knows():
+    model, members = ensemble(joint()), Members(1)
+    (few, other), one = model.members[0].readers, Continuation(model, [1, 2])
+    for _ in range(3):
+        (told,) = members.read_on([one])[one]
+        top = [reader.follows(one.tokens).topk(5) for reader in (few, other)]
+        assert set((~told[0].isneginf()).nonzero().flatten().tolist()) == {
+            k for own in top for k in own.indices.tolist()
+        }
+        one.tokens.append(int(told.argmax()))
+
+
+def test_a_decoder_carries_weighted_rows_by_forks_and_without_a_draw():
+    """The weight of each text of two letters is its exact probability under the product of the members."""
+    model, members = ensemble(Table(0), Table(1)), Members(2)
+    rows = [(Continuation(model, [3]), 0.0)]
+    for _ in range(2):
+        found = members.read_on([one for one, _ in rows])
+        carried = []
+        for one, weight in rows:
+            log_probs = next(iter(combined([one], [found[one]], settings(), quickly=True))).ours[0]
+            for letter in (5, 7, 11):
+                fork = one.fork()
+                fork.tokens.append(letter)
+                carried.append((fork, weight + log_probs[letter].item()))
+            one.close()
+        rows = carried
+    for one, weight in rows:
+        expected = 0.0
+        for k in (1, 2):
+            own = sum(reader.follows(one.tokens[:k]) for reader in model.members) / 2
+            expected += own.log_softmax(-1)[one.tokens[k]].item()
+        assert weight == pytest.approx(expected, abs=1e-9)
+        one.close()
+    assert len(rows) == 9
+    assert all(not reader.rows for reader in model.members)

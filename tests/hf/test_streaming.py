@@ -11,9 +11,9 @@ from serving import tiny_ensemble
 from softmeet import Ensemble
 from softmeet.engine.recorder import Savings
 from softmeet.hf import Recorder, TokenReports
-from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.report import known_sum, style
 from softmeet.hf.streaming import DisagreementStreamer
+from softmeet.readers.byte_tokenizer import byte_tokenizer
 
 # The end of a text, 0, has no text of its own.
 SAMPLED = {"seed": 5, "max_new_tokens": 10, "do_sample": True, "suppress_tokens": [0]}

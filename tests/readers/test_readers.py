@@ -28,7 +28,7 @@ def tiny_reader(name="gpt2", dtype=torch.float64, **options):
     return TransformersReader(tiny.build(name).to(dtype), tiny.tokenizer(), name, **options)
 
 
-@pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.name)
+@pytest.mark.parametrize("toy", TOYS, ids=lambda toy: toy.__name__)
 def test_toys_obey(toy):
     check_reader(toy())
 

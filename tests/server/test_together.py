@@ -19,6 +19,16 @@ def four_threads():
     torch.set_num_threads(before)
 
 
+def at_once(function):
+    """Work that is done without being left."""
+
+    def work(item):
+        yield from ()
+        return function(item)
+
+    return work
+
+
 def waiting(seconds):
     """A function that takes so long, and tells its thread, and torch's number of threads there."""
 
@@ -30,7 +40,7 @@ def waiting(seconds):
 
 
 def test_threads_share_torchs(four_threads):
-    both = Together(2, True).map(waiting(0.2), ["a", "b"])
+    both = Together(2, True).map(at_once(waiting(0.2)), ["a", "b"])
     assert [item for item, _, _ in both] == ["a", "b"]
     assert len({thread for _, thread, _ in both} | {threading.get_ident()}) == 3
     assert [threads for _, _, threads in both] == [2, 2]
@@ -47,6 +57,7 @@ def test_what_is_faster_is_kept_for_each_size(four_threads):
 
     lock = threading.Lock()
 
+    @at_once
     def work(item):
         with lock:
             time.sleep(0.002)
@@ -60,7 +71,7 @@ def test_what_is_faster_is_kept_for_each_size(four_threads):
 
     # Where one waits for the other, threads save nothing.
     assert used(work, 1) == {1}
-    assert used(lambda item: waiting(0.01)(item)[1], 8) == {2}
+    assert used(at_once(lambda item: waiting(0.01)(item)[1]), 8) == {2}
     assert set(together.measured(work, [1, 2], 9)) != {threading.get_ident()}, "9 counts as 8"
     assert set(together.measured(work, [3, 4], 8)) == {threading.get_ident()}, "others are measured by themselves"
     assert set(together.map(work, [1, 2])) == {threading.get_ident()}
@@ -73,13 +84,14 @@ def test_there_is_nothing_to_measure(n, threads):
     together = Together(n, "auto")
     torch.set_num_threads(before)
     for _ in range(20):
-        found = together.measured(lambda item: threading.get_ident(), [1, 2], 4)
+        found = together.measured(at_once(lambda item: threading.get_ident()), [1, 2], 4)
         assert set(found) == {threading.get_ident()}
 
 
 def test_an_error_of_a_member_is_raised(four_threads):
     together, done = Together(2, True), []
 
+    @at_once
     def work(item):
         time.sleep(0.2 * item)
         done.append(1 // item)
@@ -87,4 +99,4 @@ def test_an_error_of_a_member_is_raised(four_threads):
     with pytest.raises(ZeroDivisionError):
         together.map(work, [0, 1])
     assert done == [1], "nobody works on when the caller goes on"
-    assert together.map(lambda item: 1 // item, [1, 1]) == [1, 1]
+    assert together.map(at_once(lambda item: 1 // item), [1, 1]) == [1, 1]

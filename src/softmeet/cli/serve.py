@@ -34,7 +34,7 @@ _ENSEMBLES = (
 )
 _MEMBERS = (
     "MODEL adds a member to the ensemble named default, NAME=MODEL to the ensemble NAME. MODEL is a hub id, a folder, "
-    "a GGUF file or a bundled model; repeat it for each member."
+    "a GGUF file, a bundled model or NAME:REST for a package's reader; repeat it for each member."
 )
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 

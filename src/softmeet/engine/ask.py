@@ -8,7 +8,7 @@ numbers are the same, to the last bit, whatever else is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from softmeet.engine.continuation import Continuation
 from softmeet.engine.together import Together
+from softmeet.errors import SoftmeetError
 from softmeet.readers.reader import Predictions, Read, Reader
 
 # For each member, its last hidden states of one text at the same t tokens, (t, d_i); or log-probabilities, (t, v).
 Hidden: TypeAlias = list[Float[Tensor, "t _"]]
-# A text, and which of its members a reader is; an ensemble may have one several times, with prompts of its own.
-Part = tuple[Continuation, int]
+# A text, which of its members a reader is (an ensemble may have one several times, with prompts of its own), and
+# whether the text is new to it.
+Part = tuple[Continuation, int, bool]
 C = TypeVar("C", bound=Continuation)
 
 
@@ -90,43 +92,39 @@ class Members:
         """Read as :meth:`read_on` does; without a ``pause`` in the way that was measured to be faster."""
         parts = defaultdict[Reader, list[Part]](list)
         for text, i in asked:
-            parts[text.readers[i]].append((text, i))
-        # A task can be suspended in its own thread alone.
-        between = pause if pause is not None and self._together.parallel is not True else lambda: None
-        run = partial(_read_by, parts, every=every, pause=between)
+            reader, is_new = text.readers[i], text.rows[i] is None
+            try:
+                text.row(i, reuse=not every)
+            except SoftmeetError as refused:
+                text.failures.append((reader.name, refused))
+            else:
+                parts[reader].append((text, i, is_new))
+        run = partial(_read_by, parts, every=every)
         if pause is None:
             told = self._together.measured(run, list(parts), len(texts))
         else:
-            told = self._together.map(run, list(parts))
+            told = self._together.map(run, list(parts), pause)
         found: dict[Any, Any] = {text: [None] * len(text.rows) for text in texts}
         for reader, own, predictions in zip(parts, parts.values(), told, strict=True):
             states = predictions.log_probs() if reader.head is None else predictions.hidden()
-            for (one, i), behind in zip(own, states.split(predictions.counts), strict=True):
+            for (one, i, _), behind in zip(own, states.split(predictions.counts), strict=True):
                 found[one][i] = behind
             for k, error in predictions.errors.items():
                 own[k][0].failures.append((reader.name, error))
         return {text: [states for states in own if states is not None] for text, own in found.items()}
 
 
-def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool, pause: Callable[[], None]) -> Predictions:
+def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool) -> Generator[None, None, Predictions]:
     """Have a reader read on in its parts."""
     asked = []
-    for text, i in parts[reader]:
-        known = text.rows[i]
-        row = known or text.row(i, reuse=not every)
+    for text, i, is_new in parts[reader]:
+        row = text.row(i)
         start = row.length + text.skipped[i]
         symbols = [*text.tokens[start:], *text.drafts[max(0, start - len(text.tokens)) :]]
         # What follows a first token in whose place the member reads its own is predicted before any symbol.
-        first = len(symbols) if not every else 0 if known is None and text.skipped[i] else 1
+        first = len(symbols) if not every else 0 if is_new and text.skipped[i] else 1
         asked.append(Read(row, symbols, range(first, len(symbols) + 1)))
-    work = reader.read(asked)
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            found: Predictions = done.value
-            break
-        pause()
-    for (text, _), read in zip(parts[reader], asked, strict=True):
+    found = yield from reader.read(asked)
+    for (text, *_), read in zip(parts[reader], asked, strict=True):
         text.is_full |= read.row.full
     return found

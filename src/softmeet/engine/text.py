@@ -40,7 +40,7 @@ class Pieces:
         special: whether special tokens are part of the text.
 
     Example:
-        >>> from softmeet.hf.byte_tokenizer import byte_tokenizer
+        >>> from softmeet.readers.byte_tokenizer import byte_tokenizer
         >>> pieces = Pieces(byte_tokenizer(), special=False)
         >>> [pieces.push(byte) for byte in "aé".encode()], pieces.end()
         (['a', '', 'é'], '')

@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from statistics import median
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
+from softmeet.suspended import by_turns, finished
+
 T = TypeVar("T")
 U = TypeVar("U")
+Work: TypeAlias = Generator[None, None, U]
 # Either way is tried so many times for a size of batch before the faster one is kept.
 _TRIES = 6
 # Threads have to save so much of the time.
@@ -21,7 +24,10 @@ _GAIN = 0.95
 
 
 class Together:
-    """Applies a function to members: in threads at the same time, or one after the other.
+    """Has members work: in threads at the same time, or one beside the other in this thread.
+
+    A member's work is a generator, which yields where it may be left for a while: those who wait for something wait at
+    the same time in either way.
 
     Threads share torch's: with 4 of them, each of two members gets 2.
 
@@ -31,7 +37,10 @@ class Together:
             after the other elsewhere. "auto" is False where torch has one thread or there is one member.
 
     Example:
-        >>> Together(2, True).map(len, ["a", "bc"])
+        >>> def length(word):
+        ...     yield
+        ...     return len(word)
+        >>> Together(2, True).map(length, ["a", "bc"])
         [1, 2]
     """
 
@@ -55,37 +64,52 @@ class Together:
         list(self._pool.map(begin, range(n)))
         torch.set_num_threads(threads)
 
-    def map(self, function: Callable[[T], U], items: Sequence[T]) -> list[U]:
-        """Return [function(item) for item in items], at the same time if that is told."""
-        return self._mapped(function, items, in_threads=self.parallel is True)
-
-    def measured(self, function: Callable[[T], U], items: Sequence[T], size: int) -> list[U]:
-        """Return [function(item) for item in items], in the way that is faster for such a size of the work, if "auto".
+    def map(
+        self, work: Callable[[T], Work[U]], items: Sequence[T], pause: Callable[[], None] = lambda: None
+    ) -> list[U]:
+        """Return what the work on each item returns; it is done in threads if that is told.
 
         Args:
-            function: takes about as long for the same items and equal sizes.
+            work: begins the work on an item.
+            items: the items.
+            pause: called where work may be left for a while, if it is done in this thread.
+        """
+        return self._mapped(work, items, pause, in_threads=self.parallel is True)
+
+    def measured(self, work: Callable[[T], Work[U]], items: Sequence[T], size: int) -> list[U]:
+        """Return what the work on each item returns, done in the way that is faster for such a size of it, if "auto".
+
+        Args:
+            work: begins the work on an item, which takes about as long for the same items and equal sizes.
             items: those to which it is applied; they live as long as this.
             size: what the time depends on, such as the number of sequences; sizes between two powers of two count as
                 one.
         """
         if self.parallel != "auto" or len(items) < 2:
-            return self.map(function, items)
+            return self.map(work, items)
         known = (*map(id, items), size.bit_length())
         if known in self._chosen:
-            return self._mapped(function, items, in_threads=self._chosen[known])
+            return self._mapped(work, items, in_threads=self._chosen[known])
         alone, threads = self._seconds[known]
         in_threads = len(threads) < len(alone)
         begun = time.perf_counter()
-        found = self._mapped(function, items, in_threads=in_threads)
+        found = self._mapped(work, items, in_threads=in_threads)
         (threads if in_threads else alone).append(time.perf_counter() - begun)
         if len(threads) == _TRIES:
             self._chosen[known] = median(threads) < _GAIN * median(alone)
         return found
 
-    def _mapped(self, function: Callable[[Any], U], items: Sequence[Any], *, in_threads: bool) -> list[U]:
+    def _mapped(
+        self,
+        work: Callable[[Any], Work[U]],
+        items: Sequence[Any],
+        pause: Callable[[], None] = lambda: None,
+        *,
+        in_threads: bool,
+    ) -> list[U]:
         if not in_threads:
-            return [function(item) for item in items]
-        running = [self._pool.submit(function, item) for item in items]
+            return by_turns([work(item) for item in items], pause)
+        running = [self._pool.submit(lambda item: finished(work(item)), item) for item in items]
         # Where one fails, the others still work on what they were given.
         wait(running)
         return [one.result() for one in running]

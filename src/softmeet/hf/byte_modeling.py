@@ -20,7 +20,6 @@ from softmeet.engine.processors import SomethingLeft, following
 from softmeet.errors import InvalidInputError
 from softmeet.hf import assembly, checkpoint
 from softmeet.hf.answer_length import within_limits
-from softmeet.hf.byte_tokenizer import byte_tokenizer
 from softmeet.hf.chat import chat_of
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
@@ -31,9 +30,11 @@ from softmeet.members.member import Member
 from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
 from softmeet.readers.byte_reader import ByteReader
+from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END, SYMBOLS
 from softmeet.readers.reader import Reader, Work
+from softmeet.rules.settings import Settings
 
 # The most bytes that evaluation reads at once by default.
 _WINDOW = 4096
@@ -70,6 +71,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     """
 
     over_bytes = True
+    begin = END
 
     def __init__(self, config: EnsembleConfig, readers: Sequence[ByteMember] | None = None) -> None:
         require_for_bytes(config.settings)
@@ -141,6 +143,15 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         if mine is not None and not len(mine):
             raise InvalidInputError("expected a prefix of at least one token, such as the one that begins a text")
         return self.readers[i].prefix if mine is None else mine, 0
+
+    def require(self, settings: Settings) -> None:
+        """Raise the errors of :func:`softmeet.hf.vocabulary.require_for_bytes`."""
+        require_for_bytes(settings)
+
+    def require_tokens(self, what: str) -> None:
+        """Raise InvalidInputError, which says that ``what``, such as "evaluation", is for ensembles over tokens."""
+        advice = "load members that share a tokenizer, with vocabulary='tokens'"
+        raise InvalidInputError(f"{what} does not take ensembles over bytes: {advice}")
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
         """Compute each member's predictions after every symbol of one text of t symbols, and their costs.

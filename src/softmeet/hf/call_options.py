@@ -51,14 +51,23 @@ def _refuse_beside_one_member(named: Sequence[str]) -> None:
         )
 
 
-def _require_prefixes(prefixes: Prefixes, n: int) -> None:
-    """Raise InvalidInputError unless each entry of ``prefixes`` has token ids or None for every one of n members."""
+def _before(prefixes: Prefixes, model: AnyEnsemble) -> list[OwnPrompt]:
+    """Return what members read before each prompt.
+
+    Raises:
+        InvalidInputError: unless each entry of ``prefixes`` has token ids or None for every member, and these are no
+            symbols.
+    """
+    n = len(model.members)
+    if model.begin is None:
+        raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
     for own in prefixes:
         if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):
             raise InvalidInputError(
                 f"expected prefixes as a list for each prompt, with token ids or None for each of {n} members, got "
                 f"{own!r}"
             )
+    return [OwnPrompt(0, own) for own in prefixes]
 
 
 def _is_list(given: Any) -> bool:
@@ -82,10 +91,8 @@ class CallOptions:
         settings: the settings by which the members are combined; a gate ``movement`` among them has its factor.
         recorder: counts the solution of every position whose logits are kept; None for no record.
         row_sampler: draws each sequence's tokens with noise of its own; None to let transformers draw them.
-        prefixes: over bytes, ``prefixes[k][i]`` holds the token ids that member i reads before sequence k (or before
-            prompt k, if every prompt has the same number of sequences), or None for that member's default prefix;
-            None in place of the whole for the default prefixes of all members.
-        own_prompts: over tokens, what members read in place of each prompt; None for no prompts of their own.
+        own_prompts: what members read in place of the beginning of each sequence (or of each prompt, if every prompt
+            has the same number of sequences); None for nothing of their own.
         token_seconds: the seconds that solvers may take in one ``forward``, for the next token of all sequences, as
             :func:`softmeet.time_limit` has it; None for no limit.
         structure: what each new text has to be, as a :class:`softmeet.Structure`; None for anything.
@@ -99,7 +106,6 @@ class CallOptions:
     settings: Settings
     recorder: Recorder | None = None
     row_sampler: RowSampler | None = None
-    prefixes: Prefixes | None = None
     own_prompts: Sequence[OwnPrompt] | None = None
     token_seconds: float | None = None
     structure: Structure | None = None
@@ -118,7 +124,6 @@ class CallOptions:
             "a recorder or report": own.recorder is not None,
             "a seed": own.row_sampler is not None,
             "structure": own.structure is not None,
-            "prefixes": own.prefixes is not None,
         }
         _refuse_beside_one_member([name for name, given in found.items() if given])
 
@@ -130,9 +135,11 @@ class CallOptions:
             model: the ensemble that is called.
             given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
                 ``prefixes``, ``own_prompts``, ``token_seconds``, ``structure``, ``speculate``, ``one_member``,
-                ``weights`` and ``gate``. Without ``settings`` the model's own hold, with the pool's ``weights`` and
-                the ``gate`` (a text such as ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with
-                ``settings``, which come from :meth:`Settings.for_members`, ``weights`` and ``gate`` are ignored.
+                ``weights`` and ``gate``. ``prefixes[k][i]``, where members' own tokens are no symbols, are the ids of
+                those that member i reads before sequence or prompt k; None for the member's default. Without
+                ``settings`` the model's own hold, with the pool's ``weights`` and the ``gate`` (a text such as
+                ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with ``settings``, which come from
+                :meth:`Settings.for_members`, ``weights`` and ``gate`` are ignored.
 
         Raises:
             InvalidInputError: if the weights, the gate, the structure or ``token_seconds`` are not valid, or prefixes
@@ -144,15 +151,13 @@ class CallOptions:
             changes = {"weights": weights, "gate": gate}
             settings = model.settings.changed(**{name: x for name, x in changes.items() if x is not None})
         model.require(settings)
-        names = ("recorder", "row_sampler", "prefixes", "own_prompts", "token_seconds", "structure")
+        names = ("recorder", "row_sampler", "own_prompts", "token_seconds", "structure")
         own = {name: given.pop(name, None) for name in names} | {"one_member": bool(given.pop("one_member", False))}
         own["speculate"] = checked_drafts(given.pop("speculate", None))
         if given.pop("max_bytes", None) is not None:
             raise InvalidInputError("max_bytes is for members combined over bytes: over tokens say max_new_tokens")
-        if own["prefixes"] is not None and not model.over_bytes:
-            raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
-        if own["prefixes"] is not None:
-            _require_prefixes(own["prefixes"], len(model.members))
+        if (prefixes := given.pop("prefixes", None)) is not None:
+            own["own_prompts"] = _before(prefixes, model)
         seconds = own["token_seconds"]
         if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
             raise InvalidInputError(f"expected token_seconds as a number from 0, got {seconds!r}")
@@ -207,7 +212,7 @@ class CallOptions:
             wanted: the number of tokens asked for, those of the prompt included.
             prompt_length: the number of tokens, padding included, of each prompt.
         """
-        rooms = [model.contexts.room(own.ids) for own in self.own_prompts or ()]
+        rooms = [model.contexts.room(own.ids) for own in self.own_prompts or () if own.replaced]
         return min([wanted, *(prompt_length + room for room in rooms)])
 
     @cached_property

@@ -23,6 +23,7 @@ from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, r
 from softmeet.members.member import Member
 from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
+from softmeet.members.registered import is_registered
 from softmeet.members.zoo import Named
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def saved_config(name: Any) -> EnsembleConfig | None:
     if not isinstance(name, str | Path | Member):
         return None
     member = Member.of(name)
-    if set(member.changes()) - {"revision"} or member.source.endswith(".gguf") or _is_bundled(member):
+    if set(member.changes()) - {"revision"} or member.source.endswith(".gguf") or _has_no_folder(member):
         return None
     where = known.find(member)
     try:
@@ -44,8 +45,9 @@ def saved_config(name: Any) -> EnsembleConfig | None:
     return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
 
 
-def _is_bundled(member: Member) -> bool:
-    return zoo.expand(member) != [str(member)] or zoo.locate(member.source) != member.source
+def _has_no_folder(member: Member) -> bool:
+    """Return whether a member is no checkpoint, or a bundled one."""
+    return is_registered(member) or zoo.expand(member) != [str(member)] or zoo.locate(member.source) != member.source
 
 
 def member_names(members: Sequence[Named] | Named) -> list[str]:

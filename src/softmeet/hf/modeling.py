@@ -28,7 +28,6 @@ from softmeet.hf.decoding import decode, decodes, is_to_speculate
 from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
-from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head
@@ -67,10 +66,13 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     OF_A_KIND = (
-        "over_bytes", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again", "key_of",
-        "new_reader", "before", "hidden_states", "generate", "_get_logits_processor",
+        "over_bytes", "begin", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again",
+        "key_of", "new_reader", "before", "hidden_states", "require", "require_tokens", "generate",
+        "_get_logits_processor",
     )  # fmt: skip
     over_bytes = False
+    # The symbol that a text may begin with, behind members' own tokens; None where these are symbols themselves.
+    begin: int | None = None
 
     def __init__(
         self,
@@ -281,14 +283,11 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         return self.contexts.before(i, prompt, OwnPrompt(len(prompt), tuple(own)) if own else None)
 
     def require(self, settings: Settings) -> None:
-        """Raise the errors of :func:`require_for_bytes` over bytes, of :meth:`Combiner.require` over tokens."""
-        return require_for_bytes(settings) if self.over_bytes else self.combiner.require(settings)
+        """Raise the error of a rule or setting that these members cannot be combined by (:meth:`Combiner.require`)."""
+        self.combiner.require(settings)
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
-        if self.over_bytes:
-            advice = "load members that share a tokenizer, with vocabulary='tokens'"
-            raise InvalidInputError(f"{what} does not take ensembles over bytes: {advice}")
 
     @property
     def device(self) -> torch.device:

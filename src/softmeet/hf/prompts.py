@@ -18,7 +18,6 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_unicode
 from softmeet.members.member import Member
 from softmeet.members.prompting import ids_of, own_messages
-from softmeet.readers.bytes.covers import END
 
 # A text, or the turns of a conversation.
 Prompt = str | Messages
@@ -39,15 +38,15 @@ def encoded(
 
     Returns:
         ``input_ids`` and ``attention_mask``, (B, t), on the model's device, padded on the left; also, where members
-        read different things, over tokens ``own_prompts``, each member's own tokens in place of each prompt, and over
-        bytes ``prefixes``, each member's own tokens before each prompt.
+        read different things, ``own_prompts``, each member's own tokens in place of each prompt, or before it where
+        these are no symbols.
 
     Raises:
         InvalidInputError: if there is no prompt, one is empty (but a text over bytes), is no UTF-8, or fills a member's
             context; or for the reasons of :meth:`ChatTemplates.own_prompts`.
     """
     require_unicode(*(cast(str, prompt) for prompt in prompts if not is_chat(prompt)))
-    if not prompts or not (all(prompts) or model.over_bytes):
+    if not prompts or not (all(prompts) or model.begin is not None):
         raise InvalidInputError("expected a prompt of at least one token, got an empty one")
     read = [read_prompt(model, tokenizer, prompt) for prompt in prompts]
     for _, own in read:
@@ -67,8 +66,7 @@ def encoded(
     found: dict[str, Any] = {"input_ids": inputs.to(model.device), "attention_mask": mask.to(model.device)}
     if any(own is not None for _, own in read):
         nothing = [None] * len(model.config.members)
-        each = [OwnPrompt(len(row), one or nothing) for row, one in read]
-        found |= {"prefixes": [one.ids for one in each]} if model.over_bytes else {"own_prompts": each}
+        found["own_prompts"] = [OwnPrompt(len(row) if model.begin is None else 0, one or nothing) for row, one in read]
     return found
 
 
@@ -84,8 +82,8 @@ def read_prompt(
         special: whether a text begins with the token that begins texts, where the tokenizer puts one.
 
     Returns:
-        (the shared tokens; for each member its own tokens, over tokens in place of the shared ones, over bytes before
-        them, or None for nothing of its own). None in place of the list if no member reads anything of its own.
+        (the shared tokens; for each member its own tokens, in place of the shared ones, or before them where they are
+        no symbols, or None for nothing of its own). None in place of the list if no member reads anything of its own.
 
     Raises:
         InvalidInputError: if a member has no chat template, or it refuses the conversation.
@@ -96,14 +94,13 @@ def read_prompt(
         row, own = _chat(model, members, cast(Messages, prompt))
     else:
         row = list(tokenizer(prompt, verbose=False, add_special_tokens=special)["input_ids"])
-        if model.over_bytes:
+        if model.begin is not None:
             # A template needs the text among each member's own tokens; else the text follows what is a member's own.
             if any(member.is_template for member in members):
                 tokenizers = chat_of(model).tokenizers
                 texts = zip(tokenizers, members, strict=True)
                 row, own = [], [ids_of(each, member.reads(str(prompt)), special=special) for each, member in texts]
-            # A text begins after the symbol for the end of a text.
-            row = row or [END]
+            row = row or [model.begin]
         elif any(member.prompt is not None for member in members):
             own = [
                 None if member.prompt is None else ids_of(tokenizer, member.reads(str(prompt)), special=special)
@@ -125,12 +122,12 @@ def states_behind(model: EnsembleForCausalLM, inputs: dict[str, Any]) -> list[Fl
 def _chat(model: EnsembleForCausalLM, members: Sequence[Member], prompt: Messages) -> tuple[list[int], Own | None]:
     """Return what members read for a conversation, as :func:`read_prompt` does."""
     templates = chat_of(model)
-    if all(member.prompt is None for member in members) and not model.over_bytes:
+    if all(member.prompt is None for member in members) and model.begin is None:
         shared = templates.shared_prompt(prompt)
         if shared is not None:
             return shared, None
     own = templates.own_prompts([own_messages(member, prompt) for member in members])
-    return ([END] if model.over_bytes else own[0]), [*own]
+    return (own[0] if model.begin is None else [model.begin]), [*own]
 
 
 def require_room(model: EnsembleForCausalLM, own: Sequence[Sequence[int] | None] | None) -> None:

@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from softmeet.engine.ask import Members
+from softmeet.members.reader_model import ReaderModel
 from softmeet.members.trunk import require_cache
+from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.kinds import others_than_keys_and_values
 from softmeet.readers.reader import Alphabet, Reader, Row
 from softmeet.readers.recurrent import RecurrentReader
@@ -63,6 +65,8 @@ class ReadMembers:
             InvalidInputError: if it takes no cache.
         """
         model, head = self.members[i], self.member_heads[i]
+        if isinstance(model, ReaderModel):
+            return GuardedReader(model.reader)
         if others_than_keys_and_values(require_cache(model).config):
             return RecurrentReader(model, self.tokenizer, name, head)
         return TransformersReader(model, self.tokenizer, name, (), kept_tokens, head)

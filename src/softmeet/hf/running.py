@@ -24,7 +24,6 @@ from softmeet.engine.quick import weights_of
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
-from softmeet.hf.contexts import OwnPrompt
 from softmeet.members.opaque import Head
 from softmeet.members.trunk import last_hidden
 from softmeet.rules.gates import Unsure
@@ -116,7 +115,7 @@ class NewTokens:
         """Check that the members are combined at no position that a prompt of its own does not have."""
         width = self.ids.shape[1]
         for one in texts:
-            if one.own and not self.model.over_bytes and self.needed > width - len(one.prompt) + 1:
+            if one.own and one.prompt and self.needed > width - len(one.prompt) + 1:
                 raise InvalidInputError(
                     "expected to combine members behind their prompts alone, as these differ: pass logits_to_keep=1"
                 )
@@ -178,20 +177,17 @@ def begun(model: AnyEnsemble, tokens: Sequence[Sequence[int]], options: CallOpti
     Raises:
         InvalidInputError: if own prompts are given for a number that does not divide that of the sequences.
     """
-    own = None if options is None else (options.prefixes if model.over_bytes else options.own_prompts)
+    own = None if options is None else options.own_prompts
     if own is None:
         return [Dropped(model, one) for one in tokens]
     if not own or len(tokens) % len(own):
-        what = (
-            f"prefixes for each of {len(tokens)} prompts"
-            if model.over_bytes
-            else f"prompts for {len(tokens)} sequences"
-        )
+        before = own and not own[0].replaced
+        what = f"prefixes for each of {len(tokens)} prompts" if before else f"prompts for {len(tokens)} sequences"
         raise InvalidInputError(f"expected {what}, got {len(own)}")
     each = [one for one in own for _ in range(len(tokens) // len(own))]
     found = []
     for one, ids in zip(each, tokens, strict=True):
-        text = Dropped(model, ids[: one.replaced], one.ids) if isinstance(one, OwnPrompt) else Dropped(model, ids, one)
+        text = Dropped(model, ids[: one.replaced], one.ids)
         text.tokens = list(ids)
         found.append(text)
     return found

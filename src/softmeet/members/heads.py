@@ -15,6 +15,7 @@ from softmeet.errors import CheckpointError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead, Whitening
 from softmeet.members.opaque import Head, OpaqueHead, is_readable, reason
 from softmeet.members.placement import gives_logits, home, in_memory, let_give_logits, without_head
+from softmeet.members.reader_model import ReaderModel
 from softmeet.norms import FinalNorm
 
 # Names, in models' configurations, of factors of the logits and of a divisor; most configurations have none.
@@ -36,6 +37,8 @@ def head_of(model: PreTrainedModel) -> Head:
         CheckpointError: if the model gives NaN.
         UnsupportedHeadError: if the model gives no logits.
     """
+    if isinstance(model, ReaderModel):
+        return model.head
     training = model.training
     model.eval()
     try:

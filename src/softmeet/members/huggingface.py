@@ -25,6 +25,8 @@ from softmeet.members.placement import (
     device_map_of,
     require_device,
 )
+from softmeet.members.reader_model import ReaderModel
+from softmeet.members.registered import is_registered, registered_reader, tokenizer_of
 from softmeet.members.zoo import Named
 
 Dtype = torch.dtype | str | None
@@ -76,6 +78,8 @@ def load_members(
         key, base = (_key(one, own_dtype, own_device) for one in (member.weights, member.base))
         if key not in shared:
             on_progress(str(member))
+        if is_registered(member) and key not in shared:
+            shared[key] = ReaderModel(member)
         if base not in shared and key not in shared:
             folder = None if offload_folder is None else Path(offload_folder) / str(len(members))
             shared[base] = _load(member.base, own_dtype, own_device, trust_remote_code, folder)
@@ -151,6 +155,9 @@ def require_loadable(
             quantized.require(member.quantization, own_device)
     methods: dict[Member, str | None] = {}
     for base in dict.fromkeys(member.base for member, _, _ in members):
+        if is_registered(base):
+            registered_reader(base)
+            continue
         where = _checkpoint_of(base, trust_remote_code)
         if "gguf_file" not in where:  # of which reading the configuration alone takes as long as reading all
             with refused.named_in_errors(base.checkpoint, where):
@@ -199,6 +206,8 @@ def load_tokenizers(names: Sequence[Named], *, trust_remote_code: bool = False) 
 
 
 def _tokenizer(base: Member, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if is_registered(base):
+        return tokenizer_of(base)
     where = _checkpoint_of(base, trust_remote_code)
     folder = _folder(where)
     if folder.is_dir() and "gguf_file" not in where:

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from softmeet.errors import CheckpointError, nearest
 from softmeet.members import zoo
 from softmeet.members.member import Member
+from softmeet.members.registered import is_registered, not_registered
 
 # For so long after a question that got no answer, members that are in the local cache are taken from there unasked.
 _PAUSE = 60.0
@@ -53,6 +54,8 @@ def find(name: str | Member) -> dict[str, Any]:
         'wide/gpt2'
     """
     member = Member.of(name)
+    if is_registered(member):
+        raise CheckpointError(f"expected a checkpoint of transformers, but {member.source} is a reader without one")
     place, file, source = zoo.locate(member.source), member.file, member.checkpoint
     path, within = Path(place), {} if member.subfolder is None else {"subfolder": member.subfolder}
     if path.suffix == ".gguf" and not path.is_dir():
@@ -74,11 +77,20 @@ def find(name: str | Member) -> dict[str, Any]:
         raise CheckpointError(
             f"cannot load {source}: there is no such {kind}: {_hint(missing) or 'check the path'}".rstrip()
         )
-    if get_close_matches(place, zoo.FAMILIES, cutoff=0.75):  # no model of the Hub is called so, and none can be
-        raise CheckpointError(f"cannot load {source}: {nearest(place, zoo.FAMILIES)}there is no folder of that name")
+    if (why := _no_hub_id(place)) is not None:
+        raise CheckpointError(f"cannot load {source}: {why}")
     found |= {} if member.revision is None else {"revision": member.revision}
     wanted = "/".join(filter(None, (member.subfolder, file or "config.json")))
     return found | _on_hub(source, place, member.revision, wanted)
+
+
+def _no_hub_id(place: str) -> str | None:
+    """Return why no model of the Hub can be called so; None if one can."""
+    if ":" in place:
+        return not_registered(place)
+    if get_close_matches(place, zoo.FAMILIES, cutoff=0.75):
+        return f"{nearest(place, zoo.FAMILIES)}there is no folder of that name"
+    return None
 
 
 def find_adapter(name: str) -> Path:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.errors import InvalidInputError
 from softmeet.members import names as known
 from softmeet.members.member import SLOT, Member
+from softmeet.members.registered import is_registered
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
@@ -69,6 +70,8 @@ def require_room(members: Sequence[str], tokenizers: Sequence[PreTrainedTokenize
     for member, tokenizer in zip(map(Member.parse, members), tokenizers, strict=True):
         before = prefix_of(member, tokenizer)
         if before is None:
+            continue
+        if is_registered(member):
             continue
         where = known.find(member)
         if "gguf_file" in where:  # of which reading the configuration alone takes as long as reading all

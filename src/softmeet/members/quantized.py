@@ -215,6 +215,8 @@ def rounds_coarsely(model: nn.Module) -> bool:
     What it computes then depends noticeably on how many tokens it reads at once. A GGUF file's weights, which loading
     dequantises, are judged by their dtype.
     """
+    if (reader := getattr(model, "reader", None)) is not None:
+        return bool(reader.traits.rounding == "coarse")
     quantised = getattr(model, "quantization_method", None) not in (None, "gguf")
     small = any(own.dtype.itemsize < 4 for own in model.parameters())
     return quantised or small or any("quantized" in type(own).__module__ for own in model.modules())

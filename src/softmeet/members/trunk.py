@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.placement import LOGITS, body, home, without_head
+from softmeet.members.reader_model import ReaderModel
 from softmeet.products import MOST, few_rows
 
 _ALL = slice(None)
@@ -70,6 +71,8 @@ def require_cache(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         InvalidInputError: if it does not take one.
     """
+    if isinstance(model, ReaderModel):
+        return model
     parameters = signature(body(model).forward).parameters
     # Those that hand everything on to another module name nothing.
     if "cache" not in parameters and "input_ids" in parameters:

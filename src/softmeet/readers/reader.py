@@ -295,6 +295,32 @@ class Reader(ABC):
     def close(self, row: Row) -> None:
         """Give a row up; nothing more can be read in it."""
 
+    def read_whole(
+        self, texts: Sequence[Sequence[int]], at: Sequence[Sequence[int]], own: Sequence[int] = ()
+    ) -> Predictions:
+        """Read texts from their beginnings, each in a row of its own that is closed again.
+
+        Args:
+            texts: their symbols.
+            at: for each, behind how many of its symbols predictions are wanted, as in :class:`Read`.
+            own: the member's own tokens before each, as in :meth:`open`.
+
+        Raises:
+            SoftmeetError: if a text cannot be read.
+        """
+        rows = list[Row]()
+        try:
+            for _ in texts:
+                rows.append(self.open(own=own, reuse=False))
+            asked = [Read(row, text, list(places)) for row, text, places in zip(rows, texts, at, strict=True)]
+            found = finished(self.read(asked))
+        finally:
+            for row in rows:
+                self.close(row)
+        for error in found.errors.values():
+            raise error
+        return found
+
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open ``count`` rows in which the first ``length`` symbols of another, by default all, have been read.
 
@@ -340,6 +366,9 @@ class ReaderOfRows(Reader, Generic[R]):
         self._kind, self._rows = kind, dict[R, None]()
 
     def _opened(self, row: R) -> R:
+        most = self.traits.rows
+        if most is not None and len(self._rows) >= most:
+            raise InvalidInputError(f"expected at most {most} open rows of {self.name}: close one first")
         self._rows[row] = None
         return row
 

@@ -45,6 +45,11 @@ class TokenAlphabet:
     ends: frozenset[int]
     spelling: None = None
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenAlphabet:
+        """Return the tokens of a tokenizer, of which its end-of-text token ends a text."""
+        return cls(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id} - {None}))
+
     @cached_property
     def _texts(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from softmeet.readers.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -22,3 +25,7 @@ class Limits:
     waiting: int = 256
     kept_tokens: int = 16384
     token_seconds: float = 1.0
+
+    def within(self, readers: Iterable[Reader]) -> Limits:
+        """Return these limits, with no more sequences at once than each reader has rows for."""
+        return replace(self, rows=min([self.rows, *(own.traits.rows for own in readers if own.traits.rows)]))

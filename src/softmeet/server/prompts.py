@@ -79,8 +79,8 @@ def encoded(
             if not scored and text is not None and any(member.prompt is not None for member in members):
                 special = body.add_special_tokens is not False
                 read = read_prompt(model, served.ensemble.tokenizer, text, special=special)
-            # Members' own tokens come in place of a text that is tokens, else before it.
-            found.append(shared if read[1] is None or combination.symbols_are_tokens else tuple(read[0]))
+            # Members' own tokens come in place of the text, or before what begins it.
+            found.append(shared if read[1] is None or model.begin is None else tuple(read[0]))
             own.append(_frozen(read[1]))
     except InvalidInputError as error:
         raise RequestError(str(error), param="prompt") from error

@@ -107,9 +107,10 @@ class Serving:
         parallel = True if any(s.ensemble.model.apart for s in ensembles) else told
         apart = settings.reproducible
         models, names = zip(*((s.ensemble.model, s.names) for s in ensembles), strict=True)
+        readers = readers_of(models, names, 0 if apart else settings.limits.kept_tokens)
         self.batcher = Batcher(
-            readers_of(models, names, 0 if apart else settings.limits.kept_tokens),
-            settings.limits,
+            readers,
+            settings.limits.within(readers.values()),
             self.metrics,
             parallel=parallel,
             reproducible=apart,

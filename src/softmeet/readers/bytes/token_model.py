@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from softmeet.errors import InvalidInputError
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.opaque import Head
+from softmeet.members.reader_model import ReaderModel
 from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.covers import END, SYMBOLS, NextTokenProbs
 from softmeet.readers.bytes.nodes import Chain, Next, Rows
+from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.masks import require_trees
 from softmeet.readers.reader import Reader, Work
 from softmeet.readers.transformers import TransformersReader
@@ -54,18 +56,18 @@ class TokenModel:
         self, model: PreTrainedModel | Reader, spelling: Spelling, prefix: Sequence[int] | None = None
     ) -> None:
         self.spelling = spelling
-        if not isinstance(model, Reader):
-            model = _reader(model, head_of(model), spelling.name)
-        if not (model.traits.can_fork and model.traits.can_crop):
-            raise model.cannot("fork rows and take back what it has read")
-        self.model: Any = getattr(model, "model", None)
-        self.head: Any = model.head
-        self.ends = sorted(model.alphabet.ends | ({spelling.end} if spelling.end is not None else set()))
-        self.limit = model.limit
+        self.model: Any = model if isinstance(model, PreTrainedModel) else getattr(model, "model", None)
+        reader = model if isinstance(model, Reader) else _reader(model, head_of(model), spelling.name)
+        if not (reader.traits.can_fork and reader.traits.can_crop):
+            raise reader.cannot("fork rows and take back what it has read")
+        self._tells = reader.head is None
+        self.head: Any = head_of(model) if isinstance(model, ReaderModel) else reader.head
+        self.ends = sorted(reader.alphabet.ends | ({spelling.end} if spelling.end is not None else set()))
+        self.limit = reader.limit
         self.prefix = list(self.spelling.start if prefix is None else prefix)
-        self._v = model.alphabet.size
+        self._v = reader.alphabet.size
         self._columns = torch.tensor([*spelling.tokens.tolist(), *self.ends])
-        self._rows = Rows(model)
+        self._rows = Rows(reader)
         self.spent = Work()
 
     @property
@@ -141,9 +143,9 @@ class TokenModel:
             for _, group in groupby(behind, lambda one: id(one.told)):
                 own = list(group)
                 places = torch.tensor([one.number for one in own])
-                parts.append(own[0].told.logits(places) if self.head is None else own[0].told.hidden(places))
+                parts.append(own[0].told.logits(places) if self._tells else own[0].told.hidden(places))
             found = torch.cat(parts) if len(parts) > 1 else parts[0]
-            return found if self.head is None else self.head.logits(found)
+            return found if self._tells else self.head.logits(found)
 
     def next_token_probs(self, behind: Sequence[Next], places: Sequence[int]) -> list[NextTokenProbs]:
         """Compute the next token's probabilities at k places.
@@ -171,7 +173,9 @@ class TokenModel:
         return found
 
 
-def _reader(model: PreTrainedModel, head: Head, name: str) -> TransformersReader:
+def _reader(model: PreTrainedModel, head: Head, name: str) -> Reader:
     """Make the reader of a model's tokens, which reads those of all texts in one call."""
+    if isinstance(model, ReaderModel):
+        return GuardedReader(model.reader)
     require_trees(model)
     return TransformersReader(model, None, name, kept_tokens=0, head=head, at_once=True)

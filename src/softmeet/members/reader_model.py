@@ -1,0 +1,91 @@
+"""A registered reader as a causal language model of transformers, as which an ensemble holds every member."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from softmeet.errors import InvalidInputError
+from softmeet.members.member import Member
+from softmeet.members.opaque import OpaqueHead
+from softmeet.members.placement import let_give_logits
+from softmeet.members.registered import registered_reader
+
+
+class ReaderModel(PreTrainedModel, GenerationMixin):
+    """A registered reader as a causal language model, which reads each text anew; decoding uses the reader itself.
+
+    Its one parameter tells it from other members, as weights tell models: it is made of the member's line of text.
+
+    Args:
+        member: the member, of which :func:`softmeet.members.registered.is_registered` is true.
+
+    Attributes:
+        reader: the reader.
+        head: the output layer, which is not read: the reader tells logits.
+
+    Example:
+        >>> from softmeet.testing import Uniform
+        >>> import softmeet
+        >>> softmeet.register_reader("uniform", Uniform)
+        >>> ReaderModel(Member("uniform:bytes"))(torch.tensor([[104, 105]])).logits.shape
+        torch.Size([1, 2, 257])
+    """
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, member: Member) -> None:
+        reader = registered_reader(member)
+        tokenizer, v = reader.alphabet.tokenizer, reader.alphabet.size
+        super().__init__(
+            PreTrainedConfig(
+                vocab_size=v, max_position_embeddings=reader.limit if reader.limit < 1 << 30 else None,
+                bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=sorted(reader.alphabet.ends) or None,
+            )
+        )  # fmt: skip
+        mark = hashlib.sha256(member.source.encode()).digest()
+        self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
+        self.reader, self._member = reader, member.base
+        let_give_logits(self)
+        self.head = OpaqueHead(self, v, v, f"is none ({reader.name} is a reader that tells logits)")
+
+    def __reduce__(self) -> Any:
+        """Have a copy in another process make its reader there."""
+        return ReaderModel, (self._member,)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return a layer without width, which tells how many tokens there are."""
+        return nn.Embedding(self.head.v, 0)
+
+    def get_output_embeddings(self) -> None:
+        """Return None: logits come from the reader."""
+        return
+
+    def forward(
+        self, input_ids: Int[Tensor, "B t"], attention_mask: Int[Tensor, "B t"] | None = None, **options: Any
+    ) -> CausalLMOutput:
+        """Read texts from their beginnings.
+
+        Args:
+            input_ids: their tokens.
+            attention_mask: 0 at padding, which is not read; None if there is none.
+            options: those of other models, which make no difference here, but for ``cache``, which is refused.
+
+        Raises:
+            InvalidInputError: if a cache is given, or a text is longer than the reader's limit.
+        """
+        if options.get("cache") is not None:
+            raise InvalidInputError(f"expected no cache for {self.reader.name}, which is read by its reader's rows")
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        texts = [row[mask].tolist() for row, mask in zip(input_ids, real.bool(), strict=True)]
+        told = self.reader.read_whole(texts, [range(1, len(text) + 1) for text in texts]).logits()
+        found: Float[Tensor, "B t v"] = told.new_zeros(*input_ids.shape, told.shape[-1])
+        found[real.bool()] = told
+        return CausalLMOutput(logits=found.to(input_ids.device))

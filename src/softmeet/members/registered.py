@@ -1,0 +1,120 @@
+"""Readers that packages and programs register: ``-m NAME:REST`` makes a member of what the factory NAME returns.
+
+A package names its factory by an entry point of the group ``softmeet.readers``; it is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+from weakref import WeakValueDictionary
+
+from transformers import PreTrainedTokenizerBase
+
+from softmeet.errors import CheckpointError, InvalidInputError, SoftmeetError, nearest
+from softmeet.members.member import Member
+
+GROUP = "softmeet.readers"
+# What softmeet uses of a reader.
+_PARTS = ("name", "alphabet", "limit", "traits", "bytes", "open", "read", "close")
+_registered: dict[str, Callable[[str], Any]] = {}
+_made: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+def register_reader(name: str, factory: Callable[[str], Any]) -> None:
+    """Register a factory of readers for this process, so that members ``NAME:REST`` are found.
+
+    Args:
+        name: the part before the colon; one that was registered before is replaced.
+        factory: a function of REST, the part behind the colon, that returns a :class:`softmeet.Reader` whose alphabet
+            is a :class:`softmeet.readers.transformers.TokenAlphabet` with a tokenizer.
+
+    Raises:
+        InvalidInputError: if the name is no identifier, or a package has it.
+
+    Example:
+        >>> import softmeet
+        >>> from softmeet.testing import Uniform
+        >>> softmeet.register_reader("uniform", Uniform)
+        >>> found = softmeet.Ensemble.from_pretrained("uniform:bytes").next_token("a", top=1)
+        >>> round(found.top[0][1] * 257, 6)
+        1.0
+    """
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise InvalidInputError(f"expected a name of letters, digits and underscores for readers, got {name!r}")
+    if name in _installed():
+        raise InvalidInputError(f"the name {name!r} is taken by {_installed()[name].value}: choose another one")
+    _registered[name] = factory
+    for line in [line for line in _made if line.partition(":")[0] == name]:
+        del _made[line]
+
+
+def is_registered(member: Member) -> bool:
+    """Return whether a member's source is ``NAME:REST``, with the NAME of a factory of readers that is known here."""
+    name, colon, _ = member.source.partition(":")
+    return bool(colon) and (name in _registered or name in _installed())
+
+
+def not_registered(source: str) -> str:
+    """Return why a source with a colon is no member, with what to do."""
+    name = source.partition(":")[0]
+    return (
+        f"{nearest(name, [*_installed(), *_registered])}no package here has readers called {name!r}: install the one "
+        "that has, or call softmeet.register_reader"
+    )
+
+
+def registered_reader(member: Member) -> Any:
+    """Return the reader of a member that :func:`is_registered`, as its factory made it; the same while it is in use.
+
+    Raises:
+        InvalidInputError: if the member has a field that only checkpoints have, such as a dtype.
+        CheckpointError: if the factory fails, or what it returns is no reader, or has no tokenizer.
+    """
+    line = member.source
+    if wrong := sorted(set(member.base.changes()) | ({"adapter"} if member.adapter else set())):
+        raise InvalidInputError(
+            f"expected nothing but a prompt and a name behind {line}, which is no checkpoint, got {wrong[0]}: leave "
+            "it out"
+        )
+    if (known := _made.get(line)) is not None:
+        return known
+    name, _, rest = line.partition(":")
+    try:
+        factory = _registered[name] if name in _registered else _installed()[name].load()
+        found = factory(rest)
+    except SoftmeetError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"cannot load {line}: its factory raised {type(error).__name__}: {error}") from error
+    _require_reader(line, found)
+    # Whoever has the tokenizer keeps the reader, so that a member is not made once for each.
+    vars(found.alphabet.tokenizer)["_softmeet_reader"] = found
+    _made[line] = found
+    return found
+
+
+def tokenizer_of(member: Member) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a registered reader; the errors are those of :func:`registered_reader`."""
+    tokenizer: PreTrainedTokenizerBase = registered_reader(member).alphabet.tokenizer
+    return tokenizer
+
+
+def _require_reader(line: str, found: Any) -> None:
+    if missing := [part for part in _PARTS if not hasattr(found, part)]:
+        raise CheckpointError(
+            f"cannot load {line}: expected a softmeet.Reader of its factory, got {type(found).__name__} without "
+            f"{missing[0]}"
+        )
+    if not isinstance(getattr(found.alphabet, "tokenizer", None), PreTrainedTokenizerBase):
+        raise CheckpointError(
+            f"cannot load {line}: expected the tokens of a tokenizer as its reader's symbols: let its alphabet be a "
+            "softmeet.readers.transformers.TokenAlphabet with a tokenizer"
+        )
+
+
+@cache
+def _installed() -> dict[str, Any]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -1,0 +1,131 @@
+"""A reader from elsewhere, of which every answer is looked at: what breaks a law fails by the reader's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.errors import NonFiniteError, ReaderError, SoftmeetError
+from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row
+
+T = TypeVar("T")
+
+
+class GuardedReader(Reader):
+    """A reader whose answers are those of another one, or errors of the rows that they harm.
+
+    A row fails with a ReaderError if the other reader raises anything but an error of softmeet's, forgets the row, or
+    tells fewer places or symbols than were asked for, and with a NonFiniteError if it tells NaN, +inf or nothing that
+    is possible. The other rows of the call are told as they are.
+
+    Args:
+        reader: the other one.
+
+    Example:
+        >>> from softmeet.testing import Uniform
+        >>> class Torn(Uniform):
+        ...     def next_logits(self, texts):
+        ...         return super().next_logits(texts) / torch.zeros(257)
+        >>> Torn("torn").read_whole([[1]], [[1]]).log_probs().isnan().all()
+        tensor(True)
+        >>> GuardedReader(Torn("torn")).read_whole([[1]], [[1]])
+        Traceback (most recent call last):
+        softmeet.errors.NonFiniteError: expected numbers of torn that make a distribution, got NaN or +inf
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.name, self.alphabet, self.limit = reader.name, reader.alphabet, reader.limit
+        self.traits = reader.traits
+
+    def __reduce__(self) -> Any:
+        """Have a copy guard a copy."""
+        return GuardedReader, (self._reader,)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of memory of all rows."""
+        return self._told(lambda: self._reader.bytes)
+
+    def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
+        """Open a row."""
+        return self._told(lambda: self._reader.open(text, own, reuse=reuse))
+
+    def close(self, row: Row) -> None:
+        """Give a row up."""
+        self._told(lambda: self._reader.close(row))
+
+    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
+        """Open rows that begin with a row's symbols."""
+        return self._told(lambda: self._reader.fork(row, count, length))
+
+    def crop(self, row: Row, length: int) -> None:
+        """Take back the symbols behind the first ``length``."""
+        self._told(lambda: self._reader.crop(row, length))
+
+    def explain(self, row: Row, top: int = 10, at: int | None = None) -> Explanation:
+        """Say how a row has been read."""
+        return self._told(lambda: self._reader.explain(row, top, at))
+
+    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+        """Read on in some rows."""
+        before = [one.row.length for one in asked]
+        try:
+            found = yield from self._reader.read(asked)
+            return self._looked_at(asked, before, found)
+        except Exception as error:
+            every = dict.fromkeys(range(len(asked)), self._named(error))
+            return Given(torch.zeros(0, self.alphabet.size), [0] * len(asked), every)
+
+    def _looked_at(self, asked: Sequence[Read], before: Sequence[int], found: Predictions) -> Predictions:
+        """Return predictions without those of rows that break a law, which are errors of these rows."""
+        if not isinstance(found, Predictions) or len(found.counts) != len(asked):
+            raise self._broken(f"told {type(found).__name__} in place of Predictions of {len(asked)} reads")
+        logits, v = found.logits(), self.alphabet.size
+        if logits.shape != (len(found), v) or not logits.is_floating_point():
+            raise self._broken(f"told {tuple(logits.shape)} {logits.dtype} where {(len(found), v)} logits were due")
+        errors, kept, counts = dict(found.errors), list[Tensor](), [0] * len(asked)
+        for k, (one, length) in enumerate(zip(asked, before, strict=True)):
+            own = logits[found.of(k)]
+            if k in errors or (error := self._harm(one, length, own)) is None:
+                counts[k] = len(own)
+                kept.append(own)
+            else:
+                errors[k] = error
+        if errors.keys() == found.errors.keys():
+            return found
+        return Given(torch.cat([logits[:0], *kept]), counts, errors, found.work)
+
+    def _harm(self, one: Read, before: int, own: Float[Tensor, "t v"]) -> SoftmeetError | None:
+        """Return which law an answer to one read breaks; None if it breaks none.
+
+        Args:
+            one: what was asked.
+            before: the row's length before it was.
+            own: what was told.
+        """
+        if len(own) != len(one.at):
+            return self._broken(f"told {len(own)} places of a row, of which {len(one.at)} were asked for")
+        if one.row.length != (length := before + one.keep * len(one.symbols)):
+            return self._broken(f"left a row at length {one.row.length}, where it was to be {length}")
+        most = own.amax(-1) if len(own) else own.new_zeros(0)
+        if bool(own.isnan().any()) or not bool(most.isfinite().all()):
+            return NonFiniteError(f"expected numbers of {self.name} that make a distribution, got NaN or +inf")
+        return None
+
+    def _told(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except Exception as error:
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> SoftmeetError:
+        """Return an error of softmeet's as it is, and any other as one that names the reader."""
+        return error if isinstance(error, SoftmeetError) else self._broken(f"raised {type(error).__name__}: {error}")
+
+    def _broken(self, how: str) -> ReaderError:
+        return ReaderError(f"the reader {self.name} {how}: try it by softmeet.testing.check_reader")

@@ -1,0 +1,114 @@
+"""Readers that keep nothing of a text but its symbols, such as tables of counts and services that are asked anew."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.readers.reader import Given, Predictions, Read, ReaderOfRows, Row, Traits, Work
+from softmeet.readers.transformers import TokenAlphabet
+
+_PLAIN = Traits()
+
+
+@dataclass(eq=False)
+class Symbols(Row):
+    """A row: the member's own tokens before a text, and the symbols that were read."""
+
+    own: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """The number of symbols that were read."""
+        return len(self.text)
+
+
+class StatelessReader(ReaderOfRows[Symbols]):
+    """A reader whose predictions are computed of whole texts: a subclass defines :meth:`next_logits` alone.
+
+    Args:
+        name: the member's name in messages.
+        alphabet: its symbols, the tokens of a tokenizer.
+        limit: the most symbols of a text, the member's own tokens before it included; None for any number.
+        traits: what it can do; by default as much as any reader, up to rounding.
+
+    Example:
+        >>> from softmeet.readers.byte_tokenizer import byte_tokenizer
+        >>> from softmeet.readers.reader import finished
+        >>> class Uniform(StatelessReader):
+        ...     def next_logits(self, texts):
+        ...         return torch.zeros(len(texts), self.alphabet.size)
+        >>> reader = Uniform("uniform", TokenAlphabet.of(byte_tokenizer()))
+        >>> found = finished(reader.read([Read(reader.open(), [104, 105], at=[2])]))
+        >>> found.log_probs().shape, round(found.log_probs().exp()[0, 0].item() * 257, 6)
+        (torch.Size([1, 257]), 1.0)
+    """
+
+    def __init__(self, name: str, alphabet: TokenAlphabet, limit: int | None = None, traits: Traits = _PLAIN) -> None:
+        super().__init__(Symbols)
+        self.name, self.alphabet, self.limit = name, alphabet, limit or 1 << 30
+        self.traits = traits
+
+    @abstractmethod
+    def next_logits(self, texts: Sequence[Sequence[int]]) -> Float[Tensor, "k v"]:
+        """Return what follows each of k texts: logits in nats, fp32 or fp64, log-probabilities up to a constant.
+
+        Args:
+            texts: the symbols of each, behind the member's own tokens before it; some may be empty.
+        """
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of the symbols of all open rows, 8 each."""
+        return sum(8 * (len(row.own) + len(row.text)) for row in self._rows)
+
+    def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
+        """Open a row, as of :meth:`Reader.open`; nothing is known of earlier texts."""
+        row = Symbols(own=tuple(own))
+        if error := self._refused(row, own):
+            raise error
+        return self._opened(row)
+
+    def close(self, row: Row) -> None:
+        """Give a row up."""
+        self._rows.pop(self._mine(row))
+
+    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
+        """Open rows that begin with a row's symbols."""
+        one = self._mine(row)
+        return [self._opened(replace(one, text=one.text[:length])) for _ in range(count)]
+
+    def crop(self, row: Row, length: int) -> None:
+        """Take back the symbols behind the first ``length``."""
+        one = self._mine(row)
+        one.text = one.text[:length]
+
+    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+        """Read on in some rows, as of :meth:`Reader.read`, with one call of :meth:`next_logits`."""
+        pairs = list(zip(self._each_once(asked), asked, strict=True))
+        errors = {k: error for k, (row, one) in enumerate(pairs) if (error := self._refused(row, one.symbols))}
+        well = [pair for k, pair in enumerate(pairs) if k not in errors]
+        texts = [(*row.own, *row.text, *one.symbols[:place]) for row, one in well for place in one.at]
+        found = self.next_logits(texts) if texts else torch.zeros(0, self.alphabet.size)
+        for row, one in well:
+            if one.keep:
+                row.text = (*row.text, *one.symbols)
+        counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
+        work = Work(1 if texts else 0, sum(len(one.symbols) for _, one in well))
+        yield from ()
+        return Given(found, counts, errors, work)
+
+    def _refused(self, row: Symbols, symbols: Sequence[int]) -> SoftmeetError | None:
+        """Return why some symbols cannot be read; None if they can."""
+        if wrong := [symbol for symbol in symbols if not 0 <= symbol < self.alphabet.size]:
+            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
+        if (length := len(row.own) + row.length + len(symbols)) > self.limit:
+            return InvalidInputError(f"expected at most {self.limit:,} symbols of {self.name}, got {length:,}")
+        return None
