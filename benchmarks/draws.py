@@ -16,15 +16,15 @@ import torch
 import typer
 
 from report import seconds, show
-from softmeet.hf.sampling import FreshNoise
+from softmeet.engine.draw import Noise, choose
 
 # The vocabularies of GPT-2 and of Qwen2.5.
 SIZES = 50_257, 151_936
 
 
-def by_noise(noise: FreshNoise, positions: Iterator[int], scores: torch.Tensor) -> None:
-    """Draw as :func:`softmeet.hf.sampling.one_by_one` does, each time at another position."""
-    noise(torch.zeros(len(scores), next(positions), dtype=torch.int64), scores).argmax(-1)
+def by_noise(noise: Noise, positions: Iterator[int], scores: torch.Tensor) -> None:
+    """Draw as every road does, each time at another position."""
+    choose(scores, noise.at(next(positions)))
 
 
 def by_multinomial(scores: torch.Tensor) -> None:
@@ -45,7 +45,10 @@ def main(
             scores = 3 * torch.randn(batch, v)
             noise, other = (
                 1000 * median(seconds(draw, repeats))
-                for draw in (partial(by_noise, FreshNoise(), count(), scores), partial(by_multinomial, scores))
+                for draw in (
+                    partial(by_noise, Noise.unseeded(batch), count(), scores),
+                    partial(by_multinomial, scores),
+                )
             )
             row = {"tokens": v, "batch": batch, "noise": noise, "torch.multinomial": other}
             rows.append({**row, "ratio": other / noise})

@@ -7,9 +7,9 @@ import queue
 import tiny
 import torch
 
+from softmeet.engine.draw import Sampling
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.sampling import RowSampler
-from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Combination, Failed, Finished, GenerationRequest, Sequence, Token
 
 # Rotary, learned and offset positions, grouped heads, a sliding window, a soft-cap.

@@ -21,6 +21,7 @@ class Letters:
 
     size: int = len(LETTERS)
     ends: frozenset = frozenset({LETTERS.index(".")})
+    spelling: None = None
 
     def encode(self, text):
         return [LETTERS.index(letter) for letter in text]

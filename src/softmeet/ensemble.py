@@ -24,7 +24,7 @@ from softmeet.hf.prompts import Prompt, encoded, states_behind
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import RowSampler, require_reproducible
-from softmeet.hf.streaming import DisagreementStreamer, streamed, text_streamer
+from softmeet.hf.streaming import DisagreementStreamer, PieceStreamer, streamed
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
 from softmeet.members import zoo
@@ -360,8 +360,8 @@ class Ensemble:
             >>> "".join(ensemble.stream("In the beginning", max_new_tokens=5, do_sample=False))
             ' of the earth, and'
         """
-        streamer = text_streamer(self.tokenizer)
-        yield from streamed(self.model, streamer, self._arguments([text], seed, recorder, options))
+        arguments = self._arguments([text], seed, recorder, options)
+        yield from streamed(self.model, PieceStreamer(self.tokenizer), arguments)
 
     def stream_with_disagreement(
         self, text: Prompt, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any

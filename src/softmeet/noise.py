@@ -14,7 +14,7 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
@@ -60,19 +60,16 @@ def gumbel(seed: int, sequence: int, position: int, v: int) -> Float[Tensor, " v
     return uniform.clamp_min_(_LEAST).log_().neg_().log_().neg_()
 
 
-def noisy(scores: Float[Tensor, "B v"], noise: Sequence[tuple[int, int, int]]) -> Float[Tensor, "B v"]:
+def noisy(scores: Float[Tensor, "B v"], noise: Sequence[tuple[int, int, int] | None]) -> Float[Tensor, "B v"]:
     """Return scores to which each row's noise is added, fp64.
 
     Args:
         scores: (B, v), logits or log-probabilities in nats; -inf for an impossible token.
-        noise: for each row the seed, sequence and position of its noise, as in :func:`gumbel`.
+        noise: for each row the seed, sequence and position of its noise, as in :func:`gumbel`, or
+            None.
     """
     found = scores.double() if scores.dtype != torch.float64 else scores.clone()
     for row, one in zip(found, noise, strict=True):
-        row += gumbel(*one, scores.shape[-1]).to(row.device)
+        if one is not None:
+            row += gumbel(*one, scores.shape[-1]).to(row.device)
     return found
-
-
-def draw(scores: Float[Tensor, "B v"], noise: Sequence[tuple[int, int, int]]) -> Int[Tensor, " B"]:
-    """Draw one token id per row from softmax(scores); the arguments are those of :func:`noisy`."""
-    return noisy(scores, noise).argmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 from unittest.mock import Mock
 
@@ -15,13 +16,15 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app
+from softmeet.engine.limits import AnswerLength
 from softmeet.errors import InvalidInputError
-from softmeet.hf import answer_length
-from softmeet.hf.answer_length import AnswerLength, AnswersEnd, WholeCharacterStreamer, tokens_in
+from softmeet.hf.answer_length import AnswersEnd, WholeCharacterStreamer
 from softmeet.members import zoo
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.spelling import spelling_of
+from softmeet.readers.byte_alphabet import ByteAlphabet
 from softmeet.readers.bytes.covers import END
+from softmeet.readers.transformers import TokenAlphabet
 
 NAMES = ["mixed/gpt2", "mixed/llama"]
 SPELLINGS = [spelling_of(name, own) for name, own in zip(NAMES, load_tokenizers(NAMES), strict=True)]
@@ -35,6 +38,10 @@ PIECES = st.sampled_from((
 TEXTS = st.lists(PIECES | st.characters(exclude_categories=["Cs"]), max_size=60).map("".join)
 
 
+def tokens_in(spelling, text):
+    return len(spelling.encode(text)) if text else 0
+
+
 def running(spelling, text):
     """The most tokens behind each character of a text up to there."""
     return list(accumulate((tokens_in(spelling, text[: k + 1].encode()) for k in range(len(text))), max))
@@ -45,7 +52,7 @@ def running(spelling, text):
 @example(SPELLINGS[1], "rinker, nessord llowserv lesson, ingsfollow ingser, a\u2581 and", 33)
 @given(st.sampled_from(SPELLINGS), TEXTS, st.integers(0, 40))
 def test_an_answer_is_the_longest_text_that_never_had_too_many_tokens(spelling, text, most):
-    length, data = AnswerLength(spelling, most), text.encode()
+    length, data = AnswerLength(ByteAlphabet(spelling), most), text.encode()
     for byte in data:
         if length.is_over or not length.push(byte):
             break
@@ -60,28 +67,37 @@ def test_an_answer_is_the_longest_text_that_never_had_too_many_tokens(spelling, 
 
 
 def test_a_text_is_cut_into_tokens_seldom(monkeypatch):
-    spelling, cut = SPELLINGS[0], Mock(side_effect=answer_length.tokens_in)
+    spelling, alphabet = SPELLINGS[0], ByteAlphabet(SPELLINGS[0])
+    cut = Mock(side_effect=alphabet.count)
     text = b"And the king said unto them, Go ye and seek the house of the LORD. " * 40
-    monkeypatch.setattr(answer_length, "tokens_in", cut)
-    length = AnswerLength(spelling, 400)
+    monkeypatch.setattr(ByteAlphabet, "count", cut)
+    length = AnswerLength(alphabet, 400)
     assert not all(length.push(byte) for byte in text)
     assert 300 < tokens_in(spelling, text[: length.kept]) <= 400
     assert cut.call_count < 60
 
 
 def test_bytes_that_are_no_character_and_ends_within_a_text_count():
-    length = AnswerLength(SPELLINGS[0], 3)
+    length = AnswerLength(ByteAlphabet(SPELLINGS[0]), 3)
     assert [length.push(symbol) for symbol in (0xFF, END, END, 0x61)] == [True, True, True, False]
     assert (length.kept, length.count) == (3, 4)
-    half = AnswerLength(SPELLINGS[0], None, 3)
+    half = AnswerLength(ByteAlphabet(SPELLINGS[0]), None, 3)
     assert [half.push(symbol) for symbol in "a\u65e5".encode()[:3]] == [True, True, False]
     assert half.kept == 3
-    assert AnswerLength(SPELLINGS[0], None).longest is None
+    assert AnswerLength(ByteAlphabet(SPELLINGS[0]), None).longest is None
+
+
+@pytest.mark.parametrize(("most", "symbols"), [(3, None), (5, 3), (None, 3)])
+def test_where_symbols_are_tokens_their_number_counts(most, symbols):
+    length = AnswerLength(TokenAlphabet(None, 300, frozenset({256})), most, symbols)
+    # Ids that are no bytes, and would begin a character if they were.
+    assert [length.push(symbol) for symbol in (299, 0xC3, 0xE2)] == [True, True, False]
+    assert (length.kept, length.count, length.longest) == (3, 3, 3)
 
 
 def test_a_streamer_gets_whole_characters_of_the_answer():
     got = Mock()
-    text, length = "a\u00e9 \u65e5".encode(), AnswerLength(SPELLINGS[0], 3)
+    text, length = "a\u00e9 \u65e5".encode(), AnswerLength(ByteAlphabet(SPELLINGS[0]), 3)
     assert tokens_in(SPELLINGS[0], "a\u00e9 \u65e5".encode()) > 3
     streamer = WholeCharacterStreamer(got, length)
     streamer.put(torch.tensor([[1, 2]]))
@@ -95,7 +111,7 @@ def test_a_streamer_gets_whole_characters_of_the_answer():
 
 
 def test_rows_may_change_places():
-    criterion = AnswersEnd(1, SPELLINGS[0], 2)
+    criterion = AnswersEnd(1, partial(AnswerLength, ByteAlphabet(SPELLINGS[0]), 2))
     for rows in (["a", "b"], ["ba", "ab"], ["ab ", "ab "], ["ab c", "ab x"]):
         found = criterion(torch.tensor([[0, *row.encode()] for row in rows]), None)
         assert found.tolist() == [tokens_in(SPELLINGS[0], row.encode()) > 2 for row in rows]

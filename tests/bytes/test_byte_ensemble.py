@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
+from softmeet.engine.processors import following
 from softmeet.errors import InvalidInputError, TraceError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
@@ -25,7 +26,7 @@ from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM, WholeCharacters
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import expected_tokens
 from softmeet.hf.readers import ReadMembers
 from softmeet.readers.byte_tokenizer import byte_tokenizer
@@ -122,9 +123,9 @@ def test_what_is_generated_is_utf8(pruned):
     assert not text.decode(errors="replace")[:-1].count("\ufffd")
 
 
-def test_which_bytes_may_follow():
+def test_which_bytes_may_follow(ensemble):
     """Of all strings of up to four bytes, those that Python can decode, or go on to decode."""
-    forbid, zeros = WholeCharacters(), torch.zeros(1, SYMBOLS)
+    (forbid,), zeros = following(ensemble.model.alphabet), torch.zeros(1, SYMBOLS)
     for character in ("a", "\u00e9", "\u20ac", "\U0001f642", "\u0800", "\ud7ff", "\U0010ffff"):
         text = character.encode()
         for k, byte in enumerate(text):

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
+from softmeet.engine.processors import MayFollow
 from softmeet.hf import Recorder
-from softmeet.hf.byte_modeling import WholeCharacters
 from softmeet.readers.bytes.covers import END, Pruning
 
 KINDS = ("gpt2", "llama")
@@ -105,7 +105,7 @@ def gated_greedy(model, prompt, threshold, count):
         log_probs = torch.cat([reader.log_probs([reader.begin(text)]) for reader in model.readers])
         alone = bool(log_probs[0].exp().max() >= threshold)
         scores = log_probs[0] if alone else log_probs.mean(0)
-        scores = WholeCharacters()(torch.tensor([list(text)]), scores[None])
+        scores = MayFollow(model.alphabet)(torch.tensor([list(text)]), scores[None])
         closed += alone
         text += bytes([int(scores[0, :END].argmax())])
     return text[len(prompt) :], closed

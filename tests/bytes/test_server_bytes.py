@@ -17,7 +17,6 @@ from serving import http, running, serving_of
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.byte_report import character_reports
 from softmeet.hf.sampling import RowSampler
 from softmeet.members.passages import Passage
@@ -44,6 +43,10 @@ def url(ensemble):
     serving = serving_of({"bytes": ensemble})
     with running(serving) as found:
         yield found
+
+
+def tokens_in(spelling, text):
+    return len(spelling.encode(text)) if text else 0
 
 
 def completion(url, **fields):
@@ -320,10 +323,10 @@ def test_a_conversation_has_no_tokens_that_members_share(url):
 
 def test_short_prompts_are_read_together_and_long_ones_apart():
     class Combined:
-        def __init__(self, *, over_bytes):
-            self.over_bytes = over_bytes
+        def __init__(self, *, symbols_are_tokens):
+            self.symbols_are_tokens = symbols_are_tokens
 
-    ours, asked = Combined(over_bytes=True), SimpleNamespace(score_prompt=False)
+    ours, asked = Combined(symbols_are_tokens=False), SimpleNamespace(score_prompt=False)
 
     def of(length, combination=ours):
         return SimpleNamespace(combination=combination, prompt=[65] * length, request=asked)
@@ -331,5 +334,5 @@ def test_short_prompts_are_read_together_and_long_ones_apart():
     for lengths, expected in (([40] * 32, [32]), ([600] * 8, [3, 3, 2]), ([5000] * 2, [1, 1]), ([40, 600, 41], [2, 1])):
         groups = prompts_together([of(length) for length in lengths], alone=False)
         assert [len(group) for group in groups] == expected
-    assert len(prompts_together([of(40, Combined(over_bytes=False)) for _ in range(3)], alone=False)) == 3
+    assert len(prompts_together([of(40, Combined(symbols_are_tokens=True)) for _ in range(3)], alone=False)) == 3
     assert len(prompts_together([of(40) for _ in range(3)], alone=True)) == 3

@@ -8,11 +8,11 @@ import torch
 from batches import LENGTHS, MEMBERS, Listener, Words, ensemble_of, generated, prompt
 from serving import http, running, serving_of, tiny_ensemble
 
+from softmeet.engine.draw import Sampling
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.hf.calibrated import key_of
 from softmeet.server.limits import Limits
-from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Combination, GenerationRequest, PromptScored, Sequence
 
 # Closed at about half of the tokens that the tiny members draw.

@@ -174,7 +174,7 @@ class ForbidsDrafts:
 def test_a_draft_that_leads_to_a_dead_end_is_none(serve, model):
     one, listener = sequence(model, prompt(3, 9), max_tokens=40)
     forbids = ForbidsDrafts(one)
-    one.sampler._processors, one.sampler._reads_tokens = [forbids], True
+    one.draw._processors, one.draw._looks = [forbids], None
     serve(model, speculate=4).submit([one])
     assert listener.tokens() == generated(model, one.prompt, max_tokens=40)
     assert forbids.failed > 3

@@ -13,9 +13,9 @@ import torch
 from batches import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, sequence
 
 from softmeet import Rule, time_is_over
+from softmeet.engine.draw import Sampling
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.server.limits import Limits
-from softmeet.server.sampling import Sampling
 from softmeet.server.sequences import Account, Combination, Failed, GenerationRequest, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.solvers.base import Status

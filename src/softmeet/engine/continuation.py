@@ -8,16 +8,13 @@ from typing import Protocol, Self, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from softmeet.engine.combine import Combiner
 from softmeet.engine.deferral import Deferral
 from softmeet.errors import NonFiniteError, SoftmeetError
-from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.reader import Reader, Row
 
-# What an ensemble combines: models over tokens, or members that are read byte by byte.
-Runner: TypeAlias = PreTrainedModel | ByteMember
 # For each member its own tokens, or None.
 Own: TypeAlias = Sequence[Sequence[int] | None]
 

@@ -152,27 +152,6 @@ class Structured(LogitsProcessor):
         own.copy_(masked)
 
 
-class SomethingLeft(LogitsProcessor):
-    """A logits processor that raises an error if options have forbidden every token that could come.
-
-    Args:
-        message: the error's: what could have come, and which options to change.
-    """
-
-    def __init__(self, message: str) -> None:
-        self._message = message
-
-    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Return the scores unchanged.
-
-        Raises:
-            InvalidInputError: if all scores of a row are -inf.
-        """
-        if bool(scores.isneginf().all(-1).any()):
-            raise InvalidInputError(self._message)
-        return scores
-
-
 def _require_well(matcher: Any) -> None:
     """Raise InvalidInputError if a matcher has met a limit, or has come to where nothing is allowed."""
     if matcher.is_error():

@@ -1,17 +1,9 @@
-"""How long an answer over bytes is: in tokens, as the first member's tokenizer cuts the answer alone.
-
-A further character may join the tokens before it, so that a text has as many tokens as it had at most behind any of its
-characters. An answer ends before the first character with which these would be more than it may have. Bytes that are no
-character count as the tokenizer cuts them, and a symbol 256 that does not end the text as a token.
-"""
+"""Limits of a call of ``generate`` over bytes: they count the tokens of answers, or their bytes."""
 
 from __future__ import annotations
 
-import codecs
-import re
-import unicodedata
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,93 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from softmeet.engine.limits import AnswerLength
 from softmeet.errors import InvalidInputError
-from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END
-
-# Up to so many bytes before its end, a text may be cut otherwise once more is written.
-_REACH = 64
-# A space behind something else, where most tokenizers cut every text.
-_CUT = re.compile(rb"(?<=\S) ")
-# The bytes of a character at most.
-_CHARACTER = 4
-
-
-def tokens_in(spelling: Spelling, text: bytes) -> int:
-    """Return how many tokens a tokenizer makes of a text, none of an empty one."""
-    return len(spelling.encode(text)) if text else 0
-
-
-class AnswerLength:
-    """The length of an answer that is written symbol by symbol (a byte, or 256), and whether it may go on.
-
-    Args:
-        spelling: of the first member's tokenizer.
-        most: the most tokens, at least 0; None for any number.
-        most_bytes: the most symbols, at least 0; None for any number.
-
-    Attributes:
-        count: the number of symbols so far.
-        kept: how many of them belong to the answer for certain: all but a character that has not ended, or with which
-            the answer would be too long.
-        is_over: whether the answer has come to a limit.
-    """
-
-    def __init__(self, spelling: Spelling, most: int | None, most_bytes: int | None = None) -> None:
-        self._spelling, self._most = spelling, most
-        self._text, self._decoder = bytearray(), codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self.count, self.kept, self.is_over = 0, 0, 0 in (most, most_bytes)
-        # A token has a byte or more: up to so many symbols cannot be too many tokens.
-        self._fitting = 0 if most is None else most - len(spelling.dummy)
-        # Bytes that no token spells make no tokens.
-        in_tokens = [] if most is None else [most * spelling.longest + _CHARACTER * (most > 0)]
-        self._longest = min([*in_tokens, *([] if most_bytes is None else [most_bytes])], default=None)
-
-    @property
-    def longest(self) -> int | None:
-        """The most symbols that are written, those of a character too many included; None for any number."""
-        return self._longest
-
-    def push(self, symbol: int) -> bool:
-        """Take note of the next symbol, and return whether another one may follow."""
-        self.count += 1
-        written = ""
-        if symbol != END:
-            self._text.append(symbol)
-            written = self._decoder.decode(bytes([symbol]))
-        if not self._decoder.getstate()[0]:
-            self.is_over = self._exceeds(written)
-            self.kept = self.kept if self.is_over else self.count
-        if not self.is_over and self._longest is not None and self.count >= self._longest:
-            self.kept, self.is_over = self.count, True
-        return not self.is_over
-
-    def _exceeds(self, written: str) -> bool:
-        """Return whether the answer has too many tokens, now that it ends with these characters.
-
-        It is cut into tokens, as a whole, only where that may be.
-        """
-        if self._most is None or (self.count <= self._fitting and not any(map(_is_odd, written))):
-            return False
-        text, ends = bytes(self._text), self.count - len(self._text)
-        left = self._most - ends - tokens_in(self._spelling, text)
-        cuts = [found.start() for found in _CUT.finditer(text, max(1, len(text) - _REACH))]
-        self._fitting = self.count + left - (len(text) - cuts[-1] if cuts and _cuts(self._spelling) else _REACH)
-        return left < 0
-
-
-@lru_cache(maxsize=16)
-def _cuts(spelling: Spelling) -> bool:
-    """Return whether no token has a space behind something else, so that every text is cut there."""
-    return not any(map(_CUT.search, spelling.words))
-
-
-def _is_odd(character: str) -> bool:
-    """Return whether a character is no letter, mark, number or punctuation, so that a tokenizer may change it.
-
-    The whole text is then cut in another way.
-    """
-    return not character.isascii() and unicodedata.category(character)[0] in "SC"
+from softmeet.readers.reader import Alphabet
 
 
 class AnswersEnd(StoppingCriteria):
@@ -113,22 +21,18 @@ class AnswersEnd(StoppingCriteria):
 
     Args:
         width: the number of symbols of every row's prompt, padding included.
-        spelling, most, most_bytes: as of :class:`AnswerLength`.
+        begun: makes the length of an answer that has no symbol yet.
     """
 
-    def __init__(self, width: int, spelling: Spelling, most: int | None, most_bytes: int | None = None) -> None:
-        self._width, self._limits = width, (spelling, most, most_bytes)
+    def __init__(self, width: int, begun: Callable[[], AnswerLength]) -> None:
+        self._width, self._begun = width, begun
         self._rows: list[tuple[list[int], AnswerLength]] = []
-
-    def begun(self) -> AnswerLength:
-        """Return the length of an answer that has no symbol yet."""
-        return AnswerLength(*self._limits)
 
     def __call__(self, input_ids: Int[Tensor, "B t"], scores: Any, **kwargs: Any) -> Bool[Tensor, " B"]:
         """Return a mask, (B,), of the rows whose answers are over."""
         found = []
         for k, row in enumerate(input_ids[:, self._width :].tolist()):
-            known = self._rows[k] if k < len(self._rows) else ([], self.begun())
+            known = self._rows[k] if k < len(self._rows) else ([], self._begun())
             # Beams change places.
             length = known[1] if known[0] == row[:-1] else self._read(row[:-1])
             if row and not length.is_over:
@@ -139,7 +43,7 @@ class AnswersEnd(StoppingCriteria):
 
     def _read(self, row: Sequence[int], ends: Collection[int] = ()) -> AnswerLength:
         """Return the length of an answer up to its end, one of ``ends`` or a limit."""
-        length = self.begun()
+        length = self._begun()
         for symbol in row:
             if not length.push(symbol) or symbol in ends:
                 break
@@ -197,7 +101,7 @@ class WholeCharacterStreamer:
 
 def within_limits(
     generate: Callable[..., Any],
-    spelling: Spelling,
+    alphabet: Alphabet,
     usual: Any,
     inputs: Int[Tensor, "B t"] | None,
     config: Any,
@@ -207,7 +111,7 @@ def within_limits(
 
     Args:
         generate: the function, which counts symbols, as ``max_length`` and ``min_new_tokens`` always do.
-        spelling: of the first member's tokenizer.
+        alphabet: that of the symbols, by which tokens are counted.
         usual: the model's generation configuration.
         inputs, config, options: the function's arguments; the options may also hold ``max_bytes``, the most new bytes.
 
@@ -222,14 +126,15 @@ def within_limits(
     if not is_number and not (is_none and most_bytes):
         return generate(inputs, generation_config=config, **options)  # which refuses what is no number
     prompts = options.get("input_ids") if inputs is None else inputs
-    answers = AnswersEnd(1 if prompts is None else prompts.shape[1], spelling, most, most_bytes)
-    options["max_new_tokens"] = answers.begun().longest
+    begun = partial(AnswerLength, alphabet, most, most_bytes)
+    answers = AnswersEnd(1 if prompts is None else prompts.shape[1], begun)
+    options["max_new_tokens"] = begun().longest
     options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or []), answers])
     if options.get("streamer") is not None:
-        options["streamer"] = WholeCharacterStreamer(options["streamer"], answers.begun())
+        options["streamer"] = WholeCharacterStreamer(options["streamer"], begun())
     found = generate(inputs, generation_config=config, **options)
     ends, pad = (options.get(name, getattr(own, name)) for name in ("eos_token_id", "pad_token_id"))
-    known = [ends] if isinstance(ends, int) else ends or [], END if pad is None else pad
+    known = [ends] if isinstance(ends, int) else ends or [], min(alphabet.ends) if pad is None else pad
     if isinstance(found, Tensor):
         return answers.cut(found, *known)
     whole, found.sequences = found.sequences, answers.cut(found.sequences, *known)

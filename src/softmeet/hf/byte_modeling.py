@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from softmeet.engine.combine import Combiner
-from softmeet.engine.masking import SomethingLeft
+from softmeet.engine.processors import SomethingLeft, following
 from softmeet.errors import InvalidInputError
 from softmeet.hf import assembly, checkpoint
 from softmeet.hf.answer_length import within_limits
@@ -29,7 +29,6 @@ from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
 from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
-from softmeet.readers.byte_alphabet import begun, continuing
 from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.byte_member import ByteMember
@@ -184,27 +183,12 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate symbols as an ensemble over tokens does tokens, and end texts as :func:`within_limits` does."""
-        spelling, usual = self.readers[0].spelling, self.generation_config
-        return within_limits(super().generate, spelling, usual, inputs, generation_config, kwargs)
+        usual = self.generation_config
+        return within_limits(super().generate, self.alphabet, usual, inputs, generation_config, kwargs)
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
-        """Put :class:`WholeCharacters` before transformers' processors, :class:`SomethingLeft` after them."""
+        """Put what keeps texts to UTF-8 before transformers' processors, :class:`SomethingLeft` after them."""
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
         last = len(processors) - (kwargs["model_kwargs"]["call_options"].row_sampler is not None)
-        return LogitsProcessorList([WholeCharacters(), *processors[:last], SomethingLeft(_NO_END), *processors[last:]])
-
-
-class WholeCharacters(LogitsProcessor):
-    """A logits processor that forbids bytes that cannot continue the text as UTF-8, and an end within a character."""
-
-    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
-        """Return ``scores`` with -inf at forbidden symbols; a row in which all others already have -inf is unchanged.
-
-        Args:
-            input_ids: (B, t), the symbols so far.
-            scores: (B, 257), scores of the next symbol.
-        """
-        allowed = torch.stack([continuing(begun(row)) for row in input_ids[:, -3:].tolist()])
-        found = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
-        # A text whose context is full ends within a character if it has to.
-        return torch.where(found.isneginf().all(-1, keepdim=True), scores, found)
+        allowed, end = following(self.alphabet), SomethingLeft(_NO_END)
+        return LogitsProcessorList([*allowed, *processors[:last], end, *processors[last:]])

@@ -11,16 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softmeet.hf.report import most_probable, token_report
+from softmeet.hf.report import most_probable
 from softmeet.members.spelling import Spelling
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END
-from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
     from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
@@ -113,34 +110,14 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     return found
 
 
-def byte_report(
-    solution: Solution,
-    log_probs: Float[Tensor, "n B 257"],
-    row: int,
-    symbol: int,
-    top: int,
-    expected: Sequence[Listed] = (),
-) -> dict[str, Any]:
-    """Report on one position and the symbol that came there, as :meth:`TokenReport.spelled` does over tokens.
-
-    Args:
-        solution, log_probs, row, top: as for :func:`softmeet.hf.report.token_report`.
-        symbol: the byte that came there, or 256, the end.
-        expected: for each member its own tokens that could come there, as readers explain; empty if not known any more.
-
-    Returns:
-        the report, with bytes as :func:`shown_byte` shows them. ``member_top`` lists for each member what it has
-        ``expected``, without which its most probable bytes.
-    """
-    found = token_report(solution, log_probs, row, symbol, top).with_texts(shown_byte)
-    return found | ({"member_top": [list(own) for own in expected]} if expected else {})
-
-
 def character_reports(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join reports of single bytes, as :func:`byte_report` returns them, to one for each whole character of the text.
+    """Join reports of single bytes to one for each whole character of the text.
 
     Log-probabilities, disagreement and passes are summed; what is listed is what was listed at the first byte. Each has
     a further field, ``unit``: "character". The bytes of a last character that is not whole yet are left out.
+
+    Args:
+        reports: as :meth:`softmeet.hf.report.TokenReport.with_texts` returns them.
     """
     found, held = list[dict[str, Any]](), list[dict[str, Any]]()
     for report in reports:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import LogitsProcessorList
 
-from softmeet.engine.masking import Mask, SomethingLeft, Structured, ends_of
+from softmeet.engine.masking import Mask, Structured, ends_of
+from softmeet.engine.processors import SomethingLeft
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
 from softmeet.hf.calibrated import resolved

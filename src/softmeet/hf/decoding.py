@@ -1,7 +1,7 @@
 """Decoding of a call of ``generate``: sampling and greedy search, token by token or several at once by speculation.
 
 Every token is the one that transformers' own loop would choose: the rule's most probable, or the one with the largest
-sum of the rule's score and the noise of its position (:mod:`softmeet.hf.sampling`). A draft is drawn from a member's
+sum of the rule's score and the noise of its position (:mod:`softmeet.engine.draw`). A draft is drawn from a member's
 own distribution with the same noise. Where the rule chooses another token, that token takes the draft's place, and what
 members have read behind it is taken back. A draft from q in place of the rule's p is accepted with probability
 (1 - TV(p, q)) / (1 + TV(p, q)) at least (Daliri, Musco and Suresh, Coupling without Communication, 2024). That members
@@ -23,6 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined, combined, of_one_each
 from softmeet.engine.continuation import Dropped
+from softmeet.engine.draw import Noise
 from softmeet.engine.gate import ask
 from softmeet.engine.quick import weights_of
 from softmeet.engine.speculate import FullError, MemberTurns
@@ -30,7 +31,6 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
 from softmeet.hf.running import NewTokens, said_full
-from softmeet.hf.sampling import FreshNoise
 from softmeet.hf.written import Written
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.rules.gates import Unsure, that_closes
@@ -110,10 +110,9 @@ def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: 
 def decodes(config: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether :func:`decode` does what transformers' loop of sampling and greedy search would do.
 
-    Not where members reread each text, where processes wait for each other, and for an assistant that drafts for
-    another loop.
+    Not where processes wait for each other, and for an assistant that drafts for another loop.
     """
-    return kwargs.get("cache") is not None and not kwargs.get("synced_gpus") and not config.is_assistant
+    return not kwargs.get("synced_gpus") and not config.is_assistant
 
 
 @torch.no_grad()
@@ -129,6 +128,9 @@ def decode(
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generate tokens as transformers' loop of sampling and greedy search does, by the engine.
 
+    That draws in less time than torch.multinomial (``benchmarks/draws.py``), and torch's generator in one state gives
+    one text, whether tokens are drafted or not, and members keep what they have read or not.
+
     Args:
         model: the ensemble that is called.
         input_ids: (B, t), the prompts.
@@ -136,20 +138,45 @@ def decode(
             transformers' own loop gets them.
         synced_gpus: is False.
     """
-    options, cache, config = model_kwargs["call_options"], model_kwargs["cache"], generation_config
-    shared = {"attention_mask": model_kwargs.get("attention_mask"), "position_ids": model_kwargs.get("position_ids")}
+    config, cache = generation_config, model_kwargs.get("cache")
+    unseeded = config.do_sample and model_kwargs["call_options"].row_sampler is None
+    noise = Noise.unseeded(len(input_ids)) if unseeded else None
+    written = Written(input_ids, logits_processor, noise, stopping_criteria, config, streamer)
+    if cache is None:
+        _reread(model, written, model_kwargs)
+    else:
+        _read_on(model, written, logits_processor, config, model_kwargs)
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return written.ids
+    return GenerateDecoderOnlyOutput(sequences=written.ids, scores=written.scores, logits=written.logits, cache=cache)
+
+
+def _reread(model: AnyEnsemble, written: Written, given: dict[str, Any]) -> None:
+    """Choose tokens where members keep nothing of what they have read, and so read each text from its beginning."""
+    while not written.finished:
+        found = model(**model.prepare_inputs_for_generation(written.ids, **given))
+        given = model._update_model_kwargs_for_generation(found, given)
+        written.settle(found.logits[:, -1])
+
+
+def _read_on(
+    model: AnyEnsemble, written: Written, processors: LogitsProcessorList, config: Any, given: dict[str, Any]
+) -> None:
+    """Choose tokens where members keep what they have read in a cache."""
+    options, cache, before = given["call_options"], given["cache"], written.ids
+    shared = {"attention_mask": given.get("attention_mask"), "position_ids": given.get("position_ids")}
     mask, width = shared["attention_mask"], getattr(config, "_mask_length", -1)
     # A call that goes on from a cache has all tokens, or new ones alone with a mask of all, as transformers has it.
-    whole = input_ids.shape[1] == (width if mask is None else mask.shape[1])
-    new = checked_length(model.config, input_ids[:, cache.columns * whole :], cache)
+    whole = before.shape[1] == (width if mask is None else mask.shape[1])
+    new = checked_length(model.config, before[:, cache.columns * whole :], cache)
     texts = NewTokens(model, new, slice(-1, None), cache, options, shared).texts
     starts = [len(one.tokens) for one in texts]
-    noise = FreshNoise() if config.do_sample and options.row_sampler is None else None
-    written = Written(input_ids, logits_processor, noise, stopping_criteria, config, streamer)
     steps = Steps(model, options, texts, written)
     steps.take()
     ahead = None
-    if is_to_speculate(model, options, config, logits_processor, len(texts)) and not written.finished:
+    if is_to_speculate(model, options, config, processors, len(texts)) and not written.finished:
         ahead = Drafting(model, options, steps)
     while not written.finished:
         if ahead is None or ahead.is_over:
@@ -158,17 +185,12 @@ def decode(
             ahead.go_on()
     if ahead is not None:
         ahead.end()
-    if streamer is not None:
-        streamer.end()
-    more = written.ids.shape[1] - input_ids.shape[1]
+    more = written.ids.shape[1] - before.shape[1]
     for one, start in zip(texts, starts, strict=True):
         # The newest token counts as not read; behind its end a sequence has padding.
         one.tokens += [written.padding] * (start + more - len(one.tokens))
         del one.tokens[-1:]
     cache.columns += more - 1
-    if not config.return_dict_in_generate:
-        return written.ids
-    return GenerateDecoderOnlyOutput(sequences=written.ids, scores=written.scores, logits=written.logits, cache=cache)
 
 
 class Steps:

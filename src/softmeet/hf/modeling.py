@@ -28,7 +28,6 @@ from softmeet.hf.decoding import decode, decodes, is_to_speculate
 from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, run_members
-from softmeet.hf.sampling import one_by_one
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head
@@ -220,10 +219,10 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         return options.around(found, self, generation_config, input_ids_seq_length)
 
     def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """Choose tokens by the engine; by transformers' own loop where members keep nothing of what they have read."""
+        """Choose tokens by the engine where :func:`decodes` says so, elsewhere by transformers' own loop."""
         if decodes(kwargs["generation_config"], kwargs):
             return decode(self, input_ids, **kwargs)
-        return one_by_one(super()._sample, input_ids, kwargs)
+        return super()._sample(input_ids, **kwargs)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Leave the call's options out of an assistant model's arguments: it has none, or options of its own."""

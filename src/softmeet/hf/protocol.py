@@ -66,7 +66,9 @@ class AnyEnsemble(Protocol):
 
     parameters: Callable[[], Any]
     generate: Callable[..., Any]
-    _prefill: Callable[..., Any]
+    prepare_inputs_for_generation: Callable[..., Any]
+    _update_model_kwargs_for_generation: Callable[..., Any]
+    __call__: Callable[..., Any]
 
     def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
         """Return [function(i) for i in members]."""

@@ -11,7 +11,7 @@ from softmeet.members.reader_model import ReaderModel
 from softmeet.members.trunk import require_cache
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.kinds import others_than_keys_and_values
-from softmeet.readers.reader import Reader, Row
+from softmeet.readers.reader import Alphabet, Reader, Row
 from softmeet.readers.recurrent import RecurrentReader
 from softmeet.readers.transformers import TransformersReader
 
@@ -42,6 +42,11 @@ class ReadMembers:
             if self.key_of(i) not in found:
                 found[self.key_of(i)] = self.new_reader(i, self.config.members[i], None)
         return [found[self.key_of(i)] for i in range(len(self.members))]
+
+    @property
+    def alphabet(self) -> Alphabet:
+        """The symbols of the texts that members share, of which the first member says how many tokens they are."""
+        return self.readers_of_members[0].alphabet
 
     def key_of(self, i: int) -> Any:
         """Return what members share if one reader reads for both."""

@@ -15,21 +15,47 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIteratorStreamer
 
 from softmeet.engine.recorder import Recorder
+from softmeet.engine.text import Pieces
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
 
-# What a tokenizer decodes an incomplete character to.
-_INCOMPLETE = "\ufffd"
+
+class PieceStreamer(TextIteratorStreamer):
+    """A streamer that gives the new text, without prompt and special tokens, in pieces as they become certain.
+
+    A piece is the text of one token, or of the several that make up one character; so characters stay whole. Tokens
+    without text give no piece.
+
+    Args:
+        tokenizer: decodes the tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True)
+        self._pieces = Pieces(tokenizer, special=False)
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt at first, then the tokens that one pass of the members drew, and give their text."""
+        if self.next_tokens_are_prompt:
+            super().put(value)  # which skips the prompt, and refuses several sequences
+            return
+        for token in value.flatten().tolist():
+            self.give(self._pieces.push(token))
+
+    def end(self) -> None:
+        """Give what is left, an incomplete character, and say that nothing follows."""
+        self.give(self._pieces.end())
+        self.text_queue.put(self.stop_signal)
+
+    def give(self, text: str) -> None:
+        """Hand over the text that has become certain by one token, if there is any."""
+        if text:
+            self.text_queue.put(text)
 
 
-def text_streamer(tokenizer: PreTrainedTokenizerBase) -> TextIteratorStreamer:
-    """Make a streamer that gives the new text, without prompt and special tokens, in pieces as they become certain."""
-    return TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def streamed(model: EnsembleForCausalLM, streamer: TextIteratorStreamer, arguments: dict[str, Any]) -> Iterator[Any]:
+def streamed(model: EnsembleForCausalLM, streamer: PieceStreamer, arguments: dict[str, Any]) -> Iterator[Any]:
     """Call ``model.generate`` in a thread, and yield what its streamer gives, as it comes.
 
     Work begins with the first piece asked for. Closing the iterator stops it before its next token.
@@ -87,11 +113,10 @@ class PassDisagreement(Recorder):
         return self._passes.popleft()[:count]
 
 
-class DisagreementStreamer(TextIteratorStreamer):
+class DisagreementStreamer(PieceStreamer):
     """A streamer that gives (new text, how far the members disagree at its tokens, in nats).
 
-    A piece is the text of one token, or of the several that make up one character; so characters stay whole. Its
-    disagreement is the largest one of its tokens, summed over the members that ran. Tokens without text give no piece.
+    A piece's disagreement is the largest one of its tokens, summed over the members that ran.
 
     Args:
         tokenizer: decodes the tokens.
@@ -102,38 +127,21 @@ class DisagreementStreamer(TextIteratorStreamer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recorder: Recorder | None = None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.passes, self._largest = PassDisagreement(recorder or Recorder()), 0.0
-        self._line: list[int] = []
-        self._given = 0
+        super().__init__(tokenizer)
+        self.passes, self._largest, self._next = PassDisagreement(recorder or Recorder()), 0.0, deque[float]()
+        self._silent = frozenset(tokenizer.all_special_ids)
 
     def put(self, value: Tensor) -> None:
         """Take the prompt at first, then the tokens that one pass of the members drew, and give their text."""
-        if self.next_tokens_are_prompt:
-            super().put(value)  # which skips the prompt, and refuses several sequences
-            return
-        tokens = value.flatten().tolist()
-        for token, nats in zip(tokens, self.passes.take(len(tokens)), strict=True):
-            self._largest = max(self._largest, nats)
-            self._line.append(token)
-            if not (text := self._decoded()).endswith(_INCOMPLETE):
-                self._give(text)
+        if not self.next_tokens_are_prompt:
+            tokens = value.flatten().tolist()
+            pairs = zip(tokens, self.passes.take(len(tokens)), strict=True)
+            self._next += [0.0 if token in self._silent else nats for token, nats in pairs]
+        super().put(value)
 
-    def end(self) -> None:
-        """Give what is left, an incomplete character, and say that nothing follows."""
-        self._give(self._decoded())
-        self.text_queue.put(self.stop_signal)
-
-    def _decoded(self) -> str:
-        """Return the text of the last line's tokens so far."""
-        return str(self.tokenizer.decode(self._line, **self.decode_kwargs))
-
-    def _give(self, text: str) -> None:
-        """Give what of the last line's ``text`` is new; after a line's end begin another line."""
-        if new := text[self._given :]:
-            self.text_queue.put((new, self._largest))
-        self._given, self._largest = len(text), 0.0
-        if text.endswith("\n"):
-            # Decoding is linear in a line's tokens; the last one stays, as a space after a first token can be dropped.
-            self._line = self._line[-1:]
-            self._given = len(self._decoded())
+    def give(self, text: str) -> None:
+        """Hand over the text that has become certain by one token, with the largest figure since the last."""
+        self._largest = max(self._largest, self._next.popleft() if self._next else 0.0)
+        if text:
+            self.text_queue.put((text, self._largest))
+            self._largest = 0.0

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.hf.sampling import FreshNoise
+from softmeet.engine.draw import Draw, Noise, choose
 
 
 class Written:
@@ -34,13 +34,13 @@ class Written:
         self,
         ids: Int[Tensor, "B t"],
         processors: Any,
-        noise: FreshNoise | None,
+        noise: Noise | None,
         stopping: Any,
         config: Any,
         streamer: Any,
     ) -> None:
         self.ids, self.limit = ids, config.max_length
-        self._processors, self._noise, self._stopping, self._streamer = processors, noise, stopping, streamer
+        self._draw, self._stopping, self._streamer = Draw(processors, noise), stopping, streamer
         self.unfinished = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         self.finished = False
         pad, ends = config._pad_token_tensor, config._eos_token_tensor
@@ -68,8 +68,8 @@ class Written:
         self, ids: Int[Tensor, "B T"], log_probs: Float[Tensor, "B v"], unfinished: Bool[Tensor, " B"]
     ) -> tuple[Int[Tensor, " B"], Float[Tensor, "B v"]]:
         """Return (the token that follows, padding in sequences that are finished; the processed scores)."""
-        scores = self._processors(ids, log_probs.to(torch.float32, copy=True).to(ids.device))
-        chosen = scores.argmax(-1) if self._noise is None else self._noise.draw(scores, ids.shape[1])
+        scores = self._draw.scores(ids, log_probs.to(torch.float32, copy=True).to(ids.device))
+        chosen = choose(scores, self._draw.noise(ids.shape[1]))
         if self._padded:
             chosen = torch.where(unfinished, chosen, torch.full_like(chosen, self.padding))
         return chosen, scores

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.members.opaque import Head
+from softmeet.members.spelling import Spelling
 from softmeet.suspended import finished as finished
 
 
@@ -86,6 +87,10 @@ class Alphabet(Protocol):
     @property
     def ends(self) -> frozenset[int]:
         """The symbols that end a text."""
+
+    @property
+    def spelling(self) -> Spelling | None:
+        """How the tokens are spelled that :meth:`count` counts; None where symbols are tokens."""
 
     def encode(self, text: str) -> list[int]:
         """Return the symbols of a text."""

@@ -37,11 +37,13 @@ class TokenAlphabet:
         tokenizer: the tokenizer; None where no text is ever encoded or decoded.
         size: the number of ids, padding of the vocabulary included.
         ends: the ids that end a text.
+        spelling: None, as symbols are tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     size: int
     ends: frozenset[int]
+    spelling: None = None
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenAlphabet:

@@ -49,7 +49,7 @@ class OneMember:
     def go_on(self, task: Task) -> None:
         """Draw a member by its weight, and the next token from it; then give the token."""
         s = self._s
-        ours = of_one_each([s], self._random.choices(range(len(s.members)), self._weights), self._members)
+        ours = of_one_each([s], self._random.choices(range(len(s.rows)), self._weights), self._members)
         if s.is_full:
             s.alone = False  # it ends as in a batch
             return
@@ -121,8 +121,8 @@ class Ahead(MemberTurns):
     def draft(self, log_probs: Float[Tensor, "1 v"]) -> bool:
         """Draw a draft; there is none where a structure has come to a dead end."""
         s = self._s
-        (token,), failed = drawn([s], log_probs), s.sampler.error is not None
-        s.sampler.error = None
+        (token,), failed = drawn([s], log_probs), s.dead_end is not None
+        s.dead_end = None
         s.drafts += [] if failed else [token]
         self._metrics.drafted.inc(not failed)
         return not failed
@@ -141,9 +141,9 @@ class Ahead(MemberTurns):
         for row in found.ours.split(1):
             s.drafts = drafts[: len(own)]
             token = drawn([s], row)[0]
-            if own and s.sampler.error is not None:
+            if own and s.dead_end is not None:
                 # It is raised again when this position is the next one.
-                s.sampler.error = None
+                s.dead_end = None
                 break
             own.append(token)
             if drafts[: len(own)] != own or token in s.request.ends:
@@ -192,7 +192,7 @@ def alone(
         return OneMember(s, members, give)
     # What is read at once depends on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)
-    if request.sampling.is_seeded or s.sampler.greedy:
+    if request.sampling.is_seeded or request.sampling.is_greedy:
         noticed |= any(reader.traits.rounding == "coarse" for reader in s.readers)
     if not speculate or (speculate == "auto" and (noticed or len({reader.traits.places for reader in s.readers}) > 1)):
         return None

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from softmeet.engine.text import Pieces
 from softmeet.server.batcher import Batcher
 from softmeet.server.sequences import Event, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
-from softmeet.server.texts import Pieces
 
 
 class TextStream:
@@ -40,24 +40,19 @@ class TextStream:
         special: bool = False,
         show_stop: bool = False,
     ) -> None:
-        self._tokenizer, self._stops, self._min_tokens = tokenizer, stops, min_tokens
-        self._special, self._show_stop = special, show_stop
+        self._stops, self._min_tokens, self._show_stop = stops, min_tokens, show_stop
         self._pieces = Pieces(tokenizer, special=special)
-        self._tokens: list[int] = []
-        self._decoded, self._held = 0, ""
+        self._count, self._held = 0, ""
         self.stopped: str | None = None
 
     def push(self, token: int) -> str:
         """Add a token, and return the text that has become certain by it, perhaps none."""
-        self._tokens.append(token)
-        piece = self._pieces.push(token)
-        self._decoded += len(piece)
-        return self._release(piece, final=False)
+        self._count += 1
+        return self._release(self._pieces.push(token), final=False)
 
     def end(self) -> str:
         """Return the text that was held back, up to a stop string; called once, after the last token."""
-        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=not self._special)
-        return self._release(whole[self._decoded :], final=True)
+        return self._release(self._pieces.end(), final=True)
 
     def _release(self, piece: str, *, final: bool) -> str:
         """Add decoded text to the text held back, and return its certain part; the rest is held back.
@@ -67,7 +62,7 @@ class TextStream:
             final: whether no text follows, so that everything up to a stop string is certain.
         """
         text = self._held + piece
-        if len(self._tokens) > self._min_tokens and (found := self._first_stop(text)):
+        if self._count > self._min_tokens and (found := self._first_stop(text)):
             at, self.stopped = found
             return text[: at + self._show_stop * len(self.stopped)]
         keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)

@@ -28,7 +28,6 @@ from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLa
 from softmeet.server.gating import Gates
 from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
-from softmeet.server.members import key_of
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
@@ -134,7 +133,7 @@ class Batcher(threading.Thread):
                     f"{'is' if free == 1 else 'are'} free: ask again later"
                 )
             for s in sequences:
-                s.readers = [self._readers[key_of(member)] for member in s.members]
+                s.readers = [self._readers[s.combination.model.key_of(i)] for i in range(len(s.rows))]
             self._waiting += sequences
             self._wake.notify()
 
@@ -344,8 +343,8 @@ class Batcher(threading.Thread):
 
         Nothing happens if the sequence has ended while its token was being solved.
         """
-        if s.sampler.error is not None:
-            self._fail(s, s.sampler.error)
+        if s.dead_end is not None:
+            self._fail(s, s.dead_end)
         if s.done:
             return
         now, before = time.perf_counter(), s.last
@@ -360,7 +359,7 @@ class Batcher(threading.Thread):
         self._emit(s, *s.add(token))
         if token.token in s.request.ends:
             self._finish(s, Finished("stop"))
-        elif s.is_long:
+        elif s.answer.is_over:
             self._finish(s, Finished("length"))
 
     def _goes_on(self, s: Sequence) -> bool:

@@ -57,7 +57,7 @@ def prompts_together(new: list[Sequence], *, alone: bool) -> list[list[Sequence]
     """
     groups = defaultdict[Any, list[Sequence]](list)
     for s in new:
-        by_itself = alone or not s.combination.over_bytes or s.request.score_prompt
+        by_itself = alone or s.combination.symbols_are_tokens or s.request.score_prompt
         groups[id(s) if by_itself else (s.combination, len(s.prompt).bit_length())].append(s)
     return [own[k : k + size] for own in groups.values() for size in [_fitting(own)] for k in range(0, len(own), size)]
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from softmeet.engine.continuation import Runner
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.members.reader_model import ReaderModel
-from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.reader import Reader
-from softmeet.server.sequences import members_of
 
 _NO_ROWS = "its rows cannot join a running batch; use softmeet generate"
 
@@ -32,15 +28,10 @@ def readers_of(
     """
     found = dict[Any, Reader]()
     for model, own in zip(models, names, strict=True):
-        for i, (member, name) in enumerate(zip(members_of(model), own, strict=True)):
-            if key_of(member) in found:
+        for i, name in enumerate(own):
+            if model.key_of(i) in found:
                 continue
-            if not isinstance(member, ByteMember | ReaderModel):
-                require_keys_and_values(name, member.config, _NO_ROWS)
-            found[key_of(member)] = model.new_reader(i, name, kept_tokens)
+            reader = found[model.key_of(i)] = model.new_reader(i, name, kept_tokens)
+            if not reader.traits.can_crop:
+                require_keys_and_values(name, model.members[i].config, _NO_ROWS)
     return found
-
-
-def key_of(member: Runner) -> Any:
-    """Return what a member's reader is found by: over bytes its model and spelling, whatever it reads before texts."""
-    return (member.model, member.spelling) if isinstance(member, ByteMember) else member

@@ -13,7 +13,6 @@ from softmeet.hf.chat import chat_of
 from softmeet.hf.prompts import read_prompt
 from softmeet.members.member import short
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END
 from softmeet.server.ensembles import Served
 from softmeet.server.errors import RequestError
 from softmeet.server.schemas import CompletionRequest, Generation
@@ -80,7 +79,8 @@ def encoded(
             if not scored and text is not None and any(member.prompt is not None for member in members):
                 special = body.add_special_tokens is not False
                 read = read_prompt(model, served.ensemble.tokenizer, text, special=special)
-            found.append(shared if read[1] is None or not combination.over_bytes else tuple(read[0]))
+            # Members' own tokens come in place of the text, or before what begins it.
+            found.append(shared if read[1] is None or model.begin is None else tuple(read[0]))
             own.append(_frozen(read[1]))
     except InvalidInputError as error:
         raise RequestError(str(error), param="prompt") from error
@@ -101,8 +101,9 @@ def templated(served: Served, combination: Combination, body: Any) -> tuple[list
     """
     chat, (param, _) = chat_of(combination.model), texts_of(body)
     missing = [short(name) for name in chat.missing]
-    if missing and (combination.over_bytes or len(missing) == len(chat.names)):
-        who = f"{', '.join(missing)} of {served.name}" if combination.over_bytes else f"the tokenizer of {served.name}"
+    shares = combination.symbols_are_tokens
+    if missing and (not shares or len(missing) == len(chat.names)):
+        who = f"the tokenizer of {served.name}" if shares else f"{', '.join(missing)} of {served.name}"
         raise RequestError(
             f"{who} has no chat template, so there is no saying how its members would have been trained to chat: use "
             "/v1/completions, or start the server with --plain-chat",
@@ -136,11 +137,11 @@ def check_texts(texts: Sequence[str], combination: Combination, tokenizer: Any, 
         tokenizer: its tokenizer.
         param: the request's field that has the texts.
     """
-    if combination.over_bytes:
-        most = min(reader.limit * reader.spelling.longest for reader in combination.readers)
-    else:
+    if combination.symbols_are_tokens:
         # Normalisation may shorten a text, hardly ever to a quarter.
         most = 4 * token_texts(tokenizer).longest * combination.room(0)
+    else:
+        most = min(member.limit * member.spelling.longest for member in combination.spellers)
     for text in texts:
         if most and len(text) > most:
             raise _too_long(text, combination, param)
@@ -152,18 +153,15 @@ def check_pieces(texts: Sequence[str], combination: Combination, tokenizer: Any,
     They are counted up to twice as many as a context has, which is more than cuts between pieces explain. That takes a
     share of the time in which the whole text would be cut into tokens. Arguments are those of :func:`check_texts`.
     """
-    if combination.over_bytes:
-        counts = [(partial(_own_tokens, reader.spelling), reader.limit) for reader in combination.readers]
-    else:
-        counts = [(partial(_tokens, tokenizer), combination.room(0))]
+    counts = [(partial(_own_tokens, member.spelling), member.limit) for member in combination.spellers]
+    counts = counts or [(partial(_tokens, tokenizer), combination.room(0))]
     for text in texts:
         if len(text) > LONG and any(_fills(text, 2 * context, count) for count, context in counts):
             raise _too_long(text, combination, param)
 
 
 def _too_long(text: str, combination: Combination, param: str) -> RequestError:
-    readers = combination.readers
-    context = min(reader.limit for reader in readers) if readers else combination.room(0)
+    context = min((member.limit for member in combination.spellers), default=combination.room(0))
     return RequestError(
         f"expected a prompt of at most {context} tokens, the shortest member's context, got a text of {len(text):,} "
         "characters: shorten it",
@@ -209,17 +207,17 @@ def check_prompt(prompt: tuple[int, ...], combination: Combination, limit: int, 
         )  # fmt: skip
 
 
-def check_bytes(prompt: tuple[int, ...], combination: Combination, own: Own) -> None:
-    """Raise RequestError if a prompt over bytes has an end within, or exceeds a member's context in its own tokens."""
-    if END in prompt[1:]:
-        raise RequestError(f"expected {END}, the end of a text, only as a prompt's first id", param="prompt")
-    text = bytes(prompt[prompt[0] == END :])
-    before = [reader.prefix if ids is None else ids for reader, ids in zip_longest(combination.readers, own)]
-    for name, reader, prefix in zip(combination.names, combination.readers, before, strict=True):
-        count = len(prefix) + len(reader.spelling.encode(text))
+def check_spelled(prompt: tuple[int, ...], combination: Combination, own: Own) -> None:
+    """Raise RequestError if a prompt that members spell has an end within, or exceeds a context in own tokens."""
+    if within := combination.alphabet.ends.intersection(prompt[1:]):
+        raise RequestError(f"expected {min(within)}, the end of a text, only as a prompt's first id", param="prompt")
+    text, members = combination.alphabet.decode(prompt), combination.spellers
+    before = [member.prefix if ids is None else ids for member, ids in zip_longest(members, own)]
+    for name, member, prefix in zip(combination.names, members, before, strict=True):
+        count = len(prefix) + len(member.spelling.encode(text))
         # A token more is needed to read several tokenizations, and one to go on.
-        if count + 2 > reader.limit:
+        if count + 2 > member.limit:
             raise RequestError(
-                f"expected a prompt shorter than the context of {name}, {reader.limit} tokens, got {count}: shorten it",
+                f"expected a prompt shorter than the context of {name}, {member.limit} tokens, got {count}: shorten it",
                 param="prompt", code="context_length_exceeded",
             )  # fmt: skip

@@ -12,10 +12,9 @@ from uuid import uuid4
 from pydantic_core import to_jsonable_python
 
 from softmeet.errors import SoftmeetError
-from softmeet.hf.answer_length import tokens_in
 from softmeet.hf.chat import chat_of
 from softmeet.members.member import short
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.reader import Alphabet
 from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import described
 from softmeet.server.events import LAST_EVENT, event
@@ -61,8 +60,8 @@ class Reply(ABC):
         self._places: dict[int, Places] = {}
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
         self._statuses = defaultdict[int, Counter[str]](Counter)
-        # Over bytes, the bytes of each choice so far, and how often it has the symbol that else ends a text.
-        self._drawn, self._ends = defaultdict[int, bytearray](bytearray), Counter[int]()
+        # Of each choice, the symbols so far that count.
+        self._drawn = defaultdict[int, list[int]](list)
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
@@ -104,10 +103,10 @@ class Reply(ABC):
         return found | {"softmeet": self._settings()} if first else found
 
     def note(self, delta: ChoiceDelta) -> None:
-        """Take note of what is new in a choice, for the counts of tokens over bytes; called once for each delta."""
-        if self.asked.combination.over_bytes:
-            self._drawn[delta.index] += bytes(t.token for t in delta.tokens if t.token != END)
-            self._ends[delta.index] += sum(t.token == END for t in delta.tokens)
+        """Take note of what is new in a choice, to count its tokens; called once for each delta."""
+        # An end that ends a text is none of its tokens.
+        ends = () if self.asked.ignore_eos else self.asked.combination.alphabet.ends
+        self._drawn[delta.index] += [t.token for t in delta.tokens if t.token not in ends]
 
     def begun(self) -> str:
         """Return the events of a stream that come before all others, perhaps none."""
@@ -152,28 +151,27 @@ class Reply(ABC):
         bytes and of each member's own tokens in the same texts.
         """
         how, prompts, ours = self.asked.combination, sum(map(len, self.asked.prompts)), dict[str, Any]()
-        if how.over_bytes:
-            counts = [self._own_tokens(i) for i in range(len(how.names))]
+        if not how.symbols_are_tokens:
+            counts = [self._own_tokens(i, reader.alphabet) for i, reader in enumerate(how.model.readers_of_members)]
             prompts, tokens = counts[0]["prompt_tokens"], counts[0]["completion_tokens"]
-            sizes = {"prompt_bytes": self.prompt_bytes(), "completion_bytes": sum(map(len, self._drawn.values()))}
+            written = sum(len(how.alphabet.decode(symbols)) for symbols in self._drawn.values())
+            sizes = {"prompt_bytes": self.prompt_bytes(), "completion_bytes": written}
             ours = {"softmeet": {"unit": "token", "tokenizer": how.names[0], **sizes}}
             ours["softmeet"]["members"] = dict(zip(how.names, counts, strict=True))
         return {"prompt_tokens": prompts, "completion_tokens": tokens, "total_tokens": prompts + tokens, **ours}
 
     def prompt_bytes(self) -> int:
-        """Return the number of bytes of all prompts, over bytes."""
-        return sum(len(prompt) - (prompt[0] == END) for prompt in self.asked.prompts)
+        """Return the number of bytes of all prompts."""
+        return sum(len(self.asked.combination.alphabet.decode(prompt)) for prompt in self.asked.prompts)
 
-    def _own_tokens(self, i: int) -> dict[str, int]:
+    def _own_tokens(self, i: int, alphabet: Alphabet) -> dict[str, int]:
         """Return how many of a member's own tokens the prompts and the drawn texts are, as its tokenizer cuts each."""
-        spelling, request = self.asked.combination.readers[i].spelling, self.asked
-        before = sum(len(own[i] or ()) for own in request.own if own)
-        texts = [bytes(prompt[prompt[0] == END :]) for prompt in request.prompts]
-        # An end that ends a text is none of its tokens.
-        ends = sum(self._ends.values()) if request.ignore_eos else 0
+        before = sum(len(own[i] or ()) for own in self.asked.own if own)
+        # What begins a text is none of its tokens.
+        texts = [prompt[prompt[0] in alphabet.ends :] for prompt in self.asked.prompts]
         return {
-            "prompt_tokens": before + sum(tokens_in(spelling, text) for text in texts),
-            "completion_tokens": ends + sum(tokens_in(spelling, bytes(text)) for text in self._drawn.values()),
+            "prompt_tokens": before + sum(map(alphabet.count, texts)),
+            "completion_tokens": sum(map(alphabet.count, self._drawn.values())),
         }
 
     def _settings(self) -> dict[str, Any]:

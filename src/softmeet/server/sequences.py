@@ -7,21 +7,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from softmeet.engine.continuation import Continuation, Own, Runner
-from softmeet.hf.answer_length import AnswerLength
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
+from softmeet.engine.continuation import Continuation, Own
+from softmeet.engine.draw import Sampling
+from softmeet.engine.limits import AnswerLength
+from softmeet.engine.masking import ends_of
+from softmeet.errors import SoftmeetError
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.bytes.byte_member import ByteMember
+from softmeet.readers.reader import Alphabet
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
-from softmeet.server.sampling import Sampler, Sampling
-
-
-def members_of(model: EnsembleForCausalLM) -> list[Runner]:
-    """Return what the batcher runs for an ensemble: its members' models, or over bytes the readers of these."""
-    return list(model.readers if isinstance(model, ByteEnsembleForCausalLM) else model.members)
 
 
 def unused(rule: Rule) -> tuple[str, ...]:
@@ -58,29 +55,30 @@ class Combination:
     why_no_gate: str | None = field(default=None, compare=False)
 
     @property
-    def over_bytes(self) -> bool:
-        """Whether tokens are bytes, and 256 the end of a text."""
-        return self.model.over_bytes
+    def symbols_are_tokens(self) -> bool:
+        """Whether symbols are tokens of the members, whose number is what limits and usage count."""
+        return self.alphabet.spelling is None
 
     @property
-    def members(self) -> list[Runner]:
-        """The ensemble's members, in order."""
-        return members_of(self.model)
+    def unit(self) -> str:
+        """What symbols are called, in the plural."""
+        return "tokens" if self.symbols_are_tokens else "bytes"
 
     @property
-    def readers(self) -> list[ByteMember]:
-        """The members of an ensemble over bytes, in order; none over tokens."""
-        return [member for member in self.members if isinstance(member, ByteMember)]
+    def alphabet(self) -> Alphabet:
+        """The symbols of texts, which the API calls tokens."""
+        return self.model.alphabet
+
+    @property
+    def spellers(self) -> list[ByteMember]:
+        """The members that spell texts by tokens of their own, in order; none where symbols are tokens."""
+        return [] if self.symbols_are_tokens else list(self.model.readers)
 
     def room(self, length: int, own: Own = ()) -> int:
         """Return how many tokens fit after ``length`` tokens, in whose place members read ``own``; at most 2³⁰."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         shared = 1 << 30 if limit is None else max(limit - length, 0)
-        return shared if self.over_bytes else min(shared, self.model.contexts.room(own))
-
-    def answer_length(self, tokens: int, most_bytes: int | None = None) -> AnswerLength | None:
-        """Return the length of an answer that is to begin, over bytes; None over tokens."""
-        return AnswerLength(self.readers[0].spelling, tokens, most_bytes) if self.over_bytes else None
+        return min(shared, self.model.contexts.room(own)) if self.symbols_are_tokens else shared
 
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
@@ -91,8 +89,8 @@ class Combination:
         """
         plain, idle = self.settings.plain(), unused(self.settings.rule)
         found = {name: plain[name] for name in ("rule", "trust", "weights", "pool") if name not in idle}
-        if self.over_bytes:
-            found["vocabulary"] = "bytes"
+        if not self.symbols_are_tokens:
+            found["vocabulary"] = self.unit
         if self.gate is not None:
             found["gate"] = plain["gate"]
         elif self.why_no_gate is not None:
@@ -102,8 +100,7 @@ class Combination:
     @property
     def ends(self) -> tuple[int, ...]:
         """The ids of the ensemble's end-of-text tokens."""
-        found = self.model.generation_config.eos_token_id
-        return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+        return ends_of(self.model.generation_config)
 
     @cached_property
     def gate(self) -> Gate | None:
@@ -276,11 +273,12 @@ class Sequence(Continuation):
 
     Attributes:
         combination: the request's.
-        sampler: draws the sequence's tokens.
+        draw: how the sequence's tokens are chosen.
+        dead_end: why nothing can follow, as the text's structure is too complex; None while something can.
+        answer: how long the answer is, and whether it has come to its limit.
         max_tokens: the most tokens to draw: the request's, or fewer if the shortest context ends before; over bytes the
             most symbols.
         held: drawn tokens that are not emitted yet: over bytes those of a character that has not ended.
-        members: the members in their order.
         alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it, False for as in a
             batch; None before.
         cancelled: whether the sequence is to be ended before its next token.
@@ -295,16 +293,17 @@ class Sequence(Continuation):
         super().__init__(request.combination.model, prompt, own, ())
         self.request, self.emit = request, emit
         self.combination = request.combination
-        self.sampler = Sampler(request.sampling, key, len(prompt), request.ends, over_bytes=self.combination.over_bytes)
-        self._length = self.combination.answer_length(request.max_tokens, request.max_bytes)
-        most = request.max_tokens if self._length is None else self._length.longest or 0
-        self.max_tokens = min(most, self.combination.room(len(prompt), self.own))
+        self.draw = request.sampling.begin(key, len(prompt), request.ends)
+        self.dead_end: SoftmeetError | None = None
+        room = self.combination.room(len(prompt), self.own)
+        most = room if request.max_bytes is None else min(room, request.max_bytes)
+        self.answer = AnswerLength(self.combination.alphabet, request.max_tokens, most)
+        self.max_tokens = self.answer.longest or 0
         self.cancelled = self.done = False
         self.busy = True
         self.account = request.account
         self.last: float | None = None
         self.held = list[Token]()
-        self.members: list[Runner] = self.combination.members
         self.alone: Any = None
 
     @property
@@ -321,23 +320,16 @@ class Sequence(Continuation):
         """Append a drawn token, and return those that belong to the answer for certain and were not returned before."""
         self.tokens.append(token.token)
         self.held.append(token)
-        own = self._length
-        if own is None or token.token in self.request.ends:
-            certain = len(self.held)
-        else:
-            own.push(token.token)
-            certain = len(self.held) - (own.count - own.kept)
-        found, self.held = self.held[:certain], [] if self.is_long else self.held[certain:]
+        certain = len(self.held)
+        if token.token not in self.request.ends:
+            self.answer.push(token.token)
+            certain -= self.answer.count - self.answer.kept
+        found, self.held = self.held[:certain], [] if self.answer.is_over else self.held[certain:]
         return found
 
     def rest(self, last: Event) -> list[Token]:
         """Return the tokens that are held as the last event comes: a character may begin where a context is full."""
         return self.held if isinstance(last, Finished) else []
-
-    @property
-    def is_long(self) -> bool:
-        """Whether the answer has come to its limit."""
-        return self.drawn >= self.max_tokens if self._length is None else self._length.is_over
 
     @property
     def drawn(self) -> int:

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from softmeet.engine.draw import Sampling
+from softmeet.engine.limits import AnswerLength
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
 from softmeet.hf.chat import chat_of, take_plain
@@ -26,7 +28,6 @@ from softmeet.server.errors import RequestError
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
-from softmeet.server.sampling import Sampling
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
@@ -137,11 +138,11 @@ class Serving:
     def _warm_up(self, model: EnsembleForCausalLM) -> None:
         hidden = states_behind(model, encoded(model, model.tokenizer, ["a"]))
         own = model.settings.ungated()
-        changes = "rule" in self.settings.allowed and not model.over_bytes
-        every = [own, own.changed(rule="meet", weights=None)] if changes else [own]
+        every = [own, own.changed(rule="meet", weights=None)] if "rule" in self.settings.allowed else [own]
         for settings in every:
             # Members may make nothing of the token; what they say of it is not used.
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
+                model.require(settings)
                 model.combiner.solve_rows(hidden, settings, proved=False)
 
     async def on_tokenizer(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
@@ -163,7 +164,7 @@ class Serving:
                 rules.
         """
         combination = served.combination(Extension(), ())
-        if body.prompt is None and combination.over_bytes:
+        if body.prompt is None and not combination.symbols_are_tokens:
             raise RequestError(
                 "expected a prompt: over bytes every member has a chat prompt of its own, in its own tokens",
                 param="messages",
@@ -200,8 +201,7 @@ class Serving:
         served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
         most = _symbols(_limit(body, self.settings.max_tokens, combination), ours, combination)
-        unit = "bytes" if combination.over_bytes else "tokens"
-        _check_together(body, most, unit)
+        _check_together(body, most, combination.unit)
         parts = prompts.parts(body) if isinstance(body, CompletionRequest) else []
         _check_choices(len(parts) or 1, body, self.settings)
         # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
@@ -222,12 +222,12 @@ class Serving:
             found, own = await self.on_tokenizer(size, prompts.templated, served, combination, body)
         for prompt, read in zip_longest(found, own, fillvalue=()):
             prompts.check_prompt(prompt, combination, limit, read)
-            if combination.over_bytes:
-                await self.on_tokenizer(size, prompts.check_bytes, prompt, combination, read)
+            if not combination.symbols_are_tokens:
+                await self.on_tokenizer(size, prompts.check_spelled, prompt, combination, read)
         top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
         longest = _symbols(limit, ours, combination)
         tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
-        _check_listed(tokens, unit, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
+        _check_listed(tokens, combination, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
         return GenerationRequest(
             combination=combination,
@@ -342,13 +342,12 @@ def _symbols(tokens: int, ours: Extension, combination: Combination) -> int:
     Raises:
         RequestError: if a number of bytes is given over tokens.
     """
-    if ours.max_bytes is not None and not combination.over_bytes:
+    if ours.max_bytes is not None and combination.symbols_are_tokens:
         raise RequestError(
             "max_bytes is for ensembles over bytes, and this one is over tokens: say max_tokens",
             param="softmeet.max_bytes",
         )
-    length = combination.answer_length(tokens, ours.max_bytes)
-    return tokens if length is None else length.longest or 0
+    return AnswerLength(combination.alphabet, tokens, ours.max_bytes).longest or 0
 
 
 def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
@@ -376,10 +375,10 @@ def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
     return Sampling(**({"seed": secrets.randbits(53)} | given | changes))
 
 
-def _check_listed(tokens: int, unit: str, each: int) -> None:
+def _check_listed(tokens: int, combination: Combination, each: int) -> None:
     """Raise RequestError if an answer may have more log-probabilities, of ``each`` a token, than is kept in memory."""
     if tokens * each > _MOST_LISTED:
-        field = "softmeet.max_bytes" if unit == "bytes" else "max_tokens"
+        unit, field = combination.unit, "max_tokens" if combination.symbols_are_tokens else "softmeet.max_bytes"
         raise RequestError(
             f"expected at most {_MOST_LISTED:,} log-probabilities in an answer, got {tokens * each:,} ({tokens:,} "
             f"{unit} with {each} each): ask for fewer {unit} ({field}), choices, logprobs or a smaller report",

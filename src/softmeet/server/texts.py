@@ -6,12 +6,8 @@ from codecs import getincrementaldecoder
 from functools import lru_cache
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
+from softmeet.engine.text import REPLACEMENT, Pieces
 from softmeet.members.spelling import token_bytes
-
-# What a decoder writes for bytes that are no character, or not yet.
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenTexts:
@@ -49,35 +45,6 @@ def token_texts(tokenizer: Any) -> TokenTexts:
     return TokenTexts(tokenizer)
 
 
-class Pieces:
-    """The text of a sequence of tokens, piece by piece as they come; a character comes once it is complete.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-        special: whether special tokens are part of the text.
-    """
-
-    def __init__(self, tokenizer: Any, *, special: bool) -> None:
-        self._core, self._special = tokenizer.backend_tokenizer, special
-        self._stream, self._held = DecodeStream(skip_special_tokens=not special), list[int]()
-
-    def push(self, token: int) -> str:
-        """Add a token, and return the text that has become certain by it, perhaps none."""
-        self._held.append(token)
-        try:
-            piece = self._step(token)
-        except Exception:  # what it raises has no type of its own
-            # Bytes that are no character have changed text before them that was given already: go on behind it.
-            self._stream = DecodeStream(skip_special_tokens=not self._special)
-            piece = "".join(map(self._step, self._held))
-        if piece:
-            self._held = []
-        return piece
-
-    def _step(self, token: int) -> str:
-        return self._stream.step(self._core, token) or ""
-
-
 class Places:
     """Where tokens begin in their text, told as they come.
 
@@ -110,6 +77,6 @@ class Places:
         held = self._held + more
         text = getincrementaldecoder("utf-8")("replace").decode(held)
         # What is held back is at fault, or ends like it; other bytes are left out, as a space before a text is.
-        if text.encode() == held and not text.endswith(_REPLACEMENT):
+        if text.encode() == held and not text.endswith(REPLACEMENT):
             held, text = b"", ""
         self._held, self._ahead = held, len(text)

@@ -14,10 +14,12 @@ from torch import Tensor
 from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined
 from softmeet.engine.deferral import Deferral
-from softmeet.hf.byte_report import byte_report
+from softmeet.engine.draw import Place, choose
+from softmeet.engine.processors import following
+from softmeet.errors import SoftmeetError
 from softmeet.hf.report import token_report
+from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.rules.problem import TokensBefore
-from softmeet.server.sampling import next_scores, next_tokens
 from softmeet.server.sequences import Sequence, Token
 from softmeet.server.tasks import Task
 from softmeet.solvers.base import Status
@@ -27,9 +29,23 @@ _SCORED_AT_ONCE = 16
 
 
 def drawn(sequences: list[Sequence], ours: Float[Tensor, "B v"]) -> list[int]:
-    """Draw what follows each sequence's tokens and drafts, from log-probabilities in nats, as its request asks."""
-    samplers, texts = [s.sampler for s in sequences], [s.tokens + s.drafts for s in sequences]
-    return next_tokens(samplers, texts, next_scores(samplers, texts, ours))
+    """Draw what follows each sequence's tokens and drafts, from log-probabilities in nats, as its request asks.
+
+    The sequences are of one combination.
+
+    Where a sequence cannot go on, its ``dead_end`` is set.
+    """
+    scores, noise, texts = list[Tensor](), list[Place | None](), [s.tokens + s.drafts for s in sequences]
+    for allowed in following(sequences[0].combination.alphabet):
+        ours = allowed.behind(texts, ours)
+    for s, text, row in zip(sequences, texts, ours.split(1), strict=True):
+        try:
+            scores.append(s.draw.behind(text, row))
+        except SoftmeetError as error:
+            s.dead_end = error
+            scores.append(row)
+        noise += s.draw.noise(len(text))
+    return choose(torch.cat(scores), noise).tolist()
 
 
 def scored(s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task, seconds: float) -> list[Token]:
@@ -89,11 +105,16 @@ def tokens_of(
 
 
 def _report(s: Sequence, found: Combined, row: int, token: int, *, scored: bool) -> dict[str, Any]:
-    """Return the report on a row's token, over tokens or over bytes."""
+    """Return the report on a row's token, with its texts.
+
+    Where symbols are no tokens, ``member_top`` lists what members' own tokens could come there, as readers explain, or
+    if that is not known any more the most probable symbols.
+    """
     assert s.request.report is not None
     assert found.solution is not None
     assert found.members is not None
-    if s.combination.over_bytes:
-        expected = [] if scored else s.expected(s.request.report)
-        return byte_report(found.solution, found.members, row, token, s.request.report, expected)
-    return token_report(found.solution, found.members, row, token, s.request.report).spelled(s.request.tokenizer)
+    report = token_report(found.solution, found.members, row, token, s.request.report)
+    if s.combination.symbols_are_tokens:
+        return report.spelled(s.request.tokenizer)
+    expected = [] if scored else s.expected(s.request.report)
+    return report.with_texts(shown_byte) | ({"member_top": [list(own) for own in expected]} if expected else {})

@@ -55,20 +55,20 @@ class Side:
         rule: the rule that generates it, as text.
         members: the members' names.
         prompt: the text that it continues.
-        over_bytes: whether its tokens are bytes.
+        by_character: whether the page shows characters, as its tokens are parts of these.
         reports: the reports of its tokens so far, as the batcher's events have them.
     """
 
     rule: str
     members: tuple[str, ...]
     prompt: str
-    over_bytes: bool
+    by_character: bool
     reports: list[Report] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[Report]:
-        """The reports of what the page shows one by one: its tokens, or over bytes its characters."""
-        return character_reports(self.reports) if self.over_bytes else self.reports
+        """The reports of what the page shows one by one: its tokens, or its characters."""
+        return character_reports(self.reports) if self.by_character else self.reports
 
 
 def mount(app: FastAPI, serving: Serving) -> None:
@@ -216,8 +216,9 @@ def _controls(served: Served) -> dict[str, Any]:
 
 def _rules(served: Served) -> list[str]:
     """Return the names of the rules that can combine an ensemble's members, its own among them."""
-    over_bytes = served.ensemble.model.over_bytes
-    every = [name for name in rule_names() if not (over_bytes and rule_of(name).reads_heads)]
+    # Only tokens have rows in heads.
+    any_rule = served.combination(Extension(), ()).symbols_are_tokens
+    every = [name for name in rule_names() if any_rule or not rule_of(name).reads_heads]
     return list(dict.fromkeys([*every, served.ensemble.model.config.rule]))
 
 
@@ -262,7 +263,7 @@ async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
             request = await serving.prepare(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(AnswerStream(serving.batcher, request))
         hows = [answer.request.combination for answer in answers]
-        sides = [Side(str(how.settings.rule), how.names, prompt, how.over_bytes) for how in hows]
+        sides = [Side(str(how.settings.rule), how.names, prompt, not how.symbols_are_tokens) for how in hows]
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides, done=False), _HINT, _trouble(""), sides
