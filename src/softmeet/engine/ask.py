@@ -100,8 +100,7 @@ class Members:
             told = self._together.map(run, list(parts))
         found: dict[Any, Any] = {text: [None] * len(text.rows) for text in texts}
         for reader, own, predictions in zip(parts, parts.values(), told, strict=True):
-            states = predictions.log_probs() if reader.head is None else predictions.hidden()
-            for (one, i), behind in zip(own, states.split(predictions.counts), strict=True):
+            for (one, i), behind in zip(own, predictions.states().split(predictions.counts), strict=True):
                 found[one][i] = behind
             for k, error in predictions.errors.items():
                 own[k][0].failures.append((reader.name, error))

@@ -25,8 +25,11 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.contexts import OwnPrompt
+from softmeet.hf.refused import require_context
 from softmeet.members.opaque import Head
-from softmeet.members.trunk import last_hidden
+from softmeet.members.trunk import last_hidden, takes_cache
+from softmeet.readers.reader import Predictions, Read, Work, finished
+from softmeet.readers.transformers import States
 from softmeet.rules.gates import Unsure
 
 if TYPE_CHECKING:
@@ -194,6 +197,49 @@ def begun(model: AnyEnsemble, tokens: Sequence[Sequence[int]], options: CallOpti
         text = Dropped(model, ids[: one.replaced], one.ids) if isinstance(one, OwnPrompt) else Dropped(model, ids, one)
         text.tokens = list(ids)
         found.append(text)
+    return found
+
+
+def rereads(model: AnyEnsemble) -> bool:
+    """Return whether a member takes no cache, so that no reader can be had of it, and texts are read anew each time."""
+    return not all(map(takes_cache, model.members))
+
+
+def read_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"]) -> list[Predictions]:
+    """Have every member read one text, as to score it; returns what each predicts behind each of its t tokens.
+
+    Nothing that is kept of texts is shared, so that several threads may do so at the same time.
+
+    Args:
+        model: the ensemble.
+        input_ids: (1, t), the text; over bytes a first symbol 256 begins it, and its first byte is predicted, too.
+
+    Raises:
+        InvalidInputError: if the text exceeds a member's context, or a member has a template.
+        NonFiniteError: if a member's hidden states hold NaN or an infinity.
+    """
+    require_context(model.config, input_ids.shape[1])
+    model.contexts.require_no_template()
+    tokens = input_ids[0].tolist()
+    return model.each(lambda i: _read_once(model, i, tokens), range(len(model.members)))
+
+
+def _read_once(model: AnyEnsemble, i: int, tokens: list[int]) -> Predictions:
+    """Have one member read a text."""
+    if rereads(model):
+        states = last_hidden(model.members[i], torch.tensor([tokens]), use_cache=False)[0]
+        return States(model.member_heads[i], states, [len(tokens)], {}, Work())
+    reader, (own, skipped) = model.readers_of_members[i], model.before(i, tokens, ())
+    symbols = tokens[skipped:]
+    row = reader.open(symbols, own, reuse=False)
+    try:
+        # Behind the last of its own tokens, a first token in whose place it reads them is predicted, too.
+        asked = Read(row, symbols, range(1 - skipped, len(symbols) + 1), keep=False)
+        found = finished(reader.read([asked]))
+    finally:
+        reader.close(row)
+    for error in found.errors.values():
+        raise error
     return found
 
 

@@ -144,7 +144,13 @@ class Predictions(ABC):
         counts: for each read, how many places it has; 0 if it failed.
         errors: by the number of the read, why its row could not be read; the row is as it was before.
         work: what reading has cost.
+
+    Attributes:
+        dropped: at each place the share of probability mass that was estimated or dropped, (k,) fp64; None of a reader
+            that leaves nothing out.
     """
+
+    dropped: Float[Tensor, " k"] | None = None
 
     def __init__(
         self, counts: Sequence[int], errors: Mapping[int, SoftmeetError] | None = None, work: Work | None = None
@@ -177,6 +183,10 @@ class Predictions(ABC):
         raise UnsupportedHeadError(
             "expected a reader with an output layer that can be read, for a rule that reads heads: use an average"
         )
+
+    def states(self) -> Float[Tensor, "k _"]:
+        """Return what a head takes at all places: hidden states; log-probabilities of a reader that has no head."""
+        return self.log_probs() if type(self).hidden is Predictions.hidden else self.hidden()
 
     def bounds(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, " k"] | None:
         """Return, of a reader that knows some symbols alone, the largest log-probability that any other can have.
