@@ -32,7 +32,7 @@ from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, r
 from softmeet.members.passages import Passage
 from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
-from softmeet.members.weighting import perplexity_weights
+from softmeet.members.weighting import weights_by
 from softmeet.members.zoo import Named
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.rules.base import Rule
@@ -248,8 +248,7 @@ class Ensemble:
         if ids.shape[1] < 2:
             raise InvalidInputError(f"expected a prompt of at least two tokens to weigh members by, got {text!r}")
         log_probs, _ = self.model.combiner.own_log_probs([h[:-1] for h in self.model.hidden_states(ids)])
-        targets = ids[0, 1:].to(log_probs.device).expand(len(log_probs), -1)
-        return perplexity_weights((-log_probs.gather(-1, targets[..., None])).squeeze(-1).mean(-1).tolist())
+        return weights_by(log_probs, ids[0, 1:])
 
     @torch.inference_mode()
     def positions(self, text: str, limit: int) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:

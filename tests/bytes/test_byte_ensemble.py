@@ -328,8 +328,13 @@ def test_a_trace_in_half_precision_says_what_it_costs(pruned, tmp_path):
     half = record(pruned, documents, tmp_path / "half", dtype="float16", shard_size=20)
     assert len(half.facts["shards"]) == 2
     found = half.read()
+    # Costs stand behind log-probabilities in a member's columns, as they did when they were columns of these.
+    assert [member["width"] for member in half.facts["members"]] == [SYMBOLS + 3] * 2
+    for one, other in zip(whole.costs, found.costs, strict=True):
+        assert one[:, 1].sum() > 0
+        assert torch.allclose(one, other, rtol=1e-3)
     errors = torch.stack([
-        (one[:, :SYMBOLS].log_softmax(-1) - other[:, :SYMBOLS].log_softmax(-1)).gather(-1, whole.targets[:, None]).abs()
+        (one.log_softmax(-1) - other.log_softmax(-1)).gather(-1, whole.targets[:, None]).abs()
         for one, other in zip(whole.hidden, found.hidden, strict=True)
     ])  # fmt: skip
     assert 0 < errors.max() < 0.02

@@ -19,6 +19,7 @@ import softmeet
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, UnsupportedHeadError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
+from softmeet.hf.prompts import states_behind
 from softmeet.members.heads import head_of
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes.byte_member import ByteMember
@@ -187,6 +188,20 @@ def test_those_without_a_cache_generate_without_one(kind):
     model = model_of(next(a for a in ARCHITECTURES if a.kind == kind))
     ours = ensemble_of(model).generate(PROMPTS[1:2], use_cache=False, **GREEDY)
     assert torch.equal(ours, model.generate(PROMPTS[1:2], use_cache=False, **GREEDY))
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "openai-gpt"])
+@torch.inference_mode()
+def test_those_without_a_cache_are_evaluated(kind):
+    """No reader can be had of them, nor of the members beside them."""
+    models = [model_of(next(a for a in ARCHITECTURES if a.kind == kind)), other()]
+    ensemble = ensemble_of(*models)
+    for model, states in zip(models, ensemble.hidden_states(PROMPTS[1:2]), strict=True):
+        own = model(input_ids=PROMPTS[1:2], use_cache=False).logits[0]
+        assert torch.allclose(head_of(model).logits(states), own, atol=1e-5)
+    inputs = {"input_ids": PROMPTS[1:2], "attention_mask": MASK[1:2]}
+    last = [states[-1:] for states in ensemble.hidden_states(PROMPTS[1:2])]
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(states_behind(ensemble, inputs), last, strict=True))
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

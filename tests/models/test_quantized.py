@@ -257,7 +257,9 @@ def test_rules_and_settings_that_read_heads_refuse_them_by_name(kind):
     with pytest.raises(UnsupportedHeadError, match=f"the rule meet reads heads .* wide/llama {why}"):
         premise_scores(Ensemble(ours, ours.tokenizer), "In the beginning God created")
     with pytest.raises(UnsupportedHeadError, match="the rule max-entropy reads heads"):
-        ours.combiner.solve_rows([torch.zeros(1, w) for w in ours.widths], ours.settings.changed(rule="max-entropy"))
+        ours.combiner.solve_rows(
+            [torch.zeros(1, head.d) for head in ours.member_heads], ours.settings.changed(rule="max-entropy")
+        )
 
 
 def test_a_checkpoint_whose_head_is_quantised_is_refused_before_weights_are_loaded(quantised_folder, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -518,6 +519,22 @@ def test_a_member_that_gives_nan_is_named_and_its_row_stays():
     assert torch.allclose(told, finished(reader.read([read(whole, [1, 2, 3])])).log_probs(), atol=1e-9)
 
 
+@pytest.mark.parametrize("own", [(), (9, 8)])
+def test_a_text_that_is_not_kept_is_read_in_one_call_without_keys_and_values(own):
+    reader, text = tiny_reader(), [1 + k % 60 for k in range(40)]
+    row, kept, at = reader.open(text, own, reuse=False), reader.open(text, own, reuse=False), [1, 7, 40]
+    found = finished(reader.read([read(row, text, at, keep=False)]))
+    assert (reader.bytes, row.length, found.counts) == (0, 0, [3])
+    assert (found.work.calls, found.work.tokens) == (1, 40 + len(own))
+    expected = finished(reader.read([read(kept, text, at)]))
+    assert torch.allclose(found.states(), expected.states(), atol=1e-9)
+    with torch.no_grad():
+        reader.model.transformer.h[0].mlp.c_fc.weight.fill_(torch.nan)
+    found = finished(reader.read([read(row, text, at, keep=False)]))
+    assert isinstance(found.errors[0], NonFiniteError)
+    assert (found.counts, row.length) == ([0], 0)
+
+
 def test_long_texts_are_read_in_pieces_between_which_others_may_be_read(monkeypatch):
     monkeypatch.setattr("softmeet.readers.kv.PIECE", 8)
     reader, text = tiny_reader(), [1 + k % 60 for k in range(40)]
@@ -554,5 +571,23 @@ def test_predictions_hold_logits_states_and_costs():
     assert torch.allclose(found.logits().log_softmax(-1), found.log_probs())
     assert (found.work.calls, found.work.tokens) == (2, 4)
     given = Given(torch.zeros(1, 3), [1])
+    assert torch.equal(given.states(), given.log_probs())
+    assert torch.equal(found.states(), found.hidden())
     with pytest.raises(UnsupportedHeadError, match="for a rule that reads heads"):
         given.hidden()
+
+
+def test_over_bytes_predictions_tell_what_was_left_out_and_what_a_text_has_cost():
+    """Whatever else the member reads at the same time."""
+    member = member_of("gpt2", Pruning())
+    reader, text = ByteReader(member, "bytes"), b" the other the"
+    reading, log_probs, dropped = member.score(text)
+    assert dropped.max() > 0
+    work, other = reader.read([read(reader.open(), [256, *text], range(1, len(text) + 2))]), reader.open()
+    next(work)
+    finished(reader.read([read(other, [*b"there"], [5])]))
+    found = finished(work)
+    assert np.allclose(found.states(), log_probs, atol=1e-9)
+    assert np.allclose(found.dropped, dropped, atol=1e-12)
+    assert (found.work.calls, found.work.tokens) == (reading.work.calls, reading.work.tokens)
+    assert found.work.dropped == pytest.approx(dropped.sum())

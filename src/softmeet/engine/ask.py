@@ -106,8 +106,7 @@ class Members:
             told = self._together.map(run, list(parts), pause)
         found: dict[Any, Any] = {text: [None] * len(text.rows) for text in texts}
         for reader, own, predictions in zip(parts, parts.values(), told, strict=True):
-            states = predictions.log_probs() if reader.head is None else predictions.hidden()
-            for (one, i, _), behind in zip(own, states.split(predictions.counts), strict=True):
+            for (one, i, _), behind in zip(own, predictions.states().split(predictions.counts), strict=True):
                 found[one][i] = behind
             for k, error in predictions.errors.items():
                 own[k][0].failures.append((reader.name, error))

@@ -14,7 +14,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.errors import UnsupportedHeadError
 from softmeet.evaluation.candidates import Begin, Candidate, Options, sample_size
 from softmeet.evaluation.choices import RuleChoice
-from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds
+from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds, written
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Fitted, fit
@@ -28,8 +28,8 @@ from softmeet.rules.movement import Movement
 from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
-# Log-probabilities of all members, positions, and, over bytes, positions, that a budget of minutes allows.
-_ELEMENTS, _TOKENS, _BYTES = 2_000_000_000, 20_000, 40_000
+# Log-probabilities of all members, tokens, and symbols that are read one by one, that a budget of minutes allows.
+_ELEMENTS, _TOKENS, _SYMBOLS = 2_000_000_000, 20_000, 40_000
 # Bytes that a token has at the most, in most texts.
 _BYTES_OF_TOKEN = 4
 # With what texts of the members' own begin, and how many each writes.
@@ -54,7 +54,8 @@ def within_budget(ensemble: Ensemble, documents: Sequence[Document], most: int |
     """
     model = ensemble.model
     afforded = _ELEMENTS // (len(ensemble.names) * model.config.vocab_size)
-    left = most or (_BYTES if model.over_bytes else _BYTES_OF_TOKEN * max(1000, min(_TOKENS, afforded)))
+    tokens = min(max(1000, min(_TOKENS, afforded)), _SYMBOLS // model.symbols_of_token)
+    left = most or _BYTES_OF_TOKEN * tokens
     sizes, share = sorted(len(document.text.encode()) for document in documents), 0
     # Short documents leave more to long ones.
     for k, size in enumerate(sizes):
@@ -76,8 +77,7 @@ def own_documents(ensemble: Ensemble, tokens: int) -> list[Document]:
     each = math.ceil(tokens / (_ROWS * len(names)))
     for i in range(len(names)):
         alone = part(ensemble, [i], {"rule": POOLS[0], "weights": [1.0]})
-        most = {"max_bytes" if alone.model.over_bytes else "max_new_tokens": each}
-        made = alone.generate([_BEGINNING] * _ROWS, seed=i, top_k=0, min_new_tokens=each, **most)
+        made = written([_BEGINNING] * _ROWS, alone, each, seed=i, top_k=0)
         found += [Document(f"{names[i]} {k + 1}", _BEGINNING + text) for k, text in enumerate(made)]
     return found
 

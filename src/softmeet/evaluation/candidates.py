@@ -22,6 +22,7 @@ from softmeet.evaluation.perplexity import distinct_names
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise, premise_at
 from softmeet.evaluation.scoring import Average, Text
+from softmeet.members.opaque import NoHead
 from softmeet.rules.pools import PowerMean
 from softmeet.rules.registry import DEFAULT
 from softmeet.rules.settings import Settings, parse_rule, rule_of
@@ -158,7 +159,7 @@ class Fitter:
         if self.options.signed_weights:
             candidates.append(fits.signed(averages[0]))
         best, premise = min(averages, key=lambda candidate: candidate.fit_nll), list[Premise]()
-        if self.options.meets and not self.ensemble.model.over_bytes:
+        if self.options.meets and not any(isinstance(head, NoHead) for head in self.ensemble.model.combiner.heads):
             premise = self._premise(part, best)
             candidates += self._meets(part, averages, premise, suffix_of(without))
         return [*candidates, *(_as_written(rule, best, n) for rule in self.options.rules)], premise

@@ -10,13 +10,10 @@ from typing import Any
 import torch
 
 from softmeet.ensemble import Ensemble
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 
 # New tokens in the shorter and in the longer of two runs, whose difference leaves out the prompt; bytes of the prompt.
 _SHORT, _LONG, _PROMPT = 4, 20, 100
 _REPEATS = 4
-# Over bytes a token is about so many steps.
-_BYTES = 4
 
 
 def milliseconds(runs: Sequence[Callable[[int], Any]], repeats: int = _REPEATS) -> list[float]:
@@ -51,14 +48,8 @@ def member_runs(ensemble: Ensemble, text: str) -> list[tuple[Callable[[int], Any
         ensemble: the members.
         text: of which the first bytes are the prompt, and all are counted in tokens.
     """
-    model, size = ensemble.model, len(text.encode())
-    if isinstance(model, ByteEnsembleForCausalLM):
-        pairs = [(reader.model, [*reader.prefix, *reader.spelling.encode(text.encode())]) for reader in model.readers]
-    else:
-        ids = ensemble.tokenizer(text, verbose=False)["input_ids"]
-        pairs = [(member, ids) for member in model.members]
-    found = []
-    for member, ids in pairs:
+    found, size = [], len(text.encode())
+    for member, ids in zip(ensemble.model.members, ensemble.model.own_tokens(text), strict=True):
         room = (getattr(member.config, "max_position_embeddings", None) or len(ids) + _LONG) - _LONG
         found.append((_generator(member, ids, max(1, min(len(ids) * _PROMPT // size, room))), len(ids) / size))
     return found
@@ -82,15 +73,21 @@ def ensemble_run(ensemble: Ensemble, text: str) -> tuple[Callable[[int], Any], f
 
     Over bytes the function makes four bytes for each token that it is asked for.
     """
-    model, over_bytes = ensemble.model, ensemble.model.over_bytes
-    rate = 1.0 if over_bytes else len(ensemble.tokenizer(text, verbose=False)["input_ids"]) / len(text.encode())
-    times = _BYTES if over_bytes else 1
-    room = (model.window if over_bytes else getattr(model.config, "max_position_embeddings", None)) or _PROMPT
-    prompt = text.encode()[: min(_PROMPT, max(1, int((room - times * _LONG) / rate) - 1))].decode(errors="ignore")
+    times, tokenizer = ensemble.model.symbols_of_token, ensemble.tokenizer
+    rate = len(tokenizer(text, verbose=False)["input_ids"]) / len(text.encode())
+    room = int((ensemble.model.window - times * _LONG) / rate) - 1
+    prompt = text.encode()[: min(_PROMPT, max(1, room))].decode(errors="ignore")
+    return lambda count: written([prompt], ensemble, times * count, do_sample=False), rate / times
 
-    def run(count: int) -> Any:
-        many = times * count
-        most = {"max_bytes" if over_bytes else "max_new_tokens": many}
-        return ensemble.generate(prompt, do_sample=False, min_new_tokens=many, **most)
 
-    return run, rate / times
+def written(prompts: Sequence[str], ensemble: Ensemble, many: int, **options: Any) -> list[str]:
+    """Have an ensemble continue prompts of one length, each by so many tokens (over bytes: bytes), and return these.
+
+    Args:
+        prompts: the prompts.
+        ensemble: the ensemble.
+        many: how many symbols it writes.
+        options: of :meth:`Ensemble.generate`.
+    """
+    length = len(ensemble.tokenizer(prompts[0], verbose=False)["input_ids"]) + many
+    return ensemble.generate(list(prompts), max_length=length, min_new_tokens=many, **options)

@@ -61,14 +61,15 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
             ensemble = Ensemble.from_pretrained(pretrained, dtype=dtype)
             pretrained, options = ensemble.model, _options(ensemble, options)
         super().__init__(pretrained, dtype=dtype, **options)
-        if self.model.over_bytes:
+        # The harness takes symbols for tokens: where a token has several, they are counted here.
+        if self.model.symbols_of_token > 1:
             self._max_length = options.get("max_length") or self.model.window
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         """Score requests, (cache key or None, context, continuation) each: (log-probability, whether greedy)."""
-        if not self.model.over_bytes:
+        if self.model.symbols_of_token == 1:
             return super()._loglikelihood_tokens(requests, disable_tqdm, **options)  # type: ignore[no-any-return]
         found = byte_harness.log_likelihoods(self.model, [(before, after) for _, before, after in requests])
         answers = []
@@ -80,7 +81,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue the context of each request, in batches of those with the same options."""
-        if not self.model.over_bytes:
+        if self.model.symbols_of_token == 1:
             return super().generate_until(requests, disable_tqdm)  # type: ignore[no-any-return]
         asked = Collator(
             [request.args for request in requests], lambda one: (-len(one[0]), one[0]),

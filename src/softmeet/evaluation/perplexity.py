@@ -27,7 +27,7 @@ from softmeet.evaluation.scores import Evaluation, Scores, disagreement, predict
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.member import numbered
-from softmeet.members.weighting import perplexity_weights
+from softmeet.members.weighting import weights_by
 from softmeet.rules.gates import Gate, that_closes
 from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
@@ -170,14 +170,15 @@ def _score_piece(
     order = sorted(choices, key=lambda choice: _solving_order(settings[choice.name]))
     for chunk, weights in _chunks(ensemble, positions, choices):
         log_probs, logits = ensemble.model.combiner.own_log_probs(chunk.hidden)
-        targets, scores = chunk.targets.to(log_probs.device), dict[str, Scores]()
-        for name, own, hidden in zip(names, log_probs, chunk.hidden, strict=True):
-            scores[name] = replace(prediction_scores(own, targets), work=ensemble.model.work(hidden).double().cpu())
+        targets = chunk.targets.to(log_probs.device)
+        scores = {name: prediction_scores(own, targets) for name, own in zip(names, log_probs, strict=True)}
+        for name, costs in zip(names, chunk.costs, strict=False):
+            scores[name] = replace(scores[name], work=costs.cpu())
         solver = _Solver(ensemble.model, chunk.hidden, log_probs, logits, targets)
         for choice in order:
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
             scores[choice.name] = solver.scores(settings[choice.name].changed(**by_prompt))
-        pieces.append(replace(chunk, hidden=[]).tensors() | {"disagreement": disagreement(log_probs)})
+        pieces.append(replace(chunk, hidden=[], costs=[]).tensors() | {"disagreement": disagreement(log_probs)})
         for k, name in enumerate([*names, *(choice.name for choice in choices)]):
             pieces[-1] |= {f"{field} {k}": value for field, value in vars(scores[name]).items()}
         on_progress(len(chunk))
@@ -240,19 +241,14 @@ def _chunks(
         document = positions.take(slice(start, start + length))
         start += length
         cuts = sorted({0, length, *(p for p in prompts if p < length)})
-        known = {p: _prompt_weights(ensemble, document.take(slice(p))) for p in prompts}
+        begun = {p: document.take(slice(p)) for p in prompts}
+        own_log_probs = ensemble.model.combiner.own_log_probs
+        known = {p: weights_by(own_log_probs(prompt.hidden)[0], prompt.targets) for p, prompt in begun.items()}
         own = list(ensemble.model.config.weights)
         for first, last in pairwise(cuts):
             # A prompt's own tokens are predicted with the ensemble's weights.
             weights = {p: known[p] if first >= p else own for p in prompts}
             yield from ((chunk, weights) for chunk in document.take(slice(first, last)).chunks(size))
-
-
-def _prompt_weights(ensemble: Ensemble, prompt: Positions) -> list[float]:
-    log_probs, _ = ensemble.model.combiner.own_log_probs(prompt.hidden)
-    targets = prompt.targets.to(log_probs.device)
-    nats = -log_probs.gather(-1, targets.expand(len(log_probs), -1)[..., None]).squeeze(-1)
-    return perplexity_weights(nats.mean(-1).tolist())
 
 
 @dataclass(eq=False)

@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TypedDict, Unpack
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
+from softmeet.hf.running import read_once
+from softmeet.readers.reader import Predictions
 from softmeet.scaling.base import Engine
 
 # About how many positions a piece has: enough to be worth sending to a worker, few enough to lose if a run is stopped.
 PIECE = 256
-_OF_TEXT = ("targets", "document", "sizes")
+_OF_TEXT, _BY_MEMBER = ("targets", "document", "sizes"), ("hidden", "costs")
 
 
 class Windowing(TypedDict, total=False):
@@ -206,12 +209,15 @@ class Positions:
 
     Attributes:
         hidden: each member's last hidden states, (N, d_i), one tensor a member, row k that from which target k is
-            predicted; an empty list if they are no longer needed. Over bytes, the log-probabilities and costs that
-            :meth:`ByteEnsembleForCausalLM.hidden_states` returns stand in for them.
+            predicted; an empty list if they are no longer needed. Of members without output layers, as over bytes,
+            log-probabilities in nats stand in for them.
         targets: the tokens that came, (N,), int64.
         document: the document of each position, an index into ``names``, (N,), int64.
         sizes: the number of UTF-8 bytes of text that each target adds, (N,), int64.
         names: the documents' names.
+        costs: of each member that leaves out some probability mass, as over bytes, what reading has cost, (N, 3) fp64:
+            the share of mass that was estimated or dropped there and, at the last position of a window, the calls of
+            the model and the tokens that were run in them for the whole window, elsewhere zeros. Else an empty list.
     """
 
     hidden: list[Tensor]
@@ -219,14 +225,15 @@ class Positions:
     document: Int[Tensor, " N"]
     sizes: Int[Tensor, " N"]
     names: list[str]
+    costs: list[Float[Tensor, "N 3"]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: slice | Tensor) -> Positions:
         """Return the positions at ``rows`` (a slice, indices or a mask), in that order."""
-        hidden = [h[rows] for h in self.hidden]
-        return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names)
+        hidden, costs = [own[rows] for own in self.hidden], [own[rows] for own in self.costs]
+        return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names, costs)
 
     def chunks(self, size: int) -> Iterator[Positions]:
         """Yield all positions, in order, ``size`` at a time; the last chunk may be smaller."""
@@ -236,27 +243,30 @@ class Positions:
     def tensors(self) -> Tensors:
         """Return all tensors on the CPU by name: ``targets``, ``document``, ``sizes``, and ``hidden 0`` and so on."""
         found = {name: getattr(self, name).cpu() for name in _OF_TEXT}
-        return found | {f"hidden {i}": hidden.cpu() for i, hidden in enumerate(self.hidden)}
+        return found | {f"{name} {i}": own.cpu() for name in _BY_MEMBER for i, own in enumerate(getattr(self, name))}
 
 
 def from_tensors(found: Tensors, names: list[str]) -> Positions:
     """Make positions from the tensors that :meth:`Positions.tensors` returned, ignoring others in ``found``.
 
     Args:
-        found: tensors by name: ``targets``, ``document``, ``sizes`` and, for each member i from 0, ``hidden i``.
+        found: tensors by name: ``targets``, ``document``, ``sizes`` and, for each member i from 0, ``hidden i`` and
+            maybe ``costs i``.
         names: the documents' names, which ``document`` indexes.
     """
-    hidden = [found[f"hidden {i}"] for i in range(sum(name.startswith("hidden ") for name in found))]
-    return Positions(hidden, **{name: found[name] for name in _OF_TEXT}, names=names)
+    hidden, costs = (
+        [found[f"{name} {i}"] for i in range(sum(key.startswith(f"{name} ") for key in found))] for name in _BY_MEMBER
+    )
+    return Positions(hidden, **{name: found[name] for name in _OF_TEXT}, names=names, costs=costs)
 
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
     """Join one or more runs of positions, in order, to one; ``names`` are the documents' names that all parts index."""
-    return Positions(
-        [torch.cat(own) for own in zip(*(part.hidden for part in parts), strict=True)],
-        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT},
-        names=names,
+    hidden, costs = (
+        [torch.cat(own) for own in zip(*(getattr(part, name) for part in parts), strict=True)] for name in _BY_MEMBER
     )
+    of_text = {name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT}
+    return Positions(hidden, **of_text, names=names, costs=costs)
 
 
 @torch.no_grad()  # not inference mode: a fit's graph may hold these tensors
@@ -273,10 +283,20 @@ def observe(ensemble: Ensemble, read: Sequence[Window]) -> Positions:
     parts = []
     for window in read:
         ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window), None)
-        hidden = [h[predicted] for h in ensemble.model.hidden_states(ids[None, :-1])]
-        document = torch.full_like(ids[predicted], window.document)
-        parts.append(Positions(hidden, ids[predicted], document, window.sizes.to(ids.device), []))
+        told = read_once(ensemble.model, ids[None, :-1])
+        hidden = [one.states()[predicted] for one in told]
+        costs = [own[predicted] for own in map(_costs, told) if len(own)]
+        document, sizes = torch.full_like(ids[predicted], window.document), window.sizes.to(ids.device)
+        parts.append(Positions(hidden, ids[predicted], document, sizes, [], costs))
     return join(parts, [])
+
+
+def _costs(told: Predictions) -> Float[Tensor, "_ 3"]:
+    """Return what reading a window has cost, as :attr:`Positions.costs` has it; (0, 3) if nothing was left out."""
+    if told.dropped is None:
+        return torch.zeros(0, 3)
+    spent = torch.tensor([[told.work.calls, told.work.tokens]]).double()
+    return torch.cat((told.dropped[:, None], pad(spent, (0, 0, len(told) - 1, 0))), 1)
 
 
 def observe_text(

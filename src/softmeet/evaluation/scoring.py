@@ -272,10 +272,10 @@ class Text:
         """
         whole = self._map(self._stage, Piece.scores, lambda k: (list(averages[self._fold[k]].values()),), on_progress)
         scored = _named(whole, [*members, *averages[0]])
-        for name, hidden in zip(members, self._positions.hidden, strict=False):
-            scored[name] = replace(scored[name], work=self._model.work(hidden).double().cpu())
+        for name, costs in zip(members, self._positions.costs, strict=False):
+            scored[name] = replace(scored[name], work=costs.cpu())
         return Evaluation(
-            replace(self._positions, hidden=[]),
+            replace(self._positions, hidden=[], costs=[]),
             {name: scored[name] for name in members},
             {name: scored[name] for name in averages[0]},
             whole["disagreement"],

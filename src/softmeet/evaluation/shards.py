@@ -1,8 +1,8 @@
 """Write and read shards of a trace: Parquet files that appear under their names only when they are complete.
 
-Columns are ``document``, ``target`` and ``bytes`` (int32), and ``hidden_i`` for member i, a list of d_i floats. Pages
-have checksums. The file's metadata has the key of its trace and a hash of all columns, since Parquet has no checksum
-of the footer, which says where the columns are.
+Columns are ``document``, ``target`` and ``bytes`` (int32), and ``hidden_i`` for member i, a list of floats: a hidden
+state and, of members whose reading has costs, these behind it. Pages have checksums. The file's metadata has the key of
+its trace and a hash of all columns, since Parquet has no checksum of the footer, which says where the columns are.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
     """
     of_text = (positions.document, positions.targets, positions.sizes)
     columns = [pa.array(x.to(torch.int32).cpu().numpy()) for x in of_text]
-    for hidden in positions.hidden:
-        flat = pa.array(hidden.to(dtype).cpu().contiguous().flatten().numpy())
-        columns.append(pa.FixedSizeListArray.from_arrays(flat, hidden.shape[1]))
-    table = pa.table(columns, schema=_schema([hidden.shape[1] for hidden in positions.hidden], dtype))
+    parts = zip(*filter(None, (positions.hidden, positions.costs)), strict=True)
+    members = [torch.cat([part.to(dtype).cpu() for part in own], 1) for own in parts]
+    columns += [pa.FixedSizeListArray.from_arrays(pa.array(own.flatten().numpy()), own.shape[1]) for own in members]
+    table = pa.table(columns, schema=_schema([own.shape[1] for own in members], dtype))
     table = table.replace_schema_metadata({_KEY: key.encode(), _HASH: _hash(table)})
     # Floats of a hidden state neither repeat nor compress: plain pages are read fastest.
     how = {"compression": "none", "use_dictionary": False, "write_page_checksum": True, "row_group_size": 1 << 14}
@@ -54,7 +54,7 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
 
 
 def read_shard(
-    path: Path, key: str, names: list[str], count: int, widths: Sequence[int], dtype: torch.dtype
+    path: Path, key: str, names: list[str], count: int, widths: Sequence[int], dtype: torch.dtype, costs: int
 ) -> Positions:
     """Read and check a shard that :func:`write_shard` wrote; the hidden states are returned in fp32.
 
@@ -63,8 +63,9 @@ def read_shard(
         key: the identity that the shard has to have, :attr:`Trace.key`.
         names: the documents' names, which become ``names`` of the positions.
         count: the number of positions that the shard has to have.
-        widths: the widths d_i of the members' hidden states.
+        widths: the number of columns of each member.
         dtype: of the hidden states on disk, fp32 or fp16.
+        costs: how many of each member's last columns are costs.
 
     Raises:
         TraceError: if the file is missing or damaged, or belongs to another trace.
@@ -84,8 +85,10 @@ def read_shard(
     if metadata.get(_HASH, (found := _hash(table))) != found:
         raise TraceError(f"{path} is damaged (its columns do not have their hash)")
     document, targets, sizes, *hidden = (torch.tensor(column) for column in _columns(table))
-    hidden = [flat.view(count, -1).float() for flat in hidden]
-    return Positions(hidden, targets.long(), document.long(), sizes.long(), names)
+    members = [flat.view(count, -1).float() for flat in hidden]
+    told = [own[:, own.shape[1] - costs :].double() for own in members] if costs else []
+    members = [own[:, : own.shape[1] - costs] for own in members]
+    return Positions(members, targets.long(), document.long(), sizes.long(), names, told)
 
 
 def _schema(widths: Sequence[int], dtype: torch.dtype) -> Any:

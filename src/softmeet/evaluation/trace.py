@@ -32,6 +32,8 @@ from softmeet.scaling.local import LocalEngine
 FORMAT = 1
 Dtype = Literal["float32", "float16"]
 _CHUNK = 64
+# Columns of a member that leaves out probability mass behind those of its hidden states.
+_COSTS = 3
 _FACTS = {"members", "tokenizer", "text", "bos", "window", "stride", "dtype", "documents", "shards"}
 
 
@@ -185,7 +187,8 @@ class Trace:
         widths = [member["width"] for member in self.facts["members"]]
         dtype = getattr(torch, self.facts["dtype"])
         try:
-            return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype)
+            costs = _COSTS * ("prune" in self.facts)
+            return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype, costs)
         except TraceError as error:
             on_damage(f"{error}: {says}")
             return None
@@ -342,16 +345,17 @@ def identity(ensemble: Ensemble) -> dict[str, Any]:
     """Return the facts by which a trace recognises the members that made it.
 
     Returns:
-        ``members``, a list of each one's ``name``, ``width`` (of its hidden states), ``dtype`` (of its head), and
+        ``members``, a list of each one's ``name``, ``width`` (of its columns in a shard), ``dtype`` (of its head), and
         SHA-256 hashes of its ``head`` and of a sample of all its weights (``body``); ``tokenizer``, a hash of the
         vocabulary with its ids; ``prefixes``, each member's prompt as ids of its tokens, if one has any; over bytes
         also ``prune``, as in the ensemble's configuration.
     """
     model, vocabulary = ensemble.model, sorted(ensemble.tokenizer.get_vocab().items())
-    facts: dict[str, Any] = {"prune": model.config.prune} if model.over_bytes else {}
+    facts: dict[str, Any] = dict(model.pruning)
     if any(own := model.contexts.prefixes):
         facts["prefixes"] = [list(ids) or None for ids in own]
-    members = zip(ensemble.names, model.widths, model.member_heads, model.members, strict=True)
+    widths = [head.d + _COSTS * bool(model.pruning) for head in model.combiner.heads]
+    members = zip(ensemble.names, widths, model.member_heads, model.members, strict=True)
     return facts | {
         "members": [
             {

@@ -9,9 +9,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessorList
 
@@ -72,6 +69,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
 
     over_bytes = True
     begin = END
+    symbols_of_token = 4
 
     def __init__(self, config: EnsembleConfig, readers: Sequence[ByteMember] | None = None) -> None:
         require_for_bytes(config.settings)
@@ -96,11 +94,6 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         return [reader.head for reader in self.readers]
 
     @property
-    def widths(self) -> list[int]:
-        """The number of columns of each member's :meth:`hidden_states`, 260 each: 257 symbols and three costs."""
-        return [SYMBOLS + 3] * len(self.readers)
-
-    @property
     def window(self) -> int:
         """The bytes that evaluation reads at once by default: those that fit every member's context, at most 4,096."""
         return min(_WINDOW, *(reader.room for reader in self.readers))
@@ -110,9 +103,14 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         """Each member's :class:`softmeet.readers.reader.Work` since it was loaded, summed over all texts."""
         return [reader.spent for reader in self.readers]
 
-    def work(self, hidden: Float[Tensor, "t 260"]) -> Float[Tensor, "t 3"]:
-        """Return the last three columns, the costs, of one member's :meth:`hidden_states`, which describes them."""
-        return hidden[:, SYMBOLS:]
+    @property
+    def pruning(self) -> dict[str, float]:
+        """The least share of probability mass at which a member follows a tokenization of the text, as ``prune``."""
+        return {"prune": self.config.prune}
+
+    def own_tokens(self, text: str) -> list[list[int]]:
+        """Return for each member the tokens that it reads before every text, and those of this text."""
+        return [[*reader.prefix, *reader.spelling.encode(text.encode())] for reader in self.readers]
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
         """Make an ensemble, configured by ``config``, of the members numbered ``chosen``; it shares their weights."""
@@ -152,34 +150,6 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         """Raise InvalidInputError, which says that ``what``, such as "evaluation", is for ensembles over tokens."""
         advice = "load members that share a tokenizer, with vocabulary='tokens'"
         raise InvalidInputError(f"{what} does not take ensembles over bytes: {advice}")
-
-    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t 260"]]:
-        """Compute each member's predictions after every symbol of one text of t symbols, and their costs.
-
-        Args:
-            input_ids: (1, t), the text's bytes; a first symbol 256 stands for the start of the text, so that row 0
-                predicts its first byte.
-
-        Returns:
-            For each member (t, 260), fp64. Row k has in columns 0 to 256 the log-probabilities, in nats, of the symbol
-            after symbol k; in column 257 the share of their probability mass that was estimated instead of asked of the
-            model; in column 258 the number of calls of the model and in column 259 that of tokens run in them. The last
-            two columns are 0 but in the last row, which has the numbers of the whole text.
-
-        Raises:
-            InvalidInputError: if the text exceeds a member's context.
-        """
-        self.contexts.require_no_template()
-        symbols, found = input_ids[0].tolist(), []
-        # An end symbol at the start begins a text: then its first byte is predicted, too.
-        begun = symbols[:1] == [END]
-        for reader in self.readers:
-            reading, log_probs, unasked = reader.score(bytes(symbols[begun:]))
-            costs = np.zeros((len(log_probs), 3))
-            costs[:, 0] = unasked
-            costs[-1, 1:] = reading.work.calls, reading.work.tokens
-            found.append(torch.from_numpy(np.hstack([log_probs, costs])[not begun :]))
-        return found
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate symbols as an ensemble over tokens does tokens, and end texts as :func:`within_limits` does."""

@@ -83,7 +83,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     Raises:
         InvalidInputError: if the text exceeds a member's context.
     """
-    log_probs = torch.stack([torch.from_numpy(reader.score(text)[1][: len(text)]) for reader in model.readers])
+    log_probs = torch.stack(model.hidden_states(torch.tensor([[END, *text]])))[:, :-1]
     expected = [expected_tokens(reader, text, top) for reader in model.readers]
     solutions = [solution for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings)]
     answer = torch.cat([solution.log_probs for solution in solutions])

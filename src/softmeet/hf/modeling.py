@@ -27,7 +27,7 @@ from softmeet.hf.contexts import Contexts, OwnPrompt
 from softmeet.hf.decoding import decode, decodes, is_to_speculate
 from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
-from softmeet.hf.running import NewTokens, run_members
+from softmeet.hf.running import NewTokens, read_once, run_members
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head
@@ -66,13 +66,14 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     OF_A_KIND = (
-        "over_bytes", "begin", "member_heads", "widths", "window", "spent", "work", "part", "find_heads_again",
-        "key_of", "new_reader", "before", "hidden_states", "require", "require_tokens", "generate",
+        "over_bytes", "begin", "symbols_of_token", "member_heads", "window", "spent", "pruning", "own_tokens", "part",
+        "find_heads_again", "key_of", "new_reader", "before", "require", "require_tokens", "generate",
         "_get_logits_processor",
     )  # fmt: skip
     over_bytes = False
     # The symbol that a text may begin with, behind members' own tokens; None where these are symbols themselves.
     begin: int | None = None
+    symbols_of_token = 1  # About how many of the symbols that are written one by one a token has.
 
     def __init__(
         self,
@@ -171,9 +172,11 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         return run_members(NewTokens(self, input_ids, kept, cache, options, shared))
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
-        """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k."""
-        checked_length(self.config, input_ids, None)
-        return [states[0] for states in self.run(input_ids, None, use_cache=False)[0]]
+        """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k.
+
+        Members over bytes have none: these are log-probabilities, (t, 257), of the text's first byte too behind a 256.
+        """
+        return [one.states() for one in read_once(self, input_ids)]
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate tokens as transformers' ``generate`` does.
@@ -254,11 +257,6 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         return self.combiner.heads
 
     @property
-    def widths(self) -> list[int]:
-        """The number of columns of each member's :meth:`hidden_states`: over tokens, the width d_i of its head."""
-        return [head.d for head in self.member_heads]
-
-    @property
     def window(self) -> int:
         """The tokens that evaluation reads at once by default: the shortest member's context, but at most 1,024."""
         return min(self.config.max_position_embeddings or _WINDOW, _WINDOW)
@@ -268,9 +266,10 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         """Each member's :class:`Work` (model calls, tokens run) since it was loaded; over tokens an empty list."""
         return []
 
-    def work(self, hidden: Float[Tensor, "t _"]) -> Float[Tensor, "_ 3"]:
-        """Return the costs among the columns of one member's :meth:`hidden_states`: over tokens none, shape (0, 3)."""
-        return hidden.new_zeros(0, 3)
+    @property
+    def pruning(self) -> dict[str, float]:
+        """How much of a text's readings members leave out, ``prune`` by name; over tokens nothing."""
+        return {}
 
     def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens.
@@ -299,9 +298,9 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         """Whether members are on different devices, so that it pays to run them at the same time."""
         return len({whereabouts(member) for member in self.members}) > 1
 
-    def each(self, function: Callable[[int], Any], members: Sequence[int]) -> list[Any]:
-        """Return [function(i) for i in members], numbers from 0; computed in threads if :attr:`apart`."""
-        return each_in_a_thread(function, members) if self.apart else list(map(function, members))
+    def each(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
+        """Return [function(part) for part in parts], members or readers; in threads if members are :attr:`apart`."""
+        return each_in_a_thread(function, parts) if self.apart else list(map(function, parts))
 
     def _apply(self, fn: Any, recurse: bool = True) -> EnsembleForCausalLM:
         """Move or cast the weights by ``fn``, and make the heads from the new weights."""

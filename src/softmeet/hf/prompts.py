@@ -15,6 +15,7 @@ from softmeet.hf.call_options import CallOptions
 from softmeet.hf.chat import Messages, chat_of, is_chat
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.running import rereads
 from softmeet.hf.vocabulary import require_unicode
 from softmeet.members.member import Member
 from softmeet.members.prompting import ids_of, own_messages
@@ -113,9 +114,8 @@ def states_behind(model: EnsembleForCausalLM, inputs: dict[str, Any]) -> list[Fl
     """Run all members on the prompts that :func:`encoded` made; return each one's last hidden states behind them."""
     given = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     options = CallOptions.of(model, {"gate": "none", **given})
-    hidden, _ = model.run(
-        inputs["input_ids"], None, slice(-1, None), options, attention_mask=inputs["attention_mask"], use_cache=False
-    )
+    cache, mask = None if rereads(model) else model.new_cache(), inputs["attention_mask"]
+    hidden, _ = model.run(inputs["input_ids"], cache, slice(-1, None), options, attention_mask=mask, use_cache=False)
     return [states[:, 0] for states in hidden]
 
 

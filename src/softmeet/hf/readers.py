@@ -87,6 +87,10 @@ class ReadMembers:
     def _reading(self) -> Members:
         return Members(len(self.members), parallel=self.apart)
 
+    def own_tokens(self, text: str) -> list[list[int]]:
+        """Return for each member the tokens by which it reads a text by itself, without a prompt of its own."""
+        return [self.tokenizer(text, verbose=False)["input_ids"] for _ in self.members]
+
     def forget_readers(self) -> None:
         """Have readers made anew, as after members were moved or cast."""
         for name in ("apart", "readers_of_members", "_reading"):

@@ -24,8 +24,11 @@ from softmeet.engine.quick import weights_of
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
+from softmeet.hf.refused import require_context
 from softmeet.members.opaque import Head
-from softmeet.members.trunk import last_hidden
+from softmeet.members.trunk import last_hidden, takes_cache
+from softmeet.readers.reader import Predictions, Work
+from softmeet.readers.transformers import States
 from softmeet.rules.gates import Unsure
 
 if TYPE_CHECKING:
@@ -191,6 +194,42 @@ def begun(model: AnyEnsemble, tokens: Sequence[Sequence[int]], options: CallOpti
         text.tokens = list(ids)
         found.append(text)
     return found
+
+
+def rereads(model: AnyEnsemble) -> bool:
+    """Return whether a member takes no cache, so that no reader can be had of it, and texts are read anew each time."""
+    return not all(map(takes_cache, model.members))
+
+
+def read_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"]) -> list[Predictions]:
+    """Have every member read one text, as to score it; returns what each predicts behind each of its t tokens.
+
+    Nothing that is kept of texts is shared, so that several threads may do so at the same time.
+
+    Args:
+        model: the ensemble.
+        input_ids: (1, t), the text; over bytes a first symbol 256 begins it, and its first byte is predicted, too.
+
+    Raises:
+        InvalidInputError: if the text exceeds a member's context, or a member has a template.
+        NonFiniteError: if a member's hidden states hold NaN or an infinity.
+    """
+    require_context(model.config, input_ids.shape[1])
+    model.contexts.require_no_template()
+    tokens = input_ids[0].tolist()
+    return model.each(lambda i: _read_once(model, i, tokens), range(len(model.members)))
+
+
+def _read_once(model: AnyEnsemble, i: int, tokens: list[int]) -> Predictions:
+    """Have one member read a text."""
+    if rereads(model):
+        states = last_hidden(model.members[i], torch.tensor([tokens]), use_cache=False)[0]
+        return States(model.member_heads[i], states, [len(tokens)], {}, Work())
+    reader, (own, skipped) = model.readers_of_members[i], model.before(i, tokens, ())
+    symbols = tokens[skipped:]
+    # Behind the last of its own tokens, a first token in whose place it reads them is predicted, too.
+    with reader.to_itself():
+        return reader.read_whole([symbols], [range(1 - skipped, len(symbols) + 1)], own)
 
 
 def run_members(new: NewTokens) -> tuple[list[Float[Tensor, "B k _"]], Deferral | Drawn | None]:

@@ -72,10 +72,10 @@ class NoHead(OpaqueHead):
     """In place of the output layer of a member that tells log-probabilities, which stand in for its hidden states.
 
     Args:
-        v: the number of symbols; hidden states may have further columns, which are no log-probabilities.
+        v: the number of symbols.
 
     Example:
-        >>> NoHead(2).logits(torch.tensor([[-0.5, -0.9, 7.0]]))
+        >>> NoHead(2).logits(torch.tensor([[-0.5, -0.9]]))
         tensor([[-0.5000, -0.9000]])
     """
 
@@ -95,8 +95,8 @@ class NoHead(OpaqueHead):
         return torch.float64
 
     def logits(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b v"]:
-        """Return the log-probabilities, in nats: hidden states without their further columns."""
-        return hidden[..., : self.v]
+        """Return the log-probabilities, in nats, as they are."""
+        return hidden
 
 
 Head = SoftmaxHead | OpaqueHead

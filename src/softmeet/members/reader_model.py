@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from threading import Lock
 from typing import Any
 
 import torch
@@ -54,8 +53,6 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         mark = hashlib.sha256(member.source.encode()).digest()
         self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
         self.reader, self._member = reader, member.base
-        # Evaluation runs members in several threads.
-        self._lock = Lock()
         let_give_logits(self)
         self.head = OpaqueHead(self, v, v, "is not there: it is a reader, which tells logits alone")
 
@@ -72,24 +69,28 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         return
 
     def forward(
-        self, input_ids: Int[Tensor, "B t"], attention_mask: Int[Tensor, "B t"] | None = None, **options: Any
+        self,
+        input_ids: Int[Tensor, "B t"],
+        attention_mask: Int[Tensor, "B t"] | None = None,
+        cache: Any = None,
+        **options: Any,
     ) -> CausalLMOutput:
         """Read texts from their beginnings.
 
         Args:
             input_ids: their tokens.
             attention_mask: 0 at padding, which is not read; None if there is none.
-            options: those of other models, which make no difference here, but for ``cache``, which is refused.
+            cache: is refused, as rows of the reader take its place.
+            options: those of other models, which make no difference here.
 
         Raises:
             InvalidInputError: if a cache is given, or a text is longer than the reader's limit.
         """
-        if options.get("cache") is not None:
+        if cache is not None:
             raise InvalidInputError(f"expected no cache for {self.reader.name}, which is read by its reader's rows")
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         texts = [row[mask].tolist() for row, mask in zip(input_ids, real.bool(), strict=True)]
-        with self._lock:
-            told = self.reader.read_whole(texts, [range(1, len(text) + 1) for text in texts]).logits()
+        told = self.reader.read_whole(texts, [range(1, len(text) + 1) for text in texts]).logits()
         found: Float[Tensor, "B t v"] = told.new_zeros(*input_ids.shape, told.shape[-1])
         found[real.bool()] = told
         return CausalLMOutput(logits=found.to(input_ids.device))

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.placement import LOGITS, body, home, without_head
-from softmeet.members.reader_model import ReaderModel
 from softmeet.products import MOST, few_rows
 
 _ALL = slice(None)
@@ -65,17 +64,20 @@ class Trunk:
         return hidden.to(self._target)[:, kept]
 
 
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Return whether a model takes a cache of transformers; some leave it aside in silence, and would lose the text."""
+    parameters = signature(body(model).forward).parameters
+    # Those that hand everything on to another module name nothing.
+    return "cache" in parameters or "input_ids" not in parameters
+
+
 def require_cache(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model that takes a cache of transformers; some leave one aside in silence, and would lose the text.
+    """Return a model that takes a cache of transformers.
 
     Raises:
         InvalidInputError: if it does not take one.
     """
-    if isinstance(model, ReaderModel):
-        return model
-    parameters = signature(body(model).forward).parameters
-    # Those that hand everything on to another module name nothing.
-    if "cache" not in parameters and "input_ids" in parameters:
+    if not takes_cache(model):
         raise InvalidInputError(
             f"expected members that continue from a cache, but {type(model).__name__} takes none: pass use_cache=False "
             "to generate, which reads the whole text for each token"

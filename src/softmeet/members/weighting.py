@@ -35,6 +35,12 @@ def perplexity_weights(nats: Sequence[float], temperature: float = 1.0) -> list[
     return [float(w) for w in (-losses / temperature).softmax(0)]
 
 
+def weights_by(log_probs: Float[Tensor, "n t v"], targets: Int[Tensor, " t"]) -> list[float]:
+    """Return the weights of :func:`perplexity_weights` by members' log-probabilities, in nats, of what has come."""
+    came = targets.to(log_probs.device).expand(len(log_probs), -1)[..., None]
+    return perplexity_weights((-log_probs.gather(-1, came)).squeeze(-1).mean(-1).tolist())
+
+
 @dataclass(frozen=True)
 class Adaptation:
     """How weights adapt to a text: w_i ∝ w_i⁰ exp(-(1 - γ) Σ_s γ^(t-1-s) ℓ_i(s) / τ) at position t, s < t.

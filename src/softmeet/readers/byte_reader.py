@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.readers.byte_alphabet import ByteAlphabet, shown_byte
@@ -20,8 +18,6 @@ from softmeet.readers.bytes.covers import END, SYMBOLS
 from softmeet.readers.bytes.reading import Reading
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, ReaderOfRows, Row, Traits, Work
 
-# What is known at a place.
-_Told = Reading | Float[Tensor, " v"] | None
 # The readings kept of each row; fewer symbols than that can be taken back without reading the row anew.
 _KEPT = 16
 
@@ -123,67 +119,50 @@ class ByteReader(ReaderOfRows[ByteText]):
     def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`; each call of the model serves all that it can."""
         rows = self._each_once(asked)
-        spent, errors, parts = self.member.spent, dict[int, SoftmeetError](), list[_Part]()
+        work, errors, parts = Work(), dict[int, SoftmeetError](), list[_Part]()
         for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
             if wrong := [symbol for symbol in one.symbols if not 0 <= symbol <= END]:
                 errors[k] = InvalidInputError(f"expected symbols of {self.name} below {SYMBOLS}, got {wrong[0]}")
             else:
                 parts.append(_Part.of(k, row, one))
         for run, some in (
-            (self._begin, [part for part in parts if part.reading is None and not part.before]),
-            (self._score, [part for part in parts if part.reading is None and part.before]),
+            (self._begin, [part for part in parts if part.reading is None]),
             (self._advance, [part for part in parts if part.reading is not None and len(part.text) == 1]),
             (self._follow, [part for part in parts if part.reading is not None and len(part.text) > 1]),
         ):
             errors |= yield from _by_all_or_each(run, some)
         well = [part for part in parts if part.k not in errors]
         for part in well:
+            work = work.and_(*part.spent)
             if asked[part.k].keep:
                 part.keep(rows[part.k], asked[part.k].symbols)
-        told = self._told([state for part in well for state in part.told()])
+        states = [state for part in well for state in part.told()]
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
-        now = self.member.spent
-        work = Work(now.calls - spent.calls, now.tokens - spent.tokens, now.dropped - spent.dropped)
-        return Given(told, counts, errors, work)
-
-    def _told(self, states: Sequence[_Told]) -> Float[Tensor, "k 257"]:
-        """Return the log-probabilities, in nats, of the states at all places."""
-        known = [state for state in states if isinstance(state, Reading)]
-        if known and len(known) == len(states):
-            return self.member.log_probs(known)
-        found = torch.full((len(states), SYMBOLS), -math.log(SYMBOLS), dtype=torch.float64)
-        if known:
-            found[[isinstance(state, Reading) for state in states]] = self.member.log_probs(known)
-        for row, state in zip(found, states, strict=True):
-            if isinstance(state, Tensor):
-                row.copy_(state)
+        found = Given(self.member.log_probs(states), counts, errors, work)
+        shares = [0.0 if state is None or state.ended else state.covers.unasked for state in states]
+        found.dropped = torch.tensor(shares, dtype=torch.float64)
         return found
 
     def _begin(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
-        """Read texts from their beginnings, of which the prediction at the end alone is wanted."""
-        found = yield from self.member.beginning([part.text for part in parts], [part.own for part in parts])
-        for part, reading in zip(parts, found, strict=True):
-            part.readings = {len(part.text): reading}
-
-    def _score(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
-        """Read texts from their beginnings, of which predictions at any places are wanted."""
-        for part in parts:
-            reading, log_probs, _ = yield from self.member.scoring(part.text, part.own)
-            part.readings, part.scores = {len(part.text): reading}, torch.from_numpy(log_probs)
+        """Read texts from their beginnings."""
+        texts, own = [part.text for part in parts], [part.own for part in parts]
+        found = yield from self.member.beginning(texts, own, [part.wanted for part in parts])
+        for part, readings in zip(parts, found, strict=True):
+            part.readings |= readings
 
     def _advance(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
         """Read one byte of each of some texts."""
         yield from ()
         before = [part.reading for part in parts if part.reading is not None]
         for part, reading in zip(parts, self.member.advance(before, [part.text[0] for part in parts]), strict=True):
-            part.readings = {1: reading}
+            part.readings[1] = reading
 
     def _follow(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
         """Read several bytes of each of some texts."""
         before = [part.reading for part in parts if part.reading is not None]
         found = yield from self.member.following(before, [part.text for part in parts], [part.wanted for part in parts])
         for part, readings in zip(parts, found, strict=True):
-            part.readings = readings
+            part.readings |= readings
 
 
 @dataclass(eq=False)
@@ -199,7 +178,6 @@ class _Part:
         end: the number of symbols after which the text has ended; None if it has not.
         places: after how many symbols predictions are wanted.
         readings: the states after so many of the bytes.
-        scores: (bytes + 1, 257), what follows each number of the bytes, if they were scored.
     """
 
     k: int
@@ -209,8 +187,7 @@ class _Part:
     text: bytes
     end: int | None
     places: list[int]
-    readings: dict[int, Reading] = field(default_factory=dict)
-    scores: Float[Tensor, "t 257"] | None = None
+    readings: dict[int, Reading]
 
     @classmethod
     def of(cls, k: int, row: ByteText, one: Read) -> _Part:
@@ -224,24 +201,28 @@ class _Part:
         elif reading is not None and (reading.ended or END in symbols):
             end = base + (0 if reading.ended else symbols.index(END))
         text = bytes(symbols if end is None else symbols[: end - base])
-        return cls(k, row.own, base, reading, text, end, [row.length + place for place in one.at])
-
-    @property
-    def before(self) -> bool:
-        """Whether predictions are wanted before the last byte."""
-        return any(place < self.base + len(self.text) for place in self.places)
+        readings = {} if reading is None else {0: reading}
+        return cls(k, row.own, base, reading, text, end, [row.length + place for place in one.at], readings)
 
     @property
     def wanted(self) -> list[int]:
-        """After how many of the bytes states are wanted: where predictions are, and after the last few."""
+        """After how many of the bytes states are wanted: where predictions are, and of more of a text the last few."""
         length = len(self.text)
-        asked = {place - self.base for place in self.places if self.base < place <= self.base + length}
-        return sorted(asked | {*range(max(1, length + 1 - _KEPT), length + 1)})
+        asked = {place - self.base for place in self.places if 0 <= place - self.base <= length}
+        if self.reading is None:
+            return sorted(asked | {length})
+        return sorted((asked - {0}) | {*range(max(1, length + 1 - _KEPT), length + 1)})
+
+    @property
+    def spent(self) -> tuple[int, int, float]:
+        """The calls, the tokens and the dropped shares of mass that reading the bytes has cost."""
+        now, before = self.readings[len(self.text)].work, Work() if self.reading is None else self.reading.work
+        return now.calls - before.calls, now.tokens - before.tokens, now.dropped - before.dropped
 
     def keep(self, row: ByteText, symbols: Sequence[int]) -> None:
         """Note in a row that its symbols were read, with the last states that can be lengthened."""
         row.symbols += symbols
-        known = {self.base + count: one for count, one in self.readings.items()}
+        known = {self.base + count: one for count, one in self.readings.items() if count or self.reading is None}
         if self.end is not None:
             known[row.length] = self._ended()
         row.readings |= {count: one for count, one in sorted(known.items()) if len(known) == 1 or one.goes_on}
@@ -250,24 +231,13 @@ class _Part:
 
     def _ended(self) -> Reading:
         """Return the state after the end of the text."""
-        newest = self.readings.get(len(self.text), self.reading)
-        assert newest is not None
-        return replace(newest, ended=True)
+        return replace(self.readings[len(self.text)], ended=True)
 
-    def told(self) -> list[_Told]:
-        """Return what is known at each place: the state there, or what follows; None before the text begins."""
-        found = list[_Told]()
-        for place in self.places:
-            count = place - self.base
-            if self.end is not None and place > self.end:
-                found.append(self._ended())
-            elif count == 0 and self.reading is not None:
-                found.append(self.reading)
-            elif self.scores is not None and count >= 0:
-                found.append(self.scores[count])
-            else:
-                found.append(self.readings.get(count))
-        return found
+    def told(self) -> list[Reading | None]:
+        """Return the state at each place; None before the text begins."""
+        ended = [self.end is not None and place > self.end for place in self.places]
+        pairs = zip(self.places, ended, strict=True)
+        return [self._ended() if over else self.readings.get(place - self.base) for place, over in pairs]
 
 
 def _by_all_or_each(

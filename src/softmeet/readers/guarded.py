@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from threading import RLock
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +45,11 @@ class GuardedReader(Reader):
         self._reader = reader
         self.name, self.alphabet, self.limit = reader.name, reader.alphabet, reader.limit
         self.traits = reader.traits
+
+    def to_itself(self) -> AbstractContextManager[Any]:
+        """Return a context in which no other thread has the reader, be it guarded by another one."""
+        found: RLock = vars(self._reader).setdefault("_softmeet_lock", RLock())
+        return found
 
     def __reduce__(self) -> Any:
         """Have a copy guard a copy."""

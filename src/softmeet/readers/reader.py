@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -149,7 +150,13 @@ class Predictions(ABC):
         counts: for each read, how many places it has; 0 if it failed.
         errors: by the number of the read, why its row could not be read; the row is as it was before.
         work: what reading has cost.
+
+    Attributes:
+        dropped: at each place the share of probability mass that was estimated or dropped, (k,) fp64; None of a reader
+            that leaves nothing out.
     """
+
+    dropped: Float[Tensor, " k"] | None = None
 
     def __init__(
         self, counts: Sequence[int], errors: Mapping[int, SoftmeetError] | None = None, work: Work | None = None
@@ -182,6 +189,10 @@ class Predictions(ABC):
         raise UnsupportedHeadError(
             "expected a reader with an output layer that can be read, for a rule that reads heads: use an average"
         )
+
+    def states(self) -> Float[Tensor, "k _"]:
+        """Return what a head takes at all places: hidden states; log-probabilities of a reader that has no head."""
+        return self.log_probs() if type(self).hidden is Predictions.hidden else self.hidden()
 
     def bounds(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, " k"] | None:
         """Return, of a reader that knows some symbols alone, the largest log-probability that any other can have.
@@ -312,7 +323,9 @@ class Reader(ABC):
         try:
             for _ in texts:
                 rows.append(self.open(own=own, reuse=False))
-            asked = [Read(row, text, list(places)) for row, text, places in zip(rows, texts, at, strict=True)]
+            asked = [
+                Read(row, text, list(places), keep=False) for row, text, places in zip(rows, texts, at, strict=True)
+            ]
             found = finished(self.read(asked))
         finally:
             for row in rows:
@@ -320,6 +333,10 @@ class Reader(ABC):
         for error in found.errors.values():
             raise error
         return found
+
+    def to_itself(self) -> AbstractContextManager[Any]:
+        """Return a context in which no other thread opens rows; of a reader that threads may share, an empty one."""
+        return nullcontext()
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open ``count`` rows in which the first ``length`` symbols of another, by default all, have been read.

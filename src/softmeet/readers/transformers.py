@@ -18,7 +18,7 @@ from softmeet.members.heads import head_of
 from softmeet.members.opaque import Head
 from softmeet.members.placement import whereabouts
 from softmeet.members.quantized import rounds_coarsely
-from softmeet.members.trunk import require_cache
+from softmeet.members.trunk import last_hidden, require_cache
 from softmeet.readers.blocks import Seat
 from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.kv import KeysAndValues
@@ -260,7 +260,8 @@ class TransformersReader(ReaderOfRows[_Text]):
 
     def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
-        if (found := self._stepped(asked)) is not None:
+        found = self._passed(asked) if len(asked) == 1 and not asked[0].keep else self._stepped(asked)
+        if found is not None:
             return found
         rows = self._each_once(asked)
         pairs = list(zip(rows, asked, strict=True))
@@ -306,6 +307,17 @@ class TransformersReader(ReaderOfRows[_Text]):
             one.row.last = last  # type: ignore[attr-defined]
             one.row.length += 1
         return States(self.head, states, [1] * len(seats), {}, Work(1, len(seats)))
+
+    @torch.inference_mode()
+    def _passed(self, asked: Sequence[Read]) -> Predictions | None:
+        """Read a text from its beginning that is not kept, with no keys and values; None if it is not that."""
+        (one,), (row,) = asked, self._each_once(asked)
+        tokens = [*row.pending, *one.symbols]
+        if row.seat.length or not one.at or self._refused(row, one):
+            return None
+        few = slice(one.at[0] - len(one.symbols) - 1, None)
+        states = last_hidden(self.model, torch.tensor([tokens]), few, use_cache=False)[0]
+        return self._settled([(row, one)], {0: states}, {0: 0}, {}, Work(1, len(tokens)))
 
     def _settled(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Covers, Open, Pruning
+from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Open, Pruning
 from softmeet.readers.bytes.guesses import likely, possible
 from softmeet.readers.bytes.known_text import KnownText
 from softmeet.readers.bytes.nodes import Chain
@@ -26,7 +26,7 @@ from softmeet.readers.bytes.own_path import way
 from softmeet.readers.bytes.reading import Guess, Reading
 from softmeet.readers.bytes.token_model import TokenModel
 from softmeet.readers.bytes.typical import expected_after_bytes
-from softmeet.readers.reader import Reader
+from softmeet.readers.reader import Reader, Work
 from softmeet.suspended import finished
 
 # Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
@@ -119,14 +119,39 @@ class ByteMember(TokenModel):
         Raises:
             InvalidInputError: for the reasons of :meth:`begin`; then none is read.
         """
-        return finished(self.beginning(texts, prefixes), pause)
+        found = finished(self.beginning(texts, prefixes, [[len(text)] for text in texts]), pause)
+        return [own[len(text)] for own, text in zip(found, texts, strict=True)]
 
     def beginning(
-        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None]
-    ) -> Generator[None, None, list[Reading]]:
-        """Do as :meth:`begin_all`, and yield between calls of the model."""
-        found = yield from self._read(texts, prefixes, whole=not self.pruning.prune)
-        return [reading for reading, _ in found]
+        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], wanted: Sequence[Sequence[int]]
+    ) -> Generator[None, None, list[dict[int, Reading]]]:
+        """Read several texts from their beginnings, each call of the model for all of them; yield between.
+
+        The tokenizer's tokens of a text are run in one call, others in few more.
+
+        Args:
+            texts: any bytes.
+            prefixes: for each, ids of the tokens that precede it; None for the member's own.
+            wanted: for each, after how many of its bytes readings are wanted, ascending; the last is among them. If it
+                is the only one, several tokenizations are followed in the last 64 bytes or more alone: from a place on
+                that no token spans, which leaves everything behind it as it would be.
+
+        Returns:
+            for each, the readings after so many bytes, as of :meth:`following`.
+
+        Raises:
+            InvalidInputError: for the reasons of :meth:`begin`; then none is read.
+        """
+        begun = [
+            KnownText.begun(
+                self, self.pruning, self.prefix if own is None else own, text,
+                _LOOK_BACK if self.pruning.prune and len(places) == 1 else None,
+            )
+            for text, own, places in zip(texts, prefixes, wanted, strict=True)
+        ]  # fmt: skip
+        yield from self._finish(begun)
+        each = zip(texts, wanted, begun, strict=True)
+        return [self._after(None, text, places, known) for text, places, known in each]
 
     def score(
         self, text: bytes, prefix: Sequence[int] | None = None
@@ -146,46 +171,8 @@ class ByteMember(TokenModel):
         Raises:
             InvalidInputError: for the reasons of :meth:`begin`.
         """
-        return finished(self.scoring(text, prefix))
-
-    def scoring(
-        self, text: bytes, prefix: Sequence[int] | None = None
-    ) -> Generator[None, None, tuple[Reading, Float[np.ndarray, "t 257"], Float[np.ndarray, " t"]]]:
-        """Do as :meth:`score`, and yield between calls of the model."""
-        spelling = self.spelling
-        ((reading, covers),) = yield from self._read([text], [prefix], whole=True)
-        written = np.cumsum([len(spelling.dummy), *(byte not in spelling.unwritable for byte in text)])
-        found = np.array([one.prediction(spelling) for one in covers])[written]
-        with np.errstate(divide="ignore"):
-            return reading, np.log(found), np.array([one.unasked for one in covers])[written]
-
-    def _read(
-        self,
-        texts: Sequence[bytes],
-        prefixes: Sequence[Sequence[int] | None],
-        *,
-        whole: bool,
-    ) -> Generator[None, None, list[tuple[Reading, list[Covers]]]]:
-        """Read texts whose bytes are all known: one call of the model for the tokenizer's tokens, few for others.
-
-        Several tokenizations are followed in the ``whole`` text, or in its last 64 bytes or more: from a place on that
-        no token spans, which leaves everything behind it as it would be.
-
-        Returns:
-            for each text (the reading; the covers at the first byte from which several tokenizations are followed, and
-            after each later byte).
-        """
-        look_back, pairs = None if whole else _LOOK_BACK, zip(texts, prefixes, strict=True)
-        begun = [
-            KnownText.begun(self, self.pruning, self.prefix if own is None else own, text, look_back)
-            for text, own in pairs
-        ]
-        yield from self._finish(begun)
-        found = []
-        for text, known in zip(texts, begun, strict=True):
-            work = known.work.and_(dropped=sum(covers.unasked for covers in known.covers))
-            found.append((Reading(known.covers[-1], text, work), known.covers))
-        return found
+        readings = [*finished(self.beginning([text], [prefix], [range(len(text) + 1)]))[0].values()]
+        return readings[-1], self.log_probs(readings).numpy(), np.array([one.covers.unasked for one in readings])
 
     def follow(self, reading: Reading, text: bytes) -> Reading:
         """Lengthen a reading by several bytes, in fewer calls of the model than :meth:`advance` needs for one by one.
@@ -233,16 +220,20 @@ class ByteMember(TokenModel):
             found[k] = self._after(readings[k], texts[k], wanted[k], known)
         return found
 
-    def _after(self, reading: Reading, text: bytes, places: Sequence[int], known: KnownText) -> dict[int, Reading]:
-        """Return the readings after so many bytes of a text that is known, and follows a reading."""
+    def _after(
+        self, before: Reading | None, text: bytes, places: Sequence[int], known: KnownText
+    ) -> dict[int, Reading]:
+        """Return the readings after so many bytes of a text that is known, behind a reading or from its beginning."""
         spelling, found = self.spelling, dict[int, Reading]()
-        written = np.cumsum([byte not in spelling.unwritable for byte in text])
+        start = len(spelling.dummy) - known.place if before is None else 0
+        begun, spent, guesses = (b"", Work(), ()) if before is None else (before.text, before.work, before.guesses)
+        written = start + np.cumsum([0, *(byte not in spelling.unwritable for byte in text)])
         dropped = np.cumsum([covers.unasked for covers in known.covers])
         for count in places:
-            whole, place = reading.text + text[:count], int(written[count - 1])
-            work = reading.work.and_(known.work.calls, known.work.tokens, float(dropped[place] - dropped[0]))
-            guesses = possible(reading.guesses, spelling.written(whole)) if reading.guesses else ()
-            found[count] = Reading(known.covers[place], whole, work, guesses)
+            whole, place = begun + text[:count], int(written[count])
+            work = spent.and_(known.work.calls, known.work.tokens, float(dropped[place] - dropped[0]))
+            left = possible(guesses, spelling.written(whole)) if guesses else ()
+            found[count] = Reading(known.covers[place], whole, work, left)
         return found
 
     def _finish(self, texts: Sequence[KnownText]) -> Generator[None, None, None]:
@@ -256,15 +247,16 @@ class ByteMember(TokenModel):
             texts = [known for known, _ in wanting]
             yield
 
-    def log_probs(self, readings: Sequence[Reading]) -> Float[Tensor, "B 257"]:
-        """Return the next symbol's log-probabilities after each of B ≥ 1 readings, (B, 257) fp64, in nats, on the CPU.
+    def log_probs(self, readings: Sequence[Reading | None]) -> Float[Tensor, "B 257"]:
+        """Return the next symbol's log-probabilities after each of B readings, (B, 257) fp64, in nats, on the CPU.
 
-        Columns 0 to 255 are bytes, 256 is the end. A reading that has ended gives the end probability 1.
+        Columns 0 to 255 are bytes, 256 is the end. A reading that has ended gives the end probability 1, and None, in
+        place of one, all symbols the same.
         """
-        end = np.eye(SYMBOLS)[END]
-        found = [end if one.ended else one.covers.prediction(self.spelling) for one in readings]
+        end, any_ = np.eye(SYMBOLS)[END], np.full(SYMBOLS, 1 / SYMBOLS)
+        found = [any_ if k is None else end if k.ended else k.covers.prediction(self.spelling) for k in readings]
         with np.errstate(divide="ignore"):
-            return torch.from_numpy(np.log(np.stack(found)))
+            return torch.from_numpy(np.log(np.reshape(found, (-1, SYMBOLS))))
 
     def advance(self, readings: Sequence[Reading], symbols: Sequence[int]) -> list[Reading]:
         """Lengthen each reading by one symbol, and return the new readings; each call of the model serves all of them.
