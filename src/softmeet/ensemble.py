@@ -388,11 +388,9 @@ class Ensemble:
         # transformers would keep the 50 likeliest tokens where no number is given.
         whole = {"top_k": usual.top_k or 0} if drawn else {}
         found = {**inputs, "pad_token_id": self.tokenizer.pad_token_id, "do_sample": drawn, **whole, **options}
-        if not {"max_new_tokens", "max_length", "max_bytes"} & {*found}:
-            if self.model.over_bytes:
-                found["max_new_tokens"] = min(reader.limit for reader in self.model.readers)
-            elif (limit := getattr(self.model.config, "max_position_embeddings", None)) is not None:
-                found["max_new_tokens"] = limit - inputs["input_ids"].shape[1]
+        room, limits = self.model.room(inputs["input_ids"].shape[1]), {"max_new_tokens", "max_length", "max_bytes"}
+        if room is not None and not limits & {*found}:
+            found["max_new_tokens"] = room
         sampler = RowSampler(seed, range(len(prompts))) if drawn and seed is not None else None
         more = {"recorder": recorder, "row_sampler": sampler}
         return found | {name: value for name, value in more.items() if value is not None}

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from softmeet.ensemble import Ensemble
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.members.reader_model import ReaderModel
 
 # New tokens in the shorter and in the longer of two runs, whose difference leaves out the prompt; bytes of the prompt.
 _SHORT, _LONG, _PROMPT = 4, 20, 100
@@ -42,16 +45,20 @@ def milliseconds(runs: Sequence[Callable[[int], Any]], repeats: int = _REPEATS) 
 def member_runs(ensemble: Ensemble, text: str) -> list[tuple[Callable[[int], Any], float]]:
     """Return, for each member alone in its own tokens, (a function that generates behind a text, its tokens a byte).
 
-    transformers generates, as it would without softmeet; a member's prompt of its own is not read.
+    transformers generates, as it would without softmeet, but of a registered reader, which is read row by row; a
+    member's prompt of its own is not read.
 
     Args:
         ensemble: the members.
         text: of which the first bytes are the prompt, and all are counted in tokens.
     """
     found, size = [], len(text.encode())
-    for member, ids in zip(ensemble.model.members, ensemble.model.own_tokens(text), strict=True):
+    for name, member, ids in zip(ensemble.names, ensemble.model.members, ensemble.model.own_tokens(text), strict=True):
+        alone = member
+        if isinstance(member, ReaderModel):
+            alone = EnsembleForCausalLM(EnsembleConfig([name], "logit-mean"), [member]).eval()
         room = (getattr(member.config, "max_position_embeddings", None) or len(ids) + _LONG) - _LONG
-        found.append((_generator(member, ids, max(1, min(len(ids) * _PROMPT // size, room))), len(ids) / size))
+        found.append((_generator(alone, ids, max(1, min(len(ids) * _PROMPT // size, room))), len(ids) / size))
     return found
 
 

@@ -93,6 +93,10 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         """The members' own output layers, each over the member's own tokens, in the members' order."""
         return [reader.head for reader in self.readers]
 
+    def room(self, length: int) -> int | None:
+        """Return how many tokens may be written: no more than fit into the shortest context of a member."""
+        return min(reader.limit for reader in self.readers)
+
     @property
     def window(self) -> int:
         """The bytes that evaluation reads at once by default: those that fit every member's context, at most 4,096."""

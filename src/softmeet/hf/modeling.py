@@ -66,8 +66,8 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True
     OF_A_KIND = (
-        "over_bytes", "begin", "symbols_of_token", "member_heads", "window", "spent", "pruning", "own_tokens", "part",
-        "find_heads_again", "key_of", "new_reader", "before", "require", "require_tokens", "generate",
+        "over_bytes", "begin", "symbols_of_token", "member_heads", "room", "window", "spent", "pruning", "own_tokens",
+        "part", "find_heads_again", "key_of", "new_reader", "before", "require", "require_tokens", "generate",
         "_get_logits_processor",
     )  # fmt: skip
     over_bytes = False
@@ -255,6 +255,11 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     def member_heads(self) -> list[Head]:
         """The members' own output layers, in order, whether they can be read or not."""
         return self.combiner.heads
+
+    def room(self, length: int) -> int | None:
+        """Return how many tokens may be written behind a prompt of ``length`` symbols; None for any number."""
+        limit: int | None = getattr(self.config, "max_position_embeddings", None)
+        return None if limit is None else limit - length
 
     @property
     def window(self) -> int:

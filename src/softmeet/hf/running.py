@@ -84,7 +84,7 @@ class NewTokens:
         """Whether every member reads these tokens alone, in one call of its model that keeps nothing."""
         own, options = self.model.contexts, self.options
         plain = options is None or (options.own_prompts is None and options.unsure is None and not options.one_member)
-        return self.cache is None and plain and not self.model.over_bytes and not any(own.prefixes)
+        return self.cache is None and plain and self.model.begin is None and not any(own.prefixes)
 
     @cached_property
     def texts(self) -> list[Dropped]:
