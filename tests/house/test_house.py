@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,3 +18,34 @@ def test_no_class_name_stands_twice():
                 homes[node.name].append(str(file))
     assert len(homes) > 200
     assert not {name: where for name, where in homes.items() if len(where) > 1}
+
+
+# Where it may be asked whether symbols are bytes, or be known how they are read.
+MAKERS = {
+    "hf/__init__.py",
+    "hf/assembly.py",
+    "hf/byte_modeling.py",
+    "hf/checkpoint.py",
+    "hf/modeling.py",
+    "hf/protocol.py",
+}
+SHOWN = {"cli/check.py", "cli/generate.py", "cli/inspect.py", "ensemble.py", "hf/byte_report.py"}
+TEXTS = {"evaluation/byte_harness.py", "members/byte_member.py"}
+ASKS = re.compile(r"over_bytes|ByteEnsemble|ByteMember|ByteReader|bytes\.covers")
+
+
+def test_nothing_above_readers_asks_whether_symbols_are_bytes():
+    """But for what makes ensembles, what a user reads, the harness, whose requests are texts, and a former name."""
+    root = FILES[0].parent
+    found = {str(file.relative_to(root)) for file in FILES if ASKS.search(_code(file.read_text()))}
+    asking = {name for name in found if not name.startswith("readers/")}
+    assert asking == MAKERS | SHOWN | TEXTS
+
+
+def _code(source):
+    """A file without its docstrings and comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)

@@ -13,7 +13,6 @@ from softmeet.engine.limits import AnswerLength
 from softmeet.engine.masking import ends_of
 from softmeet.errors import SoftmeetError
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.reader import Alphabet
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes
@@ -70,7 +69,7 @@ class Combination:
         return self.model.alphabet
 
     @property
-    def spellers(self) -> list[ByteMember]:
+    def spellers(self) -> list[Any]:
         """The members that spell texts by tokens of their own, in order; none where symbols are tokens."""
         return [] if self.symbols_are_tokens else list(self.model.readers)
 
