@@ -18,7 +18,8 @@ from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
 from softmeet.readers.reader import Given, finished
 from softmeet.readers.recurrent import RecurrentReader
-from softmeet.readers.transformers import TransformersReader
+from softmeet.readers.stateless import StatelessReader
+from softmeet.readers.transformers import TokenAlphabet, TransformersReader
 from softmeet.testing import LAWS, check_reader
 
 pytestmark = pytest.mark.checked
@@ -341,6 +342,20 @@ class Shy(Table):
         return Given(found.logits().roll(1, -1), found.counts, found.errors) if again else found
 
 
+class Deaf(StatelessReader):
+    """Leaves out the member's own tokens."""
+
+    def __init__(self):
+        super().__init__("deaf", TokenAlphabet.of(tiny.tokenizer()), 64)
+        self.table = torch.randn(97, self.alphabet.size, generator=torch.Generator().manual_seed(0))
+
+    def open(self, text=(), own=(), *, reuse=True):
+        return super().open(text, (), reuse=reuse)
+
+    def next_logits(self, texts):
+        return torch.stack([self.table[sum(text) % 97] for text in texts])
+
+
 # By a reader that breaks it, the law that finds it.
 BROKEN = {
     Unnormalised: "tells_distributions",
@@ -349,6 +364,7 @@ BROKEN = {
     Shy: "told_again_is_the_same",
     Shares: "forks_read_on_by_themselves",
     Leaks: "cropped_is_never_read",
+    Deaf: "own_tokens_stand_before",
     Keeps: "what_is_not_kept_is_not_read",
     Mixes: "company_changes_nothing",
     Forgets: "texts_that_begin_alike_are_read_the_same",

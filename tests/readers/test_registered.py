@@ -15,12 +15,16 @@ from serving import http, running, serving_of
 
 import softmeet
 from softmeet.errors import CheckpointError, InvalidInputError, NonFiniteError, ReaderError, UnsupportedHeadError
+from softmeet.evaluation.choices import parse_choices
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.members import registered
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.reader import Given, Read, Traits, finished
 from softmeet.readers.stateless import StatelessReader
 from softmeet.readers.transformers import TokenAlphabet
+from softmeet.scaling.local import LocalEngine
 from softmeet.testing import Uniform, check_reader
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "write-a-reader.md"
@@ -143,6 +147,36 @@ def test_over_common_tokens_every_road_gives_the_rules_text(tmp_path):
     assert report.member_log_probs[0] == pytest.approx(mine.next_logits(before)[0].log_softmax(-1)[tokens[-1]].item())
 
 
+class Unmoved(Counted):
+    """Has forks whose length is 0, though they go on where the row was."""
+
+    def fork(self, row, count=1, length=None):
+        forks = super().fork(row, count, length)
+        for one in forks:
+            one.own, one.text = (*one.own, *one.text), ()
+        return forks
+
+
+class Torn(Counted):
+    """Raises what it should not, at its fifth question."""
+
+    def spoilt(self, found, texts):
+        self.asked = getattr(self, "asked", 0) + 1
+        return found if self.asked < 5 else self.nowhere
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (Unmoved, "expected forks of length"),
+        (Torn, "whole_equals_one_by_one: the reader raised AttributeError: 'Torn' object"),
+    ],
+)
+def test_laws_find_what_breaks_them(broken, said):
+    with pytest.raises(AssertionError, match=said):
+        check_reader(broken())
+
+
 def test_rules_that_read_heads_say_that_it_has_none(tmp_path):
     with pytest.raises(UnsupportedHeadError, match="mine:x"):
         ensemble_of(tmp_path, lambda rest: Counted(), "meet")
@@ -191,7 +225,7 @@ class Nothing(Counted):
 
 BROKEN = {
     Nan: (NonFiniteError, "mine"),
-    Narrow: (ReaderError, "the reader mine told .* logits were due"),
+    Narrow: (ReaderError, "the reader mine told .* logits in float32 or float64 were due"),
     Raises: (ReaderError, "the reader mine raised ZeroDivisionError: by nothing: try it by"),
     Forgetful: (ReaderError, "the reader mine left a row at length 0"),
     Fewer: (ReaderError, "the reader mine told 0 places of a row"),
@@ -248,8 +282,22 @@ def test_a_server_runs_no_more_sequences_than_it_has_rows(tmp_path):
     with running(serving) as url:
         answer = http.post(f"{url}/v1/completions", json={"prompt": PROMPT, "n": 5, "max_tokens": 4, "seed": 1})
     assert len(answer.json()["choices"]) == 5
-    with pytest.raises(InvalidInputError, match="mine"):
+    with pytest.raises(InvalidInputError, match="at most 2 open rows of mine"):
         ensemble.generate([PROMPT] * 3, max_new_tokens=2)
+
+
+def test_an_evaluation_in_threads_asks_a_reader_from_one_at_a_time(tmp_path):
+    ensemble = ensemble_of(tmp_path, lambda rest: Counted("mine", rows=1))
+    documents = [Document(str(k), "the king and the " * 80) for k in range(4)]
+    with LocalEngine(4) as engine:
+        found = evaluate_text(ensemble, documents, parse_choices(["prob-mean"], 2), engine=engine, window=60)
+    assert len(found.positions) > 1000
+
+
+def unlimited():
+    found = Counted()
+    found.limit = None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -257,6 +305,7 @@ def test_a_server_runs_no_more_sequences_than_it_has_rows(tmp_path):
     [
         (lambda rest: 1 / 0, "mine:x", CheckpointError, "cannot load mine:x: its factory raised ZeroDivisionError"),
         (lambda rest: "reader", "mine:x", CheckpointError, "expected a softmeet.Reader of its factory, got str"),
+        (lambda rest: unlimited(), "mine:x", CheckpointError, "a number of symbols as its reader's limit, got None"),
         (lambda rest: Counted(), "mine:x+dtype=float32", InvalidInputError, "nothing but a prompt and a name"),
         (lambda rest: Counted(), "mein:x", CheckpointError, "did you mean mine[?] no package here has readers called"),
     ],

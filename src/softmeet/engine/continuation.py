@@ -130,8 +130,8 @@ class Continuation:
             return None
         bad = ", ".join(name for name, _ in self.failures)
         return NonFiniteError(
-            f"expected finite hidden states, got NaN or an infinity from {bad}: leave it out of this request, or "
-            "change the prompt"
+            f"expected finite numbers, got NaN or an infinity from {bad}: leave it out of this request, or change the "
+            "prompt"
         )
 
     def check(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from threading import Lock
 from typing import Any
 
 import torch
@@ -53,8 +54,10 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         mark = hashlib.sha256(member.source.encode()).digest()
         self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
         self.reader, self._member = reader, member.base
+        # Evaluation runs members in several threads.
+        self._lock = Lock()
         let_give_logits(self)
-        self.head = OpaqueHead(self, v, v, f"is none ({reader.name} is a reader that tells logits)")
+        self.head = OpaqueHead(self, v, v, "is not there: it is a reader, which tells logits alone")
 
     def __reduce__(self) -> Any:
         """Have a copy in another process make its reader there."""
@@ -85,7 +88,8 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
             raise InvalidInputError(f"expected no cache for {self.reader.name}, which is read by its reader's rows")
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         texts = [row[mask].tolist() for row, mask in zip(input_ids, real.bool(), strict=True)]
-        told = self.reader.read_whole(texts, [range(1, len(text) + 1) for text in texts]).logits()
+        with self._lock:
+            told = self.reader.read_whole(texts, [range(1, len(text) + 1) for text in texts]).logits()
         found: Float[Tensor, "B t v"] = told.new_zeros(*input_ids.shape, told.shape[-1])
         found[real.bool()] = told
         return CausalLMOutput(logits=found.to(input_ids.device))

@@ -108,6 +108,11 @@ def _require_reader(line: str, found: Any) -> None:
             f"cannot load {line}: expected a softmeet.Reader of its factory, got {type(found).__name__} without "
             f"{missing[0]}"
         )
+    if not (isinstance(found.limit, int) and found.limit > 1):
+        raise CheckpointError(
+            f"cannot load {line}: expected a number of symbols as its reader's limit, got {found.limit!r}: say 2**30 "
+            "if there is none"
+        )
     if not isinstance(getattr(found.alphabet, "tokenizer", None), PreTrainedTokenizerBase):
         raise CheckpointError(
             f"cannot load {line}: expected the tokens of a tokenizer as its reader's symbols: let its alphabet be a "

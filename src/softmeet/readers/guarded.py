@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from softmeet.errors import NonFiniteError, ReaderError, SoftmeetError
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row
 
 T = TypeVar("T")
+_log = logging.getLogger("softmeet")
 
 
 class GuardedReader(Reader):
@@ -86,8 +88,9 @@ class GuardedReader(Reader):
         if not isinstance(found, Predictions) or len(found.counts) != len(asked):
             raise self._broken(f"told {type(found).__name__} in place of Predictions of {len(asked)} reads")
         logits, v = found.logits(), self.alphabet.size
-        if logits.shape != (len(found), v) or not logits.is_floating_point():
-            raise self._broken(f"told {tuple(logits.shape)} {logits.dtype} where {(len(found), v)} logits were due")
+        if logits.shape != (len(found), v) or logits.dtype not in (torch.float32, torch.float64):
+            wanted = f"{(len(found), v)} logits in float32 or float64 were due"
+            raise self._broken(f"told {tuple(logits.shape)} {logits.dtype} where {wanted}")
         errors, kept, counts = dict(found.errors), list[Tensor](), [0] * len(asked)
         for k, (one, length) in enumerate(zip(asked, before, strict=True)):
             own = logits[found.of(k)]
@@ -114,7 +117,9 @@ class GuardedReader(Reader):
             return self._broken(f"left a row at length {one.row.length}, where it was to be {length}")
         most = own.amax(-1) if len(own) else own.new_zeros(0)
         if bool(own.isnan().any()) or not bool(most.isfinite().all()):
-            return NonFiniteError(f"expected numbers of {self.name} that make a distribution, got NaN or +inf")
+            error = NonFiniteError(f"expected numbers of {self.name} that make a distribution, got NaN or +inf")
+            _log.error("%s", error)
+            return error
         return None
 
     def _told(self, ask: Callable[[], T]) -> T:
@@ -128,4 +133,6 @@ class GuardedReader(Reader):
         return error if isinstance(error, SoftmeetError) else self._broken(f"raised {type(error).__name__}: {error}")
 
     def _broken(self, how: str) -> ReaderError:
-        return ReaderError(f"the reader {self.name} {how}: try it by softmeet.testing.check_reader")
+        error = ReaderError(f"the reader {self.name} {how}: try it by softmeet.testing.check_reader")
+        _log.error("%s", error)
+        return error

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
-from softmeet.errors import InvalidInputError, RuleError, SoftmeetError
+from softmeet.errors import InvalidInputError, ReaderError, RuleError, SoftmeetError
 
 
 class BusyError(SoftmeetError):
@@ -106,6 +106,7 @@ _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
     (ReplicaLostError, 503, "service_unavailable_error", "replica_lost"),
     (TooLateError, 504, "timeout_error", "timeout"),
     (RuleError, 500, "server_error", "rule_failed"),
+    (ReaderError, 500, "server_error", "reader_failed"),
     (InvalidInputError, 400, "invalid_request_error", "invalid_value"),
     (SoftmeetError, 422, "invalid_request_error", None),
 )

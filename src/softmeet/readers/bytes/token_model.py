@@ -59,7 +59,11 @@ class TokenModel:
         self.model: Any = model if isinstance(model, PreTrainedModel) else getattr(model, "model", None)
         reader = model if isinstance(model, Reader) else _reader(model, head_of(model), spelling.name)
         if not (reader.traits.can_fork and reader.traits.can_crop):
-            raise reader.cannot("fork rows and take back what it has read")
+            raise InvalidInputError(
+                f"expected a reader that can fork rows and take back what it has read, as members of different "
+                f"tokenizers are read over bytes, which {reader.name} cannot: keep a state for each symbol, or choose "
+                "members with its tokens"
+            )
         self._tells = reader.head is None
         self.head: Any = head_of(model) if isinstance(model, ReaderModel) else reader.head
         self.ends = sorted(reader.alphabet.ends | ({spelling.end} if spelling.end is not None else set()))
