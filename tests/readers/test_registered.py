@@ -183,10 +183,10 @@ def test_rules_that_read_heads_say_that_it_has_none(tmp_path):
 
 
 class Nan(Counted):
-    """Tells NaN behind texts with an odd number of symbols."""
+    """Tells NaN behind texts with an odd number of symbols, but for short ones."""
 
     def spoilt(self, found, texts):
-        odd = torch.tensor([len(text) % 2 for text in texts], dtype=torch.bool)
+        odd = torch.tensor([len(text) % 2 and len(text) > 6 for text in texts], dtype=torch.bool)
         return found.masked_fill(odd[:, None], torch.nan)
 
 
@@ -248,7 +248,7 @@ def test_a_row_that_fails_harms_no_other():
     reader = GuardedReader(Nan("mine"))
     found = [reader.read_whole([[1, 2]], [[2]]).logits()]
     rows = [reader.open() for _ in range(3)]
-    asked = [Read(row, text, [len(text)]) for row, text in zip(rows, ([1], [1, 2], [3]), strict=True)]
+    asked = [Read(row, text, [len(text)]) for row, text in zip(rows, ([1] * 7, [1, 2], [3] * 9), strict=True)]
     told = finished(reader.read(asked))
     assert set(told.errors) == {0, 2}
     assert told.counts == [0, 1, 0]
@@ -281,7 +281,7 @@ def test_a_server_runs_no_more_sequences_than_it_has_rows(tmp_path):
     assert serving.batcher.limits.rows == 2
     with running(serving) as url:
         answer = http.post(f"{url}/v1/completions", json={"prompt": PROMPT, "n": 5, "max_tokens": 4, "seed": 1})
-    assert len(answer.json()["choices"]) == 5
+    assert len(answer.json().get("choices", ())) == 5, answer.text
     with pytest.raises(InvalidInputError, match="at most 2 open rows of mine"):
         ensemble.generate([PROMPT] * 3, max_new_tokens=2)
 

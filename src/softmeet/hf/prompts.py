@@ -116,6 +116,8 @@ def states_behind(model: EnsembleForCausalLM, inputs: dict[str, Any]) -> list[Fl
     options = CallOptions.of(model, {"gate": "none", **given})
     cache, mask = None if rereads(model) else model.new_cache(), inputs["attention_mask"]
     hidden, _ = model.run(inputs["input_ids"], cache, slice(-1, None), options, attention_mask=mask, use_cache=False)
+    del cache
+    model.close_dropped()
     return [states[:, 0] for states in hidden]
 
 
