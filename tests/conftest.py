@@ -48,6 +48,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.enable()
+    gc.set_threshold(10_000, 20, 20)  # tests are short, and leave little that only it finds
 
 
 @pytest.hookimpl(wrapper=True)
