@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging
 
-from softmeet.cli.startup import quick_imports
+from softmeet.startup import quick_imports
 
 with quick_imports():
     from softmeet import Ensemble

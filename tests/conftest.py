@@ -12,7 +12,6 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # processes that
 
 import pytest
 import shapes
-import torch
 from browser import CHROMIUM
 from hypothesis import HealthCheck, settings
 
@@ -21,7 +20,6 @@ settings.register_profile(
     "suite", deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
-torch.set_num_threads(1)
 gc.disable()  # until everything is imported
 _checked = pytest.StashKey[bool]()
 
@@ -43,9 +41,14 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Spare the garbage collector what was imported: it would look through all of it again and again."""
+    # Not above: the process that hands tests out to others has no use for it.
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     gc.enable()
+    gc.set_threshold(10_000, 20, 20)  # tests are short, and leave little that only it finds
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from softmeet._auto import register as _register
 from softmeet._version import __version__
+from softmeet.startup import paused_collection
 
 if TYPE_CHECKING:
     RULES: tuple[Rule, ...]
@@ -66,7 +67,8 @@ def __getattr__(name: str) -> Any:
         return import_module("softmeet.rules.registry").all_rules()
     if name not in _HOMES:
         raise AttributeError(f"module 'softmeet' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with paused_collection():
+        return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

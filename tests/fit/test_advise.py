@@ -17,6 +17,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
+from softmeet.evaluation.costs import milliseconds
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters
@@ -78,8 +79,14 @@ def as_good(members):
     return advised(members, 0.3, 0.3)
 
 
+@pytest.fixture(autouse=True)
+def _measured_twice(monkeypatch):
+    """Not four times: how much members cost is nothing that a test looks at."""
+    monkeypatch.setattr(advising, "milliseconds", functools.partial(milliseconds, repeats=2))
+
+
 @pytest.fixture
-def unmeasured(monkeypatch):
+def unmeasured(monkeypatch, _measured_twice):
     """For tests that do not look at what members cost."""
     monkeypatch.setattr(advising, "milliseconds", lambda runs: [1.0] * len(runs))
 

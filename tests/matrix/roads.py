@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import torch
@@ -247,7 +249,10 @@ def command(asked: Asked, *prompts: str) -> Any:
     if case.sampling == "tempered":
         words += [word for name, x in TEMPERED.items() for word in (f"--{name.replace('_', '-')}", str(x))]
     words += [] if case.speculation == "default" else ["--speculate", case.speculation]
-    return CliRunner().invoke(_COMMAND, words + ["--chat"] * asked.chat + ["--json"] * (len(prompts) > 1))
+    words += ["--chat"] * asked.chat + ["--json"] * (len(prompts) > 1)
+    # The members of the world are loaded already; all else the command makes by itself.
+    with patch.object(Ensemble, "from_pretrained", partial(Ensemble.from_pretrained, loaded=asked.world.loaded)):
+        return CliRunner().invoke(_COMMAND, words)
 
 
 def printed(asked: Asked) -> Written:

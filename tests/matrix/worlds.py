@@ -80,17 +80,22 @@ class World:
     dtype: str | None = "float64"
 
     @cached_property
-    def _loaded(self) -> tuple[dict[Any, Any], dict[Any, Ensemble]]:
-        return {}, {}
+    def loaded(self) -> dict[Any, Any]:
+        """Return the members that were loaded, as ``Ensemble.from_pretrained`` takes them."""
+        return {}
+
+    @cached_property
+    def _made(self) -> dict[Any, Ensemble]:
+        return {}
 
     def ensemble(self, rule: str | None = None, gate: str | None = None) -> Ensemble:
         """Return the members combined by a rule and a gate, or by the shipped ones; they share their weights."""
-        models, made = self._loaded
+        made = self._made
         if (rule, gate) not in made:
             given = {"rule": rule} | ({} if gate is None else {"gate": gate})
             given |= {"vocabulary": "bytes"} if self.name == "bytes" else {}
             who = [list(self.members)] if self.members else []
-            made[rule, gate] = Ensemble.from_pretrained(*who, **given, dtype=self.dtype, loaded=models)
+            made[rule, gate] = Ensemble.from_pretrained(*who, **given, dtype=self.dtype, loaded=self.loaded)
             # Requests may name the gate movement only where its factor is known.
             resolved(made[rule, gate].model, made[rule, gate].model.settings)
         return made[rule, gate]

@@ -13,7 +13,6 @@ import tiny
 import torch
 from byte_tokenizers import byte_level
 from fastapi.testclient import TestClient
-from peft import PeftModel
 from serving import serving_of
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
@@ -73,6 +72,8 @@ def plain(made, name="base", adapter=None):
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from peft import PeftModel
+
         return PeftModel.from_pretrained(model, made / adapter).merge_and_unload()
 
 

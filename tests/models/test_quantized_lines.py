@@ -11,7 +11,6 @@ import tiny
 import torch
 import transformers as tf
 from batches import prompt
-from peft import LoraConfig, get_peft_model
 from quantised import GREEDY, WIDE, by_hand
 from torch import nn
 
@@ -95,6 +94,8 @@ def test_a_plan_counts_what_a_checkpoint_says_of_itself_and_what_is_dequantised(
 @torch.inference_mode()
 def test_members_of_one_quantised_base_share_its_weights_and_run_independently(kind, tmp_path):
     torch.manual_seed(0)
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(load_members(["wide/llama"])[0], config).save_pretrained(tmp_path)
     base, ids = f"wide/llama+quantization={kind}", torch.tensor([prompt(4, 9)])

@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from softmeet.cli import options
 from softmeet.cli.progress import working
-from softmeet.cli.startup import quick_imports
 from softmeet.cli.tables import out, print_table
+from softmeet.startup import quick_imports, uncollected
 
 
 def facts(members: list[str], batch: int, context: int | None, loading: options.LoadingFlags) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def facts(members: list[str], batch: int, context: int | None, loading: options.
         loading: the flags for dtype and devices.
     """
     with working("reading configurations"):
-        with quick_imports():
+        with uncollected(), quick_imports():
             from softmeet.ensemble import member_names
             from softmeet.hf.plan import plan
 

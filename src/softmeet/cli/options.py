@@ -11,12 +11,12 @@ import typer
 from softmeet.cli.flags import checked_settings, flag
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import working
-from softmeet.cli.startup import quick_imports, uncollected
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 from softmeet.members.member import short as short
 from softmeet.members.zoo import DEFAULT as DEFAULT
 from softmeet.rules.frozen import unknown
+from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble

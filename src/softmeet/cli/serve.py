@@ -22,6 +22,7 @@ from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
     from softmeet.server.replicas import Scale
@@ -204,10 +205,11 @@ def serve(
     allowed = _allowed(access.allow)
     with listening(host, port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
-        from softmeet.server.ensembles import load, named
-        from softmeet.server.limits import Limits
-        from softmeet.server.security import Protection
-        from softmeet.server.serving import ServerSettings, Serving
+        with uncollected(), quick_imports():
+            from softmeet.server.ensembles import load, named
+            from softmeet.server.limits import Limits
+            from softmeet.server.security import Protection
+            from softmeet.server.serving import ServerSettings, Serving
 
         given, asked = checked_settings(settings), named(ensembles or [], members or [])
         hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+from softmeet.startup import paused_collection, quick_imports, uncollected
 
-from softmeet.scaling.packing import Packed, pack, parts, unpack
+with paused_collection():
+    import torch
+
+    from softmeet.scaling.packing import Packed, pack, parts, unpack
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -27,11 +29,10 @@ class Worker:
 
     def __init__(self, packed: Packed, threads: int, devices: int) -> None:
         torch.set_num_threads(threads)
-        # Unpacking an ensemble imports modules with a million objects, which the collector would traverse many times.
-        gc.disable()
-        ensemble: Ensemble | None = unpack(packed)
-        gc.freeze()
-        gc.enable()
+        ensemble: Ensemble | None = None
+        if packed[1]:  # tensors: it is no packed None, for which nothing has to be imported
+            with uncollected(), quick_imports():
+                ensemble = unpack(packed)
         if devices and ensemble is not None:
             spread(ensemble, [torch.device("cuda", k) for k in range(devices)])
         self._parts = parts(ensemble)

@@ -14,23 +14,26 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from starlette.types import Message
 
 from softmeet.errors import InvalidInputError
-from softmeet.server.app import create_app
-from softmeet.server.asgi import run
-from softmeet.server.ensembles import load, named
-from softmeet.server.errors import InternalError
-from softmeet.server.front import front_of
-from softmeet.server.security import Protection
-from softmeet.server.serving import ServerSettings, Serving
+from softmeet.startup import paused_collection, quick_imports
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-with warnings.catch_warnings():  # Ray's imports warn
+# Replicas wait for these imports, of which Ray's warn.
+with paused_collection(), quick_imports(), warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import torch
     from ray import serve
+
+    from softmeet.server.app import create_app
+    from softmeet.server.asgi import run
+    from softmeet.server.ensembles import load, named
+    from softmeet.server.errors import InternalError
+    from softmeet.server.front import front_of
+    from softmeet.server.security import Protection
+    from softmeet.server.serving import ServerSettings, Serving
 
 NAME = "softmeet"
 HEADER = "x-softmeet-replica"

@@ -1,4 +1,4 @@
-"""A quick start: most of the time from the shell to the first token is spent on importing libraries."""
+"""A quick start: most of the time from the start of a process to its first token is spent on importing libraries."""
 
 from __future__ import annotations
 
@@ -17,8 +17,23 @@ _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def paused_collection() -> Iterator[None]:
     """Enter a context without garbage collection, for imports, which make a million objects that are never freed.
+
+    At its end, even after an error, collection is enabled if it was before.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Enter a context as :func:`paused_collection`, in a process of softmeet's own.
 
     At its end, even after an error, all objects alive are exempted from later collections (``gc.freeze``), and
     collection is enabled, whether or not it was before.
