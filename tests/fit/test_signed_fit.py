@@ -62,7 +62,7 @@ def text(ensemble, share, count=1500, seed=0):
     logits = truth if over_bytes else head.logits(truth)
     targets = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
     if over_bytes:
-        states = [torch.cat([own.log_softmax(-1), torch.zeros(count, 3)], -1) for own in states]
+        states = [own.log_softmax(-1) for own in states]
     document = torch.arange(count) * 30 // count
     return Positions(states, targets, document, torch.ones(count, dtype=torch.int64), [f"d{k}" for k in range(30)])
 
