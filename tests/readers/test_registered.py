@@ -177,6 +177,37 @@ def test_laws_find_what_breaks_them(broken, said):
         check_reader(broken())
 
 
+class Deep(Given):
+    """Predictions that have hidden states too, as those of a model have."""
+
+    def hidden(self, places=slice(None)):
+        return torch.zeros(len(self), 3)
+
+
+class Onwards(Counted):
+    """Cannot take back what it has read, and tells hidden states."""
+
+    def __init__(self, name):
+        super().__init__(name, can_crop=False)
+
+    def crop(self, row, length):
+        raise self.cannot("take back what it has read")
+
+    def read(self, asked):
+        found = yield from super().read(asked)
+        return Deep(found.logits(), found.counts, found.errors)
+
+
+def test_one_that_cannot_crop_is_generated_from_and_served(tmp_path):
+    plain = {"do_sample": False, "max_new_tokens": 12}
+    expected = ensemble_of(tmp_path, lambda rest: Counted("mine")).generate(PROMPT, **plain)
+    ensemble = ensemble_of(tmp_path, lambda rest: Onwards("mine"))
+    assert ensemble.generate(PROMPT, **plain) == expected
+    with running(serving_of({"x": ensemble}, speculate=4)) as url:
+        answer = http.post(f"{url}/v1/completions", json={"prompt": PROMPT, "temperature": 0, "max_tokens": 12})
+    assert answer.json()["choices"][0]["text"] == expected
+
+
 def test_rules_that_read_heads_say_that_it_has_none(tmp_path):
     with pytest.raises(UnsupportedHeadError, match="mine:x"):
         ensemble_of(tmp_path, lambda rest: Counted(), "meet")

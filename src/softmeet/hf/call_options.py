@@ -100,7 +100,7 @@ class CallOptions:
             distribution at about the price of one member.
         speculate: how many tokens the cheapest member drafts before the others read them; "auto" for as many as pay,
             by what is measured, and none where nothing does; 0 for none; None for "auto" where nobody could notice
-            anything but the time (:func:`softmeet.hf.speculation.is_to_speculate`), and none elsewhere.
+            anything but the time (:func:`softmeet.hf.decoding.is_to_speculate`), and none elsewhere.
     """
 
     settings: Settings

@@ -98,17 +98,17 @@ class GuardedReader(Reader):
         if logits.shape != (len(found), v) or logits.dtype not in (torch.float32, torch.float64):
             wanted = f"{(len(found), v)} logits in float32 or float64 were due"
             raise self._broken(f"told {tuple(logits.shape)} {logits.dtype} where {wanted}")
-        errors, kept, counts = dict(found.errors), list[Tensor](), [0] * len(asked)
+        errors, places, counts = dict(found.errors), list[int](), [0] * len(asked)
         for k, (one, length) in enumerate(zip(asked, before, strict=True)):
-            own = logits[found.of(k)]
-            if k in errors or (error := self._harm(one, length, own)) is None:
-                counts[k] = len(own)
-                kept.append(own)
+            own = found.of(k)
+            if k in errors or (error := self._harm(one, length, logits[own])) is None:
+                counts[k] = own.stop - own.start
+                places += range(own.start, own.stop)
             else:
                 errors[k] = error
-        if errors.keys() == found.errors.keys():
-            return found
-        return Given(torch.cat([logits[:0], *kept]), counts, errors, found.work)
+        told, most = torch.tensor(places, dtype=torch.long), found.bounds()
+        # Logits alone: the ensemble knows of no head that would make them of hidden states.
+        return Given(logits[told], counts, errors, found.work, None if most is None else most[told])
 
     def _harm(self, one: Read, before: int, own: Float[Tensor, "t v"]) -> SoftmeetError | None:
         """Return which law an answer to one read breaks; None if it breaks none.

@@ -194,6 +194,8 @@ def alone(
     noticed = told != (None, None)
     if request.sampling.is_seeded or request.sampling.is_greedy:
         noticed |= any(reader.traits.rounding == "coarse" for reader in s.readers)
+    if not all(reader.traits.can_crop for reader in s.readers):
+        return None
     if not speculate or (speculate == "auto" and (noticed or len({reader.traits.places for reader in s.readers}) > 1)):
         return None
     return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)

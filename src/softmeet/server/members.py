@@ -8,6 +8,7 @@ from typing import Any
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.reader import Reader
+from softmeet.readers.recurrent import RecurrentReader
 
 _NO_ROWS = "its rows cannot join a running batch; use softmeet generate"
 
@@ -32,6 +33,6 @@ def readers_of(
             if model.key_of(i) in found:
                 continue
             reader = found[model.key_of(i)] = model.new_reader(i, name, kept_tokens)
-            if not reader.traits.can_crop:
+            if isinstance(reader, RecurrentReader):
                 require_keys_and_values(name, model.members[i].config, _NO_ROWS)
     return found
