@@ -94,11 +94,11 @@ def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, m
         calls.append(len(growths))
         return run(growths)
 
-    def begun(texts, prefixes):
+    def begun(texts, prefixes, wanted):
         if any(b"never" in text for text in texts):
             raise InvalidInputError("expected a text that can be read")
         sizes.append(len(texts))
-        return beginning(texts, prefixes)
+        return beginning(texts, prefixes, wanted)
 
     monkeypatch.setattr(readers[0], "run", counted)
     monkeypatch.setattr(readers[0], "beginning", begun)
