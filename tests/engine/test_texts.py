@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
 import torch
-from toys import Late, Table, joint
+from toys import Late, Stubborn, Table, joint
 
 from softmeet.engine.ask import Members
 from softmeet.engine.combine import Combiner
 from softmeet.engine.combined import combined, of_one_each
 from softmeet.engine.continuation import Continuation, Dropped
 from softmeet.engine.gate import ask
-from softmeet.engine.speculate import MemberTurns
-from softmeet.errors import NonFiniteError
+from softmeet.engine.speculate import FullError, MemberTurns
+from softmeet.errors import InvalidInputError, NonFiniteError
 from softmeet.members.opaque import NoHead
 from softmeet.rules.gates import Unsure
 from softmeet.rules.settings import Settings
@@ -223,3 +224,41 @@ def test_a_decoder_carries_weighted_rows_by_forks_and_without_a_draw():
         one.close()
     assert len(rows) == 9
     assert all(not reader.rows for reader in model.members)
+
+
+def test_a_text_that_the_first_member_cannot_read_is_asked_of_nobody_and_harms_no_other():
+    model, members = ensemble(Broken(0), Table(1)), Members(2)
+    bad, good = Continuation(model, [13]), Continuation(model, [2, 3])
+    hidden = list(members.read_on([bad, good], slice(1)).values())
+    told = ask([bad, good], hidden, Unsure(threshold=1.0), members)
+    assert [name for name, _ in bad.failures] == ["broken"]
+    assert bad.rows[1] is None
+    assert same(told[1][1][0], model.members[1].follows([2, 3]))
+    bad.tokens = [4]
+    bad.crop(0, 0)
+    assert bad.error is None, "what could not be read is taken back"
+
+
+def test_a_draft_that_a_member_cannot_read_is_dropped_and_the_text_goes_on():
+    model = ensemble(Table(0), Broken(1))
+    text = Continuation(model, [1, 2])
+    turns = Greedy([text], Members(2), settings(), 3, reported=False)
+    text.drafts = [13]
+    with pytest.raises(FullError):
+        turns.run(1)
+    text.drafts = []
+    turns.take_back()
+    assert text.error is None
+    text.tokens.append(13)
+    with pytest.raises(NonFiniteError):
+        turns.run(1)
+
+
+def test_rows_that_were_forked_are_closed_if_another_cannot_be():
+    model = ensemble(Table(0), Stubborn(1))
+    text = Dropped(model, [1, 2])
+    Members(2).read_on([text])
+    with pytest.raises(InvalidInputError, match="fork rows"):
+        text.fork()
+    gc.collect()
+    assert [reader for reader, _ in model.garbage] == [model.members[0]]

@@ -551,6 +551,23 @@ def test_long_texts_are_read_in_pieces_between_which_others_may_be_read(monkeypa
     assert torch.allclose(last, every[-1:], atol=1e-9)
 
 
+def test_a_row_that_is_closed_between_pieces_leaves_nothing_and_harms_no_other(monkeypatch):
+    monkeypatch.setattr("softmeet.readers.kv.PIECE", 4)
+    reader, texts = tiny_reader(kept_tokens=0), [[1 + k % 60 for k in range(30)], [3 + k % 50 for k in range(30)]]
+    expected = [finished(reader.read([read(reader.open(reuse=False), text)])).log_probs() for text in texts]
+    for row in list(reader._rows):
+        reader.close(row)
+    empty, rows = reader.bytes, [reader.open(reuse=False) for _ in texts]
+    work = reader.read([read(row, text) for row, text in zip(rows, texts, strict=True)])
+    next(work)
+    reader.close(rows[0])
+    found = finished(work).log_probs()
+    assert torch.allclose(found[-1:], expected[1], atol=1e-9)
+    reader.close(rows[1])
+    assert reader.bytes == empty
+    assert not reader._kv._blocks
+
+
 def test_a_text_that_begins_like_an_earlier_one_is_read_from_there_on():
     reader = tiny_reader(own=(0,))
     first = reader.open([1, 2, 3, 4, 5])

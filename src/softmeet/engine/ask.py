@@ -125,5 +125,6 @@ def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool) ->
         asked.append(Read(row, symbols, range(first, len(symbols) + 1)))
     found = yield from reader.read(asked)
     for (text, *_), read in zip(parts[reader], asked, strict=True):
-        text.is_full |= read.row.full
+        if read.row.full:  # never taken back here: another member of the text may read in another thread
+            text.is_full = True
     return found

@@ -98,22 +98,25 @@ class Continuation:
         if (row := self.rows[i]) is not None and self.read_by(i) > length:
             self.readers[i].crop(row, max(0, length - self.skipped[i]))
             self.is_full = bool(self.full_members)
+        # What could not be read is taken back, too.
+        self.failures = []
 
     def fork(self) -> Self:
         """Return another text that begins with the same tokens, of which members have read as many."""
         other = type(self)(self.model, self.prompt, self.own, self.readers)
         other.tokens, other.drafts = list(self.tokens), list(self.drafts)
         other.skipped, other.failures, other.is_full = list(self.skipped), list(self.failures), self.is_full
-        pairs = zip(self.readers, self.rows, strict=True)
-        other.rows = [None if row is None else reader.fork(row)[0] for reader, row in pairs]
+        for i, row in enumerate(self.rows):
+            # One by one, so that those that are open are closed if another cannot be.
+            other.rows[i] = None if row is None else self.readers[i].fork(row)[0]
         return other
 
     def close(self) -> None:
         """Give up the rows; whoever keeps the text keeps no keys and values."""
-        for i, row in enumerate(self.rows):
+        rows, self.rows, self.ahead = self.rows, [None] * len(self.rows), []
+        for reader, row in zip(self.readers, rows, strict=True):
             if row is not None:
-                self.readers[i].close(row)
-        self.rows, self.ahead = [None] * len(self.rows), []
+                reader.close(row)
 
     @property
     def full_members(self) -> list[str]:
@@ -142,9 +145,8 @@ class Continuation:
     def expected(self, top: int) -> list[list[tuple[str, float]]]:
         """Return for each member its most probable own tokens that may come next; empty where that is not known."""
         found = [
-            list(reader.explain(row, top, len(self.tokens) - skipped).expected)
+            [] if row is None else list(reader.explain(row, top, len(self.tokens) - skipped).expected)
             for reader, row, skipped in zip(self.readers, self.rows, self.skipped, strict=True)
-            if row is not None
         ]
         return found if all(found) else []
 

@@ -45,12 +45,16 @@ def ask(
         clock: returns a time in seconds.
 
     Returns:
-        for each text a list of one tensor (1, d_i) per member.
+        for each text a list of one tensor (1, d_i) per member; as given of one that has ``failures``.
     """
-    asked = texts[0].model.combiner.deferral(gate, torch.cat([own[0] for own in hidden]))
-    for k, one in enumerate(texts):
+    # Nobody asks about a text that the first member cannot read: whoever wrote it ends it.
+    well = {one: own[0] for one, own in zip(texts, hidden, strict=True) if not one.failures}
+    if not well:
+        return list(hidden)
+    asked = texts[0].model.combiner.deferral(gate, torch.cat(list(well.values())))
+    for k, one in enumerate(well):
         one.asked, one.spent = asked.take(slice(k, k + 1)), 0.0
-    is_open = [one for one, opened in zip(texts, asked.rows.tolist(), strict=True) if opened]
+    is_open = [one for one, opened in zip(well, asked.rows.tolist(), strict=True) if opened]
     started = clock()
     behind = [one for one in is_open if not one.ahead]
     caught_up = members.read_on(behind, OTHERS, pause=pause) if behind else {}
@@ -58,6 +62,9 @@ def ask(
         one.spent = (clock() - started) / len(is_open)
     found = []
     for one, own in zip(texts, hidden, strict=True):
+        if one not in well:
+            found.append(list(own))
+            continue
         others = [states[-1:] for states in caught_up.get(one, one.ahead)] or unread(one, own[0])
         one.ahead = []
         found.append([*own, *others])

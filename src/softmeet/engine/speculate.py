@@ -96,13 +96,14 @@ class MemberTurns(ABC):
 
         Raises:
             SoftmeetError: if it cannot read a text.
-            FullError: if its context is full before its limit.
+            FullError: if its context is full before its limit, or there are drafts among what it cannot read.
         """
         found = self._members.read_on(self.texts, slice(i, i + 1), every=True, pause=self.pause)
         for one in self.texts:
-            one.check()
-            if one.is_full:
+            # What cannot be read may be a draft, and no part of the text.
+            if one.is_full or (one.failures and one.drafts):
                 raise FullError
+            one.check()
         return torch.stack([states for (states,) in found.values()])
 
     @abstractmethod

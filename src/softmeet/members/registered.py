@@ -113,6 +113,10 @@ def _require_reader(line: str, found: Any) -> None:
             f"cannot load {line}: expected a number of symbols as its reader's limit, got {found.limit!r}: say 2**30 "
             "if there is none"
         )
+    if found.traits.known is not None or found.traits.predictions is not None:
+        raise CheckpointError(
+            f"cannot load {line}: expected a reader that tells every symbol at every place, as rules need them"
+        )
     if not isinstance(getattr(found.alphabet, "tokenizer", None), PreTrainedTokenizerBase):
         raise CheckpointError(
             f"cannot load {line}: expected the tokens of a tokenizer as its reader's symbols: let its alphabet be a "

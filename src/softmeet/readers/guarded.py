@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from threading import RLock
 from typing import Any, TypeVar
 
@@ -65,8 +65,9 @@ class GuardedReader(Reader):
         return self._told(lambda: self._reader.open(text, own, reuse=reuse))
 
     def close(self, row: Row) -> None:
-        """Give a row up."""
-        self._told(lambda: self._reader.close(row))
+        """Give a row up; whoever closes it is done with it, whatever happens."""
+        with suppress(SoftmeetError):
+            self._told(lambda: self._reader.close(row))
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that begin with a row's symbols."""

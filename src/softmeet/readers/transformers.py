@@ -275,6 +275,7 @@ class TransformersReader(ReaderOfRows[_Text]):
         except BaseException:
             for k, length in before.items():
                 rows[k].seat.path = rows[k].seat.path[:length]
+            self._leave_closed(rows)
             raise
         every = dict(zip(new, states, strict=True))
         for k, (row, one) in enumerate(pairs):
@@ -282,7 +283,15 @@ class TransformersReader(ReaderOfRows[_Text]):
                 every[k] = torch.cat((row.last, every[k])) if k in every else row.last
         every = dict(sorted(every.items()))
         work = Work(calls, sum(map(len, new.values())))
-        return self._settled(pairs, every, before, errors, work)
+        found = self._settled(pairs, every, before, errors, work)
+        self._leave_closed(rows)
+        return found
+
+    def _leave_closed(self, rows: Sequence[_Text]) -> None:
+        """Give up what was read of rows that were closed between the pieces of a call."""
+        for row in rows:
+            if row not in self._rows:
+                self._kv.leave(row.seat)
 
     def _stepped(self, asked: Sequence[Read]) -> Predictions | None:
         """Read one symbol more of each row, as while texts are written, with less ado; None if it is not that."""
@@ -349,7 +358,7 @@ class TransformersReader(ReaderOfRows[_Text]):
             else:
                 errors[k] = NonFiniteError(f"expected finite numbers of {self.name}, got NaN or an infinity")
                 self._kv.drop(row.seat, row.seat.path[before[k] :])
-            if well and one.keep:
+            if well and one.keep and row in self._rows:
                 row.length += len(one.symbols)
                 self._keep(row, own[-1:].clone())
             elif k in before:
