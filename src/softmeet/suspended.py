@@ -63,4 +63,4 @@ def by_turns(works: Sequence[Generator[None, None, T]], pause: Callable[[], obje
     finally:
         for work in going.values():
             work.close()
-    return [found[k] for k in range(len(works))]
+    return list(map(found.__getitem__, range(len(works))))

@@ -18,7 +18,7 @@ from softmeet.errors import SoftmeetError
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.reader import Predictions, Read, Reader, Row, finished
 from softmeet.readers.stateless import StatelessReader
-from softmeet.readers.transformers import TokenAlphabet
+from softmeet.readers.token_alphabet import TokenAlphabet
 
 # Below this log-probability, differences count no more.
 _LEAST = -13.8

@@ -24,7 +24,7 @@ from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.byte_alphabet import ByteAlphabet
 from softmeet.readers.bytes.covers import END
-from softmeet.readers.transformers import TokenAlphabet
+from softmeet.readers.token_alphabet import TokenAlphabet
 
 NAMES = ["mixed/gpt2", "mixed/llama"]
 SPELLINGS = [spelling_of(name, own) for name, own in zip(NAMES, load_tokenizers(NAMES), strict=True)]

@@ -10,7 +10,7 @@ from softmeet.engine.draw import Draw, Noise, Sampling, choose
 from softmeet.engine.processors import following
 from softmeet.errors import InvalidInputError
 from softmeet.noise import gumbel
-from softmeet.readers.transformers import TokenAlphabet
+from softmeet.readers.token_alphabet import TokenAlphabet
 
 V, TEXTS = 30, [[k, *range(20)] for k in range(3)]
 ALPHABET = TokenAlphabet(None, V, frozenset({0}))

@@ -36,7 +36,7 @@ def drawn(monkeypatch):
 
     def of_drawn(heads, hidden, chosen, *rest):
         log_probs = original(heads, hidden, chosen, *rest)
-        found.append((chosen.members.tolist(), log_probs))
+        found.append((list(chosen), log_probs))
         return log_probs
 
     monkeypatch.setattr(combining.quick, "of_drawn", of_drawn)

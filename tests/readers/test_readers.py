@@ -20,7 +20,8 @@ from softmeet.readers.bytes.covers import Pruning
 from softmeet.readers.reader import Given, finished
 from softmeet.readers.recurrent import RecurrentReader
 from softmeet.readers.stateless import StatelessReader
-from softmeet.readers.transformers import TokenAlphabet, TransformersReader
+from softmeet.readers.token_alphabet import TokenAlphabet
+from softmeet.readers.transformers import TransformersReader
 from softmeet.testing import LAWS, check_reader
 
 pytestmark = pytest.mark.checked

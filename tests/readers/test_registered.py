@@ -23,7 +23,7 @@ from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.reader import Given, Read, Traits, finished
 from softmeet.readers.stateless import StatelessReader
-from softmeet.readers.transformers import TokenAlphabet
+from softmeet.readers.token_alphabet import TokenAlphabet
 from softmeet.scaling.local import LocalEngine
 from softmeet.testing import Uniform, check_reader
 

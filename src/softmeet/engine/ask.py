@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from softmeet.engine.continuation import Continuation
 from softmeet.engine.together import Together
 from softmeet.errors import SoftmeetError
-from softmeet.readers.reader import Predictions, Read, Reader
+from softmeet.readers.reader import Predictions, Read, Reader, Row
 
 # For each member, its last hidden states of one text at the same t tokens, (t, d_i); or log-probabilities, (t, v).
 Hidden: TypeAlias = list[Float[Tensor, "t _"]]
@@ -90,15 +90,7 @@ class Members:
         pause: Callable[[], None] | None = None,
     ) -> dict[C, Hidden]:
         """Read as :meth:`read_on` does; without a ``pause`` in the way that was measured to be faster."""
-        parts = defaultdict[Reader, list[Part]](list)
-        for text, i in asked:
-            reader, is_new = text.readers[i], text.rows[i] is None
-            try:
-                text.row(i, reuse=not every)
-            except SoftmeetError as refused:
-                text.failures.append((reader.name, refused))
-            else:
-                parts[reader].append((text, i, is_new))
+        parts = _by_reader(asked, every=every)
         run = partial(_read_by, parts, every=every)
         if pause is None:
             told = self._together.measured(run, list(parts), len(texts))
@@ -113,18 +105,29 @@ class Members:
         return {text: [states for states in own if states is not None] for text, own in found.items()}
 
 
+def _by_reader(asked: Sequence[tuple[C, int]], *, every: bool) -> dict[Reader, list[Part]]:
+    """Return what each reader is to read, with a row open for it; a text in which none can be open fails."""
+    parts = defaultdict[Reader, list[Part]](list)
+    for text, i in asked:
+        reader, is_new = text.readers[i], text.rows[i] is None
+        try:
+            if is_new:
+                text.row(i, reuse=not every)
+        except SoftmeetError as refused:
+            text.failures.append((reader.name, refused))
+        else:
+            parts[reader].append((text, i, is_new))
+    return parts
+
+
 def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool) -> Generator[None, None, Predictions]:
     """Have a reader read on in its parts."""
     asked = []
     for text, i, is_new in parts[reader]:
-        row = text.row(i)
+        row = cast(Row, text.rows[i])
         start = row.length + text.skipped[i]
         symbols = [*text.tokens[start:], *text.drafts[max(0, start - len(text.tokens)) :]]
         # What follows a first token in whose place the member reads its own is predicted before any symbol.
         first = len(symbols) if not every else 0 if is_new and text.skipped[i] else 1
         asked.append(Read(row, symbols, range(first, len(symbols) + 1)))
-    found = yield from reader.read(asked)
-    for (text, *_), read in zip(parts[reader], asked, strict=True):
-        if read.row.full:  # never taken back here: another member of the text may read in another thread
-            text.is_full = True
-    return found
+    return (yield from reader.read(asked))

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from softmeet.engine import quick
-from softmeet.engine.deferral import Deferral, Drawn
+from softmeet.engine.deferral import Deferral
 from softmeet.engine.recorder import Recorder
 from softmeet.engine.unread import require_read
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
@@ -94,7 +94,7 @@ class Combiner:
         self,
         hidden: Sequence[Float[Tensor, "B k _"]],
         settings: Settings,
-        deferral: Deferral | Drawn | None = None,
+        deferral: Deferral | None = None,
         before: TokensBefore | None = None,
         *,
         recorder: Recorder | None = None,
@@ -106,7 +106,7 @@ class Combiner:
             hidden: for each member i, the last hidden states that it computed, (B, k, d_i).
             settings: the rule and all other settings, from :meth:`Settings.for_members`.
             deferral: the positions, of all B · k, at which all members ran; at the others the first member answers
-                alone. None if all ran everywhere; or the members that were drawn.
+                alone. None if all ran everywhere.
             before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
             recorder: its :meth:`Recorder.add` is called after each chunk of positions, in order; None for no record.
             seconds: how long solvers may take in all; None for no limit.
@@ -116,8 +116,6 @@ class Combiner:
         """
         parts = []
         flat = [h.flatten(0, 1) for h in hidden]
-        if isinstance(deferral, Drawn):
-            return quick.of_drawn(self.heads, flat, deferral, self.support, self.v)[:, None]
         if recorder is None and deferral is None and (found := self.quickly(flat, settings)) is not None:
             return found.reshape(*hidden[0].shape[:2], -1)
         if recorder is not None and deferral is not None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from softmeet.engine import quick
 from softmeet.engine.ask import Hidden, Members
 from softmeet.engine.continuation import Continuation
-from softmeet.engine.deferral import Drawn
 from softmeet.engine.gate import joined
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
@@ -58,35 +57,18 @@ def combined(
         yield Combined(solution.log_probs, log_probs, solution)
 
 
-def one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Members) -> list[Float[Tensor, "B _"]]:
-    """Have of each text one member read what it has not read.
+def of_one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Members) -> Float[Tensor, "B v"]:
+    """Have one member read what it has not read of each text, and return its log-probabilities of what follows.
 
     Args:
         texts: B texts of one ensemble.
         drawn: for each, the number of the member.
         members: those who read.
 
-    Returns:
-        each member's last hidden states at the newest token, (B, d_i), zeros for texts for which it was not drawn.
-
     Raises:
         SoftmeetError: if a member cannot read a text.
     """
-    found = []
-    for i, head in enumerate(texts[0].model.combiner.heads):
-        rows = [k for k, member in enumerate(drawn) if member == i]
-        states = torch.zeros(len(texts), head.d, dtype=head.dtype, device=head.device)
-        told = members.read_on([texts[k] for k in rows], slice(i, i + 1)) if rows else {}
-        for one in told:
-            one.check()
-        if told:
-            states[rows] = torch.cat([own for (own,) in told.values()]).to(states)
-        found.append(states)
-    return found
-
-
-def of_one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Members) -> Float[Tensor, "B v"]:
-    """Return of each text the log-probabilities, in nats, of the one member that was drawn for it."""
-    combiner = texts[0].model.combiner
-    found = one_each(texts, drawn, members)
-    return quick.of_drawn(combiner.heads, found, Drawn(torch.tensor(drawn)), combiner.support, combiner.v)
+    told, combiner = members.step(list(zip(texts, drawn, strict=True)), texts), texts[0].model.combiner
+    for one in texts:
+        one.check()
+    return quick.of_drawn(combiner.heads, [told[one][0] for one in texts], drawn, combiner.support, combiner.v)

@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol, Self, TypeAlias
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.engine.combine import Combiner
@@ -52,12 +51,10 @@ class Continuation:
         drafts: tokens that may follow them.
         rows: for each member, the row in which it reads the text; None before the first token.
         skipped: for each member, in place of how many of the first tokens it reads its own.
-        is_full: whether a member's context is full, though its limit was not reached, so that nothing can follow.
         failures: (the name of a member, why it cannot read the text).
         asked: under the gate ``unsure`` a deferral of one row: whether the members after the first read the newest
             token.
         spent: the text's share of the seconds that these then took.
-        ahead: what these predict behind the newest token, (1, d_i) each, if that is known already; else empty.
     """
 
     def __init__(
@@ -68,10 +65,9 @@ class Continuation:
         self.readers: list[Reader] = list(model.readers_of_members if readers is None else readers)
         self.tokens, self.drafts = list(prompt), list[int]()
         self.skipped = [0] * len(model.members)
-        self.failures, self.is_full = list[tuple[str, SoftmeetError]](), False
+        self.failures = list[tuple[str, SoftmeetError]]()
         self.asked: Deferral | None = None
         self.spent = 0.0
-        self.ahead: list[Float[Tensor, "1 _"]] = []
 
     def row(self, i: int, *, reuse: bool = True) -> Row:
         """Return the row in which member i reads the text; it is opened if there is none.
@@ -97,7 +93,6 @@ class Continuation:
         """Have member i take back all tokens and drafts behind the first ``length``."""
         if (row := self.rows[i]) is not None and self.read_by(i) > length:
             self.readers[i].crop(row, max(0, length - self.skipped[i]))
-            self.is_full = bool(self.full_members)
         # What could not be read is taken back, too.
         self.failures = []
 
@@ -105,7 +100,7 @@ class Continuation:
         """Return another text that begins with the same tokens, of which members have read as many."""
         other = type(self)(self.model, self.prompt, self.own, self.readers)
         other.tokens, other.drafts = list(self.tokens), list(self.drafts)
-        other.skipped, other.failures, other.is_full = list(self.skipped), list(self.failures), self.is_full
+        other.skipped, other.failures = list(self.skipped), list(self.failures)
         for i, row in enumerate(self.rows):
             # One by one, so that those that are open are closed if another cannot be.
             other.rows[i] = None if row is None else self.readers[i].fork(row)[0]
@@ -113,10 +108,18 @@ class Continuation:
 
     def close(self) -> None:
         """Give up the rows; whoever keeps the text keeps no keys and values."""
-        rows, self.rows, self.ahead = self.rows, [None] * len(self.rows), []
+        rows, self.rows = self.rows, [None] * len(self.rows)
         for reader, row in zip(self.readers, rows, strict=True):
             if row is not None:
                 reader.close(row)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a member's context is full, though its limit was not reached, so that nothing can follow."""
+        for row in self.rows:  # noqa: SIM110 - turns of a generator are calls
+            if row is not None and row.full:
+                return True
+        return False
 
     @property
     def full_members(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -27,10 +27,3 @@ class Deferral:
     def take(self, rows: slice) -> Deferral:
         """Return the deferral at the positions in the slice ``rows``, with ``seconds`` 0."""
         return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])
-
-
-@dataclass
-class Drawn:
-    """The members that were drawn, one for each of B sequences: each next token is drawn from that member alone."""
-
-    members: Int[Tensor, " B"]

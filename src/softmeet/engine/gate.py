@@ -32,9 +32,8 @@ def ask(
 ) -> list[Hidden]:
     """Return what every member predicts behind the newest token of texts, where the gate is open.
 
-    Where it is closed the members after the first do not read, and zeros stand for their hidden states. States in
-    ``Continuation.ahead`` are used, and removed. Each text's ``asked`` (whether they read) and ``spent`` (its share of
-    the seconds that this takes) are set.
+    Where it is closed the members after the first do not read, and zeros stand for their hidden states. Each text's
+    ``asked`` (whether they read) and ``spent`` (its share of the seconds that this takes) are set.
 
     Args:
         texts: those of one ensemble.
@@ -56,8 +55,7 @@ def ask(
         one.asked, one.spent = asked.take(slice(k, k + 1)), 0.0
     is_open = [one for one, opened in zip(well, asked.rows.tolist(), strict=True) if opened]
     started = clock()
-    behind = [one for one in is_open if not one.ahead]
-    caught_up = members.read_on(behind, OTHERS, pause=pause) if behind else {}
+    caught_up = members.read_on(is_open, OTHERS, pause=pause) if is_open else {}
     for one in is_open:
         one.spent = (clock() - started) / len(is_open)
     found = []
@@ -65,8 +63,7 @@ def ask(
         if one not in well:
             found.append(list(own))
             continue
-        others = [states[-1:] for states in caught_up.get(one, one.ahead)] or unread(one, own[0])
-        one.ahead = []
+        others = [states[-1:] for states in caught_up.get(one, ())] or unread(one, own[0])
         found.append([*own, *others])
     return found
 

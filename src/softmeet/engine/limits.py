@@ -40,7 +40,7 @@ class AnswerLength:
         longest: the most symbols that are written, those of a character too many included; None for any number.
 
     Example:
-        >>> from softmeet.readers.transformers import TokenAlphabet
+        >>> from softmeet.readers.token_alphabet import TokenAlphabet
         >>> length = AnswerLength(TokenAlphabet(None, 100, frozenset()), most=2)
         >>> length.push(7), length.push(8), length.kept
         (True, False, 2)

@@ -12,7 +12,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from softmeet.engine.deferral import Drawn
 from softmeet.errors import NonFiniteError
 from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.rules.gates import that_closes
@@ -53,38 +52,34 @@ def native_logits(head: Head, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b 
 
 def of_drawn(
     heads: Sequence[Head],
-    hidden: Sequence[Float[Tensor, "B _"]],
-    drawn: Drawn,
+    states: Sequence[Float[Tensor, "1 _"]],
+    drawn: Sequence[int],
     support: Bool[Tensor, " v"] | None,
     v: int,
 ) -> Float[Tensor, "B v"]:
-    """Return the log-probabilities in nats of each sequence's drawn member.
+    """Return the log-probabilities in nats of each text's drawn member.
 
     Args:
         heads: the members' output layers.
-        hidden: each member's last hidden states, (B, d_i), which are read only where it was drawn.
-        drawn: the members that were drawn.
+        states: the last hidden state of each of B texts, (1, d_i), by the member i that was drawn for it.
+        drawn: the numbers of these members.
         support: (v,), True for the ids that can have a probability above 0; None for all.
         v: the number of ids.
 
     Raises:
         NonFiniteError: if a member's logits hold NaN or +inf.
     """
-    place, found = heads[0].device, None
-    for i, (head, states) in enumerate(zip(heads, hidden, strict=True)):
-        rows = (drawn.members == i).nonzero().squeeze(-1)
-        if not len(rows):
-            continue
-        logits = native_logits(head, states[rows.to(states.device)].to(head.device)).to(place)
+    place, found = heads[0].device, dict[int, Tensor]()
+    for i in {*drawn}:
+        head, rows = heads[i], [k for k, member in enumerate(drawn) if member == i]
+        logits = native_logits(head, torch.cat([states[k] for k in rows]).to(head.device)).to(place)
         logits = logits if head.v == v else pad(logits, (0, v - head.v), value=-torch.inf)
         logits = logits if support is None else logits.masked_fill(~support, -torch.inf)
-        if found is None:
-            found = logits.new_empty(len(drawn.members), v)
-        found[rows.to(place)] = logits.log_softmax(-1)
-    assert found is not None, "there is a member for every sequence"
-    if not bool(found.amax(-1).isfinite().all()):
+        found |= zip(rows, logits.log_softmax(-1), strict=True)
+    told = torch.stack([found[k] for k in range(len(drawn))])
+    if not bool(told.amax(-1).isfinite().all()):
         raise NonFiniteError("expected finite logits, or -inf for an impossible token, of every member that is drawn")
-    return found
+    return told
 
 
 def weights_of(settings: Settings) -> tuple[float, ...]:

@@ -68,7 +68,6 @@ class MemberTurns(ABC):
         most = rows * (n + (MOST if speculate == "auto" else speculate))
         self._quick = settings.rule.is_average and not reported and quick.may(settings, most, v)
         self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
-        self.read = [self.length - 1] * n
         self._count = 0
         self._authors: list[int] = []
         self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
@@ -85,6 +84,12 @@ class MemberTurns(ABC):
     def length(self) -> int:
         """The number of columns that are settled."""
         return len(self.texts[0].tokens)
+
+    @property
+    def read(self) -> list[int]:
+        """The number of columns that each member has read."""
+        one = self.texts[0]
+        return [one.read_by(i) for i in range(len(one.rows))]
 
     @property
     @abstractmethod
@@ -129,11 +134,10 @@ class MemberTurns(ABC):
 
     def take_back(self) -> None:
         """Make every member forget the columns behind those that are settled, and the newest of these."""
-        kept = self.length - 1
         for one in self.texts:
-            for i in range(len(self.read)):
+            for i in range(len(one.rows)):
                 one.crop(i, len(one.tokens) - 1)
-        self.read, self._authors = [kept] * len(self.read), []
+        self._authors = []
         for known in (*self._hidden, *self._logits):
             known.clear()
 
@@ -172,7 +176,6 @@ class MemberTurns(ABC):
         if self._quick:
             logits = quick.native_logits(self._model.combiner.heads[i], states.flatten(0, 1))
             self._logits[i] += self._padded(logits).unflatten(0, states.shape[:2]).unbind(1)
-        self.read[i] += states.shape[1]
         self.pace.calls[i].add(states.shape[1], self.clock() - begun)
 
     def _padded(self, logits: Float[Tensor, "r _"]) -> Float[Tensor, "r v"]:

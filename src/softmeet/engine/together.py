@@ -108,7 +108,7 @@ class Together:
         in_threads: bool,
     ) -> list[U]:
         if not in_threads:
-            return by_turns([work(item) for item in items], pause)
+            return by_turns(list(map(work, items)), pause)
         running = [self._pool.submit(lambda item: finished(work(item)), item) for item in items]
         # Where one fails, the others still work on what they were given.
         wait(running)

@@ -293,7 +293,6 @@ class Drafting(MemberTurns):
         if (live := self._steps.live) != self._live:
             # Nothing is left of the others' drafts, either.
             self._live, self.texts = live, [self._steps.texts[k] for k in live]
-            self.read = [self.length - 1] * len(self.read) if live else []
 
     def end(self) -> None:
         """Forget all drafts, and have members take back what they have read of them."""
@@ -376,4 +375,5 @@ def require_read(texts: Sequence[Dropped]) -> None:
     """Raise the error of a text that a member cannot read; say in the log where a context is full."""
     for one in texts:
         one.check()
-        said_full(one)
+        if one.is_full:
+            said_full(one)

@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softmeet.engine.combine import Combiner
-from softmeet.engine.deferral import Deferral, Drawn
+from softmeet.engine.deferral import Deferral
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf import checkpoint
@@ -70,10 +70,9 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         "part", "find_heads_again", "key_of", "new_reader", "before", "require", "require_tokens", "generate",
         "_get_logits_processor",
     )  # fmt: skip
-    over_bytes = False
+    over_bytes, symbols_of_token = False, 1  # About how many symbols, written one by one, a token has.
     # The symbol that a text may begin with, behind members' own tokens; None where these are symbols themselves.
     begin: int | None = None
-    symbols_of_token = 1  # About how many of the symbols that are written one by one a token has.
 
     def __init__(
         self,
@@ -152,7 +151,7 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         kept: slice | Int[Tensor, " k"] = slice(None),
         options: CallOptions | None = None,
         **shared: Any,
-    ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | Drawn | None]:
+    ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
         """Run the members on new tokens: all, or under the gate ``unsure`` the first alone in sequences it is sure of.
 
         Args:
@@ -258,8 +257,7 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
 
     def room(self, length: int) -> int | None:
         """Return how many tokens may be written behind a prompt of ``length`` symbols; None for any number."""
-        limit: int | None = getattr(self.config, "max_position_embeddings", None)
-        return None if limit is None else limit - length
+        return None if self.config.max_position_embeddings is None else self.config.max_position_embeddings - length
 
     @property
     def window(self) -> int:

@@ -16,11 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.engine.combined import one_each
 from softmeet.engine.continuation import Dropped
-from softmeet.engine.deferral import Deferral, Drawn
+from softmeet.engine.deferral import Deferral
 from softmeet.engine.gate import OTHERS
-from softmeet.engine.quick import weights_of
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
@@ -232,13 +230,16 @@ def _read_once(model: AnyEnsemble, i: int, tokens: list[int]) -> Predictions:
         return reader.read_whole([symbols], [range(1 - skipped, len(symbols) + 1)], own)
 
 
-def run_members(new: NewTokens) -> tuple[list[Float[Tensor, "B k _"]], Deferral | Drawn | None]:
+def run_members(new: NewTokens) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
     """Run the members on new tokens, as :meth:`EnsembleForCausalLM.run` does."""
     options, model = new.options, new.model
     if new.is_direct:
         return model.each(new.hidden, range(len(model.members))), None
     if options is not None and options.one_member:
-        return _run_drawn(new, weights_of(options.settings))
+        raise InvalidInputError(
+            "expected one_member in a call of generate: each token is drawn from one member, and the others have not "
+            "read"
+        )
     found, deferral = _asked(new, None if options is None else options.unsure)
     for k, one in enumerate(new.texts):
         if one.is_full:
@@ -265,23 +266,3 @@ def _asked(new: NewTokens, gate: Unsure | None) -> tuple[list[Float[Tensor, "B k
     if any(asked):
         deferral.seconds = time.perf_counter() - started
     return [first, *others], deferral
-
-
-def _run_drawn(new: NewTokens, weights: Sequence[float]) -> tuple[list[Float[Tensor, "B k _"]], Drawn]:
-    """Draw a member for each sequence by its weight, which reads all tokens that it has not read yet.
-
-    Returns:
-        (each member's last hidden states at the newest position, (B, 1, d_i), zeros in sequences for which it was not
-        drawn; the members that were).
-
-    Raises:
-        InvalidInputError: if more than the newest position is asked for.
-    """
-    if new.needed != 1:
-        raise InvalidInputError(
-            "expected one_member in a call of generate: each token is drawn from one member, and the others have not "
-            "read"
-        )
-    drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), len(new.ids), replacement=True)
-    found = one_each(new.texts, drawn.tolist(), new.model.reading)
-    return [states[:, None] for states in found], Drawn(drawn)

@@ -29,7 +29,7 @@ def register_reader(name: str, factory: Callable[[str], Any]) -> None:
     Args:
         name: the part before the colon; one that was registered before is replaced.
         factory: a function of REST, the part behind the colon, that returns a :class:`softmeet.Reader` whose alphabet
-            is a :class:`softmeet.readers.transformers.TokenAlphabet` with a tokenizer.
+            is a :class:`softmeet.readers.token_alphabet.TokenAlphabet` with a tokenizer.
 
     Raises:
         InvalidInputError: if the name is no identifier, or a package has it.
@@ -120,7 +120,7 @@ def _require_reader(line: str, found: Any) -> None:
     if not isinstance(getattr(found.alphabet, "tokenizer", None), PreTrainedTokenizerBase):
         raise CheckpointError(
             f"cannot load {line}: expected the tokens of a tokenizer as its reader's symbols: let its alphabet be a "
-            "softmeet.readers.transformers.TokenAlphabet with a tokenizer"
+            "softmeet.readers.token_alphabet.TokenAlphabet with a tokenizer"
         )
 
 

@@ -16,7 +16,8 @@ from softmeet.readers.byte_alphabet import ByteAlphabet, shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END, SYMBOLS
 from softmeet.readers.bytes.reading import Reading
-from softmeet.readers.reader import Explanation, Given, Predictions, Read, ReaderOfRows, Row, Traits, Work
+from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.reader import Explanation, Given, Predictions, Read, Row, Traits, Work
 
 # The readings kept of each row; fewer symbols than that can be taken back without reading the row anew.
 _KEPT = 16

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -367,37 +367,3 @@ class Reader(ABC):
     def cannot(self, what: str) -> SoftmeetError:
         """Return the error that says that this reader cannot do something, a verb with its object."""
         return InvalidInputError(f"expected a reader that can {what}, which {self.name} cannot: use another member")
-
-
-R = TypeVar("R", bound=Row)
-
-
-class ReaderOfRows(Reader, Generic[R]):
-    """A reader that knows its open rows, all of one class.
-
-    Args:
-        kind: the class.
-    """
-
-    def __init__(self, kind: type[R]) -> None:
-        self._kind, self._rows = kind, dict[R, None]()
-
-    def _opened(self, row: R) -> R:
-        most = self.traits.rows
-        if most is not None and len(self._rows) >= most:
-            raise InvalidInputError(f"expected at most {most} open rows of {self.name}: close one first")
-        self._rows[row] = None
-        return row
-
-    def _mine(self, row: Row) -> R:
-        """Return a row, or raise InvalidInputError if it is closed or another reader's."""
-        if not (isinstance(row, self._kind) and row in self._rows):
-            raise InvalidInputError(f"expected an open row of {self.name}: open() gives one, and close() ends it")
-        return row
-
-    def _each_once(self, asked: Sequence[Read]) -> list[R]:
-        """Return the rows of a call, or raise InvalidInputError if one is not this reader's, or is there twice."""
-        rows = [self._mine(one.row) for one in asked]
-        if len(set(map(id, rows))) < len(rows):
-            raise InvalidInputError(f"expected each row of {self.name} once in a call of read")
-        return rows

@@ -18,8 +18,10 @@ from softmeet.members.opaque import Head
 from softmeet.members.placement import whereabouts
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.members.trunk import last_hidden, require_cache
-from softmeet.readers.reader import Predictions, Read, ReaderOfRows, Row, Traits, Work
-from softmeet.readers.transformers import States, TokenAlphabet, context_of, ends_of_texts
+from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.reader import Predictions, Read, Row, Traits, Work
+from softmeet.readers.token_alphabet import TokenAlphabet
+from softmeet.readers.transformers import States, context_of, ends_of_texts
 
 
 @dataclass(eq=False)

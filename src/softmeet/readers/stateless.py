@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError
-from softmeet.readers.reader import Given, Predictions, Read, ReaderOfRows, Row, Traits, Work
-from softmeet.readers.transformers import TokenAlphabet
+from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
+from softmeet.readers.token_alphabet import TokenAlphabet
 
 _PLAIN = Traits()
 

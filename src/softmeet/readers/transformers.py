@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,60 +21,13 @@ from softmeet.members.trunk import last_hidden, require_cache
 from softmeet.readers.blocks import Seat
 from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.kv import KeysAndValues
+from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache
-from softmeet.readers.reader import Predictions, Read, ReaderOfRows, Row, Traits, Work
+from softmeet.readers.reader import Predictions, Read, Row, Traits, Work
+from softmeet.readers.token_alphabet import TokenAlphabet
 
 # The members' own tokens before texts, by themselves, that are kept with what follows them.
 _BEGUN = 16
-
-
-@dataclass(frozen=True, eq=False)
-class TokenAlphabet:
-    """The tokens of a tokenizer, as the symbols of a reader.
-
-    Attributes:
-        tokenizer: the tokenizer; None where no text is ever encoded or decoded.
-        size: the number of ids, padding of the vocabulary included.
-        ends: the ids that end a text.
-        spelling: None, as symbols are tokens.
-    """
-
-    tokenizer: PreTrainedTokenizerBase | None
-    size: int
-    ends: frozenset[int]
-    spelling: None = None
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> TokenAlphabet:
-        """Return the tokens of a tokenizer, of which its end-of-text token ends a text."""
-        return cls(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id} - {None}))
-
-    @cached_property
-    def _texts(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise InvalidInputError("expected a reader with a tokenizer, to encode or decode a text: give it one")
-        return self.tokenizer
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset(self._texts.all_special_ids)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, without those that the tokenizer puts before every text."""
-        return list(self._texts.encode(text, add_special_tokens=False))
-
-    def decode(self, symbols: Sequence[int]) -> bytes:
-        """Return the bytes of tokens."""
-        kept = [token for token in symbols if token not in self._special]
-        return str(self._texts.decode(kept, clean_up_tokenization_spaces=False)).encode()
-
-    def count(self, symbols: Sequence[int]) -> int:
-        """Return the number of tokens."""
-        return len(symbols)
-
-    def may_follow(self, symbols: Sequence[int]) -> None:
-        """Return None: any token can follow."""
-        return
 
 
 # Where only members' own tokens before texts are kept, so many of them in all, and of each so many at most.
@@ -125,6 +77,8 @@ class States(Predictions):
         found = self._states[places]
         # Outside of inference mode, what was computed in it could not be changed in place.
         return found if torch.is_inference_mode_enabled() or not found.is_inference() else found.clone()
+
+    states = hidden
 
     def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return the head's logits at some places."""

@@ -88,13 +88,11 @@ class Ahead(MemberTurns):
         self._s, self._give, self._counted = s, give, count
         self._metrics, self._seconds = metrics, seconds
         self._task: Task
-        self._begun, self._suspended = False, 0.0
+        self._suspended = 0.0
 
     def go_on(self, task: Task) -> None:
         """Let the member that has read the least read on, draft its share, and give what is settled."""
         self._task = task
-        if not self._begun:
-            self.read, self._begun = [self.length - 1] * len(self.read), True
         try:
             self.turn()
         except FullError:
@@ -103,10 +101,8 @@ class Ahead(MemberTurns):
 
     def end(self) -> None:
         """Let every member forget drafts, and the newest token, as in a batch."""
-        if self._begun:
-            self._s.drafts.clear()
-            self.take_back()
-            self._begun = False
+        self._s.drafts.clear()
+        self.take_back()
 
     def clock(self) -> float:
         """Return a time in seconds that stands still while the turn is suspended."""

@@ -36,8 +36,8 @@ class Gates:
         """Return every member's last hidden states over a prompt to be scored, given those in ``sequence.batched``.
 
         Under the gate ``unsure`` these are the first member's alone. If the gate is open at any of the prompt's t
-        tokens, the other members run the whole prompt, and ``sequence.ahead`` keeps their states at its last token; if
-        it is closed at all of them, zeros take the place of their hidden states.
+        tokens, the other members run the whole prompt; if it is closed at all of them, zeros take the place of their
+        hidden states.
 
         Args:
             sequence: the prompt's sequence.
@@ -55,7 +55,6 @@ class Gates:
         if not bool(asked.rows.any()):
             return [*hidden, *unread(sequence, hidden[0])], asked
         others = self._members.read_on([sequence], OTHERS, every=True, pause=task.pause)[sequence]
-        sequence.ahead = [states[-1:] for states in others]
         return [*hidden, *others], asked
 
     def ask(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> list[Hidden]:
