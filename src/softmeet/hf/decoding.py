@@ -214,7 +214,7 @@ class Steps:
     def take(self) -> None:
         """Read the newest token of every sequence that goes on, and choose the next."""
         live = self.live
-        require_context(self._model.config, max(len(self.texts[k].tokens) for k in live))
+        require_context(self._model.config, max([len(self.texts[k].tokens) for k in live]))
         chosen = self.written.settle(self.spread(live, self._ours([self.texts[k] for k in live])))
         for k in live:
             self.texts[k].tokens.append(chosen[k])
