@@ -360,5 +360,5 @@ class Uniform(StatelessReader):
         super().__init__(name, TokenAlphabet.of(byte_tokenizer()))
 
     def next_logits(self, texts: Texts) -> Float[Tensor, "k v"]:
-        """Return zeros."""
+        """Return a logit of 0 for every byte and for the end, behind each text."""
         return torch.zeros(len(texts), self.alphabet.size)

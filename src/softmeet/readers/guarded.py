@@ -61,7 +61,7 @@ class GuardedReader(Reader):
         return self._told(lambda: self._reader.bytes)
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
-        """Open a row."""
+        """Open a row of the other reader; what it raises beside softmeet's errors is a ReaderError that names it."""
         return self._told(lambda: self._reader.open(text, own, reuse=reuse))
 
     def close(self, row: Row) -> None:

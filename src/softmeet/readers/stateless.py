@@ -78,7 +78,7 @@ class StatelessReader(ReaderOfRows[Symbols]):
         return self._opened(row)
 
     def close(self, row: Row) -> None:
-        """Give a row up."""
+        """Give a row up; nothing more can be read in it."""
         self._rows.pop(self._mine(row))
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
