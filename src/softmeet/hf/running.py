@@ -214,13 +214,13 @@ def read_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"]) -> list[Predict
     """
     require_context(model.config, input_ids.shape[1])
     model.contexts.require_no_template()
-    tokens = input_ids[0].tolist()
-    return model.each(lambda i: _read_once(model, i, tokens), range(len(model.members)))
+    tokens, anew = input_ids[0].tolist(), rereads(model)
+    return model.each(lambda i: _read_once(model, i, tokens, anew=anew), range(len(model.members)))
 
 
-def _read_once(model: AnyEnsemble, i: int, tokens: list[int]) -> Predictions:
-    """Have one member read a text."""
-    if rereads(model):
+def _read_once(model: AnyEnsemble, i: int, tokens: list[int], *, anew: bool) -> Predictions:
+    """Have one member read a text, ``anew`` by its model alone."""
+    if anew:
         states = last_hidden(model.members[i], torch.tensor([tokens]), use_cache=False)[0]
         return States(model.member_heads[i], states, [len(tokens)], {}, Work())
     reader, (own, skipped) = model.readers_of_members[i], model.before(i, tokens, ())
