@@ -10,6 +10,7 @@ from threading import Thread
 import pytest
 import tiny
 import torch
+from byte_members import EXACT
 from commands import run
 from serving import http, running, serving_of
 
@@ -19,7 +20,10 @@ from softmeet.evaluation.choices import parse_choices
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.members import registered
+from softmeet.members.spelling import spelling_of
+from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.byte_tokenizer import byte_tokenizer
+from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.reader import Given, Read, Traits, finished
 from softmeet.readers.stateless import StatelessReader
@@ -206,6 +210,16 @@ def test_one_that_cannot_crop_is_generated_from_and_served(tmp_path):
     with running(serving_of({"x": ensemble}, speculate=4)) as url:
         answer = http.post(f"{url}/v1/completions", json={"prompt": PROMPT, "temperature": 0, "max_tokens": 12})
     assert answer.json()["choices"][0]["text"] == expected
+
+
+def test_tokens_that_have_no_bytes_may_stand_before_a_text_over_bytes():
+    below, tokenizer = Counted("mine", byte_tokenizer()), byte_tokenizer()
+    reader = ByteReader(ByteMember(below, spelling_of("mine", tokenizer), EXACT), "mine")
+    own, text = [256, 104, 256, 256], [116, 104, 101]
+    told = reader.read_whole([text], [range(1, 4)], own).log_probs()
+    expected = below.next_logits([[*own, *text[:k]] for k in range(1, 4)]).log_softmax(-1)
+    assert torch.allclose(told, expected, atol=1e-9)
+    assert not torch.allclose(reader.read_whole([text], [range(1, 4)], [256]).log_probs(), expected, atol=1e-3)
 
 
 def test_rules_that_read_heads_say_that_it_has_none(tmp_path):
