@@ -63,7 +63,9 @@ def is_to_speculate(
     asked = options.speculate
     # Members on devices of their own run at the same time, and those of one model in one call, but drafts in turn.
     cannot_pay = rows > _ROWS or model.apart or len({*map(id, model.members)}) < len(model.members)
-    if asked == 0 or (asked in ("auto", None) and cannot_pay) or (asked is None and _is_noticed(model, processors)):
+    # A draft of less than a token, such as a byte, saves nearly nothing.
+    is_left = asked is None and (model.symbols_of_token > 1 or _is_noticed(model, processors))
+    if asked == 0 or is_left or (asked in ("auto", None) and cannot_pay):
         return False
     against = _against(model, options, config, processors)
     if against and asked not in ("auto", None):
