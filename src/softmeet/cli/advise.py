@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import out as stdout
@@ -29,11 +29,8 @@ def advise(
     ] = None,
     members: options.Members = None,
     source: texts.DocumentFlags,
-    bos: bool = flag(
-        False, "Begin each document with the token for the beginning of a text (BOS).", "--bos", panel="Text"
-    ),
-    most: int | None = flag(
-        None,
+    bos: bool = switch("Begin each document with the token for the beginning of a text (BOS).", panel="Text"),
+    most: int | None = optional(
         "The most bytes of the text to read, spread over its documents; more make the answer surer, and take longer.",
         "--bytes",
         min=1,
@@ -46,8 +43,7 @@ def advise(
         min=100,
         panel="Text",
     ),
-    instead: list[str] | None = flag(
-        None,
+    instead: list[str] | None = optional(
         "A single model that you could run in place of the members; what the same compute buys in it is measured. It "
         "can be repeated.",
         "--instead",
@@ -57,8 +53,8 @@ def advise(
     folds: int = flag(
         5, "Into how many folds documents are dealt; what is fitted without one is judged on it.", min=2, panel="Fit"
     ),
-    saved: Path | None = flag(None, "Save what is advised as an ensemble in this folder.", "--save", panel="Output"),
-    html: Path | None = flag(None, "Write a self-contained HTML page with plots to this path.", panel="Output"),
+    saved: Path | None = optional("Save what is advised as an ensemble in this folder.", "--save", panel="Output"),
+    html: Path | None = optional("Write a self-contained HTML page with plots to this path.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,

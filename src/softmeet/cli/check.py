@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from softmeet.cli import check_bytes, check_plan, options
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import flag, flags, optional, switch
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
 
@@ -30,8 +30,7 @@ ADVISE = "Whether they are worth combining: softmeet advise."
 def check(
     *,
     members: options.Members = None,
-    text: Path | None = flag(
-        None,
+    text: Path | None = optional(
         "Text that the members were not trained on: a UTF-8 file, or a pattern in quotes. With it, check tests whether "
         "a member's errors come from an output layer (head) that is too narrow; those are the errors that meet "
         "corrects. Over bytes, it shows how each member splits the text.",
@@ -45,22 +44,19 @@ def check(
     sampled: int = flag(
         64, "Without --text: sample N tokens to see how far meet moves the average; 0 for none.", min=0, panel="Text"
     ),
-    plan: bool = flag(
-        False,
+    plan: bool = switch(
         "Only print where weights, caches and buffers would be placed, and their sizes; no weights are loaded.",
-        "--plan",
         panel="Plan",
     ),
     batch: int = flag(1, "With --plan: how many sequences run at once.", min=1, panel="Plan"),
-    context: int | None = flag(
-        None,
+    context: int | None = optional(
         "With --plan: the length of each sequence in tokens.",
         min=1,
         shown="the shortest context length among the members",
         panel="Plan",
     ),
     loading: options.LoadingFlags,
-    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
+    as_json: bool = switch("Print one JSON document on stdout.", "--json", panel="Output"),
     **settings: Any,
 ) -> None:
     """Compare members: vocabularies, output layers (heads) and how far these overlap, and memory.

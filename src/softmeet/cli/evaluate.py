@@ -9,7 +9,7 @@ from typing import Any
 
 from softmeet import __version__
 from softmeet.cli import options, texts
-from softmeet.cli.flags import checked_settings, flag, flag_of, flags
+from softmeet.cli.flags import checked_settings, flag_of, flags, optional
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import out, print_table
@@ -35,31 +35,24 @@ def evaluate(
     *,
     members: options.Members = None,
     source: texts.SourceFlags,
-    rules: list[str] | None = flag(
-        None,
-        _RULE,
-        "--rule",
-        shown="a saved ensemble's, else meet; over bytes the averages",
-        panel="Rule",
+    rules: list[str] | None = optional(
+        _RULE, "--rule", shown="a saved ensemble's, else meet; over bytes the averages", panel="Rule"
     ),
-    gates: list[str] | None = flag(
-        None,
+    gates: list[str] | None = optional(
         "Measure every rule twice: without a gate, and with this one, such as unsure:0.5 (softmeet generate --help "
         "has all forms); it can be repeated.",
         "--gate",
         shown="none, or a saved ensemble's own unless that is auto",
         panel="Rule",
     ),
-    prompt_weights: int | None = flag(
-        None,
+    prompt_weights: int | None = optional(
         "Also measure logit-mean with weights that are chosen for each document by how well each member predicts its "
         "first N tokens.",
         min=1,
         shown="off",
         panel="Rule",
     ),
-    folds: int | None = flag(
-        None,
+    folds: int | None = optional(
         "Also measure every member and average at its best: weights, temperature and order are fitted on all but one "
         "of N folds of the documents, and judged on that one, in turn; averages also with weights that adapt to each "
         "document as it goes.",
@@ -67,7 +60,7 @@ def evaluate(
         shown="nothing is fitted",
         panel="Rule",
     ),
-    plots: Path | None = flag(None, "Draw plots, as PNG files, into this folder.", panel="Output"),
+    plots: Path | None = optional("Draw plots, as PNG files, into this folder.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import out as stdout
@@ -27,17 +27,14 @@ class FitFlags:
     """Flags for the rules and settings that a fit tries, and for how much text it fits, chooses and judges them by."""
 
     PANEL: ClassVar = "Fit"
-    rules: list[str] | None = flag(
-        None,
+    rules: list[str] | None = optional(
         "Also try this rule, as in meet:trust=1/0.3; what it does not set, but for its temperature, is taken from the "
         "fitted average with the lower loss on the first part. It can be repeated.",
         "--rule",
     )
-    free_weights: bool = flag(False, "Do not require that weights sum to 1.", "--free-weights")
-    signed_weights: bool = flag(
-        False,
-        "Also try logit-mean with weights that may be below 0 and sum to 1: they move it away from a member.",
-        "--signed-weights",
+    free_weights: bool = switch("Do not require that weights sum to 1.")
+    signed_weights: bool = switch(
+        "Also try logit-mean with weights that may be below 0 and sum to 1: they move it away from a member."
     )
     bands: int = flag(
         1,
@@ -55,25 +52,23 @@ class FitFlags:
         "starts.",
         min=1,
     )
-    batch: int | None = flag(
-        None,
+    batch: int | None = optional(
         "Fit meet on batches of N tokens, for when all of --meet-tokens at once take too long; the fit then starts "
         "from the better average only.",
         min=1,
         shown="all",
     )
-    select_tokens: int | None = flag(
-        None, "The most tokens to use for choosing among the candidates.", min=1, shown="all of that part"
+    select_tokens: int | None = optional(
+        "The most tokens to use for choosing among the candidates.", min=1, shown="all of that part"
     )
-    folds: int | None = flag(
-        None,
+    folds: int | None = optional(
         "Deal the documents out to N folds, in place of three parts: everything is fitted on all but one, and judged "
         "on that one, in turn; what is saved is fitted on all. It uses short texts better, and takes N times as long.",
         min=2,
         shown="three parts",
     )
-    judge_tokens: int | None = flag(
-        None, "The most tokens to use for judging the choice.", min=1, shown="all of that part"
+    judge_tokens: int | None = optional(
+        "The most tokens to use for judging the choice.", min=1, shown="all of that part"
     )
 
     def options(self) -> Options:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import Field, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -64,10 +63,10 @@ def _on_command_line(ctx: Any, name: str) -> bool:
 def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     """Return a decorator that gives a command its flags, in the form that typer reads.
 
-    A command gets a flag for each parameter declared with :func:`flag`, and ``--config``; parameters with an annotation
-    of typer's stay as they are. A parameter whose type is a dataclass is replaced with a flag for each of its fields,
-    and is passed as an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings`
-    but ``bands`` and ``rule_temperature``.
+    A command gets a flag for each parameter declared with :func:`flag`, :func:`optional` or :func:`switch`, and
+    ``--config``; parameters with an annotation of typer's stay as they are. A parameter whose type is a dataclass is
+    replaced with a flag for each of its fields, and is passed as an instance; ``**settings`` is replaced with a flag
+    for each field of :class:`softmeet.Settings` but ``bands`` and ``rule_temperature``.
 
     Args:
         but: names of settings that get no flag.
@@ -93,7 +92,7 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
             else:
                 every.append(_parameter(p.name, p.annotation, p.default))
         about = "A YAML file of options, as softmeet config prints it; options on the command line win."
-        every.append(_parameter("config", Path | None, flag(None, about, is_eager=True, callback=_apply)))
+        every.append(_parameter("config", Path | None, optional(about, is_eager=True, callback=_apply)))
 
         @wraps(command)
         def run(config: Path | None = None, **values: Any) -> Any:
@@ -123,19 +122,30 @@ def flag(default: Any, about: str, *names: str, shown: str | bool = True, panel:
             ``metavar`` and ``callback``.
 
     Returns:
-        a dataclass field that holds the ``typer.Option`` in its metadata; :func:`flags` makes a parameter of it.
+        a dataclass field that holds what ``typer.Option`` takes in its metadata; :func:`flags` makes a parameter of it.
     """
-    option = typer.Option(*names, help=about, show_default=shown, rich_help_panel=panel, **more)
-    return field(default=default, metadata={"option": option})
+    option = {"help": about, "show_default": shown, "rich_help_panel": panel, **more}
+    return field(default=default, metadata={"names": names, "option": option})
+
+
+def optional(about: str, *names: str, **more: Any) -> Any:
+    """Declare a flag that is None unless it is given, with the arguments of :func:`flag`."""
+    return flag(None, about, *names, **more)
+
+
+def switch(about: str, *names: str, **more: Any) -> Any:
+    """Declare a flag that is off unless it is given, and has no ``--no-``, with the arguments of :func:`flag`."""
+    return flag(False, about, *names, **more)
 
 
 def _parameter(name: str, kind: Any, default: Any, panel: str | None = None) -> inspect.Parameter:
     """Return a keyword-only parameter for typer, from a default that :func:`flag` made or any other."""
     if isinstance(default, Field):
-        option = copy(default.metadata["option"])
-        option.rich_help_panel = option.rich_help_panel or panel
-        option.metavar = option.metavar or next((word for of, word in _VALUES.items() if of in str(kind)), None)
-        kind, default = Annotated[kind, option], default.default
+        option = dict(default.metadata["option"])
+        option["rich_help_panel"] = option["rich_help_panel"] or panel
+        option.setdefault("metavar", next((word for of, word in _VALUES.items() if of in str(kind)), None))
+        names = default.metadata["names"] or [flag_of(name)] * (default.default is False)
+        kind, default = Annotated[kind, typer.Option(*names, **option)], default.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
@@ -148,7 +158,7 @@ def _setting(name: str) -> inspect.Parameter:
     )
     shown = _SHOWN.get(name, str(setting.get_default() or "") or False)
     panel = "Rule" if name in _OF_THE_RULE else "Advanced"
-    option = flag(None, f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)
+    option = optional(f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)
     return _parameter(name, (kinds[0] if kinds else str) | None, option)
 
 

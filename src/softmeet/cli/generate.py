@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import flag, flags, optional, switch
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
@@ -37,14 +37,12 @@ class ChatFlags:
     """Flags that answer prompts as messages of a conversation instead of continuing them."""
 
     PANEL: ClassVar = "Text"
-    chat: bool = flag(
-        False,
+    chat: bool = switch(
         "Answer each prompt as a user's message: each member's chat template makes a prompt of it. Over bytes each "
-        "member begins after its own.",
-        "--chat",
+        "member begins after its own."
     )
-    system: str | None = flag(None, "With --chat, the system's message before it.")
-    plain_chat: bool = flag(False, "With --chat, a plain template for members that have none.", "--plain-chat")
+    system: str | None = optional("With --chat, the system's message before it.")
+    plain_chat: bool = switch("With --chat, a plain template for members that have none.")
 
     def require(self, *, prompt_weights: bool) -> None:
         """Raise InvalidInputError, before anything is loaded, for flags that do not go together."""
@@ -68,11 +66,10 @@ class PassageFlags:
     """Flags for retrieved passages, behind each of which every member reads the prompts."""
 
     PANEL: ClassVar = "Members"
-    passages: Path | None = flag(
-        None,
+    passages: Path | None = optional(
         'A file of retrieved passages, one JSON object a line: {"text": "...", "score": 1.5}. Each member reads the '
         "prompts once behind each passage, and they are averaged with the softmax of the scores as weights (REPLUG), "
-        "by prob-mean where --rule names no other.",
+        "by prob-mean where --rule names no other."
     )
     passage_temperature: float = flag(1.0, "The temperature of the passages' scores in their softmax.", min=0)
 
@@ -107,50 +104,39 @@ def generate(
         list[str] | None,
         typer.Argument(help="The prompts. With none (and no --file), or for -, one is read from stdin."),
     ] = None,
-    file: list[Path] | None = flag(
-        None, "A file that holds one prompt; it can be repeated.", "--file", "-f", panel="Text"
+    file: list[Path] | None = optional(
+        "A file that holds one prompt; it can be repeated.", "--file", "-f", panel="Text"
     ),
     chat: ChatFlags,
     members: options.Members = None,
     retrieved: PassageFlags,
     sampling: SamplingFlags,
     shape: StructureFlags,
-    prompt_weights: bool = flag(
-        False,
-        "Weigh the members by how well each predicts the prompt, in place of --weights.",
-        "--prompt-weights",
-        panel="Rule",
+    prompt_weights: bool = switch(
+        "Weigh the members by how well each predicts the prompt, in place of --weights.", panel="Rule"
     ),
-    token_seconds: float | None = flag(
-        None,
+    token_seconds: float | None = optional(
         "The most seconds that the rule may take for a token, of all prompts together; then the best distribution "
         "found is used, and counted as BUDGET in the summary.",
         min=0,
         shown="no limit",
         panel="Rule",
     ),
-    reproducible: bool = flag(
-        False,
+    reproducible: bool = switch(
         "Give each prompt the tokens that it gets alone, to the last bit: several prompts are continued one after "
         "another, and all draw from the same numbers. It needs --seed, unless nothing is drawn.",
-        "--reproducible",
         panel="Sampling",
     ),
     loading: options.LoadingFlags,
-    color: bool = flag(
-        False,
-        "On a terminal, colour the text of a single prompt by how far the members had to be corrected.",
-        "--color",
-        panel="Output",
+    color: bool = switch(
+        "On a terminal, colour the text of a single prompt by how far the members had to be corrected.", panel="Output"
     ),
-    as_json: bool = flag(
-        False, "Print the texts and figures as one JSON document on stdout, once all is done.", "--json", panel="Output"
+    as_json: bool = switch(
+        "Print the texts and figures as one JSON document on stdout, once all is done.", "--json", panel="Output"
     ),
-    summary: bool | None = flag(
-        None,
+    summary: bool | None = optional(
         "Print on stderr each member's weight, how far it had to be corrected (its disagreement, KL divergence in "
         "nats), and the speed.",
-        "--summary/--no-summary",
         shown="on a terminal",
         panel="Output",
     ),

@@ -16,7 +16,7 @@ import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import flag, flags, optional, switch
 from softmeet.cli.messages import err
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import argument_text, require_new
@@ -40,9 +40,9 @@ def inspect(
         panel="Output",
     ),
     loading: options.LoadingFlags,
-    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
-    html: Path | None = flag(None, "Write a self-contained HTML page to this path.", panel="Output"),
-    force: bool = flag(False, "Overwrite the file of --html if it exists.", "--force", panel="Output"),
+    as_json: bool = switch("Print one JSON document on stdout.", "--json", panel="Output"),
+    html: Path | None = optional("Write a self-contained HTML page to this path.", panel="Output"),
+    force: bool = switch("Overwrite the file of --html if it exists.", panel="Output"),
     **settings: Any,
 ) -> None:
     """Show how probable each member and the ensemble found every token of a text, and what the rule changed most.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from softmeet.cli import options
-from softmeet.cli.flags import checked_settings, flag, flags
+from softmeet.cli.flags import checked_settings, flag, flags, optional, switch
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
@@ -45,24 +45,22 @@ class AccessFlags:
     """Flags for who may send requests, from which pages and hosts, and which settings requests may change."""
 
     PANEL: ClassVar = "Address and access"
-    api_keys: Path | None = flag(
-        None,
+    api_keys: Path | None = optional(
         "A file of API keys, one on each line; every request then needs one.",
         shown=f"the keys in ${_KEYS}, between commas; else none is needed",
     )
-    open_to_all: bool = flag(
-        False, "Allow a --host other than this machine without API keys: anyone who reaches it can use it.", "--open"
+    open_to_all: bool = switch(
+        "Allow a --host other than this machine without API keys: anyone who reaches it can use it.", "--open"
     )
-    allow: list[str] | None = flag(
-        None,
+    allow: list[str] | None = optional(
         "A setting that requests may change: rule, trust, weights, pool, members, gate or none; it can be repeated.",
         shown="all",
     )
-    allow_host: list[str] | None = flag(
-        None, "Another host name to accept in requests; it can be repeated.", shown="this machine's"
+    allow_host: list[str] | None = optional(
+        "Another host name to accept in requests; it can be repeated.", shown="this machine's"
     )
-    cors: list[str] | None = flag(
-        None, "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
+    cors: list[str] | None = optional(
+        "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
 
 
@@ -112,14 +110,14 @@ class ClusterFlags:
 
     PANEL: ClassVar = "Engine"
     replicas: int = flag(1, "With --engine ray: the fewest server processes that share the work.", min=1)
-    max_replicas: int | None = flag(
-        None, "With --engine ray: the most replicas; more are started under load.", min=1, shown="none are added"
+    max_replicas: int | None = optional(
+        "With --engine ray: the most replicas; more are started under load.", min=1, shown="none are added"
     )
     target_streams: float = flag(
         32.0, "With --max-replicas: start another replica when each has more than X answers in progress.", min=1
     )
     fronts: int = flag(1, "With --engine ray: how many processes receive requests and hand them to replicas.", min=1)
-    ray_address: str | None = flag(None, "The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
+    ray_address: str | None = optional("The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
     gpus: float = flag(
         0.0, "With --engine ray: the GPUs of each replica, a fraction such as 0.5, or a whole number.", min=0
     )
@@ -131,40 +129,30 @@ def serve(
     ensembles: Annotated[
         list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="the family wide, named default")
     ] = None,
-    members: list[str] | None = flag(
-        None, _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
+    members: list[str] | None = optional(
+        _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
     ),
     host: str = flag("127.0.0.1", "The address to listen on.", panel="Address and access"),
     port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535, panel="Address and access"),
     access: AccessFlags,
-    ui: bool | None = flag(
-        None,
-        "Serve the page at /ui.",
-        "--ui/--no-ui",
-        shown="if gradio is installed (the extra ui)",
-        panel="Address and access",
+    ui: bool | None = optional(
+        "Serve the page at /ui.", shown="if gradio is installed (the extra ui)", panel="Address and access"
     ),
     limits: LimitFlags,
-    access_log: bool = flag(
-        False, "Log a line for every request, leaving out keys and prompts.", "--access-log", panel="Output"
-    ),
+    access_log: bool = switch("Log a line for every request, leaving out keys and prompts.", panel="Output"),
     engine: str = flag(
         "local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).", panel="Engine"
     ),
-    threads: int | None = flag(None, "PyTorch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
-    parallel: bool | None = flag(
-        None,
+    threads: int | None = optional("PyTorch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
+    parallel: bool | None = optional(
         "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
         "devices always run in parallel.",
-        "--parallel/--no-parallel",
         shown="where it is measured to be faster",
         panel="Engine",
     ),
-    reproducible: bool = flag(
-        False,
+    reproducible: bool = switch(
         "Run and solve every sequence by itself: a seeded request gets the same tokens alone and in any company, to "
         "the last bit. Costs the speed that batches give.",
-        "--reproducible",
         panel="Engine",
     ),
     speculate: str = flag(
@@ -180,12 +168,9 @@ def serve(
         True,
         "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
         "member, itself drawn by its weight: the same law at about the price of one member.",
-        "--one-member/--no-one-member",
         panel="Engine",
     ),
-    plain_chat: bool = flag(
-        False, "Chat by a plain template with members that have none of their own.", "--plain-chat", panel="Members"
-    ),
+    plain_chat: bool = switch("Chat by a plain template with members that have none of their own.", panel="Members"),
     cluster: ClusterFlags,
     loading: options.LoadingFlags,
     **settings: Any,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from softmeet.cli.flags import flag
+from softmeet.cli.flags import optional
 from softmeet.cli.texts import file_text
 from softmeet.errors import InvalidInputError
 
@@ -19,12 +19,12 @@ class StructureFlags:
     """Flags for what a text has to be; at most one of them can be given."""
 
     PANEL: ClassVar = "Structure"
-    json_schema: str | None = flag(
-        None, "Write a JSON document of this JSON schema: a file, or the schema itself.", metavar="PATH|TEXT"
+    json_schema: str | None = optional(
+        "Write a JSON document of this JSON schema: a file, or the schema itself.", metavar="PATH|TEXT"
     )
-    regex: str | None = flag(None, "Write a text that matches this regular expression as a whole.")
-    choice: list[str] | None = flag(None, "Write one of the texts that are given so; repeat it for each.", "--choice")
-    grammar: Path | None = flag(None, "Write a text of the grammar in this file, in llguidance's variant of Lark.")
+    regex: str | None = optional("Write a text that matches this regular expression as a whole.")
+    choice: list[str] | None = optional("Write one of the texts that are given so; repeat it for each.", "--choice")
+    grammar: Path | None = optional("Write a text of the grammar in this file, in llguidance's variant of Lark.")
 
     def structure(self) -> Structure | None:
         """Return the structure that the flags ask for, compiled; None if none is given.

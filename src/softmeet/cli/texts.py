@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
-from softmeet.cli.flags import flag
+from softmeet.cli.flags import flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.errors import InvalidInputError
 
@@ -35,11 +35,9 @@ class DocumentFlags:
     """Flags for which text is read."""
 
     PANEL: ClassVar = "Text"
-    text: list[str] | None = flag(None, _TEXT, "--text", "-t", metavar="PATH")
-    separator: str | None = flag(
-        None,
-        r"The text that separates documents in a file; write \n for a line end.",
-        shown="each file is one document",
+    text: list[str] | None = optional(_TEXT, "--text", "-t", metavar="PATH")
+    separator: str | None = optional(
+        r"The text that separates documents in a file; write \n for a line end.", shown="each file is one document"
     )
     column: str = flag("text", "The column of a dataset folder that holds the text.")
 
@@ -61,28 +59,24 @@ class DocumentFlags:
 class TextFlags(DocumentFlags):
     """Flags for which text is read, and how it is cut into windows."""
 
-    window: int | None = flag(
-        None,
+    window: int | None = optional(
         "The length, in tokens, of the windows in which a document is read.",
         min=1,
         shown="the shortest context length among the members, at most 1024",
     )
-    stride: int | None = flag(
-        None,
+    stride: int | None = optional(
         "How many tokens after the start of one window the next one starts. Fewer than --window give tokens more "
         "context and take longer. Each token is predicted once.",
         min=1,
         shown="the window",
     )
-    bos: bool = flag(
-        False,
+    bos: bool = switch(
         "Begin each document with the token for the beginning of a text (BOS), so that its first token is predicted, "
-        "too.",
-        "--bos",
+        "too."
     )
-    max_tokens: int | None = flag(None, "The most tokens (over bytes: bytes) to predict in all.", min=1, shown="all")
-    max_per_document: int | None = flag(
-        None, "The most tokens (over bytes: bytes) to predict in each document.", min=1, shown="all"
+    max_tokens: int | None = optional("The most tokens (over bytes: bytes) to predict in all.", min=1, shown="all")
+    max_per_document: int | None = optional(
+        "The most tokens (over bytes: bytes) to predict in each document.", min=1, shown="all"
     )
 
     @property
@@ -95,10 +89,9 @@ class TextFlags(DocumentFlags):
 class SourceFlags(TextFlags):
     """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
 
-    trace: Path | None = flag(
-        None,
+    trace: Path | None = optional(
         "The folder of a trace by softmeet trace, in place of --text. Without -m, the members of the trace are used; "
-        "with it, name the same ones in the same order.",
+        "with it, name the same ones in the same order."
     )
 
     def documents(self) -> list[Document]:
@@ -178,11 +171,11 @@ class ResultFlags:
     """Flags for where figures are written, and where finished pieces of work are kept until the command has ended."""
 
     PANEL: ClassVar = "Output"
-    as_json: Path | None = flag(
-        None, "Write the figures as JSON to this file, or with - to stdout; infinite values become null.", "--json"
+    as_json: Path | None = optional(
+        "Write the figures as JSON to this file, or with - to stdout; infinite values become null.", "--json"
     )
-    resume: Path | None = flag(None, "Save progress in this folder; the same command resumes from it.")
-    force: bool = flag(False, "Overwrite output files that exist.", "--force")
+    resume: Path | None = optional("Save progress in this folder; the same command resumes from it.")
+    force: bool = switch("Overwrite output files that exist.")
 
     def require_new(self, *paths: Path) -> None:
         """Check that no file would be replaced, before a command does hours of work; with ``--force`` none is checked.
