@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,12 +14,8 @@ from softmeet.cli import options, texts
 from softmeet.cli.flags import flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
-from softmeet.cli.tables import out as stdout
-from softmeet.cli.tables import print_table
+from softmeet.cli.tables import candidate, counted, difference, out, print_table
 from softmeet.extras import require_extra
-
-if TYPE_CHECKING:
-    from softmeet.evaluation.documents import Document
 
 
 @flags()
@@ -77,22 +74,20 @@ def advise(
     documents = source.documents() if source.text else None
     ensemble = loading.ensemble(options.named([*(named or ()), *(members or ())]))
     from softmeet.evaluation import advise as advising
+    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.verdict import figures
 
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if documents is None:
             begin("the members write a text", 0, None)
-        found: list[Document] = (
-            advising.own_documents(ensemble, tokens)
-            if documents is None
-            else advising.within_budget(ensemble, documents, most)
-        )
-        kept = result.kept(ensemble, found, {"bos": bos, "folds": folds, "threads": running.threads})
-        positions = observe_text(
-            ensemble, found, bos=bos, engine=engine, cache=kept,
-            begin=lambda total: begin("running the members", 0, total),
-        )  # fmt: skip
+            found = advising.own_documents(ensemble, tokens)
+        else:
+            found = advising.within_budget(ensemble, documents, most)
+        settings = {"bos": bos, "folds": folds, "threads": running.threads}
+        kept = PieceCache(result.resume, texts.pinned(ensemble, found) | settings)
+        reading = partial(begin, "running the members", 0)
+        positions = observe_text(ensemble, found, bos=bos, engine=engine, cache=kept, begin=reading)
         advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
         for name in instead or ():
             begin(f"reading the text by {options.short(name)}", 0, None)
@@ -127,7 +122,7 @@ def show(facts: dict[str, Any]) -> None:
     Args:
         facts: the figures, as :func:`softmeet.evaluation.verdict.figures` returns them.
     """
-    console = stdout()
+    console = out()
     for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4)), strict=True):
         print_table(console, columns, [rows], title=title, texts=wide)
     console.print(differences(facts), markup=False)
@@ -138,22 +133,14 @@ def show(facts: dict[str, Any]) -> None:
 
 def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
     """Return (title, columns, rows) of the table of models alone and of that of fitted candidates."""
-    best, many = (
-        options.short(facts["best_member"]),
-        f"{facts['documents']:,} document{'s' * (facts['documents'] != 1)}",
-    )
+    best, many = options.short(facts["best_member"]), counted(facts["documents"], "document")
     unit = "" if facts["vocabulary"] == "bytes" else f"{facts['tokens']:,} tokens, "
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     alone = [(m, options.short(m["name"]), f"{m['knows_better']:.0%}", "") for m in facts["members"]]
     shown = 5 if facts["alternatives"] else 4
     alone += [(m, f"instead: {options.short(m['name'])}", "", _gain(m)) for m in facts["alternatives"]]
-    fitted = [
-        (
-            options.short(name) if "/" in name else name, f"{own['bits_per_byte']:.4f}", _gain(own),
-            " ".join(f"{w:.2f}" for w in own["weights"]), _trust(own), f"{own['rule_temperature']:.2f}",
-        )
-        for name, own in facts["candidates"].items()
-    ]  # fmt: skip
+    candidates = facts["candidates"].items()
+    fitted = [candidate(name, own, f"{own['bits_per_byte']:.4f}", _gain(own)) for name, own in candidates]
     return [
         (
             f"{unit}{facts['bytes']:,} bytes of {many}",
@@ -194,11 +181,4 @@ def differences(facts: dict[str, Any]) -> str:
 
 def _gain(own: dict[str, Any]) -> str:
     """Return a gain with half its 95 % interval, as a table's cell."""
-    low, high = own["interval"]
-    return f"{own['gain']:+.4f} ± {(high - low) / 2:.4f}"
-
-
-def _trust(own: dict[str, Any]) -> str:
-    from softmeet.rules.settings import rule_of
-
-    return " ".join(f"{x:.2f}" for x in own["trust"]) if rule_of(own["rule"]).uses_trust else ""
+    return difference(own["gain"], own["interval"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from softmeet.cli import options, texts
 from softmeet.cli.flags import checked_settings, flag_of, flags, optional
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
-from softmeet.cli.tables import out, print_table
+from softmeet.cli.tables import counted, difference, number, out, print_table
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 from softmeet.rules.endings import endings
@@ -108,19 +108,17 @@ def evaluate(
     kept = PieceCache(result.resume, pinned | how)
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         where: dict[str, Any] = {"engine": engine, "cache": kept}
-        reading = {"max_tokens": source.max_tokens, **source.windows}
         if positions is None and folds is not None:
-            advanced = lambda total: begin("running the members", 0, total)  # noqa: E731
-            positions = observe_text(ensemble, found, **where, **reading, begin=advanced)
-        if positions is not None and folds is not None:
+            reading = partial(begin, "running the members", 0)
+            positions = observe_text(ensemble, found, **where, **source.windowing, begin=reading)
+        if positions is None:
+            scoring = partial(begin, "evaluating", 0)
+            made = evaluate_text(ensemble, found, choices, **where, **source.windowing, begin=scoring)
+        elif folds is not None:
             made = evaluate_by_folds(ensemble, positions, choices, folds, begin, **where)
-        elif positions is not None:
+        else:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
-        else:
-            made = evaluate_text(
-                ensemble, found, choices, **where, **reading, begin=lambda total: begin("evaluating", 0, total)
-            )
         facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
     result.tell(facts, show)
     result.write(facts)
@@ -174,9 +172,9 @@ def show(facts: dict[str, Any]) -> None:
     sections = [
         [
             (
-                options.short(name) if kind == "members" else name, _number(row["nll"], ".4f"),
-                _number(row["perplexity"], ".2f" if row["perplexity"] < 1e6 else ".3g"),
-                "" if row["bits_per_byte"] is None else _number(row["bits_per_byte"], ".4f"),
+                options.short(name) if kind == "members" else name, number(row["nll"], ".4f"),
+                number(row["perplexity"], ".2f" if row["perplexity"] < 1e6 else ".3g"),
+                "" if row["bits_per_byte"] is None else number(row["bits_per_byte"], ".4f"),
                 f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}",
                 *(f"{row[key]:.1%}" if row.get(key) else "" for key in gated),
                 _against(name, row, facts["best_baseline"]),
@@ -185,9 +183,8 @@ def show(facts: dict[str, Any]) -> None:
         ]
         for kind in ("members", "rules")
     ]  # fmt: skip
-    documents = f"{facts['documents']:,} document{'s' * (facts['documents'] != 1)}"
-    title, optional = f"{facts['tokens']:,} {unit} of {documents}; intervals by {spread}", 6 if gated else None
-    print_table(console, columns, sections, title=title, optional=optional)
+    title = f"{facts['tokens']:,} {unit} of {counted(facts['documents'], 'document')}; intervals by {spread}"
+    print_table(console, columns, sections, title=title, optional=6 if gated else None)
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):
             console.print(f"{name}: {note}", markup=False)
@@ -201,20 +198,13 @@ def show(facts: dict[str, Any]) -> None:
     )
 
 
-def _number(x: float, form: str) -> str:
-    """Return a number in a format such as ``.4f``, with ∞ for infinity."""
-    return format(x, form).replace("inf", "∞")
-
-
 def _against(name: str, row: dict[str, Any], best: str) -> str:
     """Return a row's difference from the best baseline, with half its 95 % interval, as a table's cell."""
     if name == best:
         return "the baseline"
     if "vs" not in row:
         return ""
-    low, high = row["vs"]["ci95"]
-    interval = f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else ""
-    return _number(row["vs"]["delta"], "+.4f") + interval
+    return difference(row["vs"]["delta"], row["vs"]["ci95"])
 
 
 def _cautions(facts: dict[str, Any]) -> list[str]:

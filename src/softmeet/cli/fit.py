@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -13,10 +14,10 @@ from softmeet.cli import options, texts
 from softmeet.cli.flags import flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
+from softmeet.cli.tables import candidate, difference, print_table
 from softmeet.cli.tables import out as stdout
-from softmeet.cli.tables import print_table
 from softmeet.extras import require_extra
-from softmeet.rules.settings import parse_rule, rule_of
+from softmeet.rules.settings import parse_rule
 
 if TYPE_CHECKING:
     from softmeet.evaluation.candidates import Options
@@ -129,10 +130,8 @@ def fit(
     ensemble.model.combiner.banded_heads(fitting.bands)  # made here, so that workers share them
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if positions is None:
-            positions = observe_text(
-                ensemble, found, max_tokens=source.max_tokens, **source.windows, engine=engine, cache=kept,
-                begin=lambda total: begin("running the members", 0, total),
-            )  # fmt: skip
+            reading = partial(begin, "running the members", 0)
+            positions = observe_text(ensemble, found, **source.windowing, engine=engine, cache=kept, begin=reading)
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)
     result.tell(facts, _show)
@@ -156,15 +155,11 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["folds"]:
         spread = f"{judged['clusters']} {judged['kind']}"
         title = f"{judged['tokens']:,} {facts['vocabulary']} in {spread}; each judged by a fit without its fold"
-    unit, best, rows = facts["vocabulary"][:-1], facts["test"]["best_baseline"], []
+    unit, best = facts["vocabulary"][:-1], facts["test"]["best_baseline"]
     columns = ("candidate", f"nats a {unit}", "against the best baseline", "weights", "trust", "temperature")
+    rows = []
     for name, row in facts["candidates"].items():
-        low, high = row["ci95"]
-        weights, trust = (" ".join(f"{x:.2f}" for x in row[key]) for key in ("weights", "trust"))
-        rows.append((
-            options.short(name) if "/" in name else name, f"{row['test_nll']:.4f}",
-            "the baseline" if name == best else f"{row['delta']:+.4f} ± {(high - low) / 2:.4f}",
-            weights, trust if rule_of(row["rule"]).uses_trust else "", f"{row['rule_temperature']:.2f}",
-        ))  # fmt: skip
+        against = "the baseline" if name == best else difference(row["delta"], row["ci95"])
+        rows.append(candidate(name, row, f"{row['test_nll']:.4f}", against))
     print_table(stdout(), columns, [rows], title=title, texts=(0, 3, 4))
     stdout().print(f"[bold]{escape(verdict(facts))}[/]")

@@ -26,7 +26,6 @@ from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
     from softmeet.server.replicas import Scale
-    from softmeet.server.serving import Serving
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
@@ -42,9 +41,11 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass
 class AccessFlags:
-    """Flags for who may send requests, from which pages and hosts, and which settings requests may change."""
+    """Flags for where the server listens, who may send requests, and which settings these may change."""
 
     PANEL: ClassVar = "Address and access"
+    host: str = flag("127.0.0.1", "The address to listen on.")
+    port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535)
     api_keys: Path | None = optional(
         "A file of API keys, one on each line; every request then needs one.",
         shown=f"the keys in ${_KEYS}, between commas; else none is needed",
@@ -62,6 +63,7 @@ class AccessFlags:
     cors: list[str] | None = optional(
         "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
+    ui: bool | None = optional("Serve the page at /ui.", shown="if gradio is installed (the extra ui)")
 
 
 @dataclass
@@ -105,10 +107,34 @@ class LimitFlags:
 
 
 @dataclass
-class ClusterFlags:
-    """Flags for the replicas of the server on a Ray cluster: their number, their load and their resources."""
+class RunFlags:
+    """Flags for how members run, and for replicas on a Ray cluster: their number, their load and their resources."""
 
     PANEL: ClassVar = "Engine"
+    engine: str = flag("local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).")
+    threads: int | None = optional("PyTorch threads of each process.", min=1, shown="torch's choice")
+    parallel: bool | None = optional(
+        "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
+        "devices always run in parallel.",
+        shown="where it is measured to be faster",
+    )
+    reproducible: bool = switch(
+        "Run and solve every sequence by itself: a seeded request gets the same tokens alone and in any company, to "
+        "the last bit. Costs the speed that batches give.",
+    )
+    speculate: str = flag(
+        "auto",
+        "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
+        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is measured "
+        "where answers still repeat, or 0.",
+        metavar="N",
+        callback=checked_drafts,
+    )
+    one_member: bool = flag(
+        True,
+        "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
+        "member, itself drawn by its weight: the same law at about the price of one member.",
+    )
     replicas: int = flag(1, "With --engine ray: the fewest server processes that share the work.", min=1)
     max_replicas: int | None = optional(
         "With --engine ray: the most replicas; more are started under load.", min=1, shown="none are added"
@@ -132,46 +158,11 @@ def serve(
     members: list[str] | None = optional(
         _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
     ),
-    host: str = flag("127.0.0.1", "The address to listen on.", panel="Address and access"),
-    port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535, panel="Address and access"),
     access: AccessFlags,
-    ui: bool | None = optional(
-        "Serve the page at /ui.", shown="if gradio is installed (the extra ui)", panel="Address and access"
-    ),
     limits: LimitFlags,
     access_log: bool = switch("Log a line for every request, leaving out keys and prompts.", panel="Output"),
-    engine: str = flag(
-        "local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).", panel="Engine"
-    ),
-    threads: int | None = optional("PyTorch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
-    parallel: bool | None = optional(
-        "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
-        "devices always run in parallel.",
-        shown="where it is measured to be faster",
-        panel="Engine",
-    ),
-    reproducible: bool = switch(
-        "Run and solve every sequence by itself: a seeded request gets the same tokens alone and in any company, to "
-        "the last bit. Costs the speed that batches give.",
-        panel="Engine",
-    ),
-    speculate: str = flag(
-        "auto",
-        "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
-        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is measured "
-        "where answers still repeat, or 0.",
-        metavar="N",
-        callback=checked_drafts,
-        panel="Engine",
-    ),
-    one_member: bool = flag(
-        True,
-        "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
-        "member, itself drawn by its weight: the same law at about the price of one member.",
-        panel="Engine",
-    ),
     plain_chat: bool = switch("Chat by a plain template with members that have none of their own.", panel="Members"),
-    cluster: ClusterFlags,
+    running: RunFlags,
     loading: options.LoadingFlags,
     **settings: Any,
 ) -> None:
@@ -180,15 +171,15 @@ def serve(
     Example: softmeet serve -m my-model-a -m my-model-b --port 8000
     """
     require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
-    require_extra("the page (--ui)", "ui", *["gradio"] * bool(ui))
-    keys, local = _keys(access.api_keys), _is_local(host)
+    require_extra("the page (--ui)", "ui", *["gradio"] * bool(access.ui))
+    host, keys, local = access.host, _keys(access.api_keys), _is_local(access.host)
     if not (keys or local or access.open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
-    _check_engine(engine, cluster, ui=bool(ui))
+    _check_engine(running, ui=bool(access.ui))
     allowed = _allowed(access.allow)
-    with listening(host, port) as sockets:
+    with listening(host, access.port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
         with uncollected(), quick_imports():
             from softmeet.server.ensembles import load, named
@@ -214,41 +205,45 @@ def serve(
             seconds=limits.timeout,
             allowed=allowed,
             max_trust=limits.max_trust,
-            parallel="auto" if parallel is None else parallel,
-            reproducible=reproducible,
-            speculate=drafts_of(speculate),
-            one_member=one_member,
+            parallel="auto" if running.parallel is None else running.parallel,
+            reproducible=running.reproducible,
+            speculate=drafts_of(running.speculate),
+            one_member=running.one_member,
             plain_chat=plain_chat,
             cors=access.cors or (),
-            ui=bool(find_spec("gradio")) if ui is None else ui,
+            ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
         )
-        c = cluster
-        if engine == "ray":
+        if running.engine == "ray":
             from softmeet.server.replicas import Scale, application
 
+            r = running
             scale = Scale(
-                replicas=c.replicas, max_replicas=c.max_replicas, streams=c.target_streams, threads=threads or 1,
-                gpus=c.gpus, fronts=c.fronts,
+                replicas=r.replicas, max_replicas=r.max_replicas, streams=r.target_streams, threads=r.threads or 1,
+                gpus=r.gpus, fronts=r.fronts,
             )  # fmt: skip
             made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
-            _replicate(made, host, sockets, c.ray_address, scale, list(asked))
+            _replicate(made, host, sockets, running.ray_address, scale, list(asked))
             return
-        if threads is not None:
+        if running.threads is not None:
             import torch
 
-            torch.set_num_threads(threads)
+            torch.set_num_threads(running.threads)
         served = load(asked, partial(loading.ensemble, settings=settings))
         _note_single([s.name for s in served if len(s.names) == 1], asked)
-        _run(Serving(served, protocol), host, sockets, limits.grace, access_log=access_log)
+        from softmeet.server.process import run
+
+        url, names = url_to_open(host, port_of(sockets)), ", ".join(s.name for s in served)
+        announce = partial(_announce, names, url, page=protocol.ui)
+        run(Serving(served, protocol), sockets, limits.grace, announce, access_log=access_log)
 
 
-def _check_engine(engine: str, cluster: ClusterFlags, *, ui: bool) -> None:
+def _check_engine(running: RunFlags, *, ui: bool) -> None:
     """Raise InvalidInputError if the engine is unknown or not installed, or flags were given that are not its own."""
-    if engine == "ray":
+    if running.engine == "ray":
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
         require_extra("--engine ray", "ray", "ray")
-    elif engine != "local" or cluster.max_replicas is not None or cluster.gpus or cluster.replicas + cluster.fronts > 2:
+    elif running.engine != "local" or running.max_replicas or running.gpus or running.replicas + running.fronts > 2:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
 
 
@@ -354,22 +349,3 @@ def _replicate(
     finally:
         serve.shutdown()
         leave()
-
-
-def _run(serving: Serving, host: str, sockets: list[socket.socket], grace: float, *, access_log: bool) -> None:
-    """Serve in this process until a signal.
-
-    Args:
-        serving: the ensembles and settings.
-        host: the address, for the message that it serves.
-        sockets: those that listen there.
-        grace: seconds that running answers have to end after a first signal.
-        access_log: whether to log a line for each request.
-    """
-    from softmeet.server.process import run
-
-    def announce() -> None:
-        names = ", ".join(s.name for s in serving.ensembles)
-        _announce(names, url_to_open(host, port_of(sockets)), page=serving.settings.ui)
-
-    run(serving, sockets, grace, announce, access_log=access_log)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from softmeet.members.member import short
+from softmeet.rules.settings import rule_of
 
 # In a pipe nothing has to fit: no line is broken.
 _PIPE = 1000
@@ -90,3 +95,32 @@ def _needed(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]], tex
 def _longest(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]]) -> int:
     """Return the length of the longest of a title and the cells of column ``k``."""
     return max([len(title), *(len(row[k]) for rows in sections for row in rows)])
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 sequence`` or ``64 sequences``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def number(x: float, form: str) -> str:
+    """Return a number in a format such as ``.4f``, with ∞ for infinity."""
+    return format(x, form).replace("inf", "∞")
+
+
+def difference(mean: float, interval: Sequence[float]) -> str:
+    """Return a difference with half its interval, as a cell; by itself if the interval has no bounds."""
+    low, high = interval
+    return number(mean, "+.4f") + (f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else "")
+
+
+def candidate(name: str, facts: Mapping[str, Any], *figures: str) -> tuple[str, ...]:
+    """Return the row of what was fitted: its name, figures, weights, trusts if its rule has them, and temperature."""
+    weights, trust = (" ".join(f"{x:.2f}" for x in facts[key]) for key in ("weights", "trust"))
+    shown = short(name) if "/" in name else name
+    return (
+        shown,
+        *figures,
+        weights,
+        trust if rule_of(facts["rule"]).uses_trust else "",
+        f"{facts['rule_temperature']:.2f}",
+    )

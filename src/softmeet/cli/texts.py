@@ -20,7 +20,6 @@ from softmeet.errors import InvalidInputError
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.evaluation.documents import Document
-    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.positions import Positions
 
 
@@ -80,9 +79,10 @@ class TextFlags(DocumentFlags):
     )
 
     @property
-    def windows(self) -> dict[str, Any]:
-        """The values of ``window``, ``stride``, ``bos`` and ``max_per_document``, by these names."""
-        return {name: getattr(self, name) for name in ("window", "stride", "bos", "max_per_document")}
+    def windowing(self) -> dict[str, Any]:
+        """The values of ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, by these names."""
+        names = ("window", "stride", "bos", "max_tokens", "max_per_document")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -139,12 +139,12 @@ class SourceFlags(TextFlags):
         Raises:
             InvalidInputError: if the trace is damaged or of other members, or a flag for windows is given with a trace.
         """
-        settings = {"max_tokens": self.max_tokens, **self.windows}
+        own = pinned(ensemble, documents) | self.windowing
         if self.trace is None:
-            return None, pinned(ensemble, documents) | settings
+            return None, own
         from softmeet.evaluation.trace import Trace
 
-        if set(self.windows.values()) - {None, False}:
+        if {self.window, self.stride, self.max_per_document} != {None} or self.bos:
             raise InvalidInputError(
                 "a trace has its windows: --window, --stride, --bos and --max-per-document go with --text"
             )
@@ -153,8 +153,7 @@ class SourceFlags(TextFlags):
         positions, left_out = opened.read_whole(say)
         # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
-        own = pinned(ensemble, documents) | settings | {"source": opened.key} | damaged
-        return positions.take(slice(self.max_tokens)), own
+        return positions.take(slice(self.max_tokens)), own | {"source": opened.key} | damaged
 
 
 def pinned(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, Any]:
@@ -187,16 +186,6 @@ class ResultFlags:
             InvalidInputError: if one of them exists.
         """
         require_new(self.force, *paths, *filter(None, [self.as_json]))
-
-    def kept(self, ensemble: Ensemble, documents: Sequence[Document], settings: dict[str, Any]) -> PieceCache:
-        """Return the store of finished pieces in the folder of ``--resume``, recognised by members, text and settings.
-
-        Raises:
-            InvalidInputError: if the folder holds pieces of other members, text or settings.
-        """
-        from softmeet.evaluation.files import PieceCache
-
-        return PieceCache(self.resume, pinned(ensemble, documents) | settings)
 
     def stoppable(self) -> Any:
         """Return a context in which Ctrl-C ends the command and says on stderr which of its work is kept, and where."""

@@ -53,8 +53,7 @@ def trace(
             ensemble,
             found,
             out,
-            max_tokens=source.max_tokens,
-            **source.windows,
+            **source.windowing,
             dtype=store,  # type: ignore[arg-type]  # checked there
             shard_size=shard,
             engine=engine,
