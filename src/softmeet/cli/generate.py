@@ -155,7 +155,7 @@ def generate(
     structure, passages = shape.structure(), retrieved.read(prompt_weights=prompt_weights)
     ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
     asked = chat.asked(ensemble, texts)
-    weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
+    each = [{"weights": ensemble.prompt_weights(text)} if prompt_weights else {} for text in texts]
     from softmeet.hf import Recorder
 
     # An average that nobody asks about is computed without its report, which takes longer than the average.
@@ -163,29 +163,25 @@ def generate(
     recorder = None if plain else Recorder()
     before, started = ensemble.model.spent, time.perf_counter()
     given = {"recorder": recorder, "token_seconds": token_seconds, "structure": structure, **sampling.arguments()}
-    each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
-    completions: Any = []
-    streamed = ""
+    completions: Any
     if len(texts) == 1 and not as_json:
-        streamed = _stream(ensemble, asked[0], {**given, **each[0]}, color=color)
+        completions = [_stream(ensemble, asked[0], {**given, **each[0]}, color=color)]
     else:
         with working(f"generating from {len(texts)} prompts"):
-            if weights is None:
-                completions = ensemble.generate(asked, reproducible=reproducible, **given)
+            if prompt_weights:
+                completions = [ensemble.generate(text, **given, **own) for text, own in zip(texts, each, strict=True)]
             else:
-                completions = [ensemble.generate(texts[k], **given, **own) for k, own in enumerate(each)]
-    facts = _facts(ensemble, recorder or Recorder(), time.perf_counter() - started, weights, before)
+                completions = ensemble.generate(asked, reproducible=reproducible, **given)
+    facts = _facts(ensemble, recorder or Recorder(), time.perf_counter() - started, each, before)
     if as_json:
         made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
         typer.echo(json.dumps({"completions": made, **facts}, ensure_ascii=False, indent=2))
-    else:
-        for prompt, text in zip(texts, completions, strict=False):
+    elif len(texts) > 1:
+        for prompt, text in zip(texts, completions, strict=True):
             typer.echo(f"=== {prompt}\n{text}\n")
     if summary:
-        (_show_over_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
-    _say_cut(structure, completions or [streamed])
-    for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
-        say(line)
+        _show(facts)
+    _say_endings(structure, completions, facts)
 
 
 def _summary(sampling: SamplingFlags, asked: bool | None, told: bool) -> bool:
@@ -209,10 +205,12 @@ def _summary(sampling: SamplingFlags, asked: bool | None, told: bool) -> bool:
     return False
 
 
-def _say_cut(structure: Structure | None, texts: list[str]) -> None:
-    """Say on stderr how many texts ended before their structure was complete, if any did."""
+def _say_endings(structure: Structure | None, texts: list[str], facts: dict[str, Any]) -> None:
+    """Say on stderr how many texts ended before their structure was complete, and where the rule was not solved."""
     if structure and (cut := sum(not structure.allows(text) for text in texts)):
         say(f"{cut} of {len(texts)} texts ended before the structure was complete: raise --max-new-tokens")
+    for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
+        say(line)
 
 
 def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) -> None:
@@ -230,9 +228,8 @@ def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color
     from softmeet.hf.report import style
 
     console, text = out(), ""
-    plain = arguments["recorder"] is None
-    pieces = ((piece, 0.0) for piece in ensemble.stream(prompt, **arguments))
-    for piece, nats in pieces if plain else ensemble.stream_with_disagreement(prompt, **arguments):
+    plain = ((piece, 0.0) for piece in ensemble.stream(prompt, **arguments))
+    for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments) if color else plain:
         if color:
             console.print(Text(piece, style=style(nats)), end="", soft_wrap=True)
         else:
@@ -244,7 +241,7 @@ def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color
 
 
 def _facts(
-    ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list[list[float]] | None, before: list[Work]
+    ensemble: Ensemble, recorder: Recorder, seconds: float, each: list[dict[str, list[float]]], before: list[Work]
 ) -> dict[str, Any]:
     """Return a run's figures: each member's, the rule's, the gate's, and the speed, as JSON has them.
 
@@ -252,13 +249,14 @@ def _facts(
         ensemble: the ensemble that generated.
         recorder: was passed to ``generate``, and has summed over all tokens (over bytes, all bytes).
         seconds: the time that generation took.
-        weights: each prompt's own weights of the members, whose mean is then shown; None if all used the ensemble's.
+        each: each prompt's own ``weights`` of the members, whose mean is then shown; {} if all used the ensemble's.
         before: over bytes, each member's work before the run, which is subtracted.
     """
     from softmeet.hf.calibrated import gate_of
 
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
-    used = config.weights if weights is None else list(map(fmean, zip(*weights, strict=True)))
+    own = [weights for prompt in each for weights in prompt.values()]
+    used = list(map(fmean, zip(*own, strict=True))) or config.weights
     disagreement, trusts = recorder.disagreement.tolist() or [0.0] * len(ensemble.names), config.settings.trusts()
     trusts = trusts if config.settings.rule.uses_trust else [[] for _ in ensemble.names]
     members: list[dict[str, Any]] = [
@@ -288,35 +286,26 @@ def _facts(
     }
 
 
-def _show_over_bytes(facts: dict[str, Any]) -> None:
-    """Print a summary on stderr of a run of an ensemble over bytes."""
-    columns = ("member", "weight", "disagreement (nats)", "model calls", "tokens run", "probability dropped")
-    costs = ("disagreement", "forward_steps", "tokens_run", "dropped")
-    rows = [(m["name"], f"{m['weight']:.3g}", *(f"{m[name]:.4f}" for name in costs)) for m in facts["members"]]
-    print_table(err, columns, [rows], title=f"rule: {facts['rule']}, over bytes; means per byte")
-    err.print(f"{facts['tokens']} bytes, {facts['tokens_per_second']:.1f} bytes/s")
-    _show_gate(facts)
-
-
 def _show(facts: dict[str, Any]) -> None:
-    """Print a summary on stderr of a run of an ensemble over tokens."""
-    trusted = [] if facts["members"][0]["trust"] is None else ["trust"]
-    columns = ("member", "head width", "weight", *trusted, "disagreement (nats a token)")
-    rows = [
-        (m["name"], str(m["width"]), f"{m['weight']:.3g}", *(m[name] for name in trusted), f"{m['disagreement']:.4f}")
-        for m in facts["members"]
-    ]
-    print_table(err, columns, [rows], title=f"rule: {facts['rule']}")
-    err.print(
-        f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, {facts['head_passes_per_token']:.1f} "
-        f"head passes a token, largest gap {facts['largest_gap']:.1e} nats",
-        soft_wrap=True,
-    )
-    _show_gate(facts)
-
-
-def _show_gate(facts: dict[str, Any]) -> None:
-    """Print on stderr how often the gate was closed, if there is one."""
+    """Print a summary on stderr: a table of the members, the speed, and how often the gate was closed, if any."""
+    members, unit = facts["members"], facts["vocabulary"]
+    title, speed = f"rule: {facts['rule']}", f"{facts['tokens']} {unit}, {facts['tokens_per_second']:.1f} {unit}/s"
+    if unit == "bytes":
+        columns = ["member", "weight", "disagreement (nats)", "model calls", "tokens run", "probability dropped"]
+        costs = ("disagreement", "forward_steps", "tokens_run", "dropped")
+        rows = [(m["name"], f"{m['weight']:.3g}", *(f"{m[key]:.4f}" for key in costs)) for m in members]
+        title += ", over bytes; means per byte"
+    else:
+        trusted = [] if members[0]["trust"] is None else ["trust"]
+        columns = ["member", "head width", "weight", *trusted, "disagreement (nats a token)"]
+        rows = [
+            (m["name"], str(m["width"]), f"{m['weight']:.3g}", *(m[key] for key in trusted), f"{m['disagreement']:.4f}")
+            for m in members
+        ]
+        passes = f"{facts['head_passes_per_token']:.1f} head passes a token"
+        speed += f", {passes}, largest gap {facts['largest_gap']:.1e} nats"
+    print_table(err, columns, [rows], title=title)
+    err.print(speed, soft_wrap=True)
     if facts["gate"]:
         saved = "" if facts["seconds_saved"] is None else f", which saved about {facts['seconds_saved']:.1f} s"
-        err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the {facts['vocabulary']}{saved}")
+        err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the {unit}{saved}")
