@@ -18,6 +18,23 @@ from softmeet.cli.tables import candidate, counted, difference, out, print_table
 from softmeet.extras import require_extra
 
 
+class AdvisedTextFlags(texts.DocumentFlags):
+    """Flags for which text is read, and how much of it, or how much the members write in its place."""
+
+    bos: bool = switch("Begin each document with the token for the beginning of a text (BOS).")
+    most: int | None = optional(
+        "The most bytes of the text to read, spread over its documents; more make the answer surer, and take longer.",
+        "--bytes",
+        min=1,
+        shown="as many as take minutes: at most 80,000",
+    )
+    tokens: int = flag(
+        1000,
+        "Without --text: the tokens (over bytes: bytes) that the members write themselves, for a less certain answer.",
+        min=100,
+    )
+
+
 @flags()
 def advise(
     *,
@@ -25,21 +42,7 @@ def advise(
         list[str] | None, typer.Argument(metavar="MEMBER...", help="The members, as -m takes them.")
     ] = None,
     members: options.Members = None,
-    source: texts.DocumentFlags,
-    bos: bool = switch("Begin each document with the token for the beginning of a text (BOS).", panel="Text"),
-    most: int | None = optional(
-        "The most bytes of the text to read, spread over its documents; more make the answer surer, and take longer.",
-        "--bytes",
-        min=1,
-        shown="as many as take minutes: at most 80,000",
-        panel="Text",
-    ),
-    tokens: int = flag(
-        1000,
-        "Without --text: the tokens (over bytes: bytes) that the members write themselves, for a less certain answer.",
-        min=100,
-        panel="Text",
-    ),
+    source: AdvisedTextFlags,
     instead: list[str] | None = optional(
         "A single model that you could run in place of the members; what the same compute buys in it is measured. It "
         "can be repeated.",
@@ -81,17 +84,17 @@ def advise(
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if documents is None:
             begin("the members write a text", 0, None)
-            found = advising.own_documents(ensemble, tokens)
+            found = advising.own_documents(ensemble, source.tokens)
         else:
-            found = advising.within_budget(ensemble, documents, most)
-        settings = {"bos": bos, "folds": folds, "threads": running.threads}
+            found = advising.within_budget(ensemble, documents, source.most)
+        settings = {"bos": source.bos, "folds": folds, "threads": running.threads}
         kept = PieceCache(result.resume, texts.pinned(ensemble, found) | settings)
         reading = partial(begin, "running the members", 0)
-        positions = observe_text(ensemble, found, bos=bos, engine=engine, cache=kept, begin=reading)
+        positions = observe_text(ensemble, found, bos=source.bos, engine=engine, cache=kept, begin=reading)
         advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
         for name in instead or ():
             begin(f"reading the text by {options.short(name)}", 0, None)
-            advice.alternatives.append(advising.alternative(name, found, loading.arguments(), bos=bos))
+            advice.alternatives.append(advising.alternative(name, found, loading.arguments(), bos=source.bos))
     facts = figures(advice) | {"own_text": documents is None}
     result.tell(facts, show)
     result.write(facts)

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from softmeet.cli import check_bytes, check_plan, options
-from softmeet.cli.flags import flag, flags, optional, switch
+from softmeet.cli.flags import Flags, flag, flags, optional, switch
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
 
@@ -26,24 +26,25 @@ if TYPE_CHECKING:
 ADVISE = "Whether they are worth combining: softmeet advise."
 
 
-@flags(only=("weights", "pool"))
-def check(
-    *,
-    members: options.Members = None,
+class SampleFlags(Flags, panel="Text"):
+    """Flags for the text on which members are compared."""
+
     text: Path | None = optional(
         "Text that the members were not trained on: a UTF-8 file, or a pattern in quotes. With it, check tests whether "
         "a member's errors come from an output layer (head) that is too narrow; those are the errors that meet "
         "corrects. Over bytes, it shows how each member splits the text.",
         "--text",
         "-t",
-        panel="Text",
-    ),
-    tokens: int = flag(
-        512, "The most tokens of the text to read; over bytes, four times as many bytes.", min=2, panel="Text"
-    ),
-    sampled: int = flag(
-        64, "Without --text: sample N tokens to see how far meet moves the average; 0 for none.", min=0, panel="Text"
-    ),
+    )
+    tokens: int = flag(512, "The most tokens of the text to read; over bytes, four times as many bytes.", min=2)
+    sampled: int = flag(64, "Without --text: sample N tokens to see how far meet moves the average; 0 for none.", min=0)
+
+
+@flags(only=("weights", "pool"))
+def check(
+    *,
+    members: options.Members = None,
+    sample: SampleFlags,
     plan: bool = switch(
         "Only print where weights, caches and buffers would be placed, and their sizes; no weights are loaded.",
         panel="Plan",
@@ -75,12 +76,13 @@ def check(
     else:
         from softmeet.evaluation.documents import read_documents
 
-        read = None if text is None else "\n\n".join(document.text for document in read_documents([text]))
+        documents, tokens = read_documents([sample.text]) if sample.text else [], sample.tokens
+        text = "\n\n".join(document.text for document in documents) or None
         ensemble = _loaded(loading, members, settings)
         if ensemble.model.over_bytes:
-            facts, show = check_bytes.facts(ensemble, read, tokens), check_bytes.show
+            facts, show = check_bytes.facts(ensemble, text, tokens), check_bytes.show
         else:
-            facts, show = _facts(ensemble, read, tokens, sampled), _show
+            facts, show = _facts(ensemble, text, tokens, sample.sampled), _show
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags, optional, switch
+from softmeet.cli.flags import Flags, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, difference, print_table
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     from softmeet.evaluation.candidates import Options
 
 
-@dataclass
-class FitFlags:
+class FitFlags(Flags, panel="Fit"):
     """Flags for the rules and settings that a fit tries, and for how much text it fits, chooses and judges them by."""
 
-    PANEL: ClassVar = "Fit"
     rules: list[str] | None = optional(
         "Also try this rule, as in meet:trust=1/0.3; what it does not set, but for its temperature, is taken from the "
         "fitted average with the lower loss on the first part. It can be repeated.",

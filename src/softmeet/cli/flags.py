@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import Field, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
 
 import typer
 import yaml
@@ -28,6 +28,20 @@ _OF_THE_RULE = ("rule", "trust", "weights", "pool", "gate")
 _SHOWN = {"rule": "meet; over bytes logit-mean", "gate": "auto"}
 # What stands for a flag's value in help, by the name of its type.
 _VALUES = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
+
+
+@dataclass_transform()
+class Flags:
+    """The base of a group of flags: each subclass is a dataclass, whose fields are declared by :func:`flag` and so on.
+
+    ``panel`` is the group of help, one of ``help.PANELS``, that its flags stand in; by default that of its base.
+    """
+
+    panel: ClassVar[str]
+
+    def __init_subclass__(cls, panel: str = "") -> None:
+        cls.panel = panel or cls.panel
+        dataclass(cls)
 
 
 class Command(GroupedHelp):
@@ -64,9 +78,9 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     """Return a decorator that gives a command its flags, in the form that typer reads.
 
     A command gets a flag for each parameter declared with :func:`flag`, :func:`optional` or :func:`switch`, and
-    ``--config``; parameters with an annotation of typer's stay as they are. A parameter whose type is a dataclass is
-    replaced with a flag for each of its fields, and is passed as an instance; ``**settings`` is replaced with a flag
-    for each field of :class:`softmeet.Settings` but ``bands`` and ``rule_temperature``.
+    ``--config``; parameters with an annotation of typer's stay as they are. A parameter whose type is a group of
+    :class:`Flags` is replaced with a flag for each of its fields, and is passed as an instance; ``**settings`` is
+    replaced with a flag for each field of :class:`softmeet.Settings` but ``bands`` and ``rule_temperature``.
 
     Args:
         but: names of settings that get no flag.
@@ -83,8 +97,7 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
         for p in taken:
             if p.name in groups:
                 hints = get_type_hints(groups[p.name])
-                title = getattr(groups[p.name], "PANEL", None)
-                every += [_parameter(f.name, hints[f.name], f, title) for f in fields(groups[p.name])]
+                every += [_parameter(f.name, hints[f.name], f, groups[p.name].panel) for f in fields(groups[p.name])]
             elif p.kind is inspect.Parameter.VAR_KEYWORD:
                 chosen = [name for name in only or Settings.model_fields if name not in (*but, *_WITHOUT_FLAG)]
                 place = 1 + next((k for k, q in enumerate(every) if q.name == "members"), -1)
@@ -109,15 +122,15 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
 
 
 def flag(default: Any, about: str, *names: str, shown: str | bool = True, panel: str | None = None, **more: Any) -> Any:
-    """Declare a flag, as the default of a command's parameter or of a dataclass's field.
+    """Declare a flag, as the default of a command's parameter or of a field of :class:`Flags`.
 
     Args:
         default: the value if the flag is not given.
         about: the sentence of help.
         names: the flag's spellings, such as ``"--text", "-t"``; by default the parameter's name, as typer spells it.
         shown: the default as help shows it; True for the value itself, False for none.
-        panel: the group that help lists the flag in, one of ``help.PANELS``; by default the ``PANEL`` of the dataclass
-            whose field it is, else ``Advanced``.
+        panel: the group that help lists the flag in, one of ``help.PANELS``; by default that of the class of
+            :class:`Flags` whose field it is, else ``Advanced``.
         more: ``min`` and ``max`` of a number, and any other keyword arguments of ``typer.Option``, such as
             ``metavar`` and ``callback``.
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.flags import flag, flags, optional, switch
+from softmeet.cli.flags import Flags, flag, flags, optional, switch
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
@@ -32,11 +31,9 @@ if TYPE_CHECKING:
     from softmeet.structured.structure import Structure
 
 
-@dataclass
-class ChatFlags:
+class ChatFlags(Flags, panel="Text"):
     """Flags that answer prompts as messages of a conversation instead of continuing them."""
 
-    PANEL: ClassVar = "Text"
     chat: bool = switch(
         "Answer each prompt as a user's message: each member's chat template makes a prompt of it. Over bytes each "
         "member begins after its own."
@@ -61,11 +58,9 @@ class ChatFlags:
         return [[*before, {"role": "user", "content": text}] for text in texts] if self.chat else list(texts)
 
 
-@dataclass
-class PassageFlags:
+class PassageFlags(Flags, panel="Members"):
     """Flags for retrieved passages, behind each of which every member reads the prompts."""
 
-    PANEL: ClassVar = "Members"
     passages: Path | None = optional(
         'A file of retrieved passages, one JSON object a line: {"text": "...", "score": 1.5}. Each member reads the '
         "prompts once behind each passage, and they are averaged with the softmax of the scores as weights (REPLUG), "
@@ -95,6 +90,35 @@ class PassageFlags:
         if not passages:
             return ensemble
         return ensemble.with_passages(passages, temperature=self.passage_temperature, rule=None)
+
+
+class ShownFlags(Flags, panel="Output"):
+    """Flags for what is printed beside the texts, or in their place."""
+
+    color: bool = switch(
+        "On a terminal, colour the text of a single prompt by how far the members had to be corrected."
+    )
+    as_json: bool = switch("Print the texts and figures as one JSON document on stdout, once all is done.", "--json")
+    summary: bool | None = optional(
+        "Print on stderr each member's weight, how far it had to be corrected (its disagreement, KL divergence in "
+        "nats), and the speed.",
+        shown="on a terminal",
+    )
+
+    def wants_summary(self, sampling: SamplingFlags) -> bool:
+        """Return whether a summary is printed: if it is asked for, and by default on a terminal.
+
+        Raises:
+            InvalidInputError: if figures are asked for and, by ``--one-member``, unknown.
+        """
+        if not sampling.one_member:
+            return sys.stderr.isatty() if self.summary is None else self.summary
+        if self.summary or self.as_json or self.color:
+            raise InvalidInputError(
+                "--one-member runs one member a token, so how far members disagree is not known: leave out --summary, "
+                "--json and --color"
+            )
+        return False
 
 
 @flags()
@@ -128,18 +152,7 @@ def generate(
         panel="Sampling",
     ),
     loading: options.LoadingFlags,
-    color: bool = switch(
-        "On a terminal, colour the text of a single prompt by how far the members had to be corrected.", panel="Output"
-    ),
-    as_json: bool = switch(
-        "Print the texts and figures as one JSON document on stdout, once all is done.", "--json", panel="Output"
-    ),
-    summary: bool | None = optional(
-        "Print on stderr each member's weight, how far it had to be corrected (its disagreement, KL divergence in "
-        "nats), and the speed.",
-        shown="on a terminal",
-        panel="Output",
-    ),
+    shown: ShownFlags,
     **settings: Any,
 ) -> None:
     """Continue prompts, sampling from several models as one; with one prompt, text is printed as it is drawn.
@@ -150,7 +163,7 @@ def generate(
     texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts or ([] if file else ["-"])]
     if reproducible:
         _require_reproducible(sampling, token_seconds)
-    summary = _summary(sampling, summary, as_json or color)
+    summary, as_json = shown.wants_summary(sampling), shown.as_json
     chat.require(prompt_weights=prompt_weights)
     structure, passages = shape.structure(), retrieved.read(prompt_weights=prompt_weights)
     ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
@@ -159,13 +172,13 @@ def generate(
     from softmeet.hf import Recorder
 
     # An average that nobody asks about is computed without its report, which takes longer than the average.
-    plain = sampling.one_member or (ensemble.model.settings.rule.is_average and not (summary or as_json or color))
+    plain = sampling.one_member or (ensemble.model.settings.rule.is_average and not (summary or as_json or shown.color))
     recorder = None if plain else Recorder()
     before, started = ensemble.model.spent, time.perf_counter()
     given = {"recorder": recorder, "token_seconds": token_seconds, "structure": structure, **sampling.arguments()}
     completions: Any
     if len(texts) == 1 and not as_json:
-        completions = [_stream(ensemble, asked[0], {**given, **each[0]}, color=color)]
+        completions = [_stream(ensemble, asked[0], {**given, **each[0]}, color=shown.color)]
     else:
         with working(f"generating from {len(texts)} prompts"):
             if prompt_weights:
@@ -182,27 +195,6 @@ def generate(
     if summary:
         _show(facts)
     _say_endings(structure, completions, facts)
-
-
-def _summary(sampling: SamplingFlags, asked: bool | None, told: bool) -> bool:
-    """Return whether a summary is printed: if it is asked for, and by default on a terminal.
-
-    Args:
-        sampling: how tokens are drawn.
-        asked: whether a summary is asked for; None if nothing is said.
-        told: whether other figures are.
-
-    Raises:
-        InvalidInputError: if figures are asked for and, by ``--one-member``, unknown.
-    """
-    if not sampling.one_member:
-        return sys.stderr.isatty() if asked is None else asked
-    if asked or told:
-        raise InvalidInputError(
-            "--one-member runs one member a token, so how far members disagree is not known: leave out --summary, "
-            "--json and --color"
-        )
-    return False
 
 
 def _say_endings(structure: Structure | None, texts: list[str], facts: dict[str, Any]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli.flags import checked_settings, flag, optional, switch
+from softmeet.cli.flags import Flags, checked_settings, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import working
 from softmeet.errors import InvalidInputError
@@ -75,11 +74,9 @@ def placement(given: list[str] | None) -> Any:
     return found
 
 
-@dataclass
-class LoadingFlags:
+class LoadingFlags(Flags, panel="Members"):
     """Flags for how and where members are loaded, and whether they are combined over tokens or bytes."""
 
-    PANEL: ClassVar = "Members"
     dtype: str | None = optional(
         "The type of the weights: float32, bfloat16, float16, float64, or auto for the checkpoint's own.",
         shown="float32 on a CPU, else auto",
@@ -148,11 +145,9 @@ class LoadingFlags:
             )
 
 
-@dataclass
-class EngineFlags:
+class EngineFlags(Flags, panel="Engine"):
     """Flags for where a command does its work: in threads of its own process, or in workers of a Ray cluster."""
 
-    PANEL: ClassVar = "Engine"
     engine: str = flag(
         "local", "Where the work is done: local (threads of this process), or ray (workers of a Ray cluster)."
     )

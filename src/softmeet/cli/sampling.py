@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import typer
 
-from softmeet.cli.flags import flag, optional, switch
+from softmeet.cli.flags import Flags, flag, optional, switch
 
 
 def _positive(value: float | None) -> float | None:
@@ -29,11 +28,9 @@ def drafts_of(value: str) -> int | Literal["auto"]:
     return "auto" if value == "auto" else int(value)
 
 
-@dataclass
-class SamplingFlags:
+class SamplingFlags(Flags, panel="Sampling"):
     """Flags for how tokens are drawn, named as in transformers."""
 
-    PANEL: ClassVar = "Sampling"
     max_new_tokens: int | None = optional(
         "The most tokens to add to each prompt; over bytes as the first member's tokenizer cuts what is added.",
         min=1, shown="100"

@@ -7,16 +7,15 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from softmeet.cli import options
-from softmeet.cli.flags import checked_settings, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, checked_settings, flag, flags, optional, switch
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
@@ -39,11 +38,9 @@ _MEMBERS = (
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
-@dataclass
-class AccessFlags:
+class AccessFlags(Flags, panel="Address and access"):
     """Flags for where the server listens, who may send requests, and which settings these may change."""
 
-    PANEL: ClassVar = "Address and access"
     host: str = flag("127.0.0.1", "The address to listen on.")
     port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535)
     api_keys: Path | None = optional(
@@ -66,11 +63,9 @@ class AccessFlags:
     ui: bool | None = optional("Serve the page at /ui.", shown="if gradio is installed (the extra ui)")
 
 
-@dataclass
-class LimitFlags:
+class LimitFlags(Flags, panel="Limits"):
     """Flags that limit the server's work: the sequences that run and wait, and the size of one request."""
 
-    PANEL: ClassVar = "Limits"
     batch: int = flag(64, "The most sequences that run at once.", min=1)
     queue: int = flag(256, "The most sequences that wait; more requests get status 429.", min=0)
     keep_tokens: int = flag(
@@ -106,11 +101,9 @@ class LimitFlags:
     grace: float = flag(30.0, "The seconds that running answers have to end after SIGTERM.", min=0)
 
 
-@dataclass
-class RunFlags:
+class RunFlags(Flags, panel="Engine"):
     """Flags for how members run, and for replicas on a Ray cluster: their number, their load and their resources."""
 
-    PANEL: ClassVar = "Engine"
     engine: str = flag("local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).")
     threads: int | None = optional("PyTorch threads of each process.", min=1, shown="torch's choice")
     parallel: bool | None = optional(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from softmeet.cli.flags import optional
+from softmeet.cli.flags import Flags, optional
 from softmeet.cli.texts import file_text
 from softmeet.errors import InvalidInputError
 
@@ -14,11 +13,9 @@ if TYPE_CHECKING:
     from softmeet.structured.structure import Structure
 
 
-@dataclass
-class StructureFlags:
+class StructureFlags(Flags, panel="Structure"):
     """Flags for what a text has to be; at most one of them can be given."""
 
-    PANEL: ClassVar = "Structure"
     json_schema: str | None = optional(
         "Write a JSON document of this JSON schema: a file, or the schema itself.", metavar="PATH|TEXT"
     )

@@ -6,14 +6,13 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from softmeet.cli.flags import flag, optional, switch
+from softmeet.cli.flags import Flags, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.errors import InvalidInputError
 
@@ -29,11 +28,9 @@ _TEXT = (
 )
 
 
-@dataclass
-class DocumentFlags:
+class DocumentFlags(Flags, panel="Text"):
     """Flags for which text is read."""
 
-    PANEL: ClassVar = "Text"
     text: list[str] | None = optional(_TEXT, "--text", "-t", metavar="PATH")
     separator: str | None = optional(
         r"The text that separates documents in a file; write \n for a line end.", shown="each file is one document"
@@ -54,7 +51,6 @@ class DocumentFlags:
         return read_documents(self.text or [], separator=ends, column=self.column)
 
 
-@dataclass
 class TextFlags(DocumentFlags):
     """Flags for which text is read, and how it is cut into windows."""
 
@@ -85,7 +81,6 @@ class TextFlags(DocumentFlags):
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass
 class SourceFlags(TextFlags):
     """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
 
@@ -165,11 +160,9 @@ def pinned(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, Any]:
     return {**identity(ensemble), "dtypes": dtypes, "source": hashlib.sha256(text.encode()).hexdigest()}
 
 
-@dataclass
-class ResultFlags:
+class ResultFlags(Flags, panel="Output"):
     """Flags for where figures are written, and where finished pieces of work are kept until the command has ended."""
 
-    PANEL: ClassVar = "Output"
     as_json: Path | None = optional(
         "Write the figures as JSON to this file, or with - to stdout; infinite values become null.", "--json"
     )
