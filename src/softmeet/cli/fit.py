@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -84,10 +84,7 @@ class FitFlags(Flags, panel="Fit"):
 @flags()
 def fit(
     *,
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="PATH", help="The folder for the fitted ensemble.", rich_help_panel="Output"),
-    ],
+    out: Path = flag(..., "The folder for the fitted ensemble.", panel="Output"),
     members: options.Members = None,
     source: texts.SourceFlags,
     fitting: FitFlags,

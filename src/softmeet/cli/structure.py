@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from softmeet.cli.flags import Flags, optional
+from softmeet.cli.flags import Flags, flag_of, optional
 from softmeet.cli.texts import file_text
 from softmeet.errors import InvalidInputError
 
@@ -30,19 +30,16 @@ class StructureFlags(Flags, panel="Structure"):
             InvalidInputError: if more than one is given, or one cannot be used.
             OSError: if a file cannot be read.
         """
-        given = [name for name, value in vars(self).items() if value]
+        given = {name: value for name, value in vars(self).items() if value}
         if len(given) > 1:
-            spelled = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            spelled = " and ".join(map(flag_of, given))
             raise InvalidInputError(f"expected one structure, got {spelled}: leave out all but one")
         if not given:
             return None
         from softmeet.structured.structure import Structure
 
-        if self.choice:
-            return Structure.choice(self.choice)
-        if self.grammar:
-            return Structure.grammar(file_text(self.grammar))
-        if self.regex:
-            return Structure.regex(self.regex)
-        schema = self.json_schema or ""
-        return Structure.json_schema(schema if schema.lstrip().startswith("{") else file_text(schema))
+        ((kind, value),) = given.items()  # flags are named as the ways to make a structure
+        if kind == "grammar" or (kind == "json_schema" and not value.lstrip().startswith("{")):
+            value = file_text(value)
+        made: Structure = getattr(Structure, kind)(value)
+        return made
