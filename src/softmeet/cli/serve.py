@@ -322,9 +322,9 @@ def _replicate(
         scale: the number of replicas, and their threads.
         names: the ensembles' names, for the message that it serves.
     """
-    from ray import serve
+    from ray import serve, shutdown
 
-    from softmeet.scaling.cluster import connect, leave
+    from softmeet.scaling.cluster import connect
     from softmeet.server.replicas import NAME
 
     connect(address, (scale.max_replicas or scale.replicas) * scale.threads)
@@ -341,4 +341,4 @@ def _replicate(
         ended.wait()
     finally:
         serve.shutdown()
-        leave()
+        shutdown()
