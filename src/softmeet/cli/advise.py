@@ -70,10 +70,9 @@ def advise(
     from softmeet.evaluation.files import require_ensemble_folder
 
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
-    texts.require_places(result.as_json, saved, result.resume)
-    result.require_new(*filter(None, [html, saved and saved / "config.json"]))
     if saved is not None:
         require_ensemble_folder(saved)
+    result.require(saved, html, saved and saved / "config.json")
     documents = source.documents() if source.text else None
     ensemble = loading.ensemble(options.named([*(named or ()), *(members or ())]))
     from softmeet.evaluation import advise as advising
@@ -96,8 +95,7 @@ def advise(
             begin(f"reading the text by {options.short(name)}", 0, None)
             advice.alternatives.append(advising.alternative(name, found, loading.arguments(), bos=source.bos))
     facts = figures(advice) | {"own_text": documents is None}
-    result.tell(facts, show)
-    result.write(facts)
+    result.report(facts, show)
     if html is not None:
         from softmeet.evaluation.page import page
 

@@ -80,8 +80,7 @@ def evaluate(
     require_extra(
         "evaluate", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace), *["matplotlib"] * bool(plots)
     )
-    texts.require_places(result.as_json, plots, result.resume)
-    result.require_new(*(plots.glob("*.png") if plots else ()))
+    result.require(plots, *(plots.glob("*.png") if plots else ()))
     found = source.documents()
     settings["rule"] = _require_once(rules or [], settings)
     ensemble = loading.ensemble(options.named(source.members(members)), settings)
@@ -120,8 +119,7 @@ def evaluate(
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
-    result.tell(facts, show)
-    result.write(facts)
+    result.report(facts, show)
     if plots is not None:
         from softmeet.evaluation.plots import draw
 

@@ -103,9 +103,8 @@ def fit(
     from softmeet.evaluation.files import require_ensemble_folder
 
     require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))
-    texts.require_places(result.as_json, out, result.resume)
     require_ensemble_folder(out)
-    result.require_new(out / "config.json")
+    result.require(out, out / "config.json")
     for rule in fitting.rules or ():
         parse_rule(rule)
     found = source.documents()
@@ -129,13 +128,12 @@ def fit(
             positions = observe_text(ensemble, found, **source.windowing, engine=engine, cache=kept, begin=reading)
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)
-    result.tell(facts, _show)
+    try:
+        result.report(facts, _show)
+    finally:  # even if that fails, for example because a disk is full
+        save(ensemble, fitted, out)
     if facts["caution"]:
         say(facts["caution"])
-    try:
-        save(ensemble, fitted, out)
-    finally:  # even if saving fails, for example because that disk is full
-        result.write(facts)
     if result.as_json != Path("-"):
         typer.echo(f"saved in {out}; the settings of the other candidates are in its fit.json")
 

@@ -169,16 +169,18 @@ class ResultFlags(Flags, panel="Output"):
     resume: Path | None = optional("Save progress in this folder; the same command resumes from it.")
     force: bool = switch("Overwrite output files that exist.")
 
-    def require_new(self, *paths: Path) -> None:
-        """Check that no file would be replaced, before a command does hours of work; with ``--force`` none is checked.
+    def require(self, folder: Path | None, *files: Path | None) -> None:
+        """Check that results can be written, and replace no file without ``--force``, before hours of work are done.
 
         Args:
-            paths: files that the command writes, beside the one of ``--json``, which is checked as well.
+            folder: a folder that the command writes in, beside that of ``--resume``, which is checked as well.
+            files: files that it writes, beside the one of ``--json``, which is checked as well; None for none.
 
         Raises:
-            InvalidInputError: if one of them exists.
+            InvalidInputError: as by :func:`require_places` and :func:`require_new`.
         """
-        require_new(self.force, *paths, *filter(None, [self.as_json]))
+        require_places(self.as_json, folder, self.resume)
+        require_new(self.force, *filter(None, [*files, self.as_json]))
 
     def stoppable(self) -> Any:
         """Return a context in which Ctrl-C ends the command and says on stderr which of its work is kept, and where."""
@@ -186,33 +188,22 @@ class ResultFlags(Flags, panel="Output"):
             return stoppable("nothing is kept; softmeet trace keeps what it has done, and so does --resume FOLDER")
         return stoppable(f"finished pieces stay in {self.resume}; the same command goes on from there")
 
-    def tell(self, facts: dict[str, Any], table: Callable[[dict[str, Any]], None]) -> None:
-        """Print figures on stdout: as JSON if ``--json -`` is given, else by ``table``.
-
-        Call it before :meth:`write`, so that figures are shown even if writing a file fails.
+    def report(self, facts: dict[str, Any], table: Callable[[dict[str, Any]], None]) -> None:
+        """Print figures on stdout, and then write them as JSON to the file named by ``--json``, if there is one.
 
         Args:
-            facts: the figures, in the types of JSON, infinity and NaN included.
-            table: a function that prints ``facts``; it is called at once, and only without ``--json -``.
+            facts: the figures, in the types of JSON; infinity and NaN become null there.
+            table: a function that prints ``facts``; it is called at once. With ``--json -`` JSON is printed instead.
+
+        Raises:
+            TraceError: if the disk is full.
         """
-        from softmeet.evaluation.files import as_json
+        from softmeet.evaluation.files import as_json, write_json
 
         if self.as_json == Path("-"):
             typer.echo(as_json(facts))
         else:
             table(facts)
-
-    def write(self, facts: dict[str, Any]) -> None:
-        """Write figures as JSON to the file named by ``--json``; without the flag, or with ``-``, do nothing.
-
-        Args:
-            facts: the figures, in the types of JSON; infinity and NaN are written as null.
-
-        Raises:
-            TraceError: if the disk is full.
-        """
-        from softmeet.evaluation.files import write_json
-
         if self.as_json not in (None, Path("-")):
             write_json(self.as_json, facts)
 
