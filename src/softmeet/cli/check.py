@@ -17,13 +17,11 @@ from softmeet.cli import check_bytes, check_plan, options
 from softmeet.cli.flags import Flags, flag, flags, optional, switch
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
+from softmeet.errors import UnsupportedHeadError
+from softmeet.evaluation.documents import read_documents
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
-
-
-# The last line of what is shown.
-ADVISE = "Whether they are worth combining: softmeet advise."
 
 
 class SampleFlags(Flags, panel="Text"):
@@ -74,8 +72,6 @@ def check(
     if plan:
         facts, show = check_plan.facts(members, batch, context, loading), check_plan.show
     else:
-        from softmeet.evaluation.documents import read_documents
-
         documents, tokens = read_documents([sample.text]) if sample.text else [], sample.tokens
         text = "\n\n".join(document.text for document in documents) or None
         ensemble = _loaded(loading, members, settings)
@@ -91,8 +87,6 @@ def check(
 
 def _loaded(loading: options.LoadingFlags, members: list[str], settings: Mapping[str, Any]) -> Ensemble:
     """Load an ensemble to be checked; by an average if its own rule reads heads, and a member has one unread."""
-    from softmeet.errors import UnsupportedHeadError
-
     loaded: dict[Any, Any] = {}
     try:
         return loading.ensemble(members, settings, loaded=loaded)
@@ -262,6 +256,5 @@ def _show(facts: dict[str, Any]) -> None:
     if "movement" in facts:
         trust, moved = facts["movement"]["trust"], facts["movement"]
         console.print(f"On {moved['positions']} tokens, at trust {trust}, {escape(moved['says'])}")
-    for note in facts["notes"]:
+    for note in [*facts["notes"], check_bytes.ADVISE]:
         console.print(note, markup=False)
-    console.print(ADVISE)

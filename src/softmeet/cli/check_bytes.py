@@ -15,6 +15,8 @@ from softmeet.cli.tables import out, print_table
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
+# The last line of what is shown.
+ADVISE = "Whether they are worth combining: softmeet advise."
 # The option --tokens counts this many bytes as one token.
 _BYTES_PER_TOKEN = 4
 
@@ -37,11 +39,9 @@ def facts(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
     members, pairs = [], []
     with working("comparing tokenizers"):
         for name, reader in named:
+            size = sum(part.nbytes for part in stored(reader.model)) / 1e6
             own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
-            own |= {
-                "unwritable_bytes": len(reader.spelling.unwritable),
-                "megabytes": sum(part.nbytes for part in stored(reader.model)) / 1e6,
-            }
+            own |= {"unwritable_bytes": len(reader.spelling.unwritable), "megabytes": size}
             members.append(own | ({} if data is None else _costs(reader, data, model.window)))
         for (one, first), (other, second) in combinations(named, 2):
             words = first.spelling, second.spelling
@@ -99,6 +99,5 @@ def show(facts: dict[str, Any]) -> None:
             left, right = pair["shared_boundaries"]
             line += f"; {left:.0%} of the places where {one} cuts the text are {other}'s too, {right:.0%} the other way"
         console.print(line)
-    for note in facts["notes"]:
+    for note in [*facts["notes"], ADVISE]:
         console.print(note, markup=False)
-    console.print("Whether they are worth combining: softmeet advise.")

@@ -14,6 +14,7 @@ from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import counted, difference, number, out, print_table
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines, without_prompt
 from softmeet.extras import require_extra
 from softmeet.rules.endings import endings
 from softmeet.rules.registry import rule_names
@@ -75,8 +76,6 @@ def evaluate(
 
     Example: softmeet evaluate -m wide/gpt2 -m wide/llama --text 'books/*.txt' --rule meet:trust=1 --rule logit-mean
     """
-    from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
-
     require_extra(
         "evaluate", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace), *["matplotlib"] * bool(plots)
     )
@@ -140,8 +139,6 @@ def _require_once(rules: list[str], settings: dict[str, Any]) -> str | None:
     Raises:
         InvalidInputError: if a rule cannot be parsed, or a setting is named twice or not one for this rule.
     """
-    from softmeet.evaluation.choices import without_prompt
-
     own = []
     for rule in rules:
         parsed, named = parse_rule(without_prompt(rule)[0])

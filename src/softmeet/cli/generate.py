@@ -23,17 +23,18 @@ from softmeet.cli.texts import argument_text, file_text
 from softmeet.errors import InvalidInputError
 from softmeet.members.passages import PASSAGE_RULE, Passage, passage_weights, read_passages
 from softmeet.rules.endings import endings
+from softmeet.structured.structure import Structure
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
     from softmeet.readers.reader import Work
-    from softmeet.structured.structure import Structure
 
 
-class ChatFlags(Flags, panel="Text"):
-    """Flags that answer prompts as messages of a conversation instead of continuing them."""
+class PromptFlags(Flags, panel="Text"):
+    """Flags for prompts in files, and for prompts that are answered as messages instead of being continued."""
 
+    file: list[Path] | None = optional("A file that holds one prompt; it can be repeated.", "--file", "-f")
     chat: bool = switch(
         "Answer each prompt as a user's message: each member's chat template makes a prompt of it. Over bytes each "
         "member begins after its own."
@@ -128,10 +129,7 @@ def generate(
         list[str] | None,
         typer.Argument(help="The prompts. With none (and no --file), or for -, one is read from stdin."),
     ] = None,
-    file: list[Path] | None = optional(
-        "A file that holds one prompt; it can be repeated.", "--file", "-f", panel="Text"
-    ),
-    chat: ChatFlags,
+    written: PromptFlags,
     members: options.Members = None,
     retrieved: PassageFlags,
     sampling: SamplingFlags,
@@ -159,15 +157,16 @@ def generate(
 
     Example: softmeet generate "And the king said" -m wide/gpt2 -m wide/llama --seed 1
     """
-    texts = [file_text(path) for path in file or []]
-    texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts or ([] if file else ["-"])]
+    texts = list(map(file_text, written.file or []))
+    prompts = prompts or ([] if texts else ["-"])
+    texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts]
     if reproducible:
         _require_reproducible(sampling, token_seconds)
     summary, as_json = shown.wants_summary(sampling), shown.as_json
-    chat.require(prompt_weights=prompt_weights)
+    written.require(prompt_weights=prompt_weights)
     structure, passages = shape.structure(), retrieved.read(prompt_weights=prompt_weights)
     ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
-    asked = chat.asked(ensemble, texts)
+    asked = written.asked(ensemble, texts)
     each = [{"weights": ensemble.prompt_weights(text)} if prompt_weights else {} for text in texts]
     from softmeet.hf import Recorder
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from softmeet.cli.flags import Flags, flag_of, optional
 from softmeet.cli.texts import file_text
 from softmeet.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from softmeet.structured.structure import Structure
+from softmeet.structured.structure import Structure
 
 
 class StructureFlags(Flags, panel="Structure"):
@@ -36,8 +33,6 @@ class StructureFlags(Flags, panel="Structure"):
             raise InvalidInputError(f"expected one structure, got {spelled}: leave out all but one")
         if not given:
             return None
-        from softmeet.structured.structure import Structure
-
         ((kind, value),) = given.items()  # flags are named as the ways to make a structure
         if kind == "grammar" or (kind == "json_schema" and not value.lstrip().startswith("{")):
             value = file_text(value)

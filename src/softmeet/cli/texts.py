@@ -15,10 +15,10 @@ import typer
 from softmeet.cli.flags import Flags, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.documents import Document, decode_utf8, read_documents
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
-    from softmeet.evaluation.documents import Document
     from softmeet.evaluation.positions import Positions
 
 
@@ -45,8 +45,6 @@ class DocumentFlags(Flags, panel="Text"):
             InvalidInputError: if no text is named, or one is empty or not UTF-8.
             OSError: if a file cannot be read.
         """
-        from softmeet.evaluation.documents import read_documents
-
         ends = argument_text(self.separator or "").replace("\\n", "\n").replace("\\t", "\t") or None
         return read_documents(self.text or [], separator=ends, column=self.column)
 
@@ -214,8 +212,6 @@ def argument_text(given: str) -> str:
     Raises:
         InvalidInputError: if they are not UTF-8 either.
     """
-    from softmeet.evaluation.documents import decode_utf8
-
     undecoded = any("\ud800" <= sign <= "\udfff" for sign in given)
     return decode_utf8("a text on the command line", os.fsencode(given)) if undecoded else given
 
@@ -227,8 +223,6 @@ def file_text(path: str | Path) -> str:
         InvalidInputError: if it is not UTF-8.
         OSError: if it cannot be read.
     """
-    from softmeet.evaluation.documents import decode_utf8
-
     if str(path) == "-":
         return decode_utf8("stdin", sys.stdin.buffer.read())
     return decode_utf8(str(path), Path(path).read_bytes())
