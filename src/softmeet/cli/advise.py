@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.markup import escape
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags, optional, switch
+from softmeet.cli.flags import argument, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, counted, difference, out, print_table
@@ -38,9 +37,7 @@ class AdvisedTextFlags(texts.DocumentFlags):
 @flags()
 def advise(
     *,
-    named: Annotated[
-        list[str] | None, typer.Argument(metavar="MEMBER...", help="The members, as -m takes them.")
-    ] = None,
+    named: list[str] | None = argument("The members, as -m takes them.", metavar="MEMBER..."),
     members: options.Members = None,
     source: AdvisedTextFlags,
     instead: list[str] | None = optional(

@@ -77,10 +77,11 @@ def _on_command_line(ctx: Any, name: str) -> bool:
 def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     """Return a decorator that gives a command its flags, in the form that typer reads.
 
-    A command gets a flag for each parameter declared with :func:`flag`, :func:`optional` or :func:`switch`, and
-    ``--config``; parameters with an annotation of typer's stay as they are. A parameter whose type is a group of
-    :class:`Flags` is replaced with a flag for each of its fields, and is passed as an instance; ``**settings`` is
-    replaced with a flag for each field of :class:`softmeet.Settings` but ``bands`` and ``rule_temperature``.
+    A command gets a flag for each parameter declared with :func:`flag`, :func:`optional` or :func:`switch`, an argument
+    for each with :func:`argument`, and ``--config``; parameters with an annotation of typer's stay as they are. A
+    parameter whose type is a group of :class:`Flags` is replaced with a flag for each of its fields, and is passed as
+    an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings` but ``bands`` and
+    ``rule_temperature``.
 
     Args:
         but: names of settings that get no flag.
@@ -151,14 +152,20 @@ def switch(about: str, *names: str, **more: Any) -> Any:
     return flag(False, about, *names, **more)
 
 
+def argument(about: str, *, default: Any = None, **more: Any) -> Any:
+    """Declare a command's argument, which is given without a name, with the arguments of :func:`flag`."""
+    return flag(default, about, made=typer.Argument, metavar=more.pop("metavar", None), **more)
+
+
 def _parameter(name: str, kind: Any, default: Any, panel: str | None = None) -> inspect.Parameter:
     """Return a keyword-only parameter for typer, from a default that :func:`flag` made or any other."""
     if isinstance(default, Field):
         option = dict(default.metadata["option"])
+        made = option.pop("made", typer.Option)
         option["rich_help_panel"] = option["rich_help_panel"] or panel
         option.setdefault("metavar", next((word for of, word in _VALUES.items() if of in str(kind)), None))
         names = default.metadata["names"] or [flag_of(name)] * (default.default is False)
-        kind, default = Annotated[kind, typer.Option(*names, **option)], default.default
+        kind, default = Annotated[kind, made(*names, **option)], default.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 

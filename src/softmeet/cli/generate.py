@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.flags import Flags, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
@@ -125,10 +125,7 @@ class ShownFlags(Flags, panel="Output"):
 @flags()
 def generate(
     *,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(help="The prompts. With none (and no --file), or for -, one is read from stdin."),
-    ] = None,
+    prompts: list[str] | None = argument("The prompts. With none (and no --file), or for -, one is read from stdin."),
     written: PromptFlags,
     members: options.Members = None,
     retrieved: PassageFlags,

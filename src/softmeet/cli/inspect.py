@@ -10,14 +10,14 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from pydantic_core import to_jsonable_python
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.flags import Flags, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import argument_text, require_new
@@ -41,7 +41,7 @@ class PageFlags(Flags, panel="Output"):
 @flags()
 def inspect(
     *,
-    text: Annotated[str, typer.Argument(help="The text itself (not a file).")],
+    text: str = argument("The text itself (not a file).", default=...),
     members: options.Members = None,
     loading: options.LoadingFlags,
     shown: PageFlags,

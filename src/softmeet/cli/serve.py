@@ -10,12 +10,12 @@ import threading
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from softmeet.cli import options
-from softmeet.cli.flags import Flags, checked_settings, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, argument, checked_settings, flag, flags, optional, switch
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
@@ -145,9 +145,7 @@ class RunFlags(Flags, panel="Engine"):
 @flags()
 def serve(
     *,
-    ensembles: Annotated[
-        list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="the family wide, named default")
-    ] = None,
+    ensembles: list[str] | None = argument(_ENSEMBLES, shown="the family wide, named default"),
     members: list[str] | None = optional(
         _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
     ),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import argument, flag, flags
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import progress
 from softmeet.extras import require_extra
@@ -18,7 +18,7 @@ from softmeet.rules.frozen import unknown
 @flags()
 def trace(
     *,
-    out: Annotated[Path, typer.Argument(help="The folder of the trace; run the same command again to resume.")],
+    out: Path = argument("The folder of the trace; run the same command again to resume.", default=...),
     members: options.Members = None,
     source: texts.TextFlags,
     store: str = flag(
