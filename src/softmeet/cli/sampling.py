@@ -33,7 +33,7 @@ class SamplingFlags(Flags, panel="Sampling"):
 
     max_new_tokens: int | None = optional(
         "The most tokens to add to each prompt; over bytes as the first member's tokenizer cuts what is added.",
-        min=1, shown="100"
+        min=1, shown="100",
     )  # fmt: skip
     max_new_bytes: int | None = optional(
         "Over bytes, the most bytes to add to each prompt, whatever tokens they make unless --max-new-tokens is given.",
@@ -45,13 +45,13 @@ class SamplingFlags(Flags, panel="Sampling"):
     temperature: float | None = optional(
         "Divide log-probabilities by X before drawing: below 1, likely tokens are drawn more often; 0 always "
             "takes the likeliest.",
-        min=0, shown="1"
+        min=0, shown="1",
     )  # fmt: skip
     top_k: int = flag(0, "Draw from the N likeliest tokens only; 0 for all.", min=0)
     top_p: float | None = optional(
         "Draw only from the smallest set of likeliest tokens whose probabilities add up to at least X; 1 for all.",
         min=0, max=1,
-        shown="1"
+        shown="1",
     )  # fmt: skip
     min_p: float | None = optional(
         "Draw only from tokens at least X times as probable as the likeliest; 0 for all.", min=0, max=1, shown="0"
@@ -65,7 +65,7 @@ class SamplingFlags(Flags, panel="Sampling"):
     speculate: str | None = optional(
         "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
         "drafts are mostly right. N may be auto, for as many as pay by what is measured, or 0.",
-        metavar="N", shown="auto in single precision, else 0", callback=checked_drafts
+        metavar="N", shown="auto over tokens in single precision, else 0", callback=checked_drafts,
     )  # fmt: skip
     one_member: bool = switch(
         "By prob-mean, draw each token from one member, itself drawn by its weight: the same law at about the price of "
