@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import argument, flag, flags, optional, switch
+from softmeet.cli.flags import argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, counted, difference, out, print_table
@@ -21,10 +21,9 @@ class AdvisedTextFlags(texts.DocumentFlags):
     """Flags for which text is read, and how much of it, or how much the members write in its place."""
 
     bos: bool = switch("Begin each document with the token for the beginning of a text (BOS).")
-    most: int | None = optional(
+    most: int | None = at_least_one(
         "The most bytes of the text to read, spread over its documents; more make the answer surer, and take longer.",
         "--bytes",
-        min=1,
         shown="as many as take minutes: at most 80,000",
     )
     tokens: int = flag(

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 
 from softmeet.cli import check_bytes, check_plan, options
-from softmeet.cli.flags import Flags, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
 from softmeet.errors import UnsupportedHeadError
@@ -48,9 +48,8 @@ def check(
         panel="Plan",
     ),
     batch: int = flag(1, "With --plan: how many sequences run at once.", min=1, panel="Plan"),
-    context: int | None = optional(
+    context: int | None = at_least_one(
         "With --plan: the length of each sequence in tokens.",
-        min=1,
         shown="the shortest context length among the members",
         panel="Plan",
     ),

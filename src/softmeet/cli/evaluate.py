@@ -9,7 +9,7 @@ from typing import Any
 
 from softmeet import __version__
 from softmeet.cli import options, texts
-from softmeet.cli.flags import checked_settings, flag_of, flags, optional
+from softmeet.cli.flags import at_least_one, checked_settings, flag_of, flags, optional
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import counted, difference, number, out, print_table
@@ -46,10 +46,9 @@ def evaluate(
         shown="none, or a saved ensemble's own unless that is auto",
         panel="Rule",
     ),
-    prompt_weights: int | None = optional(
+    prompt_weights: int | None = at_least_one(
         "Also measure logit-mean with weights that are chosen for each document by how well each member predicts its "
         "first N tokens.",
-        min=1,
         shown="off",
         panel="Rule",
     ),

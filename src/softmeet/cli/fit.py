@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import Flags, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, difference, print_table
@@ -51,14 +51,13 @@ class FitFlags(Flags, panel="Fit"):
         "starts.",
         min=1,
     )
-    batch: int | None = optional(
+    batch: int | None = at_least_one(
         "Fit meet on batches of N tokens, for when all of --meet-tokens at once take too long; the fit then starts "
         "from the better average only.",
-        min=1,
         shown="all",
     )
-    select_tokens: int | None = optional(
-        "The most tokens to use for choosing among the candidates.", min=1, shown="all of that part"
+    select_tokens: int | None = at_least_one(
+        "The most tokens to use for choosing among the candidates.", shown="all of that part"
     )
     folds: int | None = optional(
         "Deal the documents out to N folds, in place of three parts: everything is fitted on all but one, and judged "
@@ -66,9 +65,7 @@ class FitFlags(Flags, panel="Fit"):
         min=2,
         shown="three parts",
     )
-    judge_tokens: int | None = optional(
-        "The most tokens to use for judging the choice.", min=1, shown="all of that part"
-    )
+    judge_tokens: int | None = at_least_one("The most tokens to use for judging the choice.", shown="all of that part")
 
     def options(self) -> Options:
         """Return the flags as the :class:`softmeet.evaluation.candidates.Options` of a fit.

@@ -147,6 +147,11 @@ def optional(about: str, *names: str, **more: Any) -> Any:
     return flag(None, about, *names, **more)
 
 
+def at_least_one(about: str, *names: str, **more: Any) -> Any:
+    """Declare a flag of a number from 1 on that is None unless it is given, with the arguments of :func:`flag`."""
+    return flag(None, about, *names, min=1, **more)
+
+
 def switch(about: str, *names: str, **more: Any) -> Any:
     """Declare a flag that is off unless it is given, and has no ``--no-``, with the arguments of :func:`flag`."""
     return flag(False, about, *names, **more)

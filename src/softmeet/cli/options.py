@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli.flags import Flags, checked_settings, flag, optional, switch
+from softmeet.cli.flags import Flags, at_least_one, checked_settings, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import working
 from softmeet.errors import InvalidInputError
@@ -151,9 +151,8 @@ class EngineFlags(Flags, panel="Engine"):
     engine: str = flag(
         "local", "Where the work is done: local (threads of this process), or ray (workers of a Ray cluster)."
     )
-    workers: int | None = optional(
+    workers: int | None = at_least_one(
         "The number of threads or Ray workers. Threads share the members; each Ray worker loads them.",
-        min=1,
         shown="one for each core",
     )
     threads: int = flag(

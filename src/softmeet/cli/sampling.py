@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import typer
 
-from softmeet.cli.flags import Flags, flag, optional, switch
+from softmeet.cli.flags import Flags, at_least_one, flag, optional, switch
 
 
 def _positive(value: float | None) -> float | None:
@@ -31,13 +31,12 @@ def drafts_of(value: str) -> int | Literal["auto"]:
 class SamplingFlags(Flags, panel="Sampling"):
     """Flags for how tokens are drawn, named as in transformers."""
 
-    max_new_tokens: int | None = optional(
+    max_new_tokens: int | None = at_least_one(
         "The most tokens to add to each prompt; over bytes as the first member's tokenizer cuts what is added.",
-        min=1, shown="100",
-    )  # fmt: skip
-    max_new_bytes: int | None = optional(
+        shown="100",
+    )
+    max_new_bytes: int | None = at_least_one(
         "Over bytes, the most bytes to add to each prompt, whatever tokens they make unless --max-new-tokens is given.",
-        min=1,
         shown="no limit",
     )
     seed: int | None = optional("An integer that makes the draws repeatable; without it, each run differs.", min=0)

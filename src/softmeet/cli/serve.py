@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from softmeet.cli import options
-from softmeet.cli.flags import Flags, argument, checked_settings, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, argument, at_least_one, checked_settings, flag, flags, optional, switch
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
@@ -105,7 +105,7 @@ class RunFlags(Flags, panel="Engine"):
     """Flags for how members run, and for replicas on a Ray cluster: their number, their load and their resources."""
 
     engine: str = flag("local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).")
-    threads: int | None = optional("PyTorch threads of each process.", min=1, shown="torch's choice")
+    threads: int | None = at_least_one("PyTorch threads of each process.", shown="torch's choice")
     parallel: bool | None = optional(
         "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
         "devices always run in parallel.",
@@ -129,8 +129,8 @@ class RunFlags(Flags, panel="Engine"):
         "member, itself drawn by its weight: the same law at about the price of one member.",
     )
     replicas: int = flag(1, "With --engine ray: the fewest server processes that share the work.", min=1)
-    max_replicas: int | None = optional(
-        "With --engine ray: the most replicas; more are started under load.", min=1, shown="none are added"
+    max_replicas: int | None = at_least_one(
+        "With --engine ray: the most replicas; more are started under load.", shown="none are added"
     )
     target_streams: float = flag(
         32.0, "With --max-replicas: start another replica when each has more than X answers in progress.", min=1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from softmeet.cli.flags import Flags, flag, optional, switch
+from softmeet.cli.flags import Flags, at_least_one, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document, decode_utf8, read_documents
@@ -52,24 +52,22 @@ class DocumentFlags(Flags, panel="Text"):
 class TextFlags(DocumentFlags):
     """Flags for which text is read, and how it is cut into windows."""
 
-    window: int | None = optional(
+    window: int | None = at_least_one(
         "The length, in tokens, of the windows in which a document is read.",
-        min=1,
         shown="the shortest context length among the members, at most 1024",
     )
-    stride: int | None = optional(
+    stride: int | None = at_least_one(
         "How many tokens after the start of one window the next one starts. Fewer than --window give tokens more "
         "context and take longer. Each token is predicted once.",
-        min=1,
         shown="the window",
     )
     bos: bool = switch(
         "Begin each document with the token for the beginning of a text (BOS), so that its first token is predicted, "
         "too."
     )
-    max_tokens: int | None = optional("The most tokens (over bytes: bytes) to predict in all.", min=1, shown="all")
-    max_per_document: int | None = optional(
-        "The most tokens (over bytes: bytes) to predict in each document.", min=1, shown="all"
+    max_tokens: int | None = at_least_one("The most tokens (over bytes: bytes) to predict in all.", shown="all")
+    max_per_document: int | None = at_least_one(
+        "The most tokens (over bytes: bytes) to predict in each document.", shown="all"
     )
 
     @property
