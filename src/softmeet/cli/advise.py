@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from softmeet.cli import options, texts
 from softmeet.cli.flags import argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
@@ -122,10 +120,10 @@ def show(facts: dict[str, Any]) -> None:
     console = out()
     for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4)), strict=True):
         print_table(console, columns, [rows], title=title, texts=wide)
-    console.print(differences(facts), markup=False)
+    console.print(differences(facts))
     for caution in cautions(facts):
-        console.print(caution, style="yellow", markup=False, highlight=False)
-    console.print(f"[bold]{escape(facts['says'])}[/]")
+        console.print(caution, style="yellow", highlight=False)
+    console.print(facts["says"], style="bold")
 
 
 def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
 from softmeet.cli import check_bytes, check_plan, options
 from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
@@ -244,7 +243,7 @@ def _show(facts: dict[str, Any]) -> None:
         )
     for pair in facts["pairs"]:
         console.print(
-            f"{escape(' and '.join(pair['members']))}: median principal cosine {pair['median_cosine']:.2f}, "
+            f"{' and '.join(pair['members'])}: median principal cosine {pair['median_cosine']:.2f}, "
             f"{pair['cosines_above_0.9']} of {pair['of']} above 0.9" + (", one column space" if pair["shared"] else "")
         )
     if facts["rank"] is not None:
@@ -254,6 +253,6 @@ def _show(facts: dict[str, Any]) -> None:
         )
     if "movement" in facts:
         trust, moved = facts["movement"]["trust"], facts["movement"]
-        console.print(f"On {moved['positions']} tokens, at trust {trust}, {escape(moved['says'])}")
+        console.print(f"On {moved['positions']} tokens, at trust {trust}, {moved['says']}")
     for note in [*facts["notes"], check_bytes.ADVISE]:
-        console.print(note, markup=False)
+        console.print(note)

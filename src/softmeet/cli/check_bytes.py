@@ -6,8 +6,6 @@ import math
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from softmeet.cli import options
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
@@ -93,11 +91,11 @@ def show(facts: dict[str, Any]) -> None:
         columns = ("member", "bits", "own tokens", "tokens run", "probability estimated")
         print_table(console, columns, [costs], title="The text, as each member reads it; means per byte")
     for pair in facts["pairs"]:
-        one, other = map(escape, pair["members"])
+        one, other = pair["members"]
         line = f"{one} and {other}: {pair['shared_tokens']:,} tokens in common"
         if "shared_boundaries" in pair:
             left, right = pair["shared_boundaries"]
             line += f"; {left:.0%} of the places where {one} cuts the text are {other}'s too, {right:.0%} the other way"
         console.print(line)
     for note in [*facts["notes"], ADVISE]:
-        console.print(note, markup=False)
+        console.print(note)

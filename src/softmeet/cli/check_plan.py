@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-
 from softmeet.cli import options
 from softmeet.cli.progress import working
 from softmeet.cli.tables import counted, out, print_table
@@ -47,5 +45,5 @@ def show(facts: dict[str, Any]) -> None:
     console, columns = out(), ("member", "what", "where", "dtype", "MB")
     print_table(console, columns, [parts, totals], title=title, texts=(0, 1, 2, 3))
     for name, size in facts["cache_bytes_per_token"].items():
-        console.print(f"{escape(options.short(name))} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
+        console.print(f"{options.short(name)} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
     console.print("Beside this come Python with its libraries, some 500 MB, and activations while a prompt is run.")

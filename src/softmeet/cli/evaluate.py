@@ -181,9 +181,9 @@ def show(facts: dict[str, Any]) -> None:
     print_table(console, columns, sections, title=title, optional=6 if gated else None)
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):
-            console.print(f"{name}: {note}", markup=False)
+            console.print(f"{name}: {note}")
     for caution in _cautions(facts):
-        console.print(caution, markup=False)
+        console.print(caution)
     console.print(
         f"The best baseline is the best of the members and the averages, on this same text. Differences are in nats a "
         f"{unit[:-1]}, negative is better, with their 95 % intervals. The members disagree by "

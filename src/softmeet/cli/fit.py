@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
 from softmeet.cli import options, texts
 from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
@@ -152,4 +151,4 @@ def _show(facts: dict[str, Any]) -> None:
         against = "the baseline" if name == best else difference(row["delta"], row["ci95"])
         rows.append(candidate(name, row, f"{row['test_nll']:.4f}", against))
     print_table(stdout(), columns, [rows], title=title, texts=(0, 3, 4))
-    stdout().print(f"[bold]{escape(verdict(facts))}[/]")
+    stdout().print(verdict(facts), style="bold")

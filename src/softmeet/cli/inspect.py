@@ -118,7 +118,7 @@ def _show(facts: dict[str, Any]) -> None:
     print_table(console, columns, [rows], texts=(0, last), optional=last)
     unit = facts["vocabulary"][:-1]
     for sentence in endings(facts["statuses"], facts["fallbacks"], "token"):
-        console.print(sentence, markup=False)
+        console.print(sentence)
     console.print(
         f"{_rule(facts)}: {facts['nats']:.3f} nats a {unit}, the average {facts['average_nats']:.3f}; disagreement in "
         "nats, summed over members"
