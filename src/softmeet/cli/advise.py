@@ -61,7 +61,7 @@ def advise(
 
     Example: softmeet advise wide/gpt2 wide/llama --text 'books/*.txt' --save my-ensemble
     """
-    from softmeet.evaluation.files import require_ensemble_folder
+    from softmeet.evaluation.files import PieceCache, require_ensemble_folder
 
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
     if saved is not None:
@@ -70,7 +70,6 @@ def advise(
     documents = source.documents() if source.text else None
     ensemble = loading.ensemble(options.named([*(named or ()), *(members or ())]))
     from softmeet.evaluation import advise as advising
-    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.verdict import figures
 

@@ -96,7 +96,7 @@ def fit(
 
     Example: softmeet fit -m wide/gpt2 -m wide/llama --text 'books/*.txt' --out my-ensemble
     """
-    from softmeet.evaluation.files import require_ensemble_folder
+    from softmeet.evaluation.files import PieceCache, require_ensemble_folder
 
     require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))
     require_ensemble_folder(out)
@@ -105,7 +105,6 @@ def fit(
         parse_rule(rule)
     found = source.documents()
     ensemble = loading.ensemble(options.named(source.members(members)))
-    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import figures, save

@@ -35,8 +35,9 @@ class SamplingFlags(Flags, panel="Sampling"):
         "The most tokens to add to each prompt; over bytes as the first member's tokenizer cuts what is added.",
         shown="100",
     )
-    max_new_bytes: int | None = at_least_one(
+    max_bytes: int | None = at_least_one(
         "Over bytes, the most bytes to add to each prompt, whatever tokens they make unless --max-new-tokens is given.",
+        "--max-new-bytes",
         shown="no limit",
     )
     seed: int | None = optional("An integer that makes the draws repeatable; without it, each run differs.", min=0)
@@ -78,10 +79,8 @@ class SamplingFlags(Flags, panel="Sampling"):
         top-p and min-p are left out, too.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        if self.max_new_bytes is None:
+        if self.max_bytes is None:
             given.setdefault("max_new_tokens", 100)
-        else:
-            given["max_bytes"] = given.pop("max_new_bytes")
         if self.speculate is not None:
             given["speculate"] = drafts_of(self.speculate)
         if self.do_sample and self.temperature != 0:

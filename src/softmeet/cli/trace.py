@@ -43,11 +43,8 @@ def trace(
     ensemble = loading.ensemble(options.named(members))
     from softmeet.evaluation.trace import record
 
-    with (
-        stoppable(f"whole shards stay in {out}; the same command goes on from there"),
-        running.start(ensemble) as engine,
-        progress() as begin,
-    ):
+    kept = stoppable(f"whole shards stay in {out}; the same command goes on from there")
+    with kept, running.start(ensemble) as engine, progress() as begin:
         bars: list[Any] = []
         made = record(
             ensemble,
