@@ -28,6 +28,10 @@ class Sums(NamedTuple):
     gradient: Float[Tensor, " k"]
     information: Float[Tensor, "k k"]
 
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums over the positions of both."""
+        return Sums(self.loss + other.loss, self.gradient + other.gradient, self.information + other.information)
+
 
 @dataclass(frozen=True)
 class Family:

@@ -108,10 +108,8 @@ class Objective:
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
         """Return the log-probabilities of ``meet`` from the pool ``log_q``; each band of a head counts as a member."""
-        who, banded = (
-            range(len(log_p)) if self.trusted is None else self.trusted,
-            self.model.combiner.banded_heads(self.bands),
-        )
+        who = range(len(log_p)) if self.trusted is None else self.trusted
+        banded = self.model.combiner.banded_heads(self.bands)
         rows = [i for i in who for _ in range(self.bands)]
         heads = tuple(banded[i * self.bands + band] for i in who for band in range(self.bands))
         log_p = log_normalize(log_p[rows].double())
