@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from softmeet.ensemble import Ensemble
@@ -25,7 +25,7 @@ from softmeet.evaluation.scoring import Average, Text
 from softmeet.members.opaque import NoHead
 from softmeet.rules.pools import PowerMean
 from softmeet.rules.registry import DEFAULT
-from softmeet.rules.settings import Settings, parse_rule, rule_of
+from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.values import POOLS, Pool
 from softmeet.scaling.base import Engine
 
@@ -150,7 +150,7 @@ class Fitter:
             start: the same candidates, fitted on all of ``text``, to begin at; none to begin afresh.
         """
         n = len(self.ensemble.names)
-        fits = _Averages(self, text, without, {candidate.name: candidate for candidate in start})
+        fits = _Averages(self, text, without, {own.name: own.average[1] for own in start if own.average})
         candidates = [fits.single(i) for i in range(n)]
         if n == 1:
             return candidates, []
@@ -231,17 +231,23 @@ class Fitter:
 
 @dataclass(frozen=True)
 class _Averages:
-    """A fitter of averages on a text without one fold, or on all of it; ``begun`` has candidates to begin at."""
+    """A fitter of averages on a text without one fold, or on all of it; ``begun`` has values to begin at, by name."""
 
     fitter: Fitter
     text: Text
     without: int | None
-    begun: dict[str, Candidate]
+    begun: dict[str, Values]
 
     def _fit(
-        self, name: str, family: Family, start: Values, *, piece: str = "", baseline: bool = True, **named: Any
-    ) -> Candidate:
-        """Fit a family; ``piece`` names the fit instead of ``name``, ``named`` are settings beside the fitted ones."""
+        self, name: str, family: Family, start: Values | None = None, *, piece: str = "", baseline: bool = True,
+        **named: Any,
+    ) -> Candidate:  # fmt: skip
+        """Fit a family; ``piece`` names the fit instead of ``name``, ``named`` are settings beside the fitted ones.
+
+        It begins at ``start``, or else at the values of an earlier fit of that name, or else at equal weights.
+        """
+        n = family.layout.n
+        start = start or self.begun.get(name, Values((1 / n,) * n))
         piece = (piece or name) + suffix_of(self.without)
         evaluations = self.fitter.options.evaluations * _CHEAPER
         advance = self.fitter.begin(f"fitting {piece}", 0, None)
@@ -252,31 +258,22 @@ class _Averages:
         settings = self.fitter.settings(rule, values) | named
         return Candidate(name, settings, baseline, loss, count, (family, values))
 
-    def _start(self, name: str, weights: Sequence[float], order: float = 0.5) -> Values:
-        """Return the values of an earlier fit of a candidate; equal weights without one."""
-        if (known := self.begun.get(name)) is None:
-            return Values(tuple(weights), order=order)
-        own = known.settings
-        return Values(tuple(own["weights"]), own["rule_temperature"], order=getattr(rule_of(own["rule"]), "order", 0.5))
-
     def single(self, i: int) -> Candidate:
         """Fit the temperature of member ``i``, as a logit mean that gives it all the weight."""
-        name = distinct_names(self.fitter.ensemble)[i]
-        start = replace(self._start(name, (1.0,)), weights=(1.0,))
-        weights = [1.0 if k == i else 0.0 for k in range(len(self.fitter.ensemble.names))]
-        return self._fit(name, Family(Layout(1), members=(i,)), start, piece=f"member {i}", weights=weights)
+        names = distinct_names(self.fitter.ensemble)
+        weights = [1.0 if k == i else 0.0 for k in range(len(names))]
+        return self._fit(names[i], Family(Layout(1), members=(i,)), piece=f"member {i}", weights=weights)
 
     def average(self, pool: Pool) -> Candidate:
         """Fit the weights and the temperature of an average."""
         n, free = len(self.fitter.ensemble.names), self.fitter.free(pool)
         # If weights are free, their scale already is a logit mean's temperature.
         family = Family(Layout(n, free=free, tempered=not free), float(POOLS.index(pool)))
-        return self._fit(pool, family, self._start(pool, (1 / n,) * n), pool=pool, free_weights=free)
+        return self._fit(pool, family, pool=pool, free_weights=free)
 
     def power_mean(self) -> Candidate:
         """Fit the weights, the temperature and the order of the power mean, the family between the two averages."""
-        n, name = len(self.fitter.ensemble.names), PowerMean.name
-        return self._fit(name, Family(Layout(n, ordered=True)), self._start(name, (1 / n,) * n))
+        return self._fit(PowerMean.name, Family(Layout(len(self.fitter.ensemble.names), ordered=True)))
 
     def signed(self, start: Candidate) -> Candidate:
         """Fit weights that may be below zero, and a temperature, of a logit mean, beginning at those of ``start``.

@@ -126,10 +126,8 @@ def paired(
     """
     from scipy.stats import t as student_t
 
-    sums, sizes = (
-        within.sums(ours.double() - theirs.double()),
-        within.sums(torch.ones_like(ours) if units is None else units),
-    )
+    sums = within.sums(ours.double() - theirs.double())
+    sizes = within.sums(torch.ones_like(ours) if units is None else units)
     C, center = len(sizes), (sums.sum() / sizes.sum()).item()
     if C < 2:
         return Difference(center, -math.inf, math.inf)

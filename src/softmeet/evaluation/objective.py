@@ -198,9 +198,9 @@ def minimise(
     """
     numbers, stored = itertools.count(1), cache or PieceCache()
 
-    def evaluated(loss: Callable[[], LossAndGradient], theta: Tensor) -> tuple[float, Tensor]:
+    def evaluated(loss: LossAndGradient, theta: Tensor) -> tuple[float, Tensor]:
         def compute() -> Tensors:
-            value, gradient = loss()(theta)
+            value, gradient = loss(theta)
             return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
 
         found = stored.get(f"{name}-{next(numbers):04d}", compute)
@@ -208,13 +208,13 @@ def minimise(
 
     if batch is None:
         loss = _loss_in_pieces(engine, whole, on_progress)
-        return _lbfgs(lambda theta: evaluated(lambda: loss, theta), whole.layout, start, evaluations)
+        return _lbfgs(partial(evaluated, loss), whole.layout, start, evaluations)
     order = torch.randperm(len(whole.positions), generator=torch.Generator().manual_seed(0))
 
     def minibatch(k: int, theta: Tensor) -> tuple[float, Tensor]:
         rows = order[torch.arange(k * batch, (k + 1) * batch) % len(order)]
         part = replace(whole, positions=whole.positions.take(rows))
-        return evaluated(lambda: _loss_in_pieces(engine, part, on_progress), theta)
+        return evaluated(lambda at: _loss_in_pieces(engine, part, on_progress)(at), theta)
 
     return _adam(minibatch, whole.layout, start, evaluations)
 
