@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from softmeet.ensemble import Ensemble
-from softmeet.errors import UnsupportedHeadError
 from softmeet.evaluation.candidates import Begin, Candidate, Options, sample_size
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds, written
@@ -23,6 +22,7 @@ from softmeet.evaluation.judged import Gated, Judged
 from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
+from softmeet.heads import SoftmaxHead
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.rules.movement import Movement
 from softmeet.rules.values import POOLS
@@ -91,13 +91,9 @@ def meet_beside_pool(
     bytes, for one member, or where a head cannot be read.
     """
     model = ensemble.model
+    if len(ensemble.names) == 1 or not all(isinstance(head, SoftmaxHead) for head in model.combiner.heads):
+        return None
     settings = {"rule": "meet", "trust": 0.3, "weights": [1 / len(ensemble.names)] * len(ensemble.names)}
-    try:
-        model.require(model.settings.ungated().changed(**settings))
-    except UnsupportedHeadError:
-        return None
-    if len(ensemble.names) == 1:
-        return None
     many = min(len(positions), _COMPARED, max(_COMPARED_LEAST, _COMPARED_ELEMENTS // model.config.vocab_size))
     few = positions.take(torch.arange(many) * len(positions) // many)
     choices = [RuleChoice("meet", settings), RuleChoice(POOLS[0], settings | {"rule": POOLS[0]})]

@@ -150,7 +150,7 @@ class Fitter:
             start: the same candidates, fitted on all of ``text``, to begin at; none to begin afresh.
         """
         n = len(self.ensemble.names)
-        fits = _Averages(self, text, without, {own.name: own.average[1] for own in start if own.average})
+        fits = Averages(self, text, without, {own.name: own.average[1] for own in start if own.average})
         candidates = [fits.single(i) for i in range(n)]
         if n == 1:
             return candidates, []
@@ -230,7 +230,7 @@ class Fitter:
 
 
 @dataclass(frozen=True)
-class _Averages:
+class Averages:
     """A fitter of averages on a text without one fold, or on all of it; ``begun`` has values to begin at, by name."""
 
     fitter: Fitter
@@ -238,18 +238,25 @@ class _Averages:
     without: int | None
     begun: dict[str, Values]
 
-    def _fit(
+    def fit(
         self, name: str, family: Family, start: Values | None = None, *, piece: str = "", baseline: bool = True,
-        **named: Any,
+        cheaper: int = _CHEAPER, **named: Any,
     ) -> Candidate:  # fmt: skip
-        """Fit a family; ``piece`` names the fit instead of ``name``, ``named`` are settings beside the fitted ones.
+        """Fit a family of averages, and make a candidate of it.
 
-        It begins at ``start``, or else at the values of an earlier fit of that name, or else at equal weights.
+        Args:
+            name: the candidate's name.
+            family: the averages.
+            start: the values to begin at; None for those of an earlier fit of that name, or else equal weights.
+            piece: names the fit instead of ``name``.
+            baseline: whether the candidate is a baseline.
+            cheaper: how many times the evaluations of a ``meet`` it gets at the most.
+            named: settings of the candidate in place of the fitted ones, or beside them.
         """
         n = family.layout.n
         start = start or self.begun.get(name, Values((1 / n,) * n))
         piece = (piece or name) + suffix_of(self.without)
-        evaluations = self.fitter.options.evaluations * _CHEAPER
+        evaluations = self.fitter.options.evaluations * cheaper
         advance = self.fitter.begin(f"fitting {piece}", 0, None)
         values, loss, count = self.text.fit(
             family, start, evaluations, piece, without=self.without, on_progress=advance
@@ -262,18 +269,18 @@ class _Averages:
         """Fit the temperature of member ``i``, as a logit mean that gives it all the weight."""
         names = distinct_names(self.fitter.ensemble)
         weights = [1.0 if k == i else 0.0 for k in range(len(names))]
-        return self._fit(names[i], Family(Layout(1), members=(i,)), piece=f"member {i}", weights=weights)
+        return self.fit(names[i], Family(Layout(1), members=(i,)), piece=f"member {i}", weights=weights)
 
     def average(self, pool: Pool) -> Candidate:
         """Fit the weights and the temperature of an average."""
         n, free = len(self.fitter.ensemble.names), self.fitter.free(pool)
         # If weights are free, their scale already is a logit mean's temperature.
         family = Family(Layout(n, free=free, tempered=not free), float(POOLS.index(pool)))
-        return self._fit(pool, family, pool=pool, free_weights=free)
+        return self.fit(pool, family, pool=pool, free_weights=free)
 
     def power_mean(self) -> Candidate:
         """Fit the weights, the temperature and the order of the power mean, the family between the two averages."""
-        return self._fit(PowerMean.name, Family(Layout(len(self.fitter.ensemble.names), ordered=True)))
+        return self.fit(PowerMean.name, Family(Layout(len(self.fitter.ensemble.names), ordered=True)))
 
     def signed(self, start: Candidate) -> Candidate:
         """Fit weights that may be below zero, and a temperature, of a logit mean, beginning at those of ``start``.
@@ -284,7 +291,7 @@ class _Averages:
         scale = sum(start.settings["weights"])
         at = Values(tuple(w / scale for w in start.settings["weights"]), start.settings["rule_temperature"])
         family = Family(Layout(len(self.fitter.ensemble.names), signed=True))
-        return self._fit(name, family, at, baseline=False, pool=POOLS[0], free_weights=False)
+        return self.fit(name, family, at, baseline=False, pool=POOLS[0], free_weights=False)
 
 
 def suffix_of(fold: int | None) -> str:

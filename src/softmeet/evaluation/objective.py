@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from softmeet.evaluation.files import PieceCache, Tensors
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.layout import Layout, Values
 from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
@@ -199,12 +199,7 @@ def minimise(
     numbers, stored = itertools.count(1), cache or PieceCache()
 
     def evaluated(loss: LossAndGradient, theta: Tensor) -> tuple[float, Tensor]:
-        def compute() -> Tensors:
-            value, gradient = loss(theta)
-            return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
-
-        found = stored.get(f"{name}-{next(numbers):04d}", compute)
-        return found["loss"].item(), found["gradient"]
+        return stored.evaluation(f"{name}-{next(numbers):04d}", lambda: loss(theta))
 
     if batch is None:
         loss = _loss_in_pieces(engine, whole, on_progress)

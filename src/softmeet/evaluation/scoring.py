@@ -213,13 +213,8 @@ class Text:
         def evaluated(theta: Tensor) -> Sums:
             nonlocal count
             count += 1
-
-            def compute() -> Tensors:
-                found = self.sums(family, theta, without, on_progress)
-                return found._asdict() | {"loss": torch.tensor(found.loss, dtype=torch.float64)}
-
-            found = self._cache.get(f"{name}-{count:04d}", compute)
-            return Sums(found["loss"].item(), found["gradient"], found["information"])
+            evaluate = partial(self.sums, family, theta, without, on_progress)
+            return Sums(*self._cache.evaluation(f"{name}-{count:04d}", evaluate))
 
         best = layout.pack(start)
         at = evaluated(best)

@@ -285,17 +285,14 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
         if Path(member["name"]).exists():
             member["name"] = str(Path(member["name"]).absolute())
     if path.exists():
-        there = Trace.open(folder).facts
-        named = facts | {"members": [{**m, "name": ""} for m in facts["members"]]}
-        found = there | {"members": [{**m, "name": ""} for m in there["members"]]}
-        differing = sorted(
-            (key for key in named if named[key] != found.get(key)), key=lambda key: (key == "members", key)
-        )
+        there = Trace.open(folder)
+        own, found = (x | {"members": [m | {"name": ""} for m in x["members"]]} for x in (facts, there.facts))
+        differing = sorted((key for key in own if own[key] != found.get(key)), key=lambda key: (key == "members", key))
         if differing:
             raise TraceError(
                 f"{folder} holds another trace (it differs in {', '.join(differing)}): name another folder or remove it"
             )
-        return Trace(folder, there)
+        return there
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(facts, indent=1))
     return Trace(folder, facts)
