@@ -24,7 +24,6 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.rules.movement import Movement
 from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
@@ -244,7 +243,7 @@ def advise(
     seconds = (time.perf_counter() - start) / max(1, 0 if compared is None else len(compared.positions))
     # Kept, as a run that goes on does not solve them again.
     afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()
-    moved = compared is not None and _total_variation(compared) >= _UNMOVED
+    moved = compared is not None and compared.choices["meet"].moved().total_variation.mean().item() >= _UNMOVED
     meets = moved and afforded >= _FEWEST
     options = Options(
         folds=folds,
@@ -268,8 +267,3 @@ def advise(
         alone, ours = (ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in both]), both, strict=True))
         found.time *= ours / alone if alone > 0 else 1.0
     return found
-
-
-def _total_variation(compared: Evaluation) -> float:
-    """Return the mean total variation between ``meet`` and its pool."""
-    return Movement.stacked(compared.choices["meet"].movement).total_variation.mean().item()

@@ -199,13 +199,10 @@ class Judged:
 
     def by_heart(self) -> list[str]:
         """Return the names of documents of which a member needs so few bits that it may know them by heart."""
-        document, names = self.found.positions.document, self.found.positions.names
-        sizes = Clusters(document, "documents").sums(self.bytes)
-        found = []
-        for k in document.unique().tolist():
-            bits = min(own.nats[document == k].sum().item() for own in self.found.members.values()) / math.log(2)
-            found += [names[k]] if bits < _BY_HEART * sizes[k].item() else []
-        return found
+        each = Clusters(self.found.positions.document, "documents")
+        least = torch.stack([each.sums(own.nats) for own in self.found.members.values()]).amin(0)
+        known = least / math.log(2) < _BY_HEART * each.sums(self.bytes)
+        return [self.found.positions.names[k] for k in known.nonzero().squeeze(-1).tolist()]
 
     def cautions(self) -> list[str]:
         """Return sentences on what may make the verdict mislead; none if there is nothing to say."""

@@ -130,9 +130,7 @@ class Objective:
     @torch.no_grad()
     def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
         """Return (log-probabilities, logits or None) of the members at chunk ``k``, kept or computed."""
-        if k in self._held:
-            return self._held[k]
-        found = self.model.combiner.own_log_probs(chunk.hidden)
+        found = self._held.get(k) or self.model.combiner.own_log_probs(chunk.hidden)
         if self.keep:
             self._held[k] = found
         return found

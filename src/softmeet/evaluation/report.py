@@ -12,7 +12,6 @@ from torch import Tensor
 from softmeet.evaluation.choices import BASELINES, FITTED, UNIFORM
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.scores import Evaluation, Scores
-from softmeet.rules.movement import Movement
 
 BINS = 10
 
@@ -61,7 +60,7 @@ def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
         if len(scores.movement):
-            rules[name]["movement"] = Movement.stacked(scores.movement).figures()
+            rules[name]["movement"] = scores.moved().figures()
     return {
         "vocabulary": found.vocabulary,
         "tokens": count,

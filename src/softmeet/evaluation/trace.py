@@ -351,18 +351,17 @@ def identity(ensemble: Ensemble) -> dict[str, Any]:
     facts: dict[str, Any] = dict(model.pruning)
     if any(own := model.contexts.prefixes):
         facts["prefixes"] = [list(ids) or None for ids in own]
-    widths = [head.d + _COSTS * bool(model.pruning) for head in model.combiner.heads]
-    members = zip(ensemble.names, widths, model.member_heads, model.members, strict=True)
+    members = zip(ensemble.names, model.combiner.heads, model.member_heads, model.members, strict=True)
     return facts | {
         "members": [
             {
                 "name": name,
-                "width": width,
+                "width": read.d + _COSTS * bool(model.pruning),
                 "dtype": str(head.dtype).removeprefix("torch."),
                 "head": _head_hash(head) if isinstance(head, SoftmaxHead) else body_hash(member),
                 "body": body_hash(member),
             }
-            for name, width, head, member in members
+            for name, read, head, member in members
         ],
         "tokenizer": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
     }
