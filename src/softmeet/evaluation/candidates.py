@@ -155,7 +155,8 @@ class Fitter:
         if n == 1:
             return candidates, []
         averages = [fits.average(pool) for pool in POOLS]
-        candidates += [*averages, fits.power_mean()]
+        # Averages of every order between those two.
+        candidates += [*averages, fits.fit(PowerMean.name, Family(Layout(n, ordered=True)))]
         if self.options.signed_weights:
             candidates.append(fits.signed(averages[0]))
         best, premise = min(averages, key=lambda candidate: candidate.fit_nll), list[Premise]()
@@ -277,10 +278,6 @@ class Averages:
         # If weights are free, their scale already is a logit mean's temperature.
         family = Family(Layout(n, free=free, tempered=not free), float(POOLS.index(pool)))
         return self.fit(pool, family, pool=pool, free_weights=free)
-
-    def power_mean(self) -> Candidate:
-        """Fit the weights, the temperature and the order of the power mean, the family between the two averages."""
-        return self.fit(PowerMean.name, Family(Layout(len(self.fitter.ensemble.names), ordered=True)))
 
     def signed(self, start: Candidate) -> Candidate:
         """Fit weights that may be below zero, and a temperature, of a logit mean, beginning at those of ``start``.

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from softmeet.evaluation.average import means
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.layout import Layout, Values
 from softmeet.evaluation.perplexity import chunk_size
@@ -24,9 +25,9 @@ from softmeet.rules.combine import product_dtype
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import Settings
 from softmeet.rules.validate import slopes_of
-from softmeet.rules.values import Pool
+from softmeet.rules.values import POOLS, Pool
 from softmeet.scaling.base import Engine
-from softmeet.simplex import log_normalize, log_power_means, weighted_log_probs
+from softmeet.simplex import log_normalize
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.implicit import projected
 from softmeet.solvers.minimise import minimise_dual
@@ -97,10 +98,7 @@ class Objective:
         """
         parts = self.layout.unpack(theta)
         # Sums over the vocabulary in fp32 would leave an error of a hundredth in the weights' gradient.
-        mean = weighted_log_probs if self.pool == "logit-mean" else partial(log_power_means, order=1.0)
-        log_q = mean(log_p.double(), parts.weights)
-        if (support := self.model.combiner.support) is not None:
-            log_q = log_q.masked_fill(~support, -torch.inf)
+        log_q = means(log_p.double(), parts.weights, float(POOLS.index(self.pool)), self.model.combiner.support)
         scores = self._met(log_q, parts.trust, log_p, logits)
         return nn.functional.cross_entropy(scores / parts.temperature, targets, reduction="none")
 
