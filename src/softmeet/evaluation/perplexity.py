@@ -85,7 +85,7 @@ def evaluate_text(
         cache: keeps finished pieces, and supplies those that an earlier run finished.
         begin: called once with the number of positions; returns a function, called with that of each finished piece.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
-            :func:`softmeet.evaluation.positions.cut`.
+            :class:`softmeet.evaluation.positions.Windowing`.
 
     Raises:
         InvalidInputError, UnsupportedHeadError: as in :func:`evaluate`; or if the text is too short (also for a

@@ -234,7 +234,7 @@ def record(
             with the number of its positions.
         on_damage: called before ``on_start`` with a sentence about each damaged shard, which is made again.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
-            :func:`softmeet.evaluation.positions.cut`.
+            :class:`softmeet.evaluation.positions.Windowing`.
 
     Raises:
         InvalidInputError: if the text is too short, the windows do not fit, an argument has a bad value, hidden states
