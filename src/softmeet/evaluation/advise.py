@@ -196,9 +196,8 @@ class Advice:
         alternative's loss is scaled to those of the ensemble.
         """
         judged = self.judged
-        documents = Clusters(judged.found.positions.document, "documents")
-        sizes = documents.sums(judged.bytes)
-        ours = documents.sums(judged.base if self.verdict == "single" or self.nats is None else self.nats)
+        sizes = judged.documents.sums(judged.bytes)
+        ours = judged.documents.sums(judged.base if self.verdict == "single" or self.nats is None else self.nats)
         theirs, each = own.nats * sizes / own.sizes, Clusters(torch.arange(len(sizes)), "documents")
         return paired(ours / math.log(2), theirs / math.log(2), each, sizes)
 

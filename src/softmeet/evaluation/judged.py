@@ -74,7 +74,8 @@ class Judged:
         found: scores of members and candidates.
         fold: the fold of each position, (N,), int64.
         names: the members' names.
-        within: the clusters of positions.
+        within: the clusters of positions, for intervals.
+        documents: the clusters of positions by document, whatever their number.
         bytes: that each position adds to the text, (N,).
         best: the member of the least loss, as it is or with a fitted temperature.
         base: its losses, (N,), whichever are less.
@@ -91,6 +92,7 @@ class Judged:
         assert self.fitted.fold is not None, "advice is by folds"
         self.found, self.fold, self.names = self.fitted.test, self.fitted.fold, distinct_names(self.ensemble)
         self.within, self.bytes = self.fitted.parts["test"].within, self.found.positions.sizes
+        self.documents = Clusters(self.found.positions.document, "documents")
         alone = {}
         for name, own in zip(self.names, self.fitted.candidates, strict=False):
             alone[name] = min(self.found.members[name].nats, self._nats(own), key=torch.sum)
@@ -199,9 +201,8 @@ class Judged:
 
     def by_heart(self) -> list[str]:
         """Return the names of documents of which a member needs so few bits that it may know them by heart."""
-        each = Clusters(self.found.positions.document, "documents")
-        least = torch.stack([each.sums(own.nats) for own in self.found.members.values()]).amin(0)
-        known = least / math.log(2) < _BY_HEART * each.sums(self.bytes)
+        least = torch.stack([self.documents.sums(own.nats) for own in self.found.members.values()]).amin(0)
+        known = least / math.log(2) < _BY_HEART * self.documents.sums(self.bytes)
         return [self.found.positions.names[k] for k in known.nonzero().squeeze(-1).tolist()]
 
     def cautions(self) -> list[str]:
