@@ -236,17 +236,16 @@ def behind(new: NewTokens) -> Behind:
     texts = new.texts
     found = read(texts, model.reading, options.settings, every=new.needed > 1)
     require_read(texts)
-    # Places are counted through all sequences, kept ones and those that were read for them.
-    at, rows, start = list[Tensor](), list[Tensor](), 0
-    for k, own in enumerate(found.values()):
-        places, which = new.behind(k, len(own[0]))
+    at, hidden = list[Tensor](), list[list[Tensor]]()
+    for k, (one, own) in enumerate(found.items()):
+        # What a member reads of its own may end where its predictions begin: they end together.
+        shared = min(map(len, own))
+        places, which = new.behind(k, shared)
         at.append(places + k * count)
-        rows.append(which + start)
-        start += len(own[0])
-    chosen = torch.cat(rows)
-    hidden = [states[chosen.to(states.device)] for states in map(torch.cat, zip(*found.values(), strict=True))]
-    asked = joined(texts)
-    return Behind(hidden, torch.cat(at), asked and asked.take(chosen.to(asked.rows.device)), texts)
+        hidden.append([states[len(states) - shared + which.to(states.device)] for states in own])
+        if one.asked is not None:
+            one.asked = one.asked.take(len(own[0]) - shared + which.to(one.asked.rows.device))
+    return Behind([torch.cat(own) for own in zip(*hidden, strict=True)], torch.cat(at), joined(texts), texts)
 
 
 def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
