@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers import tuning
-from softmeet.solvers.base import Solver, Status, iterate
+from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
 from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.direction import direction, heavy_tokens
-from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
+from softmeet.solvers.dual import DualState, Solver, end_by_pool, end_by_proof, iterate, moved_to, pool_is_near, start
 from softmeet.solvers.linalg import backtrack, held, some
 from softmeet.solvers.projection import Point, Projection
 

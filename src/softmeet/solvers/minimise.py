@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from softmeet.solvers import tuning
-from softmeet.solvers.base import Status, iterate
+from softmeet.solvers.base import Status
 from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.dense import dense
-from softmeet.solvers.dual import DualState
+from softmeet.solvers.dual import DualState, iterate
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers import tuning
-from softmeet.solvers.base import Solver, Status
+from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import gap_bound, restricted_gap_bound
 from softmeet.solvers.clock import time_is_over
-from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
+from softmeet.solvers.dual import DualState, Solver, end_by_pool, end_by_proof, moved_to, pool_is_near, start
 from softmeet.solvers.leftover import residual_slack
 from softmeet.solvers.linalg import backtrack, cached, held, solve_ridged
 from softmeet.solvers.oracle import moments
