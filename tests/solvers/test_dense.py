@@ -15,8 +15,8 @@ from softmeet.heads import WhitenedHead
 from softmeet.hf.prompts import encoded
 from softmeet.simplex import kl, total_variation
 from softmeet.solvers import minimise, tuning
-from softmeet.solvers.base import iterate
 from softmeet.solvers.dense import DenseNewton
+from softmeet.solvers.dual import iterate
 from softmeet.solvers.projection import Projection
 
 pytestmark = pytest.mark.checked

@@ -8,7 +8,7 @@ from instances import outputs, random_heads
 
 from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.solvers import implicit, linalg
-from softmeet.solvers.base import iterate
+from softmeet.solvers.dual import iterate
 from softmeet.solvers.implicit import adjoint, iterative, projected
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection

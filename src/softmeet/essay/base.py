@@ -194,11 +194,13 @@ class ExactRule(Rule):
             known = answer.log_probs[k].clone() if seeks and not empty[k] else row.log_q
             if time_is_over():
                 self._leave(answer, k, row, row.log_q if lost[k] and self.always_answers else known)
-                continue
-            member = known.exp() if seeks and not (empty[k] or lost[k]) else None
-            chosen = self.always_answers or not lost[k]
-            choice = self.choose(row, member) if chosen else Choice(known.exp(), torch.zeros_like(row.target), 0)
-            self._write(answer, k, row, choice, known)
+            else:
+                member = known.exp() if seeks and not (empty[k] or lost[k]) else None
+                chosen = self.always_answers or not lost[k]
+                choice = self.choose(row, member) if chosen else Choice(known.exp(), torch.zeros_like(row.target), 0)
+                self._write(answer, k, row, choice, known)
+            answer.disagreement[k] = kl(answer.log_probs[k].expand_as(row.log_p), row.log_p)
+            answer.disagreement_is_bound[k] = True
         return answer
 
     def preference(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[float, float]:
@@ -218,8 +220,6 @@ class ExactRule(Rule):
         answer.log_probs[k] = min(known, row.log_q, key=lambda point: self.preference(row, point.exp()))
         answer.status[k], answer.gap[k], answer.certified[k] = Status.NOT_CONVERGED, torch.inf, False
         answer.objective[k], answer.objective_range[k] = torch.nan, answer.gap.new_tensor([-torch.inf, torch.inf])
-        answer.disagreement[k] = kl(answer.log_probs[k].expand_as(row.log_p), row.log_p)
-        answer.disagreement_is_bound[k] = True
 
     def _write(self, answer: Answer, k: int, row: FeasibleSet, choice: Choice, known: Float[Tensor, " v"]) -> None:
         """Write the choice in row ``k``, its bounds and its status into ``answer``, in place.
@@ -233,7 +233,6 @@ class ExactRule(Rule):
             log_p = min(log_p, known, row.log_q, key=lambda point: self.preference(row, point.exp()))
             found = self.proved(row, log_p.exp(), y)
             status = self.status(row, log_p.exp(), found)
-        p = log_p.exp()
         answer.log_probs[k] = log_p
         answer.status[k] = Status.DEGENERATE if status == Status.OPTIMAL and choice.constant else status
         answer.gap[k], answer.objective[k] = found.gap, found.value
@@ -242,13 +241,10 @@ class ExactRule(Rule):
         answer.objective_range[k] = answer.gap.new_tensor([found.least, most])
         answer.steps[k] += choice.steps
         answer.passes[k] += row.passes()
-        for mine, lam in zip(answer.dual, row.raw(y), strict=True):
-            mine[k] = lam[0]
-        proof = self.proof(row, p)
-        for mine, lam in zip(answer.ray, row.raw(proof), strict=True):
-            mine[k] = lam[0] if proof.any() else mine[k]
-        answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
-        answer.disagreement_is_bound[k] = True
+        row.write(y, answer.dual, k)
+        proof = self.proof(row, log_p.exp())
+        if proof.any():
+            row.write(proof, answer.ray, k)
 
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Compute every row's gap and status anew from the stored answer and its multipliers, without a solver.
@@ -259,7 +255,7 @@ class ExactRule(Rule):
         looks = []
         for k, row in enumerate(FeasibleSet.of(problem)):
             p = answer.log_probs[k].exp()
-            found = self.proved(row, p, row.whitened(tuple(lam[k] for lam in answer.dual)))
+            found = self.proved(row, p, row.whitened(answer.dual, k))
             looks.append(((p / p.sum()).log(), found.gap, self.status(row, p, found)))
         return Recomputed.of_rows(looks, answer.log_probs)
 

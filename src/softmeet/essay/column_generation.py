@@ -181,17 +181,15 @@ def _restricted(
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
     """Solve the program over the working set ``chosen``; return (p on all tokens, the multipliers, the steps)."""
     tokens = chosen.nonzero().squeeze(-1)
-    everything = len(tokens) == len(chosen)
-    columns: MomentMatrix = program.columns if everything else dense_matrix(program.columns.rows(tokens))
+    columns = program.columns if len(tokens) == len(chosen) else dense_matrix(program.columns.rows(tokens))
     cost, feasible = program.cost[tokens], program.feasible
     if feasible is not None and not bool((chosen | ~program.alive).all()):
         columns = stacked(columns, program.columns.sums(feasible)[None])
         cost = torch.cat([cost, (program.cost @ feasible)[None]])
     start = torch.full_like(cost, 1 / len(cost))
-    found = interior_point(
-        Program(columns, program.target, cost, program.softness, start, program.unit), max_steps=max_steps
-    )
-    p = torch.zeros_like(program.cost).index_copy(0, tokens, found.x[: len(tokens)])
+    part = Program(columns, program.target, cost, program.softness, start, program.unit)
+    found = interior_point(part, max_steps)
+    p = torch.zeros_like(program.cost).masked_scatter(chosen, found.x)
     if len(found.x) > len(tokens):
         assert feasible is not None
         p = p + found.x[-1] * feasible

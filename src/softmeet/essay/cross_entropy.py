@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -29,13 +30,10 @@ class CrossEntropyRule(ExactRule):
     """
 
     can_assign_zeros = True
-    slack: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False,
-        description="τ, by which moments may differ from the members' at ‖Qᵀ(p - p̂)‖² / 2τ nats.",
-    )  # fmt: skip
-    vertex: bool = Field(
-        default=False, description="Where the program chooses nothing, answer by some vertex of the feasible set."
-    )
+    slack: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """τ, by which moments may differ from the members' at ‖Qᵀ(p - p̂)‖² / 2τ nats."""
+    vertex: bool = False
+    """Where the program chooses nothing, answer by some vertex of the feasible set."""
 
     def constrained(self, problem: Problem) -> bool:
         """Return whether the answer must have the members' moments, which it must unless ``slack`` is positive."""
@@ -84,7 +82,7 @@ class CrossEntropyRule(ExactRule):
                 ``slack`` is positive.
 
         Returns:
-            The optimum of :meth:`program`; its ``y`` become multipliers of Gᵀp = g by :meth:`multipliers`.
+            The optimum, as :meth:`extremes` finds it; its ``y`` are multipliers of Gᵀp = g.
         """
 
     @abstractmethod
@@ -102,20 +100,16 @@ class CrossEntropyRule(ExactRule):
         ``member`` is None with ``slack``; then the program is solved in any case. The largest value of the objective is
         not looked for once the time is over.
         """
-        if member is None:
-            found = self.optimum(row, None)
-            return Choice(found.p, self.multipliers(row, found.y), found.steps)
-        if not self.is_constant(row):
-            found = self.optimum(row, member)
-            y = self.multipliers(row, found.y)
-            if time_is_over():
-                return Choice(found.p, y, found.steps)
-            most = self.most(row, member)
-            # On the boundary of the simplex the objective may be constant though no multipliers prove it.
-            constant = most - self.bounds(row, found.p, y).least <= row.problem.tol and not row.unique
-            return Choice(self._kept(row, member) if constant else found.p, y, found.steps, most, constant)
-        p = self._kept(row, member)
-        return Choice(p, row.fit(self.gradient(row, p)), 0)
+        if member is not None and self.is_constant(row):
+            p = self._kept(row, member)
+            return Choice(p, row.fit(self.gradient(row, p)), 0)
+        found = self.optimum(row, member)
+        if member is None or time_is_over():
+            return Choice(found.p, found.y, found.steps)
+        most = self.most(row, member)
+        # On the boundary of the simplex the objective may be constant though no multipliers prove it.
+        constant = most - self.bounds(row, found.p, found.y).least <= row.problem.tol and not row.unique
+        return Choice(self._kept(row, member) if constant else found.p, found.y, found.steps, most, constant)
 
     def status(self, row: FeasibleSet, p: Float[Tensor, " v"], found: Bounds) -> Status:
         """Return :meth:`ExactRule.status`, except that rows whose objective is constant are DEGENERATE.
@@ -146,14 +140,14 @@ class CrossEntropyRule(ExactRule):
         """Return the answer if the program chooses nothing: ``member``, or a vertex if the option ``vertex`` is set."""
         return vertex(row.system[0], member) if self.vertex else member
 
-    def program(
+    def extremes(
         self,
         row: FeasibleSet,
         cost: Float[Tensor, " v"],
         member: Float[Tensor, " v"] | None,
         extra: Float[Tensor, "v k"] | None = None,
-    ) -> SimplexProgram:
-        """State the program: minimise costᵀp + Σ_k (extra_kᵀp)² over C or, with ``slack``, that plus its penalty.
+    ) -> Optimum:
+        """Minimise costᵀp + Σ_k (extra_kᵀp)² over C or, with ``slack``, that plus its penalty over the simplex.
 
         Args:
             row: the row's feasible set C.
@@ -163,37 +157,19 @@ class CrossEntropyRule(ExactRule):
                 soft constraints, after all others.
 
         Returns:
-            The program, to be solved by :func:`solve_program` to a gap of 0.01 ``tol``. Its first constraints are those
-            of Gᵀp = g with ``slack``, else those of :attr:`FeasibleSet.system`.
+            The optimum, to a gap of 0.01 ``tol``; its ``y`` are multipliers of Gᵀp = g, (m,).
         """
         soft = self.slack > 0
         columns, target = (row.tokens, row.target) if soft else row.system
-        softness = torch.full_like(target, self.slack)
-        softness[-1], unit = 0.0, len(target) - 1
+        count, softness = len(target), torch.full_like(target, self.slack)
+        softness[-1] = 0.0
         if extra is not None:
             columns = token_matrix(row.heads, torch.cat([row.ones, extra], dim=-1))
             same = torch.eye(extra.shape[1], dtype=target.dtype, device=target.device)
             columns = columns if soft else mapped(columns, torch.block_diag(row.joint, same))
             target, softness = torch.cat([target, 0 * same[0]]), torch.cat([softness, 0 * same[0] + 0.5])
-        weight = row.log_mean if member is None else member
-        return SimplexProgram(columns, target, softness, cost, row.alive, unit, member, weight, 0.01 * row.problem.tol)
-
-    def multipliers(self, row: FeasibleSet, y: Float[Tensor, " r"]) -> Float[Tensor, " m"]:
-        """Convert the multipliers ``y`` of the constraints of :meth:`program` to multipliers of Gᵀp = g, (m,).
-
-        ``y`` are those of the :class:`Optimum` that :func:`solve_program` returned for it, one per constraint. The
-        multipliers of its ``extra`` columns, at the end of ``y``, are dropped.
-        """
-        return y[: len(row.target)] if self.slack > 0 else row.joint @ y[: row.joint.shape[1]]
-
-    def extremes(self, row: FeasibleSet, cost: Float[Tensor, " v"], member: Float[Tensor, " v"] | None) -> Optimum:
-        """Minimise Σ_j cost_j p_j over the feasible set C; return the optimum.
-
-        With ``slack`` the sum plus the penalty of the moments is minimised over the simplex.
-
-        Args:
-            row: the row's feasible set C.
-            cost: the cost of each token, (v,), fp64, finite.
-            member: some distribution in C, probabilities, (v,); None if and only if ``slack`` is positive.
-        """
-        return solve_program(self.program(row, cost, member), row.problem.settings.max_steps)
+        weight, tol = row.log_mean if member is None else member, 0.01 * row.problem.tol
+        program = SimplexProgram(columns, target, softness, cost, row.alive, count - 1, member, weight, tol)
+        found = solve_program(program, row.problem.settings.max_steps)
+        y = found.y[:count]
+        return replace(found, y=y if soft else row.joint @ y)

@@ -65,6 +65,11 @@ class FeasibleSet:
         return self.problem.log_p[:, 0]
 
     @cached_property
+    def finite_log_p(self) -> Float[Tensor, "n v"]:
+        """The members' log-probabilities, (n, v), in nats, with 0 for tokens outside :attr:`alive`."""
+        return self.log_p.masked_fill(~self.alive, 0.0)
+
+    @cached_property
     def log_mean(self) -> Float[Tensor, " v"]:
         """The logarithm of the members' weighted mean Σ w_i p̂_i, (v,), in nats.
 
@@ -159,14 +164,19 @@ class FeasibleSet:
         parts = y[: len(self.target) - 1].split([h.rank for h in self.heads])
         return tuple((part @ h.whitening.factor.T)[None] for h, part in zip(self.heads, parts, strict=True))
 
-    def whitened(self, raw: tuple[Float[Tensor, " _"], ...]) -> Float[Tensor, " m"]:
+    def write(self, y: Float[Tensor, " m"], parts: tuple[Float[Tensor, "B _"], ...], k: int) -> None:
+        """Write multipliers ``y``, as :meth:`raw` converts them, into row ``k`` of each member's part, in place."""
+        for part, lam in zip(parts, self.raw(y), strict=True):
+            part[k] = lam[0]
+
+    def whitened(self, parts: tuple[Float[Tensor, "B _"], ...], k: int) -> Float[Tensor, " m"]:
         """Convert multipliers λ_i, (d_i,), of each member's moments W_iᵀp to those of Gᵀp = g, (m,), 0 at the end.
 
-        This inverts :meth:`raw`, up to the multiplier of Σp = 1. Parts of λ_i in directions that the whitened head does
-        not have are dropped.
+        λ_i is row ``k`` of member i's part. This inverts :meth:`write`, up to the multiplier of Σp = 1. Parts of λ_i in
+        directions that the whitened head does not have are dropped.
         """
-        parts = [h.whitening.inverse @ lam.to(self.target) for h, lam in zip(self.heads, raw, strict=True)]
-        return torch.cat([*parts, torch.zeros_like(self.ones[0])])
+        white = [h.whitening.inverse @ part[k].to(self.target) for h, part in zip(self.heads, parts, strict=True)]
+        return torch.cat([*white, torch.zeros_like(self.ones[0])])
 
     def scores(self, y: Float[Tensor, " m"]) -> Float[Tensor, " v"]:
         """Return yᵀ(g_j - g) for every token j, (v,): its whitened moments less the members', weighted by ``y``.
@@ -186,27 +196,24 @@ class FeasibleSet:
         return reads / sum(h.head.d for h in self.heads) / len(self.log_q)
 
     @cached_property
-    def rank(self) -> int:
-        """The numerical rank of [1, W_1 | … | W_n] on the tokens that may have mass."""
-        values = self._spectrum[0]
-        return int((values > values[-1] * _RANK_TOLERANCE**2).sum())
-
-    @cached_property
     def unique(self) -> bool:
         """Whether at most one p can have the members' moments: [1, W_1 | … | W_n] has linearly independent rows.
 
         Only rows of tokens that may have mass (:attr:`alive`) count. Such a p need not exist.
         """
         size = int(self.alive.sum())
-        return len(self.target) >= size and self.rank >= size
+        return len(self.target) >= size and int(self._spectrum[0].count_nonzero()) >= size
 
     @cached_property
     def _spectrum(self) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"], Float[Tensor, " m"]]:
-        """(eigenvalues, eigenvectors, scale) of the Gram matrix of G on tokens that may have mass, at unit diagonal."""
+        """(1 / eigenvalues, eigenvectors, scale) of G's Gram matrix on tokens that may have mass, at unit diagonal.
+
+        Eigenvalues that are rounding have 0 in place of their inverses.
+        """
         G = self.tokens.gram(self.alive.to(self.target))
         scale = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).rsqrt()
         values, vectors = torch.linalg.eigh(scale[:, None] * G * scale)
-        return values, vectors, scale
+        return torch.where(values > values[-1] * _RANK_TOLERANCE**2, 1 / values, 0.0), vectors, scale
 
     def fit(self, cost: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
         """Return multipliers y, (m,), for which ``cost`` - G y is nearest to a constant for all tokens (least squares).
@@ -219,8 +226,7 @@ class FeasibleSet:
         """
         weight = self.alive.to(self.target)
         cost = torch.where(self.alive, cost, 0.0)
-        values, vectors, scale = self._spectrum
-        inverse = torch.where(values > values[-1] * _RANK_TOLERANCE**2, 1 / values, 0.0)
+        inverse, vectors, scale = self._spectrum
         y = torch.zeros_like(self.target)
         for _ in range(3):  # again for the rounding of the first
             e = scale * self.tokens.sums(weight * (cost - self.tokens.times(y)))

@@ -19,6 +19,7 @@ centrality corrections in a primal-dual method for linear programming*, Comput. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from softmeet.essay.matrices import MomentMatrix
 from softmeet.solvers.clock import time_is_over
-from softmeet.solvers.linalg import Factored
+from softmeet.solvers.linalg import factored
 
 # The share of the way to the boundary that a step may go; with a barrier, which keeps x inside, much less is enough.
 _DAMPING, _INSIDE = 0.9995, 0.9
@@ -121,11 +122,13 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
     Nothing is raised then, and nothing is proved about the point: callers bound its gap from x and y.
     """
     method = _Method(program)
-    best = method.report(0)
+    best = found = method.report(0)
     residual, complementarity, stalled = best.residual, best.complementarity, 0
     for step in range(1, max_steps + 1):
-        late = stalled >= _ENOUGH and method.complementary(_NEARLY)
-        if time_is_over() or method.finished() or late or stalled == _STALLED or not method.advance():
+        exact = found.residual <= _FEASIBLE * method.scale
+        finished = exact and found.complementarity <= _COMPLEMENTARY * method.cost_scale
+        late = stalled >= _ENOUGH and found.complementarity <= _NEARLY * method.cost_scale
+        if time_is_over() or finished or late or stalled == _STALLED or not method.advance():
             break
         found = method.report(step)
         # Complementarity may rise by orders of magnitude while the moments improve; its progress counts from there.
@@ -140,16 +143,23 @@ def interior_point(program: Program, max_steps: int = 100) -> Interior:
 
 
 class _Method:
-    """The state of the method for one program: the current x, y, z, w and the residual of the constraints.
+    """The state of the method for one program: the current x, y, multipliers z and the residual of the constraints.
 
-    The module docstring has the meaning of the letters; w is None without upper bounds. ``advance`` changes the state.
+    The module docstring has the meaning of the letters. There is one bound, x ≥ 0, or two, x ≤ u as well; tensors
+    (b, N) have a row for each of these b bounds, so that the rows of ``z`` are z and, with upper bounds, w. ``aims``
+    are the products of z with the distances to the bounds that are wanted: c and 0. ``advance`` changes the state.
     """
 
     def __init__(self, program: Program) -> None:
         self.program, self.G = program, program.columns
         self.x = program.start.clone()
-        c = torch.zeros_like(self.x) if program.barrier is None else program.barrier
-        self.c = c
+        nothing = torch.zeros_like(self.x)
+        self.aims = (nothing if program.barrier is None else program.barrier)[None]
+        # The distance to a bound is what it is at x = 0, and x times the sign.
+        self.at_zero, self.signs = nothing[None], torch.ones_like(nothing[:1, None])
+        if program.upper is not None:
+            self.at_zero, self.signs = torch.stack([nothing, program.upper]), torch.cat([self.signs, -self.signs])
+            self.aims = torch.cat([self.aims, nothing[None]])
         # Soft constraints start with the multipliers that their excess implies, and that of the sum makes every reduced
         # cost positive: the start is dual feasible, and of the right size.
         soft = program.softness > 0
@@ -157,95 +167,81 @@ class _Method:
         self.y = torch.where(soft, -excess / program.softness.clamp_min(torch.finfo(excess.dtype).tiny), 0.0)
         slope = program.slope(self.x) - self.G.times(self.y)
         spread = (slope - slope.min()).mean().clamp_min(1e-3)
+        self.z = (self.signs * slope).clamp_min(0) + spread
         if program.barrier is not None:
-            self.z = c / self.x
+            self.z[0] = program.barrier / self.x
             self.y[program.unit] = -1.0
         elif program.upper is None:
             self.y[program.unit] = slope.min() - spread
-            self.z = slope - self.y[program.unit]
-        else:
-            self.z = slope.clamp_min(0) + spread
-        self.w = None if program.upper is None else (-slope).clamp_min(0) + spread
+            self.z[0] = slope - self.y[program.unit]
         self.scale = 1 + float(program.target.norm())
         self.cost_scale = 1 + float((self.x * slope.abs()).sum())
-        self.residual = self._residual()
+        self._measure()
 
-    @property
-    def slack(self) -> Tensor:
-        """The distance u - x to the upper bounds, (N,), positive; only for a program that has them."""
-        assert self.program.upper is not None
-        return self.program.upper - self.x
+    def _distances(self, x: Float[Tensor, " N"]) -> Float[Tensor, "b N"]:
+        """Return the distances of ``x`` to its bounds: x itself and, with upper bounds, u - x."""
+        return self.at_zero + self.signs * x
 
-    def _residual(self) -> Float[Tensor, " m"]:
-        """Return g - Gᵀx - E y, (m,), at the current point: 0 if the constraints hold."""
-        return self.program.target - self.G.sums(self.x) - self.program.softness * self.y
+    def _measure(self) -> None:
+        """Compute the distances to the bounds and the residual g - Gᵀx - E y, (m,), of the current point."""
+        self.distances = self._distances(self.x)
+        self.residual = self.program.target - self.G.sums(self.x) - self.program.softness * self.y
+
+    def _complementarity(self, x: Float[Tensor, " N"], z: Float[Tensor, "b N"]) -> float:
+        """Return Σ |x z - c| + Σ (u - x) w at a point ``x`` with the multipliers ``z``."""
+        return float((self._distances(x) * z - self.aims).abs().sum(-1).sum())
 
     def report(self, steps: int) -> Interior:
         """Return the current point as an :class:`Interior`, with ``steps`` as its number of steps."""
-        total = (self.x * self.z - self.c).abs().sum()
-        if self.w is not None:
-            total = total + (self.slack * self.w).sum()
-        return Interior(self.x, self.y, steps, float(self.residual.norm()), float(total))
-
-    def complementary(self, relative: float) -> bool:
-        """Return whether the complementarity is at most ``relative`` times the size of the costs at the start."""
-        return self.report(0).complementarity <= relative * self.cost_scale
-
-    def finished(self) -> bool:
-        """Return whether complementarity and residual are no more than rounding, relative to costs and moments."""
-        return self.complementary(_COMPLEMENTARY) and self.report(0).residual <= _FEASIBLE * self.scale
+        return Interior(self.x, self.y, steps, float(self.residual.norm()), self._complementarity(self.x, self.z))
 
     def advance(self) -> bool:
         """Take one predictor and corrector step, in place; return True.
 
         If the system's matrix cannot be factored, or the step is not finite, return False and change nothing.
         """
-        program, x, z = self.program, self.x, self.z
-        theta = program.curvature(x) + z / x
-        if self.w is not None:
-            theta = theta + self.w / self.slack
-        theta = 1 / theta
-        dual = program.slope(x) - self.G.times(self.y) - z
-        dual = dual if self.w is None else dual + self.w
+        program, x = self.program, self.x
+        theta = 1 / sum(self.z / self.distances, program.curvature(x))
+        dual = sum(-self.signs * self.z, program.slope(x) - self.G.times(self.y))
         M = self.G.gram(theta)
         M.diagonal().add_(program.softness)
-        solve = Factored.of(M)
+        solve = factored(M)
         if solve is None:
             return False
-        mu = self._mean_complementarity()
-        affine = self._direction(solve, theta, dual, 0.0, None)
+        system = solve, theta, dual
+        mu = self._complementarity(x, self.z) / self.z.numel()
+        affine = self._direction(system, 0.0)
         reach = self._longest(affine)
-        after = self._mean_complementarity(affine, reach)
+        after = self._complementarity(x + reach[0] * affine[0], self.z + reach[1] * affine[2]) / self.z.numel()
         sigma = min(1.0, (after / mu) ** 3) if mu > 0 else 0.0
         second = self._second_order(affine, 1.0)
-        step = self._direction(solve, theta, dual, sigma * mu, second)
+        step = self._direction(system, sigma * mu, second)
         if not _finite(step):
             return False
-        step, length = self._more_central(solve, theta, dual, sigma * mu, second, step)
+        step, length = self._more_central(system, sigma * mu, second, step)
         if min(length) < _SHORT:
             # If the predictor can be followed only a little, only a part of its second-order change is corrected.
             second = self._second_order(affine, min(1.0, reach[0] * reach[1]))
-            careful = self._direction(solve, theta, dual, sigma * mu, second)
-            careful, further = self._more_central(solve, theta, dual, sigma * mu, second, careful)
+            careful = self._direction(system, sigma * mu, second)
+            careful, further = self._more_central(system, sigma * mu, second, careful)
             if min(further) > min(length):
                 step, length = careful, further
         if min(length) < _SHORT:
             # Very unequal products x z make steps short: this step only evens them out.
-            centred = self._direction(solve, theta, dual, mu, None)
+            centred = self._direction(system, mu)
             if min(self._longest(centred)) > min(length):
-                step, length = centred, self._longest(centred)
-        step = self._refined(solve, theta, step)
-        self._move(step, self._longest(step))
+                step = centred
+        self._move(self._refined(system, step))
         return True
 
-    def _second_order(self, step: _Step, share: float) -> _Products:
+    def _second_order(self, step: _Step, share: float) -> Float[Tensor, "b N"]:
         """Return ``share`` times the second-order change of the products x z and (u - x) w along ``step``, negated."""
-        dx, _, dz, dw = step
-        return -share * dx * dz, None if dw is None else share * dx * dw
+        dx, _, dz = step
+        return -share * self.signs * dx * dz
 
-    def _refined(self, solve: Factored, theta: Tensor, step: _Step) -> _Step:
+    def _refined(self, system: _System, step: _Step) -> _Step:
         """Correct ``step`` by the error of its constraints, which rounding leaves in sums over masses of all sizes."""
-        dx, dy, dz, dw = step
+        (solve, theta, _), (dx, dy, dz) = system, step
         for _ in range(_REFINED):
             left = self.residual - self.G.sums(dx) - self.program.softness * dy
             if float(left.norm()) <= _FEASIBLE * self.scale:
@@ -254,62 +250,42 @@ class _Method:
             along = self.G.times(more)
             change = theta * along
             dx, dy = dx + change, dy + more
-            lower, upper = -self.z * change / self.x, None if self.w is None else self.w * change / self.slack
-            dz, dw = self._dual_part(lower, upper, self.program.curvature(self.x) * change - along, (dz, dw))
-        return dx, dy, dz, dw
+            own = -self.signs * self.z * change / self.distances
+            dz = dz + self._dual_part(own, self.program.curvature(self.x) * change - along)
+        return dx, dy, dz
 
-    def _direction(
-        self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products | None
-    ) -> _Step:
+    def _direction(self, system: _System, mu: float, correction: Tensor | float = 0.0) -> _Step:
         """Return Newton's step towards x z = c + mu and (u - x) w = mu, with ``correction`` added to both products."""
-        x, z, w = self.x, self.z, self.w
-        lower = self.c + mu - x * z
-        if correction is not None:
-            lower = lower + correction[0]
-        h = -dual + lower / x
-        upper = None
-        if w is not None:
-            upper = mu - self.slack * w
-            if correction is not None and correction[1] is not None:
-                upper = upper + correction[1]
-            h = h - upper / self.slack
+        solve, theta, dual = system
+        lack = self.aims + mu - self.distances * self.z + correction
+        h = sum(self.signs * lack / self.distances, -dual)
         dy = solve(self.residual - self.G.sums(theta * h))
         along = self.G.times(dy)
         dx = theta * (along + h)
-        dz = (lower - z * dx) / x
-        dw = None if w is None or upper is None else (upper + w * dx) / self.slack
-        dz, dw = self._dual_part(dz, dw, dual + self.program.curvature(x) * dx - along)
-        return dx, dy, dz, dw
+        dz = (lack - self.signs * self.z * dx) / self.distances
+        return dx, dy, self._dual_part(dz, dual + self.program.curvature(self.x) * dx - along)
 
-    def _dual_part(
-        self, dz: Tensor, dw: Tensor | None, change: Tensor, so_far: tuple[Tensor, Tensor | None] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return (dz, dw), added to ``so_far``, from the products' equations or from dz - dw = ``change``.
+    def _dual_part(self, dz: Float[Tensor, "b N"], change: Float[Tensor, " N"]) -> Float[Tensor, "b N"]:
+        """Return the multipliers' steps ``dz``, from the products' equations, or those for which dz - dw = ``change``.
 
-        The second is used where x, or u - x, is nearly zero: division by it would amplify the rounding of dx.
+        The second are used where x, or u - x, is nearly zero: division by it would amplify the rounding of dx.
         """
-        x, z, w, curvature = self.x, self.z, self.w, self.program.curvature(self.x)
-        dz = torch.where(z > x * (1 + curvature), change if dw is None else change + dw, dz)
-        if dw is not None and w is not None:
-            dw = torch.where(w > self.slack * (1 + curvature), dz - change, dw)
-        if so_far is None:
-            return dz, dw
-        return so_far[0] + dz, None if dw is None or so_far[1] is None else so_far[1] + dw
+        found, stiff = list(dz), self.z > self.distances * (1 + self.program.curvature(self.x))
+        for k, sign in enumerate(self.signs):
+            found[k] = torch.where(stiff[k], sum(found[:k] + found[k + 1 :], sign * change), found[k])
+        return torch.stack(found)
 
     def _more_central(
-        self, solve: Factored, theta: Tensor, dual: Tensor, mu: float, correction: _Products, step: _Step
+        self, system: _System, mu: float, correction: Tensor, step: _Step
     ) -> tuple[_Step, tuple[float, float]]:
         """Bend ``step`` towards products near ``mu`` as long as that makes it longer; return (step, its lengths)."""
         length = self._longest(step)
         for _ in range(_CORRECTIONS):
-            primal, dual_length = (min(1.0, t + _LONGER) for t in length)
-            dx, _, dz, dw = step
-            lower = _towards(mu, (self.x + primal * dx) * (self.z + dual_length * dz) - self.c)
-            upper = None
-            if self.w is not None and dw is not None and correction[1] is not None:
-                upper = correction[1] + _towards(mu, (self.slack - primal * dx) * (self.w + dual_length * dw))
-            bent = correction[0] + lower, upper
-            other = self._direction(solve, theta, dual, mu, bent)
+            primal, dual = (min(1.0, t + _LONGER) for t in length)
+            dx, _, dz = step
+            products = (self.distances + primal * self.signs * dx) * (self.z + dual * dz) - self.aims
+            bent = correction + _towards(mu, products)
+            other = self._direction(system, mu, bent)
             found = self._longest(other)
             if not _finite(other) or sum(found) < sum(length) + _WORTH * _LONGER:
                 break
@@ -321,54 +297,39 @@ class _Method:
 
         Both are the same if φ is curved, there is a barrier, or some constraint is soft.
         """
-        dx, _, dz, dw = step
-        primal, dual = _ratio(self.x, dx), _ratio(self.z, dz)
-        if self.w is not None and dw is not None:
-            primal, dual = min(primal, _ratio(self.slack, -dx)), min(dual, _ratio(self.w, dw))
+        dx, _, dz = step
+        primal, dual = _ratio(self.distances, self.signs * dx), _ratio(self.z, dz)
         coupled = self.program.reference is not None or self.program.barrier is not None
         if coupled or bool((self.program.softness > 0).any()):
             primal = dual = min(primal, dual)
         return primal, dual
 
-    def _mean_complementarity(self, step: _Step | None = None, length: tuple[float, float] = (0.0, 0.0)) -> float:
-        """Return the mean of |x z - c| and (u - x) w, at the current point or after ``step`` with the given lengths."""
-        x, z, w = self.x, self.z, self.w
-        if step is not None:
-            x, z = x + length[0] * step[0], z + length[1] * step[2]
-            w = None if w is None or step[3] is None else w + length[1] * step[3]
-        total = (x * z - self.c).abs().sum()
-        if w is None or self.program.upper is None:
-            return float(total) / len(x)
-        return float(total + ((self.program.upper - x) * w).sum()) / (2 * len(x))
-
-    def _move(self, step: _Step, length: tuple[float, float]) -> None:
-        """Move x along ``step`` by its primal length and y, z, w by its dual length, both damped."""
+    def _move(self, step: _Step) -> None:
+        """Move x along ``step`` by its longest primal length and y, z, w by its longest dual one, both damped."""
+        dx, dy, dz = step
         damping = _DAMPING if self.program.barrier is None else _INSIDE
-        primal, dual = (min(1.0, damping * t) for t in length)
-        self.x = self.x + primal * step[0]
-        self.y = self.y + dual * step[1]
-        self.z = self.z + dual * step[2]
-        if self.w is not None and step[3] is not None:
-            self.w = self.w + dual * step[3]
-        self.residual = self._residual()
+        primal, dual = (min(1.0, damping * t) for t in self._longest(step))
+        self.x, self.y, self.z = self.x + primal * dx, self.y + dual * dy, self.z + dual * dz
+        self._measure()
 
 
-_Step = tuple[Tensor, Tensor, Tensor, Tensor | None]
-_Products = tuple[Tensor, Tensor | None]
+# The steps of x, (N,), y, (m,), and z, (b, N); and a step's system: its solver, Θ, and φ'(x) - G y - z + w.
+_Step = tuple[Tensor, Tensor, Tensor]
+_System = tuple[Callable[[Tensor], Tensor], Tensor, Tensor]
 
 
 def _finite(step: _Step) -> bool:
     """Return whether all entries of a step are finite."""
-    return all(bool(part.isfinite().all()) for part in step if part is not None)
+    return all(bool(part.isfinite().all()) for part in step)
 
 
-def _towards(mu: float, products: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+def _towards(mu: float, products: Float[Tensor, "b N"]) -> Float[Tensor, "b N"]:
     """Return the changes that bring products into [``mu`` / 10, 10 ``mu``], each at least -10 ``mu``."""
     change = products.clamp(mu * _CLOSE, mu / _CLOSE) - products
     return change.clamp_min(-mu / _CLOSE)
 
 
-def _ratio(x: Float[Tensor, " N"], dx: Float[Tensor, " N"]) -> float:
+def _ratio(x: Float[Tensor, "b N"], dx: Float[Tensor, "b N"]) -> float:
     """Return the largest t with x + t dx ≥ 0, at most 1 / 0.9995, so that a damped step of full length is 1."""
-    falling: Bool[Tensor, " N"] = dx < 0
+    falling: Bool[Tensor, "b N"] = dx < 0
     return min(1.0 / _DAMPING, float((x[falling] / -dx[falling]).min())) if bool(falling.any()) else 1.0 / _DAMPING

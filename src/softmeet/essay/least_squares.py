@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field
 from torch import Tensor
 
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.column_generation import Optimum
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.matrices import MomentMatrix, mapped
-from softmeet.essay.points import entropic_projection, least_squares_point, proves_empty
+from softmeet.essay.points import can_move, entropic_projection, least_squares_point, proves_empty
 from softmeet.rules.problem import Problem
 from softmeet.solvers.clock import time_is_over
 
@@ -37,9 +35,8 @@ class LeastSquares(ExactRule):
     summary = "the distribution whose moments are nearest to the members'; gives most tokens probability 0"
     can_assign_zeros = True
     always_answers = True
-    metric: Literal["whitened", "raw"] = Field(
-        default="whitened", description="Of the moments' distance: whitened, or raw for ‖Wᵀ(p - p̂)‖."
-    )
+    metric: Literal["whitened", "raw"] = "whitened"
+    """Of the moments' distance: whitened, or raw for ‖Wᵀ(p - p̂)‖."""
 
     def constrained(self, problem: Problem) -> bool:
         """Return False: the answer need not have the members' moments, only moments as near to them as possible."""
@@ -58,12 +55,13 @@ class LeastSquares(ExactRule):
         columns = row.tokens if T is None else mapped(row.tokens, T)
         target = row.target if T is None else row.target @ T
         found = least_squares_point(row, columns, target)
-        if time_is_over():
-            return Choice(found.p, torch.zeros_like(row.target), found.steps)
-        face = _face(row, found)
-        found = _finished(row, columns, target, found)
-        p, steps = _most_entropy(row, columns, found, face | (found.p > 0))
-        return Choice(p, torch.zeros_like(row.target), found.steps + steps)
+        p, steps = found.p, found.steps
+        if not time_is_over():
+            solved = _by_algebra(row, columns, target, found)
+            p = solved if self._distance(row, solved)[1] < self._distance(row, p)[1] else p
+            p, more = _most_entropy(row, columns, p, _face(row, found) | (p > 0))
+            steps += more
+        return Choice(p, torch.zeros_like(row.target), steps)
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Bound the squared distance of the moments over the simplex from below, by Frank and Wolfe's gap at ``p``.
@@ -72,9 +70,7 @@ class LeastSquares(ExactRule):
         lower bound is |r|² less that gap, 2(rᵀGᵀp - min_j rᵀg_j), g_j token j's moments, or 0 if that is larger. No
         bound from above is given: ``most`` is inf. ``y`` is not used.
         """
-        r, scores = self._excess_and_scores(row, p)
-        value = float(r.square().sum())
-        gap = 2 * float((p * scores).sum() - scores[row.alive].min())
+        value, gap = self._distance(row, p)
         return Bounds(value, max(value - gap, 0.0))
 
     def proof(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " m"]:
@@ -84,9 +80,7 @@ class LeastSquares(ExactRule):
         are the moments that ``metric`` compares, so T is the identity unless that is ``raw``. Token j runs over those
         that may have mass; the last entry of y, for Σp = 1, is 0.
         """
-        T, (r, _) = self._metric(row), self._excess_and_scores(row, p)
-        y = -(r if T is None else T @ r)
-        y[-1] = 0.0
+        y = -self._excess(row, p)[1]
         return y if proves_empty(row, y) else torch.zeros_like(y)
 
     def _metric(self, row: FeasibleSet) -> Float[Tensor, "m k"] | None:
@@ -96,24 +90,26 @@ class LeastSquares(ExactRule):
         T: Tensor = torch.block_diag(*(h.whitening.inverse for h in row.heads), torch.ones_like(row.target[:1, None]))
         return T
 
-    def _excess_and_scores(
-        self, row: FeasibleSet, p: Float[Tensor, " v"]
-    ) -> tuple[Float[Tensor, " k"], Float[Tensor, " v"]]:
-        """Return (r, rᵀg_j for every token j): r are the moments of ``p`` less the members', 0 at the end, for Σp.
-
-        r, (k,), and g_j are in the coordinates that ``metric`` compares; k is m if that is ``whitened``.
-        """
+    def _excess(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " k"], Float[Tensor, " m"]]:
+        """Return (r, T r): r are the moments of ``p`` less the members', 0 at the end, for Σp, as they are compared."""
         T, r = self._metric(row), row.excess(p)
         r[-1] = 0.0
-        r = r if T is None else r @ T
-        return r, row.tokens.times(r if T is None else T @ r)
+        return (r, r) if T is None else (r @ T, T @ (r @ T))
+
+    def _distance(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[float, float]:
+        """Return (|r|² at ``p``; Frank and Wolfe's gap there, a bound on how far |r|² is above its least value)."""
+        r, y = self._excess(row, p)
+        scores = row.tokens.times(y)
+        return float(r.square().sum()), 2 * float((p * scores).sum() - scores[row.alive].min())
 
 
-def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], found: Optimum) -> Optimum:
-    """Solve by linear algebra for the masses on the support of ``found``; return that or ``found``, of smaller gap.
+def _by_algebra(
+    row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], found: Optimum
+) -> Float[Tensor, " v"]:
+    """Solve by linear algebra for the masses on the support of ``found``; return the distribution.
 
     min ‖Σ u_j (g_j - g)‖² + (Σu - 1)² is least at a multiple of the answer. Tokens that would turn negative leave the
-    support (Lawson and Hanson 1974), until the time is over.
+    support (Lawson and Hanson 1974); if the time is over before none does, that of ``found`` is returned.
     """
     ids = _positive(row, found).nonzero().squeeze(-1)
     u = found.p[ids]
@@ -126,19 +122,9 @@ def _finished(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k
         if bool((u >= 0).all()):
             break
         if time_is_over():
-            return found
+            return found.p
         ids, u = ids[u > 0], u[u > 0]
-    p = torch.zeros_like(found.p).index_copy(0, ids, u / u.sum())
-    better = _gap(row, columns, target, p) < _gap(row, columns, target, found.p)
-    return replace(found, p=p) if better else found
-
-
-def _gap(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " k"], p: Float[Tensor, " v"]) -> float:
-    """Return the gap of Frank and Wolfe at ``p``: an upper bound on |Gᵀp - g|² less its least value on the simplex."""
-    r = columns.sums(p) - target
-    r[-1] = 0.0
-    scores = columns.times(r)
-    return 2 * float((p * scores).sum() - scores[row.alive].min())
+    return torch.zeros_like(found.p).index_copy(0, ids, u / u.sum())
 
 
 def _positive(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
@@ -160,17 +146,15 @@ def _face(row: FeasibleSet, found: Optimum) -> Bool[Tensor, " v"]:
 
 
 def _most_entropy(
-    row: FeasibleSet, columns: MomentMatrix, found: Optimum, face: Bool[Tensor, " v"]
+    row: FeasibleSet, columns: MomentMatrix, p: Float[Tensor, " v"], face: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
-    """Project the pool onto the points with the moments of ``found``, which have mass only on the tokens ``face``.
+    """Project the pool onto the points with the moments of ``p``, which have mass only on the tokens ``face``.
 
     Returns:
         (the distribution, the number of steps).
     """
-    ids = face.nonzero().squeeze(-1)
-    rank = len(ids) if len(ids) <= 1 else int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9))
-    if rank == len(ids):
-        return found.p, 0
-    p, _, steps = entropic_projection(row, face, row.log_q.exp(), row.tokens.sums(found.p))
-    kept = float((row.tokens.sums(p - found.p)).norm()) <= _FACE
-    return (p, steps) if kept else (found.p, steps)
+    if not can_move(columns, face):
+        return p, 0
+    nearest, _, steps = entropic_projection(row, face, row.log_q.exp(), row.tokens.sums(p))
+    kept = float((row.tokens.sums(nearest - p)).norm()) <= _FACE
+    return nearest if kept else p, steps

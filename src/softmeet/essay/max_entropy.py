@@ -56,7 +56,7 @@ class MaxEntropy(Meet):
         """Return infinite trusts, one for each in ``trust``, whose values are ignored: moments are to hold exactly."""
         return (math.inf,) * len(trust)
 
-    def solve(self, problem: Problem) -> Answer:
+    def solve(self, problem: Problem, *, any_member: bool = False) -> Answer:
         """Find the I-projection of the pool onto every row's feasible set, or a proof that the set is empty.
 
         Rows in which at most one distribution can have the moments (:attr:`FeasibleSet.unique`) are solved by linear
@@ -65,23 +65,17 @@ class MaxEntropy(Meet):
         for the full Hessian (:func:`~softmeet.solvers.minimise.full_hessian_pays`), interior points are tried. None of
         this is begun once the time is over.
 
-        Raises:
-            DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
-                gives more than 0.
-            InvalidInputError: if a head's weight, or its squares, are not finite.
-        """
-        return self.projected(problem)
-
-    def projected(self, problem: Problem, *, any_member: bool = False) -> Answer:
-        """Find the I-projection of the pool onto every row's feasible set, or a proof that the set is empty.
-
-        The methods are those of :meth:`solve`; with ``any_member`` interior points are tried however large heads are.
-
         Args:
             problem: the batch.
             any_member: whether another distribution of the set, if interior points find one, is an answer (OPTIMAL) in
                 rows in which the I-projection is not reached, as when every p of the set gives some token probability
-                0, so that the dual has no optimum. If False, such rows are NOT_CONVERGED.
+                0, so that the dual has no optimum. Interior points are then tried however large heads are. If False,
+                such rows are NOT_CONVERGED.
+
+        Raises:
+            DisjointSupportError: if a row has no token in ``problem.support`` (None: all tokens) to which every member
+                gives more than 0.
+            InvalidInputError: if a head's weight, or its squares, are not finite.
         """
         problem = replace(problem, dtype=torch.float64)
         if not problem.log_p.shape[1] or not may_be_unique(problem):
@@ -112,7 +106,7 @@ class MaxEntropy(Meet):
             if holds and may_be_unique(row.problem) and row.unique:
                 found.log_probs[k], found.gap[k], found.status[k] = answer.log_probs[k], 0.0, int(Status.OPTIMAL)
                 continue
-            found.gap[k] = min(float(found.gap[k]), exact_gap(row, found.log_probs[k], _row_of(answer.dual, k)))
+            found.gap[k] = min(float(found.gap[k]), exact_gap(row, found.log_probs[k], row.whitened(answer.dual, k)))
             if found.status[k] != Status.INFEASIBLE:
                 near = reach(found.gap[k : k + 1], found.log_probs[k : k + 1], answer.log_probs[k : k + 1])
                 solved = holds and float(near) <= problem.tol
@@ -153,7 +147,7 @@ def members_of(problem: Problem, exactness: float = EXACT) -> Answer:
             to the members' up to round-off (:func:`~softmeet.essay.points.moments_repaired`).
     """
     problem = problem.changed(tol=exactness, dtype=torch.float64)
-    answer = MaxEntropy().projected(problem, any_member=True)
+    answer = MaxEntropy().solve(problem, any_member=True)
     for k in (answer.status == Status.OPTIMAL).nonzero().flatten().tolist() if exactness <= EXACT else ():
         if time_is_over():
             break
@@ -207,8 +201,7 @@ def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
     n = len(row.heads)
     if y is not None:
         answer.status[k] = Status.INFEASIBLE
-        for mine, lam in zip(answer.ray, row.raw(y), strict=True):
-            mine[k] = lam[0]
+        row.write(y, answer.ray, k)
     elif not time_is_over() and (any_member or full_hessian_pays(row.problem.projection(range(n), (math.inf,) * n))):
         _by_interior_points(answer, k, row, any_member)
     answer.passes[k] += row.passes()
@@ -217,23 +210,17 @@ def _settle(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
 def _by_interior_points(answer: Answer, k: int, row: FeasibleSet, any_member: bool) -> None:
     """Look for an answer to row ``k`` by interior points, and write it into ``answer``, in place: see `_settle`."""
     p, y, steps = entropic_projection(row, row.alive, row.log_q.exp(), row.target)
-    log_p, dual = log_normalize(row.log_q + row.tokens.times(y)), row.raw(y)
-    gap = exact_gap(row, log_p, _row_of(dual, 0))
+    log_p = log_normalize(row.log_q + row.tokens.times(y))
+    gap = exact_gap(row, log_p, row.whitened(row.raw(y), 0))
     answer.steps[k] += steps
     if gap <= row.problem.tol and moments_hold(row, log_p.exp()):
         answer.status[k], answer.gap[k], answer.certified[k] = Status.OPTIMAL, gap, True
         answer.log_probs[k], answer.objective[k] = log_p, kl(log_p, row.log_q) - gap
         answer.disagreement[k] = kl(log_p.expand_as(row.log_p), row.log_p)
-        for mine, lam in zip(answer.dual, dual, strict=True):
-            mine[k] = lam[0]
+        row.write(y, answer.dual, k)
         return
     # On the boundary multipliers grow without bound, and p, which need not be the pool tilted by them, may do better.
     better = _prefer(answer, row.problem, answer.status.new_tensor([k]), p.log()[None])
     answer.by_pool[k] &= ~better[0]
     if any_member and moments_hold(row, answer.log_probs[k].exp()):
         answer.status[k] = Status.OPTIMAL
-
-
-def _row_of(parts: tuple[Float[Tensor, "B _"], ...], k: int) -> tuple[Float[Tensor, " _"], ...]:
-    """Return row ``k`` of each member's part."""
-    return tuple([part[k] for part in parts])

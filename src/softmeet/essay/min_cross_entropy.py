@@ -33,9 +33,7 @@ class MinCrossEntropy(CrossEntropyRule):
 
         Tokens that may not have mass (outside ``row.alive``) have 0.
         """
-        log_p = row.log_p.masked_fill(~row.alive, 0.0)
-        cost: Tensor = -(row.problem.weights[:, None] * log_p).sum(0)
-        return cost
+        return -(row.problem.weights[:, None] * row.finite_log_p).sum(0)
 
     def is_constant(self, row: FeasibleSet) -> bool:
         """Return whether the objective is proved constant on the feasible set, up to :attr:`FeasibleSet.indistinct`.

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
-from softmeet.essay.interior import Program, interior_point
-from softmeet.essay.matrices import subset
+from softmeet.essay.points import interior_masses
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import Status
 
@@ -32,14 +31,9 @@ class MinReverseCrossEntropy(ExactRule):
 
         If the result is NOT_CONVERGED by :meth:`status`, ``member``, the I-projection of the pool onto C, is chosen.
         """
-        ids = row.alive.nonzero().squeeze(-1)
-        mean = log_normalize(row.log_mean[ids]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
-        columns, target = row.system
-        columns = columns if len(ids) == len(row.log_q) else subset(columns, ids, len(row.log_q))
-        nothing = torch.zeros_like(target)
-        program = Program(columns, target, torch.zeros_like(mean), nothing, mean, len(nothing) - 1, barrier=mean)
-        found = interior_point(program, row.problem.settings.max_steps)
-        p = torch.zeros_like(row.log_q).index_copy(0, ids, found.x)
+        mean = log_normalize(row.log_mean[row.alive]).exp().clamp_min(torch.finfo(row.log_q.dtype).tiny)
+        target = row.system[1]
+        p, found = interior_masses(row, row.alive, target, mean, barrier=mean)
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
         unsolved = self.status(row, p, self.proved(row, p, y)) == Status.NOT_CONVERGED
         return Choice(member if unsolved and member is not None else p, y, found.steps)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.essay.base import Bounds
-from softmeet.essay.column_generation import Optimum, solve_program
+from softmeet.essay.column_generation import Optimum
 from softmeet.essay.cross_entropy import CrossEntropyRule
 from softmeet.essay.feasible_set import FeasibleSet
 
@@ -23,23 +23,16 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
     name = "min-squared-cross-entropy"
     summary = "the least squares of the cross-entropies, a quadratic program; constant, or zeros, like the linear one"
 
-    def _sums(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, " n"]]:
-        """Return (log p̂_i, (n, v), with 0 for tokens outside ``row.alive``; pᵀ log p̂_i, (n,)), in nats."""
-        log_p = row.log_p.masked_fill(~row.alive, 0.0)
-        return log_p, log_p @ p
-
     def gradient(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
         """Return the gradient of Σ w_i (pᵀ log p̂_i)² at ``p``, 2 Σ w_i (pᵀ log p̂_i) log p̂_i, (v,), in nats².
 
         Tokens that may not have mass (outside ``row.alive``) have 0.
         """
-        log_p, sums = self._sums(row, p)
-        return 2 * (row.problem.weights * sums) @ log_p
+        return 2 * (row.problem.weights * (row.finite_log_p @ p)) @ row.finite_log_p
 
     def _ranges(self, row: FeasibleSet) -> list[tuple[float, float]]:
         """Return for every member (lower, upper) bounds on pᵀ log p̂_i over C, by its best fit by moments."""
-        log_p, _ = self._sums(row, row.log_q.exp())
-        return [row.range_of(own, row.fit(own)) for own in log_p]
+        return [row.range_of(own, row.fit(own)) for own in row.finite_log_p]
 
     def _ends(self, row: FeasibleSet) -> tuple[float, float]:
         """Return (lower, upper) bounds on the objective over C, by the best fits of the log p̂_i by moments."""
@@ -63,11 +56,8 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         ``member`` is some distribution in C, probabilities, (v,); None with ``slack``, whose penalty is added. The
         squares enter as soft constraints, by one further column √w_i log p̂_i of G per member.
         """
-        log_p, _ = self._sums(row, row.log_q.exp())
-        extra = (row.problem.weights.sqrt()[:, None] * log_p).T
-        return solve_program(
-            self.program(row, torch.zeros_like(row.log_q), member, extra), row.problem.settings.max_steps
-        )
+        extra = (row.problem.weights.sqrt()[:, None] * row.finite_log_p).T
+        return self.extremes(row, torch.zeros_like(row.log_q), member, extra)
 
     def most(self, row: FeasibleSet, member: Float[Tensor, " v"]) -> float:
         """Return an upper bound on the objective over the feasible set C: Σ w_i (largest -pᵀ log p̂_i over C)².
@@ -75,8 +65,7 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         It takes one linear program per member of the ensemble. ``member`` is some distribution in C, probabilities,
         (v,).
         """
-        log_p, _ = self._sums(row, row.log_q.exp())
-        largest = [-float(own @ self.extremes(row, own, member).p) for own in log_p]
+        largest = [-float(own @ self.extremes(row, own, member).p) for own in row.finite_log_p]
         return float(sum(w * x**2 for w, x in zip(row.problem.weights.tolist(), largest, strict=True)))
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
@@ -86,8 +75,7 @@ class MinSquaredCrossEntropy(CrossEntropyRule):
         The upper one, which does not depend on ``y``, follows from bounds on each pᵀ log p̂_i. With ``slack`` the terms
         of :meth:`off` are added to the value and subtracted from the lower bound, and the upper one is inf.
         """
-        _, sums = self._sums(row, p)
-        value = float((row.problem.weights * sums.square()).sum())
+        value = float((row.problem.weights * (row.finite_log_p @ p).square()).sum())
         low, _ = row.range_of(self.gradient(row, p), y)
         paid, gained = self.off(row, p, y)
         most = self._ends(row)[1] if self.constrained(row.problem) else torch.inf

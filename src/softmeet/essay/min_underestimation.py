@@ -9,7 +9,8 @@ from torch import Tensor
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
-from softmeet.essay.matrices import stacked, subset
+from softmeet.essay.matrices import stacked
+from softmeet.essay.points import can_move, columns_of, interior_masses
 from softmeet.solvers.clock import time_is_over
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
@@ -48,32 +49,28 @@ class MinUnderestimation(ExactRule):
         time is over, the point that the interior-point method reached is the choice.
         """
         floor = row.log_p.amin(0)
-        ids = (row.alive & (floor > floor[row.alive].max() - _LIGHTEST)).nonzero().squeeze(-1)
-        upper = (floor - floor[ids].logsumexp(-1))[ids].exp().clamp_min(torch.finfo(floor.dtype).tiny)
-        tokens, target = row.system
-        tokens = tokens if len(ids) == len(floor) else subset(tokens, ids, len(floor))
+        likely = row.alive & (floor > floor[row.alive].max() - _LIGHTEST)
+        upper = (floor - floor[likely].logsumexp(-1))[likely].exp().clamp_min(torch.finfo(floor.dtype).tiny)
         # The last variable is Σx, bounded by Σ upper = 1.
-        cost = torch.zeros(len(ids) + 1, dtype=floor.dtype, device=floor.device)
+        limits, target = torch.cat([upper, upper.new_full((1,), 1.5)]), row.system[1]
+        cost, nothing = torch.zeros_like(limits), torch.zeros_like(target)
         cost[-1] = -1.0
-        limits = torch.cat([upper, upper.new_full((1,), 1.5)])
-        nothing = torch.zeros_like(target)
-        program = Program(
-            stacked(tokens, -target[None]), nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits
-        )
+        columns = stacked(columns_of(row, likely), -target[None])
+        program = Program(columns, nothing, cost, nothing, limits / 2, len(nothing) - 1, upper=limits)
         found = interior_point(program, row.problem.settings.max_steps)
-        x = torch.zeros_like(floor).index_copy(0, ids, found.x[:-1])
+        x, upper = (torch.zeros_like(floor).masked_scatter(likely, own) for own in (found.x[:-1], upper))
         size = float(target @ found.y)
         y = row.joint @ found.y / size if size else torch.zeros_like(row.target)
         if time_is_over():
             return Choice(x / x.sum(), y, found.steps)
-        vertex = _basic(row, x, torch.zeros_like(floor).index_copy(0, ids, upper))
+        vertex = _basic(row, x, upper)
         # By how much Σx may exceed the optimum because its moments are not exact.
         excess = float(found.y.norm()) * found.residual + _SAME * float(x.sum())
         x = vertex if float(vertex.sum()) >= float(x.sum()) - excess else x
         steps, p = found.steps, x / x.sum() if member is None or not row.unique else member
-        limit = torch.zeros_like(floor).index_copy(0, ids, upper) / x.sum()
+        limit = upper / x.sum()
         between = row.alive & (x / x.sum() > _AT_BOUND * limit) & (p < (1 - _AT_BOUND) * limit)
-        if _several(row, between):
+        if can_move(row.system[0], between):
             p, more = _nearest_to_pool(row, p, limit, between)
             steps += more
         return Choice(p, y, steps)
@@ -122,17 +119,6 @@ def _basic(row: FeasibleSet, x: Float[Tensor, " v"], upper: Float[Tensor, " v"])
     return x
 
 
-def _several(row: FeasibleSet, between: Bool[Tensor, " v"]) -> bool:
-    """Return whether masses of the tokens ``between``, which are at neither bound, can change and keep the moments."""
-    ids = between.nonzero().squeeze(-1)
-    if len(ids) < 2:
-        return False
-    columns, target = row.system
-    if len(ids) > len(target):
-        return True
-    return int(torch.linalg.matrix_rank(columns.rows(ids), rtol=1e-9)) < len(ids)
-
-
 def _nearest_to_pool(
     row: FeasibleSet, p: Float[Tensor, " v"], limit: Float[Tensor, " v"], between: Bool[Tensor, " v"]
 ) -> tuple[Float[Tensor, " v"], int]:
@@ -147,16 +133,10 @@ def _nearest_to_pool(
     Returns:
         (the distribution, the number of steps).
     """
-    ids = between.nonzero().squeeze(-1)
-    columns = row.system[0]
-    target = columns.sums(torch.where(between, p, 0.0))
-    start, nothing = p[ids], torch.zeros_like(p[ids])
-    program = Program(
-        subset(columns, ids, len(p)), target, nothing, torch.zeros_like(target), start, len(target) - 1,
-        upper=limit[ids], reference=row.log_q.exp()[ids].clamp_min(torch.finfo(p.dtype).tiny),
-    )  # fmt: skip
-    found = interior_point(program, row.problem.settings.max_steps)
+    target = row.system[0].sums(torch.where(between, p, 0.0))
+    pool = row.log_q.exp()[between].clamp_min(torch.finfo(p.dtype).tiny)
+    x, found = interior_masses(row, between, target, p[between], upper=limit[between], reference=pool)
     if found.residual > _FACE_MOMENTS:
         return p, found.steps
-    moved = p.index_copy(0, ids, found.x)
+    moved = torch.where(between, x, p)
     return moved / moved.sum(), found.steps

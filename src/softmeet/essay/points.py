@@ -13,10 +13,10 @@ from torch import Tensor
 
 from softmeet.essay.column_generation import Optimum, SimplexProgram, solve_program
 from softmeet.essay.feasible_set import FeasibleSet
-from softmeet.essay.interior import Program, interior_point
+from softmeet.essay.interior import Interior, Program, interior_point
 from softmeet.essay.matrices import MomentMatrix, subset
 from softmeet.simplex import kl
-from softmeet.solvers.linalg import Factored
+from softmeet.solvers.linalg import factored
 from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
 
 # The Frank-Wolfe gap to which the nearest p is found: round-off of a squared distance in whitened coordinates.
@@ -81,6 +81,44 @@ def moments_hold(row: FeasibleSet, p: Float[Tensor, " v"]) -> bool:
     return float(row.excess(p).norm()) <= MOMENT_TOLERANCE
 
 
+def columns_of(row: FeasibleSet, tokens: Bool[Tensor, " v"]) -> MomentMatrix:
+    """Return the rows of the matrix of ``row.system`` for ``tokens``, a mask, in the order of their ids."""
+    ids = tokens.nonzero().squeeze(-1)
+    return row.system[0] if len(ids) == len(tokens) else subset(row.system[0], ids, len(tokens))
+
+
+def can_move(columns: MomentMatrix, tokens: Bool[Tensor, " v"]) -> bool:
+    """Return whether masses of ``tokens``, a mask, can change and keep their moments: their rows of G are dependent."""
+    G = columns.rows(tokens.nonzero().squeeze(-1))
+    return len(G) > G.shape[1] or int(torch.linalg.matrix_rank(G, rtol=1e-9)) < len(G)
+
+
+def interior_masses(
+    row: FeasibleSet,
+    tokens: Bool[Tensor, " v"],
+    target: Float[Tensor, " r"],
+    start: Float[Tensor, " k"],
+    **terms: Tensor,
+) -> tuple[Float[Tensor, " v"], Interior]:
+    """Find masses of ``tokens`` with given moments by interior points, without a linear cost.
+
+    Args:
+        row: the row's feasible set; its system and the setting ``max_steps``, the most steps, are used.
+        tokens: the mask, (v,), of the k tokens that may have mass.
+        target: the wanted moments, in the coordinates of ``row.system``.
+        start: masses of those tokens to begin from, positive.
+        terms: ``upper``, ``barrier`` and ``reference`` of :class:`Program`, (k,) each.
+
+    Returns:
+        (the masses, (v,), 0 outside ``tokens``; the point of the interior-point method).
+    """
+    unit = len(target) - 1
+    nothing, hard = torch.zeros_like(start), torch.zeros_like(target)
+    program = Program(columns_of(row, tokens), target, nothing, hard, start, unit, **terms)
+    found = interior_point(program, row.problem.settings.max_steps)
+    return torch.zeros_like(row.log_q).masked_scatter(tokens, found.x), found
+
+
 def entropic_projection(
     row: FeasibleSet, tokens: Bool[Tensor, " v"], reference: Float[Tensor, " v"], target: Float[Tensor, " m"]
 ) -> tuple[Float[Tensor, " v"], Float[Tensor, " m"], int]:
@@ -97,15 +135,9 @@ def entropic_projection(
         (p, probabilities, (v,), 0 outside ``tokens``; the multipliers y, (m,), 0 at the end, with which p is nearly
         proportional to ``reference`` · exp(G y) on ``tokens``; the number of steps). Nothing is proved about p.
     """
-    ids = tokens.nonzero().squeeze(-1)
-    columns, target = row.system[0], target @ row.joint
-    columns = columns if len(ids) == len(tokens) else subset(columns, ids, len(tokens))
     # A reference that underflows is lifted to this mass, which is too small to matter.
-    start = reference[ids].clamp_min(torch.finfo(reference.dtype).eps ** 2)
-    nothing = torch.zeros_like(start)
-    program = Program(columns, target, nothing, torch.zeros_like(target), start, len(target) - 1, reference=start)
-    found = interior_point(program, row.problem.settings.max_steps)
-    p = torch.zeros_like(reference).index_copy(0, ids, found.x)
+    start = reference[tokens].clamp_min(torch.finfo(reference.dtype).eps ** 2)
+    p, found = interior_masses(row, tokens, target @ row.joint, start, reference=start)
     return p / p.sum(), _without_sum(row.joint @ found.y), found.steps
 
 
@@ -118,7 +150,7 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
     """
     for _ in range(2):
         columns, target = row.system
-        solve = Factored.of(columns.gram(p))
+        solve = factored(columns.gram(p))
         if solve is None:
             break
         moved = p * (1 - columns.times(solve(columns.sums(p) - target)))
@@ -128,21 +160,19 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
     return p
 
 
-def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], dual: tuple[Float[Tensor, " _"], ...]) -> float:
+def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:
     """Return a bound on the gap of ``log_p`` as an I-projection, in nats: KL(p̃‖p) for a p̃ with almost exact moments.
 
-    p̃ is p as :func:`moments_repaired` returns it, and |Gᵀp̃ - g| · |y| is added for the remaining error of its moments,
-    y being ``dual`` as multipliers of Gᵀp = g. It is a bound on KL(p°‖p), p° the I-projection of the pool onto the
-    feasible set, if p is the pool tilted by y.
+    p̃ is p as :func:`moments_repaired` returns it, and |Gᵀp̃ - g| · |y| is added for the remaining error of its moments.
+    It is a bound on KL(p°‖p), p° the I-projection of the pool onto the feasible set, if p is the pool tilted by y.
 
     Args:
         row: the row's feasible set.
         log_p: log p in nats, (v,).
-        dual: the multipliers λ_i, (d_i,), of every member's moments W_iᵀp, with which log p = log q + Σ_i W_i λ_i up to
-            a constant, q the pool.
+        y: the multipliers of Gᵀp = g, (m,), with which log p = log q + G y up to a constant, q the pool.
     """
     repaired = moments_repaired(row, log_p.exp())
-    return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * row.whitened(dual).norm())
+    return float(kl(repaired.log(), log_p)) + float(row.excess(repaired).norm() * y.norm())
 
 
 def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None, Float[Tensor, " m"]]:

@@ -22,7 +22,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.rules.solution import Solution
 from softmeet.simplex import kl
-from softmeet.solvers.base import iterate
+from softmeet.solvers.dual import iterate
 from softmeet.solvers.minimise import full_hessian_pays, minimise_dual
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection

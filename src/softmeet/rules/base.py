@@ -157,18 +157,13 @@ class Rule(Frozen, ABC):
         They do if ``free_radial`` is set, which leaves the directions that the final norm removes unconstrained, or if
         ``rank`` is below the rank of at least one whitened head; never for a rule that reads no heads.
         """
-        rank = problem.settings.rank
-        if not self.reads_heads or rank is None or problem.settings.free_radial:
-            return self.reads_heads and problem.settings.free_radial
-        return any(rank < head.whitening().rank for head in problem.heads)
+        rank, free = problem.settings.rank, problem.settings.free_radial
+        cut = (rank is not None and rank < head.whitening().rank for head in problem.heads)
+        return self.reads_heads and (free or any(cut))
 
     def own_options(self) -> dict[str, object]:
         """Return the rule's options, by name, whose values differ from their defaults."""
-        return {
-            name: value
-            for name, field in type(self).model_fields.items()
-            if (value := getattr(self, name)) != field.get_default()
-        }
+        return self.model_dump(exclude_defaults=True)
 
     def __str__(self) -> str:
         return ":".join([self.name, *(f"{key}={_text(value)}" for key, value in self.own_options().items())])

@@ -15,11 +15,19 @@ from softmeet.errors import InvalidInputError, nearest
 class Frozen(BaseModel):
     """An immutable pydantic model that raises softmeet's errors in place of pydantic's.
 
+    A field is described by the docstring below it, or as pydantic's fields are in general: ``Field(description=…)``.
+
     Raises:
         InvalidInputError: if a field is unknown or its value is not allowed; the message names field and value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Put the descriptions of fields, which may be docstrings of several lines, in one line each."""
+        for field in cls.model_fields.values():
+            field.description = field.description and " ".join(field.description.split())
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -64,11 +72,6 @@ def unknown(what: str, name: str, known: Mapping[str, Any] | list[str] | tuple[s
 
 def takes(field: FieldInfo, kind: type) -> bool:
     """Return whether a pydantic field's annotation, or a part of its union, is the class ``kind`` or ``kind[…]``."""
-    return kind in _kinds(field.annotation)
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        return {kind for part in get_args(annotation) for kind in _kinds(part)}
-    return {origin or annotation}
+    whole = field.annotation
+    parts = get_args(whole) if get_origin(whole) in (Union, types.UnionType) else (whole,)
+    return any((get_origin(part) or part) is kind for part in parts)

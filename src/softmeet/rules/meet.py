@@ -51,11 +51,8 @@ class Meet(Rule):
     the guarantee of docs/theory/agreement.md falls or rises, is at most f(0), that of the pool.
     """
 
-    budget: int | None = Field(
-        default=None,
-        ge=1,
-        description="The most steps a token, without a bound on the remaining gap; by default, as many as tol takes.",
-    )
+    budget: int | None = Field(default=None, ge=1)
+    """The most steps a token, without a bound on the remaining gap; by default, as many as tol takes."""
 
     name = "meet"
     summary = "the pool, moved to where the members agree up to a price in nats (the default)"
@@ -87,9 +84,8 @@ class Meet(Rule):
             answer = averaged(problem, trust, weights)
             late = unfinished(answer.status).nonzero().squeeze(-1)
             return answer.put(late, self.solve(replace(problem.take(late), states=()))) if len(late) else answer
-        projection = replace(
-            problem.projection(trusted, trust), pool_may_answer=not self.is_feasible, moments_hold=self.is_feasible
-        )
+        exact = self.is_feasible
+        projection = replace(problem.projection(trusted, trust), pool_may_answer=not exact, moments_hold=exact)
         if self.budget is not None:
             state = minimise_dual(projection, self.budget, certify=False, rescue=False)
             state.status = state.status.masked_fill(state.status == Status.NOT_CONVERGED, Status.BUDGET)
@@ -157,26 +153,20 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
     gap = torch.where(late, state.pool_bound, state.gap)
     # The pool itself, to the last bit.
     by_pool = state.by_pool | late
-    log_probs = torch.where(by_pool[:, None], problem.log_pool, state.log_p)
-    disagreement = kl(log_probs.expand_as(problem.log_p), problem.log_p).T.contiguous()
-    is_bound = torch.ones_like(disagreement, dtype=torch.bool)
+    found = closed_form(problem, torch.where(by_pool[:, None], problem.log_pool, state.log_p), -state.value)
     own = kl(state.log_r, projection.log_p)
     for k, i in enumerate(trusted):
         if not math.isinf(projection.trust[k]):
-            disagreement[:, i] = torch.where(by_pool, disagreement[:, i], own[:, k])
-            is_bound[:, i] = by_pool
+            found.disagreement[:, i] = torch.where(by_pool, found.disagreement[:, i], own[:, k])
+            found.disagreement_is_bound[:, i] = by_pool
     share = projection.read / sum([head.d for head in problem.heads])
-    return Answer(
-        log_probs=log_probs,
+    return replace(
+        found,
         status=state.status,
         gap=gap,
         certified=state.certified | (late & gap.isfinite()),
-        objective=-state.value,
-        objective_range=torch.full_like(state.value, torch.nan)[:, None].repeat(1, 2),
         steps=state.steps,
         passes=state.passes * share,
-        disagreement=disagreement,
-        disagreement_is_bound=is_bound,
         dual=_raw_dual(problem, projection, trusted, state.nu),
         ray=_raw_dual(problem, projection, trusted, projection.exact_part(state.ray)),
         by_pool=by_pool,

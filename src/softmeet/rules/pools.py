@@ -19,7 +19,7 @@ from softmeet.rules.answered import answered
 from softmeet.rules.base import Rule
 from softmeet.rules.problem import Problem
 from softmeet.rules.recomputed import Recomputed, reach
-from softmeet.simplex import kl, log_normalize, log_power_means, logit_mean, prob_mean, weighted_log_probs
+from softmeet.simplex import entropy, kl, log_normalize, log_power_means, logit_mean, prob_mean, weighted_log_probs
 from softmeet.solvers.base import Status
 
 # From this order on the objective of a power mean is that of order 1: 1 - Z^α, divided by 1 - α, would be all rounding.
@@ -54,13 +54,10 @@ class LogitMean(_ClosedForm):
     (Li et al., arXiv:2210.15097, section 3.3).
     """
 
-    plausibility: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="The least probability of a token, as a share of the largest, by the average of the members of "
-        "positive weight; tokens below it get probability 0.",
-    )
+    plausibility: float = Field(default=0.0, ge=0, le=1)
+    """The least probability of a token, as a share of the largest, by the average of the members of positive weight;
+    tokens below it get probability 0.
+    """
 
     name = "logit-mean"
     summary = "the weighted average of the members' logits"
@@ -80,9 +77,8 @@ class LogitMean(_ClosedForm):
         """
         scores = self._cut(problem, weighted_log_probs(problem.log_p, problem.weights))
         log_probs = problem.restricted(log_normalize(scores))
-        safe = log_probs.masked_fill(log_probs.isneginf(), 0.0)
         cross = -(log_probs.exp() * scores.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
-        return closed_form(problem, log_probs, cross + (log_probs.exp() * safe).sum(-1))
+        return closed_form(problem, log_probs, cross - entropy(log_probs))
 
     def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
         """Return Σ w_i ℓ_i of logits ℓ_i, (B, v): what normalises each member is a constant; None with plausibility."""
@@ -154,12 +150,8 @@ class PowerMean(_ClosedForm):
     conditional on it, and optimal among the distributions on it.
     """
 
-    order: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="The order of the power mean: 1 is prob-mean, 0 is logit-mean.",
-    )
+    order: float = Field(default=0.5, ge=0, le=1)
+    """The order of the power mean: 1 is prob-mean, 0 is logit-mean."""
 
     name = "power-mean"
     summary = "the weighted power mean of the members' probabilities, between logit-mean and prob-mean"

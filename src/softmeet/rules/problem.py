@@ -266,9 +266,8 @@ class Problem:
             tol=self.settings.tol,
         )
         if self.start is not None:
-            parts = zip(self.start.towards(members, trust), projection.alpha, projection.heads, strict=True)
-            white = [lam / alpha @ h.whitening.inverse.T for lam, alpha, h in parts]
-            projection.start = torch.cat(white, dim=-1)
+            parts = zip(self.start.towards(members, trust), projection.alpha, strict=True)
+            projection.start = projection.whitened(torch.cat([lam / alpha for lam, alpha in parts], dim=-1))
         return projection
 
     def met_alike(self, other: Problem) -> bool:
@@ -277,13 +276,11 @@ class Problem:
         True exactly if log-probabilities, supports and the settings that ``meet`` depends on are equal, and this
         problem's ``tol`` is at most the other's. That both have the same heads is not checked.
         """
-        same = [
-            (p.trust, p.settings.pool, p.settings.weights, p.settings.rank, p.settings.free_radial)
-            for p in (self, other)
-        ]
+        names = ("trust", "pool", "weights", "rank", "free_radial")
+        same = all(getattr(self.settings, name) == getattr(other.settings, name) for name in names)
         mine, theirs = self.support, other.support
         support = mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))
-        return same[0] == same[1] and support and self.tol <= other.tol and torch.equal(self.log_p, other.log_p)
+        return same and support and self.tol <= other.tol and torch.equal(self.log_p, other.log_p)
 
     def relaxed(self) -> Problem:
         """Return the problem with infinite trusts replaced by 0.3, so that ``meet`` has a solution in every row."""

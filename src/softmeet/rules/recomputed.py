@@ -70,6 +70,5 @@ def reach(gap: Float[Tensor, " B"], claimed: Float[Tensor, "B v"], given: Float[
     best = torch.stack([torch.ones_like(gap), (2 * gap / spread).sqrt().nan_to_num(1.0).clamp(*_EXPONENTS)])
     further = ((gap + (p + best[..., None] * ratio).logsumexp(-1)) / best).amin(0)
     further = torch.where(gap > 0, further, mean)
-    return torch.where(
-        mean.abs() + (2 * gap * spread).sqrt() <= _ROUNDED, gap, gap + further.nan_to_num(torch.inf, torch.inf)
-    )
+    equal = mean.abs() + (2 * gap * spread).sqrt() <= _ROUNDED
+    return torch.where(equal, gap, gap + further.nan_to_num(torch.inf, torch.inf))

@@ -56,28 +56,40 @@ class Settings(SettingValues):
         ((1.0, 0.0), (0.5, 0.5), 'prob-mean')
     """
 
-    rule: Annotated[Rule, BeforeValidator(_rule)] = Field(
-        default=DEFAULT,
-        validate_default=True,
-        description="How the members are combined: the name of a rule. Options follow it after colons, as in "
-        "meet:trust=1/0.3:pool=prob-mean, with slashes between the numbers of several members; an option "
-        "is given here or by its own flag, not by both.",
-    )
-    gate: Annotated[Any, BeforeValidator(_gate)] = Field(
-        default=None,
-        description="For which tokens not to compute the rule. movement:T, for meet with finite trusts alone, uses "
-        "the average where meet is predicted to move it by less than T nats (KL divergence). disagreement:T uses the "
-        "average where its KL divergences to the members, each times the member's trust (0.3 where that is inf), add "
-        "up to at most T nats. unsure:T uses the first member alone, without running the others, where it gives a "
-        "token at least the probability T. none always computes; auto is movement:0.003, or none where movement does "
-        "not apply.",
-    )
+    rule: Annotated[Rule, BeforeValidator(_rule)] = Field(default=DEFAULT, validate_default=True)
+    """How the members are combined: the name of a rule. Options follow it after colons, as in
+    meet:trust=1/0.3:pool=prob-mean, with slashes between the numbers of several members; an option is given here or by
+    its own flag, not by both.
+    """
+    gate: Annotated[Any, BeforeValidator(_gate)] = None
+    """For which tokens not to compute the rule. movement:T, for meet with finite trusts alone, uses the average where
+    meet is predicted to move it by less than T nats (KL divergence). disagreement:T uses the average where its KL
+    divergences to the members, each times the member's trust (0.3 where that is inf), add up to at most T nats.
+    unsure:T uses the first member alone, without running the others, where it gives a token at least the probability T.
+    none always computes; auto is movement:0.003, or none where movement does not apply.
+    """
 
     @model_validator(mode="after")
     def _signs_fit(self) -> Settings:
         """Refuse weights below 0 where the rule, the pool or the gate has no meaning for them."""
-        if isinstance(self.weights, tuple) and min(self.weights, default=0.0) < 0:
-            _require_signed(self, self.weights)
+        weights, rule, gate = self.weights, self.rule, self.gate
+        if not (isinstance(weights, tuple) and min(weights, default=0.0) < 0):
+            return self
+        if not rule.takes_signed_weights:
+            others = " or ".join(one.name for one in all_rules() if one.takes_signed_weights)
+            raise InvalidInputError(
+                f"the rule {rule.name} takes no weight below 0, got {list(weights)}: use the rule {others}, or weights "
+                "of at least 0"
+            )
+        if self.pool == "prob-mean":
+            raise InvalidInputError(
+                f"the pool prob-mean takes no weight below 0, got {list(weights)}: use the pool logit-mean"
+            )
+        if gate is not None and gate.first_alone and weights[0] < 0:
+            raise InvalidInputError(
+                f"the gate {gate} lets the first member answer alone, and its weight is {weights[0]:g}: put a member "
+                "of positive weight first, or say gate none"
+            )
         return self
 
     @classmethod
@@ -212,23 +224,3 @@ def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:
         owners[0](**{name: own[name]})
     mine = {name: value for name, value in own.items() if name in kind.model_fields}
     return kind(**{**rule.own_options(), **mine})
-
-
-def _require_signed(settings: Settings, weights: tuple[float, ...]) -> None:
-    """Check that settings with a weight below 0 have a rule, a pool and a gate that such weights make sense for."""
-    rule, gate = settings.rule, settings.gate
-    if not rule.takes_signed_weights:
-        others = " or ".join(one.name for one in all_rules() if one.takes_signed_weights)
-        raise InvalidInputError(
-            f"the rule {rule.name} takes no weight below 0, got {list(weights)}: use the rule {others}, or weights of "
-            "at least 0"
-        )
-    if settings.pool == "prob-mean":
-        raise InvalidInputError(
-            f"the pool prob-mean takes no weight below 0, got {list(weights)}: use the pool logit-mean"
-        )
-    if gate is not None and gate.first_alone and weights[0] < 0:
-        raise InvalidInputError(
-            f"the gate {gate} lets the first member answer alone, and its weight is {weights[0]:g}: put a member of "
-            "positive weight first, or say gate none"
-        )

@@ -24,10 +24,8 @@ def takes_settings(function: F) -> F:
     *named, rest = signature.parameters.values()
     assert rest.kind is inspect.Parameter.VAR_KEYWORD, "the function has to take **settings"
     fields = {name: field for name, field in Settings.model_fields.items() if name not in signature.parameters}
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.get_default())
-        for name, field in fields.items()
-    ]
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    extra = [inspect.Parameter(name, by_name, default=field.get_default()) for name, field in fields.items()]
     function.__signature__ = signature.replace(parameters=[*named, *extra, rest])  # type: ignore[attr-defined]
     lines = [f"    {name}: {field.description}" for name, field in fields.items()]
     function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Settings:", *lines])

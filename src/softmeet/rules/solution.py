@@ -72,9 +72,8 @@ class Solution:
 
     def __repr__(self) -> str:
         """Return the rule, the shape, the number of rows of each status and of fallbacks, and the largest gap."""
-        ends = ", ".join(
-            f"{n} {name}" for name, n in Counter(Status(k).name for k in self.status.flatten().tolist()).items()
-        )
+        counts = Counter(Status(k).name for k in self.status.flatten().tolist())
+        ends = ", ".join(f"{n} {name}" for name, n in counts.items())
         instead = f", {int(self.fallback.sum())} answered by the fallback" if self.fallback.any() else ""
         shape, gap = tuple(self.log_probs.shape), self.gap.max().item() if self.gap.numel() else 0.0
         return f"Solution({self.rule!r}, log_probs {shape}: {ends}{instead}, gap at most {gap:.1e} nats)"

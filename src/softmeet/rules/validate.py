@@ -198,7 +198,10 @@ def slopes_of(
             f"expected logits of shape {tuple(shape)}, as the log-probabilities, got {tuple(logits.shape)}"
         )
     flat = logits.detach().reshape(log_p.shape).double()
+    found: list[Float[Tensor, "B v"] | None] = []
     for i, (head, member) in enumerate(zip(heads, flat, strict=True)):
+        slope = head.slope(member[:, : head.v])
+        found.append(None if slope is None else pad(slope, (0, log_p.shape[-1] - head.v)))
         if head.soft_cap is None:
             continue
         beyond = (member.abs() > head.soft_cap * 1.01) & ~member.isneginf()
@@ -208,10 +211,6 @@ def slopes_of(
                 f"apart, got values of up to {member.masked_fill(member.isneginf(), 0).abs().max().item():g} in size: "
                 "pass what the model returns"
             )
-    found: list[Float[Tensor, "B v"] | None] = []
-    for head, member in zip(heads, flat, strict=True):
-        slope = head.slope(member[:, : head.v])
-        found.append(None if slope is None else pad(slope, (0, log_p.shape[-1] - head.v)))
     return tuple(found)
 
 
@@ -260,9 +259,8 @@ def free_directions(
     """
     if hidden is None:
         scores = log_p if logits is None else as_tensor(logits, "logits").detach().reshape(log_p.shape).double()
-        states = [
-            _recovered(i, head, own[:, : head.v]) for i, (head, own) in enumerate(zip(heads, scores, strict=True))
-        ]
+        pairs = enumerate(zip(heads, scores, strict=True))
+        states = [_recovered(i, head, own[:, : head.v]) for i, (head, own) in pairs]
     else:
         if not isinstance(hidden, Iterable):
             raise InvalidInputError(f"expected a list of hidden states, one per member, got {type(hidden).__name__}")

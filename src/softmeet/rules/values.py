@@ -79,50 +79,39 @@ class SettingValues(Frozen):
     """
 
     rule: Any
-    trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = Field(
-        default=DEFAULT_TRUST,
-        description="How far meet may move the average towards the members, one number or one for each with commas "
-        "between: 0 is not at all; inf is full agreement, within tol: the mean of the rows of each "
-        "member's head (output layer) is then the same as under its own prediction.",
-    )
-    weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = Field(
-        default=None,
-        description="The members' weights in the average, with commas between them; they have to sum to 1. By default "
-        "they are equal. For the rule logit-mean they may be below 0, as in 1.5,-0.5.",
-    )
-    pool: Pool = Field(
-        default="logit-mean",
-        description="The average that a rule starts from: logit-mean (of logits) or prob-mean (of probabilities).",
-    )
-    tol: Positive = Field(
-        default=1e-3,
-        description="How far the computed distribution may be from the rule's exact one, in nats of KL divergence.",
-    )
-    max_steps: Count = Field(
-        default=50,
-        description="The most steps of the solver. Where more are needed, the best distribution found is used, and "
-        "counted as NOT_CONVERGED in the output.",
-    )
-    on_infeasible: OnInfeasible = Field(
-        default="meet",
-        description="For rules that need exact agreement, such as max-entropy: where no distribution agrees with all "
-        "members, meet uses the rule meet, and raise stops with an error.",
-    )
-    free_weights: bool = Field(default=False, description="Do not require that weights sum to 1.")
-    rank: Annotated[int | None, BeforeValidator(_count)] = Field(
-        default=None,
-        description="Use only the N strongest principal directions of each head (output layer). All by default.",
-    )
-    free_radial: bool = Field(
-        default=False,
-        description="The norm before a head fixes the length (LayerNorm: also the mean) of the hidden state. Do not "
-        "make members agree along the directions in which only these would change.",
-    )
-    rule_temperature: Positive = Field(
-        default=1.0,
-        description="The temperature T of the combined distribution, p^(1/T) normalised; temperature in a rule's text.",
-    )
-    bands: Count = Field(default=1, description="Bands into which each head's directions are cut, each with a trust.")
+    trust: Annotated[float | tuple[float, ...], BeforeValidator(_trusts)] = DEFAULT_TRUST
+    """How far meet may move the average towards the members, one number or one for each with commas between: 0 is not
+    at all; inf is full agreement, within tol: the mean of the rows of each member's head (output layer) is then the
+    same as under its own prediction.
+    """
+    weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = None
+    """The members' weights in the average, with commas between them; they have to sum to 1. By default they are equal.
+    For the rule logit-mean they may be below 0, as in 1.5,-0.5.
+    """
+    pool: Pool = "logit-mean"
+    """The average that a rule starts from: logit-mean (of logits) or prob-mean (of probabilities)."""
+    tol: Positive = 1e-3
+    """How far the computed distribution may be from the rule's exact one, in nats of KL divergence."""
+    max_steps: Count = 50
+    """The most steps of the solver. Where more are needed, the best distribution found is used, and counted as
+    NOT_CONVERGED in the output.
+    """
+    on_infeasible: OnInfeasible = "meet"
+    """For rules that need exact agreement, such as max-entropy: where no distribution agrees with all members, meet
+    uses the rule meet, and raise stops with an error.
+    """
+    free_weights: bool = False
+    """Do not require that weights sum to 1."""
+    rank: Annotated[int | None, BeforeValidator(_count)] = None
+    """Use only the N strongest principal directions of each head (output layer). All by default."""
+    free_radial: bool = False
+    """The norm before a head fixes the length (LayerNorm: also the mean) of the hidden state. Do not make members agree
+    along the directions in which only these would change.
+    """
+    rule_temperature: Positive = 1.0
+    """The temperature T of the combined distribution, p^(1/T) normalised; temperature in a rule's text."""
+    bands: Count = 1
+    """Bands into which each head's directions are cut, each with a trust."""
     gate: Any = None
 
     def plain(self) -> dict[str, Any]:

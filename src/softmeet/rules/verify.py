@@ -45,10 +45,8 @@ class Verification:
 
     def reshape(self, shape: torch.Size) -> Verification:
         """Return a copy whose one batch dimension is replaced by the dimensions ``shape``."""
-        flat = (self.gap, self.total_variation, self.status)
-        return Verification(
-            self.residual.reshape(len(self.residual), *shape), *(value.reshape(shape) for value in flat)
-        )
+        of_rows = [value.reshape(shape) for value in (self.gap, self.total_variation, self.status)]
+        return Verification(self.residual.reshape(len(self.residual), *shape), *of_rows)
 
 
 def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, "n B"]:
@@ -59,11 +57,8 @@ def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor
             left out; products are in ``problem.dtype``.
         log_probs: log p of each of the B rows, in nats, on the device of ``problem.log_p``.
     """
-    if not len(log_probs):
-        return log_probs.new_zeros(len(problem.heads), 0)
-    starts = iter(log_probs.exp().split([piece.log_p.shape[1] for piece in problem.pieces()]))
-    parts = []
-    for piece, p in zip(problem.pieces(), starts, strict=True):
+    pieces, parts = problem.pieces(), []
+    for piece, p in zip(pieces, log_probs.exp().chunk(len(pieces)), strict=True):
         views = piece.views(range(len(piece.heads)))
         off = [h.moments(p - q.exp())[0].norm(dim=-1) for h, q in zip(views, piece.log_p, strict=True)]
         parts.append(torch.stack(off))

@@ -196,9 +196,7 @@ def _solved(H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Ten
 
 
 def repaired_gap_bound(
-    problem: Projection,
-    point: tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]],
-    y: Float[Tensor, "B n v"],
+    problem: Projection, point: tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]], y: Float[Tensor, "B n v"]
 ) -> Float[Tensor, " B"]:
     """Bound the gap of every row, (B,), in nats, by a direction that only nearly solves the Newton system.
 

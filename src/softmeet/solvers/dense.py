@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers import tuning
-from softmeet.solvers.base import Solver, Status, iterate
+from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import repaired_gap_bound, restricted_gap_bound
 from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.direction import direction, heavy_tokens
-from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
+from softmeet.solvers.dual import DualState, Solver, end_by_pool, end_by_proof, iterate, moved_to, pool_is_near, start
 from softmeet.solvers.linalg import backtrack, held, some
 from softmeet.solvers.projection import Point, Projection
 
@@ -121,8 +121,9 @@ class DenseNewton(Solver[DenseState]):
         step = (problem.spread(a.transpose(1, 2)).transpose(1, 2) * steps).sum(-1)
         stalls = torch.where(there.value < state.value, 0, state.stalls + 1)
         found = {"floor": floor, "step": step, "stalls": stalls, **_rounded(problem, state, a, columns)}
+        if self.certify:
+            there, found["drift"] = _read_again(problem, state.nu + step, there, found["drift"])
         after = moved_to(problem, state, there, step, **found)
-        there = _read_again(problem, after, there) if self.certify else there
         near = pool_is_near(problem, after) & (after.pool_bound + _hidden(problem, after.drift) <= problem.tol)
         fall = state.value - there.value
         left = torch.maximum(estimate - fall, tuning.LEFT * estimate)
@@ -222,18 +223,16 @@ def _hidden(problem: Projection, drift: Float[Tensor, "B n"]) -> Float[Tensor, "
     return 2 * (problem.alpha * drift).sum(-1)
 
 
-def _read_again(problem: Projection, after: DenseState, there: Point) -> Point:
-    """Return the point, with scores read anew in rows in which drift may move f too far; set ``after``."""
-    rows = (_hidden(problem, after.drift) > _DRIFT * problem.tol).nonzero().squeeze(-1)
+def _read_again(
+    problem: Projection, nu: Float[Tensor, "B D"], there: Point, drift: Float[Tensor, "B n"]
+) -> tuple[Point, Float[Tensor, "B n"]]:
+    """Return the point at ``nu`` and its drift, with scores read anew in rows in which drift may move f too far."""
+    rows = (_hidden(problem, drift) > _DRIFT * problem.tol).nonzero().squeeze(-1)
     if not len(rows):
-        return there
+        return there, drift
     some_of = problem.take(rows)
-    fresh = Point.at(some_of, some_of.scores(after.nu[rows]))
-    log_p, log_r = fresh.logs(some_of)
-    for name, value in {"z": fresh.z, "value": fresh.value, "log_p": log_p, "log_r": log_r}.items():
-        setattr(after, name, getattr(after, name).index_copy(0, rows, value))
-    after.drift = after.drift.index_fill(0, rows, 0.0)
-    return there.put(rows, fresh)
+    fresh = Point.at(some_of, some_of.scores(nu[rows]))
+    return there.put(rows, fresh), drift.index_fill(0, rows, 0.0)
 
 
 def dense(problem: Projection, max_steps: int, *, certify: bool = True) -> DenseState:

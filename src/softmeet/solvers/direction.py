@@ -20,7 +20,6 @@ from itertools import pairwise
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
 
 from softmeet.solvers import tuning
 from softmeet.solvers.linalg import add_ridge, conjugate_gradients, held, ridged_factor
@@ -57,9 +56,7 @@ def direction(
     size = held(count * problem.read) if found.device.type == "cpu" else max(1, len(found))
     for rows in torch.arange(len(found), device=found.device).split(size):
         g = gradient[rows]
-        here = problem.take(rows)
-        x = Around(here, p[rows], r[rows], count).solve(-here.unwhitened(g), _STEPS, tuning.CONJUGATE_REDUCTION)
-        x = here.whitened(x)
+        x = Around(problem.take(rows), p[rows], r[rows], count).solve(-g, _STEPS, tuning.CONJUGATE_REDUCTION)
         # If it is not finite, or f would rise along it, the negative gradient takes its place.
         falls = (x * g).sum(-1, keepdim=True) < 0
         found[rows] = torch.where(falls & x.isfinite().all(-1, keepdim=True), x, -g)
@@ -118,7 +115,6 @@ class Around:
         self.of_r_wide = self._spread(self.of_r)
         self.joint_mean = self._sums(self.p[:, None].expand_as(self.r)) + self.of_p * self.mean
         self.own_mean = self._sums(self.r) + self.of_r_wide * self.mean
-        self.blocks = [self.covariance[here, here] for here in self.places]
 
     def _spread(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b D"]:
         """Repeat the value of each member i, (…, n), for each of the d_i columns of its head W_i; return (…, D)."""
@@ -143,16 +139,18 @@ class Around:
         # Deviations from a mean sum to 0 over all tokens, so those of light tokens follow from those of heavy ones.
         found = found - joint.sum(-1, keepdim=True) * self.mean + self.of_p * (scaled @ self.covariance)
         lost = self._spread(self.gamma * own.sum(-1)) * self.mean
-        light = torch.cat([x[:, here] @ C for here, C in zip(self.places, self.blocks, strict=True)], dim=-1)
+        light = torch.cat([x[:, here] @ self.covariance[here, here] for here in self.places], dim=-1)
         return self.scale * (found - lost + self._spread(self.gamma) * self.of_r_wide * light)
 
     def solve(self, b: Float[Tensor, "b D"], steps: int, reduction: float = 0.0) -> Float[Tensor, "b D"]:
         """Return approximately H⁻¹ b, (b, D), by at most ``steps`` steps of preconditioned conjugate gradients.
 
-        Vectors are in the heads' own coordinates. A row stops once √(eᵀM⁻¹e), e its residual b - H x and M⁻¹ the
-        preconditioner, is at most ``reduction`` times its value at x = 0; with 0 it takes all steps.
+        ``b`` and the result are in whitened coordinates. A row stops once √(eᵀM⁻¹e), e its residual b - H x and M⁻¹
+        the preconditioner, is at most ``reduction`` times its value at x = 0; with 0 it takes all steps.
         """
-        return conjugate_gradients(self.times, b.to(self.dtype), _Preconditioner(self), reduction, steps).to(b)
+        own = self.problem.unwhitened(b).to(self.dtype)
+        found = conjugate_gradients(self.times, own, _Preconditioner(self), reduction, steps)
+        return self.problem.whitened(found.to(b))
 
 
 class _Preconditioner:
@@ -166,16 +164,11 @@ class _Preconditioner:
         K = around.p.shape[1]
         self.inverse = around.tail.inverse(around.problem).to(around.dtype)
         self.mass = ((around.of_p[:, 0] + around.of_r.sum(-1)) / (1 + around.of_r.shape[1]))[:, None]
-        own = (around.alpha * around.gamma)[:, None] * around.r
-        heaviest = (
-            torch.cat([around.p[:, None], own], dim=1)
-            .flatten(1)
-            .topk(max(1, min(tuning.PRECONDITIONED, K // 4)), dim=-1)
-        )
+        masses = torch.cat([around.p[:, None], (around.alpha * around.gamma)[:, None] * around.r], dim=1).flatten(1)
+        heaviest = masses.topk(max(1, min(tuning.PRECONDITIONED, K // 4)), dim=-1)
         layer, token = heaviest.indices // K, heaviest.indices % K
         U = torch.cat([rows.gather(1, token[..., None].expand(-1, -1, rows.shape[-1])) for rows in around.rows], dim=-1)
-        own_means = [pad(around.own_mean[:, h], (h.start, U.shape[-1] - h.stop)) for h in around.places]
-        means = [around.joint_mean, *own_means]
+        means = [around.joint_mean, *[around.own_mean] * len(around.places)]
         share = torch.zeros(len(means), U.shape[-1], dtype=U.dtype, device=U.device)
         share[0] = around.scale
         for i, here in enumerate(around.places):
@@ -220,7 +213,8 @@ class Tail:
         The Hessian is diag(α) C diag(α) + blockdiag(α_i γ_i C_ii) plus a small ridge, C the covariance, C_ii its block
         of member i, α_i = min(1, ρ_i), γ_i = min(1, 1/ρ_i): that of one unit of mass of p and of every r_i.
         """
-        if problem.trust not in self._inverses:
+        found = self._inverses.get(problem.trust)
+        if found is None:
             F = torch.block_diag(*(h.whitening.factor for h in problem.heads))
             C = self.whitened.double()
             scale = problem.scale.double()
@@ -228,13 +222,12 @@ class Tail:
             for here, alpha, gamma in zip(problem.places, problem.alpha.tolist(), problem.gamma.tolist(), strict=True):
                 H[here, here] += alpha * gamma * C[here, here]
             # The drawn tokens may have no component in some directions.
-            found: Tensor = (F @ torch.cholesky_solve(F.T, ridged_factor(H, _RIDGE))).float()
+            found = (F @ torch.cholesky_solve(F.T, ridged_factor(H, _RIDGE))).float()
             # Whoever chooses trusts, as a server's clients do, must not fill the memory.
             for old in list(self._inverses)[: 1 - _INVERSES]:
                 self._inverses.pop(old, None)
             self._inverses[problem.trust] = found
-            return found
-        return self._inverses[problem.trust]
+        return found
 
 
 def tail_of(problem: Projection) -> Tail:

@@ -1,4 +1,4 @@
-"""The state of the methods that minimise the dual f of a relaxed I-projection, its start, and three ways to end a row.
+"""The state of the methods that minimise the dual f of a relaxed I-projection, their one loop, and ways to end a row.
 
 Symbols are those of :mod:`softmeet.solvers.projection`: q the pool, p̂_i the members, ρ_i the trusts, ν the dual
 variables, z_i = Q_i ν_i the scores, p and r_i the answer and the corrected members at ν, p° the optimum's p.
@@ -7,24 +7,35 @@ variables, z_i = Q_i ν_i the scores, p and r_i the answer and the corrected mem
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.solvers.base import State, Status
+from softmeet.batched import Batched
+from softmeet.solvers.base import Status
+from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.projection import Point, Projection
 
 
 @dataclass
-class DualState(State):
+class DualState(Batched):
     """The current dual point ν of each row of a :class:`Projection`, and the direction of its step.
 
     :func:`start` gives the fields of the first state, and solvers make the later ones by :func:`moved_to`.
 
     Attributes:
+        done: (B,), rows that need no further step.
+        status: (B,), int64, a :class:`Status` for each row; without meaning until the row is done.
+        gap: (B,), nats: an upper bound on f(ν) - min f, f the dual function of the :class:`Projection` and ν the
+            current dual point; only an estimate of that difference unless ``certified``.
+        certified: (B,), True for rows whose ``gap`` is proved to be an upper bound.
+        steps: (B,), int64, how often :meth:`Solver.step` was called with the row.
+        passes: (B,), how often all heads were read for the row by those calls: entries of [W_1 | … | W_n] read, divided
+            by all its entries.
         nu, z: the dual variables ν, (B, D), in whitened coordinates, and the scores z_i = Q_i ν_i, (B, n, v).
         value: the dual function f at ν, (B,), in nats.
         gradient: ∇f, (B, D), at the point at which the last direction was computed; 0 until then.
@@ -39,6 +50,12 @@ class DualState(State):
             ``log_p`` is still the p of the dual point.
     """
 
+    done: Bool[Tensor, " B"]
+    status: Int[Tensor, " B"]
+    gap: Float[Tensor, " B"]
+    certified: Bool[Tensor, " B"]
+    steps: Int[Tensor, " B"]
+    passes: Float[Tensor, " B"]
     nu: Float[Tensor, "B D"]
     z: Float[Tensor, "B n v"]
     value: Float[Tensor, " B"]
@@ -64,6 +81,67 @@ class DualState(State):
 
 
 S = TypeVar("S", bound=DualState)
+
+
+class Solver(ABC, Generic[S]):
+    """A batched iterative method that minimises the dual function of relaxed I-projections (:class:`Projection`).
+
+    S is the :class:`DualState` that it works on. Subclasses define the first state and one step, which :func:`iterate`
+    repeats until every row has ended.
+    """
+
+    @abstractmethod
+    def init(self, problem: Projection) -> S:
+        """Return the state of all B rows before the first step; rows that need no step are ``done``, with a status."""
+
+    @abstractmethod
+    def step(self, problem: Projection, state: S) -> S:
+        """Take one step of every row; return a state with ``done``, ``status``, ``gap`` and ``certified`` set anew.
+
+        :func:`iterate` passes unfinished rows only: ``problem`` and ``state`` hold the same rows in the same order. A
+        solver may change fields of ``state`` in place: only the returned state may be used afterwards.
+        """
+
+    @abstractmethod
+    def rows_at_once(self, problem: Projection) -> int:
+        """Return the most rows of ``problem``, at least 1, that one call of :meth:`step` should be given.
+
+        :func:`iterate` splits larger batches, so that the tensors of a step fit into memory or a processor's cache.
+        """
+
+
+def iterate(solver: Solver[S], problem: Projection, max_steps: int) -> S:
+    """Repeat ``solver``'s step until every row of ``problem`` has ended; return the final state of all B rows.
+
+    The rows of the state are in the order of the problem's. ``solver.init`` is called once, with all rows. Unfinished
+    rows are then split into groups of ``solver.rows_at_once(problem)`` rows, and each group is stepped to its end
+    before the next. A row ends once its ``done`` is set, or it has taken ``max_steps`` steps without that, or the time
+    is over (:func:`softmeet.time_is_over`); in the last two cases its status becomes ``NOT_CONVERGED``, while ``done``
+    stays False. Rows that ended are not stepped again, and those of groups that were not begun stay as ``init`` has
+    them.
+    """
+    state = solver.init(problem)
+    done, going = state.done.nonzero().squeeze(-1), (~state.done).nonzero().squeeze(-1)
+    if not len(going):
+        return state
+    places, ended = ([done], [state.take(done)]) if len(done) else ([], [])
+    for rows in going.split(solver.rows_at_once(problem)):
+        whole = len(rows) == len(state.done)
+        active, part = (state, problem) if whole else (state.take(rows), problem.take(rows))
+        for _ in range(max_steps):
+            if time_is_over():
+                break
+            active = solver.step(part, active)
+            # The batch is copied only when rows finish: their tensors may be large.
+            if active.done.all():
+                break
+            if active.done.any():
+                out, on = active.done.nonzero().squeeze(-1), (~active.done).nonzero().squeeze(-1)
+                places, ended = [*places, rows[out]], [*ended, active.take(out)]
+                rows, active, part = rows[on], active.take(on), part.take(on)
+        active.status = active.status.masked_fill(~active.done, Status.NOT_CONVERGED)
+        places, ended = [*places, rows], [*ended, active]
+    return ended[-1] if len(places[-1]) == len(state.done) else Batched.joined(ended).take(torch.cat(places).argsort())
 
 
 def start(problem: Projection) -> dict[str, Tensor]:

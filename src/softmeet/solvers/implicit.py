@@ -135,12 +135,4 @@ def _by_heavy_tokens(problem: Projection, p: Float[Tensor, "B v"], r: Float[Tens
     """
     groups = torch.arange(len(p), device=p.device).split(_GROUP)
     parts = [Around(problem.take(rows), p[rows], r[rows], heavy_tokens(problem, 1)) for rows in groups]
-
-    def precondition(g: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        found = []
-        for rows, part in zip(groups, parts, strict=True):
-            here = problem.take(rows)
-            found.append(here.whitened(part.solve(here.unwhitened(g[rows]), _INNER)))
-        return torch.cat(found)
-
-    return precondition
+    return lambda g: torch.cat([part.solve(g[rows], _INNER) for rows, part in zip(groups, parts, strict=True)])

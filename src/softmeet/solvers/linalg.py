@@ -1,6 +1,6 @@
 """Linear algebra that several methods share: ridged Cholesky factors, Gram matrices, conjugate gradients, line search.
 
-Everything is batched except :class:`Factored`, which solves one system.
+Everything is batched except :func:`factored`, which solves one system.
 """
 
 from __future__ import annotations
@@ -101,41 +101,29 @@ def solve_ridged(H: Float[Tensor, "B D D"], g: Float[Tensor, "B D"], eps: float)
     return torch.where(s.norm(dim=-1, keepdim=True) <= _LONGEST, s, g)
 
 
-class Factored:
-    """A solver of M y = b for one positive semidefinite M, made by :meth:`of` and called with b.
+def factored(M: Float[Tensor, "m m"]) -> Callable[[Float[Tensor, " m"]], Float[Tensor, " m"]] | None:
+    """Factor one positive semidefinite ``M``, and return the function that solves M y = b; None if that fails.
 
-    Attributes:
-        M: the matrix, (m, m), the caller's own tensor.
-        scale: 1 / √M_kk, (m,).
-        L: the lower Cholesky factor of diag(scale) M diag(scale) plus a small ridge, (m, m).
+    The factor is that of M scaled to a unit diagonal, plus a ridge times the identity: the smallest of 1e-15, 1e-14, …,
+    1e-5 with which a Cholesky factor exists. Solutions are corrected twice for the residual b - M y.
     """
-
-    def __init__(self, M: Float[Tensor, "m m"], scale: Float[Tensor, " m"], L: Float[Tensor, "m m"]) -> None:
-        self.M, self.scale, self.L = M, scale, L
-
-    @classmethod
-    def of(cls, M: Float[Tensor, "m m"]) -> Factored | None:
-        """Factor ``M``, scaled to a unit diagonal, plus a ridge times the identity; return None if that fails.
-
-        The ridge is the smallest of 1e-15, 1e-14, …, 1e-5 with which a Cholesky factor exists.
-        """
-        scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
-        unit = scale[:, None] * M * scale
-        ridge = 1e-15
-        while ridge < 1e-4:
-            L, info = torch.linalg.cholesky_ex(unit + ridge * torch.eye(len(M), dtype=M.dtype, device=M.device))
-            if not info and L.isfinite().all():
-                return cls(M, scale, L)
-            ridge *= 10
+    scale = M.diagonal().clamp_min(torch.finfo(M.dtype).tiny).rsqrt()
+    unit, one = scale[:, None] * M * scale, torch.eye(len(M), dtype=M.dtype, device=M.device)
+    for power in range(-15, -4):
+        L, info = torch.linalg.cholesky_ex(unit + 10.0**power * one)
+        if not info and L.isfinite().all():
+            break
+    else:
         return None
 
-    def __call__(self, b: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
-        """Return M⁻¹ b, (m,): solved with the factor, then corrected twice for the residual b - M y."""
+    def solve(b: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
         y = torch.zeros_like(b)
         for _ in range(3):
-            e = (b - self.M @ y) * self.scale
-            y = y + self.scale * torch.cholesky_solve(e[:, None], self.L).squeeze(-1)
+            e = (b - M @ y) * scale
+            y = y + scale * torch.cholesky_solve(e[:, None], L).squeeze(-1)
         return y
+
+    return solve
 
 
 def conjugate_gradients(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from softmeet.solvers import tuning
-from softmeet.solvers.base import Status, iterate
+from softmeet.solvers.base import Status
 from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.dense import dense
-from softmeet.solvers.dual import DualState
+from softmeet.solvers.dual import DualState, iterate
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
@@ -29,12 +29,12 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
             replaces the first if it is OPTIMAL or has no larger dual value.
     """
     if full_hessian_pays(problem):
-        return iterate(DualNewton(), problem, max_steps).plain()
+        return iterate(DualNewton(), problem, max_steps)
     state = dense(problem, max_steps, certify=certify).plain()
     late = (state.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
     if not rescue or not len(late) or _cost(problem) > tuning.HESSIAN_AS_RESCUE or time_is_over():
         return state
-    again = iterate(DualNewton(), problem.take(late), max_steps).plain()
+    again = iterate(DualNewton(), problem.take(late), max_steps)
     again.steps += state.steps[late]
     again.passes += state.passes[late]
     better = (again.status == Status.OPTIMAL) | (again.value <= state.value[late])

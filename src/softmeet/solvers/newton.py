@@ -11,17 +11,15 @@ the new point, so a row that it ends needs no further Hessian.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers import tuning
-from softmeet.solvers.base import Solver, Status
+from softmeet.solvers.base import Status
 from softmeet.solvers.certificate import gap_bound, restricted_gap_bound
 from softmeet.solvers.clock import time_is_over
-from softmeet.solvers.dual import DualState, end_by_pool, end_by_proof, moved_to, pool_is_near, start
+from softmeet.solvers.dual import DualState, Solver, end_by_pool, end_by_proof, moved_to, pool_is_near, start
 from softmeet.solvers.leftover import residual_slack
 from softmeet.solvers.linalg import backtrack, cached, held, solve_ridged
 from softmeet.solvers.oracle import moments
@@ -37,31 +35,23 @@ _ARMIJO, _STRAIGHT = 1e-4, 0.5
 _HALVINGS, _DOUBLINGS = 40, 20
 
 
-@dataclass
-class NewtonState(DualState):
-    """A :class:`DualState` with the error of the Newton systems.
-
-    Attributes:
-        residual: H s - g, (B, D), of the last Newton system H s = g, which is solved only up to rounding.
-    """
-
-    residual: Float[Tensor, "B D"]
+# Of a step's system H s = g: the scores of its direction -s; the residual H s - g, which rounding leaves.
+Solved = tuple[Float[Tensor, "B n v"], Float[Tensor, "B D"]]
 
 
-class DualNewton(Solver[NewtonState]):
+class DualNewton(Solver[DualState]):
     """Newton's method on the dual function with its full Hessian, for small heads or precise answers.
 
     A step costs v D² multiplications per row (v tokens, D dual variables) and two passes over all heads; the module
     docstring describes it.
     """
 
-    def init(self, problem: Projection) -> NewtonState:
+    def init(self, problem: Projection) -> DualState:
         """Return the state at ν = 0, at which the answer is the pool and no head has been read.
 
         Rows in which the pool's gap Σ_i ρ_i KL(q‖p̂_i) is at most ``problem.tol`` are done (:func:`start`).
         """
-        fields = start(problem)
-        return NewtonState(**fields, residual=torch.zeros_like(fields["nu"]))
+        return DualState(**start(problem))
 
     def rows_at_once(self, problem: Projection) -> int:
         """Return how many rows one step may take, at least 1, so that their Hessians, D² numbers each, fit into memory.
@@ -76,43 +66,46 @@ class DualNewton(Solver[NewtonState]):
             rows = min(rows, max(1, _WORK // max(1, size * problem.log_q.shape[-1])))
         return rows
 
-    def step(self, problem: Projection, state: NewtonState) -> NewtonState:
+    def step(self, problem: Projection, state: DualState) -> DualState:
         """Take one Newton step of every row, and bound or estimate the gap at the new point; return the new state.
 
-        ``gradient``, ``direction`` and ``residual`` of ``state`` are set in place, by :meth:`aim`.
+        ``gradient`` and ``direction`` of ``state`` are set in place, by :meth:`aim`.
         """
         reads = problem.passes()
-        self.aim(problem, state)
+        residual = self.aim(problem, state)
         y = problem.scores(state.direction)
         after = _moved(problem, state, y)
         near = pool_is_near(problem, after)
         if not near.all():
-            self._judge(problem, state, after, y)
+            self._judge(problem, state, after, (y, residual))
             end_by_proof(problem, state, after)
         end_by_pool(after, near)
         after.passes = state.passes + problem.passes() - reads
         return after
 
-    def aim(self, problem: Projection, state: NewtonState) -> None:
+    def aim(self, problem: Projection, state: DualState) -> Float[Tensor, "B D"]:
         """Set ``state.gradient`` to ∇f and ``state.direction`` to -H⁻¹∇f, in place, by one pass over all heads.
 
-        f is the dual function and H its Hessian. ``state.residual`` is set to that system's. If ``problem.start`` is
-        given and no row of ``state`` has taken a step, nothing is read or changed: :meth:`init` has set the direction
-        to that start.
+        f is the dual function and H its Hessian. If ``problem.start`` is given and no row of ``state`` has taken a
+        step, nothing is read or changed: :meth:`init` has set the direction to that start.
+
+        Returns:
+            The residual H s - g, (B, D), of the system H s = g = ∇f, which is solved only up to rounding; 0 at a start.
         """
         first = not state.steps.any()
         if first and problem.start is not None:
-            return
+            return torch.zeros_like(state.gradient)
         found = moments(problem, state.log_p, state.log_r)
         state.gradient = problem.scale * (found.joint - found.own)
         s = solve_ridged(found.H, state.gradient, problem.eps)
-        state.direction, state.residual = -s, (found.H @ s[..., None]).squeeze(-1) - state.gradient
+        state.direction = -s
+        return (found.H @ s[..., None]).squeeze(-1) - state.gradient
 
-    def _judge(self, problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"]) -> None:
+    def _judge(self, problem: Projection, before: DualState, after: DualState, solved: Solved) -> None:
         """Set ``gap``, ``certified``, ``done`` and ``status`` of ``after``, in place.
 
-        The gap before the step is bounded by the direction's scores ``y``; less the fall of f, the bound holds after
-        the step.
+        The gap before the step is bounded by the scores of the direction, and the residual of its system; less the fall
+        of f, the bound holds after the step.
         """
         decrement = -(before.gradient * before.direction).sum(-1)
         fall = before.value - after.value
@@ -123,7 +116,7 @@ class DualNewton(Solver[NewtonState]):
         # A row that stalls is bounded, too: what it has may be near the optimum, though not as near as ``tol`` asks.
         near = ((estimate <= tuning.FAR * problem.tol) | ((fall <= 0) & ~given)).nonzero().squeeze(-1)
         if len(near):
-            bound[near], rounding[near] = _certified(problem, before, after, y, near)
+            bound[near], rounding[near] = _certified(problem, before, after, solved, near)
         certified = torch.minimum(bound, torch.where(before.certified, before.gap, torch.inf))
         certified = bound_after(certified, fall, problem.tol)
         after.certified = certified.isfinite()
@@ -152,17 +145,17 @@ def bound_after(bound: Float[Tensor, " B"], fall: Float[Tensor, " B"], tol: floa
 
 
 def _certified(
-    problem: Projection, before: NewtonState, after: NewtonState, y: Float[Tensor, "B n v"], rows: Int[Tensor, " k"]
+    problem: Projection, before: DualState, after: DualState, solved: Solved, rows: Int[Tensor, " k"]
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, " k"]]:
-    """Bound the gap at the point of ``before`` in the rows with the indices ``rows``, by the direction's scores ``y``.
+    """Bound the gap at the point of ``before`` in the rows with the indices ``rows``, by the direction's scores.
 
     Returns:
         (the bound in nats, inf if none is found; the rounding, in nats, to add to a bound after the step).
     """
-    log_p, log_r = point = before.log_p[rows], before.log_r[rows]
+    (y, residual), (log_p, log_r) = solved, (before.log_p[rows], before.log_r[rows])
     p, r, gradient, direction = log_p.exp(), log_r.exp(), before.gradient[rows], before.direction[rows]
     bound, broken = gap_bound(problem, p, r, y[rows])
-    slack = residual_slack(problem.take(rows), point, before.residual[rows], direction, gradient)
+    slack = residual_slack(problem.take(rows), (log_p, log_r), residual[rows], direction, gradient)
     bound = torch.where(broken, torch.inf, bound + slack)
     decrement = -(gradient * direction).sum(-1)
     for k in (bound.isinf() & (0.25 * decrement <= problem.tol)).nonzero().flatten().tolist():
@@ -172,7 +165,7 @@ def _certified(
     return bound, problem.rounding(p, r, after.z[rows], after.nu[rows])
 
 
-def _moved(problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"]) -> NewtonState:
+def _moved(problem: Projection, state: DualState, y: Float[Tensor, "B n v"]) -> DualState:
     """Return the state after a step along ``state.direction``, whose scores are ``y``, long enough to lower f.
 
     The length is 1 if Armijo's condition holds there, else shorter; it is longer if f is nearly straight.
@@ -193,7 +186,7 @@ def _moved(problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"]) -
 
 
 def _shorter(
-    problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+    problem: Projection, state: DualState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """Return step lengths below 1 by halving until Armijo's condition holds; 0 if f never falls. Reads no head."""
 
@@ -209,7 +202,7 @@ def _shorter(
 
 
 def _longer(
-    problem: Projection, state: NewtonState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+    problem: Projection, state: DualState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
     """Return step lengths of 1 or more by doubling while f falls and Armijo's condition holds. Reads no head."""
     t = torch.ones_like(slope)

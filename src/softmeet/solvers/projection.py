@@ -274,8 +274,7 @@ class Projection:
         centred = (part - (self.log_p[:, self.exact].exp() * part).sum(-1, keepdim=True)).sum(1)
         highest = torch.where(self.log_q.isneginf(), -torch.inf, centred).amax(-1)
         margin = 64 * self.eps * size + SEPARATED * self.exact_part(nu).norm(dim=-1)
-        excluded: Tensor = highest < -margin
-        return excluded
+        return highest.lt(-margin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,15 +287,12 @@ class Point(Batched):
         z: the scores, (B, n, v).
         p: the answer ∝ q exp(Σ_i α_i z_i), probabilities, (B, v).
         r: the corrected members r_i ∝ p̂_i exp(-γ_i z_i), probabilities, (B, n, v).
-        joint, own: the logarithms of the normalisers of p, (B, 1), and of r_i, (B, n, 1).
         value: f, (B,), in nats.
     """
 
     z: Float[Tensor, "B n v"]
     p: Float[Tensor, "B v"]
     r: Float[Tensor, "B n v"]
-    joint: Float[Tensor, "B 1"]
-    own: Float[Tensor, "B n 1"]
     value: Float[Tensor, " B"]
 
     @classmethod
@@ -307,7 +303,7 @@ class Point(Batched):
         """
         p, joint = _softmax(problem.log_q + problem.tilt(z))
         r, own = _softmax(problem.log_p - problem.gamma[:, None] * z)
-        return cls(z, p, r, joint, own, problem.value(joint[..., 0], own[..., 0], z))
+        return cls(z, p, r, problem.value(joint[..., 0], own[..., 0], z))
 
     def slope(self, problem: Projection, y: Float[Tensor, "B n v"]) -> Float[Tensor, " B"]:
         """Return the derivative df(ν + t d)/dt of the dual function at t = 0, (B,), in nats per unit of t.
@@ -320,7 +316,7 @@ class Point(Batched):
     def logs(self, problem: Projection) -> tuple[Float[Tensor, "B v"], Float[Tensor, "B n v"]]:
         """Return (log p of the answer, (B, v); log r_i of the corrected members, (B, n, v)), in nats.
 
-        They are normalised anew: next to huge scores ``joint`` and ``own`` have lost the digits that count.
+        They are normalised anew: next to huge scores the normalisers behind p and r have lost the digits that count.
         """
         return problem.pooled(self.z), problem.corrected(self.z)
 
