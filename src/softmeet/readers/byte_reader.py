@@ -76,15 +76,8 @@ class ByteReader(ReaderOfRows[ByteText]):
         self.member.behind(row.own)
         return self._opened(row)
 
-    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
-        """Open rows that begin with a row's symbols; what was read is shared."""
-        one = self._mine(row)
-        length = one.length if length is None else length
-        forks = [replace(one, symbols=list(one.symbols), readings=dict(one.readings)) for _ in range(count)]
-        self._rows |= dict.fromkeys(forks)
-        for fork in forks:
-            self.crop(fork, length)
-        return list(forks)
+    def _copied(self, row: ByteText) -> ByteText:
+        return replace(row, symbols=list(row.symbols), readings=dict(row.readings))
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""

@@ -107,9 +107,9 @@ class KeysAndValues:
                 self._blocks.remove(block)
         seat.block, seat.path = None, NOTHING
 
-    def fork(self, seat: Seat, length: int) -> Seat:
-        """Return another seat of the first ``length`` tokens."""
-        other = Seat(seat.block, seat.slot, seat.path[:length])
+    def fork(self, seat: Seat) -> Seat:
+        """Return another seat of the same tokens."""
+        other = Seat(seat.block, seat.slot, seat.path)
         if seat.block is not None:
             seat.block.change()
             seat.block.seats.append(other)
