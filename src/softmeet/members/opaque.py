@@ -80,9 +80,8 @@ class NoHead(OpaqueHead):
     """
 
     def __init__(self, v: int) -> None:
-        # A frozen dataclass sets its fields in this way.
-        for name, value in {"v": v, "d": v, "why": "is none", "remedy": "", "scale": 1.0, "soft_cap": None}.items():
-            object.__setattr__(self, name, value)
+        # The fields of a frozen dataclass, without the model that others have.
+        vars(self).update(v=v, d=v, why="is none")
 
     @property
     def device(self) -> torch.device:
