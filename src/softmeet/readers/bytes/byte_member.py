@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Open, Pruning
-from softmeet.readers.bytes.guesses import likely, possible
+from softmeet.readers.bytes.guesses import LikelyToken, likely, possible
 from softmeet.readers.bytes.known_text import KnownText
 from softmeet.readers.bytes.nodes import Chain
 from softmeet.readers.bytes.own_path import way
@@ -42,14 +42,16 @@ class _Wanted(NamedTuple):
     Attributes:
         known: those whose last token was run as a guess, with the next token's probabilities there.
         missing: the others.
-        chains: for each of these, its last tokens, behind those that have been run.
         places: for each of these, the number of the text's bytes that its tokens spell.
+        ahead: likely next tokens, to be run beside them.
+        chains: for each of ``missing``, then of ``ahead``, its last tokens, behind those that have been run.
     """
 
     known: Answers
     missing: list[Open]
-    chains: list[Chain]
     places: list[int]
+    ahead: list[LikelyToken]
+    chains: list[Chain]
 
 
 class ByteMember(TokenModel):
@@ -290,42 +292,33 @@ class ByteMember(TokenModel):
             moved: their indices.
         """
         few = len(moved) <= _FEW and bool(self.pruning.prune)
-        while asking := self._wanted(readings, moved):
-            ahead = {
-                k: likely(readings[k], self.spelling, self.limit, len(wanted.missing)) if few else []
-                for k, wanted in asking.items()
-            }
-            chains = {
-                k: [*wanted.chains, *(Chain(one.path, one.tokens, [len(one.tokens)]) for one in ahead[k])]
-                for k, wanted in asking.items()
-            }
-            ran = {k: [own[-1] for own in each] for k, each in zip(asking, self.run([*chains.values()]), strict=True)}
-            behind = [one for k, wanted in asking.items() for one in ran[k][: len(wanted.missing)]]
-            places = [place for wanted in asking.values() for place in wanted.places]
-            found = iter(self.next_token_probs(behind, places))
-            for k, wanted in asking.items():
+        while asking := self._wanted(readings, moved, few):
+            ran = [[own[-1] for own in each] for each in self.run([wanted.chains for wanted in asking.values()])]
+            pairs = list(zip(asking.values(), ran, strict=True))
+            behind = [one for wanted, each in pairs for one in each[: len(wanted.missing)]]
+            found = iter(self.next_token_probs(behind, [place for wanted, _ in pairs for place in wanted.places]))
+            for k, (wanted, each) in zip(asking, pairs, strict=True):
                 one = readings[k]
-                covers = one.covers.answered(
-                    self.spelling, [*wanted.known, *((cover, next(found)) for cover in wanted.missing)], self.pruning
-                )
-                run_ahead = zip(ahead[k], ran[k][len(wanted.missing) :], strict=True)
+                answers = [*wanted.known, *((cover, next(found)) for cover in wanted.missing)]
+                covers = one.covers.answered(self.spelling, answers, self.pruning)
+                run_ahead = zip(wanted.ahead, each[len(wanted.missing) :], strict=True)
                 guesses = [Guess(own.place, own.word, behind) for own, behind in run_ahead]
-                work = one.work.and_(calls=1, tokens=sum(len(chain.tokens) for chain in chains[k]))
+                work = one.work.and_(calls=1, tokens=sum(len(chain.tokens) for chain in wanted.chains))
                 readings[k] = Reading(covers, one.text, work, (*one.guesses, *guesses))
             moved = list(asking)
 
-    def _wanted(self, readings: list[Reading], moved: list[int]) -> dict[int, _Wanted]:
+    def _wanted(self, readings: list[Reading], moved: list[int], few: bool) -> dict[int, _Wanted]:
         """Return what the model has to be run on, by index of reading, for some of ``readings``.
 
         Where all that is wanted was run as a guess, covers are closed at once, and readings that exceed the model's
-        context are ended.
+        context are ended. Likely next tokens are among it where these are ``few``.
         """
         found = {}
         for k in moved:
             while opened := readings[k].covers.wanted(self.pruning):
                 one = readings[k]
-                wanted = self._sorted_out(one, opened)
-                if any(chain.path.length + len(chain.tokens) > self.limit for chain in wanted.chains):
+                wanted = self._sorted_out(one, opened, few)
+                if any(chain.length > self.limit for chain in wanted.chains):
                     readings[k] = replace(one, ended=True, full=True)
                 elif not wanted.missing:
                     readings[k] = replace(one, covers=one.covers.answered(self.spelling, wanted.known, self.pruning))
@@ -335,11 +328,11 @@ class ByteMember(TokenModel):
                 break
         return found
 
-    def _sorted_out(self, reading: Reading, opened: Sequence[Open]) -> _Wanted:
+    def _sorted_out(self, reading: Reading, opened: list[Open], few: bool) -> _Wanted:
         """Tell wanted covers whose last token was run as a guess from those that the model has to be run on."""
         if not self.pruning.prune:
             chains = [Chain(one.probs.path, [one.token], [1]) for one in opened]
-            return _Wanted([], list(opened), chains, [0] * len(opened))
+            return _Wanted([], opened, [0] * len(opened), [], chains)
         written = self.spelling.written(reading.text)
         guesses = {guess.place: guess for guess in reading.guesses if written[: guess.place].endswith(guess.word)}
         places = [len(written) - len(one.rest) for one in opened]
@@ -350,6 +343,6 @@ class ByteMember(TokenModel):
             known = list(zip((one for one, *_ in hits), probs, strict=True))
         missing = [(one, place) for one, place in zip(opened, places, strict=True) if place not in guesses]
         paths = [(probs.path, probs.place) for probs in reading.covers.places]
-        ways = [way(self.spelling, written[:place], paths) for _, place in missing]
-        chains = [Chain(path, tokens, [len(tokens)]) for path, tokens in ways]
-        return _Wanted(known, [one for one, _ in missing], chains, [place for _, place in missing])
+        ahead = likely(reading, self.spelling, self.limit, len(missing)) if few and missing else []
+        chains = [*(way(self.spelling, written[:place], paths) for _, place in missing), *(one.chain for one in ahead)]
+        return _Wanted(known, [one for one, _ in missing], [place for _, place in missing], ahead, chains)

@@ -33,7 +33,7 @@ class _Own:
     """
 
     path: Path
-    tokens: list[int]
+    tokens: Sequence[int]
     ends: list[int]
     first: int = 1
     before: Next | None = None
@@ -116,8 +116,9 @@ class KnownText:
         behind = reading.covers.places
         own = None
         if len(written) > place:
-            path, tokens = way(spelling, written, [(one.path, one.place) for one in behind])
-            own = _Own(path, tokens, (len(written) - spelling.bounds(tokens)[-1] + spelling.bounds(tokens)).tolist())
+            path, tokens, _ = way(spelling, written, [(one.path, one.place) for one in behind])
+            ends = spelling.bounds(tokens)
+            own = _Own(path, tokens, (len(written) - ends[-1] + ends).tolist())
         known = cls(member, pruning, written, place, own)
         known.covers.append(reading.covers)
         known._guesses = {
@@ -141,8 +142,7 @@ class KnownText:
             path, tokens, first = self._unrun.path, self._unrun.tokens, self._unrun.first
             self._chains = [Chain(path, tokens, range(max(first, 1), len(tokens) + 1))]
         else:
-            ways = [self._way(one, place) for one, place in self._missing.values()]
-            self._chains = [Chain(path, tokens, [len(tokens)]) for path, tokens in ways]
+            self._chains = [self._way(one, place) for one, place in self._missing.values()]
         return self._chains
 
     def ran(self, found: Sequence[list[Next]]) -> None:
@@ -154,10 +154,10 @@ class KnownText:
         places = [place for _, place in self._missing.values()]
         self._known |= zip(self._missing, self._along([own[-1] for own in found], places), strict=True)
 
-    def _way(self, one: Open, place: int) -> tuple[Path, list[int]]:
-        """Return (a cover's first tokens, which have been run; the ids of its others, at least one)."""
+    def _way(self, one: Open, place: int) -> Chain:
+        """Return a cover's first tokens, which have been run, with its others, at least one."""
         if not self.pruning.prune:
-            return one.probs.path, [one.token]
+            return Chain(one.probs.path, [one.token], [1])
         known = [self._known[k] for k in range(max(0, place - _NEAR), place) if k in self._known]
         paths = [(probs.path, probs.place) for probs in known]
         if self._path is not None:

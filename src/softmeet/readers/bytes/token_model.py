@@ -128,7 +128,7 @@ class TokenModel:
             InvalidInputError: if a chain, with the tokens before it, is longer than the model's context.
         """
         chains = [chain for own in texts for chain in own]
-        self._require_room(max(chain.path.length + len(chain.tokens) for chain in chains))
+        self._require_room(max(chain.length for chain in chains))
         ran, work = self._rows.run(chains)
         self.spent, found = self.spent.and_(work.calls, work.tokens), iter(ran)
         return [[next(found) for _ in own] for own in texts]
