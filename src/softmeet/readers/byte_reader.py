@@ -21,6 +21,8 @@ from softmeet.readers.reader import Explanation, Given, Predictions, Read, Row, 
 
 # The readings kept of each row; fewer symbols than that can be taken back without reading the row anew.
 _KEPT = 16
+# What reads texts, and returns for each the states after so many of its bytes.
+_Readings = Generator[None, None, list[dict[int, Reading]]]
 
 
 @dataclass(eq=False)
@@ -137,26 +139,21 @@ class ByteReader(ReaderOfRows[ByteText]):
         found.dropped = torch.tensor(shares, dtype=torch.float64)
         return found
 
-    def _begin(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
+    def _begin(self, parts: Sequence[_Part]) -> _Readings:
         """Read texts from their beginnings."""
         texts, own = [part.text for part in parts], [part.own for part in parts]
-        found = yield from self.member.beginning(texts, own, [part.wanted for part in parts])
-        for part, readings in zip(parts, found, strict=True):
-            part.readings |= readings
+        return self.member.beginning(texts, own, [part.wanted for part in parts])
 
-    def _advance(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
+    def _advance(self, parts: Sequence[_Part]) -> _Readings:
         """Read one byte of each of some texts."""
         yield from ()
         before = [part.reading for part in parts if part.reading is not None]
-        for part, reading in zip(parts, self.member.advance(before, [part.text[0] for part in parts]), strict=True):
-            part.readings[1] = reading
+        return [{1: reading} for reading in self.member.advance(before, [part.text[0] for part in parts])]
 
-    def _follow(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
+    def _follow(self, parts: Sequence[_Part]) -> _Readings:
         """Read several bytes of each of some texts."""
         before = [part.reading for part in parts if part.reading is not None]
-        found = yield from self.member.following(before, [part.text for part in parts], [part.wanted for part in parts])
-        for part, readings in zip(parts, found, strict=True):
-            part.readings |= readings
+        return self.member.following(before, [part.text for part in parts], [part.wanted for part in parts])
 
 
 @dataclass(eq=False)
@@ -235,18 +232,20 @@ class _Part:
 
 
 def _by_all_or_each(
-    run: Callable[[Sequence[_Part]], Generator[None, None, None]], parts: Sequence[_Part]
+    run: Callable[[Sequence[_Part]], _Readings], parts: Sequence[_Part]
 ) -> Generator[None, None, dict[int, SoftmeetError]]:
     """Run texts together or, if that fails, each by itself; returns by number why some could not be read."""
     if not parts:
         return {}
+    errors = dict[int, SoftmeetError]()
     try:
-        yield from run(parts)
+        found = yield from run(parts)
     except SoftmeetError as error:
         if len(parts) == 1:
             return {parts[0].k: error}
-        found = dict[int, SoftmeetError]()
         for part in parts:
-            found |= yield from _by_all_or_each(run, [part])
-        return found
-    return {}
+            errors |= yield from _by_all_or_each(run, [part])
+        return errors
+    for part, readings in zip(parts, found, strict=True):
+        part.readings |= readings
+    return errors
