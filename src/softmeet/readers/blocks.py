@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -148,29 +149,39 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
         return self.block.end - self.first + query_length, 0
 
 
+def by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
+    """Return, for each slot, the numbers of the seats that are in it."""
+    slots = defaultdict[int, list[int]](list)
+    for k, seat in enumerate(seats):
+        slots[seat.slot].append(k)
+    return slots
+
+
 class Call:
     """One call of the model on new tokens of some seats of a block.
 
+    Args:
+        block: the block.
+        seats: of the texts.
+        tokens: of each, the new ones, at least one.
+        new: the number of columns that these take, at most, of a slot.
+
     Attributes:
+        slots: the numbers of the seats in each slot.
+        many: how many slots, the first of the block, are run.
+        first: the first column that is on a path.
         ids, depths: (slots, new), the new tokens, at the right, and their positions; 0 at padding.
         columns: for each seat, the columns of its new tokens.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        seats: Sequence[Seat],
-        tokens: Sequence[Sequence[int]],
-        slots: dict[int, list[int]],
-        new: int,
-    ) -> None:
-        self._block, self._seats, self._slots = block, seats, slots
-        self._many = 1 + max(seat.slot for seat in block.seats)
-        self._first = min((int(seat.path[0]) for seat in block.seats if len(seat.path)), default=block.end)
-        self.ids, self.depths = np.zeros((2, self._many, new), np.int64)
+    def __init__(self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], new: int) -> None:
+        self._block, self._seats = block, seats
+        self.slots, self.many = by_slot(seats), 1 + max(seat.slot for seat in block.seats)
+        self.first = min((int(seat.path[0]) for seat in block.seats if len(seat.path)), default=block.end)
+        self.ids, self.depths = np.zeros((2, self.many, new), np.int64)
         self.columns = [NOTHING] * len(seats)
         every, ahead = np.arange(block.end, block.end + new), np.arange(new)
-        for slot, own in slots.items():
+        for slot, own in self.slots.items():
             at = new - sum(len(tokens[k]) for k in own)
             for k in own:
                 begin, at = at, at + len(tokens[k])
@@ -178,30 +189,26 @@ class Call:
                 self.depths[slot, begin:at] = ahead[: at - begin] + seats[k].length
                 self.columns[k] = every[begin:at]
 
-    def layer(self, place: tuple[Place, Place]) -> Any:
-        """Return a layer's cache, of the slots in use."""
-        return InPlace(self._block, place, self._many, self._first)
-
     def mask(self, masks: Masks) -> Any:
         """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
         end, (_, new) = self._block.end, self.ids.shape
-        alone = all(len(own) == 1 for own in self._slots.values())
+        alone = len(self.slots) == len(self._seats)
         pairs = list(zip(self._seats, self.columns, strict=True))
         # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
         if alone and all(len(own) == new and seat.is_whole for seat, own in pairs):
-            starts = np.full(self._many, end)
+            starts = np.full(self.many, end)
             starts[[seat.slot for seat in self._seats]] = [
                 int((seat.path if seat.length else own)[0]) for seat, own in pairs
             ]
-            return torch.from_numpy(np.arange(self._first, end + new) >= starts[:, None]).long()
-        width = end + new - self._first
-        allowed = np.zeros((self._many, new, width), bool)
-        depths = np.zeros((self._many, width), np.int64)
+            return torch.from_numpy(np.arange(self.first, end + new) >= starts[:, None]).long()
+        width = end + new - self.first
+        allowed = np.zeros((self.many, new, width), bool)
+        depths = np.zeros((self.many, width), np.int64)
         # Every token attends to itself; padding too, since a softmax over nothing is NaN.
         allowed[:, np.arange(new), width - new + np.arange(new)] = True
         for seat, own in pairs:
-            path, count = seat.path - self._first, len(own)
-            first, at = int(own[0]) - end, int(own[0]) - self._first
+            path, count = seat.path - self.first, len(own)
+            first, at = int(own[0]) - end, int(own[0]) - self.first
             depths[seat.slot, path] = np.arange(len(path))
             depths[seat.slot, at : at + count] = np.arange(len(path), len(path) + count)
             rows = allowed[seat.slot, first : first + count]

@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.trunk import last_hidden
-from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
+from softmeet.readers.blocks import NOTHING, Block, Call, InPlace, Path, Place, Seat, by_slot
 from softmeet.readers.masks import Masks, empty_cache, require_trees
 from softmeet.readers.steady import Steady
 
@@ -144,16 +144,15 @@ class KeysAndValues:
         """
         block = self._together(seats)
         block.change()
-        new = max(sum(len(tokens[k]) for k in own) for own in _by_slot(seats).values())
+        new = max(sum(len(tokens[k]) for k in own) for own in by_slot(seats).values())
         # Other models count columns, in which there must be no hole.
         holes = any(seat.length and not seat.is_whole for seat in seats) and not self.reads_trees
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
-        slots = _by_slot(seats)
-        call = Call(block, seats, tokens, slots, new)
-        layers: list[Any] = [call.layer(place) for place in self._layout]
+        call = Call(block, seats, tokens, new)
+        layers: list[Any] = [InPlace(block, place, call.many, call.first) for place in self._layout]
         cache = Cache(layers=layers) if layers else empty_cache(self._model)
-        few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
+        few = slice(None) if last is None or len(call.slots) < len(seats) else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
             attention_mask=call.mask(self._masks), position_ids=torch.from_numpy(call.depths),
@@ -286,7 +285,7 @@ class KeysAndValues:
 
     def _groups(self, block: Block) -> list[list[Seat]]:
         """Return the seats of a block in groups, each of which may have one slot."""
-        groups = [[block.seats[k] for k in own] for own in _by_slot(block.seats).values()]
+        groups = [[block.seats[k] for k in own] for own in by_slot(block.seats).values()]
         if len(groups) < len(block.seats) and not self.reads_trees:
             return [[seat] for seat in block.seats]
         return [part for group in groups for part in _parted(group)]
@@ -340,14 +339,6 @@ class KeysAndValues:
             whole = one.new_zeros(parts, slots, heads, block.columns, width)
             whole[:, :, :, block.end : block.end + new] = one
             block.tensors.append(whole)
-
-
-def _by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
-    """Return, for each slot, the numbers of the seats that are in it."""
-    slots = defaultdict[int, list[int]](list)
-    for k, seat in enumerate(seats):
-        slots[seat.slot].append(k)
-    return slots
 
 
 def _union(paths: Sequence[Path]) -> Path:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
 from softmeet.errors import NonFiniteError, SoftmeetError
-from softmeet.members.opaque import Head
-from softmeet.members.trunk import last_hidden, require_cache
+from softmeet.members.trunk import last_hidden
 from softmeet.readers.reader import Predictions, Read, Row, Work
 from softmeet.readers.transformers import ModelReader, States
 
@@ -52,11 +51,8 @@ class RecurrentReader(ModelReader[_Passed]):
         UnsupportedHeadError: if the output layer is of no known kind.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, head: Head | None = None
-    ) -> None:
-        super().__init__(_Passed, require_cache(model), tokenizer, name, head)
-        self.traits = replace(self.traits, can_crop=False)
+    kind = _Passed
+    can_crop = False
 
     @property
     def bytes(self) -> int:

@@ -102,30 +102,33 @@ class ModelReader(ReaderOfRows[R]):
     """What readers of a causal language model's own tokens have in common, whatever they keep of a text.
 
     Args:
-        kind: the class of rows.
         model: the model, in evaluation mode.
         tokenizer: its tokenizer; None where texts are tokens from the beginning.
         name: its name in messages.
         head: its output layer; None to find it.
 
+    Attributes:
+        kind: the class of rows.
+        can_crop: as of :class:`~softmeet.readers.reader.Traits`.
+
     Raises:
+        InvalidInputError: if the model takes no cache.
         UnsupportedHeadError: if the output layer is of no known kind.
     """
 
+    kind: type[R]
+    can_crop = True
+
     def __init__(
-        self,
-        kind: type[R],
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        name: str,
-        head: Head | None,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, head: Head | None = None
     ) -> None:
-        super().__init__(kind)
-        self.model, self.name = model, name
+        super().__init__(self.kind)
+        self.model, self.name = require_cache(model), name
         self.head: Head = head or head_of(model)
         self.limit = self._context = context_of(model)
         self.alphabet = TokenAlphabet(tokenizer, self.head.v, ends_of_texts(model, tokenizer))
         self.traits = Traits(
+            can_crop=self.can_crop,
             rounding="coarse" if rounds_coarsely(model) else "fine",
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in model.parameters()),
@@ -166,6 +169,8 @@ class TransformersReader(ModelReader[_Text]):
         UnsupportedHeadError: if the output layer is of no known kind.
     """
 
+    kind = _Text
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -178,7 +183,7 @@ class TransformersReader(ModelReader[_Text]):
         at_once: bool = False,
     ) -> None:
         require_keys_and_values(name, require_cache(model).config, "rows of a text cannot be read on")
-        super().__init__(_Text, model, tokenizer, name, head)
+        super().__init__(model, tokenizer, name, head)
         self.own = tuple(own or (tokenizer.encode("") if own is None and tokenizer is not None else ()))
         self.limit = self._context - len(self.own)
         self._kv, self._whole = KeysAndValues(model, at_once=at_once), kept_tokens is not None
