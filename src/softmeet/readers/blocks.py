@@ -157,6 +157,23 @@ def by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
     return slots
 
 
+def union(paths: Sequence[Path]) -> Path:
+    """Return the columns that are on some path, ascending."""
+    return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
+
+
+def copy_columns(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
+    """Copy columns of a slot to the last columns in use of another block's slot."""
+    end, count = target.end, len(columns)
+    if not count:
+        return
+    side_by_side = columns[-1] - columns[0] == count - 1
+    where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
+    target.ids[into, end - count : end] = source.ids[slot, columns]
+    for one, other in zip(source.tensors, target.tensors, strict=True):
+        other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
+
+
 class Call:
     """One call of the model on new tokens of some seats of a block.
 

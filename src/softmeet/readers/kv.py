@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.trunk import last_hidden
-from softmeet.readers.blocks import NOTHING, Block, Call, InPlace, Path, Place, Seat, by_slot
-from softmeet.readers.masks import Masks, empty_cache, require_trees
+from softmeet.members.trunk import last_hidden, require_cache
+from softmeet.readers.blocks import NOTHING, Block, Call, InPlace, Path, Place, Seat, by_slot, copy_columns, union
+from softmeet.readers.masks import Masks, empty_cache
 from softmeet.readers.steady import Steady
+from softmeet.suspended import finished
 
 # The most tokens of one text that the model runs at once.
 PIECE = 256
@@ -39,6 +40,10 @@ _FEW = 2
 _TOO_MANY = 4
 # The most columns of a slot for each of its longest text, beside a few, before texts that part get slots of their own.
 _MANY = 2
+# Kinds of layers, by their names in configurations, that read a tree of tokens by masks.
+_KINDS = {"full_attention", "sliding_attention", "global"}
+# What a model is checked on: a trunk, and after it a chain beside another; and the relative error of rounding at most.
+_TRUNK, _OTHER, _CHAIN, _NEAR = range(3), range(3, 11), (11, 12), 1e-3
 
 
 class KeysAndValues:
@@ -121,7 +126,7 @@ class KeysAndValues:
         other = Seat(None, 0, seat.path[:length])
         if seat.block is not None and length:
             other.block = self._new(1, length, 0)
-            _copy(seat.block, seat.slot, other.path, other.block, 0)
+            copy_columns(seat.block, seat.slot, other.path, other.block, 0)
             other.path = np.arange(length)
             other.block.seats.append(other)
         return other
@@ -265,18 +270,18 @@ class KeysAndValues:
 
     def _adopt(self, target: Block, groups: Sequence[Sequence[Seat]]) -> None:
         """Bring groups of seats, each of one slot, into free slots of a block."""
-        longest = max(len(_union([seat.path for seat in own])) for own in groups)
+        longest = max(len(union([seat.path for seat in own])) for own in groups)
         free = sorted({*range(target.slots)} - {seat.slot for seat in target.seats})
         if len(free) < len(groups) or longest > target.end:
             taken = len(self._groups(target))
             self._rebuild(target, 1 << (taken + len(groups) - 1).bit_length(), longest, 0)
             free = list(range(taken, target.slots))
         for slot, own in zip(free, groups, strict=False):
-            columns = _union([seat.path for seat in own])
+            columns = union([seat.path for seat in own])
             for one in target.tensors:
                 one[:, slot] = 0
             if (source := own[0].block) is not None:
-                _copy(source, own[0].slot, columns, target, slot)
+                copy_columns(source, own[0].slot, columns, target, slot)
             for seat in own:
                 path = target.end - len(columns) + np.searchsorted(columns, seat.path)
                 self._out(seat)
@@ -301,11 +306,11 @@ class KeysAndValues:
             new: the number of columns for which there has to be room.
         """
         groups = self._groups(block)
-        needed = [_union([seat.path for seat in group]) for group in groups]
+        needed = [union([seat.path for seat in group]) for group in groups]
         end = max([end, *map(len, needed)])
         made = self._new(max(slots, len(groups), 1), end, new)
         for slot, (group, columns) in enumerate(zip(groups, needed, strict=True)):
-            _copy(block, group[0].slot, columns, made, slot)
+            copy_columns(block, group[0].slot, columns, made, slot)
             for seat in group:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
         block.change()
@@ -341,15 +346,44 @@ class KeysAndValues:
             block.tensors.append(whole)
 
 
-def _union(paths: Sequence[Path]) -> Path:
-    """Return the columns that are on some path, ascending."""
-    return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
+@torch.inference_mode()
+def require_trees(model: PreTrainedModel) -> None:
+    """Check that a model reads each path of a tree of tokens as it reads that path by itself, on a few tokens.
+
+    A tree is several texts that begin alike, whose common tokens are run once. Models whose attention counts columns
+    (ALiBi) instead of positions do not read them so, nor those with recurrent layers, nor those with windows of which
+    :class:`~softmeet.readers.masks.Masks` does not know.
+
+    Raises:
+        InvalidInputError: if it does not.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    said = f"it has layers of {', '.join(sorted(unknown))}" if (unknown := kinds - _KINDS) else ""
+    trunk, other, chain = ([1 + token % (config.vocab_size - 1) for token in ids] for ids in (_TRUNK, _OTHER, _CHAIN))
+    try:
+        kv, seat = KeysAndValues(require_cache(model), at_once=True), Seat()
+        finished(kv.read([(seat, trunk)]))
+        fork = kv.fork(seat)
+        fork.path = fork.path[:-1]
+        _, (_, found) = kv.run([seat, fork], [other, chain])
+        alone = last_hidden(model, torch.tensor([trunk[:-1] + chain]), use_cache=False)[0, -len(chain) :].float()
+        near = max(_NEAR, 8 * torch.finfo(next(model.parameters()).dtype).eps)
+        if not (found.float() - alone).norm() <= near * alone.norm():
+            said = said or "what it reads depends on the order in which tokens were run"
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        said = said or f"{type(error).__name__}: {error}"
+    if said:
+        raise InvalidInputError(
+            f"{type(model).__name__} cannot be read by bytes, since several tokenizations are read at once ({said}): "
+            "combine it over tokens, with members that share its tokenizer"
+        )
 
 
 def _parted(seats: list[Seat]) -> list[list[Seat]]:
     """Return seats of one slot in groups: those apart of which each would attend past more columns than are its own."""
     longest = max((seat.path for seat in seats), key=len)
-    if len(_union([seat.path for seat in seats])) <= _MANY * len(longest) + _ROOM:
+    if len(union([seat.path for seat in seats])) <= _MANY * len(longest) + _ROOM:
         return [seats]
     common = min(_common(seat.path, longest) for seat in seats)
     groups = defaultdict[int, list[Seat]](list)
@@ -363,15 +397,3 @@ def _common(path: Path, longest: Path) -> int:
     """Return at how many first columns a path is as a longer one; that one's last at most, if it is all of the path."""
     other = np.flatnonzero(path != longest[: len(path)])
     return int(other[0]) if len(other) else len(longest) - 1
-
-
-def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
-    """Copy columns of a slot to the last columns in use of another block's slot."""
-    end, count = target.end, len(columns)
-    if not count:
-        return
-    side_by_side = columns[-1] - columns[0] == count - 1
-    where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
-    target.ids[into, end - count : end] = source.ids[slot, columns]
-    for one, other in zip(source.tensors, target.tensors, strict=True):
-        other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]

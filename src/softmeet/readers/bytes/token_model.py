@@ -20,7 +20,7 @@ from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.covers import END, SYMBOLS, NextTokenProbs
 from softmeet.readers.bytes.nodes import Chain, Next, Rows
 from softmeet.readers.guarded import GuardedReader
-from softmeet.readers.masks import require_trees
+from softmeet.readers.kv import require_trees
 from softmeet.readers.reader import Reader, Work
 from softmeet.readers.transformers import TransformersReader
 
