@@ -21,7 +21,7 @@ from softmeet.members.adapters import adapted, require_adapter
 from softmeet.members.member import Member
 from softmeet.members.placement import Device, computes_on_cpu, device_map_of, require_device
 from softmeet.members.reader_model import ReaderModel
-from softmeet.members.registered import is_registered, registered_reader, tokenizer_of
+from softmeet.members.registered import is_registered, registered_reader
 from softmeet.members.zoo import Named
 
 Dtype = torch.dtype | str | None
@@ -107,12 +107,8 @@ def placed(
     members = [Member.parse(name) for name in _expanded(names)]
     dtypes, devices = one_each(dtype, "dtype", len(members)), one_each(device, "device", len(members))
     return [
-        (
-            member,
-            member.dtype or own_dtype or quantized.DTYPES.get(member.quantization or ""),
-            member.device or own_device,
-        )
-        for member, own_dtype, own_device in zip(members, dtypes, devices, strict=True)
+        (member, member.dtype or own or quantized.DTYPES.get(member.quantization or ""), member.device or place)
+        for member, own, place in zip(members, dtypes, devices, strict=True)
     ]
 
 
@@ -201,7 +197,7 @@ def load_tokenizers(names: Sequence[Named], *, trust_remote_code: bool = False) 
 
 def _tokenizer(base: Member, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if is_registered(base):
-        return tokenizer_of(base)
+        return registered_reader(base).alphabet.tokenizer
     where = _checkpoint_of(base, trust_remote_code)
     folder = _folder(where)
     if folder.is_dir() and "gguf_file" not in where:

@@ -97,12 +97,6 @@ def registered_reader(member: Member) -> Any:
     return found
 
 
-def tokenizer_of(member: Member) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a registered reader; the errors are those of :func:`registered_reader`."""
-    tokenizer: PreTrainedTokenizerBase = registered_reader(member).alphabet.tokenizer
-    return tokenizer
-
-
 def _require_reader(line: str, found: Any) -> None:
     if missing := [part for part in _PARTS if not hasattr(found, part)]:
         got = f"{type(found).__name__} without {missing[0]}"

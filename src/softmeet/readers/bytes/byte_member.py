@@ -106,10 +106,7 @@ class ByteMember(TokenModel):
         return self.begin_all([text], [prefix])[0]
 
     def begin_all(
-        self,
-        texts: Sequence[bytes],
-        prefixes: Sequence[Sequence[int] | None],
-        pause: Callable[[], None] = lambda: None,
+        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], pause: Callable[[], None] = lambda: None
     ) -> list[Reading]:
         """Read several prompts as :meth:`begin` does, each call of the model for all of them.
 
