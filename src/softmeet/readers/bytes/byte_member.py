@@ -29,8 +29,6 @@ from softmeet.readers.bytes.typical import expected_after_bytes
 from softmeet.readers.reader import Reader, Work
 from softmeet.suspended import finished
 
-# Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
-_LOOK_BACK = 64
 # Likely next tokens are run before they are needed beside at most so many texts: among more, some text has to run a
 # token at each byte anyway.
 _FEW = 4
@@ -69,8 +67,7 @@ class ByteMember(TokenModel):
             ``spelling.start``, the tokenizer's own.
 
     Attributes:
-        pruning: as given, or the default.
-        model, head, limit, ends, prefix, spent: those of a :class:`TokenModel`.
+        model, pruning, head, limit, ends, prefix, spent: those of a :class:`TokenModel`.
 
     Raises:
         CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens; if a reader
@@ -84,8 +81,7 @@ class ByteMember(TokenModel):
         pruning: Pruning | None = None,
         prefix: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(model, spelling, prefix)
-        self.pruning = pruning or Pruning()
+        super().__init__(model, spelling, pruning or Pruning(), prefix)
         if self.pruning.prune:
             self.spelling = replace(spelling, typical=expected_after_bytes(self))
 
@@ -142,12 +138,9 @@ class ByteMember(TokenModel):
             InvalidInputError: for the reasons of :meth:`begin`; then none is read.
         """
         begun = [
-            KnownText.begun(
-                self, self.pruning, self.prefix if own is None else own, text,
-                _LOOK_BACK if self.pruning.prune and len(places) == 1 else None,
-            )
+            KnownText.begun(self, own, text, len(places) == 1)
             for text, own, places in zip(texts, prefixes, wanted, strict=True)
-        ]  # fmt: skip
+        ]
         yield from self._finish(begun)
         each = zip(texts, wanted, begun, strict=True)
         return [self._after(None, text, places, known) for text, places, known in each]
@@ -207,7 +200,7 @@ class ByteMember(TokenModel):
         for k, (reading, text) in enumerate(zip(readings, texts, strict=True)):
             longest = max((probs.path.length for probs in reading.covers.places), default=0)
             if len(text) > 1 and longest + len(text) < self.limit:
-                begun[k] = KnownText.after(self, self.pruning, reading, text)
+                begun[k] = KnownText.after(self, reading, text)
                 continue
             for count, byte in enumerate(text, 1):
                 (reading,) = self.advance([reading], [byte])

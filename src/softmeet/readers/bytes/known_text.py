@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from softmeet.readers.bytes.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
+from softmeet.readers.bytes.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText
 from softmeet.readers.bytes.nodes import Chain, Next, Path
 from softmeet.readers.bytes.own_path import is_own, parting, path_of, way
 from softmeet.readers.bytes.reading import Guess, Reading
@@ -15,6 +15,8 @@ from softmeet.readers.reader import Work
 
 # Probabilities of next tokens that are held at once: 128 MiB in fp32.
 _ELEMENTS = 1 << 25
+# Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
+_LOOK_BACK = 64
 # How far before a place the way to it may branch off from that to another place.
 _NEAR = 32
 
@@ -48,8 +50,8 @@ class KnownText:
     (:meth:`grown`), until nothing is wanted.
 
     Args:
-        member: the member that reads.
-        pruning: which covers have to be closed, that is, to have the model run on their last token.
+        member: the member that reads; its ``pruning`` says which covers have to be closed, that is, to have the model
+            run on their last token.
         text: the bytes that the member's tokens spell: the tokenizer's dummy prefix and the text, without unwritable
             bytes.
         place: the index in this text of the byte from which several tokenizations are followed.
@@ -61,8 +63,8 @@ class KnownText:
         work: the cost of reading so far, without the prefix.
     """
 
-    def __init__(self, member: TokenModel, pruning: Pruning, text: bytes, place: int, own: _Own | None) -> None:
-        self.member, self.pruning, self.text, self.place = member, pruning, text, place
+    def __init__(self, member: TokenModel, text: bytes, place: int, own: _Own | None) -> None:
+        self.member, self.pruning, self.text, self.place = member, member.pruning, text, place
         self.work = Work()
         self.covers = list[Covers]()
         self._sure = 1  # This many of them, the first, need no answer that is missing.
@@ -78,16 +80,15 @@ class KnownText:
         self._unrun = own
 
     @classmethod
-    def begun(
-        cls, member: TokenModel, pruning: Pruning, prefix: Sequence[int], text: bytes, look_back: int | None
-    ) -> KnownText:
+    def begun(cls, member: TokenModel, prefix: Sequence[int] | None, text: bytes, end: bool) -> KnownText:
         """Begin to read a text.
 
         Args:
-            member, pruning: as for the class.
-            prefix: ids of the tokens before the text, at least one.
+            member: as for the class.
+            prefix: ids of the tokens before the text, at least one; None for the member's own.
             text: any bytes.
-            look_back: the number of last bytes in which several tokenizations are followed, at least; None for all.
+            end: whether only what follows the whole text is wanted: then several tokenizations are followed in the last
+                64 bytes alone, or a little more, unless nothing is pruned.
 
         Raises:
             InvalidInputError: if the prefix is empty, has an unknown id or exceeds the model's context.
@@ -96,17 +97,17 @@ class KnownText:
         written = spelling.written(text)
         tokens = path_of(spelling, written)
         ends = spelling.bounds(tokens).tolist()
-        if look_back is not None:
-            first = bisect_right(ends, parting(spelling, written, max(0, len(written) - look_back))) - 1
-        before = member.behind(prefix)
+        if end and member.pruning.prune:
+            first = bisect_right(ends, parting(spelling, written, max(0, len(written) - _LOOK_BACK))) - 1
+        before = member.behind(member.prefix if prefix is None else prefix)
         own = _Own(before.path, tokens, ends, first, before)
-        known = cls(member, pruning, written, ends[first], own)
+        known = cls(member, written, ends[first], own)
         if not tokens:
             known._keep_own(own, [])
         return known
 
     @classmethod
-    def after(cls, member: TokenModel, pruning: Pruning, reading: Reading, more: bytes) -> KnownText:
+    def after(cls, member: TokenModel, reading: Reading, more: bytes) -> KnownText:
         """Go on to read ``more`` bytes, at least one, after those of a reading that has not ended.
 
         Guesses of the reading are used before anything is run.
@@ -119,12 +120,12 @@ class KnownText:
             path, tokens, _ = way(spelling, written, [(one.path, one.place) for one in behind])
             ends = spelling.bounds(tokens)
             own = _Own(path, tokens, (len(written) - ends[-1] + ends).tolist())
-        known = cls(member, pruning, written, place, own)
+        known = cls(member, written, place, own)
         known.covers.append(reading.covers)
         known._guesses = {
             one.place: one for one in reading.guesses if written[one.place - len(one.word) : one.place] == one.word
         }
-        if pruning.prune:
+        if member.pruning.prune:
             known._known |= {probs.place: probs for probs in behind}
         return known
 
