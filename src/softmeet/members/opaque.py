@@ -103,9 +103,7 @@ Head = SoftmaxHead | OpaqueHead
 
 def is_readable(layer: nn.Module | None) -> bool:
     """Return whether an output layer is a plain linear one, whose weight is a floating tensor of no special kind."""
-    if type(layer) is not nn.Linear:
-        return False
-    return type(layer.weight) in _PLAIN and layer.weight.is_floating_point()
+    return type(layer) is nn.Linear and type(layer.weight) in _PLAIN and layer.weight.is_floating_point()
 
 
 def reason(layer: nn.Module) -> tuple[str, str]:

@@ -166,7 +166,7 @@ class _Part:
         base: the number of symbols before the bytes that are read now.
         reading: the state after these; None if the text is read from its beginning.
         text: the bytes.
-        end: the number of symbols after which the text has ended; None if it has not.
+        end: the number of symbols after which the text has ended; more than there are if it has not.
         places: after how many symbols predictions are wanted.
         readings: the states after so many of the bytes.
     """
@@ -176,7 +176,7 @@ class _Part:
     base: int
     reading: Reading | None
     text: bytes
-    end: int | None
+    end: int
     places: list[int]
     readings: dict[int, Reading]
 
@@ -184,14 +184,14 @@ class _Part:
     def of(cls, k: int, row: ByteText, one: Read) -> _Part:
         """Say what has to be read of a row."""
         base = max(row.readings, default=0)
-        reading, symbols, end = row.readings.get(base), [*row.symbols[base:], *one.symbols], None
+        reading, symbols, end = row.readings.get(base), [*row.symbols[base:], *one.symbols], sys.maxsize
         if reading is None and END in symbols:
             # A text is read from behind the last symbol that ends one.
             base = len(symbols) - symbols[::-1].index(END)
             symbols = symbols[base:]
         elif reading is not None and (reading.ended or END in symbols):
             end = base + (0 if reading.ended else symbols.index(END))
-        text = bytes(symbols if end is None else symbols[: end - base])
+        text = bytes(symbols[: end - base])
         readings = {} if reading is None else {0: reading}
         return cls(k, row.own, base, reading, text, end, [row.length + place for place in one.at], readings)
 
@@ -214,7 +214,7 @@ class _Part:
         """Note in a row that its symbols were read, with the last states that can be lengthened."""
         row.symbols += symbols
         known = {self.base + count: one for count, one in self.readings.items() if count or self.reading is None}
-        if self.end is not None:
+        if row.length > self.end:
             known[row.length] = self._ended()
         row.readings |= {count: one for count, one in sorted(known.items()) if len(known) == 1 or one.goes_on}
         while len(row.readings) > _KEPT:
@@ -226,9 +226,7 @@ class _Part:
 
     def told(self) -> list[Reading | None]:
         """Return the state at each place; None before the text begins."""
-        ended = [self.end is not None and place > self.end for place in self.places]
-        pairs = zip(self.places, ended, strict=True)
-        return [self._ended() if over else self.readings.get(place - self.base) for place, over in pairs]
+        return [self._ended() if place > self.end else self.readings.get(place - self.base) for place in self.places]
 
 
 def _by_all_or_each(
