@@ -39,15 +39,13 @@ class _Wanted(NamedTuple):
 
     Attributes:
         known: those whose last token was run as a guess, with the next token's probabilities there.
-        missing: the others.
-        places: for each of these, the number of the text's bytes that its tokens spell.
+        missing: the others, each with the number of the text's bytes that its tokens spell.
         ahead: likely next tokens, to be run beside them.
         chains: for each of ``missing``, then of ``ahead``, its last tokens, behind those that have been run.
     """
 
     known: Answers
-    missing: list[Open]
-    places: list[int]
+    missing: list[tuple[Open, int]]
     ahead: list[LikelyToken]
     chains: list[Chain]
 
@@ -286,10 +284,10 @@ class ByteMember(TokenModel):
             ran = [[own[-1] for own in each] for each in self.run([wanted.chains for wanted in asking.values()])]
             pairs = list(zip(asking.values(), ran, strict=True))
             behind = [one for wanted, each in pairs for one in each[: len(wanted.missing)]]
-            found = iter(self.next_token_probs(behind, [place for wanted, _ in pairs for place in wanted.places]))
+            found = iter(self.next_token_probs(behind, [place for wanted, _ in pairs for _, place in wanted.missing]))
             for k, (wanted, each) in zip(asking, pairs, strict=True):
                 one = readings[k]
-                answers = [*wanted.known, *((cover, next(found)) for cover in wanted.missing)]
+                answers = [*wanted.known, *((cover, next(found)) for cover, _ in wanted.missing)]
                 covers = one.covers.answered(self.spelling, answers, self.pruning)
                 run_ahead = zip(wanted.ahead, each[len(wanted.missing) :], strict=True)
                 guesses = [Guess(own.place, own.word, behind) for own, behind in run_ahead]
@@ -322,17 +320,17 @@ class ByteMember(TokenModel):
         """Tell wanted covers whose last token was run as a guess from those that the model has to be run on."""
         if not self.pruning.prune:
             chains = [Chain(one.probs.path, [one.token], [1]) for one in opened]
-            return _Wanted([], opened, [0] * len(opened), [], chains)
+            return _Wanted([], [(one, 0) for one in opened], [], chains)
         written = self.spelling.written(reading.text)
         guesses = {guess.place: guess for guess in reading.guesses if written[: guess.place].endswith(guess.word)}
-        places = [len(written) - len(one.rest) for one in opened]
-        hits = [(one, place, guesses[place]) for one, place in zip(opened, places, strict=True) if place in guesses]
+        pairs = [(one, len(written) - len(one.rest)) for one in opened]
+        hits = [(one, place) for one, place in pairs if place in guesses]
         known: Answers = []
         if hits:
-            probs = self.next_token_probs([guess.behind for *_, guess in hits], [place for _, place, _ in hits])
-            known = list(zip((one for one, *_ in hits), probs, strict=True))
-        missing = [(one, place) for one, place in zip(opened, places, strict=True) if place not in guesses]
+            probs = self.next_token_probs([guesses[place].behind for _, place in hits], [place for _, place in hits])
+            known = list(zip((one for one, _ in hits), probs, strict=True))
+        missing = [(one, place) for one, place in pairs if place not in guesses]
         paths = [(probs.path, probs.place) for probs in reading.covers.places]
         ahead = likely(reading, self.spelling, self.limit, len(missing)) if few and missing else []
         chains = [*(way(self.spelling, written[:place], paths) for _, place in missing), *(one.chain for one in ahead)]
-        return _Wanted(known, [one for one, _ in missing], [place for _, place in missing], ahead, chains)
+        return _Wanted(known, missing, ahead, chains)
