@@ -68,12 +68,6 @@ class Seat:
         path, end = self.path, 0 if self.block is None else self.block.end
         return not len(path) or (int(path[0]), int(path[-1])) == (end - len(path), end - 1)
 
-    def follow(self, count: int) -> None:
-        """Make the last ``count`` columns in use its own."""
-        assert self.block is not None
-        end = self.block.end
-        self._path = np.concatenate((self._path, np.arange(end - count, end)))
-
 
 class Block:
     """Slots of keys and values of one model.
@@ -99,9 +93,9 @@ class Block:
 
     def catch_up(self) -> None:
         """Have all seats' paths list the columns that are late."""
-        count, self.late = self.late, 0
+        columns, self.late = np.arange(self.end - self.late, self.end), 0
         for seat in self.seats:
-            seat.follow(count)
+            seat._path = np.concatenate((seat._path, columns))
 
     def change(self) -> None:
         """Take note that seats or columns change otherwise than by one token more of each."""

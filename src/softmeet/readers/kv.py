@@ -91,12 +91,13 @@ class KeysAndValues:
     def leave(self, seat: Seat) -> None:
         """Give a seat up; a block without seats is given back, one that is far too large for the others made anew."""
         block, gone = seat.block, seat.length
-        if block is not None:
-            block.looked = max(block.looked, len(block.seats))
+        if block is None:
+            return
+        block.looked = max(block.looked, len(block.seats))
         self._out(seat)
         # To look at all others each time that one of many leaves would take longer than what it saves.
-        left = 0 if block is None else len(block.seats)
-        if block is None or not left or (gone <= _TOO_MANY * _ROOM and left > _ROOM and block.looked < 2 * left):
+        left = len(block.seats)
+        if not left or (gone <= _TOO_MANY * _ROOM and left > _ROOM and block.looked < 2 * left):
             return
         block.looked = len(block.seats)
         longest = max(other.length for other in block.seats)
