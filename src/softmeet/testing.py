@@ -268,23 +268,20 @@ def predictions_are_their_own(reader: Reader, texts: Texts) -> None:
 
 def what_cannot_be_read_harms_nobody(reader: Reader, texts: Texts) -> None:
     """Check that a symbol of no alphabet, or past the limit, is an error of its row alone, which stays as it was."""
-    good, bad, told = reader.open(reuse=False), reader.open(reuse=False), list[Tensor]()
-    _read(reader, bad, texts[1][:2], [])
-    wrong = [[reader.alphabet.size]]
+    wrong, rest, told = [[reader.alphabet.size]], texts[1][2:], list[Tensor]()
     if reader.limit < 1 << 16:
         wrong.append([texts[1][0]] * (reader.limit + 1))
-    for symbols in wrong:
-        asked = [Read(bad, symbols, [1]), Read(good, texts[0], [1], keep=False)]
-        found = finished(reader.read(asked))
-        assert set(found.errors) == {0}, f"expected an error of the first read alone, got {found.errors}"
-        assert isinstance(found.errors[0], SoftmeetError), f"expected a SoftmeetError, got {found.errors[0]!r}"
-        assert reader.name in str(found.errors[0]), f"expected an error that names {reader.name}: {found.errors[0]}"
-        assert found.counts == [0, 1], f"expected predictions of the second read alone, got {found.counts}"
-        told.append(_log_probs(found))
-    rest = texts[1][2:]
-    after = _read(reader, bad, rest, range(1, len(rest) + 1))
-    reader.close(good)
-    reader.close(bad)
+    with _opened(reader) as good, _opened(reader) as bad:
+        _read(reader, bad, texts[1][:2], [])
+        for symbols in wrong:
+            asked = [Read(bad, symbols, [1]), Read(good, texts[0], [1], keep=False)]
+            found = finished(reader.read(asked))
+            assert set(found.errors) == {0}, f"expected an error of the first read alone, got {found.errors}"
+            assert isinstance(found.errors[0], SoftmeetError), f"expected a SoftmeetError, got {found.errors[0]!r}"
+            assert reader.name in str(found.errors[0]), f"expected an error that names {reader.name}: {found.errors[0]}"
+            assert found.counts == [0, 1], f"expected predictions of the second read alone, got {found.counts}"
+            told.append(_log_probs(found))
+        after = _read(reader, bad, rest, range(1, len(rest) + 1))
     _same(reader, "after an error", after, _alone(reader, texts[1])[2:])
     for beside in told:
         _same(reader, "beside an error", beside, _alone(reader, texts[0])[:1])

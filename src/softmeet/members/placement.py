@@ -123,8 +123,7 @@ def main_device(device_map: dict[str, Any]) -> torch.device:
 
     ``device_map`` is a dict from modules' names to devices or ``"disk"``.
     """
-    real = [place for place in device_map.values() if str(place) not in _OFFLOADED]
-    return torch.device(real[0]) if real else torch.device("cpu")
+    return torch.device(next((place for place in device_map.values() if str(place) not in _OFFLOADED), "cpu"))
 
 
 def computes_on_cpu(device: Device) -> bool:

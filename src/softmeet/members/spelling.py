@@ -265,9 +265,8 @@ def _core(described: dict[str, Any], *, dummy: bool = True) -> Tokenizer:
     """
     left_out = {"NFC"} if dummy else {"NFC", "Prepend"}
     kept = [part for part in _parts(described.get("normalizer")) if part["type"] not in left_out]
-    before = [
-        part if dummy else part | _UNPREFIXED.get(part["type"], {}) for part in _parts(described["pre_tokenizer"])
-    ]
+    changed = {} if dummy else _UNPREFIXED
+    before = [part | changed.get(part["type"], {}) for part in _parts(described["pre_tokenizer"])]
     changes = {
         "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": before} if before else None,

@@ -17,6 +17,9 @@ from softmeet.readers.masks import Masks
 # Of a text's tokens, the columns of their keys and values, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
 NOTHING: Path = np.empty(0, np.int64)
+# The most columns of a slot, for each of its longest text and beside these, before texts that part get slots of their
+# own.
+_MANY, _MORE = 2, 64
 
 
 class Place(NamedTuple):
@@ -156,7 +159,26 @@ def union(paths: Sequence[Path]) -> Path:
     return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
 
 
-def copy_columns(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
+def parted(seats: list[Seat]) -> list[list[Seat]]:
+    """Return seats of one slot in groups: those apart of which each would attend past more columns than are its own."""
+    longest = max((seat.path for seat in seats), key=len)
+    if len(union([seat.path for seat in seats])) <= _MANY * len(longest) + _MORE:
+        return [seats]
+    common = min(_common(seat.path, longest) for seat in seats)
+    groups = defaultdict[int, list[Seat]](list)
+    for seat in seats:
+        path = seat.path if seat.length > common else longest
+        groups[int(path[common])].append(seat)
+    return [part for group in groups.values() for part in parted(group)]
+
+
+def _common(path: Path, longest: Path) -> int:
+    """Return at how many first columns a path is as a longer one; that one's last at most, if it is all of the path."""
+    other = np.flatnonzero(path != longest[: len(path)])
+    return int(other[0]) if len(other) else len(longest) - 1
+
+
+def copy_path(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
     """Copy columns of a slot to the last columns in use of another block's slot."""
     end, count = target.end, len(columns)
     if not count:

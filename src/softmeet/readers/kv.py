@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.trunk import last_hidden, require_cache
-from softmeet.readers.blocks import NOTHING, Block, Call, InPlace, Path, Place, Seat, by_slot, copy_columns, union
+from softmeet.readers.blocks import NOTHING, Block, Call, InPlace, Path, Place, Seat, by_slot, copy_path, parted, union
 from softmeet.readers.masks import Masks, empty_cache
 from softmeet.readers.steady import Steady
 from softmeet.suspended import finished
@@ -38,8 +38,6 @@ _ROOM, _SHARE = 64, 2
 _FEW = 2
 # Times the slots or the columns that are in use, from which a block is made anew when a text leaves it.
 _TOO_MANY = 4
-# The most columns of a slot for each of its longest text, beside a few, before texts that part get slots of their own.
-_MANY = 2
 # Kinds of layers, by their names in configurations, that read a tree of tokens by masks.
 _KINDS = {"full_attention", "sliding_attention", "global"}
 # What a model is checked on: a trunk, and after it a chain beside another; and the relative error of rounding at most.
@@ -127,7 +125,7 @@ class KeysAndValues:
         other = Seat(None, 0, seat.path[:length])
         if seat.block is not None and length:
             other.block = self._new(1, length, 0)
-            copy_columns(seat.block, seat.slot, other.path, other.block, 0)
+            copy_path(seat.block, seat.slot, other.path, other.block, 0)
             other.path = np.arange(length)
             other.block.seats.append(other)
         return other
@@ -174,17 +172,22 @@ class KeysAndValues:
             found.append((columns, hidden[seat.slot, max(start, 0) : start + len(columns)]))
         return found
 
-    def steady(self, seats: Sequence[Seat]) -> Steady | None:
-        """Return what runs one token more of texts in every call; None if they are not alone in a block, each whole."""
+    def step(self, seats: list[Seat], tokens: Sequence[int]) -> Float[Tensor, "texts d"] | None:
+        """Run one token more of each of some texts and keep it, with less ado; return the last hidden states.
+
+        None is returned, and nothing run, unless they are alone in a block, each whole, with room, and states finite.
+        """
         block = seats[0].block
         if block is None:
             return None
-        slots = {seat.slot for seat in seats if seat.block is block}
-        alone = len(block.seats) == len(seats) == len(slots) and max(slots) < _FEW * len(slots)
-        if not alone or not all(seat.length and seat.is_whole for seat in seats):
-            return None
-        block.change()
-        found = block.steady = Steady(self._model, block, seats, self._layout)
+        if block.steady is None or block.steady.seats != seats:
+            slots = {seat.slot for seat in seats if seat.block is block}
+            alone = len(block.seats) == len(seats) == len(slots) and max(slots) < _FEW * len(slots)
+            if not alone or not all(seat.length and seat.is_whole for seat in seats):
+                return None
+            block.change()
+            block.steady = Steady(self._model, block, seats, self._layout)
+        found: Tensor | None = block.steady.step(tokens)
         return found
 
     def read(
@@ -282,7 +285,7 @@ class KeysAndValues:
             for one in target.tensors:
                 one[:, slot] = 0
             if (source := own[0].block) is not None:
-                copy_columns(source, own[0].slot, columns, target, slot)
+                copy_path(source, own[0].slot, columns, target, slot)
             for seat in own:
                 path = target.end - len(columns) + np.searchsorted(columns, seat.path)
                 self._out(seat)
@@ -294,7 +297,7 @@ class KeysAndValues:
         groups = [[block.seats[k] for k in own] for own in by_slot(block.seats).values()]
         if len(groups) < len(block.seats) and not self.reads_trees:
             return [[seat] for seat in block.seats]
-        return [part for group in groups for part in _parted(group)]
+        return [part for group in groups for part in parted(group)]
 
     @torch.inference_mode()
     def _rebuild(self, block: Block, slots: int, end: int, new: int) -> None:
@@ -311,7 +314,7 @@ class KeysAndValues:
         end = max([end, *map(len, needed)])
         made = self._new(max(slots, len(groups), 1), end, new)
         for slot, (group, columns) in enumerate(zip(groups, needed, strict=True)):
-            copy_columns(block, group[0].slot, columns, made, slot)
+            copy_path(block, group[0].slot, columns, made, slot)
             for seat in group:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
         block.change()
@@ -379,22 +382,3 @@ def require_trees(model: PreTrainedModel) -> None:
             f"{type(model).__name__} cannot be read by bytes, since several tokenizations are read at once ({said}): "
             "combine it over tokens, with members that share its tokenizer"
         )
-
-
-def _parted(seats: list[Seat]) -> list[list[Seat]]:
-    """Return seats of one slot in groups: those apart of which each would attend past more columns than are its own."""
-    longest = max((seat.path for seat in seats), key=len)
-    if len(union([seat.path for seat in seats])) <= _MANY * len(longest) + _ROOM:
-        return [seats]
-    common = min(_common(seat.path, longest) for seat in seats)
-    groups = defaultdict[int, list[Seat]](list)
-    for seat in seats:
-        path = seat.path if seat.length > common else longest
-        groups[int(path[common])].append(seat)
-    return [part for group in groups.values() for part in _parted(group)]
-
-
-def _common(path: Path, longest: Path) -> int:
-    """Return at how many first columns a path is as a longer one; that one's last at most, if it is all of the path."""
-    other = np.flatnonzero(path != longest[: len(path)])
-    return int(other[0]) if len(other) else len(longest) - 1

@@ -297,10 +297,7 @@ class TransformersReader(ModelReader[_Text]):
                 return None
             seats.append(row.seat)
             tokens.append(symbols[0])
-        steady = seats[0].block.steady if seats and seats[0].block is not None else None
-        if steady is None or steady.seats != seats:
-            steady = self._kv.steady(seats) if seats else None
-        states = None if steady is None else steady.step(tokens)
+        states = self._kv.step(seats, tokens) if seats else None
         if states is None:
             return None
         for one, last in zip(asked, states.split(1), strict=True):
