@@ -79,6 +79,7 @@ class ByteReader(ReaderOfRows[ByteText]):
         return self._opened(row)
 
     def _copied(self, row: ByteText) -> ByteText:
+        """Return a row that shares what was read."""
         return replace(row, symbols=list(row.symbols), readings=dict(row.readings))
 
     def crop(self, row: Row, length: int) -> None:

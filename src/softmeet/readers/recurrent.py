@@ -65,6 +65,7 @@ class RecurrentReader(ModelReader[_Passed]):
         return self._opened(_Passed(pending=list(own)))
 
     def _copied(self, row: _Passed) -> _Passed:
+        """Return a row with a copy of the state."""
         return replace(row, tokens=list(row.tokens), pending=list(row.pending), cache=copy.deepcopy(row.cache))
 
     def close(self, row: Row) -> None:

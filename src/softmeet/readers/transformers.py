@@ -231,6 +231,7 @@ class TransformersReader(ModelReader[_Text]):
             self._kv.forget_layout()
 
     def _copied(self, row: _Text) -> _Text:
+        """Return a row that shares keys and values."""
         return replace(row, seat=self._kv.fork(row.seat))
 
     def crop(self, row: Row, length: int) -> None:

@@ -26,16 +26,14 @@ class _Own:
     """The tokenizer's own tokens for a text, from some place on, and where they end.
 
     Attributes:
-        path: the tokens before them.
-        tokens: their ids.
+        chain: them, behind those before them.
         ends: the byte at which the first begins, and those at which each of them ends.
         first: the number of tokens after which next tokens' probabilities are wanted first; at least 1 without
             ``before``.
-        before: the prediction behind ``path``.
+        before: the prediction behind the tokens before them.
     """
 
-    path: Path
-    tokens: Sequence[int]
+    chain: Chain
     ends: list[int]
     first: int = 1
     before: Next | None = None
@@ -100,7 +98,7 @@ class KnownText:
         if end and member.pruning.prune:
             first = bisect_right(ends, parting(spelling, written, max(0, len(written) - _LOOK_BACK))) - 1
         before = member.behind(member.prefix if prefix is None else prefix)
-        own = _Own(before.path, tokens, ends, first, before)
+        own = _Own(Chain(before.path, tokens, range(max(first, 1), len(tokens) + 1)), ends, first, before)
         known = cls(member, written, ends[first], own)
         if not tokens:
             known._keep_own(own, [])
@@ -119,7 +117,7 @@ class KnownText:
         if len(written) > place:
             path, tokens, _ = way(spelling, written, [(one.path, one.place) for one in behind])
             ends = spelling.bounds(tokens)
-            own = _Own(path, tokens, (len(written) - ends[-1] + ends).tolist())
+            own = _Own(Chain(path, tokens, range(1, len(tokens) + 1)), (len(written) - ends[-1] + ends).tolist())
         known = cls(member, written, place, own)
         known.covers.append(reading.covers)
         known._guesses = {
@@ -140,8 +138,7 @@ class KnownText:
             if not self._missing:
                 return []
         if self._unrun is not None:
-            path, tokens, first = self._unrun.path, self._unrun.tokens, self._unrun.first
-            self._chains = [Chain(path, tokens, range(max(first, 1), len(tokens) + 1))]
+            self._chains = [self._unrun.chain]
         else:
             self._chains = [self._way(one, place) for one, place in self._missing.values()]
         return self._chains
@@ -169,13 +166,13 @@ class KnownText:
 
     def _keep_own(self, own: _Own, found: Sequence[Next]) -> None:
         """Keep the next token's probabilities after the tokenizer's own tokens."""
-        self._ends, self._path = own.ends, found[-1].path if found else own.path
+        self._ends, self._path = own.ends, found[-1].path if found else own.chain.path
         behind = found if own.first or own.before is None else [own.before, *found]
         self._own |= zip(own.ends[own.first :], self._along(behind, own.ends[own.first :]), strict=True)
         if not self.pruning.prune:
             for one in found:
                 before = Path(one.path.node, one.path.length - 1)
-                end = own.ends[one.path.length - own.path.length]
+                end = own.ends[one.path.length - own.chain.path.length]
                 self._known[before.tokens, *one.path.last(1)] = self._own[end]
         if not self.covers:
             self.covers.append(Covers.begun(self._own[self.place], self.member.spelling))
