@@ -63,7 +63,9 @@ def is_to_speculate(
     asked = options.speculate
     # Members on devices of their own run at the same time, and those of one model in one call, but drafts in turn.
     cannot_pay = rows > _ROWS or model.apart or len({*map(id, model.members)}) < len(model.members)
-    if asked == 0 or (asked in ("auto", None) and cannot_pay) or (asked is None and _is_noticed(model, processors)):
+    # A draft of less than a token, such as a byte, saves nearly nothing.
+    is_left = asked is None and (model.symbols_of_token > 1 or _is_noticed(model, processors))
+    if asked == 0 or is_left or (asked in ("auto", None) and cannot_pay):
         return False
     against = _against(model, options, config, processors)
     if against and asked not in ("auto", None):
@@ -162,17 +164,18 @@ def _read_on(
 ) -> None:
     """Choose tokens where members keep what they have read in a cache."""
     options, cache, before = given["call_options"], given["cache"], written.ids
+    known = cache.columns, [len(one.tokens) for one in cache.texts]
     shared = {"attention_mask": given.get("attention_mask"), "position_ids": given.get("position_ids")}
     mask, width = shared["attention_mask"], getattr(config, "_mask_length", -1)
     # A call that goes on from a cache has all tokens, or new ones alone with a mask of all, as transformers has it.
     whole = before.shape[1] == (width if mask is None else mask.shape[1])
     new = checked_length(model.config, before[:, cache.columns * whole :], cache)
-    texts = NewTokens(model, new, slice(-1, None), cache, options, shared).texts
-    starts = [len(one.tokens) for one in texts]
-    steps = Steps(model, options, texts, written)
-    ahead = None
     try:
+        texts = NewTokens(model, new, slice(-1, None), cache, options, shared).texts
+        starts = [len(one.tokens) for one in texts]
+        steps = Steps(model, options, texts, written)
         steps.take()
+        ahead = None
         if is_to_speculate(model, options, config, processors, len(texts)) and not written.finished:
             ahead = Drafting(model, options, steps)
         while not written.finished:
@@ -180,20 +183,17 @@ def _read_on(
                 steps.take()
             else:
                 ahead.go_on()
-        if ahead is not None:
-            ahead.end()
     except BaseException:
-        # Whoever goes on with the cache has members read it anew.
-        for one in texts:
-            one.forget()
+        cache.take_back(*known)
         raise
-    finally:
-        more = written.ids.shape[1] - before.shape[1]
-        for one, start in zip(texts, starts, strict=True):
-            # The newest token counts as not read; behind its end a sequence has padding.
-            one.tokens += [written.padding] * (start + more - len(one.tokens))
-            del one.tokens[-1:]
-        cache.columns += more - 1
+    if ahead is not None:
+        ahead.end()
+    more = written.ids.shape[1] - before.shape[1]
+    for one, start in zip(texts, starts, strict=True):
+        # The newest token counts as not read; behind its end a sequence has padding.
+        one.tokens += [written.padding] * (start + more - len(one.tokens))
+        del one.tokens[-1:]
+    cache.columns += more - 1
 
 
 class Steps:

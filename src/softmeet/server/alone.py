@@ -173,6 +173,8 @@ def alone(
         noticed |= any(reader.traits.rounding == "coarse" for reader in s.readers)
     if not all(reader.traits.can_crop for reader in s.readers):
         return None
-    if not speculate or (speculate == "auto" and (noticed or len({reader.traits.places for reader in s.readers}) > 1)):
+    # A draft of less than a token, such as a byte, saves nearly nothing.
+    in_vain = how.model.symbols_of_token > 1 or len({reader.traits.places for reader in s.readers}) > 1
+    if not speculate or (speculate == "auto" and (noticed or in_vain)):
         return None
     return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)
