@@ -18,10 +18,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.errors import InvalidInputError
 from softmeet.extras import install_line
 from softmeet.members.names import find_adapter
 from softmeet.members.quantized import beside
+from softmeet.members.refused import cannot_load
 
 # The two matrices of a low-rank adapter, whose sizes are those of the layer that they change.
 _INPUT, _OUTPUT = ".lora_A.weight", ".lora_B.weight"
@@ -50,13 +51,11 @@ def require_adapter(name: str, source: str, shape: Any) -> None:
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except Exception as error:  # whatever damaged files bring about
-        raise CheckpointError(f"cannot load the adapter {name}: its files are damaged: fetch it again") from error
+        raise cannot_load(f"the adapter {name}", "its files are damaged: fetch it again") from error
     kind = str(config.get("peft_type"))
     if config.get("is_prompt_learning") or kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CARTRIDGE"):
-        raise CheckpointError(
-            f"cannot load the adapter {name}: it is of the kind {kind}, which puts vectors before the text: expected "
-            "one that changes layers, such as LoRA"
-        )
+        why = f"it is of the kind {kind}, which puts vectors before the text"
+        raise cannot_load(f"the adapter {name}", f"{why}: expected one that changes layers, such as LoRA")
     model = shape()
     if model is not None:
         _require_layers(name, source, sizes, model)
@@ -80,9 +79,10 @@ def _require_layers(name: str, source: str, sizes: dict[str, tuple[int, ...]], m
             weight = getattr(layers.get(layer), "weight", None)
             if weight is None or size[side] not in weight.shape:
                 there = "which has none of that name" if weight is None else f"where it is {tuple(weight.shape)}"
-                raise CheckpointError(
-                    f"cannot load the adapter {name}: it is of another base than {source}: it changes a layer {layer} "
-                    f"of {size[side]} {'columns' if side else 'rows'}, {there}: name the base that it was made for"
+                raise cannot_load(
+                    f"the adapter {name}",
+                    f"it is of another base than {source}: it changes a layer {layer} of {size[side]} "
+                    f"{'columns' if side else 'rows'}, {there}: name the base that it was made for",
                 )
 
 
@@ -108,7 +108,7 @@ def adapted(model: PreTrainedModel, name: str) -> PreTrainedModel:
             warnings.simplefilter("ignore")
             found = PeftModel.from_pretrained(view(model), str(find_adapter(name))).get_base_model()
     except Exception as error:  # peft's errors are of many classes
-        raise CheckpointError(f"cannot load the adapter {name}: {' '.join(str(error).split())[:300]}") from error
+        raise cannot_load(f"the adapter {name}", " ".join(str(error).split())[:300]) from error
     return found.eval()
 
 

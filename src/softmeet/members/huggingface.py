@@ -14,23 +14,17 @@ import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.errors import InvalidInputError
 from softmeet.members import names as known
 from softmeet.members import quantized, refused, zoo
 from softmeet.members.adapters import adapted, require_adapter
 from softmeet.members.member import Member
-from softmeet.members.placement import (
-    Device,
-    computes_on_cpu,
-    device_map_of,
-    require_device,
-)
+from softmeet.members.placement import Device, computes_on_cpu, device_map_of, require_device
 from softmeet.members.reader_model import ReaderModel
-from softmeet.members.registered import is_registered, registered_reader, tokenizer_of
+from softmeet.members.registered import is_registered, registered_reader
 from softmeet.members.zoo import Named
 
 Dtype = torch.dtype | str | None
-_ALL = slice(None)
 # Those in which torch computes what a causal language model needs.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -113,12 +107,8 @@ def placed(
     members = [Member.parse(name) for name in _expanded(names)]
     dtypes, devices = one_each(dtype, "dtype", len(members)), one_each(device, "device", len(members))
     return [
-        (
-            member,
-            member.dtype or own_dtype or quantized.DTYPES.get(member.quantization or ""),
-            member.device or own_device,
-        )
-        for member, own_dtype, own_device in zip(members, dtypes, devices, strict=True)
+        (member, member.dtype or own or quantized.DTYPES.get(member.quantization or ""), member.device or place)
+        for member, own, place in zip(members, dtypes, devices, strict=True)
     ]
 
 
@@ -207,7 +197,7 @@ def load_tokenizers(names: Sequence[Named], *, trust_remote_code: bool = False) 
 
 def _tokenizer(base: Member, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if is_registered(base):
-        return tokenizer_of(base)
+        return registered_reader(base).alphabet.tokenizer
     where = _checkpoint_of(base, trust_remote_code)
     folder = _folder(where)
     if folder.is_dir() and "gguf_file" not in where:
@@ -285,10 +275,6 @@ def dtype_of(dtype: Dtype, device: Device) -> torch.dtype | str:
     return torch.float32 if computes_on_cpu(device) else "auto"
 
 
-def _one(device: Any) -> torch.device:
-    return torch.device("cpu" if device is None else device)
-
-
 def _load(
     base: Member, dtype: Dtype, device: Device, trust_remote_code: bool, offload_folder: Path | None
 ) -> PreTrainedModel:
@@ -311,13 +297,11 @@ def _load(
         )
     if info["missing_keys"] or info["mismatched_keys"]:
         absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-        raise CheckpointError(
-            f"cannot load {name}: {len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
-        )
+        said = f"{len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
+        raise refused.cannot_load(name, said)
     quantized.ready(model, name, base.quantization)
-    whole = None if isinstance(device, dict) or placement else _one(device)
     with refused.named_in_errors(name, where):
-        return (model if whole is None else model.to(whole)).eval()
+        return (model if placement else model.to("cpu" if device is None else device)).eval()
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from softmeet.errors import CheckpointError, nearest
 from softmeet.members import zoo
 from softmeet.members.member import Member
+from softmeet.members.refused import cannot_load
 from softmeet.members.registered import is_registered, not_registered
 
 # For so long after a question that got no answer, members that are in the local cache are taken from there unasked.
@@ -60,7 +61,7 @@ def find(name: str | Member) -> dict[str, Any]:
     path, within = Path(place), {} if member.subfolder is None else {"subfolder": member.subfolder}
     if path.suffix == ".gguf" and not path.is_dir():
         if file is not None:
-            raise CheckpointError(f"cannot load {source}: expected one GGUF file, got this one and {file}")
+            raise cannot_load(source, f"expected one GGUF file, got this one and {file}")
         path, place, file = path.parent, str(path.parent), path.name
     found: dict[str, Any] = {"pretrained_model_name_or_path": place, **within}
     found |= {} if file is None else {"gguf_file": file}
@@ -68,17 +69,13 @@ def find(name: str | Member) -> dict[str, Any]:
     if path.is_dir() and inside.is_dir() and (file is None or (inside / file).is_file()):
         return found
     if path.is_file():
-        raise CheckpointError(
-            f"cannot load {source}: it is a file: expected a .gguf file, or the folder of a saved model"
-        )
+        raise cannot_load(source, "it is a file: expected a .gguf file, or the folder of a saved model")
     if path.is_dir() or place.startswith(("/", ".", "~")) or path.is_absolute() or place.count("/") > 1:
         kind = "file" if file else "folder"
         missing = str(inside / (file or "")) if path.is_dir() else source
-        raise CheckpointError(
-            f"cannot load {source}: there is no such {kind}: {_hint(missing) or 'check the path'}".rstrip()
-        )
+        raise cannot_load(source, f"there is no such {kind}: {_hint(missing) or 'check the path'}".rstrip())
     if (why := _no_hub_id(place)) is not None:
-        raise CheckpointError(f"cannot load {source}: {why}")
+        raise cannot_load(source, why)
     found |= {} if member.revision is None else {"revision": member.revision}
     wanted = "/".join(filter(None, (member.subfolder, file or "config.json")))
     return found | _on_hub(source, place, member.revision, wanted)
@@ -103,21 +100,17 @@ def find_adapter(name: str) -> Path:
         CheckpointError: if there is no such folder or repository, or it lacks adapter_config.json, or weights as
             safetensors.
     """
-    folder = Path(name).expanduser()
+    folder, said = Path(name).expanduser(), f"the adapter {name}"
     if folder.is_dir():
         absent = [file for file in _ADAPTER if not (folder / file).is_file()]
         if absent:
-            raise CheckpointError(
-                f"cannot load the adapter {name}: it has no {absent[0]}: expected what peft's save_pretrained writes"
-            )
+            raise cannot_load(said, f"it has no {absent[0]}: expected what peft's save_pretrained writes")
         return folder
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CheckpointError(
-            f"cannot load the adapter {name}: there is no such folder: {_hint(name) or 'check the path'}"
-        )
+        raise cannot_load(said, f"there is no such folder: {_hint(name) or 'check the path'}")
     repository, _, revision = name.partition("@")
     for file in _ADAPTER:
-        local = bool(_on_hub(f"the adapter {name}", repository, revision or None, file))
+        local = bool(_on_hub(said, repository, revision or None, file))
         there = hf_hub_download(repository, file, revision=revision or None, local_files_only=local)
         folder = Path(there).parent
     return folder
@@ -143,9 +136,8 @@ def _on_hub(name: str, repository: str, revision: str | None, file: str) -> dict
     try:
         cached = isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
     except HFValidationError:
-        raise CheckpointError(
-            f"cannot load {name}: {_hint(name)}expected a hub id (org/model), a folder, or a bundled name such as wide"
-        ) from None
+        expected = "expected a hub id (org/model), a folder, or a bundled name such as wide"
+        raise cannot_load(name, _hint(name) + expected) from None
     if cached and time.monotonic() - _unanswered < _PAUSE:
         return {"local_files_only": True}
     try:
@@ -155,7 +147,7 @@ def _on_hub(name: str, repository: str, revision: str | None, file: str) -> dict
             _unanswered = time.monotonic()
         if cached:
             return {"local_files_only": True}
-        raise CheckpointError(f"cannot load {name}: {_why(error, name, repository, revision, file)}") from error
+        raise cannot_load(name, _why(error, name, repository, revision, file)) from error
     return {}
 
 

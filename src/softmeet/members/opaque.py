@@ -80,9 +80,8 @@ class NoHead(OpaqueHead):
     """
 
     def __init__(self, v: int) -> None:
-        # A frozen dataclass sets its fields in this way.
-        for name, value in {"v": v, "d": v, "why": "is none", "remedy": "", "scale": 1.0, "soft_cap": None}.items():
-            object.__setattr__(self, name, value)
+        # The fields of a frozen dataclass, without the model that others have.
+        vars(self).update(v=v, d=v, why="is none")
 
     @property
     def device(self) -> torch.device:
@@ -104,9 +103,7 @@ Head = SoftmaxHead | OpaqueHead
 
 def is_readable(layer: nn.Module | None) -> bool:
     """Return whether an output layer is a plain linear one, whose weight is a floating tensor of no special kind."""
-    if type(layer) is not nn.Linear:
-        return False
-    return type(layer.weight) in _PLAIN and layer.weight.is_floating_point()
+    return type(layer) is nn.Linear and type(layer.weight) in _PLAIN and layer.weight.is_floating_point()
 
 
 def reason(layer: nn.Module) -> tuple[str, str]:

@@ -106,11 +106,7 @@ def reading(members: Iterable[Member], passages: Sequence[Passage]) -> list[Memb
         ['wide/gpt2+passage1', 'wide/gpt2+passage2']
     """
     return [
-        replace(
-            member,
-            prompt=f"{passage.text}{_BREAK}{member.prompt or ''}",
-            name=f"{member.title}+passage{number}",
-        )
+        replace(member, prompt=f"{passage.text}{_BREAK}{member.prompt or ''}", name=f"{member.title}+passage{number}")
         for member in members
         for number, passage in enumerate(passages, 1)
     ]

@@ -101,11 +101,8 @@ def require_device(device: Device) -> None:
     for place in places:
         if place != "disk" and not _is_here(place):
             kind = str(place).partition(":")[0]
-            here = ["cpu"]
-            if torch.accelerator.is_available():
-                here += [
-                    f"{torch.accelerator.current_accelerator()}:{k}" for k in range(torch.accelerator.device_count())
-                ]
+            count = torch.accelerator.device_count()
+            here = ["cpu", *(f"{torch.accelerator.current_accelerator()}:{k}" for k in range(count))]
             other = f", or install a torch with {kind.upper()} (https://pytorch.org)" if kind in ("cuda", "xpu") else ""
             raise InvalidInputError(
                 f"expected a device that torch finds on this machine ({', '.join(here)}), got {str(place)!r}: choose "
@@ -126,8 +123,7 @@ def main_device(device_map: dict[str, Any]) -> torch.device:
 
     ``device_map`` is a dict from modules' names to devices or ``"disk"``.
     """
-    real = [place for place in device_map.values() if str(place) not in _OFFLOADED]
-    return torch.device(real[0]) if real else torch.device("cpu")
+    return torch.device(next((place for place in device_map.values() if str(place) not in _OFFLOADED), "cpu"))
 
 
 def computes_on_cpu(device: Device) -> bool:

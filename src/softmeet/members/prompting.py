@@ -69,9 +69,7 @@ def require_room(members: Sequence[str], tokenizers: Sequence[PreTrainedTokenize
     """
     for member, tokenizer in zip(map(Member.parse, members), tokenizers, strict=True):
         before = prefix_of(member, tokenizer)
-        if before is None:
-            continue
-        if is_registered(member):
+        if before is None or is_registered(member):
             continue
         where = known.find(member)
         if "gguf_file" in where:  # of which reading the configuration alone takes as long as reading all

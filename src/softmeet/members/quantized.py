@@ -101,7 +101,7 @@ def ready(model: PreTrainedModel, name: str, quantization: str | None) -> PreTra
     Raises:
         InvalidInputError: if no layer was quantised: torchao knows linear layers alone, and GPT-2's are convolutions.
     """
-    if quantization is not None and all(_is_plain(parameter) for parameter in model.parameters()):
+    if quantization is not None and all(type(own) in (nn.Parameter, Tensor) for own in model.parameters()):
         other = "bnb-int8" if QUANTIZATIONS[quantization] == "torchao" else "another member"
         raise InvalidInputError(
             f"quantization={quantization} finds no linear layer in {name} ({type(model).__name__}) beside its head, "
@@ -132,10 +132,6 @@ def method_of_head(config: PreTrainedConfig) -> str | None:
     if left_out is None or getattr(config.get_text_config(decoder=True), "tie_word_embeddings", True):
         return None
     return None if any(part in name for name in left_out for part in _HEADS) else method
-
-
-def _is_plain(parameter: Tensor) -> bool:
-    return type(parameter) in (nn.Parameter, Tensor)
 
 
 def parts_of(parameter: Tensor) -> list[Tensor]:

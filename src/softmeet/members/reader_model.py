@@ -43,13 +43,12 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
     def __init__(self, member: Member) -> None:
         reader = registered_reader(member)
         tokenizer, v = reader.alphabet.tokenizer, reader.alphabet.size
-        super().__init__(
-            PreTrainedConfig(
-                vocab_size=v, max_position_embeddings=reader.limit if reader.limit < 1 << 30 else None,
-                bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=sorted(reader.alphabet.ends) or None,
-            )
+        config = PreTrainedConfig(
+            vocab_size=v, max_position_embeddings=reader.limit if reader.limit < 1 << 30 else None,
+            bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(reader.alphabet.ends) or None,
         )  # fmt: skip
+        super().__init__(config)
         mark = hashlib.sha256(member.source.encode()).digest()
         self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
         self.reader, self._member = reader, member.base

@@ -54,6 +54,11 @@ _SAID = (
 )  # fmt: skip
 
 
+def cannot_load(name: str | Path, why: str) -> CheckpointError:
+    """Return the error that says why a member, or an adapter of one, cannot be loaded."""
+    return CheckpointError(f"cannot load {name}: {why}")
+
+
 @contextmanager
 def named_in_errors(name: str, where: Mapping[str, Any]) -> Iterator[None]:
     """Enter a context that turns errors of transformers about a member into a ``CheckpointError``.
@@ -69,12 +74,10 @@ def named_in_errors(name: str, where: Mapping[str, Any]) -> Iterator[None]:
     except CheckpointError:
         raise
     except SafetensorError as error:
-        raise CheckpointError(
-            f"cannot load {name}: its safetensors are damaged or truncated ({error}): fetch them again"
-        ) from error
+        raise cannot_load(name, f"its safetensors are damaged or truncated ({error}): fetch them again") from error
     except Exception as error:  # whatever a file that is not as transformers expects it brings about
         unasked = " (read from the local cache alone, as the Hub did not answer)" if "local_files_only" in where else ""
-        raise CheckpointError(f"cannot load {name}{unasked}: {_explained(error)}") from error
+        raise cannot_load(f"{name}{unasked}", _explained(error)) from error
 
 
 def _explained(error: Exception) -> str:
@@ -95,11 +98,9 @@ def refuse_folder(folder: Path) -> None:
         CheckpointError: if one is missing, or the weights are pickled, so that loading them could run code.
     """
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"cannot load {folder}: it is an adapter: name its base, and put +adapter={folder} behind it"
-        )
+        raise cannot_load(folder, f"it is an adapter: name its base, and put +adapter={folder} behind it")
     if not (folder / "config.json").exists():
-        raise CheckpointError(f"cannot load {folder}: it has no config.json: expected a saved transformers model")
+        raise cannot_load(folder, "it has no config.json: expected a saved transformers model")
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
@@ -108,7 +109,7 @@ def refuse_folder(folder: Path) -> None:
             f"refused to load {folder}: its weights are pickled ({pickles[0]}), and a pickle can run code: convert "
             "them with model.save_pretrained(folder), which writes safetensors"
         )
-    raise CheckpointError(f"cannot load {folder}: it has no *.safetensors file: expected a saved transformers model")
+    raise cannot_load(folder, "it has no *.safetensors file: expected a saved transformers model")
 
 
 def require_tokenizer(name: str, folder: Path) -> None:
@@ -118,7 +119,7 @@ def require_tokenizer(name: str, folder: Path) -> None:
         CheckpointError: if there is none.
     """
     if not any(p for pattern in _TOKENIZERS for p in folder.glob(pattern)):
-        raise CheckpointError(f"cannot load {name}: {_NO_TOKENIZER}")
+        raise cannot_load(name, _NO_TOKENIZER)
 
 
 def require_gguf(name: str) -> None:
@@ -128,7 +129,7 @@ def require_gguf(name: str) -> None:
         CheckpointError: if they are not; the message says how to install them.
     """
     if not (find_spec("gguf") and find_spec("accelerate")):
-        raise CheckpointError(f"cannot load {name}: GGUF files need more packages: {install_line('gguf')}")
+        raise cannot_load(name, f"GGUF files need more packages: {install_line('gguf')}")
 
 
 def require_causal(name: str, config: PreTrainedConfig, *, remote: bool) -> None:
@@ -145,18 +146,14 @@ def require_causal(name: str, config: PreTrainedConfig, *, remote: bool) -> None
     auto: Any = transformers.models.auto.modeling_auto
     expected, kind = "expected a causal language model, such as GPT-2 or Llama", type(config)
     if getattr(config, "is_encoder_decoder", False):
-        raise CheckpointError(
-            f"cannot load {name}: {config.model_type} is an encoder with a decoder, which continues no text: {expected}"
+        raise cannot_load(
+            name, f"{config.model_type} is an encoder with a decoder, which continues no text: {expected}"
         )
     if remote and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     if kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(
-            f"cannot load {name}: transformers has no causal language model head for {config.model_type}: {expected}"
-        )
+        raise cannot_load(name, f"transformers has no causal language model head for {config.model_type}: {expected}")
     # Classes that serve as encoders and as decoders say which in their configuration.
     if kind in auto.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
-        raise CheckpointError(
-            f"cannot load {name}: it is an encoder ({config.model_type} without is_decoder), which reads a text from "
-            f"both sides: {expected}"
-        )
+        without = f"it is an encoder ({config.model_type} without is_decoder), which reads a text from both sides"
+        raise cannot_load(name, f"{without}: {expected}")

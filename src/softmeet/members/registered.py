@@ -13,8 +13,9 @@ from weakref import WeakValueDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from softmeet.errors import CheckpointError, InvalidInputError, SoftmeetError, nearest
+from softmeet.errors import InvalidInputError, SoftmeetError, nearest
 from softmeet.members.member import Member
+from softmeet.members.refused import cannot_load
 
 GROUP = "softmeet.readers"
 # What softmeet uses of a reader.
@@ -88,7 +89,7 @@ def registered_reader(member: Member) -> Any:
     except SoftmeetError:
         raise
     except Exception as error:
-        raise CheckpointError(f"cannot load {line}: its factory raised {type(error).__name__}: {error}") from error
+        raise cannot_load(line, f"its factory raised {type(error).__name__}: {error}") from error
     _require_reader(line, found)
     # Whoever has the tokenizer keeps the reader, so that a member is not made once for each.
     vars(found.alphabet.tokenizer)["_softmeet_reader"] = found
@@ -96,32 +97,18 @@ def registered_reader(member: Member) -> Any:
     return found
 
 
-def tokenizer_of(member: Member) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a registered reader; the errors are those of :func:`registered_reader`."""
-    tokenizer: PreTrainedTokenizerBase = registered_reader(member).alphabet.tokenizer
-    return tokenizer
-
-
 def _require_reader(line: str, found: Any) -> None:
     if missing := [part for part in _PARTS if not hasattr(found, part)]:
-        raise CheckpointError(
-            f"cannot load {line}: expected a softmeet.Reader of its factory, got {type(found).__name__} without "
-            f"{missing[0]}"
-        )
+        got = f"{type(found).__name__} without {missing[0]}"
+        raise cannot_load(line, f"expected a softmeet.Reader of its factory, got {got}")
     if not (isinstance(found.limit, int) and found.limit > 1):
-        raise CheckpointError(
-            f"cannot load {line}: expected a number of symbols as its reader's limit, got {found.limit!r}: say 2**30 "
-            "if there is none"
-        )
+        got = f"{found.limit!r}: say 2**30 if there is none"
+        raise cannot_load(line, f"expected a number of symbols as its reader's limit, got {got}")
     if found.traits.known is not None or found.traits.predictions is not None:
-        raise CheckpointError(
-            f"cannot load {line}: expected a reader that tells every symbol at every place, as rules need them"
-        )
+        raise cannot_load(line, "expected a reader that tells every symbol at every place, as rules need them")
     if not isinstance(getattr(found.alphabet, "tokenizer", None), PreTrainedTokenizerBase):
-        raise CheckpointError(
-            f"cannot load {line}: expected the tokens of a tokenizer as its reader's symbols: let its alphabet be a "
-            "softmeet.readers.token_alphabet.TokenAlphabet with a tokenizer"
-        )
+        remedy = "let its alphabet be a softmeet.readers.token_alphabet.TokenAlphabet with a tokenizer"
+        raise cannot_load(line, f"expected the tokens of a tokenizer as its reader's symbols: {remedy}")
 
 
 @cache

@@ -212,8 +212,8 @@ def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
             raise _refuse(name, f"its tokenizer {_CHANGES.get(part['type'], 'drops what it splits at')}")
 
 
-def _pieces(described: dict[str, Any]) -> dict[int, bytes] | None:
-    """Return the bytes of each token of the vocabulary, by its id; None if it has no bytes. Added tokens are others."""
+def _spelled(described: dict[str, Any]) -> dict[int, bytes]:
+    """Return the bytes of each token by its id, added ones last; none if the vocabulary has no bytes."""
     model = described["model"]
     vocab = model["vocab"]
     pieces = {piece: k for k, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
@@ -229,8 +229,8 @@ def _pieces(described: dict[str, Any]) -> dict[int, bytes] | None:
         for piece, k in pieces.items():
             found[k] = fallback.get(piece, piece.replace(_SPACE, " ").encode())
     else:
-        return None
-    return found
+        return {}
+    return found | {token["id"]: token["content"].encode() for token in described.get("added_tokens", [])}
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
@@ -240,24 +240,16 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     """
     if not getattr(tokenizer, "is_fast", False):
         return {}
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    found = _pieces(described)
-    if found is None:
-        return {}
-    return found | {token["id"]: token["content"].encode() for token in described.get("added_tokens", [])}
+    return _spelled(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
 def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
     """Return the bytes that each ordinary token spells, by its id."""
-    added = described.get("added_tokens", [])
-    special = {token["id"] for token in added if token["special"]}
-    plain = {token["id"]: token["content"].encode() for token in added if not token["special"]}
-    found = _pieces(described)
-    if found is None:
+    every, special = _spelled(described), {one["id"] for one in described.get("added_tokens", []) if one["special"]}
+    if not every:
         kind = described["model"].get("type") or "tokenizer"
         raise _refuse(name, f"it has a {kind} vocabulary without bytes")
-    found |= plain
-    found = {k: word for k, word in found.items() if word and k not in special}
+    found = {k: word for k, word in every.items() if word and k not in special}
     if missing := sorted(_NEEDED - {word[0] for word in found.values() if len(word) == 1}):
         shown = ", ".join(f"0x{byte:02X}" for byte in missing[:5])
         raise _refuse(name, f"its tokenizer has no token for {len(missing)} bytes ({shown})")
@@ -273,9 +265,8 @@ def _core(described: dict[str, Any], *, dummy: bool = True) -> Tokenizer:
     """
     left_out = {"NFC"} if dummy else {"NFC", "Prepend"}
     kept = [part for part in _parts(described.get("normalizer")) if part["type"] not in left_out]
-    before = [
-        part if dummy else part | _UNPREFIXED.get(part["type"], {}) for part in _parts(described["pre_tokenizer"])
-    ]
+    changed = {} if dummy else _UNPREFIXED
+    before = [part | changed.get(part["type"], {}) for part in _parts(described["pre_tokenizer"])]
     changes = {
         "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": before} if before else None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.placement import LOGITS, body, home, without_head
+from softmeet.members.placement import body, gives_logits, head_device, home
 from softmeet.products import MOST, few_rows
 
 _ALL = slice(None)
@@ -39,11 +39,9 @@ class Trunk:
     """A model without its head, to be run many times: as of :func:`last_hidden`, which runs it once."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._place, self._whole = home(model), LOGITS in vars(model)
-        self._run: Any = model if self._whole else without_head(model)
+        self._place, self._target, self._whole = home(model), head_device(model), gives_logits(model)
+        self._run: Any = body(model)
         self._keeps = self._whole and "logits_to_keep" in signature(self._run.forward).parameters
-        weight = getattr(model.get_output_embeddings(), "weight", None)
-        self._target = self._place if weight is None or weight.is_meta else weight.device
 
     def __call__(
         self, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from softmeet.readers.masks import Masks
 # Of a text's tokens, the columns of their keys and values, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
 NOTHING: Path = np.empty(0, np.int64)
+# The most columns of a slot, for each of its longest text and beside these, before texts that part get slots of their
+# own.
+_MANY, _MORE = 2, 64
 
 
 class Place(NamedTuple):
@@ -67,12 +71,6 @@ class Seat:
         path, end = self.path, 0 if self.block is None else self.block.end
         return not len(path) or (int(path[0]), int(path[-1])) == (end - len(path), end - 1)
 
-    def follow(self, count: int) -> None:
-        """Make the last ``count`` columns in use its own."""
-        assert self.block is not None
-        end = self.block.end
-        self._path = np.concatenate((self._path, np.arange(end - count, end)))
-
 
 class Block:
     """Slots of keys and values of one model.
@@ -98,9 +96,9 @@ class Block:
 
     def catch_up(self) -> None:
         """Have all seats' paths list the columns that are late."""
-        count, self.late = self.late, 0
-        for seat in self.seats if count else ():
-            seat.follow(count)
+        columns, self.late = np.arange(self.end - self.late, self.end), 0
+        for seat in self.seats if len(columns) else ():
+            seat._path = np.concatenate((seat._path, columns))
 
     def paths(self) -> list[Path]:
         """Return the paths of all seats."""
@@ -153,29 +151,75 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
         return self.block.end - self.first + query_length, 0
 
 
+def by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
+    """Return, for each slot, the numbers of the seats that are in it."""
+    slots = defaultdict[int, list[int]](list)
+    for k, seat in enumerate(seats):
+        slots[seat.slot].append(k)
+    return slots
+
+
+def union(paths: Sequence[Path]) -> Path:
+    """Return the columns that are on some path, ascending."""
+    return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
+
+
+def parted(seats: list[Seat]) -> list[list[Seat]]:
+    """Return seats of one slot in groups: those apart of which each would attend past more columns than are its own."""
+    longest = max((seat.path for seat in seats), key=len)
+    if len(union([seat.path for seat in seats])) <= _MANY * len(longest) + _MORE:
+        return [seats]
+    common = min(_common(seat.path, longest) for seat in seats)
+    groups = defaultdict[int, list[Seat]](list)
+    for seat in seats:
+        path = seat.path if seat.length > common else longest
+        groups[int(path[common])].append(seat)
+    return [part for group in groups.values() for part in parted(group)]
+
+
+def _common(path: Path, longest: Path) -> int:
+    """Return at how many first columns a path is as a longer one; that one's last at most, if it is all of the path."""
+    other = np.flatnonzero(path != longest[: len(path)])
+    return int(other[0]) if len(other) else len(longest) - 1
+
+
+def copy_path(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
+    """Copy columns of a slot to the last columns in use of another block's slot."""
+    end, count = target.end, len(columns)
+    if not count:
+        return
+    side_by_side = columns[-1] - columns[0] == count - 1
+    where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
+    target.ids[into, end - count : end] = source.ids[slot, columns]
+    for one, other in zip(source.tensors, target.tensors, strict=True):
+        other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
+
+
 class Call:
     """One call of the model on new tokens of some seats of a block.
 
+    Args:
+        block: the block.
+        seats: of the texts.
+        tokens: of each, the new ones, at least one.
+        new: the number of columns that these take, at most, of a slot.
+
     Attributes:
+        slots: the numbers of the seats in each slot.
+        many: how many slots, the first of the block, are run.
+        first: the first column that is on a path.
         ids, depths: (slots, new), the new tokens, at the right, and their positions; 0 at padding.
         columns: for each seat, the columns of its new tokens.
     """
 
-    def __init__(
-        self,
-        block: Block,
-        seats: Sequence[Seat],
-        tokens: Sequence[Sequence[int]],
-        slots: dict[int, list[int]],
-        new: int,
-    ) -> None:
-        self._block, self._seats, self._slots = block, seats, slots
-        self._many = 1 + max([seat.slot for seat in block.seats])
-        self._first = min([int(own[0]) for own in block.paths() if len(own)], default=block.end)
-        self.ids, self.depths = np.zeros((2, self._many, new), np.int64)
+    def __init__(self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], new: int) -> None:
+        self._block, self._seats = block, seats
+        self.slots, self.many = by_slot(seats), 1 + max([seat.slot for seat in block.seats])
+        self.first = min([int(own[0]) for own in block.paths() if len(own)], default=block.end)
+        self.ids, self.depths = np.zeros((2, self.many, new), np.int64)
         self.columns = [NOTHING] * len(seats)
         every, ahead = np.arange(block.end, block.end + new), np.arange(new)
-        for slot, own in slots.items():
+        for slot, own in self.slots.items():
             at = new - sum(len(tokens[k]) for k in own)
             for k in own:
                 begin, at = at, at + len(tokens[k])
@@ -183,30 +227,26 @@ class Call:
                 self.depths[slot, begin:at] = ahead[: at - begin] + seats[k].length
                 self.columns[k] = every[begin:at]
 
-    def layer(self, place: tuple[Place, Place]) -> Any:
-        """Return a layer's cache, of the slots in use."""
-        return InPlace(self._block, place, self._many, self._first)
-
     def mask(self, masks: Masks) -> Any:
         """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
         end, (_, new) = self._block.end, self.ids.shape
-        alone = all(len(own) == 1 for own in self._slots.values())
+        alone = len(self.slots) == len(self._seats)
         pairs = list(zip(self._seats, self.columns, strict=True))
         # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
         if alone and all(len(own) == new and seat.is_whole for seat, own in pairs):
-            starts = np.full(self._many, end)
+            starts = np.full(self.many, end)
             starts[[seat.slot for seat in self._seats]] = [
                 int((seat.path if seat.length else own)[0]) for seat, own in pairs
             ]
-            return torch.from_numpy(np.arange(self._first, end + new) >= starts[:, None]).long()
-        width = end + new - self._first
-        allowed = np.zeros((self._many, new, width), bool)
-        depths = np.zeros((self._many, width), np.int64)
+            return torch.from_numpy(np.arange(self.first, end + new) >= starts[:, None]).long()
+        width = end + new - self.first
+        allowed = np.zeros((self.many, new, width), bool)
+        depths = np.zeros((self.many, width), np.int64)
         # Every token attends to itself; padding too, since a softmax over nothing is NaN.
         allowed[:, np.arange(new), width - new + np.arange(new)] = True
         for seat, own in pairs:
-            path, count = seat.path - self._first, len(own)
-            first, at = int(own[0]) - end, int(own[0]) - self._first
+            path, count = seat.path - self.first, len(own)
+            first, at = int(own[0]) - end, int(own[0]) - self.first
             depths[seat.slot, path] = np.arange(len(path))
             depths[seat.slot, at : at + count] = np.arange(len(path), len(path) + count)
             rows = allowed[seat.slot, first : first + count]

@@ -21,6 +21,8 @@ from softmeet.readers.reader import Explanation, Given, Predictions, Read, Row, 
 
 # The readings kept of each row; fewer symbols than that can be taken back without reading the row anew.
 _KEPT = 16
+# What reads texts, and returns for each the states after so many of its bytes.
+_Readings = Generator[None, None, list[dict[int, Reading]]]
 
 
 @dataclass(eq=False)
@@ -76,15 +78,9 @@ class ByteReader(ReaderOfRows[ByteText]):
         self.member.behind(row.own)
         return self._opened(row)
 
-    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
-        """Open rows that begin with a row's symbols; what was read is shared."""
-        one = self._mine(row)
-        length = one.length if length is None else length
-        forks = [replace(one, symbols=list(one.symbols), readings=dict(one.readings)) for _ in range(count)]
-        self._rows |= dict.fromkeys(forks)
-        for fork in forks:
-            self.crop(fork, length)
-        return list(forks)
+    def _copied(self, row: ByteText) -> ByteText:
+        """Return a row that shares what was read."""
+        return replace(row, symbols=list(row.symbols), readings=dict(row.readings))
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""
@@ -144,26 +140,21 @@ class ByteReader(ReaderOfRows[ByteText]):
         found.dropped = torch.tensor(shares, dtype=torch.float64)
         return found
 
-    def _begin(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
+    def _begin(self, parts: Sequence[_Part]) -> _Readings:
         """Read texts from their beginnings."""
         texts, own = [part.text for part in parts], [part.own for part in parts]
-        found = yield from self.member.beginning(texts, own, [part.wanted for part in parts])
-        for part, readings in zip(parts, found, strict=True):
-            part.readings |= readings
+        return self.member.beginning(texts, own, [part.wanted for part in parts])
 
-    def _advance(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
+    def _advance(self, parts: Sequence[_Part]) -> _Readings:
         """Read one byte of each of some texts."""
         yield from ()
         before = [part.reading for part in parts if part.reading is not None]
-        for part, reading in zip(parts, self.member.advance(before, [part.text[0] for part in parts]), strict=True):
-            part.readings[1] = reading
+        return [{1: reading} for reading in self.member.advance(before, [part.text[0] for part in parts])]
 
-    def _follow(self, parts: Sequence[_Part]) -> Generator[None, None, None]:
+    def _follow(self, parts: Sequence[_Part]) -> _Readings:
         """Read several bytes of each of some texts."""
         before = [part.reading for part in parts if part.reading is not None]
-        found = yield from self.member.following(before, [part.text for part in parts], [part.wanted for part in parts])
-        for part, readings in zip(parts, found, strict=True):
-            part.readings |= readings
+        return self.member.following(before, [part.text for part in parts], [part.wanted for part in parts])
 
 
 @dataclass(eq=False)
@@ -176,7 +167,7 @@ class _Part:
         base: the number of symbols before the bytes that are read now.
         reading: the state after these; None if the text is read from its beginning.
         text: the bytes.
-        end: the number of symbols after which the text has ended; None if it has not.
+        end: the number of symbols after which the text has ended; more than there are if it has not.
         places: after how many symbols predictions are wanted.
         readings: the states after so many of the bytes.
     """
@@ -186,7 +177,7 @@ class _Part:
     base: int
     reading: Reading | None
     text: bytes
-    end: int | None
+    end: int
     places: list[int]
     readings: dict[int, Reading]
 
@@ -194,14 +185,14 @@ class _Part:
     def of(cls, k: int, row: ByteText, one: Read) -> _Part:
         """Say what has to be read of a row."""
         base = max(row.readings, default=0)
-        reading, symbols, end = row.readings.get(base), [*row.symbols[base:], *one.symbols], None
+        reading, symbols, end = row.readings.get(base), [*row.symbols[base:], *one.symbols], sys.maxsize
         if reading is None and END in symbols:
             # A text is read from behind the last symbol that ends one.
             base = len(symbols) - symbols[::-1].index(END)
             symbols = symbols[base:]
         elif reading is not None and (reading.ended or END in symbols):
             end = base + (0 if reading.ended else symbols.index(END))
-        text = bytes(symbols if end is None else symbols[: end - base])
+        text = bytes(symbols[: end - base])
         readings = {} if reading is None else {0: reading}
         return cls(k, row.own, base, reading, text, end, [row.length + place for place in one.at], readings)
 
@@ -224,7 +215,7 @@ class _Part:
         """Note in a row that its symbols were read, with the last states that can be lengthened."""
         row.symbols += symbols
         known = {self.base + count: one for count, one in self.readings.items() if count or self.reading is None}
-        if self.end is not None:
+        if row.length > self.end:
             known[row.length] = self._ended()
         row.readings |= {count: one for count, one in sorted(known.items()) if len(known) == 1 or one.goes_on}
         while len(row.readings) > _KEPT:
@@ -236,24 +227,24 @@ class _Part:
 
     def told(self) -> list[Reading | None]:
         """Return the state at each place; None before the text begins."""
-        ended = [self.end is not None and place > self.end for place in self.places]
-        pairs = zip(self.places, ended, strict=True)
-        return [self._ended() if over else self.readings.get(place - self.base) for place, over in pairs]
+        return [self._ended() if place > self.end else self.readings.get(place - self.base) for place in self.places]
 
 
 def _by_all_or_each(
-    run: Callable[[Sequence[_Part]], Generator[None, None, None]], parts: Sequence[_Part]
+    run: Callable[[Sequence[_Part]], _Readings], parts: Sequence[_Part]
 ) -> Generator[None, None, dict[int, SoftmeetError]]:
     """Run texts together or, if that fails, each by itself; returns by number why some could not be read."""
     if not parts:
         return {}
+    errors = dict[int, SoftmeetError]()
     try:
-        yield from run(parts)
+        found = yield from run(parts)
     except SoftmeetError as error:
         if len(parts) == 1:
             return {parts[0].k: error}
-        found = dict[int, SoftmeetError]()
         for part in parts:
-            found |= yield from _by_all_or_each(run, [part])
-        return found
-    return {}
+            errors |= yield from _by_all_or_each(run, [part])
+        return errors
+    for part, readings in zip(parts, found, strict=True):
+        part.readings |= readings
+    return errors

@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.trunk import last_hidden
-from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat
-from softmeet.readers.masks import Masks, empty_cache, require_trees
+from softmeet.members.trunk import last_hidden, require_cache
+from softmeet.readers.blocks import NOTHING, Block, Call, InPlace, Path, Place, Seat, by_slot, copy_path, parted, union
+from softmeet.readers.masks import Masks, empty_cache
 from softmeet.readers.steady import Steady
+from softmeet.suspended import finished
 
 # The most tokens of one text that the model runs at once.
 PIECE = 256
@@ -37,8 +38,10 @@ _ROOM, _SHARE = 64, 2
 _FEW = 2
 # Times the slots or the columns that are in use, from which a block is made anew when a text leaves it.
 _TOO_MANY = 4
-# The most columns of a slot for each of its longest text, beside a few, before texts that part get slots of their own.
-_MANY = 2
+# Kinds of layers, by their names in configurations, that read a tree of tokens by masks.
+_KINDS = {"full_attention", "sliding_attention", "global"}
+# What a model is checked on: a trunk, and after it a chain beside another; and the relative error of rounding at most.
+_TRUNK, _OTHER, _CHAIN, _NEAR = range(3), range(3, 11), (11, 12), 1e-3
 
 
 class KeysAndValues:
@@ -74,6 +77,10 @@ class KeysAndValues:
             return False
         return True
 
+    def _tree_masks(self) -> Masks | None:
+        """Return what makes the model's attention masks; None if it takes the mask of padding alone."""
+        return self._masks if self.reads_trees else None
+
     @property
     def bytes(self) -> int:
         """The bytes of all blocks."""
@@ -86,10 +93,11 @@ class KeysAndValues:
     def leave(self, seat: Seat) -> None:
         """Give a seat up; a block without seats is given back, one that is far too large for the others made anew."""
         block, gone = seat.block, seat.length
-        if block is not None:
-            block.looked = max(block.looked, len(block.seats))
+        if block is None:
+            return
+        block.looked = max(block.looked, len(block.seats))
         self._out(seat)
-        if block is None or not (left := len(block.seats)):
+        if not (left := len(block.seats)):
             return
         # To look at all others each time that one of many leaves would take longer than what it saves.
         is_seen = block.slots <= _TOO_MANY or (left > _ROOM and block.looked < 2 * left)
@@ -109,9 +117,9 @@ class KeysAndValues:
                 self._blocks.remove(block)
         seat.block, seat.path = None, NOTHING
 
-    def fork(self, seat: Seat, length: int) -> Seat:
-        """Return another seat of the first ``length`` tokens."""
-        other = Seat(seat.block, seat.slot, seat.path[:length])
+    def fork(self, seat: Seat) -> Seat:
+        """Return another seat of the same tokens."""
+        other = Seat(seat.block, seat.slot, seat.path)
         if seat.block is not None:
             seat.block.change()
             seat.block.seats.append(other)
@@ -123,7 +131,7 @@ class KeysAndValues:
         other = Seat(None, 0, seat.path[:length])
         if seat.block is not None and length:
             other.block = self._new(1, length, 0)
-            _copy(seat.block, seat.slot, other.path, other.block, 0)
+            copy_path(seat.block, seat.slot, other.path, other.block, 0)
             other.path = np.arange(length)
             other.block.seats.append(other)
         return other
@@ -146,16 +154,15 @@ class KeysAndValues:
         """
         block = self._together(seats)
         block.change()
-        new = max(sum(len(tokens[k]) for k in own) for own in _by_slot(seats).values())
+        new = max(sum(len(tokens[k]) for k in own) for own in by_slot(seats).values())
         # Other models count columns, in which there must be no hole.
         holes = not self.reads_trees and any(seat.length and not seat.is_whole for seat in seats)
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
-        slots = _by_slot(seats)
-        call = Call(block, seats, tokens, slots, new)
-        layers: list[Any] = [call.layer(place) for place in self._layout]
+        call = Call(block, seats, tokens, new)
+        layers: list[Any] = [InPlace(block, place, call.many, call.first) for place in self._layout]
         cache = Cache(layers=layers) if layers else empty_cache(self._model)
-        few = slice(None) if last is None or len(slots) < len(seats) else slice(-last, None)
+        few = slice(None) if last is None or len(call.slots) < len(seats) else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
             attention_mask=call.mask(self._masks), position_ids=torch.from_numpy(call.depths),
@@ -171,19 +178,22 @@ class KeysAndValues:
             found.append((columns, hidden[seat.slot, max(start, 0) : start + len(columns)]))
         return found
 
-    def steady(self, seats: Sequence[Seat]) -> Steady | None:
-        """Return what runs one token more of texts in every call; None if they are not alone in a block, each whole."""
+    def step(self, seats: list[Seat], tokens: Sequence[int]) -> Float[Tensor, "texts d"] | None:
+        """Run one token more of each of some texts and keep it, with less ado; return the last hidden states.
+
+        None is returned, and nothing run, unless they are alone in a block, each whole, with room, and states finite.
+        """
         block = seats[0].block
         if block is None:
             return None
-        slots = {seat.slot for seat in seats if seat.block is block}
-        alone = len(block.seats) == len(seats) == len(slots) and max(slots) < _FEW * len(slots)
-        if not alone or not all(seat.length and seat.is_whole for seat in seats):
-            return None
-        block.change()
-        found = block.steady = Steady(
-            self._model, block, seats, self._layout, lambda: self._masks if self.reads_trees else None
-        )
+        if block.steady is None or block.steady.seats != seats:
+            slots = {seat.slot for seat in seats if seat.block is block}
+            alone = len(block.seats) == len(seats) == len(slots) and max(slots) < _FEW * len(slots)
+            if not alone or not all(seat.length and seat.is_whole for seat in seats):
+                return None
+            block.change()
+            block.steady = Steady(self._model, block, seats, self._layout, self._tree_masks)
+        found: Tensor | None = block.steady.step(tokens)
         return found
 
     def read(
@@ -270,18 +280,18 @@ class KeysAndValues:
 
     def _adopt(self, target: Block, groups: Sequence[Sequence[Seat]]) -> None:
         """Bring groups of seats, each of one slot, into free slots of a block."""
-        longest = max(len(_union([seat.path for seat in own])) for own in groups)
+        longest = max(len(union([seat.path for seat in own])) for own in groups)
         free = sorted({*range(target.slots)} - {seat.slot for seat in target.seats})
         if len(free) < len(groups) or longest > target.end:
             taken = len(self._groups(target))
             self._rebuild(target, 1 << (taken + len(groups) - 1).bit_length(), longest, 0)
             free = list(range(taken, target.slots))
         for slot, own in zip(free, groups, strict=False):
-            columns = _union([seat.path for seat in own])
+            columns = union([seat.path for seat in own])
             for one in target.tensors:
                 one[:, slot] = 0
             if (source := own[0].block) is not None:
-                _copy(source, own[0].slot, columns, target, slot)
+                copy_path(source, own[0].slot, columns, target, slot)
             for seat in own:
                 path = target.end - len(columns) + np.searchsorted(columns, seat.path)
                 self._out(seat)
@@ -290,10 +300,10 @@ class KeysAndValues:
 
     def _groups(self, block: Block) -> list[list[Seat]]:
         """Return the seats of a block in groups, each of which may have one slot."""
-        groups = [[block.seats[k] for k in own] for own in _by_slot(block.seats).values()]
+        groups = [[block.seats[k] for k in own] for own in by_slot(block.seats).values()]
         if len(groups) < len(block.seats) and not self.reads_trees:
             return [[seat] for seat in block.seats]
-        return [part for group in groups for part in _parted(group)]
+        return [part for group in groups for part in parted(group)]
 
     @torch.inference_mode()
     def _rebuild(self, block: Block, slots: int, end: int, new: int) -> None:
@@ -306,11 +316,11 @@ class KeysAndValues:
             new: the number of columns for which there has to be room.
         """
         groups = self._groups(block)
-        needed = [_union([seat.path for seat in group]) for group in groups]
+        needed = [union([seat.path for seat in group]) for group in groups]
         end = max([end, *map(len, needed)])
         made = self._new(max(slots, len(groups), 1), end, new)
         for slot, (group, columns) in enumerate(zip(groups, needed, strict=True)):
-            _copy(block, group[0].slot, columns, made, slot)
+            copy_path(block, group[0].slot, columns, made, slot)
             for seat in group:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
         block.change()
@@ -346,45 +356,35 @@ class KeysAndValues:
             block.tensors.append(whole)
 
 
-def _by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
-    """Return, for each slot, the numbers of the seats that are in it."""
-    slots = defaultdict[int, list[int]](list)
-    for k, seat in enumerate(seats):
-        slots[seat.slot].append(k)
-    return slots
+@torch.inference_mode()
+def require_trees(model: PreTrainedModel) -> None:
+    """Check that a model reads each path of a tree of tokens as it reads that path by itself, on a few tokens.
 
+    A tree is several texts that begin alike, whose common tokens are run once. Models whose attention counts columns
+    (ALiBi) instead of positions do not read them so, nor those with recurrent layers, nor those with windows of which
+    :class:`~softmeet.readers.masks.Masks` does not know.
 
-def _union(paths: Sequence[Path]) -> Path:
-    """Return the columns that are on some path, ascending."""
-    return paths[0] if len(paths) == 1 else np.unique(np.concatenate(paths))
-
-
-def _parted(seats: list[Seat]) -> list[list[Seat]]:
-    """Return seats of one slot in groups: those apart of which each would attend past more columns than are its own."""
-    longest = max((seat.path for seat in seats), key=len)
-    if len(_union([seat.path for seat in seats])) <= _MANY * len(longest) + _ROOM:
-        return [seats]
-    common = min(_common(seat.path, longest) for seat in seats)
-    groups = defaultdict[int, list[Seat]](list)
-    for seat in seats:
-        path = seat.path if seat.length > common else longest
-        groups[int(path[common])].append(seat)
-    return [part for group in groups.values() for part in _parted(group)]
-
-
-def _common(path: Path, longest: Path) -> int:
-    """Return at how many first columns a path is as a longer one; that one's last at most, if it is all of the path."""
-    other = np.flatnonzero(path != longest[: len(path)])
-    return int(other[0]) if len(other) else len(longest) - 1
-
-
-def _copy(source: Block, slot: int, columns: Path, target: Block, into: int) -> None:
-    """Copy columns of a slot to the last columns in use of another block's slot."""
-    end, count = target.end, len(columns)
-    if not count:
-        return
-    side_by_side = columns[-1] - columns[0] == count - 1
-    where: Any = slice(int(columns[0]), int(columns[-1]) + 1) if side_by_side else torch.from_numpy(columns)
-    target.ids[into, end - count : end] = source.ids[slot, columns]
-    for one, other in zip(source.tensors, target.tensors, strict=True):
-        other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
+    Raises:
+        InvalidInputError: if it does not.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    said = f"it has layers of {', '.join(sorted(unknown))}" if (unknown := kinds - _KINDS) else ""
+    trunk, other, chain = ([1 + token % (config.vocab_size - 1) for token in ids] for ids in (_TRUNK, _OTHER, _CHAIN))
+    try:
+        kv, seat = KeysAndValues(require_cache(model), at_once=True), Seat()
+        finished(kv.read([(seat, trunk)]))
+        fork = kv.fork(seat)
+        fork.path = fork.path[:-1]
+        _, (_, found) = kv.run([seat, fork], [other, chain])
+        alone = last_hidden(model, torch.tensor([trunk[:-1] + chain]), use_cache=False)[0, -len(chain) :].float()
+        near = max(_NEAR, 8 * torch.finfo(next(model.parameters()).dtype).eps)
+        if not (found.float() - alone).norm() <= near * alone.norm():
+            said = said or "what it reads depends on the order in which tokens were run"
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        said = said or f"{type(error).__name__}: {error}"
+    if said:
+        raise InvalidInputError(
+            f"{type(model).__name__} cannot be read by bytes, since several tokenizations are read at once ({said}): "
+            "combine it over tokens, with members that share its tokenizer"
+        )

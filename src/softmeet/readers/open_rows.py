@@ -34,6 +34,22 @@ class ReaderOfRows(Reader, Generic[R]):
             raise InvalidInputError(f"expected an open row of {self.name}: open() gives one, and close() ends it")
         return row
 
+    def _copied(self, row: R) -> R:
+        """Return a row like another one, which goes on by itself; a reader that can fork defines it."""
+        raise self.cannot("fork rows")
+
+    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
+        """Open rows that begin with a row's symbols."""
+        one = self._mine(row)
+        length = one.length if length is None else length
+        if length != one.length and not self.traits.can_crop:
+            raise self.cannot("fork a row at less than its length")
+        forks: list[Row] = [self._opened(self._copied(one)) for _ in range(count)]
+        if length != one.length:
+            for fork in forks:
+                self.crop(fork, length)
+        return forks
+
     def _each_once(self, asked: Sequence[Read]) -> list[R]:
         """Return the rows of a call, or raise InvalidInputError if one is not this reader's, or is there twice."""
         rows = [self._mine(one.row) for one in asked]

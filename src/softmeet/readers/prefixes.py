@@ -47,11 +47,6 @@ class PrefixCache(Generic[T]):
         self._kept.move_to_end(best)
         return shared(best), self._kept[best]
 
-    @property
-    def states(self) -> list[T]:
-        """What is kept of all prompts."""
-        return list(self._kept.values())
-
     def clear(self) -> None:
         """Drop what is kept of all prompts."""
         for states in self._kept.values():

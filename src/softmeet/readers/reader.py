@@ -323,10 +323,8 @@ class Reader(ABC):
         try:
             for _ in texts:
                 rows.append(self.open(own=own, reuse=False))
-            asked = [
-                Read(row, text, list(places), keep=False) for row, text, places in zip(rows, texts, at, strict=True)
-            ]
-            found = finished(self.read(asked))
+            each = zip(rows, texts, at, strict=True)
+            found = finished(self.read([Read(row, text, list(places), keep=False) for row, text, places in each]))
         finally:
             for row in rows:
                 self.close(row)

@@ -10,18 +10,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
-from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
-from softmeet.members.heads import head_of
-from softmeet.members.opaque import Head
-from softmeet.members.placement import whereabouts
-from softmeet.members.quantized import rounds_coarsely
-from softmeet.members.trunk import last_hidden, require_cache
-from softmeet.readers.open_rows import ReaderOfRows
-from softmeet.readers.reader import Predictions, Read, Row, Traits, Work
-from softmeet.readers.token_alphabet import TokenAlphabet
-from softmeet.readers.transformers import States, context_of, ends_of_texts
+from softmeet.errors import NonFiniteError, SoftmeetError
+from softmeet.members.trunk import last_hidden
+from softmeet.readers.reader import Predictions, Read, Row, Work
+from softmeet.readers.transformers import ModelReader, States
 
 
 @dataclass(eq=False)
@@ -43,7 +37,7 @@ class _Passed(Row):
     last: Float[Tensor, "1 d"] | None = None
 
 
-class RecurrentReader(ReaderOfRows[_Passed]):
+class RecurrentReader(ModelReader[_Passed]):
     """A causal language model whose state is no list of keys and values, read token by token, a text at a time.
 
     Args:
@@ -57,20 +51,8 @@ class RecurrentReader(ReaderOfRows[_Passed]):
         UnsupportedHeadError: if the output layer is of no known kind.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, head: Head | None = None
-    ) -> None:
-        super().__init__(_Passed)
-        self.model, self.name = require_cache(model), name
-        self.head: Head = head or head_of(model)
-        self.limit = context_of(model)
-        self.alphabet = TokenAlphabet(tokenizer, self.head.v, ends_of_texts(model, tokenizer))
-        self.traits = Traits(
-            can_crop=False,
-            rounding="coarse" if rounds_coarsely(model) else "fine",
-            places=tuple(sorted(whereabouts(model))),
-            cost=sum(own.nbytes for own in model.parameters()),
-        )
+    kind = _Passed
+    can_crop = False
 
     @property
     def bytes(self) -> int:
@@ -82,17 +64,9 @@ class RecurrentReader(ReaderOfRows[_Passed]):
         """Open a row, as of :meth:`Reader.open`; nothing is known of earlier texts."""
         return self._opened(_Passed(pending=list(own)))
 
-    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
-        """Open rows that begin with all of a row's symbols, each with a copy of its state."""
-        one = self._mine(row)
-        if length not in (None, one.length):
-            raise self.cannot("fork a row at less than its length")
-        forks = [
-            replace(one, tokens=list(one.tokens), pending=list(one.pending), cache=copy.deepcopy(one.cache))
-            for _ in range(count)
-        ]
-        self._rows |= dict.fromkeys(forks)
-        return list(forks)
+    def _copied(self, row: _Passed) -> _Passed:
+        """Return a row with a copy of the state."""
+        return replace(row, tokens=list(row.tokens), pending=list(row.pending), cache=copy.deepcopy(row.cache))
 
     def close(self, row: Row) -> None:
         """Give a row up, with its state."""
@@ -120,23 +94,11 @@ class RecurrentReader(ReaderOfRows[_Passed]):
         told = torch.cat(found) if found else torch.zeros(0, self.head.d, device=self.head.device)
         return States(self.head, told, counts, errors, work)
 
-    def _check(self, row: _Passed, one: Read, tokens: list[int]) -> None:
-        """Raise InvalidInputError if tokens cannot be read, or there is nothing to predict from."""
-        if wrong := [token for token in tokens if not 0 <= token < self.alphabet.size]:
-            raise InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        if (count := len(row.tokens) + len(tokens)) > self.limit:
-            raise InvalidInputError(
-                f"expected a text of at most {self.limit:,} tokens, the context of {self.name}, got {count:,}"
-            )
-        if one.at and not one.at[0] and row.last is None and len(tokens) == len(one.symbols):
-            raise InvalidInputError(
-                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
-            )
-
     @torch.inference_mode()
     def _states(self, row: _Passed, one: Read, tokens: list[int]) -> Float[Tensor, "t d"]:
         """Read tokens in a row; returns the last hidden states at them, behind the one before, if there is one."""
-        self._check(row, one, tokens)
+        if error := self._refused(one, len(row.tokens), tokens):
+            raise error
         before = [] if row.last is None else [row.last]
         if not tokens:
             return torch.cat(before) if before else torch.zeros(0, self.head.d, device=self.head.device)

@@ -81,10 +81,8 @@ class StatelessReader(ReaderOfRows[Symbols]):
         """Give a row up; nothing more can be read in it."""
         self._rows.pop(self._mine(row))
 
-    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
-        """Open rows that begin with a row's symbols."""
-        one = self._mine(row)
-        return [self._opened(replace(one, text=one.text[:length])) for _ in range(count)]
+    def _copied(self, row: Symbols) -> Symbols:
+        return replace(row)
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""

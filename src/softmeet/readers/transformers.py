@@ -21,7 +21,7 @@ from softmeet.members.trunk import last_hidden, require_cache
 from softmeet.readers.blocks import Seat
 from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.kv import KeysAndValues
-from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.open_rows import R, ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
@@ -98,7 +98,59 @@ def ends_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return frozenset({getattr(tokenizer, "eos_token_id", None), *ends} - {None})
 
 
-class TransformersReader(ReaderOfRows[_Text]):
+class ModelReader(ReaderOfRows[R]):
+    """What readers of a causal language model's own tokens have in common, whatever they keep of a text.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer; None where texts are tokens from the beginning.
+        name: its name in messages.
+        head: its output layer; None to find it.
+
+    Attributes:
+        kind: the class of rows.
+        can_crop: as of :class:`~softmeet.readers.reader.Traits`.
+
+    Raises:
+        InvalidInputError: if the model takes no cache.
+        UnsupportedHeadError: if the output layer is of no known kind.
+    """
+
+    kind: type[R]
+    can_crop = True
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, head: Head | None = None
+    ) -> None:
+        super().__init__(self.kind)
+        self.model, self.name = require_cache(model), name
+        self.head: Head = head or head_of(model)
+        self.limit = self._context = context_of(model)
+        self.alphabet = TokenAlphabet(tokenizer, self.head.v, ends_of_texts(model, tokenizer))
+        self.traits = Traits(
+            can_crop=self.can_crop,
+            rounding="coarse" if rounds_coarsely(model) else "fine",
+            places=tuple(sorted(whereabouts(model))),
+            cost=sum(own.nbytes for own in model.parameters()),
+        )
+
+    def _refused(self, one: Read, before: int, tokens: Sequence[int]) -> SoftmeetError | None:
+        """Return why some tokens cannot be read behind ``before`` others of a row; None if they can."""
+        count = before + len(tokens)
+        if wrong := [token for token in tokens if not 0 <= token < self.alphabet.size]:
+            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
+        if count > self._context:
+            return InvalidInputError(
+                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {count:,}"
+            )
+        if one.at and not one.at[0] and count == len(one.symbols):
+            return InvalidInputError(
+                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
+            )
+        return None
+
+
+class TransformersReader(ModelReader[_Text]):
     """A causal language model of transformers, read token by token.
 
     Args:
@@ -117,6 +169,8 @@ class TransformersReader(ReaderOfRows[_Text]):
         UnsupportedHeadError: if the output layer is of no known kind.
     """
 
+    kind = _Text
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -128,21 +182,10 @@ class TransformersReader(ReaderOfRows[_Text]):
         *,
         at_once: bool = False,
     ) -> None:
-        super().__init__(_Text)
-        require_cache(model)
-        require_keys_and_values(name, model.config, "rows of a text cannot be read on")
-        self.model, self.name = model, name
-        self.head: Head = head or head_of(model)
+        require_keys_and_values(name, require_cache(model).config, "rows of a text cannot be read on")
+        super().__init__(model, tokenizer, name, head)
         self.own = tuple(own or (tokenizer.encode("") if own is None and tokenizer is not None else ()))
-        self._context = context_of(model)
         self.limit = self._context - len(self.own)
-        self.alphabet = TokenAlphabet(tokenizer, self.head.v, ends_of_texts(model, tokenizer))
-        weights = list(model.parameters())
-        self.traits = Traits(
-            rounding="coarse" if rounds_coarsely(model) else "fine",
-            places=tuple(sorted(whereabouts(model))),
-            cost=sum(own.nbytes for own in weights),
-        )
         self._kv, self._whole = KeysAndValues(model, at_once=at_once), kept_tokens is not None
         limit = _OWN if kept_tokens is None else kept_tokens
         self._prefixes, self._stamp = PrefixCache[Seat](limit, self._kv.leave), stamp_of(model)
@@ -187,15 +230,9 @@ class TransformersReader(ReaderOfRows[_Text]):
                 self._kv.leave(self._begun.popitem()[1][0])
             self._kv.forget_layout()
 
-    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
-        """Open rows that begin with a row's symbols; keys and values are shared."""
-        one = self._mine(row)
-        forks = [replace(one, seat=self._kv.fork(one.seat, one.seat.length)) for _ in range(count)]
-        self._rows |= dict.fromkeys(forks)
-        if length is not None:
-            for fork in forks:
-                self.crop(fork, length)
-        return list(forks)
+    def _copied(self, row: _Text) -> _Text:
+        """Return a row that shares keys and values."""
+        return replace(row, seat=self._kv.fork(row.seat))
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""
@@ -219,7 +256,8 @@ class TransformersReader(ReaderOfRows[_Text]):
             return found
         rows = self._each_once(asked)
         pairs = list(zip(rows, asked, strict=True))
-        errors = {k: error for k, pair in enumerate(pairs) if (error := self._refused(*pair))}
+        refused = [self._refused(one, len(row.own) + row.length, one.symbols) for row, one in pairs]
+        errors = {k: error for k, error in enumerate(refused) if error}
         new = {k: tokens for k, pair in enumerate(pairs) if k not in errors and (tokens := self._new(*pair))}
         before = {k: rows[k].seat.length for k in new}
         # A row of logits is long: models that give no hidden states compute no more of them than are wanted.
@@ -260,10 +298,7 @@ class TransformersReader(ReaderOfRows[_Text]):
                 return None
             seats.append(row.seat)
             tokens.append(symbols[0])
-        steady = seats[0].block.steady if seats and seats[0].block is not None else None
-        if steady is None or steady.seats != seats:
-            steady = self._kv.steady(seats) if seats else None
-        states = None if steady is None else steady.step(tokens)
+        states = self._kv.step(seats, tokens) if seats else None
         if states is None:
             return None
         for one, last in zip(asked, states.split(1), strict=True):
@@ -276,7 +311,7 @@ class TransformersReader(ReaderOfRows[_Text]):
         """Read a text from its beginning that is not kept, with no keys and values; None if it is not that."""
         (one,), (row,) = asked, self._each_once(asked)
         tokens = [*row.pending, *one.symbols]
-        if row.seat.length or not one.at or self._refused(row, one):
+        if row.seat.length or not one.at or self._refused(one, len(row.own) + row.length, one.symbols):
             return None
         few = slice(one.at[0] - len(one.symbols) - 1, None)
         states = last_hidden(self.model, torch.tensor([tokens]), few, use_cache=False)[0]
@@ -328,21 +363,6 @@ class TransformersReader(ReaderOfRows[_Text]):
             # The state before the first new symbol was taken back, and is computed again.
             row.pending, row.seat.path = row.seat.tokens[-1:], row.seat.path[:-1]
         return [*row.pending, *one.symbols]
-
-    def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
-        """Return why some symbols cannot be read; None if they can."""
-        tokens = len(row.own) + row.length + len(one.symbols)
-        if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
-            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        if tokens > self._context:
-            return InvalidInputError(
-                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {tokens:,}"
-            )
-        if one.at and not one.at[0] and tokens == len(one.symbols):
-            return InvalidInputError(
-                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
-            )
-        return None
 
     def _keep(self, row: _Text, last: Float[Tensor, "1 d"]) -> None:
         """Note what was read of a row, and keep the keys and values of what was first, for texts that begin alike."""

@@ -16,48 +16,31 @@ from softmeet.errors import InvalidInputError, SoftmeetError
 
 # The seconds that a grammar may take, and how many are compiled at once; each takes a core.
 _SECONDS, _AT_ONCE = 1.6, 2
+# Those are the processes that wait for one; they are started when they are needed, and kept.
+_free, _idle = threading.BoundedSemaphore(_AT_ONCE), list[subprocess.Popen[str]]()
 
 
 class BusyCompilingError(SoftmeetError):
     """Raised if others' structures took all of the time in which one may be compiled."""
 
 
-class _Compilers:
-    """As many processes as grammars are compiled at once; they are started when they are needed, and kept."""
-
-    def __init__(self) -> None:
-        self._free, self._idle = threading.BoundedSemaphore(_AT_ONCE), list[subprocess.Popen[str]]()
-        atexit.register(self._end)
-
-    def objection(self, grammar: str) -> str:
-        """Return why a grammar cannot be used, empty if it can."""
-        if not self._free.acquire(timeout=_SECONDS):
-            raise BusyCompilingError("other structures are being compiled: ask again later")
-        try:
-            return self._ask(self._idle.pop() if self._idle else _started(), grammar)
-        finally:
-            self._free.release()
-
-    def _ask(self, process: subprocess.Popen[str], grammar: str) -> str:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        started, late = time.monotonic(), threading.Timer(_SECONDS, process.kill)
-        late.start()
-        with suppress(OSError):
-            process.stdin.write(json.dumps(grammar) + "\n")
-            process.stdin.flush()
-        answer = process.stdout.readline()
-        late.cancel()
-        if answer:
-            self._idle.append(process)
-            return str(json.loads(answer))
-        _end(process)
-        took_long = time.monotonic() - started >= _SECONDS
-        return f"it takes longer than {_SECONDS:g} seconds to compile" if took_long else "it takes too much memory"
-
-    def _end(self) -> None:
-        while self._idle:
-            _end(self._idle.pop())
+def _ask(process: subprocess.Popen[str], grammar: str) -> str:
+    """Have a process compile a grammar; return why it cannot be used, empty if it can."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    started, late = time.monotonic(), threading.Timer(_SECONDS, process.kill)
+    late.start()
+    with suppress(OSError):
+        process.stdin.write(json.dumps(grammar) + "\n")
+        process.stdin.flush()
+    answer = process.stdout.readline()
+    late.cancel()
+    if answer:
+        _idle.append(process)
+        return str(json.loads(answer))
+    _end(process)
+    took_long = time.monotonic() - started >= _SECONDS
+    return f"it takes longer than {_SECONDS:g} seconds to compile" if took_long else "it takes too much memory"
 
 
 def _started() -> subprocess.Popen[str]:
@@ -79,7 +62,10 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-_compilers = _Compilers()
+@atexit.register
+def _end_all() -> None:
+    while _idle:
+        _end(_idle.pop())
 
 
 @lru_cache(maxsize=256)
@@ -92,4 +78,9 @@ def objection(grammar: str) -> str:
     Raises:
         BusyCompilingError: if others' grammars are being compiled for 1.6 seconds.
     """
-    return _compilers.objection(grammar)
+    if not _free.acquire(timeout=_SECONDS):
+        raise BusyCompilingError("other structures are being compiled: ask again later")
+    try:
+        return _ask(_idle.pop() if _idle else _started(), grammar)
+    finally:
+        _free.release()

@@ -24,8 +24,6 @@ LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000, step_max_items=40_000, max_lexer_states=20_000, verbose_errors=False
 )
 
-NOTHING = "no text is allowed by it"
-
 
 class Tokens:
     """The bytes of each token, as ``llguidance.TokenizerWrapper`` takes them.
@@ -68,7 +66,7 @@ def objection(grammar: str, over: llguidance.LLTokenizer) -> str:
     if not matcher.is_error():
         matcher.compute_bitmask()
         if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
-            return NOTHING
+            return "no text is allowed by it"
     return str(matcher.get_error())
 
 

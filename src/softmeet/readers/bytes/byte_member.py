@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Open, Pruning
-from softmeet.readers.bytes.guesses import likely, possible
+from softmeet.readers.bytes.guesses import LikelyToken, likely, possible
 from softmeet.readers.bytes.known_text import KnownText
 from softmeet.readers.bytes.nodes import Chain
 from softmeet.readers.bytes.own_path import way
@@ -29,8 +29,6 @@ from softmeet.readers.bytes.typical import expected_after_bytes
 from softmeet.readers.reader import Reader, Work
 from softmeet.suspended import finished
 
-# Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
-_LOOK_BACK = 64
 # Likely next tokens are run before they are needed beside at most so many texts: among more, some text has to run a
 # token at each byte anyway.
 _FEW = 4
@@ -41,15 +39,15 @@ class _Wanted(NamedTuple):
 
     Attributes:
         known: those whose last token was run as a guess, with the next token's probabilities there.
-        missing: the others.
-        chains: for each of these, its last tokens, behind those that have been run.
-        places: for each of these, the number of the text's bytes that its tokens spell.
+        missing: the others, each with the number of the text's bytes that its tokens spell.
+        ahead: likely next tokens, to be run beside them.
+        chains: for each of ``missing``, then of ``ahead``, its last tokens, behind those that have been run.
     """
 
     known: Answers
-    missing: list[Open]
+    missing: list[tuple[Open, int]]
+    ahead: list[LikelyToken]
     chains: list[Chain]
-    places: list[int]
 
 
 class ByteMember(TokenModel):
@@ -67,8 +65,7 @@ class ByteMember(TokenModel):
             ``spelling.start``, the tokenizer's own.
 
     Attributes:
-        pruning: as given, or the default.
-        model, head, limit, ends, prefix, spent: those of a :class:`TokenModel`.
+        model, pruning, head, limit, ends, prefix, spent: those of a :class:`TokenModel`.
 
     Raises:
         CheckpointError, InvalidInputError: if the model gives NaN; if it cannot read trees of tokens; if a reader
@@ -82,8 +79,7 @@ class ByteMember(TokenModel):
         pruning: Pruning | None = None,
         prefix: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(model, spelling, prefix)
-        self.pruning = pruning or Pruning()
+        super().__init__(model, spelling, pruning or Pruning(), prefix)
         if self.pruning.prune:
             self.spelling = replace(spelling, typical=expected_after_bytes(self))
 
@@ -104,10 +100,7 @@ class ByteMember(TokenModel):
         return self.begin_all([text], [prefix])[0]
 
     def begin_all(
-        self,
-        texts: Sequence[bytes],
-        prefixes: Sequence[Sequence[int] | None],
-        pause: Callable[[], None] = lambda: None,
+        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], pause: Callable[[], None] = lambda: None
     ) -> list[Reading]:
         """Read several prompts as :meth:`begin` does, each call of the model for all of them.
 
@@ -143,12 +136,9 @@ class ByteMember(TokenModel):
             InvalidInputError: for the reasons of :meth:`begin`; then none is read.
         """
         begun = [
-            KnownText.begun(
-                self, self.pruning, self.prefix if own is None else own, text,
-                _LOOK_BACK if self.pruning.prune and len(places) == 1 else None,
-            )
+            KnownText.begun(self, own, text, len(places) == 1)
             for text, own, places in zip(texts, prefixes, wanted, strict=True)
-        ]  # fmt: skip
+        ]
         yield from self._finish(begun)
         each = zip(texts, wanted, begun, strict=True)
         return [self._after(None, text, places, known) for text, places, known in each]
@@ -208,7 +198,7 @@ class ByteMember(TokenModel):
         for k, (reading, text) in enumerate(zip(readings, texts, strict=True)):
             longest = max((probs.path.length for probs in reading.covers.places), default=0)
             if len(text) > 1 and longest + len(text) < self.limit:
-                begun[k] = KnownText.after(self, self.pruning, reading, text)
+                begun[k] = KnownText.after(self, reading, text)
                 continue
             for count, byte in enumerate(text, 1):
                 (reading,) = self.advance([reading], [byte])
@@ -290,42 +280,33 @@ class ByteMember(TokenModel):
             moved: their indices.
         """
         few = len(moved) <= _FEW and bool(self.pruning.prune)
-        while asking := self._wanted(readings, moved):
-            ahead = {
-                k: likely(readings[k], self.spelling, self.limit, len(wanted.missing)) if few else []
-                for k, wanted in asking.items()
-            }
-            chains = {
-                k: [*wanted.chains, *(Chain(one.path, one.tokens, [len(one.tokens)]) for one in ahead[k])]
-                for k, wanted in asking.items()
-            }
-            ran = {k: [own[-1] for own in each] for k, each in zip(asking, self.run([*chains.values()]), strict=True)}
-            behind = [one for k, wanted in asking.items() for one in ran[k][: len(wanted.missing)]]
-            places = [place for wanted in asking.values() for place in wanted.places]
-            found = iter(self.next_token_probs(behind, places))
-            for k, wanted in asking.items():
+        while asking := self._wanted(readings, moved, few):
+            ran = [[own[-1] for own in each] for each in self.run([wanted.chains for wanted in asking.values()])]
+            pairs = list(zip(asking.values(), ran, strict=True))
+            behind = [one for wanted, each in pairs for one in each[: len(wanted.missing)]]
+            found = iter(self.next_token_probs(behind, [place for wanted, _ in pairs for _, place in wanted.missing]))
+            for k, (wanted, each) in zip(asking, pairs, strict=True):
                 one = readings[k]
-                covers = one.covers.answered(
-                    self.spelling, [*wanted.known, *((cover, next(found)) for cover in wanted.missing)], self.pruning
-                )
-                run_ahead = zip(ahead[k], ran[k][len(wanted.missing) :], strict=True)
+                answers = [*wanted.known, *((cover, next(found)) for cover, _ in wanted.missing)]
+                covers = one.covers.answered(self.spelling, answers, self.pruning)
+                run_ahead = zip(wanted.ahead, each[len(wanted.missing) :], strict=True)
                 guesses = [Guess(own.place, own.word, behind) for own, behind in run_ahead]
-                work = one.work.and_(calls=1, tokens=sum(len(chain.tokens) for chain in chains[k]))
+                work = one.work.and_(calls=1, tokens=sum(len(chain.tokens) for chain in wanted.chains))
                 readings[k] = Reading(covers, one.text, work, (*one.guesses, *guesses))
             moved = list(asking)
 
-    def _wanted(self, readings: list[Reading], moved: list[int]) -> dict[int, _Wanted]:
+    def _wanted(self, readings: list[Reading], moved: list[int], few: bool) -> dict[int, _Wanted]:
         """Return what the model has to be run on, by index of reading, for some of ``readings``.
 
         Where all that is wanted was run as a guess, covers are closed at once, and readings that exceed the model's
-        context are ended.
+        context are ended. Likely next tokens are among it where these are ``few``.
         """
         found = {}
         for k in moved:
             while opened := readings[k].covers.wanted(self.pruning):
                 one = readings[k]
-                wanted = self._sorted_out(one, opened)
-                if any(chain.path.length + len(chain.tokens) > self.limit for chain in wanted.chains):
+                wanted = self._sorted_out(one, opened, few)
+                if any(chain.length > self.limit for chain in wanted.chains):
                     readings[k] = replace(one, ended=True, full=True)
                 elif not wanted.missing:
                     readings[k] = replace(one, covers=one.covers.answered(self.spelling, wanted.known, self.pruning))
@@ -335,21 +316,21 @@ class ByteMember(TokenModel):
                 break
         return found
 
-    def _sorted_out(self, reading: Reading, opened: Sequence[Open]) -> _Wanted:
+    def _sorted_out(self, reading: Reading, opened: list[Open], few: bool) -> _Wanted:
         """Tell wanted covers whose last token was run as a guess from those that the model has to be run on."""
         if not self.pruning.prune:
             chains = [Chain(one.probs.path, [one.token], [1]) for one in opened]
-            return _Wanted([], list(opened), chains, [0] * len(opened))
+            return _Wanted([], [(one, 0) for one in opened], [], chains)
         written = self.spelling.written(reading.text)
         guesses = {guess.place: guess for guess in reading.guesses if written[: guess.place].endswith(guess.word)}
-        places = [len(written) - len(one.rest) for one in opened]
-        hits = [(one, place, guesses[place]) for one, place in zip(opened, places, strict=True) if place in guesses]
+        pairs = [(one, len(written) - len(one.rest)) for one in opened]
+        hits = [(one, place) for one, place in pairs if place in guesses]
         known: Answers = []
         if hits:
-            probs = self.next_token_probs([guess.behind for *_, guess in hits], [place for _, place, _ in hits])
-            known = list(zip((one for one, *_ in hits), probs, strict=True))
-        missing = [(one, place) for one, place in zip(opened, places, strict=True) if place not in guesses]
+            probs = self.next_token_probs([guesses[place].behind for _, place in hits], [place for _, place in hits])
+            known = list(zip((one for one, _ in hits), probs, strict=True))
+        missing = [(one, place) for one, place in pairs if place not in guesses]
         paths = [(probs.path, probs.place) for probs in reading.covers.places]
-        ways = [way(self.spelling, written[:place], paths) for _, place in missing]
-        chains = [Chain(path, tokens, [len(tokens)]) for path, tokens in ways]
-        return _Wanted(known, [one for one, _ in missing], chains, [place for _, place in missing])
+        ahead = likely(reading, self.spelling, self.limit, len(missing)) if few and missing else []
+        chains = [*(way(self.spelling, written[:place], paths) for _, place in missing), *(one.chain for one in ahead)]
+        return _Wanted(known, missing, ahead, chains)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.nodes import Path
+from softmeet.readers.bytes.nodes import Chain
 from softmeet.readers.bytes.own_path import way
 from softmeet.readers.bytes.reading import Guess, Reading
 
@@ -22,14 +22,12 @@ class LikelyToken(NamedTuple):
     Attributes:
         place: the number of the text's bytes with those of the token.
         word: the bytes that it spells.
-        path: the tokenizer's own tokens of all these bytes, as far as they have been run.
-        tokens: the ids of the others, at least one.
+        chain: the tokenizer's own tokens of all these bytes.
     """
 
     place: int
     word: bytes
-    path: Path
-    tokens: list[int]
+    chain: Chain
 
 
 def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> list[LikelyToken]:
@@ -48,9 +46,9 @@ def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> lis
         word = spelling.words[k]
         if (probs.place + len(word), word) in known:
             continue
-        path, tokens = way(spelling, written[: probs.place] + word, places)
-        if path.length + len(tokens) <= limit:
-            found.append(LikelyToken(probs.place + len(word), word, path, tokens))
+        chain = way(spelling, written[: probs.place] + word, places)
+        if chain.length <= limit:
+            found.append(LikelyToken(probs.place + len(word), word, chain))
             together += share
     return [] if asking == 1 and together < _WORTH else found
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from softmeet.readers.bytes.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText, Pruning
+from softmeet.readers.bytes.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText
 from softmeet.readers.bytes.nodes import Chain, Next, Path
 from softmeet.readers.bytes.own_path import is_own, parting, path_of, way
 from softmeet.readers.bytes.reading import Guess, Reading
@@ -15,6 +15,8 @@ from softmeet.readers.reader import Work
 
 # Probabilities of next tokens that are held at once: 128 MiB in fp32.
 _ELEMENTS = 1 << 25
+# Several tokenizations are followed in this many last bytes of a prompt; before them, the tokenizer's alone.
+_LOOK_BACK = 64
 # How far before a place the way to it may branch off from that to another place.
 _NEAR = 32
 
@@ -24,16 +26,14 @@ class _Own:
     """The tokenizer's own tokens for a text, from some place on, and where they end.
 
     Attributes:
-        path: the tokens before them.
-        tokens: their ids.
+        chain: them, behind those before them.
         ends: the byte at which the first begins, and those at which each of them ends.
         first: the number of tokens after which next tokens' probabilities are wanted first; at least 1 without
             ``before``.
-        before: the prediction behind ``path``.
+        before: the prediction behind the tokens before them.
     """
 
-    path: Path
-    tokens: list[int]
+    chain: Chain
     ends: list[int]
     first: int = 1
     before: Next | None = None
@@ -48,8 +48,8 @@ class KnownText:
     (:meth:`grown`), until nothing is wanted.
 
     Args:
-        member: the member that reads.
-        pruning: which covers have to be closed, that is, to have the model run on their last token.
+        member: the member that reads; its ``pruning`` says which covers have to be closed, that is, to have the model
+            run on their last token.
         text: the bytes that the member's tokens spell: the tokenizer's dummy prefix and the text, without unwritable
             bytes.
         place: the index in this text of the byte from which several tokenizations are followed.
@@ -61,8 +61,8 @@ class KnownText:
         work: the cost of reading so far, without the prefix.
     """
 
-    def __init__(self, member: TokenModel, pruning: Pruning, text: bytes, place: int, own: _Own | None) -> None:
-        self.member, self.pruning, self.text, self.place = member, pruning, text, place
+    def __init__(self, member: TokenModel, text: bytes, place: int, own: _Own | None) -> None:
+        self.member, self.pruning, self.text, self.place = member, member.pruning, text, place
         self.work = Work()
         self.covers = list[Covers]()
         self._sure = 1  # This many of them, the first, need no answer that is missing.
@@ -78,16 +78,15 @@ class KnownText:
         self._unrun = own
 
     @classmethod
-    def begun(
-        cls, member: TokenModel, pruning: Pruning, prefix: Sequence[int], text: bytes, look_back: int | None
-    ) -> KnownText:
+    def begun(cls, member: TokenModel, prefix: Sequence[int] | None, text: bytes, end: bool) -> KnownText:
         """Begin to read a text.
 
         Args:
-            member, pruning: as for the class.
-            prefix: ids of the tokens before the text, at least one.
+            member: as for the class.
+            prefix: ids of the tokens before the text, at least one; None for the member's own.
             text: any bytes.
-            look_back: the number of last bytes in which several tokenizations are followed, at least; None for all.
+            end: whether only what follows the whole text is wanted: then several tokenizations are followed in the last
+                64 bytes alone, or a little more, unless nothing is pruned.
 
         Raises:
             InvalidInputError: if the prefix is empty, has an unknown id or exceeds the model's context.
@@ -96,17 +95,17 @@ class KnownText:
         written = spelling.written(text)
         tokens = path_of(spelling, written)
         ends = spelling.bounds(tokens).tolist()
-        if look_back is not None:
-            first = bisect_right(ends, parting(spelling, written, max(0, len(written) - look_back))) - 1
-        before = member.behind(prefix)
-        own = _Own(before.path, tokens, ends, first, before)
-        known = cls(member, pruning, written, ends[first], own)
+        if end and member.pruning.prune:
+            first = bisect_right(ends, parting(spelling, written, max(0, len(written) - _LOOK_BACK))) - 1
+        before = member.behind(member.prefix if prefix is None else prefix)
+        own = _Own(Chain(before.path, tokens, range(max(first, 1), len(tokens) + 1)), ends, first, before)
+        known = cls(member, written, ends[first], own)
         if not tokens:
             known._keep_own(own, [])
         return known
 
     @classmethod
-    def after(cls, member: TokenModel, pruning: Pruning, reading: Reading, more: bytes) -> KnownText:
+    def after(cls, member: TokenModel, reading: Reading, more: bytes) -> KnownText:
         """Go on to read ``more`` bytes, at least one, after those of a reading that has not ended.
 
         Guesses of the reading are used before anything is run.
@@ -116,14 +115,15 @@ class KnownText:
         behind = reading.covers.places
         own = None
         if len(written) > place:
-            path, tokens = way(spelling, written, [(one.path, one.place) for one in behind])
-            own = _Own(path, tokens, (len(written) - spelling.bounds(tokens)[-1] + spelling.bounds(tokens)).tolist())
-        known = cls(member, pruning, written, place, own)
+            path, tokens, _ = way(spelling, written, [(one.path, one.place) for one in behind])
+            ends = spelling.bounds(tokens)
+            own = _Own(Chain(path, tokens, range(1, len(tokens) + 1)), (len(written) - ends[-1] + ends).tolist())
+        known = cls(member, written, place, own)
         known.covers.append(reading.covers)
         known._guesses = {
             one.place: one for one in reading.guesses if written[one.place - len(one.word) : one.place] == one.word
         }
-        if pruning.prune:
+        if member.pruning.prune:
             known._known |= {probs.place: probs for probs in behind}
         return known
 
@@ -138,11 +138,9 @@ class KnownText:
             if not self._missing:
                 return []
         if self._unrun is not None:
-            path, tokens, first = self._unrun.path, self._unrun.tokens, self._unrun.first
-            self._chains = [Chain(path, tokens, range(max(first, 1), len(tokens) + 1))]
+            self._chains = [self._unrun.chain]
         else:
-            ways = [self._way(one, place) for one, place in self._missing.values()]
-            self._chains = [Chain(path, tokens, [len(tokens)]) for path, tokens in ways]
+            self._chains = [self._way(one, place) for one, place in self._missing.values()]
         return self._chains
 
     def ran(self, found: Sequence[list[Next]]) -> None:
@@ -154,10 +152,10 @@ class KnownText:
         places = [place for _, place in self._missing.values()]
         self._known |= zip(self._missing, self._along([own[-1] for own in found], places), strict=True)
 
-    def _way(self, one: Open, place: int) -> tuple[Path, list[int]]:
-        """Return (a cover's first tokens, which have been run; the ids of its others, at least one)."""
+    def _way(self, one: Open, place: int) -> Chain:
+        """Return a cover's first tokens, which have been run, with its others, at least one."""
         if not self.pruning.prune:
-            return one.probs.path, [one.token]
+            return Chain(one.probs.path, [one.token], [1])
         known = [self._known[k] for k in range(max(0, place - _NEAR), place) if k in self._known]
         paths = [(probs.path, probs.place) for probs in known]
         if self._path is not None:
@@ -168,13 +166,13 @@ class KnownText:
 
     def _keep_own(self, own: _Own, found: Sequence[Next]) -> None:
         """Keep the next token's probabilities after the tokenizer's own tokens."""
-        self._ends, self._path = own.ends, found[-1].path if found else own.path
+        self._ends, self._path = own.ends, found[-1].path if found else own.chain.path
         behind = found if own.first or own.before is None else [own.before, *found]
         self._own |= zip(own.ends[own.first :], self._along(behind, own.ends[own.first :]), strict=True)
         if not self.pruning.prune:
             for one in found:
                 before = Path(one.path.node, one.path.length - 1)
-                end = own.ends[one.path.length - own.path.length]
+                end = own.ends[one.path.length - own.chain.path.length]
                 self._known[before.tokens, *one.path.last(1)] = self._own[end]
         if not self.covers:
             self.covers.append(Covers.begun(self._own[self.place], self.member.spelling))

@@ -60,6 +60,11 @@ class Chain(NamedTuple):
     tokens: Sequence[int]
     at: Sequence[int]
 
+    @property
+    def length(self) -> int:
+        """The number of all tokens, those before them included."""
+        return self.path.length + len(self.tokens)
+
 
 class Next(NamedTuple):
     """The prediction of the token behind a path, computed when it is asked for.

@@ -14,7 +14,7 @@ import numpy as np
 
 from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.covers import NextTokenProbs
-from softmeet.readers.bytes.nodes import Node, Path
+from softmeet.readers.bytes.nodes import Chain, Node, Path
 
 # A space between a byte that is none and a letter or digit: every pre-tokenizer begins anew there.
 _BREAKS = re.compile(rb"[^\s](?= [0-9A-Za-z])")
@@ -118,7 +118,7 @@ def _forced(written: bytes, start: int, end: int) -> list[int]:
     return found
 
 
-def way(spelling: Spelling, written: bytes, known: Iterable[tuple[Path, int]]) -> tuple[Path, list[int]]:
+def way(spelling: Spelling, written: bytes, known: Iterable[tuple[Path, int]]) -> Chain:
     """Return how a model gets behind all tokens of the path of some bytes.
 
     Args:
@@ -128,7 +128,8 @@ def way(spelling: Spelling, written: bytes, known: Iterable[tuple[Path, int]]) -
             tokens before the text, and follows the tokenizer's own tokens.
 
     Returns:
-        (those tokens that have been run; the ids of the others, at least one).
+        Those tokens of it that have been run, with the others, at least one, behind the last of which a prediction is
+        wanted.
     """
     candidates, anchor, tokens = list(known), len(written), list[int]()
     while True:
@@ -143,7 +144,7 @@ def way(spelling: Spelling, written: bytes, known: Iterable[tuple[Path, int]]) -
         for count in range(len(tokens) - 1, -1, -1):
             found = paths.get(int(ends[count]))
             if found is not None and (path := Path(*found)).last(count) == tuple(tokens[:count]):
-                return path, tokens[count:]
+                return Chain(path, tokens[count:], [len(tokens) - count])
 
 
 def _note(paths: dict[int, tuple[Node, int]], spelling: Spelling, path: Path, place: int, anchor: int) -> None:

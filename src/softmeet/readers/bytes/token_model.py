@@ -17,10 +17,10 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.opaque import Head
 from softmeet.members.reader_model import ReaderModel
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END, SYMBOLS, NextTokenProbs
+from softmeet.readers.bytes.covers import END, SYMBOLS, NextTokenProbs, Pruning
 from softmeet.readers.bytes.nodes import Chain, Next, Rows
 from softmeet.readers.guarded import GuardedReader
-from softmeet.readers.masks import require_trees
+from softmeet.readers.kv import require_trees
 from softmeet.readers.reader import Reader, Work
 from softmeet.readers.transformers import TransformersReader
 
@@ -36,11 +36,12 @@ class TokenModel:
     Args:
         model: a causal LM of transformers, in evaluation mode; or a reader of its tokens that can fork and crop.
         spelling: what :func:`spelling_of` returns for the model's tokenizer.
+        pruning: which tokenizations of a text are followed.
         prefix: ids, at least one, of the tokens that precede each text for which no other prefix is given; None for
             ``spelling.start``, the tokenizer's own.
 
     Attributes:
-        model: as given; of a reader its ``model``, None if it has none.
+        model, pruning: as given; of a reader its ``model``, None if it has none.
         head: the model's output layer; None of a reader that has none.
         limit: the number of tokens in its context, prefix included.
         ends: ids of the tokens that end a text.
@@ -53,9 +54,9 @@ class TokenModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel | Reader, spelling: Spelling, prefix: Sequence[int] | None = None
+        self, model: PreTrainedModel | Reader, spelling: Spelling, pruning: Pruning, prefix: Sequence[int] | None
     ) -> None:
-        self.spelling = spelling
+        self.spelling, self.pruning = spelling, pruning
         self.model: Any = model if isinstance(model, PreTrainedModel) else getattr(model, "model", None)
         reader = model if isinstance(model, Reader) else _reader(model, head_of(model), spelling.name)
         if not (reader.traits.can_fork and reader.traits.can_crop):
@@ -128,7 +129,7 @@ class TokenModel:
             InvalidInputError: if a chain, with the tokens before it, is longer than the model's context.
         """
         chains = [chain for own in texts for chain in own]
-        self._require_room(max(chain.path.length + len(chain.tokens) for chain in chains))
+        self._require_room(max(chain.length for chain in chains))
         ran, work = self._rows.run(chains)
         self.spent, found = self.spent.and_(work.calls, work.tokens), iter(ran)
         return [[next(found) for _ in own] for own in texts]

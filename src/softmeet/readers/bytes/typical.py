@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 
 from softmeet.members.spelling import Spelling
+from softmeet.readers.bytes.covers import Masses
 from softmeet.readers.bytes.token_model import TokenModel
 
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
@@ -19,12 +19,12 @@ _PRIOR = 4.0
 _AT_ONCE = 32
 
 
-def expected_after_bytes(member: TokenModel) -> np.ndarray[Any, np.dtype[np.float64]]:
+def expected_after_bytes(member: TokenModel) -> Masses:
     """Run a member on :data:`SAMPLE`, and return :func:`typical` of what it expects there, (256, 257)."""
     start, spelling = member.spelling.start, member.spelling
     tokens = spelling.encode(SAMPLE.encode())[: member.limit - len(start)]
     behind = member.run_chain(start, tokens, range(1, len(tokens) + 1))
-    roots = list[np.ndarray[Any, np.dtype[np.float64]]]()
+    roots = list[Masses]()
     for k in range(0, len(behind), _AT_ONCE):
         some = behind[k : k + _AT_ONCE]
         roots += [one.root for one in member.next_token_probs(some, [0] * len(some))]
@@ -45,9 +45,7 @@ def kind(byte: int) -> int:
     return [is_letter, one.isdigit(), one in " \t", one in "\r\n", one in "([{<", True].index(True)
 
 
-def typical(
-    spelling: Spelling, tokens: Sequence[int], roots: Sequence[np.ndarray[Any, np.dtype[np.float64]]]
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def typical(spelling: Spelling, tokens: Sequence[int], roots: Sequence[Masses]) -> Masses:
     """Average the model's distributions of the byte after a token over tokens whose last bytes are of one :func:`kind`.
 
     Args:
@@ -66,5 +64,5 @@ def typical(
         own = kind(spelling.last(token))
         sums[own] += root
         counts[own] += 1
-    found: np.ndarray[Any, np.dtype[np.float64]] = (sums / counts[:, None])[[kind(byte) for byte in range(256)]]
+    found: Masses = (sums / counts[:, None])[[kind(byte) for byte in range(256)]]
     return found
