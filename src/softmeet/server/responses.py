@@ -17,7 +17,7 @@ from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import RequestError, described
 from softmeet.server.events import event
 from softmeet.server.replies import ChatReply
-from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Natural, ResponseFormat, Strict, Word
+from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Positive, ResponseFormat, Strict, Word
 from softmeet.server.sequences import GenerationRequest, Token
 
 
@@ -72,7 +72,7 @@ class ResponsesRequest(Generation):
 
     input: str | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=4096)]
     instructions: str | None = None
-    max_output_tokens: Annotated[Natural, Field(ge=1)] | None = None
+    max_output_tokens: Positive | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Len(0, 1)] | None = None
     top_logprobs: Listed | None = None
     text: TextOptions | None = None
