@@ -10,19 +10,8 @@ from typing import Any
 from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings
 from softmeet.server.errors import RequestError
-from softmeet.server.responses import Item, Part, ResponsesRequest, TextFormat, TextOptions
-from softmeet.server.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    Extension,
-    JsonSchema,
-    Message,
-    PassageIn,
-    ResponseFormat,
-    StreamOptions,
-    StructuredOutputs,
-    TextPart,
-)
+from softmeet.server.responses import ResponsesRequest
+from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension, Strict
 from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
 
 _TOOLS = (
@@ -117,15 +106,19 @@ _EXPECTED = {
     "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
 }
 _BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
-_PARTS = (
-    Extension, Item, JsonSchema, Message, Part, PassageIn, ResponseFormat, StreamOptions, StructuredOutputs, TextFormat,
-    TextOptions, TextPart,
-)  # fmt: skip
 _FIELDS = {name: kind for body in _BODIES for name, kind in body.model_fields.items()}
-_NAMES = {*_FIELDS, *(field.alias or name for kind in _PARTS for name, field in kind.model_fields.items())}
 _OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 # The longest text that is repeated to the client.
 _SHOWN = 40
+
+
+def _names(kind: type[Strict]) -> set[str]:
+    """Return the names of the fields of a model, and of all models that derive from it, as requests have them."""
+    own = {field.alias or name for name, field in kind.model_fields.items()}
+    return own.union(*map(_names, kind.__subclasses__()))
+
+
+_NAMES = _names(Strict)
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestError:

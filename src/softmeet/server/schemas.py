@@ -167,13 +167,13 @@ class Generation(Strict):
 
     @property
     def choices(self) -> int:
-        """How many continuations of each prompt the answer has."""
-        return 1
+        """The field ``n``, 1 where there is none: how many continuations of each prompt the answer has."""
+        return getattr(self, "n", None) or 1
 
     @property
     def drawn(self) -> int:
-        """How many continuations of each prompt are drawn, of which the answer has the best."""
-        return self.choices
+        """The field ``best_of``, else ``n``: how many continuations are drawn, of which the answer has the best."""
+        return getattr(self, "best_of", None) or self.choices
 
     @property
     def listed(self) -> int | None:
@@ -182,13 +182,14 @@ class Generation(Strict):
 
     @property
     def prompt_listed(self) -> int | None:
-        """The same of the prompt's tokens."""
-        return None
+        """The field ``prompt_logprobs``: how many tokens to list at each of the prompt's own; None for no such list."""
+        return getattr(self, "prompt_logprobs", None)
 
     @property
     def usage_in_stream(self) -> bool:
-        """Whether a stream ends with a chunk that has the token counts."""
-        return False
+        """The field ``stream_options.include_usage``: whether a stream ends with a chunk that has the token counts."""
+        options: StreamOptions | None = getattr(self, "stream_options", None)
+        return options is not None and options.include_usage
 
 
 class _Choices(Generation):
@@ -201,21 +202,6 @@ class _Choices(Generation):
     prompt_logprobs: Listed | None = _optional("Score the prompt, and list so many tokens at each of its own.")
     # Accepted, but without effect.
     store: bool | None = None
-
-    @property
-    def choices(self) -> int:
-        """The field ``n``: how many continuations of each prompt the answer has."""
-        return self.n or 1
-
-    @property
-    def prompt_listed(self) -> int | None:
-        """The field ``prompt_logprobs``: how many tokens to list at each of the prompt's own."""
-        return self.prompt_logprobs
-
-    @property
-    def usage_in_stream(self) -> bool:
-        """The field ``stream_options.include_usage``: whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(_Choices):
@@ -232,11 +218,6 @@ class CompletionRequest(_Choices):
         "Draw so many; answer with the n of the highest log-probability per token."
     )
     add_special_tokens: bool | None = _optional("Let the tokenizer add some, such as a BOS.")
-
-    @property
-    def drawn(self) -> int:
-        """The field ``best_of``, or else ``n``."""
-        return self.best_of or self.choices
 
     @property
     def listed(self) -> int | None:
