@@ -85,23 +85,6 @@ class Reply(ABC):
         usage, ours = self._usage(tokens), self._settings()
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
-    def chunk(self, delta: ChoiceDelta) -> dict[str, Any] | None:
-        """Return the chunk of a stream that sends new text and tokens of a choice, or None if there is nothing to send.
-
-        A chunk is sent for a choice's first delta (this chunk also has the settings that were used); for a delta that
-        has text or scored tokens or ends its choice; and for every delta if log-probabilities or reports of tokens are
-        asked for. To be called once for each delta, in order, since text offsets and gate counts are summed up.
-        """
-        self.note(delta)
-        first = delta.index not in self._begun
-        self._begun.add(delta.index)
-        choice = self._choice(delta, first=first)
-        wants_tokens = self.body.listed is not None or self.asked.report is not None
-        if not (first or delta.text or delta.finish or delta.scored is not None or wants_tokens):
-            return None
-        found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
-        return found | {"softmeet": self._settings()} if first else found
-
     def note(self, delta: ChoiceDelta) -> None:
         """Take note of what is new in a choice, to count its tokens; called once for each delta."""
         # An end that ends a text is none of its tokens.
@@ -113,9 +96,21 @@ class Reply(ABC):
         return ""
 
     def written(self, delta: ChoiceDelta) -> str:
-        """Return the event of a stream that sends what a delta brings, or nothing; called once for each, in order."""
-        chunk = self.chunk(delta)
-        return "" if chunk is None else event(chunk)
+        """Return the event of a stream that sends new text and tokens of a choice, or "" if there is nothing to send.
+
+        A chunk is sent for a choice's first delta (this chunk also has the settings that were used); for a delta that
+        has text or scored tokens or ends its choice; and for every delta if log-probabilities or reports of tokens are
+        asked for. To be called once for each delta, in order, since text offsets and gate counts are summed up.
+        """
+        self.note(delta)
+        first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        choice = self._choice(delta, first=first)
+        wants_tokens = self.body.listed is not None or self.asked.report is not None
+        if not (first or delta.text or delta.finish or delta.scored is not None or wants_tokens):
+            return ""
+        found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
+        return event(found | {"softmeet": self._settings()} if first else found)
 
     def ended(self, tokens: int) -> str:
         """Return the events that end a stream: the token counts, if they are asked for, and ``[DONE]``.
