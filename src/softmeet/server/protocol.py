@@ -165,11 +165,9 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         answer = error_response(error, {"Connection": "close"})
         status = HTTPStatus(answer.status_code)
-        lines = [
-            b"HTTP/1.1 %d %s" % (status, status.phrase.encode()),
-            *(b": ".join(pair) for pair in answer.raw_headers),
-        ]
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
+        first = b"HTTP/1.1 %d %s" % (status, status.phrase.encode())
+        headers = map(b": ".join, answer.raw_headers)
+        self.transport.write(b"\r\n".join([first, *headers, b"", bytes(answer.body)]))
         # If bytes that the client has sent were unread, closing at once could take the answer from it.
         self._head_timer = self.loop.call_later(_LINGER, self.transport.abort)
         self.transport.write_eof()
@@ -184,9 +182,8 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._in_head:
             seconds = self.protection.header_seconds
-            self._refuse(
-                RequestError(f"expected the headers within {seconds:g} s", status=408, code="headers_too_slow")
-            )
+            error = RequestError(f"expected the headers within {seconds:g} s", status=408, code="headers_too_slow")
+            self._refuse(error)
         else:
             self.transport.close()  # a browser that connects in advance did not ask, and expects no answer
 

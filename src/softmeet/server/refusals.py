@@ -28,7 +28,7 @@ _REFUSED = {
     },
     "suffix": "text is only continued",
     "prediction": "there is nothing to speed up by it",
-    "reasoning_effort": "the members do not reason apart from their answer",
+    **dict.fromkeys(("reasoning_effort", "reasoning"), "the members do not reason apart from their answer"),
     "web_search_options": "nothing is searched",
     **dict.fromkeys(
         ("bad_words", "allowed_token_ids"), "give token ids a logit_bias of -100 or 100; /tokenize has them"
@@ -56,7 +56,6 @@ _REFUSED = {
         ("previous_response_id", "conversation"), "nothing is stored: send the whole conversation as input"
     ),
     **dict.fromkeys(("background", "background_options"), "nothing is stored, so that an answer has to be waited for"),
-    "reasoning": "the members do not reason apart from their answer",
     **dict.fromkeys(("context_management", "moderation"), "the server does nothing of that kind"),
     "extra_body": "it is an argument of openai's client; write its fields directly into the body",
 }

@@ -154,7 +154,7 @@ class Serving:
             arguments: its arguments.
         """
         thread = self._long if size > prompts.LONG else self._short
-        return await asyncio.get_running_loop().run_in_executor(thread, partial(work, *arguments))
+        return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
 
     async def encoded(self, served: Served, body: Any) -> tuple[int, ...]:
         """Return the token ids of a body's ``prompt``, a text, or of its ``messages`` if it has none.
@@ -212,11 +212,10 @@ class Serving:
             await self._require_short(some, combination, served, name)
         if passages:
             combination = await self.on_tokenizer(size, behind_passages, combination, ours)
-        limit, echoed = _limit(body, self.settings.max_tokens, combination), False
+        limit, score_prompt = _limit(body, self.settings.max_tokens, combination), body.prompt_listed is not None
         if isinstance(body, CompletionRequest):
-            echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
-            scored = echoed or body.prompt_listed is not None
-            encode = partial(prompts.encoded, scored=scored)
+            score_prompt |= bool(body.echo) and (body.logprobs is not None or ours.report is not None)
+            encode = partial(prompts.encoded, scored=score_prompt)
             found, own = await self.on_tokenizer(size, encode, served, combination, parts, body)
         else:
             found, own = await self.on_tokenizer(size, prompts.templated, served, combination, body)
@@ -224,8 +223,7 @@ class Serving:
             prompts.check_prompt(prompt, combination, limit, read)
             if not combination.symbols_are_tokens:
                 await self.on_tokenizer(size, prompts.check_spelled, prompt, combination, read)
-        top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
-        longest = _symbols(limit, ours, combination)
+        top, longest = _most_listed(body), _symbols(limit, ours, combination)
         tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, combination, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
@@ -328,8 +326,7 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
             continue
         if asked > most:
             raise RequestError(
-                f"expected {name} of at most {most:,}, {of}, got {asked:,}: ask for fewer{more}",
-                param=name,
+                f"expected {name} of at most {most:,}, {of}, got {asked:,}: ask for fewer{more}", param=name
             )
         return int(asked)
     bounded = isinstance(body, CompletionRequest) and not (body.softmeet and body.softmeet.max_bytes)
