@@ -105,17 +105,16 @@ class Serving:
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         told = False if settings.reproducible and settings.parallel == "auto" else settings.parallel
         parallel = True if any(s.ensemble.model.apart for s in ensembles) else told
-        apart = settings.reproducible
         models, names = zip(*((s.ensemble.model, s.names) for s in ensembles), strict=True)
-        readers = readers_of(models, names, 0 if apart else settings.limits.kept_tokens)
+        readers = readers_of(models, names, 0 if settings.reproducible else settings.limits.kept_tokens)
         self.batcher = Batcher(
             readers,
             settings.limits.within(readers.values()),
             self.metrics,
             parallel=parallel,
-            reproducible=apart,
-            speculate=0 if apart else settings.speculate,
-            one_member=settings.one_member and not apart,
+            reproducible=settings.reproducible,
+            speculate=0 if settings.reproducible else settings.speculate,
+            one_member=settings.one_member and not settings.reproducible,
         )
         self._structures = Structures(served.ensemble.model for served in ensembles)
         # Nothing holds up the event loop, and short texts do not wait for the long ones of others.
@@ -314,13 +313,9 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
     Raises:
         RequestError: if the request asks for more than the limit.
     """
-    context = combination.room(0)
-    most = min(server, context)
-    of, more = (
-        ("this server's limit", ", or start the server with a larger --max-tokens")
-        if server <= context
-        else ("the context of the ensemble's shortest member", "")
-    )
+    most, of, more = server, "this server's limit", ", or start the server with a larger --max-tokens"
+    if (context := combination.room(0)) < server:
+        most, of, more = context, "the context of the ensemble's shortest member", ""
     for name in prompts.LENGTHS:
         if (asked := getattr(body, name, None)) is None:
             continue

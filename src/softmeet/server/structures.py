@@ -36,7 +36,8 @@ class Structures:
     """
 
     def __init__(self, models: Iterable[EnsembleForCausalLM]) -> None:
-        self._threads, self._free = ThreadPoolExecutor(_MOST, thread_name_prefix="softmeet-structure"), _MOST
+        self._threads = ThreadPoolExecutor(_MOST, thread_name_prefix="softmeet-structure")
+        self._free = asyncio.Semaphore(_MOST)
         for model in models:
             # Members that cannot write structures serve everything else.
             with contextlib.suppress(InvalidInputError):
@@ -52,17 +53,15 @@ class Structures:
         if (asked := _asked(body)) is None:
             return None
         param, make = asked
-        if not self._free:
+        if self._free.locked():
             raise BusyError("too many other structures are being compiled: ask again later")
-        self._free -= 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, _compiled, make, model)
+            async with self._free:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, _compiled, make, model)
         except BusyCompilingError as error:
             raise BusyError(str(error)) from None
         except InvalidInputError as error:
             raise RequestError(str(error), param=param) from None
-        finally:
-            self._free += 1
 
 
 def _compiled(make: Callable[[], Structure], model: EnsembleForCausalLM) -> Mask:
