@@ -9,10 +9,9 @@ from typing import Any
 
 from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings
+from softmeet.server import schemas
 from softmeet.server.errors import RequestError
 from softmeet.server.responses import ResponsesRequest
-from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension, Strict
-from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
 
 _TOOLS = (
     "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "tool_calls", "tool_call_id",
@@ -104,20 +103,23 @@ _EXPECTED = {
     "input": 'a string, or a list such as [{"role": "user", "content": "hello"}]',
     "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
 }
-_BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
+_BODIES = (
+    schemas.CompletionRequest, schemas.ChatRequest, ResponsesRequest,
+    schemas.TokenizeRequest, schemas.DetokenizeRequest,
+)  # fmt: skip
 _FIELDS = {name: kind for body in _BODIES for name, kind in body.model_fields.items()}
 _OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 # The longest text that is repeated to the client.
 _SHOWN = 40
 
 
-def _names(kind: type[Strict]) -> set[str]:
+def _names(kind: type[schemas.Strict]) -> set[str]:
     """Return the names of the fields of a model, and of all models that derive from it, as requests have them."""
     own = {field.alias or name for name, field in kind.model_fields.items()}
     return own.union(*map(_names, kind.__subclasses__()))
 
 
-_NAMES = _names(Strict)
+_NAMES = _names(schemas.Strict)
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestError:
@@ -165,7 +167,7 @@ def _unknown(path: list[str], endpoint: str) -> str:
         return f"{what}: {elsewhere[word]}"
     if word in _REFUSED:
         return f"{what}: {_REFUSED[word]}"
-    if path == [word] and word in Extension.model_fields:
+    if path == [word] and word in schemas.Extension.model_fields:
         inside = f'{{"softmeet": {{"{word}": …}}}}'
         return f"{what} here: put it into softmeet, as {inside}, with openai's client by extra_body={inside}"
     if path[0] == "softmeet" and word in _FIELDS:
@@ -173,7 +175,7 @@ def _unknown(path: list[str], endpoint: str) -> str:
     if word in Settings.model_fields:
         return f"{what}: it is the same for all requests, and given to softmeet serve"
     if path[0] == "softmeet":
-        return str(unknown(f"{what}: there is no such field", word, list(Extension.model_fields)))
+        return str(unknown(f"{what}: there is no such field", word, list(schemas.Extension.model_fields)))
     near = get_close_matches(word, [one for one in _FIELDS if one != word], n=1)
     hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json has all fields"
     return f"{what}: there is no such field: {hint}"

@@ -20,7 +20,7 @@ from softmeet.server.errors import described
 from softmeet.server.events import LAST_EVENT, event
 from softmeet.server.schemas import CompletionRequest, Generation
 from softmeet.server.sequences import GenerationRequest, Token
-from softmeet.server.texts import Places, TokenTexts, token_texts
+from softmeet.server.texts import Places, token_texts
 
 # The log-probability that OpenAI writes for probability zero, since JSON has no -inf.
 _IMPOSSIBLE = -9999.0
@@ -47,6 +47,7 @@ class Reply(ABC):
         body: the request as it was sent.
 
     Attributes:
+        texts: the texts of single tokens.
         prefix: the beginning of an answer's ``id``.
         kind, chunk_kind: the field ``object`` of a document and of a chunk.
     """
@@ -55,6 +56,7 @@ class Reply(ABC):
 
     def __init__(self, asked: GenerationRequest, body: Generation) -> None:
         self.asked, self.body = asked, body
+        self.texts = token_texts(asked.tokenizer)
         self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": asked.model}
         self._begun: set[int] = set()
         self._places: dict[int, Places] = {}
@@ -232,11 +234,6 @@ class Reply(ABC):
             for t in delta.scored
         ]
         return {"prompt_logprobs": [None, *rows]}
-
-    @property
-    def texts(self) -> TokenTexts:
-        """The texts of single tokens."""
-        return token_texts(self.asked.tokenizer)
 
 
 class CompletionReply(Reply):

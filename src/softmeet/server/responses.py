@@ -135,6 +135,8 @@ class ResponsesReply(ChatReply):
     def __init__(self, asked: GenerationRequest, body: ResponsesRequest) -> None:
         super().__init__(asked, body)
         self._item = f"msg_{uuid4().hex}"
+        # Where in the response the text stands.
+        self._place = {"item_id": self._item, "output_index": 0, "content_index": 0}
         self._sent, self._whole = 0, ChoiceDelta(0)
         self._said: dict[str, Any] = {}
         self._log_probs_said: list[dict[str, Any]] = []
@@ -201,11 +203,6 @@ class ResponsesReply(ChatReply):
         found = {"type": kind, "sequence_number": self._sent, **fields}
         self._sent += 1
         return f"event: {kind}\n{event(found)}"
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        """Where in the response the text stands."""
-        return {"item_id": self._item, "output_index": 0, "content_index": 0}
 
     def _part(self) -> dict[str, Any]:
         """Return the message's one part: all text so far."""

@@ -264,3 +264,23 @@ class ChatRequest(_Choices):
     def listed(self) -> int | None:
         """The field ``top_logprobs`` if ``logprobs`` is true."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Strict):
+    """The body of ``POST /tokenize``: a prompt, or the messages of a chat; with ``return_token_strs`` texts come, too.
+
+    Special tokens, such as a BOS, are added to a prompt unless ``add_special_tokens`` is false.
+    """
+
+    model: Word | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """The body of ``POST /detokenize``: token ids, whose text is asked for."""
+
+    model: Word | None = None
+    tokens: Ids
