@@ -176,10 +176,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self.protection.header_seconds, self._no_head)
 
     def _no_head(self) -> None:
-        """Close the connection if its client has not sent a request's headers in time."""
+        """Close the connection, as its client has not sent a request's headers in time."""
         self._head_timer = None
-        if not self._idle:
-            return
         if self._in_head:
             seconds = self.protection.header_seconds
             error = RequestError(f"expected the headers within {seconds:g} s", status=408, code="headers_too_slow")

@@ -150,10 +150,9 @@ def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestE
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
-    """Return the names and positions that lead to an invalid field; without pydantic's words for a union's cases."""
+    """Return the names and positions that lead to an invalid field, without words of FastAPI's and pydantic's."""
+    # These words are "body" at the beginning, and those for a union's cases.
     found = list(error["loc"])
-    if found[:1] == ["body"]:
-        del found[0]
     last = [found.pop()] if found and error["type"] == "extra_forbidden" else []
     return [str(part) for part in [*(part for part in found if isinstance(part, int) or part in _NAMES), *last]]
 
