@@ -89,7 +89,7 @@ def run(
 def distance(model: modeling.EnsembleForCausalLM, rules: list[str], count: int = 16) -> dict[str, float]:
     """Mean total variation of each rule's answer to that of `meet` at a small tolerance, at some random prefixes."""
     ids = torch.randint(0, model.config.vocab_size, (count, 32), generator=torch.Generator().manual_seed(2))
-    states = [h[:, -1] for h in model.run(ids, None, use_cache=False)[0]]
+    states = list(map(torch.cat, zip(*([h[-1:] for h in model.hidden_states(row[None])] for row in ids), strict=True)))
     _, exact = model.combiner.solve_rows(states, model.settings.changed(rule="meet", tol=1e-6, gate=None))
     found = {}
     for rule in rules:

@@ -28,6 +28,7 @@ from softmeet.evaluation.trace import Trace, record
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.byte_report import expected_tokens
+from softmeet.hf.decoding import Drafting
 from softmeet.hf.readers import ReadMembers
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.covers import END, SYMBOLS
@@ -276,13 +277,12 @@ def test_inspect_lists_no_more_than_there_is_and_begins_where_the_text_does(prun
 
 
 def test_generate_says_what_bytes_cost(folders):
-    # How long drafts are follows the time that calls take, and so their number would.
-    asked = ["generate", "the other", *tiny.each("-m", folders), "--seed", 1, "--max-new-bytes", 8, "--speculate", 0]
+    asked = ["generate", "the other", *tiny.each("-m", folders), "--seed", 1, "--max-new-bytes", 8]
     facts = json.loads(command(*asked, "--json"))
     assert (facts["vocabulary"], facts["tokens"]) == ("bytes", 8)
     ours = Ensemble.from_pretrained(folders)
     before = ours.model.spent
-    ours.generate("the other", seed=1, do_sample=True, top_k=0, max_bytes=8, speculate=0)
+    ours.generate("the other", seed=1, do_sample=True, top_k=0, max_bytes=8)
     for own, old, new in zip(facts["members"], before, ours.model.spent, strict=True):
         assert own["width"] > 1
         assert own["forward_steps"] == (new.calls - old.calls) / 8 > 0
@@ -291,6 +291,14 @@ def test_generate_says_what_bytes_cost(folders):
     shown = CliRunner().invoke(commands, [*map(str, asked), "--summary"]).output
     assert "over bytes" in shown
     assert "calls" in shown
+
+
+@pytest.mark.parametrize(("given", "drafts"), [({}, False), ({"speculate": "auto"}, True), ({"speculate": 2}, True)])
+def test_bytes_are_drafted_where_that_is_asked_for(folders, monkeypatch, given, drafts):
+    asked, made = [], Drafting.draft
+    monkeypatch.setattr(Drafting, "draft", lambda *own: asked.append(own) or made(*own))
+    Ensemble.from_pretrained(folders).generate("the other", max_bytes=20, do_sample=False, **given)
+    assert bool(asked) == drafts
 
 
 def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):

@@ -63,6 +63,11 @@ def generated(ensemble, prompt, seed, count, key=0, **options):
     return bytes(token for token in out[0, ids.shape[1] :].tolist() if token != END)
 
 
+def test_by_itself_a_server_drafts_no_bytes(url):
+    assert completion(url, prompt="the").json()["usage"]["completion_tokens"] > 4
+    assert "softmeet_draft_tokens_total 0.0" in http.get(f"{url}/metrics").text
+
+
 def test_texts_are_those_of_generate_in_any_company(url, ensemble):
     asked = [(prompt, seed, 3 + seed) for seed, prompt in enumerate(PROMPTS)]
 

@@ -110,8 +110,7 @@ def test_members_that_are_not_asked_catch_up():
     model, members, gate = ensemble(Table(0), Table(1)), Members(2), Unsure(0.15)
     text, closed = Continuation(model, [1]), 0
     for token in (2, 3, 4, 5, 6, 7, 8):
-        hidden = members.read_on([text], slice(1))
-        (both,) = ask([text], list(hidden.values()), gate, members)
+        both = ask(members.read_on([text], slice(1)), gate, members)[text]
         is_open = bool(text.asked.rows)
         assert is_open == (model.members[0].follows(text.tokens).exp().max() < 0.15)
         expected = model.members[1].follows(text.tokens) if is_open else torch.zeros(V, dtype=torch.float64)
@@ -145,18 +144,10 @@ class Greedy(MemberTurns):
             text.drafts.append(int(own.argmax()))
         return True
 
-    def settle(self, found):
-        for rows in found.ours.split(len(self.texts)):
-            drafted, chosen = bool(self.texts[0].drafts), rows.argmax(-1).tolist()
-            right = drafted and [text.drafts[0] for text in self.texts] == chosen
-            if drafted:
-                self.told(right)
-            for text, token in zip(self.texts, chosen, strict=True):
-                text.tokens.append(token)
-                text.drafts = text.drafts[1:] if right else []
-            if not right or len(self.texts[0].tokens) >= 20:
-                return False
-        return True
+    def take(self, found, rows):
+        for text, token in zip(self.texts, found.ours[rows].argmax(-1).tolist(), strict=True):
+            text.tokens.append(token)
+        return len(self.texts[0].tokens) < 20
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, "auto"])
@@ -229,11 +220,10 @@ def test_a_decoder_carries_weighted_rows_by_forks_and_without_a_draw():
 def test_a_text_that_the_first_member_cannot_read_is_asked_of_nobody_and_harms_no_other():
     model, members = ensemble(Broken(0), Table(1)), Members(2)
     bad, good = Continuation(model, [13]), Continuation(model, [2, 3])
-    hidden = list(members.read_on([bad, good], slice(1)).values())
-    told = ask([bad, good], hidden, Unsure(threshold=1.0), members)
+    told = ask(members.read_on([bad, good], slice(1)), Unsure(threshold=1.0), members)
     assert [name for name, _ in bad.failures] == ["broken"]
     assert bad.rows[1] is None
-    assert same(told[1][1][0], model.members[1].follows([2, 3]))
+    assert same(told[good][1][0], model.members[1].follows([2, 3]))
     bad.tokens = [4]
     bad.crop(0, 0)
     assert bad.error is None, "what could not be read is taken back"

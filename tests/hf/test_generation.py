@@ -105,6 +105,27 @@ def test_continuing_from_a_returned_cache(model):
     assert torch.equal(model.generate(half, cache=cache, max_new_tokens=3, **GREEDY), whole)
 
 
+def test_a_call_that_fails_leaves_its_cache_as_it_was(model):
+    def fails(ids, scores, **_):
+        if ids.shape[1] == first.shape[1] + 2:
+            raise KeyboardInterrupt
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    cache, new = model.new_cache(), model.new_cache()
+    first = model.generate(PROMPTS, cache=cache, max_new_tokens=2, **GREEDY)
+    for speculate in (0, 2):
+        for given, ids in ((cache, first), (new, first)):
+            before = given.get_seq_length()
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(
+                    ids, cache=given, max_new_tokens=4, speculate=speculate, stopping_criteria=[fails], **GREEDY
+                )
+            assert given.get_seq_length() == before
+    whole = model.generate(PROMPTS, max_new_tokens=6, **GREEDY)
+    for given in (cache, new):
+        assert torch.equal(model.generate(first, cache=given, max_new_tokens=4, **GREEDY), whole)
+
+
 def test_logits_and_scores_are_the_ensembles(model):
     out = model.generate(
         PROMPTS, max_new_tokens=3, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY

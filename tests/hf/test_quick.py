@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from softmeet import SoftmaxHead
 from softmeet.engine import combine as combining
 from softmeet.engine import quick
 from softmeet.engine.combine import Combiner
+from softmeet.engine.combined import of_rows
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import DisjointSupportError, NonFiniteError
 from softmeet.rules.settings import Settings
@@ -28,14 +31,19 @@ def combiner(widths=(5, 7), sizes=(V, V), support=None, dtype=torch.float32, bia
 
 def hidden(of, rows=6, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    return [3 * torch.randn(rows, 1, head.d, generator=generator).to(dtype) for head in of.heads]
+    return [3 * torch.randn(rows, head.d, generator=generator).to(dtype) for head in of.heads]
 
 
 def both(of, states, **settings):
     """What generation computes without a report and with one, and whether the first was quick."""
     chosen = Settings(**settings).for_members(len(of.heads))
-    found = of.combine(states, chosen)
-    return found, of.combine(states, chosen, recorder=Recorder())
+    return tuple(made(of, states, chosen, quickly=quickly) for quickly in (True, False))
+
+
+def made(of, states, chosen, quickly=True):
+    """What generation computes."""
+    model = SimpleNamespace(combiner=of, tokenizer=None)
+    return torch.cat([part.ours for part in of_rows(model, states, chosen, None, list, quickly=quickly)])
 
 
 @pytest.fixture
@@ -93,9 +101,9 @@ def test_without_any_token_left_the_error_is_the_same():
     bias = torch.full((V,), -torch.inf).index_fill(0, torch.tensor([0]), 0.0)
     heads = [SoftmaxHead(torch.ones(V, 2), bias=bias), SoftmaxHead(torch.ones(V, 2), bias=bias.roll(1))]
     of = Combiner(["a", "b"], heads)
-    states = [torch.ones(1, 1, 2)] * 2
+    states = [torch.ones(1, 2)] * 2
     with pytest.raises(DisjointSupportError):
-        of.combine(states, Settings(rule="logit-mean").for_members(2))
+        made(of, states, Settings(rule="logit-mean").for_members(2))
     (mixed, theirs) = both(of, states, rule="prob-mean")
     assert torch.allclose(mixed[..., :2], theirs[..., :2], atol=1e-6)
 
@@ -107,7 +115,7 @@ def test_nan_names_its_member(rule, weights):
     states = hidden(of)
     states[1][2] = torch.nan
     with pytest.raises(NonFiniteError, match=r"member 1.*a, b"):
-        of.combine(states, Settings(rule=rule, weights=weights).for_members(2))
+        made(of, states, Settings(rule=rule, weights=weights).for_members(2))
 
 
 @pytest.mark.parametrize(

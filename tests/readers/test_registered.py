@@ -212,6 +212,29 @@ def test_one_that_cannot_crop_is_generated_from_and_served(tmp_path):
     assert answer.json()["choices"][0]["text"] == expected
 
 
+class Brief(Counted):
+    """Finds its context full behind nine tokens, long before its limit."""
+
+    def read(self, asked):
+        found = yield from super().read(asked)
+        for one in asked:
+            one.row.full = one.row.length >= 9
+        return found
+
+
+@pytest.mark.parametrize("more", [{"speculate": 0}, {"speculate": 3}, {"num_beams": 2}], ids=str)
+def test_a_text_ends_where_a_members_context_is_full(tmp_path, more, caplog):
+    """Beside a model, whose predictions are hidden states."""
+    ensemble, asked = ensemble_of(tmp_path, lambda rest: Brief()), {"do_sample": False, "max_new_tokens": 20, **more}
+    ids = ensemble.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    (found,) = ensemble.model.generate(ids, **asked).tolist()
+    (free,) = ensemble_of(tmp_path, lambda rest: Counted()).model.generate(ids, min_new_tokens=20, **asked).tolist()
+    assert found[-1] == ensemble.tokenizer.eos_token_id
+    assert len(found) == 10
+    assert more.get("num_beams") or found[:9] == free[:9]
+    assert "the context of counted is full" in caplog.text
+
+
 def test_tokens_that_have_no_bytes_may_stand_before_a_text_over_bytes():
     below, tokenizer = Counted("mine", byte_tokenizer()), byte_tokenizer()
     reader = ByteReader(ByteMember(below, spelling_of("mine", tokenizer), EXACT), "mine")

@@ -74,7 +74,7 @@ class SamplingFlags:
         None,
         "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
         "drafts are mostly right. N may be auto, for as many as pay by what is measured, or 0.",
-        metavar="N", shown="auto in single precision, else 0", callback=checked_drafts,
+        metavar="N", shown="auto over tokens in single precision, else 0", callback=checked_drafts,
     )  # fmt: skip
     one_member: bool = flag(
         False,

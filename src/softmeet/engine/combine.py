@@ -7,7 +7,6 @@ of member i's hidden states.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from softmeet.engine import quick
 from softmeet.engine.deferral import Deferral
-from softmeet.engine.recorder import Recorder
 from softmeet.engine.unread import require_read
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
@@ -31,7 +29,6 @@ from softmeet.rules.problem import Problem, TokensBefore
 from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import free_directions, normalised, slopes_of
-from softmeet.solvers.clock import time_limit
 
 # Each member's last hidden states at B positions, (B, d_i); and all members' logits or log-probabilities there.
 Hidden = Sequence[Float[Tensor, "B _"]]
@@ -89,43 +86,6 @@ class Combiner:
             return Deferral(gate.among(logits.log_softmax(-1)), logits)
         # The logits are too many to keep: they are computed again, in chunks, when the positions are combined.
         return Deferral(torch.cat([gate.among(head.log_probs(part)) for part in first.split(chunk)]))
-
-    def combine(
-        self,
-        hidden: Sequence[Float[Tensor, "B k _"]],
-        settings: Settings,
-        deferral: Deferral | None = None,
-        before: TokensBefore | None = None,
-        *,
-        recorder: Recorder | None = None,
-        seconds: float | None = None,
-    ) -> Float[Tensor, "B k v"]:
-        """Return the rule's log-probabilities, in nats, at k positions of each of B sequences.
-
-        Args:
-            hidden: for each member i, the last hidden states that it computed, (B, k, d_i).
-            settings: the rule and all other settings, from :meth:`Settings.for_members`.
-            deferral: the positions, of all B · k, at which all members ran; at the others the first member answers
-                alone. None if all ran everywhere.
-            before: the token before each of the B · k positions, for gates that look at the text; None if unknown.
-            recorder: its :meth:`Recorder.add` is called after each chunk of positions, in order; None for no record.
-            seconds: how long solvers may take in all; None for no limit.
-
-        Raises:
-            SoftmeetError: as :meth:`combine_rows`.
-        """
-        parts = []
-        flat = [h.flatten(0, 1) for h in hidden]
-        if recorder is None and deferral is None and (found := self.quickly(flat, settings)) is not None:
-            return found.reshape(*hidden[0].shape[:2], -1)
-        if recorder is not None and deferral is not None:
-            recorder.gate.seconds += deferral.seconds
-        with nullcontext() if seconds is None else time_limit(seconds):
-            for log_probs, solution in self.solve_in_chunks(flat, settings, deferral, before, proved=False):
-                if recorder is not None:
-                    recorder.add(solution, log_probs)
-                parts.append(solution.log_probs)
-        return torch.cat(parts).reshape(*hidden[0].shape[:2], -1)
 
     def quickly(self, hidden: Hidden, settings: Settings) -> Float[Tensor, "B v"] | None:
         """Return an average's log-probabilities in nats, without what a report needs (:mod:`softmeet.engine.quick`).

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.engine import quick
 from softmeet.engine.ask import Hidden, Members
-from softmeet.engine.continuation import Continuation
+from softmeet.engine.continuation import Continuation, Ensembled
+from softmeet.engine.deferral import Deferral
 from softmeet.engine.gate import joined
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
@@ -35,7 +36,7 @@ class Combined:
 
 def combined(
     texts: Sequence[Continuation], hidden: Sequence[Hidden], settings: Settings, *, quickly: bool
-) -> Iterator[Combined]:
+) -> Iterable[Combined]:
     """Combine the members at the newest place of each text, in chunks of texts that bound memory.
 
     Args:
@@ -47,14 +48,45 @@ def combined(
     Raises:
         SoftmeetError: as :meth:`Combiner.combine_rows`.
     """
-    model, asked = texts[0].model, joined(texts)
+    model = texts[0].model
     stacked = [torch.cat(member) for member in zip(*hidden, strict=True)]
-    if quickly and asked is None and (found := model.combiner.quickly(stacked, settings)) is not None:
-        yield Combined(found)
-        return
-    before = TokensBefore.of(torch.tensor([one.tokens[-1] for one in texts]), model.tokenizer)
-    for log_probs, solution in model.combiner.solve_in_chunks(stacked, settings, asked, before, proved=False):
-        yield Combined(solution.log_probs, log_probs, solution)
+    return of_rows(
+        model,
+        stacked,
+        settings,
+        joined(texts),
+        lambda: torch.tensor([one.tokens[-1] for one in texts]),
+        quickly=quickly,
+    )
+
+
+def of_rows(
+    model: Ensembled,
+    hidden: Sequence[Float[Tensor, "B _"]],
+    settings: Settings,
+    asked: Deferral | None,
+    before: Callable[[], Int[Tensor, " B"]],
+    *,
+    quickly: bool,
+) -> Iterable[Combined]:
+    """Combine the members at B places, in chunks that bound memory.
+
+    Args:
+        model: the ensemble.
+        hidden: each member's last hidden states there, (B, d_i).
+        settings, quickly: as of :func:`combined`.
+        asked: at which places all members have read, not the first alone; None for all of them.
+        before: returns the token before each place, for gates that look at the text.
+
+    Raises:
+        SoftmeetError: as :meth:`Combiner.combine_rows`.
+    """
+    combiner = model.combiner
+    if quickly and asked is None and (found := combiner.quickly(hidden, settings)) is not None:
+        return [Combined(found)]
+    known = TokensBefore.of(before(), model.tokenizer)
+    solved = combiner.solve_in_chunks(hidden, settings, asked, known, proved=False)
+    return (Combined(solution.log_probs, log_probs, solution) for log_probs, solution in solved)
 
 
 def of_one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Members) -> Float[Tensor, "B v"]:

@@ -113,6 +113,11 @@ class Continuation:
             if row is not None:
                 reader.close(row)
 
+    def forget(self) -> None:
+        """Give up what members have read, and drafts: who reads next begins anew."""
+        self.close()
+        self.drafts, self.failures = [], []
+
     @property
     def is_full(self) -> bool:
         """Whether a member's context is full, though its limit was not reached, so that nothing can follow."""

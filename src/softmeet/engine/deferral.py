@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -17,13 +17,11 @@ class Deferral:
     Attributes:
         rows: (B,) bool, True at positions at which all members ran, False at those at which the first answers alone.
         logits: (B, v), the first member's logits at all B positions; None if they were too large to keep.
-        seconds: the time in seconds that running the other members took.
     """
 
     rows: Bool[Tensor, " B"]
     logits: Float[Tensor, "B v"] | None = None
-    seconds: float = 0.0
 
-    def take(self, rows: slice) -> Deferral:
-        """Return the deferral at the positions in the slice ``rows``, with ``seconds`` 0."""
+    def take(self, rows: slice | Int[Tensor, " r"]) -> Deferral:
+        """Return the deferral at some of the positions."""
         return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])

@@ -10,62 +10,90 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from softmeet.engine.ask import Hidden, Members
+from softmeet.engine.ask import C, Hidden, Members
 from softmeet.engine.continuation import Continuation
 from softmeet.engine.deferral import Deferral
-from softmeet.rules.gates import Unsure
+from softmeet.rules.gates import Unsure, unsure_of
+from softmeet.rules.settings import Settings
 
 OTHERS = slice(1, None)
 
 
+def read(
+    texts: Sequence[C],
+    members: Members,
+    settings: Settings,
+    *,
+    every: bool = False,
+    pause: Callable[[], None] = lambda: None,
+) -> dict[C, Hidden]:
+    """Have members read what they have not read of texts: all of them, or under the gate those that are asked.
+
+    Args:
+        texts: those of one ensemble; why a member cannot read one is added to its ``failures``.
+        members: those who read.
+        settings: those by which they are combined, with the gate.
+        every: as of :meth:`Members.read_on`.
+        pause: called between the pieces of what is read.
+
+    Returns:
+        for each text what each member predicts, as :meth:`Members.read_on` has it; zeros of one that is not asked.
+    """
+    gate = unsure_of(settings.gate)
+    found = members.read_on(texts, slice(None if gate is None else 1), every=every, pause=pause)
+    if gate is not None:
+        return ask(found, gate, members, every=every, pause=pause)
+    for one in texts:
+        one.asked = None
+    return found
+
+
 def ask(
-    texts: Sequence[Continuation],
-    hidden: Sequence[Hidden],
+    found: dict[C, Hidden],
     gate: Unsure,
     members: Members,
     *,
+    every: bool = False,
     pause: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[Hidden]:
-    """Return what every member predicts behind the newest token of texts, where the gate is open.
+) -> dict[C, Hidden]:
+    """Return what every member predicts for texts, where the gate is open at one of their places.
 
     Where it is closed the members after the first do not read, and zeros stand for their hidden states. Each text's
-    ``asked`` (whether they read) and ``spent`` (its share of the seconds that this takes) are set.
+    ``asked`` (at which places the gate is open) and ``spent`` (its share of the seconds that this takes) are set.
 
     Args:
-        texts: those of one ensemble.
-        hidden: for each of them, a list of the first member's last hidden state at its newest token, (1, d_1).
+        found: for each text of one ensemble, a list of the first member's last hidden states at t places, (t, d_1).
         gate: the gate.
         members: those who read.
+        every: whether the places are all that members have not read, in place of the newest alone.
         pause: called between the pieces of what is read.
         clock: returns a time in seconds.
 
     Returns:
-        for each text a list of one tensor (1, d_i) per member; as given of one that has ``failures``.
+        for each text a list of one tensor (t, d_i) per member; as given of one that has ``failures``.
     """
     # Nobody asks about a text that the first member cannot read: whoever wrote it ends it.
-    well = {one: own[0] for one, own in zip(texts, hidden, strict=True) if not one.failures}
+    well = {one: own[0] for one, own in found.items() if not one.failures}
     if not well:
-        return list(hidden)
-    asked = texts[0].model.combiner.deferral(gate, torch.cat(list(well.values())))
-    for k, one in enumerate(well):
-        one.asked, one.spent = asked.take(slice(k, k + 1)), 0.0
-    is_open = [one for one, opened in zip(well, asked.rows.tolist(), strict=True) if opened]
+        return found
+    model, start = next(iter(well)).model, 0
+    deferral = model.combiner.deferral(gate, torch.cat(list(well.values())))
+    for one, own in well.items():
+        one.asked, one.spent = deferral.take(slice(start, start + len(own))), 0.0
+        start += len(own)
+    is_open = [one for one in well if one.asked is not None and bool(one.asked.rows.any())]
     started = clock()
-    caught_up = members.read_on(is_open, OTHERS, pause=pause) if is_open else {}
+    caught_up = members.read_on(is_open, OTHERS, every=every, pause=pause) if is_open else {}
     for one in is_open:
         one.spent = (clock() - started) / len(is_open)
-    found = []
-    for one, own in zip(texts, hidden, strict=True):
-        if one not in well:
-            found.append(list(own))
-            continue
-        others = [states[-1:] for states in caught_up.get(one, ())] or unread(one, own[0])
-        found.append([*own, *others])
-    return found
+    heads = model.combiner.heads[1:]
+    told = dict(found)
+    for one, own in well.items():
+        others = [states[-len(own) :] for states in caught_up.get(one, ())]
+        told[one] = [own, *(others or [own.new_zeros(len(own), head.d) for head in heads])]
+    return told
 
 
 def joined(texts: Sequence[Continuation]) -> Deferral | None:
@@ -83,13 +111,3 @@ def joined(texts: Sequence[Continuation]) -> Deferral | None:
         return None
     logits = [one.logits for one in found if one.logits is not None]
     return Deferral(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
-
-
-def unread(text: Continuation, like: Float[Tensor, "t d"]) -> Hidden:
-    """Return zeros, (t, d_i), in place of the hidden states of each member but the first, where they are not used.
-
-    Args:
-        text: whose members they are.
-        like: the first member's hidden states, (t, d); they give t, dtype and device.
-    """
-    return [like.new_zeros(len(like), head.d) for head in text.model.combiner.heads[1:]]

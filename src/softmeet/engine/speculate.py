@@ -46,6 +46,7 @@ class MemberTurns(ABC):
     Attributes:
         read: for each member the number of columns that it has read.
         pace: what drafts and calls have come to.
+        is_over: whether nothing more can be drafted, as a member's context is full.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class MemberTurns(ABC):
         most = rows * (n + (MOST if speculate == "auto" else speculate))
         self._quick = settings.rule.is_average and not reported and quick.may(settings, most, v)
         self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
-        self._count = 0
+        self._count, self.is_over = 0, False
         self._authors: list[int] = []
         self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
         self._logits: list[list[Tensor]] = [[] for _ in range(n)]
@@ -116,21 +117,32 @@ class MemberTurns(ABC):
         """Add a draft to each text, drawn from log-probabilities in nats; return whether there is one."""
 
     @abstractmethod
-    def settle(self, found: Combined) -> bool:
-        """Settle the next tokens by what the rule makes of their positions, B for each, until a draft was wrong.
+    def take(self, found: Combined, rows: slice) -> bool:
+        """Choose the next token of each text, without drafts behind it, and append it; return whether all go on.
 
-        Returns:
-            whether drafts behind them remain; if not, none is left.
+        Args:
+            found: what the rule makes of several places of each text, in which B rows are those of the next one.
+            rows: these.
         """
 
     def turn(self) -> None:
         """Let the member that has read the least read on; it then drafts what is its share."""
         i = min(self._order, key=self.read.__getitem__)
         count = self._drafts(i)
-        for k in range(max(count, 1)):
-            self._read_on(i)
-            if not self._settle() or k == count or not self.is_room or not self._draft(i):
-                return
+        try:
+            for k in range(max(count, 1)):
+                self._read_on(i)
+                if not self._settle() or k == count or not self.is_room or not self._draft(i):
+                    return
+        except FullError:
+            self.end()
+            self.is_over = True
+
+    def end(self) -> None:
+        """Forget all drafts, and have members take back what they have read of them."""
+        for one in self.texts:
+            one.drafts = []
+        self.take_back()
 
     def take_back(self) -> None:
         """Make every member forget the columns behind those that are settled, and the newest of these."""
@@ -205,9 +217,30 @@ class MemberTurns(ABC):
             begun, stop = self.clock(), min(start + self._at_once, count)
             found = self.combined(start, stop)
             self.pace.rule.add(stop - start, self.clock() - begun)
-            if not self.settle(found):
+            if not self._accepted(found):
                 self.take_back()
                 return False
         for known in (*self._hidden, *self._logits):
             del known[:count]
+        return True
+
+    def _accepted(self, found: Combined) -> bool:
+        """Take the next tokens by what the rule makes of their places, until a draft was wrong: then none is left.
+
+        Returns:
+            whether drafts remain.
+        """
+        count = len(self.texts)
+        for start in range(0, len(found.ours), count):
+            drafts = [one.drafts for one in self.texts]
+            for one in self.texts:
+                one.drafts = []
+            goes_on = self.take(found, slice(start, start + count))
+            right = all(own[:1] == one.tokens[-1:] for one, own in zip(self.texts, drafts, strict=True))
+            if drafts[0]:
+                self.told(right)
+            if not (drafts[0] and right and goes_on):
+                return False
+            for one, own in zip(self.texts, drafts, strict=True):
+                one.drafts = own[1:]
         return True

@@ -56,6 +56,18 @@ class EnsembleCache(Cache):
             one.tokens += new
         self._texts.columns += columns
 
+    def take_back(self, columns: int, lengths: Sequence[int]) -> None:
+        """Go back to where a call began that has failed; members read anew what they had read.
+
+        Args:
+            columns: how many columns there were.
+            lengths: how many tokens each sequence had; none if nothing had begun.
+        """
+        for one, length in zip(self.texts, lengths, strict=False):
+            one.forget()
+            del one.tokens[length:]
+        self._texts.texts, self._texts.columns = self.texts[: len(lengths)], columns
+
 
 class _Texts(CacheLayerMixin):
     """The one layer of an ensemble's cache.

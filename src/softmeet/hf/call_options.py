@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import LogitsProcessorList
 
+from softmeet.engine.combined import Combined
+from softmeet.engine.continuation import Continuation
 from softmeet.engine.masking import Mask, Structured, ends_of
 from softmeet.engine.processors import SomethingLeft
 from softmeet.engine.recorder import Recorder
@@ -16,9 +22,10 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.calibrated import resolved
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.sampling import RowSampler
-from softmeet.rules.gates import Unsure, that_closes
+from softmeet.rules.gates import Unsure, that_closes, unsure_of
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.settings import Settings
+from softmeet.solvers.clock import time_limit
 from softmeet.structured.structure import Structure
 
 if TYPE_CHECKING:
@@ -217,9 +224,22 @@ class CallOptions:
 
     @cached_property
     def unsure(self) -> Unsure | None:
-        """The gate ``unsure``, by which members after the first need not always run, if it is set; else None.
+        """The gate ``unsure``, by which members after the first need not always run; None without one."""
+        return unsure_of(self.settings.gate)
 
-        Also None if its threshold is above 1, as the gate then never closes, and all members always run.
+    def log_probs(self, chunks: Iterable[Combined], texts: Sequence[Continuation] = ()) -> Float[Tensor, "B v"]:
+        """Return the rule's log-probabilities in nats, computed in the call's time and counted by its recorder.
+
+        Args:
+            chunks: what the rule makes of B places.
+            texts: those of which that is.
         """
-        gate = that_closes(self.settings.gate)
-        return gate if isinstance(gate, Unsure) else None
+        found, recorder = list[Tensor](), self.recorder
+        if recorder is not None:
+            recorder.gate.seconds += sum(one.spent for one in texts)
+        with nullcontext() if self.token_seconds is None else time_limit(self.token_seconds):
+            for chunk in chunks:
+                if recorder is not None and chunk.solution is not None and chunk.members is not None:
+                    recorder.add(chunk.solution, chunk.members)
+                found.append(chunk.ours)
+        return torch.cat(found)

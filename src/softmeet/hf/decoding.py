@@ -10,8 +10,7 @@ draft and read in turn is due to Fu et al., Speculative Ensemble (2025).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,21 +19,18 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined, combined, of_one_each
 from softmeet.engine.continuation import Dropped
 from softmeet.engine.draw import Noise
-from softmeet.engine.gate import ask
+from softmeet.engine.gate import read
 from softmeet.engine.quick import weights_of
-from softmeet.engine.speculate import FullError, MemberTurns
+from softmeet.engine.speculate import MemberTurns
 from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
-from softmeet.hf.running import NewTokens, said_full
+from softmeet.hf.running import NewTokens, ended, require_read
 from softmeet.hf.written import Written
 from softmeet.members.quantized import rounds_coarsely
-from softmeet.rules.gates import Unsure, that_closes
-from softmeet.solvers.clock import time_limit
 
 if TYPE_CHECKING:
     from softmeet.hf.protocol import AnyEnsemble
@@ -67,7 +63,9 @@ def is_to_speculate(
     asked = options.speculate
     # Members on devices of their own run at the same time, and those of one model in one call, but drafts in turn.
     cannot_pay = rows > _ROWS or model.apart or len({*map(id, model.members)}) < len(model.members)
-    if asked == 0 or (asked in ("auto", None) and cannot_pay) or (asked is None and _is_noticed(model, processors)):
+    # A draft of less than a token, such as a byte, saves nearly nothing.
+    is_left = asked is None and (model.symbols_of_token > 1 or _is_noticed(model, processors))
+    if asked == 0 or is_left or (asked in ("auto", None) and cannot_pay):
         return False
     against = _against(model, options, config, processors)
     if against and asked not in ("auto", None):
@@ -93,7 +91,7 @@ def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: 
     found = {
         "a single member": len(model.members) < 2,
         "one_member": options.one_member,
-        "the gate unsure, by which members already lag behind": isinstance(that_closes(options.settings.gate), Unsure),
+        "the gate unsure, by which members already lag behind": options.unsure is not None,
         "token_seconds": options.token_seconds is not None,
         "use_cache=False": not config.use_cache,
         "num_beams": config.num_beams not in (None, 1),
@@ -166,23 +164,28 @@ def _read_on(
 ) -> None:
     """Choose tokens where members keep what they have read in a cache."""
     options, cache, before = given["call_options"], given["cache"], written.ids
+    known = cache.columns, [len(one.tokens) for one in cache.texts]
     shared = {"attention_mask": given.get("attention_mask"), "position_ids": given.get("position_ids")}
     mask, width = shared["attention_mask"], getattr(config, "_mask_length", -1)
     # A call that goes on from a cache has all tokens, or new ones alone with a mask of all, as transformers has it.
     whole = before.shape[1] == (width if mask is None else mask.shape[1])
     new = checked_length(model.config, before[:, cache.columns * whole :], cache)
-    texts = NewTokens(model, new, slice(-1, None), cache, options, shared).texts
-    starts = [len(one.tokens) for one in texts]
-    steps = Steps(model, options, texts, written)
-    steps.take()
-    ahead = None
-    if is_to_speculate(model, options, config, processors, len(texts)) and not written.finished:
-        ahead = Drafting(model, options, steps)
-    while not written.finished:
-        if ahead is None or ahead.is_over:
-            steps.take()
-        else:
-            ahead.go_on()
+    try:
+        texts = NewTokens(model, new, slice(-1, None), cache, options, shared).texts
+        starts = [len(one.tokens) for one in texts]
+        steps = Steps(model, options, texts, written)
+        steps.take()
+        ahead = None
+        if is_to_speculate(model, options, config, processors, len(texts)) and not written.finished:
+            ahead = Drafting(model, options, steps)
+        while not written.finished:
+            if ahead is None or ahead.is_over:
+                steps.take()
+            else:
+                ahead.go_on()
+    except BaseException:
+        cache.take_back(*known)
+        raise
     if ahead is not None:
         ahead.end()
     more = written.ids.shape[1] - before.shape[1]
@@ -214,8 +217,12 @@ class Steps:
     def take(self) -> None:
         """Read the newest token of every sequence that goes on, and choose the next."""
         live = self.live
-        require_context(self._model.config, max([len(self.texts[k].tokens) for k in live]))
-        chosen = self.written.settle(self.spread(live, self._ours([self.texts[k] for k in live])))
+        require_context(self._model.config, self.written.ids.shape[1])
+        self.settle(live, self._ours([self.texts[k] for k in live]))
+
+    def settle(self, live: Sequence[int], ours: Float[Tensor, "b v"]) -> None:
+        """Choose the next token of some sequences by log-probabilities in nats."""
+        chosen = self.written.settle(self.spread(live, ours))
         for k in live:
             self.texts[k].tokens.append(chosen[k])
 
@@ -229,37 +236,20 @@ class Steps:
 
     def _ours(self, texts: Sequence[Dropped]) -> Float[Tensor, "b v"]:
         """Return the rule's log-probabilities, in nats, behind the newest token of texts."""
-        options, members = self._options, self._model.reading
+        options, members, settings = self._options, self._model.reading, self._options.settings
         if options.one_member:
-            weights = torch.tensor(weights_of(options.settings), dtype=torch.float64)
+            weights = torch.tensor(weights_of(settings), dtype=torch.float64)
             drawn = torch.multinomial(weights, len(texts), replacement=True)
             ours = of_one_each(texts, drawn.tolist(), members)
-            require_read(texts)
-            return ours
-        gate = options.unsure
-        hidden = list(members.read_on(texts, slice(None if gate is None else 1)).values())
-        require_read(texts)
-        if gate is None:
-            for one in texts:
-                one.asked = None
         else:
-            hidden = ask(texts, hidden, gate, members)
+            hidden = [*read(texts, members, settings).values()]
             require_read(texts)
-        # If one member's context is full, the text has to end for all of them.
-        hidden = [ended(one) if one.is_full else own for one, own in zip(texts, hidden, strict=True)]
-        return torch.cat([chunk.ours for chunk in self._combined(texts, hidden)])
-
-    def _combined(self, texts: Sequence[Dropped], hidden: Sequence[Hidden]) -> Iterator[Combined]:
-        """Yield what the rule makes of texts that go on, in the call's time, and record it."""
-        options = self._options
-        recorder, seconds = options.recorder, options.token_seconds
-        if recorder is not None:
-            recorder.gate.seconds += sum(one.spent for one in texts)
-        with nullcontext() if seconds is None else time_limit(seconds):
-            for chunk in combined(texts, hidden, options.settings, quickly=recorder is None):
-                if recorder is not None and chunk.solution is not None and chunk.members is not None:
-                    recorder.add(chunk.solution, chunk.members)
-                yield chunk
+            chunks = combined(texts, hidden, settings, quickly=options.recorder is None)
+            ours = options.log_probs(chunks, texts)
+        for k, one in enumerate(texts):
+            if one.is_full:
+                ours[k] = ended(one, ours[k])
+        return ours
 
 
 class Drafting(MemberTurns):
@@ -269,37 +259,23 @@ class Drafting(MemberTurns):
         model: the ensemble that is called.
         options: the call's.
         steps: the call's, of which the first was taken.
-
-    Attributes:
-        is_over: whether nothing more can be drafted, as a member's context is full.
     """
 
     def __init__(self, model: AnyEnsemble, options: CallOptions, steps: Steps) -> None:
-        self._live, self._steps, self._recorder = steps.live, steps, options.recorder
+        self._live, self._steps, self._options = steps.live, steps, options
         recorded, speculate = options.recorder is not None, options.speculate
         super().__init__(
             [steps.texts[k] for k in self._live], model.reading, options.settings,
             "auto" if speculate is None else speculate, reported=recorded, singly=recorded,
         )  # fmt: skip
-        self._config, self.is_over = model.config, False
+        self._limit = model.config.max_position_embeddings
 
     def go_on(self) -> None:
         """Let the member that has read the least read on, draft its share, and settle what can be."""
-        try:
-            self.turn()
-        except FullError:
-            self.end()
-            self.is_over = True
+        self.turn()
         if (live := self._steps.live) != self._live:
             # Nothing is left of the others' drafts, either.
             self._live, self.texts = live, [self._steps.texts[k] for k in live]
-
-    def end(self) -> None:
-        """Forget all drafts, and have members take back what they have read of them."""
-        for one in self.texts:
-            one.drafts = []
-        if self.texts:
-            self.take_back()
 
     @property
     def _hopeful(self) -> list[bool]:
@@ -311,14 +287,8 @@ class Drafting(MemberTurns):
     def is_room(self) -> bool:
         """Whether another draft has a place: there is room, and a sequence that no draft ends."""
         columns = self._steps.written.ids.shape[1] + len(self.texts[0].drafts)
-        limit = self._config.max_position_embeddings
-        fits = columns < self._steps.written.limit - 1 and (limit is None or columns < limit)
+        fits = columns < self._steps.written.limit - 1 and (self._limit is None or columns < self._limit)
         return fits and any(self._hopeful)
-
-    def run(self, i: int) -> Float[Tensor, "b t d"]:
-        """Have member i read what it has not read."""
-        require_context(self._config, max(len(one.tokens) + len(one.drafts) for one in self.texts))
-        return super().run(i)
 
     def draft(self, log_probs: Float[Tensor, "b v"]) -> bool:
         """Add a draft to each sequence, drawn from log-probabilities in nats behind the last token.
@@ -341,39 +311,10 @@ class Drafting(MemberTurns):
             one.drafts.append(int(chosen[k]))
         return True
 
-    def settle(self, found: Combined) -> bool:
-        """Settle the next tokens, and record the positions if that is asked for."""
-        if self._recorder is not None and found.solution is not None and found.members is not None:
-            self._recorder.add(found.solution, found.members)
-        return all(self._settled(rows) for rows in found.ours.split(len(self.texts)))
-
-    def _settled(self, ours: Float[Tensor, "b v"]) -> bool:
-        """Settle the next token of each sequence; returns whether drafts behind them remain."""
-        steps, live = self._steps, self._live
-        chosen, drafted = steps.written.settle(steps.spread(live, ours)), bool(self.texts[0].drafts)
-        right = drafted and all(one.drafts[0] == chosen[k] for k, one in zip(live, self.texts, strict=True))
-        if drafted:
-            self.told(right)
-        goes_on = right and steps.live == live
-        for k, one in zip(live, self.texts, strict=True):
-            one.tokens.append(chosen[k])
-            one.drafts = one.drafts[1:] if goes_on else []
-        return goes_on
-
-
-def ended(text: Dropped) -> Hidden:
-    """Return for each member log-probabilities, (1, v), by which an end of the text is all that can follow."""
-    found = []
-    for reader in text.readers:
-        log_probs = torch.full((1, reader.alphabet.size), -torch.inf, dtype=torch.float64)
-        log_probs[:, sorted(reader.alphabet.ends)] = 0.0
-        found.append(log_probs)
-    return found
-
-
-def require_read(texts: Sequence[Dropped]) -> None:
-    """Raise the error of a text that a member cannot read; say in the log where a context is full."""
-    for one in texts:
-        one.check()
-        if one.is_full:
-            said_full(one)
+    def take(self, found: Combined, rows: slice) -> bool:
+        """Choose the next token of each sequence, and record its place; return whether all go on."""
+        recorder = self._options.recorder
+        if recorder is not None and found.solution is not None and found.members is not None:
+            recorder.add(found.solution, found.members)  # of this place alone
+        self._steps.settle(self._live, found.ours[rows])
+        return self._steps.live == self._live

@@ -16,7 +16,6 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softmeet.engine.combine import Combiner
-from softmeet.engine.deferral import Deferral
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.hf import checkpoint
@@ -27,7 +26,7 @@ from softmeet.hf.contexts import Contexts, OwnPrompt
 from softmeet.hf.decoding import decode, decodes, is_to_speculate
 from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
-from softmeet.hf.running import NewTokens, read_once, run_members
+from softmeet.hf.running import NewTokens, combined_behind, read_once
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head
@@ -35,7 +34,6 @@ from softmeet.members.placement import Device, each_in_a_thread, whereabouts
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
 from softmeet.readers.reader import Reader, Row, Work
 from softmeet.rules.gates import Gate, parse_gate
-from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
 
 # The most tokens that evaluation reads at once by default.
@@ -132,43 +130,12 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
             cache = self.new_cache()
         input_ids = checked_length(self.config, input_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden, deferral = self.run(
-            input_ids, cache, kept, options,
-            attention_mask=attention_mask, position_ids=position_ids, use_cache=bool(use_cache),
-        )  # fmt: skip
-        before = TokensBefore.of(input_ids[:, kept].flatten(), self.tokenizer)
-        also: dict[str, Any] = {"recorder": options.recorder, "seconds": options.token_seconds}
-        log_probs = self.combiner.combine(hidden, options.settings, deferral, before, **also)
+        shared = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": bool(use_cache)}
+        log_probs = combined_behind(NewTokens(self, input_ids, kept, cache, options, shared))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
-
-    def run(
-        self,
-        input_ids: Int[Tensor, "B t"],
-        cache: EnsembleCache | None,
-        kept: slice | Int[Tensor, " k"] = slice(None),
-        options: CallOptions | None = None,
-        **shared: Any,
-    ) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
-        """Run the members on new tokens: all, or under the gate ``unsure`` the first alone in sequences it is sure of.
-
-        Args:
-            input_ids: (B, t), the new tokens.
-            cache: the cache of the tokens before them; None if there are none.
-            kept: the k positions among the new tokens at which the members are to be combined.
-            options: the options of the call; None to run all members.
-            shared: keyword arguments of the members' own ``forward``.
-
-        Returns:
-            (each member's last hidden states at the kept positions, (B, k, d_i), zeros if it did not run; the
-            :class:`Deferral`: at which of the B · k positions all members ran, None if at all of them).
-
-        Raises:
-            InvalidInputError: if a text exceeds a member's context, or own prompts or prefixes do not fit.
-        """
-        return run_members(NewTokens(self, input_ids, kept, cache, options, shared))
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k.

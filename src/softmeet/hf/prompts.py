@@ -15,7 +15,7 @@ from softmeet.hf.call_options import CallOptions
 from softmeet.hf.chat import Messages, chat_of, is_chat
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.running import rereads
+from softmeet.hf.running import NewTokens, behind, rereads
 from softmeet.hf.vocabulary import require_unicode
 from softmeet.members.member import Member
 from softmeet.members.prompting import ids_of, own_messages
@@ -115,10 +115,11 @@ def states_behind(model: EnsembleForCausalLM, inputs: dict[str, Any]) -> list[Fl
     given = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     options = CallOptions.of(model, {"gate": "none", **given})
     cache, mask = None if rereads(model) else model.new_cache(), inputs["attention_mask"]
-    hidden, _ = model.run(inputs["input_ids"], cache, slice(-1, None), options, attention_mask=mask, use_cache=False)
+    shared = {"attention_mask": mask, "use_cache": False}
+    hidden = behind(NewTokens(model, inputs["input_ids"], slice(-1, None), cache, options, shared)).hidden
     del cache
     model.close_dropped()
-    return [states[:, 0] for states in hidden]
+    return list(hidden)
 
 
 def _chat(model: EnsembleForCausalLM, members: Sequence[Member], prompt: Messages) -> tuple[list[int], Own | None]:

@@ -33,6 +33,7 @@ class AnyEnsemble(Protocol):
     contexts: Contexts
     tokenizer: PreTrainedTokenizerBase | None
     over_bytes: bool
+    symbols_of_token: int
     begin: int | None
     chat: Any
     generation_config: Any

@@ -6,7 +6,7 @@ A *sequence* is a row of the batch that is generated: a prompt and its continuat
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,18 +16,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from softmeet.engine.combined import of_rows
 from softmeet.engine.continuation import Dropped
 from softmeet.engine.deferral import Deferral
-from softmeet.engine.gate import OTHERS
+from softmeet.engine.gate import joined, read
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import require_context
-from softmeet.members.opaque import Head
 from softmeet.members.trunk import last_hidden, takes_cache
 from softmeet.readers.reader import Predictions, Work
 from softmeet.readers.transformers import States
-from softmeet.rules.gates import Unsure
 
 if TYPE_CHECKING:
     from softmeet.hf.protocol import AnyEnsemble
@@ -45,7 +44,7 @@ class NewTokens:
         ids: (B, t), the new tokens that members share.
         kept: the k positions among them at which the members are to be combined.
         cache: of the tokens before them; None if there is none.
-        options: those of the call; None for none.
+        options: those of the call.
         shared: keyword arguments of the members' own ``forward``.
     """
 
@@ -53,7 +52,7 @@ class NewTokens:
     ids: Int[Tensor, "B t"]
     kept: Kept
     cache: EnsembleCache | None
-    options: CallOptions | None
+    options: CallOptions
     shared: dict[str, Any]
 
     @cached_property
@@ -80,9 +79,9 @@ class NewTokens:
     @property
     def is_direct(self) -> bool:
         """Whether every member reads these tokens alone, in one call of its model that keeps nothing."""
-        own, options = self.model.contexts, self.options
-        plain = options is None or (options.own_prompts is None and options.unsure is None and not options.one_member)
-        return self.cache is None and plain and self.model.begin is None and not any(own.prefixes)
+        options = self.options
+        plain = options.own_prompts is None and options.unsure is None and not options.one_member
+        return self.cache is None and plain and self.model.begin is None and not any(self.model.contexts.prefixes)
 
     @cached_property
     def texts(self) -> list[Dropped]:
@@ -121,64 +120,50 @@ class NewTokens:
                     "expected to combine members behind their prompts alone, as these differ: pass logits_to_keep=1"
                 )
 
-    def read(self, texts: Sequence[Dropped], members: slice) -> list[Float[Tensor, "B k d"]]:
-        """Have members read on in some of the sequences; returns each one's last hidden states, zeros in the others."""
-        found = self.model.reading.read_on(texts, members, every=self.needed > 1)
-        for one in found:
-            one.check()
-            said_full(one)
-        numbers = {id(one): k for k, one in enumerate(self.texts)}
-        rows = torch.tensor([numbers[id(one)] for one in found], dtype=torch.int64)
-        heads = self.model.combiner.heads[members]
-        return [self.spread([own[i] for own in found.values()], head, rows) for i, head in enumerate(heads)]
-
-    def hidden(self, i: int) -> Float[Tensor, "B k d"]:
-        """Run member i by itself, without a cache; returns its last hidden states at the kept positions."""
-        return last_hidden(self.model.members[i], self.ids, self.kept, **self.shared)
-
-    def spread(
-        self, states: Sequence[Float[Tensor, "_ d"]], head: Head, rows: Int[Tensor, " r"]
-    ) -> Float[Tensor, "B k d"]:
-        """Put hidden states of some sequences into the columns of their new tokens, with zeros everywhere else.
+    def behind(self, k: int, count: int) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
+        """Return at which kept positions sequence k has tokens behind which members predict, and where in predictions.
 
         Args:
-            states: for each of ``rows``, hidden states whose last ones are of its new tokens; of a prompt of its own,
-                fewer than the sequence has columns.
-            head: the member's head, for width, device and, without states, dtype.
-            rows: (r,), the numbers of the sequences.
+            k: the sequence's number.
+            count: of how many of the last tokens there are predictions: of a prompt of its own, fewer than columns.
 
         Returns:
-            (B, k, d), at the kept positions.
+            (indices of kept positions, indices of predictions).
         """
-        place, start = head.device, self.ids.shape[1] - self.needed
-        real, dtype = self.real[:, start:], states[0].dtype if states else head.dtype
-        out = torch.zeros(*real.shape, head.d, dtype=dtype, device=place)
-        for row, own in zip(rows.tolist(), states, strict=True):
-            columns = real[row].nonzero().squeeze(-1)
-            count = min(len(own), len(columns))
-            out[row, columns[len(columns) - count :].to(place)] = own[len(own) - count :].to(place)
-        return out if len(self.columns) == self.needed else out[:, (self.columns - start).to(place)]
+        left = self.real[k].long().flip(-1).cumsum(-1).flip(-1)[self.columns]
+        there = self.real[k][self.columns] & (left <= count)
+        return there.nonzero().squeeze(-1), (count - left)[there]
 
 
-def said_full(text: Dropped) -> None:
-    """Say in the log, once, that a text has to end."""
-    if text.is_full and not text.noted:
-        text.noted = True
-        _log.warning("a text ends because the context of %s is full", ", ".join(text.full_members))
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """What members predict behind tokens of a batch of B sequences, of which k positions each are kept.
+
+    Attributes:
+        hidden: each member's last hidden states at r of the B · k positions, (r, d_i); zeros if it did not read.
+        at: (r,), which ones these are.
+        asked: at which of them all members have read, under the gate ``unsure``; else None.
+        texts: the sequences; none of those that members read without keeping anything.
+    """
+
+    hidden: Sequence[Float[Tensor, "r _"]]
+    at: Int[Tensor, " r"]
+    asked: Deferral | None = None
+    texts: Sequence[Dropped] = ()
 
 
-def begun(model: AnyEnsemble, tokens: Sequence[Sequence[int]], options: CallOptions | None) -> list[Dropped]:
+def begun(model: AnyEnsemble, tokens: Sequence[Sequence[int]], options: CallOptions) -> list[Dropped]:
     """Make the texts of sequences that begin, with what members read of their own.
 
     Args:
         model: the ensemble.
         tokens: the first tokens of each sequence.
-        options: those of the call; None for none.
+        options: those of the call.
 
     Raises:
         InvalidInputError: if own prompts are given for a number that does not divide that of the sequences.
     """
-    own = None if options is None else options.own_prompts
+    own = options.own_prompts
     if own is None:
         return [Dropped(model, one) for one in tokens]
     if not own or len(tokens) % len(own):
@@ -230,39 +215,75 @@ def _read_once(model: AnyEnsemble, i: int, tokens: list[int], *, anew: bool) -> 
         return reader.read_whole([symbols], [range(1 - skipped, len(symbols) + 1)], own)
 
 
-def run_members(new: NewTokens) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
-    """Run the members on new tokens, as :meth:`EnsembleForCausalLM.run` does."""
-    options, model = new.options, new.model
+def behind(new: NewTokens) -> Behind:
+    """Have members read new tokens: all, or under the gate ``unsure`` those that are asked about a sequence.
+
+    Raises:
+        InvalidInputError: if a text exceeds a member's context, own prompts or prefixes do not fit, or each token is to
+            be drawn from one member.
+    """
+    options, model, count = new.options, new.model, len(new.columns)
     if new.is_direct:
-        return model.each(new.hidden, range(len(model.members))), None
-    if options is not None and options.one_member:
+        states = model.each(
+            lambda i: last_hidden(model.members[i], new.ids, new.kept, **new.shared), range(len(model.members))
+        )
+        return Behind([own.flatten(0, 1) for own in states], torch.arange(len(new.ids) * count))
+    if options.one_member:
         raise InvalidInputError(
             "expected one_member in a call of generate: each token is drawn from one member, and the others have not "
             "read"
         )
-    found, deferral = _asked(new, None if options is None else options.unsure)
-    for k, one in enumerate(new.texts):
+    texts = new.texts
+    found = read(texts, model.reading, options.settings, every=new.needed > 1)
+    require_read(texts)
+    # Places are counted through all sequences, kept ones and those that were read for them.
+    at, rows, start = list[Tensor](), list[Tensor](), 0
+    for k, own in enumerate(found.values()):
+        places, which = new.behind(k, len(own[0]))
+        at.append(places + k * count)
+        rows.append(which + start)
+        start += len(own[0])
+    chosen = torch.cat(rows)
+    hidden = [states[chosen.to(states.device)] for states in map(torch.cat, zip(*found.values(), strict=True))]
+    asked = joined(texts)
+    return Behind(hidden, torch.cat(at), asked and asked.take(chosen.to(asked.rows.device)), texts)
+
+
+def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
+    """Return the rule's log-probabilities, in nats, at the kept positions; all tokens alike at those of padding."""
+    told, model, options, shape = behind(new), new.model, new.options, (len(new.ids), len(new.columns))
+    chunks = of_rows(
+        model, told.hidden, options.settings, told.asked,
+        lambda: new.ids[:, new.kept].flatten()[told.at.to(new.ids.device)], quickly=options.recorder is None,
+    )  # fmt: skip
+    ours = options.log_probs(chunks, told.texts)
+    if len(ours) < math.prod(shape):
+        everywhere = ours.new_full((math.prod(shape), ours.shape[-1]), -math.log(ours.shape[-1]))
+        ours = everywhere.index_copy(0, told.at.to(ours.device), ours)
+    found = ours.view(*shape, -1)
+    for k, one in enumerate(told.texts):
         if one.is_full:
-            # If one member's context is full, the sequence has to end for all of them.
-            for i, reader in enumerate(one.readers):
-                found[i][k, -1:] = -torch.inf
-                found[i][k, -1:, sorted(reader.alphabet.ends)] = 0.0
-    return found, deferral
+            found[k, -1] = ended(one, found[k, -1])
+    return found
 
 
-def _asked(new: NewTokens, gate: Unsure | None) -> tuple[list[Float[Tensor, "B k _"]], Deferral | None]:
-    """Have all members read, or under a gate those that are asked."""
-    if gate is None:
-        return new.read(new.texts, slice(None)), None
-    model = new.model
-    (first,) = new.read(new.texts, slice(1))
-    started = time.perf_counter()
-    deferral = model.combiner.deferral(gate, first.flatten(0, 1))
-    # Positions of padding do not make a sequence need the other members.
-    there = new.real[:, new.kept if isinstance(new.kept, slice) else new.kept.cpu()]
-    deferral.rows = deferral.rows & there.flatten().to(deferral.rows.device)
-    asked = deferral.rows.view(first.shape[:2]).any(-1).tolist()
-    others = new.read([one for one, wanted in zip(new.texts, asked, strict=True) if wanted], OTHERS)
-    if any(asked):
-        deferral.seconds = time.perf_counter() - started
-    return [first, *others], deferral
+def ended(text: Dropped, like: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    """Return log-probabilities in nats, (v,), by which an end of a text is all that can follow; say so in the log once.
+
+    Args:
+        text: one that has to end for all members, as the context of one is full.
+        like: gives v, dtype and device.
+    """
+    if not text.noted:
+        text.noted = True
+        _log.warning("a text ends because the context of %s is full", ", ".join(text.full_members))
+    ends = sorted(text.readers[0].alphabet.ends)
+    found = torch.full_like(like, -torch.inf)
+    found[ends] = -math.log(len(ends))
+    return found
+
+
+def require_read(texts: Sequence[Dropped]) -> None:
+    """Raise the error of a text that a member cannot read."""
+    for one in texts:
+        one.check()

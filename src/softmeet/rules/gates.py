@@ -270,6 +270,12 @@ def that_closes(gate: Gate | None) -> Gate | None:
     return None if gate is None or gate.never_closes else gate
 
 
+def unsure_of(gate: Gate | None) -> Unsure | None:
+    """Return the gate if it is ``unsure`` and may close, by which members after the first need not always run."""
+    found = that_closes(gate)
+    return found if isinstance(found, Unsure) else None
+
+
 def gated(problem: Problem) -> tuple[Answer, Bool[Tensor, " B"], float]:
     """Solve a problem by its rule in the rows at which its gate is open, and answer the others by the gate.
 

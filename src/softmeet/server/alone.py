@@ -16,7 +16,7 @@ from torch import Tensor
 from softmeet.engine import quick
 from softmeet.engine.ask import Members
 from softmeet.engine.combined import Combined, of_one_each
-from softmeet.engine.speculate import FullError, MemberTurns
+from softmeet.engine.speculate import MemberTurns
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
 from softmeet.server.limits import Limits
@@ -26,8 +26,8 @@ from softmeet.server.tasks import Task
 from softmeet.server.tokens import drawn, tokens_of
 
 Give = Callable[[Sequence, Token], None]
-# Takes note of the solution of positions and how long it was suspended; returns the seconds that a closed gate saved.
-Count = Callable[[list[Sequence], Solution | None, float], float]
+# Takes note of the solution at some rows and how long it was suspended; returns the seconds that a closed gate saved.
+Count = Callable[[list[Sequence], Solution | None, float, slice], float]
 
 
 class OneMember:
@@ -93,16 +93,9 @@ class Ahead(MemberTurns):
     def go_on(self, task: Task) -> None:
         """Let the member that has read the least read on, draft its share, and give what is settled."""
         self._task = task
-        try:
-            self.turn()
-        except FullError:
-            self.end()
+        self.turn()
+        if self.is_over:
             self._s.alone = False
-
-    def end(self) -> None:
-        """Let every member forget drafts, and the newest token, as in a batch."""
-        self._s.drafts.clear()
-        self.take_back()
 
     def clock(self) -> float:
         """Return a time in seconds that stands still while the turn is suspended."""
@@ -131,32 +124,20 @@ class Ahead(MemberTurns):
         self._suspended = self._task.suspended - before
         return found
 
-    def settle(self, found: Combined) -> bool:
-        """Give the tokens of the positions until a draft was wrong."""
-        s, own, drafts = self._s, list[int](), self._s.drafts
-        for row in found.ours.split(1):
-            s.drafts = drafts[: len(own)]
-            token = drawn([s], row)[0]
-            if own and s.dead_end is not None:
-                # It is raised again when this position is the next one.
-                s.dead_end = None
-                break
-            own.append(token)
-            if drafts[: len(own)] != own or token in s.request.ends:
-                break
-        s.drafts, rows, whole = [], [s] * len(own), len(own) == len(found.ours)
-        for given in tokens_of(rows, found, own, self._counted(rows, found.solution, self._suspended)):
-            draft, drafts = drafts[:1], drafts[1:]
-            right = draft == [given.token]
-            if draft:
-                self.told(right)
-                self._metrics.accepted.inc(right)
-            self._give(s, given)
-            s.busy = True  # until the turn ends
-            if not right or s.done:
-                return False
-        s.drafts = drafts if whole else []
-        return whole
+    def told(self, right: bool) -> None:
+        """Count a draft that was right."""
+        super().told(right)
+        self._metrics.accepted.inc(right)
+
+    def take(self, found: Combined, rows: slice) -> bool:
+        """Draw the next token and give it; return whether the sequence goes on."""
+        s = self._s
+        tokens = drawn([s], found.ours[rows])
+        saved = self._counted([s], found.solution, self._suspended / len(found.ours), rows)
+        for token in tokens_of([s], found, tokens, saved, start=rows.start):
+            self._give(s, token)
+        s.busy = True  # until the turn ends
+        return not s.done
 
 
 def alone(
@@ -192,6 +173,8 @@ def alone(
         noticed |= any(reader.traits.rounding == "coarse" for reader in s.readers)
     if not all(reader.traits.can_crop for reader in s.readers):
         return None
-    if not speculate or (speculate == "auto" and (noticed or len({reader.traits.places for reader in s.readers}) > 1)):
+    # A draft of less than a token, such as a byte, saves nearly nothing.
+    in_vain = how.model.symbols_of_token > 1 or len({reader.traits.places for reader in s.readers}) > 1
+    if not speculate or (speculate == "auto" and (noticed or in_vain)):
         return None
     return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)

@@ -225,7 +225,7 @@ class Batcher(threading.Thread):
             s.busy = True
             groups[self._kinds.of(s)].append(s)
         for kind, rows in groups.items():
-            self._start(Task(rows, partial(self._solve, rows, [found[s] for s in rows]), kind))
+            self._start(Task(rows, partial(self._solve, {s: found[s] for s in rows}), kind))
         for prompts in prompts_together(new, alone=self._reproducible):
             self._turns.add(Task(prompts, partial(self._run_prompts, prompts)))
         self._turns.take(time.perf_counter() - started, self._some_wait, [s.account for s in found])
@@ -264,7 +264,7 @@ class Batcher(threading.Thread):
 
     def _step_alone(self, s: Sequence, task: Task) -> None:
         """Run one sequence's newest token and draw the next, as no other sequence's is."""
-        self._solve([s], [self._step([s])[s]], task)
+        self._solve(self._step([s]), task)
 
     def _some_wait(self) -> bool:
         """Return whether a sequence waits for the next round."""
@@ -292,26 +292,28 @@ class Batcher(threading.Thread):
         self.metrics.prompt_tokens.inc(len(s.prompt))
         self.metrics.reused_tokens.inc(s.reused)
         if s.request.score_prompt:
-            every, asked = self._gates.over_prompt(s, hidden, task)
+            every = self._gates.ask({s: hidden}, task, every=True)[s]
             s.check()
             seconds = self.limits.token_seconds * len(every[0][:-1])
-            self._emit(s, PromptScored(scored(s, [own[:-1] for own in every], asked, task, seconds)))
+            self._emit(s, PromptScored(scored(s, [own[:-1] for own in every], task, seconds)))
         s.account = self._newcomers if s.account is self._prompts else s.account
         if s.max_tokens:
             self._unsolved[s] = [states[-1:] for states in hidden]
         else:
             self._finish(s, Finished("length"))
 
-    def _solve(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
+    def _solve(self, found: dict[Sequence, Hidden], task: Task) -> None:
         """Solve sequences of one combination together, draw the next token of each, and hand it over by :meth:`_give`.
 
         If solving them together fails, each is solved alone, so that only a sequence which fails alone is ended.
+
+        Args:
+            found: what the members predict that read every token of the sequences.
+            task: the task that does so.
         """
-        if group[0].combination.unsure:
-            hidden = self._gates.ask(group, hidden, task)
-        finite = [(s, own) for s, own in zip(group, hidden, strict=True) if self._goes_on(s)]
-        if finite:
-            self._draw([s for s, _ in finite], [own for _, own in finite], task)
+        told = {s: own for s, own in self._gates.ask(found, task).items() if self._goes_on(s)}
+        if told:
+            self._draw(list(told), list(told.values()), task)
 
     def _draw(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> None:
         """Do as :meth:`_solve`, with what every member predicts for each sequence."""

@@ -11,8 +11,7 @@ from collections import defaultdict
 from typing import Any
 
 from softmeet.engine.ask import Hidden, Members
-from softmeet.engine.deferral import Deferral
-from softmeet.engine.gate import OTHERS, ask, unread
+from softmeet.engine.gate import ask
 from softmeet.engine.recorder import Savings
 from softmeet.rules.solution import Solution
 from softmeet.server.metrics import Metrics
@@ -32,61 +31,44 @@ class Gates:
         self._members, self._metrics = members, metrics
         self._savings: dict[tuple[Any, ...], Savings] = defaultdict(Savings)
 
-    def over_prompt(self, sequence: Sequence, hidden: Hidden, task: Task) -> tuple[Hidden, Deferral | None]:
-        """Return every member's last hidden states over a prompt to be scored, given those in ``sequence.batched``.
-
-        Under the gate ``unsure`` these are the first member's alone. If the gate is open at any of the prompt's t
-        tokens, the other members run the whole prompt; if it is closed at all of them, zeros take the place of their
-        hidden states.
+    def ask(self, found: dict[Sequence, Hidden], task: Task, *, every: bool = False) -> dict[Sequence, Hidden]:
+        """Return what every member predicts for sequences of one combination; under ``unsure`` as :func:`ask` has it.
 
         Args:
-            sequence: the prompt's sequence.
-            hidden: the last hidden states of the members in ``sequence.batched`` at all t tokens, (t, d_i) each.
-            task: the task that runs the prompt; it may pause.
-
-        Returns:
-            (the last hidden states of every member, (t, d_i) each; a :class:`~softmeet.engine.combine.Deferral` whose
-            mask, (t,), says at which tokens the gate ``unsure`` is open, or None if the sequence has no such gate).
+            found: what the members predict that read every token.
+            task: the task that combines them; it may pause.
+            every: whether that is for all places of a prompt, to score it.
         """
-        gate = sequence.combination.unsure
+        gate = next(iter(found)).combination.unsure
         if gate is None:
-            return hidden, None
-        asked = sequence.combination.model.combiner.deferral(gate, hidden[0])
-        if not bool(asked.rows.any()):
-            return [*hidden, *unread(sequence, hidden[0])], asked
-        others = self._members.read_on([sequence], OTHERS, every=True, pause=task.pause)[sequence]
-        return [*hidden, *others], asked
+            return found
+        return ask(found, gate, self._members, every=every, pause=task.pause, clock=task.clock)
 
-    def ask(self, group: list[Sequence], hidden: list[Hidden], task: Task) -> list[Hidden]:
-        """Return every member's last hidden states at the newest token, for sequences under one gate ``unsure``."""
-        gate = group[0].combination.unsure
-        assert gate is not None
-        return ask(group, hidden, gate, self._members, pause=task.pause, clock=task.clock)
-
-    def saved(self, sequences: list[Sequence], solution: Solution | None, suspended: float = 0.0) -> float:
+    def saved(
+        self, sequences: list[Sequence], solution: Solution | None, suspended: float = 0.0, rows: slice = slice(None)
+    ) -> float:
         """Count a batch's reads of heads, rows and closed rows; return about how many seconds each closed row saved.
 
         That is the mean time that open rows of the same members, rule and gate have taken so far, this batch's
         included; 0 if no row was open yet, or without a gate, when nothing is counted.
 
         Args:
-            sequences: the batch's sequences, all of one combination; of one that drafts, one for each token it gets.
-            solution: of the batch, row k for sequence k, and perhaps more rows, in vain; None of averages that were not
-                solved for.
+            sequences: the batch's sequences, all of one combination.
+            solution: of the batch, perhaps with more rows; None of averages that were not solved for.
             suspended: the seconds in the solution's that its task was suspended.
+            rows: those of the solution that are the sequences'.
         """
-        combination = sequences[0].combination
+        combination, count = sequences[0].combination, len(sequences)
         gate = combination.gate
         if solution is not None:
-            self._metrics.passes.inc(solution.num_passes.sum().item())
+            self._metrics.passes.inc(solution.num_passes[rows].sum().item())
         if solution is None or gate is None:
             return 0.0
         savings = self._savings[gate.name, combination.settings.rule.name, *combination.model.members]
-        count = len(sequences)
-        closed = int(solution.gated[:count].sum())
+        closed = int(solution.gated[rows].sum())
         # A solve may also have been suspended where the solution does not count the time.
         own = max(solution.seconds - suspended, 0.0) * count / len(solution.gated)
-        savings.add(len(sequences), closed, own + sum(s.spent for s in sequences))
+        savings.add(count, closed, own + sum(s.spent for s in sequences))
         each = (savings.saved or 0.0) / max(savings.gated, 1)
         self._metrics.gated.labels(gate.name).inc(closed)
         self._metrics.saved.labels(gate.name).inc(closed * each)

@@ -15,7 +15,7 @@ from softmeet.errors import SoftmeetError
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.reader import Alphabet
 from softmeet.rules.base import Rule
-from softmeet.rules.gates import Gate, Unsure, that_closes
+from softmeet.rules.gates import Gate, Unsure, that_closes, unsure_of
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
 
@@ -114,7 +114,7 @@ class Combination:
     @property
     def unsure(self) -> Unsure | None:
         """The gate if it is ``unsure``, under which the other members run only where the first is unsure; else None."""
-        return self.gate if isinstance(self.gate, Unsure) else None
+        return unsure_of(self.settings.gate)
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ class Sequence(Continuation):
 
     def forget(self) -> None:
         """Free the keys and values, even if somebody keeps the sequence."""
-        self.close()
+        super().forget()
         self.alone = None
 
     def cancel(self) -> None:

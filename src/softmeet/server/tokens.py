@@ -13,7 +13,6 @@ from torch import Tensor
 
 from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined
-from softmeet.engine.deferral import Deferral
 from softmeet.engine.draw import Place, choose
 from softmeet.engine.processors import following
 from softmeet.errors import SoftmeetError
@@ -48,13 +47,12 @@ def drawn(sequences: list[Sequence], ours: Float[Tensor, "B v"]) -> list[int]:
     return choose(torch.cat(scores), noise).tolist()
 
 
-def scored(s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task, seconds: float) -> list[Token]:
+def scored(s: Sequence, hidden: Hidden, task: Task, seconds: float) -> list[Token]:
     """Return the tokens of a prompt but the first, with what its request asks for.
 
     Args:
         s: the prompt's sequence.
         hidden: each member's last hidden states at all tokens of the prompt but the last, (t, d_i).
-        asked: at which of the prompt's tokens all members ran; None for all of them.
         task: the caller, which may pause.
         seconds: those that the rule may work in all.
     """
@@ -63,7 +61,7 @@ def scored(s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task, seco
     with task.limit(seconds):
         for start in range(0, len(hidden[0]), _SCORED_AT_ONCE):
             rows = slice(start, min(start + _SCORED_AT_ONCE, len(hidden[0])))
-            some, known = asked and asked.take(rows), before and before.take(rows)
+            some, known = s.asked and s.asked.take(rows), before and before.take(rows)
             log_probs, solution = how.model.combiner.solve_rows(
                 [states[rows] for states in hidden], how.settings, some, known, proved=False
             )
@@ -74,22 +72,29 @@ def scored(s: Sequence, hidden: Hidden, asked: Deferral | None, task: Task, seco
 
 
 def tokens_of(
-    sequences: list[Sequence], found: Combined, tokens: Iterable[int], saved: float = 0.0, *, scored: bool = False
+    sequences: list[Sequence],
+    found: Combined,
+    tokens: Iterable[int],
+    saved: float = 0.0,
+    *,
+    start: int = 0,
+    scored: bool = False,
 ) -> Iterator[Token]:
     """Yield each row's token, with the log-probabilities, the listed tokens and the report that its request asks for.
 
     Args:
-        sequences: the sequence of each of the B rows.
-        found: what the rule makes of them.
+        sequences: the sequence of each of the rows.
+        found: what the rule makes of them, and perhaps of others.
         tokens: for each row, the id that was drawn, or that stands in the prompt.
         saved: seconds that a closed gate saves in a row; ignored where the row's gate was open.
+        start: the first of the rows.
         scored: whether rows are places of a prompt, which members have read to its end.
     """
     # All rows at once: each read waits for the device.
     solution, count = found.solution, len(found.ours)
     status = [Status.OPTIMAL.value] * count if solution is None else solution.status.tolist()
     closed = [False] * count if solution is None else solution.gated.tolist()
-    for row, (s, token) in enumerate(zip(sequences, tokens, strict=True)):
+    for row, (s, token) in enumerate(zip(sequences, tokens, strict=True), start):
         gated, asked = closed[row], s.request
         made = Token(token, status=Status(status[row]).name, gated=gated, saved=saved if gated else 0.0)
         if asked.top is not None or asked.report is not None:
