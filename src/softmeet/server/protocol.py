@@ -39,10 +39,9 @@ def configuration(serving: Serving, **options: Any) -> uvicorn.Config:
         options: further arguments of ``uvicorn.Config``, such as ``port``.
     """
     bounds = {"protection": serving.settings.protection, "metrics": serving.metrics}
-    # uvicorn's own access log would hold queries; nothing here speaks WebSocket.
-    fixed: dict[str, Any] = {"ws": "none", "access_log": False, "server_header": False}
     http = cast(type[asyncio.Protocol], type("Protocol", (BoundedProtocol,), bounds))
-    return uvicorn.Config(create_app(serving), http=http, **fixed, **options)
+    # uvicorn's own access log would hold queries; nothing here speaks WebSocket.
+    return uvicorn.Config(create_app(serving), http=http, ws="none", access_log=False, server_header=False, **options)
 
 
 class BoundedProtocol(HttpToolsProtocol):
