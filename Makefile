@@ -7,18 +7,21 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo docs figures test soak bench check format lint clean
+.PHONY: demo docs figures test test-slow soak bench check format lint clean
 
 demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundled members.
 	@echo "loading softmeet and torch"
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python examples/demo.py
 
-test: ## Run the tests.
-	@echo "make test: 7 to 10 minutes on two idle cores, and on first use the installation, some minutes more."
+test: ## Run the tests, but those of clusters, browsers, packages and servers under load (make test-slow).
+	@echo "make test: 5 to 7 minutes on two idle cores, and on first use the installation, some minutes more."
+	@$(MAKE) --no-print-directory $(VENV)/.test
+	$(TEST_ENV) $(BIN)/pytest -rfEs -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test ## Run those tests: 3 to 4 minutes. CI runs both.
 	@command -v chromium >/dev/null || echo "without chromium (apt install chromium) the tests of the page are skipped"
 	@command -v npm >/dev/null || echo "without npm (apt install npm) those of OpenAI's client for JavaScript are skipped"
-	@$(MAKE) --no-print-directory $(VENV)/.test
-	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/pytest -rfEs -m slow $(PYTEST_ARGS)
 
 test-%: $(VENV)/.test ## Run the tests of one room, a folder of tests/: make test-rules.
 	$(TEST_ENV) $(BIN)/pytest -rfEs $(PYTEST_ARGS) tests/$*
@@ -44,7 +47,7 @@ docs: $(VENV)/.docs ## Build the site into site/; every broken link is an error.
 figures: | $(BIN)/python ## Write the figures on pages from benchmarks/results, and say which command measures each again.
 	$(BIN)/python tools/update_figures.py
 
-check: lint docs test ## What CI does: format, lint, types, layers, spelling, the site, tests.
+check: lint docs test test-slow ## What CI does: format, lint, types, layers, spelling, the site, tests.
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

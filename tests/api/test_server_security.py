@@ -280,6 +280,7 @@ def terminable():
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_ends_every_stream_properly(members, terminable):
     """After a first one, answers go on to their end; at a second one, those that are left are ended by name.
 
@@ -316,6 +317,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members, terminable):
     assert f"serving pair, running on {url} (Ctrl-C ends it)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_ends_every_answer_properly(members):
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}

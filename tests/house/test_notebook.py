@@ -20,6 +20,7 @@ def shown(code, namespace):
     return last and eval(compile(ast.Expression(last.value), str(NOTEBOOK), "eval"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

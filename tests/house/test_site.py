@@ -69,6 +69,7 @@ def public_names():
     return sorted(names)
 
 
+@pytest.mark.slow
 def test_every_public_name_has_an_entry(site):
     inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
     entries = {line.split()[0] for line in inventory.splitlines()}
@@ -82,6 +83,7 @@ def test_every_public_name_says_what_it_is(name):
     assert name == "softmeet.RULES" or inspect.getdoc(found)
 
 
+@pytest.mark.slow
 def test_every_page_opens_with_what_it_is_for(site, pages):
     def opening(name):
         text = (site / f"{name}.html").read_text()
@@ -103,6 +105,7 @@ def test_pages_read_without_a_network_on_a_phone_at_night(site, pages, browser):
     assert not complaints(browser.new_context(**look, java_script_enabled=False), site, rest)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_pages_read_on_a_desk(site, browser):
     context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light", offline=True)
@@ -134,6 +137,7 @@ def complaints(context, site, names, *, shot=False):
     return every
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_search_finds_a_page_without_a_server(site, browser):
     page = browser.new_context(offline=True).new_page()

@@ -132,6 +132,7 @@ def ask(page, name, url, key="sesame"):
     return page.evaluate("([name, where]) => window.ask(name, where)", [name, [url, key]])
 
 
+@pytest.mark.slow
 @needs_chromium
 @needs_npm
 def test_the_client_gets_answers_streams_and_refusals_on_a_page_that_is_allowed(browser, origins, url):
@@ -150,6 +151,7 @@ def test_the_client_gets_answers_streams_and_refusals_on_a_page_that_is_allowed(
         assert ask(page, "completion", url, key="wrong")[:2] == ["AuthenticationError", 401]
 
 
+@pytest.mark.slow
 @needs_chromium
 @needs_npm
 def test_the_client_gets_nothing_on_a_page_that_is_not_allowed(browser, origins, url):
@@ -158,6 +160,7 @@ def test_the_client_gets_nothing_on_a_page_that_is_not_allowed(browser, origins,
             assert ask(page, name, url)[0] == "APIConnectionError"
 
 
+@pytest.mark.slow
 @needs_chromium
 @needs_npm
 def test_the_guides_program_shows_the_answer(browser, origins, url):

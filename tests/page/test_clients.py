@@ -71,6 +71,7 @@ def commands(text):
         yield command, printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", ["curl", "Chat", "llm"])
 def test_commands_print_what_the_page_shows(addresses, section):
     for kind, text in PARTS[section]:
@@ -80,6 +81,7 @@ def test_commands_print_what_the_page_shows(addresses, section):
                 assert matches(printed, done.stdout + done.stderr), (command, done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of llm
 def test_programs_print_what_the_page_shows(addresses):
     names = {}
@@ -94,6 +96,7 @@ def test_programs_print_what_the_page_shows(addresses):
             assert matches(printed, out.getvalue()), out.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_prints_what_the_page_shows_both_ways(addresses, tmp_path):
     (data, task, *runs) = (text for _, text in PARTS["lm-eval"])

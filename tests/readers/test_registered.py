@@ -107,6 +107,18 @@ def test_the_guides_package_is_saved_and_served(installed):
     assert answer.json()["choices"][0]["text"] == expected
 
 
+def test_a_copy_for_another_process_makes_its_reader_there(installed):
+    """As Ray's workers get it; they know the package, as it is installed, and no reader that was made here."""
+    from softmeet.scaling.packing import pack, unpack
+
+    ensemble = softmeet.Ensemble.from_pretrained(["bigrams:psalm.txt", "wide/gpt2"], "prob-mean")
+    packed, _ = pack(ensemble)
+    registered._made.clear()
+    copy = unpack(packed)
+    assert copy.model.members[0].reader is not ensemble.model.members[0].reader
+    assert copy.inspect("The LORD is", 3) == ensemble.inspect("The LORD is", 3)
+
+
 class Counted(StatelessReader):
     """What follows depends on all symbols before, over the tokens of a tiny tokenizer."""
 

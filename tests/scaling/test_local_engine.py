@@ -97,6 +97,7 @@ def test_a_command_that_was_stopped_does_not_wait_for_its_threads(monkeypatch):
     assert ends == [130]
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_an_evaluation_at_once_and_keeps_what_was_done(tmp_path):
     folders = [tiny.save(tmp_path / name, name) for name in ("gpt2", "llama")]
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 400)

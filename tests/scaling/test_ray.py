@@ -49,7 +49,7 @@ with warnings.catch_warnings():
 # Workers cannot import tests, nor what the study of the benchmarks is made of.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 ray.cloudpickle.register_pickle_by_value(studies)
-pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and what it imports
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # of Ray and what it imports
 WORDS = "the quick brown fox jumps over the lazy dog. "
 DOCUMENTS = [Document(f"d{k}", WORDS[k:] * 2) for k in range(12)]
 

@@ -92,6 +92,7 @@ def process_of(replica):
     return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
 
 
+@pytest.mark.slow
 def test_a_replica_killed_under_load(url):
     streams = [Stream(url, seed) for seed in range(6)]
     wait_until(lambda: all(len(s.events) > 3 for s in streams))
@@ -135,6 +136,7 @@ def test_a_replica_killed_under_load(url):
     wait_until(replaced)
 
 
+@pytest.mark.slow
 def test_the_front_has_neither_models_nor_what_runs_them(url):
     (name,) = [one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "#front#" in one["name"]]
     modules = ray.get(ray.get_actor(name, namespace="serve").__ray_call__.remote(lambda self: set(sys.modules)))
@@ -142,6 +144,7 @@ def test_the_front_has_neither_models_nor_what_runs_them(url):
     assert not {"torch", "transformers"} & modules
 
 
+@pytest.mark.slow
 def test_what_a_single_server_says_replicas_say(url):
     with client(url) as http:
         assert http.get("/health").json() == {"status": "ok"}
@@ -156,6 +159,7 @@ def test_what_a_single_server_says_replicas_say(url):
     assert httpx.get(f"{url}/v1/models", timeout=300).status_code == 401
 
 
+@pytest.mark.slow
 def test_over_bytes_replicas_write_what_generate_does(url):
     ensemble, talk = Ensemble.from_pretrained("mixed"), [{"role": "user", "content": "Who is it?"}]
     how = {"seed": 4, "max_new_tokens": 30, "do_sample": True, "top_k": 0}
@@ -189,6 +193,7 @@ def counts(http):
     return found
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_frees_its_place(url):
     with client(url) as http:
         before = sum(tokens for _, tokens in counts(http).values())

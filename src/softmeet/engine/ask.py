@@ -8,7 +8,7 @@ numbers are the same, to the last bit, whatever else is written.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar, cast
 
@@ -41,36 +41,23 @@ class Members:
     def __init__(self, n: int, *, parallel: bool | Literal["auto"] = False, reproducible: bool = False) -> None:
         self._together, self._reproducible = Together(n, parallel), reproducible
 
-    def step(self, parts: Sequence[tuple[C, int]], texts: Sequence[C]) -> dict[C, Hidden]:
-        """Read what members have not read of texts, in the way that was measured to be faster for so many.
-
-        Args:
-            parts: each text with the numbers of the members that read it.
-            texts: the texts; why a member cannot read them is added to their ``failures``.
-
-        Returns:
-            for each text, what each of its members predicts behind its newest token, as :meth:`read_on` has it.
-        """
-        if self._reproducible and len(texts) > 1:
-            return {one: self.step([part for part in parts if part[0] is one], [one])[one] for one in texts}
-        return self._read(parts, texts)
-
     def read_on(
         self,
         texts: Sequence[C],
-        members: slice = slice(None),
+        members: slice | Mapping[C, slice] = slice(None),
         *,
         every: bool = False,
-        pause: Callable[[], None] = lambda: None,
+        pause: Callable[[], None] | None = None,
     ) -> dict[C, Hidden]:
         """Read the tokens and drafts of texts that members have not read, each member those of all together.
 
         Args:
             texts: why a member cannot read them is added to their ``failures``.
-            members: the members that read, as a slice.
+            members: the members that read, as a slice; or for each text those that read it.
             every: whether the next token is to be predicted behind all t tokens that a member has not read, in place of
                 the newest alone. What is kept of earlier texts is then not used.
-            pause: called between the pieces of a long text, if members do not read in threads of their own.
+            pause: called between the pieces of a long text, if members do not read in threads of their own; None for
+                new tokens alone, which members read in the way that was measured to be faster for so many texts.
 
         Returns:
             for each text and each of those members the last hidden states, (t, d_i), or of a member without a head
@@ -78,18 +65,11 @@ class Members:
         """
         if self._reproducible and len(texts) > 1:
             return {one: self.read_on([one], members, every=every, pause=pause)[one] for one in texts}
-        parts = [(one, i) for one in texts for i in range(len(one.rows))[members]]
-        return self._read(parts, texts, every=every, pause=pause)
-
-    def _read(
-        self,
-        asked: Sequence[tuple[C, int]],
-        texts: Sequence[C],
-        *,
-        every: bool = False,
-        pause: Callable[[], None] | None = None,
-    ) -> dict[C, Hidden]:
-        """Read as :meth:`read_on` does; without a ``pause`` in the way that was measured to be faster."""
+        asked = [
+            (one, i)
+            for one in texts
+            for i in range(len(one.rows))[members if isinstance(members, slice) else members[one]]
+        ]
         parts = _by_reader(asked, every=every)
         run = partial(_read_by, parts, every=every)
         if pause is None:

@@ -100,7 +100,8 @@ def of_one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Me
     Raises:
         SoftmeetError: if a member cannot read a text.
     """
-    told, combiner = members.step(list(zip(texts, drawn, strict=True)), texts), texts[0].model.combiner
+    chosen = {one: slice(i, i + 1) for one, i in zip(texts, drawn, strict=True)}
+    told, combiner = members.read_on(texts, chosen), texts[0].model.combiner
     for one in texts:
         one.check()
     return quick.of_drawn(combiner.heads, [told[one][0] for one in texts], drawn, combiner.support, combiner.v)

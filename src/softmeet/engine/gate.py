@@ -26,7 +26,7 @@ def read(
     settings: Settings,
     *,
     every: bool = False,
-    pause: Callable[[], None] = lambda: None,
+    pause: Callable[[], None] | None = None,
 ) -> dict[C, Hidden]:
     """Have members read what they have not read of texts: all of them, or under the gate those that are asked.
 
@@ -55,7 +55,7 @@ def ask(
     members: Members,
     *,
     every: bool = False,
-    pause: Callable[[], None] = lambda: None,
+    pause: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[C, Hidden]:
     """Return what every member predicts for texts, where the gate is open at one of their places.

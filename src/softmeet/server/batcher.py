@@ -232,8 +232,7 @@ class Batcher(threading.Thread):
 
     def _step(self, ready: list[Sequence]) -> dict[Sequence, Hidden]:
         """Read the newest tokens of sequences, each by those of its members that read every token."""
-        wanted = [(s, i) for s in ready for i in range(len(s.rows))[s.batched]]
-        return self.members.step(wanted, ready) if ready else {}
+        return self.members.read_on(ready, {s: s.batched for s in ready}) if ready else {}
 
     def _start(self, task: Task) -> None:
         """Draw averages at once; all else takes turns."""
