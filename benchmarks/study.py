@@ -16,7 +16,7 @@ import typer
 
 from cells import Json, Run
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import flag, flags, optional
 from softmeet.cli.messages import stoppable
 from softmeet.cli.progress import progress, working
 from softmeet.ensemble import Ensemble
@@ -80,7 +80,7 @@ def real(
     out: Out,
     text: Text = None,
     smoke: Smoke = False,
-    family: str | None = flag(None, "narrow or wide.", shown="both, each in its own subfolder"),
+    family: str | None = optional("narrow or wide.", shown="both, each in its own subfolder"),
     positions: Count = 4000,
     meet: Meet = 4000,
     exact: Exact = 4000,
@@ -104,11 +104,10 @@ def pretrained(
     *,
     out: Out,
     members: options.Members = None,
-    text: list[Path] | None = flag(None, _DOCUMENT, "--text", "-t"),
-    trace: Path | None = flag(
-        None,
+    text: list[Path] | None = optional(_DOCUMENT, "--text", "-t"),
+    trace: Path | None = optional(
         "The folder of a trace by softmeet trace, in place of --text. Without -m, the members of the trace are used; "
-        "with it, name the same ones in the same order.",
+        "with it, name the same ones in the same order."
     ),
     positions: Count = 4000,
     meet: Meet = 1000,
@@ -122,8 +121,8 @@ def pretrained(
         "(slow for wide heads); 0 for no test.",
         min=0,
     ),
-    only: str | None = flag(
-        None, "With --trace: use only documents whose file names match this pattern, such as '*.py'.", shown="all"
+    only: str | None = optional(
+        "With --trace: use only documents whose file names match this pattern, such as '*.py'.", shown="all"
     ),
     loading: options.LoadingFlags,
     running: options.EngineFlags,

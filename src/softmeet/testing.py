@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -73,6 +74,16 @@ def random_texts(reader: Reader, seed: int = 0) -> list[list[int]]:
     return found
 
 
+@contextmanager
+def _opened(reader: Reader, **how: Any) -> Iterator[Row]:
+    """Enter a context with a row of a reader that nothing was read in before; it is closed at the end."""
+    row = reader.open(reuse=False, **how)
+    try:
+        yield row
+    finally:
+        reader.close(row)
+
+
 def _read(reader: Reader, row: Row, symbols: Sequence[int], at: Sequence[int], keep: bool = True) -> Tensor:
     """Read symbols of one row; returns log-probabilities, (places, v)."""
     before = row.length
@@ -89,10 +100,8 @@ def _log_probs(found: Predictions) -> Float[Tensor, "k v"]:
 
 def _alone(reader: Reader, text: Sequence[int]) -> Float[Tensor, "t v"]:
     """Read a text by itself in a row of its own; returns what follows each of its symbols."""
-    row = reader.open(reuse=False)
-    found = _read(reader, row, text, range(1, len(text) + 1))
-    reader.close(row)
-    return found
+    with _opened(reader) as row:
+        return _read(reader, row, text, range(1, len(text) + 1))
 
 
 def _same(reader: Reader, law: str, found: Tensor, expected: Tensor) -> None:
@@ -114,9 +123,8 @@ def _same(reader: Reader, law: str, found: Tensor, expected: Tensor) -> None:
 
 def tells_distributions(reader: Reader, texts: Texts) -> None:
     """Check that each prediction is a distribution over the alphabet, or is bounded where symbols are not known."""
-    row = reader.open(reuse=False)
-    found = finished(reader.read([Read(row, texts[0], range(1, len(texts[0]) + 1))]))
-    reader.close(row)
+    with _opened(reader) as row:
+        found = finished(reader.read([Read(row, texts[0], range(1, len(texts[0]) + 1))]))
     told, v = _log_probs(found), reader.alphabet.size
     assert told.shape == (len(texts[0]), v), f"expected log-probabilities {(len(texts[0]), v)}, got {tuple(told.shape)}"
     assert not told.isnan().any(), "expected log-probabilities, got NaN"
@@ -136,30 +144,26 @@ def tells_distributions(reader: Reader, texts: Texts) -> None:
 def whole_equals_one_by_one(reader: Reader, texts: Texts) -> None:
     """Check that a text which is read at once is predicted as one that is read symbol by symbol."""
     for text in texts:
-        row = reader.open(reuse=False)
-        found = torch.cat([_read(reader, row, [symbol], [1]) for symbol in text])
-        assert row.length == len(text), f"expected a row of length {len(text)}, got {row.length}"
-        reader.close(row)
+        with _opened(reader) as row:
+            found = torch.cat([_read(reader, row, [symbol], [1]) for symbol in text])
+            assert row.length == len(text), f"expected a row of length {len(text)}, got {row.length}"
         _same(reader, "one by one", found, _alone(reader, text))
 
 
 def told_again_is_the_same(reader: Reader, texts: Texts) -> None:
     """Check that what follows the symbols that were read is told again, before further ones are read."""
     text, half = texts[0], len(texts[0]) // 2
-    row = reader.open(reuse=False)
-    before = _read(reader, row, text[:half], [half])
-    _same(reader, "told again", _read(reader, row, [], [0]), before)
-    _same(reader, "told with what follows", _read(reader, row, text[half:], [0]), before)
-    reader.close(row)
+    with _opened(reader) as row:
+        before = _read(reader, row, text[:half], [half])
+        _same(reader, "told again", _read(reader, row, [], [0]), before)
+        _same(reader, "told with what follows", _read(reader, row, text[half:], [0]), before)
 
 
 def forks_read_on_by_themselves(reader: Reader, texts: Texts) -> None:
     """Check that a fork is the text read anew, and that neither it nor the row it was made of changes the other."""
     if not reader.traits.can_fork:
-        row = reader.open(reuse=False)
-        with _refused(reader, "a fork by a reader whose traits say that it has none"):
+        with _opened(reader) as row, _refused(reader, "a fork by a reader whose traits say that it has none"):
             reader.fork(row)
-        reader.close(row)
         return
     one, other = texts[0], texts[1]
     half = min(len(one), len(other)) // 2
@@ -181,26 +185,23 @@ def cropped_is_never_read(reader: Reader, texts: Texts) -> None:
     """Check that symbols which were taken back leave nothing behind."""
     one, other = texts[0], texts[1]
     half = min(len(one), len(other)) // 2
-    row = reader.open(reuse=False)
-    _read(reader, row, one, [len(one)])
-    if not reader.traits.can_crop:
-        with _refused(reader, "taking back by a reader whose traits say that it cannot"):
-            reader.crop(row, half)
-        reader.close(row)
-        return
-    reader.crop(row, half)
-    assert row.length == half, f"expected a row of length {half} after crop, got {row.length}"
-    expected = _alone(reader, [*one[:half], *other])
-    _same(reader, "told after crop", _read(reader, row, [], [0]), expected[half - 1 : half])
-    _same(reader, "read after crop", _read(reader, row, other, range(1, len(other) + 1)), expected[half:])
-    reader.close(row)
+    with _opened(reader) as row:
+        _read(reader, row, one, [len(one)])
+        if not reader.traits.can_crop:
+            with _refused(reader, "taking back by a reader whose traits say that it cannot"):
+                reader.crop(row, half)
+            return
+        reader.crop(row, half)
+        assert row.length == half, f"expected a row of length {half} after crop, got {row.length}"
+        expected = _alone(reader, [*one[:half], *other])
+        _same(reader, "told after crop", _read(reader, row, [], [0]), expected[half - 1 : half])
+        _same(reader, "read after crop", _read(reader, row, other, range(1, len(other) + 1)), expected[half:])
     if reader.traits.can_fork:
-        row = reader.open(reuse=False)
-        _read(reader, row, one, [])
-        (fork,) = reader.fork(row, length=half)
-        _same(reader, "forked at less", _read(reader, fork, other, range(1, len(other) + 1)), expected[half:])
-        reader.close(row)
-        reader.close(fork)
+        with _opened(reader) as row:
+            _read(reader, row, one, [])
+            (fork,) = reader.fork(row, length=half)
+            _same(reader, "forked at less", _read(reader, fork, other, range(1, len(other) + 1)), expected[half:])
+            reader.close(fork)
 
 
 def own_tokens_stand_before(reader: Reader, texts: Texts) -> None:
@@ -210,30 +211,26 @@ def own_tokens_stand_before(reader: Reader, texts: Texts) -> None:
     (first, *rest), text = texts[1][:4], texts[0]
     found = list[Tensor]()
     for own, symbols in (([first], [*rest, *text]), ([first, *rest], text)):
-        row = reader.open(own=own, reuse=False)
-        assert row.length == 0, f"expected a new row of length 0, got {row.length}"
-        found.append(_read(reader, row, symbols, [len(symbols)]))
-        reader.close(row)
+        with _opened(reader, own=own) as row:
+            assert row.length == 0, f"expected a new row of length 0, got {row.length}"
+            found.append(_read(reader, row, symbols, [len(symbols)]))
     _same(reader, "behind its own tokens", found[1], found[0])
-    row = reader.open(own=[first, *rest], reuse=False)
-    found.append(_read(reader, row, [], [0]))
-    reader.close(row)
-    row = reader.open(own=[first], reuse=False)
-    _same(reader, "right behind its own tokens", found[2], _read(reader, row, rest, [len(rest)]))
-    reader.close(row)
+    with _opened(reader, own=[first, *rest]) as row:
+        found.append(_read(reader, row, [], [0]))
+    with _opened(reader, own=[first]) as row:
+        _same(reader, "right behind its own tokens", found[2], _read(reader, row, rest, [len(rest)]))
 
 
 def what_is_not_kept_is_not_read(reader: Reader, texts: Texts) -> None:
     """Check that symbols which are read without being kept leave a row as it was."""
     text, half = texts[0], len(texts[0]) // 2
-    row = reader.open(reuse=False)
-    _read(reader, row, text[:half], [])
-    expected = _alone(reader, text)[half:]
-    for keep in (False, True):
-        found = _read(reader, row, text[half:], range(1, len(text) - half + 1), keep=keep)
-        _same(reader, "kept" if keep else "not kept", found, expected)
-    assert row.length == len(text), f"expected a row of length {len(text)}, got {row.length}"
-    reader.close(row)
+    with _opened(reader) as row:
+        _read(reader, row, text[:half], [])
+        expected = _alone(reader, text)[half:]
+        for keep in (False, True):
+            found = _read(reader, row, text[half:], range(1, len(text) - half + 1), keep=keep)
+            _same(reader, "kept" if keep else "not kept", found, expected)
+        assert row.length == len(text), f"expected a row of length {len(text)}, got {row.length}"
 
 
 def company_changes_nothing(reader: Reader, texts: Texts) -> None:
@@ -266,10 +263,9 @@ def texts_that_begin_alike_are_read_the_same(reader: Reader, texts: Texts) -> No
 
 def predictions_are_their_own(reader: Reader, texts: Texts) -> None:
     """Check that a later call changes nothing in predictions that were made."""
-    row = reader.open(reuse=False)
-    found = finished(reader.read([Read(row, texts[0], [1, len(texts[0])])]))
-    _read(reader, row, texts[1], range(1, len(texts[1]) + 1))
-    reader.close(row)
+    with _opened(reader) as row:
+        found = finished(reader.read([Read(row, texts[0], [1, len(texts[0])])]))
+        _read(reader, row, texts[1], range(1, len(texts[1]) + 1))
     _same(reader, "asked late", _log_probs(found), _alone(reader, texts[0])[[0, -1]])
 
 
@@ -309,10 +305,8 @@ def closed_rows_are_given_back(reader: Reader, texts: Texts) -> None:
     assert held[1] <= held[0], f"expected {held[0]:,} bytes at most once rows are closed, got {held[1]:,}"
     with _refused(reader, "a row that is closed"):
         finished(reader.read([Read(row, texts[0], [1])]))
-    row = reader.open(reuse=False)
-    with _refused(reader, "a row that stands in a call twice"):
+    with _opened(reader) as row, _refused(reader, "a row that stands in a call twice"):
         finished(reader.read([Read(row, texts[0], [1])] * 2))
-    reader.close(row)
     if reader.traits.rows is not None:
         rows = [reader.open(reuse=False) for _ in range(reader.traits.rows)]
         with _refused(reader, "a row too many"):

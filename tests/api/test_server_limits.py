@@ -245,7 +245,7 @@ def test_keys_are_never_repeated(monkeypatch, tmp_path):
 
 
 def test_models_that_are_served_each_alone_are_told_of(monkeypatch, tmp_path):
-    monkeypatch.setattr(serve, "_run", lambda *_, **__: None)
+    monkeypatch.setattr("softmeet.server.process.run", lambda *_, **__: None)
     a, b = (tiny.save(tmp_path / name, name) for name in ("gpt2", "llama"))
     done = run("serve", a, b, "--port", "0", "--no-ui", "--rule", "logit-mean")
     assert f"are single models, each served alone: to combine them into one, say -m {a} -m {b}" in done.stderr

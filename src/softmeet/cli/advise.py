@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
-from rich.markup import escape
+from typing import Any
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
-from softmeet.cli.tables import out as stdout
-from softmeet.cli.tables import print_table
+from softmeet.cli.tables import candidate, counted, difference, out, print_table
 from softmeet.extras import require_extra
 
-if TYPE_CHECKING:
-    from softmeet.evaluation.documents import Document
+
+class AdvisedTextFlags(texts.DocumentFlags):
+    """Flags for which text is read, and how much of it, or how much the members write in its place."""
+
+    bos: bool = switch("Begin each document with the token for the beginning of a text (BOS).")
+    most: int | None = at_least_one(
+        "The most bytes of the text to read, spread over its documents; more make the answer surer, and take longer.",
+        "--bytes",
+        shown="as many as take minutes: at most 80,000",
+    )
+    tokens: int = flag(
+        1000,
+        "Without --text: the tokens (over bytes: bytes) that the members write themselves, for a less certain answer.",
+        min=100,
+    )
 
 
 @flags()
 def advise(
     *,
-    named: Annotated[
-        list[str] | None, typer.Argument(metavar="MEMBER...", help="The members, as -m takes them.")
-    ] = None,
+    named: list[str] | None = argument("The members, as -m takes them.", metavar="MEMBER..."),
     members: options.Members = None,
-    source: texts.DocumentFlags,
-    bos: bool = flag(
-        False, "Begin each document with the token for the beginning of a text (BOS).", "--bos", panel="Text"
-    ),
-    most: int | None = flag(
-        None,
-        "The most bytes of the text to read, spread over its documents; more make the answer surer, and take longer.",
-        "--bytes",
-        min=1,
-        shown="as many as take minutes: at most 80,000",
-        panel="Text",
-    ),
-    tokens: int = flag(
-        1000,
-        "Without --text: the tokens (over bytes: bytes) that the members write themselves, for a less certain answer.",
-        min=100,
-        panel="Text",
-    ),
-    instead: list[str] | None = flag(
-        None,
+    source: AdvisedTextFlags,
+    instead: list[str] | None = optional(
         "A single model that you could run in place of the members; what the same compute buys in it is measured. It "
         "can be repeated.",
         "--instead",
@@ -57,8 +47,8 @@ def advise(
     folds: int = flag(
         5, "Into how many folds documents are dealt; what is fitted without one is judged on it.", min=2, panel="Fit"
     ),
-    saved: Path | None = flag(None, "Save what is advised as an ensemble in this folder.", "--save", panel="Output"),
-    html: Path | None = flag(None, "Write a self-contained HTML page with plots to this path.", panel="Output"),
+    saved: Path | None = optional("Save what is advised as an ensemble in this folder.", "--save", panel="Output"),
+    html: Path | None = optional("Write a self-contained HTML page with plots to this path.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,
@@ -71,13 +61,12 @@ def advise(
 
     Example: softmeet advise wide/gpt2 wide/llama --text 'books/*.txt' --save my-ensemble
     """
-    from softmeet.evaluation.files import require_ensemble_folder
+    from softmeet.evaluation.files import PieceCache, require_ensemble_folder
 
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
-    texts.require_places(result.as_json, saved, result.resume)
-    result.require_new(*filter(None, [html, saved and saved / "config.json"]))
     if saved is not None:
         require_ensemble_folder(saved)
+    result.require(saved, html, saved and saved / "config.json")
     documents = source.documents() if source.text else None
     ensemble = loading.ensemble(options.named([*(named or ()), *(members or ())]))
     from softmeet.evaluation import advise as advising
@@ -87,23 +76,19 @@ def advise(
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if documents is None:
             begin("the members write a text", 0, None)
-        found: list[Document] = (
-            advising.own_documents(ensemble, tokens)
-            if documents is None
-            else advising.within_budget(ensemble, documents, most)
-        )
-        kept = result.kept(ensemble, found, {"bos": bos, "folds": folds, "threads": running.threads})
-        positions = observe_text(
-            ensemble, found, bos=bos, engine=engine, cache=kept,
-            begin=lambda total: begin("running the members", 0, total),
-        )  # fmt: skip
+            found = advising.own_documents(ensemble, source.tokens)
+        else:
+            found = advising.within_budget(ensemble, documents, source.most)
+        settings = {"bos": source.bos, "folds": folds, "threads": running.threads}
+        kept = PieceCache(result.resume, texts.pinned(ensemble, found) | settings)
+        reading = partial(begin, "running the members", 0)
+        positions = observe_text(ensemble, found, bos=source.bos, engine=engine, cache=kept, begin=reading)
         advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
         for name in instead or ():
             begin(f"reading the text by {options.short(name)}", 0, None)
-            advice.alternatives.append(advising.alternative(name, found, loading.arguments(), bos=bos))
+            advice.alternatives.append(advising.alternative(name, found, loading.arguments(), bos=source.bos))
     facts = figures(advice) | {"own_text": documents is None}
-    result.tell(facts, show)
-    result.write(facts)
+    result.report(facts, show)
     if html is not None:
         from softmeet.evaluation.page import page
 
@@ -131,33 +116,25 @@ def show(facts: dict[str, Any]) -> None:
     Args:
         facts: the figures, as :func:`softmeet.evaluation.verdict.figures` returns them.
     """
-    console = stdout()
+    console = out()
     for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4)), strict=True):
         print_table(console, columns, [rows], title=title, texts=wide)
-    console.print(differences(facts), markup=False)
+    console.print(differences(facts))
     for caution in cautions(facts):
-        console.print(caution, style="yellow", markup=False, highlight=False)
-    console.print(f"[bold]{escape(facts['says'])}[/]")
+        console.print(caution, style="yellow", highlight=False)
+    console.print(facts["says"], style="bold")
 
 
 def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
     """Return (title, columns, rows) of the table of models alone and of that of fitted candidates."""
-    best, many = (
-        options.short(facts["best_member"]),
-        f"{facts['documents']:,} document{'s' * (facts['documents'] != 1)}",
-    )
+    best, many = options.short(facts["best_member"]), counted(facts["documents"], "document")
     unit = "" if facts["vocabulary"] == "bytes" else f"{facts['tokens']:,} tokens, "
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     alone = [(m, options.short(m["name"]), f"{m['knows_better']:.0%}", "") for m in facts["members"]]
     shown = 5 if facts["alternatives"] else 4
     alone += [(m, f"instead: {options.short(m['name'])}", "", _gain(m)) for m in facts["alternatives"]]
-    fitted = [
-        (
-            options.short(name) if "/" in name else name, f"{own['bits_per_byte']:.4f}", _gain(own),
-            " ".join(f"{w:.2f}" for w in own["weights"]), _trust(own), f"{own['rule_temperature']:.2f}",
-        )
-        for name, own in facts["candidates"].items()
-    ]  # fmt: skip
+    candidates = facts["candidates"].items()
+    fitted = [candidate(name, own, f"{own['bits_per_byte']:.4f}", _gain(own)) for name, own in candidates]
     return [
         (
             f"{unit}{facts['bytes']:,} bytes of {many}",
@@ -198,11 +175,4 @@ def differences(facts: dict[str, Any]) -> str:
 
 def _gain(own: dict[str, Any]) -> str:
     """Return a gain with half its 95 % interval, as a table's cell."""
-    low, high = own["interval"]
-    return f"{own['gain']:+.4f} ± {(high - low) / 2:.4f}"
-
-
-def _trust(own: dict[str, Any]) -> str:
-    from softmeet.rules.settings import rule_of
-
-    return " ".join(f"{x:.2f}" for x in own["trust"]) if rule_of(own["rule"]).uses_trust else ""
+    return difference(own["gain"], own["interval"])

@@ -11,56 +11,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
 from softmeet.cli import check_bytes, check_plan, options
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
+from softmeet.errors import UnsupportedHeadError
+from softmeet.evaluation.documents import read_documents
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
 
-# The last line of what is shown.
-ADVISE = "Whether they are worth combining: softmeet advise."
+class SampleFlags(Flags, panel="Text"):
+    """Flags for the text on which members are compared."""
+
+    text: Path | None = optional(
+        "Text that the members were not trained on: a UTF-8 file, or a pattern in quotes. With it, check tests whether "
+        "a member's errors come from an output layer (head) that is too narrow; those are the errors that meet "
+        "corrects. Over bytes, it shows how each member splits the text.",
+        "--text",
+        "-t",
+    )
+    tokens: int = flag(512, "The most tokens of the text to read; over bytes, four times as many bytes.", min=2)
+    sampled: int = flag(64, "Without --text: sample N tokens to see how far meet moves the average; 0 for none.", min=0)
 
 
 @flags(only=("weights", "pool"))
 def check(
     *,
     members: options.Members = None,
-    text: Path | None = flag(
-        None,
-        "Text that the members were not trained on: a UTF-8 file, or a pattern in quotes. With it, check tests whether "
-        "a member's errors come from an output layer (head) that is too narrow; those are the errors that meet "
-        "corrects. Over bytes, it shows how each member splits the text.",
-        "--text",
-        "-t",
-        panel="Text",
-    ),
-    tokens: int = flag(
-        512, "The most tokens of the text to read; over bytes, four times as many bytes.", min=2, panel="Text"
-    ),
-    sampled: int = flag(
-        64, "Without --text: sample N tokens to see how far meet moves the average; 0 for none.", min=0, panel="Text"
-    ),
-    plan: bool = flag(
-        False,
+    sample: SampleFlags,
+    plan: bool = switch(
         "Only print where weights, caches and buffers would be placed, and their sizes; no weights are loaded.",
-        "--plan",
         panel="Plan",
     ),
     batch: int = flag(1, "With --plan: how many sequences run at once.", min=1, panel="Plan"),
-    context: int | None = flag(
-        None,
+    context: int | None = at_least_one(
         "With --plan: the length of each sequence in tokens.",
-        min=1,
         shown="the shortest context length among the members",
         panel="Plan",
     ),
     loading: options.LoadingFlags,
-    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
+    as_json: bool = switch("Print one JSON document on stdout.", "--json", panel="Output"),
     **settings: Any,
 ) -> None:
     """Compare members: vocabularies, output layers (heads) and how far these overlap, and memory.
@@ -77,14 +70,13 @@ def check(
     if plan:
         facts, show = check_plan.facts(members, batch, context, loading), check_plan.show
     else:
-        from softmeet.evaluation.documents import read_documents
-
-        read = None if text is None else "\n\n".join(document.text for document in read_documents([text]))
+        documents, tokens = read_documents([sample.text]) if sample.text else [], sample.tokens
+        text = "\n\n".join(document.text for document in documents) or None
         ensemble = _loaded(loading, members, settings)
         if ensemble.model.over_bytes:
-            facts, show = check_bytes.facts(ensemble, read, tokens), check_bytes.show
+            facts, show = check_bytes.facts(ensemble, text, tokens), check_bytes.show
         else:
-            facts, show = _facts(ensemble, read, tokens, sampled), _show
+            facts, show = _facts(ensemble, text, tokens, sample.sampled), _show
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
@@ -93,8 +85,6 @@ def check(
 
 def _loaded(loading: options.LoadingFlags, members: list[str], settings: Mapping[str, Any]) -> Ensemble:
     """Load an ensemble to be checked; by an average if its own rule reads heads, and a member has one unread."""
-    from softmeet.errors import UnsupportedHeadError
-
     loaded: dict[Any, Any] = {}
     try:
         return loading.ensemble(members, settings, loaded=loaded)
@@ -253,7 +243,7 @@ def _show(facts: dict[str, Any]) -> None:
         )
     for pair in facts["pairs"]:
         console.print(
-            f"{escape(' and '.join(pair['members']))}: median principal cosine {pair['median_cosine']:.2f}, "
+            f"{' and '.join(pair['members'])}: median principal cosine {pair['median_cosine']:.2f}, "
             f"{pair['cosines_above_0.9']} of {pair['of']} above 0.9" + (", one column space" if pair["shared"] else "")
         )
     if facts["rank"] is not None:
@@ -263,7 +253,6 @@ def _show(facts: dict[str, Any]) -> None:
         )
     if "movement" in facts:
         trust, moved = facts["movement"]["trust"], facts["movement"]
-        console.print(f"On {moved['positions']} tokens, at trust {trust}, {escape(moved['says'])}")
-    for note in facts["notes"]:
-        console.print(note, markup=False)
-    console.print(ADVISE)
+        console.print(f"On {moved['positions']} tokens, at trust {trust}, {moved['says']}")
+    for note in [*facts["notes"], check_bytes.ADVISE]:
+        console.print(note)

@@ -6,8 +6,6 @@ import math
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
 from softmeet.cli import options
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
@@ -15,6 +13,8 @@ from softmeet.cli.tables import out, print_table
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
+# The last line of what is shown.
+ADVISE = "Whether they are worth combining: softmeet advise."
 # The option --tokens counts this many bytes as one token.
 _BYTES_PER_TOKEN = 4
 
@@ -37,11 +37,9 @@ def facts(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
     members, pairs = [], []
     with working("comparing tokenizers"):
         for name, reader in named:
+            size = sum(part.nbytes for part in stored(reader.model)) / 1e6
             own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
-            own |= {
-                "unwritable_bytes": len(reader.spelling.unwritable),
-                "megabytes": sum(part.nbytes for part in stored(reader.model)) / 1e6,
-            }
+            own |= {"unwritable_bytes": len(reader.spelling.unwritable), "megabytes": size}
             members.append(own | ({} if data is None else _costs(reader, data, model.window)))
         for (one, first), (other, second) in combinations(named, 2):
             words = first.spelling, second.spelling
@@ -93,12 +91,11 @@ def show(facts: dict[str, Any]) -> None:
         columns = ("member", "bits", "own tokens", "tokens run", "probability estimated")
         print_table(console, columns, [costs], title="The text, as each member reads it; means per byte")
     for pair in facts["pairs"]:
-        one, other = map(escape, pair["members"])
+        one, other = pair["members"]
         line = f"{one} and {other}: {pair['shared_tokens']:,} tokens in common"
         if "shared_boundaries" in pair:
             left, right = pair["shared_boundaries"]
             line += f"; {left:.0%} of the places where {one} cuts the text are {other}'s too, {right:.0%} the other way"
         console.print(line)
-    for note in facts["notes"]:
-        console.print(note, markup=False)
-    console.print("Whether they are worth combining: softmeet advise.")
+    for note in [*facts["notes"], ADVISE]:
+        console.print(note)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
-
 from softmeet.cli import options
 from softmeet.cli.progress import working
-from softmeet.cli.tables import out, print_table
+from softmeet.cli.tables import counted, out, print_table
 from softmeet.startup import quick_imports, uncollected
 
 
@@ -36,8 +34,8 @@ def facts(members: list[str], batch: int, context: int | None, loading: options.
 def show(facts: dict[str, Any]) -> None:
     """Print a plan as a table, with sizes in MB."""
     title = (
-        f"{_count(facts['batch'], 'sequence')} of {facts['context']:,} tokens; "
-        f"{_count(facts['rows_at_once'], 'token')} solved at once"
+        f"{counted(facts['batch'], 'sequence')} of {facts['context']:,} tokens; "
+        f"{counted(facts['rows_at_once'], 'token')} solved at once"
     )
     parts = [
         (options.short(p["owner"]) or p["owner"], p["what"], p["device"], p["dtype"], f"{p['bytes'] / 1e6:,.2f}")
@@ -47,10 +45,5 @@ def show(facts: dict[str, Any]) -> None:
     console, columns = out(), ("member", "what", "where", "dtype", "MB")
     print_table(console, columns, [parts, totals], title=title, texts=(0, 1, 2, 3))
     for name, size in facts["cache_bytes_per_token"].items():
-        console.print(f"{escape(options.short(name))} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
+        console.print(f"{options.short(name)} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
     console.print("Beside this come Python with its libraries, some 500 MB, and activations while a prompt is run.")
-
-
-def _count(number: int, noun: str) -> str:
-    """Return a number with its noun, such as ``1 sequence`` or ``64 sequences``."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"

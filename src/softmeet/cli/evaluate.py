@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from softmeet import __version__
 from softmeet.cli import options, texts
-from softmeet.cli.flags import checked_settings, flag, flag_of, flags
+from softmeet.cli.flags import at_least_one, checked_settings, flag_of, flags, optional
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
-from softmeet.cli.tables import out, print_table
+from softmeet.cli.tables import counted, difference, number, out, print_table
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines, without_prompt
 from softmeet.extras import require_extra
 from softmeet.rules.endings import endings
 from softmeet.rules.registry import rule_names
@@ -35,31 +36,23 @@ def evaluate(
     *,
     members: options.Members = None,
     source: texts.SourceFlags,
-    rules: list[str] | None = flag(
-        None,
-        _RULE,
-        "--rule",
-        shown="a saved ensemble's, else meet; over bytes the averages",
-        panel="Rule",
+    rules: list[str] | None = optional(
+        _RULE, "--rule", shown="a saved ensemble's, else meet; over bytes the averages", panel="Rule"
     ),
-    gates: list[str] | None = flag(
-        None,
+    gates: list[str] | None = optional(
         "Measure every rule twice: without a gate, and with this one, such as unsure:0.5 (softmeet generate --help "
         "has all forms); it can be repeated.",
         "--gate",
         shown="none, or a saved ensemble's own unless that is auto",
         panel="Rule",
     ),
-    prompt_weights: int | None = flag(
-        None,
+    prompt_weights: int | None = at_least_one(
         "Also measure logit-mean with weights that are chosen for each document by how well each member predicts its "
         "first N tokens.",
-        min=1,
         shown="off",
         panel="Rule",
     ),
-    folds: int | None = flag(
-        None,
+    folds: int | None = optional(
         "Also measure every member and average at its best: weights, temperature and order are fitted on all but one "
         "of N folds of the documents, and judged on that one, in turn; averages also with weights that adapt to each "
         "document as it goes.",
@@ -67,7 +60,7 @@ def evaluate(
         shown="nothing is fitted",
         panel="Rule",
     ),
-    plots: Path | None = flag(None, "Draw plots, as PNG files, into this folder.", panel="Output"),
+    plots: Path | None = optional("Draw plots, as PNG files, into this folder.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,
@@ -82,13 +75,10 @@ def evaluate(
 
     Example: softmeet evaluate -m wide/gpt2 -m wide/llama --text 'books/*.txt' --rule meet:trust=1 --rule logit-mean
     """
-    from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines
-
     require_extra(
         "evaluate", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace), *["matplotlib"] * bool(plots)
     )
-    texts.require_places(result.as_json, plots, result.resume)
-    result.require_new(*(plots.glob("*.png") if plots else ()))
+    result.require(plots, *(plots.glob("*.png") if plots else ()))
     found = source.documents()
     settings["rule"] = _require_once(rules or [], settings)
     ensemble = loading.ensemble(options.named(source.members(members)), settings)
@@ -115,22 +105,19 @@ def evaluate(
     kept = PieceCache(result.resume, pinned | how)
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         where: dict[str, Any] = {"engine": engine, "cache": kept}
-        reading = {"max_tokens": source.max_tokens, **source.windows}
         if positions is None and folds is not None:
-            advanced = lambda total: begin("running the members", 0, total)  # noqa: E731
-            positions = observe_text(ensemble, found, **where, **reading, begin=advanced)
-        if positions is not None and folds is not None:
+            reading = partial(begin, "running the members", 0)
+            positions = observe_text(ensemble, found, **where, **source.windowing, begin=reading)
+        if positions is None:
+            scoring = partial(begin, "evaluating", 0)
+            made = evaluate_text(ensemble, found, choices, **where, **source.windowing, begin=scoring)
+        elif folds is not None:
             made = evaluate_by_folds(ensemble, positions, choices, folds, begin, **where)
-        elif positions is not None:
+        else:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
-        else:
-            made = evaluate_text(
-                ensemble, found, choices, **where, **reading, begin=lambda total: begin("evaluating", 0, total)
-            )
         facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
-    result.tell(facts, show)
-    result.write(facts)
+    result.report(facts, show)
     if plots is not None:
         from softmeet.evaluation.plots import draw
 
@@ -151,8 +138,6 @@ def _require_once(rules: list[str], settings: dict[str, Any]) -> str | None:
     Raises:
         InvalidInputError: if a rule cannot be parsed, or a setting is named twice or not one for this rule.
     """
-    from softmeet.evaluation.choices import without_prompt
-
     own = []
     for rule in rules:
         parsed, named = parse_rule(without_prompt(rule)[0])
@@ -181,9 +166,9 @@ def show(facts: dict[str, Any]) -> None:
     sections = [
         [
             (
-                options.short(name) if kind == "members" else name, _number(row["nll"], ".4f"),
-                _number(row["perplexity"], ".2f" if row["perplexity"] < 1e6 else ".3g"),
-                "" if row["bits_per_byte"] is None else _number(row["bits_per_byte"], ".4f"),
+                options.short(name) if kind == "members" else name, number(row["nll"], ".4f"),
+                number(row["perplexity"], ".2f" if row["perplexity"] < 1e6 else ".3g"),
+                "" if row["bits_per_byte"] is None else number(row["bits_per_byte"], ".4f"),
                 f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}",
                 *(f"{row[key]:.1%}" if row.get(key) else "" for key in gated),
                 _against(name, row, facts["best_baseline"]),
@@ -192,14 +177,13 @@ def show(facts: dict[str, Any]) -> None:
         ]
         for kind in ("members", "rules")
     ]  # fmt: skip
-    documents = f"{facts['documents']:,} document{'s' * (facts['documents'] != 1)}"
-    title, optional = f"{facts['tokens']:,} {unit} of {documents}; intervals by {spread}", 6 if gated else None
-    print_table(console, columns, sections, title=title, optional=optional)
+    title = f"{facts['tokens']:,} {unit} of {counted(facts['documents'], 'document')}; intervals by {spread}"
+    print_table(console, columns, sections, title=title, optional=6 if gated else None)
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):
-            console.print(f"{name}: {note}", markup=False)
+            console.print(f"{name}: {note}")
     for caution in _cautions(facts):
-        console.print(caution, markup=False)
+        console.print(caution)
     console.print(
         f"The best baseline is the best of the members and the averages, on this same text. Differences are in nats a "
         f"{unit[:-1]}, negative is better, with their 95 % intervals. The members disagree by "
@@ -208,20 +192,13 @@ def show(facts: dict[str, Any]) -> None:
     )
 
 
-def _number(x: float, form: str) -> str:
-    """Return a number in a format such as ``.4f``, with ∞ for infinity."""
-    return format(x, form).replace("inf", "∞")
-
-
 def _against(name: str, row: dict[str, Any], best: str) -> str:
     """Return a row's difference from the best baseline, with half its 95 % interval, as a table's cell."""
     if name == best:
         return "the baseline"
     if "vs" not in row:
         return ""
-    low, high = row["vs"]["ci95"]
-    interval = f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else ""
-    return _number(row["vs"]["delta"], "+.4f") + interval
+    return difference(row["vs"]["delta"], row["vs"]["ci95"])
 
 
 def _cautions(facts: dict[str, Any]) -> list[str]:

@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.markup import escape
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
+from softmeet.cli.tables import candidate, difference, print_table
 from softmeet.cli.tables import out as stdout
-from softmeet.cli.tables import print_table
 from softmeet.extras import require_extra
-from softmeet.rules.settings import parse_rule, rule_of
+from softmeet.rules.settings import parse_rule
 
 if TYPE_CHECKING:
     from softmeet.evaluation.candidates import Options
 
 
-@dataclass
-class FitFlags:
+class FitFlags(Flags, panel="Fit"):
     """Flags for the rules and settings that a fit tries, and for how much text it fits, chooses and judges them by."""
 
-    PANEL: ClassVar = "Fit"
-    rules: list[str] | None = flag(
-        None,
+    rules: list[str] | None = optional(
         "Also try this rule, as in meet:trust=1/0.3; what it does not set, but for its temperature, is taken from the "
         "fitted average with the lower loss on the first part. It can be repeated.",
         "--rule",
     )
-    free_weights: bool = flag(False, "Do not require that weights sum to 1.", "--free-weights")
-    signed_weights: bool = flag(
-        False,
-        "Also try logit-mean with weights that may be below 0 and sum to 1: they move it away from a member.",
-        "--signed-weights",
+    free_weights: bool = switch("Do not require that weights sum to 1.")
+    signed_weights: bool = switch(
+        "Also try logit-mean with weights that may be below 0 and sum to 1: they move it away from a member."
     )
     bands: int = flag(
         1,
@@ -55,26 +50,21 @@ class FitFlags:
         "starts.",
         min=1,
     )
-    batch: int | None = flag(
-        None,
+    batch: int | None = at_least_one(
         "Fit meet on batches of N tokens, for when all of --meet-tokens at once take too long; the fit then starts "
         "from the better average only.",
-        min=1,
         shown="all",
     )
-    select_tokens: int | None = flag(
-        None, "The most tokens to use for choosing among the candidates.", min=1, shown="all of that part"
+    select_tokens: int | None = at_least_one(
+        "The most tokens to use for choosing among the candidates.", shown="all of that part"
     )
-    folds: int | None = flag(
-        None,
+    folds: int | None = optional(
         "Deal the documents out to N folds, in place of three parts: everything is fitted on all but one, and judged "
         "on that one, in turn; what is saved is fitted on all. It uses short texts better, and takes N times as long.",
         min=2,
         shown="three parts",
     )
-    judge_tokens: int | None = flag(
-        None, "The most tokens to use for judging the choice.", min=1, shown="all of that part"
-    )
+    judge_tokens: int | None = at_least_one("The most tokens to use for judging the choice.", shown="all of that part")
 
     def options(self) -> Options:
         """Return the flags as the :class:`softmeet.evaluation.candidates.Options` of a fit.
@@ -90,10 +80,7 @@ class FitFlags:
 @flags()
 def fit(
     *,
-    out: Annotated[
-        Path,
-        typer.Option("--out", metavar="PATH", help="The folder for the fitted ensemble.", rich_help_panel="Output"),
-    ],
+    out: Path = flag(..., "The folder for the fitted ensemble.", panel="Output"),
     members: options.Members = None,
     source: texts.SourceFlags,
     fitting: FitFlags,
@@ -109,17 +96,15 @@ def fit(
 
     Example: softmeet fit -m wide/gpt2 -m wide/llama --text 'books/*.txt' --out my-ensemble
     """
-    from softmeet.evaluation.files import require_ensemble_folder
+    from softmeet.evaluation.files import PieceCache, require_ensemble_folder
 
     require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))
-    texts.require_places(result.as_json, out, result.resume)
     require_ensemble_folder(out)
-    result.require_new(out / "config.json")
+    result.require(out, out / "config.json")
     for rule in fitting.rules or ():
         parse_rule(rule)
     found = source.documents()
     ensemble = loading.ensemble(options.named(source.members(members)))
-    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import figures, save
@@ -134,19 +119,16 @@ def fit(
     ensemble.model.combiner.banded_heads(fitting.bands)  # made here, so that workers share them
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if positions is None:
-            positions = observe_text(
-                ensemble, found, max_tokens=source.max_tokens, **source.windows, engine=engine, cache=kept,
-                begin=lambda total: begin("running the members", 0, total),
-            )  # fmt: skip
+            reading = partial(begin, "running the members", 0)
+            positions = observe_text(ensemble, found, **source.windowing, engine=engine, cache=kept, begin=reading)
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)
-    result.tell(facts, _show)
+    try:
+        result.report(facts, _show)
+    finally:  # even if that fails, for example because a disk is full
+        save(ensemble, fitted, out)
     if facts["caution"]:
         say(facts["caution"])
-    try:
-        save(ensemble, fitted, out)
-    finally:  # even if saving fails, for example because that disk is full
-        result.write(facts)
     if result.as_json != Path("-"):
         typer.echo(f"saved in {out}; the settings of the other candidates are in its fit.json")
 
@@ -161,15 +143,11 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["folds"]:
         spread = f"{judged['clusters']} {judged['kind']}"
         title = f"{judged['tokens']:,} {facts['vocabulary']} in {spread}; each judged by a fit without its fold"
-    unit, best, rows = facts["vocabulary"][:-1], facts["test"]["best_baseline"], []
+    unit, best = facts["vocabulary"][:-1], facts["test"]["best_baseline"]
     columns = ("candidate", f"nats a {unit}", "against the best baseline", "weights", "trust", "temperature")
+    rows = []
     for name, row in facts["candidates"].items():
-        low, high = row["ci95"]
-        weights, trust = (" ".join(f"{x:.2f}" for x in row[key]) for key in ("weights", "trust"))
-        rows.append((
-            options.short(name) if "/" in name else name, f"{row['test_nll']:.4f}",
-            "the baseline" if name == best else f"{row['delta']:+.4f} ± {(high - low) / 2:.4f}",
-            weights, trust if rule_of(row["rule"]).uses_trust else "", f"{row['rule_temperature']:.2f}",
-        ))  # fmt: skip
+        against = "the baseline" if name == best else difference(row["delta"], row["ci95"])
+        rows.append(candidate(name, row, f"{row['test_nll']:.4f}", against))
     print_table(stdout(), columns, [rows], title=title, texts=(0, 3, 4))
-    stdout().print(f"[bold]{escape(verdict(facts))}[/]")
+    stdout().print(verdict(facts), style="bold")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from copy import copy
-from dataclasses import Field, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform, get_type_hints
 
 import typer
 import yaml
@@ -29,6 +28,20 @@ _OF_THE_RULE = ("rule", "trust", "weights", "pool", "gate")
 _SHOWN = {"rule": "meet; over bytes logit-mean", "gate": "auto"}
 # What stands for a flag's value in help, by the name of its type.
 _VALUES = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
+
+
+@dataclass_transform()
+class Flags:
+    """The base of a group of flags: each subclass is a dataclass, whose fields are declared by :func:`flag` and so on.
+
+    ``panel`` is the group of help, one of ``help.PANELS``, that its flags stand in; by default that of its base.
+    """
+
+    panel: ClassVar[str]
+
+    def __init_subclass__(cls, panel: str = "") -> None:
+        cls.panel = panel or cls.panel
+        dataclass(cls)
 
 
 class Command(GroupedHelp):
@@ -64,10 +77,11 @@ def _on_command_line(ctx: Any, name: str) -> bool:
 def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     """Return a decorator that gives a command its flags, in the form that typer reads.
 
-    A command gets a flag for each parameter declared with :func:`flag`, and ``--config``; parameters with an annotation
-    of typer's stay as they are. A parameter whose type is a dataclass is replaced with a flag for each of its fields,
-    and is passed as an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings`
-    but ``bands`` and ``rule_temperature``.
+    A command gets a flag for each parameter declared with :func:`flag`, :func:`optional` or :func:`switch`, an argument
+    for each with :func:`argument`, and ``--config``; parameters with an annotation of typer's stay as they are. A
+    parameter whose type is a group of :class:`Flags` is replaced with a flag for each of its fields, and is passed as
+    an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings` but ``bands`` and
+    ``rule_temperature``.
 
     Args:
         but: names of settings that get no flag.
@@ -84,8 +98,7 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
         for p in taken:
             if p.name in groups:
                 hints = get_type_hints(groups[p.name])
-                title = getattr(groups[p.name], "PANEL", None)
-                every += [_parameter(f.name, hints[f.name], f, title) for f in fields(groups[p.name])]
+                every += [_parameter(f.name, hints[f.name], f, groups[p.name].panel) for f in fields(groups[p.name])]
             elif p.kind is inspect.Parameter.VAR_KEYWORD:
                 chosen = [name for name in only or Settings.model_fields if name not in (*but, *_WITHOUT_FLAG)]
                 place = 1 + next((k for k, q in enumerate(every) if q.name == "members"), -1)
@@ -93,7 +106,7 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
             else:
                 every.append(_parameter(p.name, p.annotation, p.default))
         about = "A YAML file of options, as softmeet config prints it; options on the command line win."
-        every.append(_parameter("config", Path | None, flag(None, about, is_eager=True, callback=_apply)))
+        every.append(_parameter("config", Path | None, optional(about, is_eager=True, callback=_apply)))
 
         @wraps(command)
         def run(config: Path | None = None, **values: Any) -> Any:
@@ -110,32 +123,54 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
 
 
 def flag(default: Any, about: str, *names: str, shown: str | bool = True, panel: str | None = None, **more: Any) -> Any:
-    """Declare a flag, as the default of a command's parameter or of a dataclass's field.
+    """Declare a flag, as the default of a command's parameter or of a field of :class:`Flags`.
 
     Args:
         default: the value if the flag is not given.
         about: the sentence of help.
         names: the flag's spellings, such as ``"--text", "-t"``; by default the parameter's name, as typer spells it.
         shown: the default as help shows it; True for the value itself, False for none.
-        panel: the group that help lists the flag in, one of ``help.PANELS``; by default the ``PANEL`` of the dataclass
-            whose field it is, else ``Advanced``.
+        panel: the group that help lists the flag in, one of ``help.PANELS``; by default that of the class of
+            :class:`Flags` whose field it is, else ``Advanced``.
         more: ``min`` and ``max`` of a number, and any other keyword arguments of ``typer.Option``, such as
             ``metavar`` and ``callback``.
 
     Returns:
-        a dataclass field that holds the ``typer.Option`` in its metadata; :func:`flags` makes a parameter of it.
+        a dataclass field that holds what ``typer.Option`` takes in its metadata; :func:`flags` makes a parameter of it.
     """
-    option = typer.Option(*names, help=about, show_default=shown, rich_help_panel=panel, **more)
-    return field(default=default, metadata={"option": option})
+    option = {"help": about, "show_default": shown, "rich_help_panel": panel, **more}
+    return field(default=default, metadata={"names": names, "option": option})
+
+
+def optional(about: str, *names: str, **more: Any) -> Any:
+    """Declare a flag that is None unless it is given, with the arguments of :func:`flag`."""
+    return flag(None, about, *names, **more)
+
+
+def at_least_one(about: str, *names: str, **more: Any) -> Any:
+    """Declare a flag of a number from 1 on that is None unless it is given, with the arguments of :func:`flag`."""
+    return flag(None, about, *names, min=1, **more)
+
+
+def switch(about: str, *names: str, **more: Any) -> Any:
+    """Declare a flag that is off unless it is given, and has no ``--no-``, with the arguments of :func:`flag`."""
+    return flag(False, about, *names, **more)
+
+
+def argument(about: str, *, default: Any = None, **more: Any) -> Any:
+    """Declare a command's argument, which is given without a name, with the arguments of :func:`flag`."""
+    return flag(default, about, made=typer.Argument, metavar=more.pop("metavar", None), **more)
 
 
 def _parameter(name: str, kind: Any, default: Any, panel: str | None = None) -> inspect.Parameter:
     """Return a keyword-only parameter for typer, from a default that :func:`flag` made or any other."""
     if isinstance(default, Field):
-        option = copy(default.metadata["option"])
-        option.rich_help_panel = option.rich_help_panel or panel
-        option.metavar = option.metavar or next((word for of, word in _VALUES.items() if of in str(kind)), None)
-        kind, default = Annotated[kind, option], default.default
+        option = dict(default.metadata["option"])
+        made = option.pop("made", typer.Option)
+        option["rich_help_panel"] = option["rich_help_panel"] or panel
+        option.setdefault("metavar", next((word for of, word in _VALUES.items() if of in str(kind)), None))
+        names = default.metadata["names"] or [flag_of(name)] * (default.default is False)
+        kind, default = Annotated[kind, made(*names, **option)], default.default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 
@@ -148,7 +183,7 @@ def _setting(name: str) -> inspect.Parameter:
     )
     shown = _SHOWN.get(name, str(setting.get_default() or "") or False)
     panel = "Rule" if name in _OF_THE_RULE else "Advanced"
-    option = flag(None, f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)
+    option = optional(f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)
     return _parameter(name, (kinds[0] if kinds else str) | None, option)
 
 

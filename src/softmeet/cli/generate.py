@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
@@ -24,27 +23,24 @@ from softmeet.cli.texts import argument_text, file_text
 from softmeet.errors import InvalidInputError
 from softmeet.members.passages import PASSAGE_RULE, Passage, passage_weights, read_passages
 from softmeet.rules.endings import endings
+from softmeet.structured.structure import Structure
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import Recorder
     from softmeet.readers.reader import Work
-    from softmeet.structured.structure import Structure
 
 
-@dataclass
-class ChatFlags:
-    """Flags that answer prompts as messages of a conversation instead of continuing them."""
+class PromptFlags(Flags, panel="Text"):
+    """Flags for prompts in files, and for prompts that are answered as messages instead of being continued."""
 
-    PANEL: ClassVar = "Text"
-    chat: bool = flag(
-        False,
+    file: list[Path] | None = optional("A file that holds one prompt; it can be repeated.", "--file", "-f")
+    chat: bool = switch(
         "Answer each prompt as a user's message: each member's chat template makes a prompt of it. Over bytes each "
-        "member begins after its own.",
-        "--chat",
+        "member begins after its own."
     )
-    system: str | None = flag(None, "With --chat, the system's message before it.")
-    plain_chat: bool = flag(False, "With --chat, a plain template for members that have none.", "--plain-chat")
+    system: str | None = optional("With --chat, the system's message before it.")
+    plain_chat: bool = switch("With --chat, a plain template for members that have none.")
 
     def require(self, *, prompt_weights: bool) -> None:
         """Raise InvalidInputError, before anything is loaded, for flags that do not go together."""
@@ -63,16 +59,13 @@ class ChatFlags:
         return [[*before, {"role": "user", "content": text}] for text in texts] if self.chat else list(texts)
 
 
-@dataclass
-class PassageFlags:
+class PassageFlags(Flags, panel="Members"):
     """Flags for retrieved passages, behind each of which every member reads the prompts."""
 
-    PANEL: ClassVar = "Members"
-    passages: Path | None = flag(
-        None,
+    passages: Path | None = optional(
         'A file of retrieved passages, one JSON object a line: {"text": "...", "score": 1.5}. Each member reads the '
         "prompts once behind each passage, and they are averaged with the softmax of the scores as weights (REPLUG), "
-        "by prob-mean where --rule names no other.",
+        "by prob-mean where --rule names no other."
     )
     passage_temperature: float = flag(1.0, "The temperature of the passages' scores in their softmax.", min=0)
 
@@ -100,133 +93,112 @@ class PassageFlags:
         return ensemble.with_passages(passages, temperature=self.passage_temperature, rule=None)
 
 
+class ShownFlags(Flags, panel="Output"):
+    """Flags for what is printed beside the texts, or in their place."""
+
+    color: bool = switch(
+        "On a terminal, colour the text of a single prompt by how far the members had to be corrected."
+    )
+    as_json: bool = switch("Print the texts and figures as one JSON document on stdout, once all is done.", "--json")
+    summary: bool | None = optional(
+        "Print on stderr each member's weight, how far it had to be corrected (its disagreement, KL divergence in "
+        "nats), and the speed.",
+        shown="on a terminal",
+    )
+
+    def wants_summary(self, sampling: SamplingFlags) -> bool:
+        """Return whether a summary is printed: if it is asked for, and by default on a terminal.
+
+        Raises:
+            InvalidInputError: if figures are asked for and, by ``--one-member``, unknown.
+        """
+        if not sampling.one_member:
+            return sys.stderr.isatty() if self.summary is None else self.summary
+        if self.summary or self.as_json or self.color:
+            raise InvalidInputError(
+                "--one-member runs one member a token, so how far members disagree is not known: leave out --summary, "
+                "--json and --color"
+            )
+        return False
+
+
 @flags()
 def generate(
     *,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(help="The prompts. With none (and no --file), or for -, one is read from stdin."),
-    ] = None,
-    file: list[Path] | None = flag(
-        None, "A file that holds one prompt; it can be repeated.", "--file", "-f", panel="Text"
-    ),
-    chat: ChatFlags,
+    prompts: list[str] | None = argument("The prompts. With none (and no --file), or for -, one is read from stdin."),
+    written: PromptFlags,
     members: options.Members = None,
     retrieved: PassageFlags,
     sampling: SamplingFlags,
     shape: StructureFlags,
-    prompt_weights: bool = flag(
-        False,
-        "Weigh the members by how well each predicts the prompt, in place of --weights.",
-        "--prompt-weights",
-        panel="Rule",
+    prompt_weights: bool = switch(
+        "Weigh the members by how well each predicts the prompt, in place of --weights.", panel="Rule"
     ),
-    token_seconds: float | None = flag(
-        None,
+    token_seconds: float | None = optional(
         "The most seconds that the rule may take for a token, of all prompts together; then the best distribution "
         "found is used, and counted as BUDGET in the summary.",
         min=0,
         shown="no limit",
         panel="Rule",
     ),
-    reproducible: bool = flag(
-        False,
+    reproducible: bool = switch(
         "Give each prompt the tokens that it gets alone, to the last bit: several prompts are continued one after "
         "another, and all draw from the same numbers. It needs --seed, unless nothing is drawn.",
-        "--reproducible",
         panel="Sampling",
     ),
     loading: options.LoadingFlags,
-    color: bool = flag(
-        False,
-        "On a terminal, colour the text of a single prompt by how far the members had to be corrected.",
-        "--color",
-        panel="Output",
-    ),
-    as_json: bool = flag(
-        False, "Print the texts and figures as one JSON document on stdout, once all is done.", "--json", panel="Output"
-    ),
-    summary: bool | None = flag(
-        None,
-        "Print on stderr each member's weight, how far it had to be corrected (its disagreement, KL divergence in "
-        "nats), and the speed.",
-        "--summary/--no-summary",
-        shown="on a terminal",
-        panel="Output",
-    ),
+    shown: ShownFlags,
     **settings: Any,
 ) -> None:
     """Continue prompts, sampling from several models as one; with one prompt, text is printed as it is drawn.
 
     Example: softmeet generate "And the king said" -m wide/gpt2 -m wide/llama --seed 1
     """
-    texts = [file_text(path) for path in file or []]
-    texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts or ([] if file else ["-"])]
+    texts = list(map(file_text, written.file or []))
+    prompts = prompts or ([] if texts else ["-"])
+    texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts]
     if reproducible:
         _require_reproducible(sampling, token_seconds)
-    summary = _summary(sampling, summary, as_json or color)
-    chat.require(prompt_weights=prompt_weights)
+    summary, as_json = shown.wants_summary(sampling), shown.as_json
+    written.require(prompt_weights=prompt_weights)
     structure, passages = shape.structure(), retrieved.read(prompt_weights=prompt_weights)
     ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
-    asked = chat.asked(ensemble, texts)
-    weights = [ensemble.prompt_weights(text) for text in texts] if prompt_weights else None
+    asked = written.asked(ensemble, texts)
+    each = [{"weights": ensemble.prompt_weights(text)} if prompt_weights else {} for text in texts]
     from softmeet.hf import Recorder
 
     # An average that nobody asks about is computed without its report, which takes longer than the average.
-    plain = sampling.one_member or (ensemble.model.settings.rule.is_average and not (summary or as_json or color))
+    plain = sampling.one_member or (ensemble.model.settings.rule.is_average and not (summary or as_json or shown.color))
     recorder = None if plain else Recorder()
     before, started = ensemble.model.spent, time.perf_counter()
     given = {"recorder": recorder, "token_seconds": token_seconds, "structure": structure, **sampling.arguments()}
-    each: list[dict[str, Any]] = [{}] * len(texts) if weights is None else [{"weights": own} for own in weights]
-    completions: Any = []
-    streamed = ""
+    completions: Any
     if len(texts) == 1 and not as_json:
-        streamed = _stream(ensemble, asked[0], {**given, **each[0]}, color=color)
+        completions = [_stream(ensemble, asked[0], {**given, **each[0]}, color=shown.color)]
     else:
         with working(f"generating from {len(texts)} prompts"):
-            if weights is None:
-                completions = ensemble.generate(asked, reproducible=reproducible, **given)
+            if prompt_weights:
+                completions = [ensemble.generate(text, **given, **own) for text, own in zip(texts, each, strict=True)]
             else:
-                completions = [ensemble.generate(texts[k], **given, **own) for k, own in enumerate(each)]
-    facts = _facts(ensemble, recorder or Recorder(), time.perf_counter() - started, weights, before)
+                completions = ensemble.generate(asked, reproducible=reproducible, **given)
+    facts = _facts(ensemble, recorder or Recorder(), time.perf_counter() - started, each, before)
     if as_json:
         made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
         typer.echo(json.dumps({"completions": made, **facts}, ensure_ascii=False, indent=2))
-    else:
-        for prompt, text in zip(texts, completions, strict=False):
+    elif len(texts) > 1:
+        for prompt, text in zip(texts, completions, strict=True):
             typer.echo(f"=== {prompt}\n{text}\n")
     if summary:
-        (_show_over_bytes if facts["vocabulary"] == "bytes" else _show)(facts)
-    _say_cut(structure, completions or [streamed])
-    for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
-        say(line)
+        _show(facts)
+    _say_endings(structure, completions, facts)
 
 
-def _summary(sampling: SamplingFlags, asked: bool | None, told: bool) -> bool:
-    """Return whether a summary is printed: if it is asked for, and by default on a terminal.
-
-    Args:
-        sampling: how tokens are drawn.
-        asked: whether a summary is asked for; None if nothing is said.
-        told: whether other figures are.
-
-    Raises:
-        InvalidInputError: if figures are asked for and, by ``--one-member``, unknown.
-    """
-    if not sampling.one_member:
-        return sys.stderr.isatty() if asked is None else asked
-    if asked or told:
-        raise InvalidInputError(
-            "--one-member runs one member a token, so how far members disagree is not known: leave out --summary, "
-            "--json and --color"
-        )
-    return False
-
-
-def _say_cut(structure: Structure | None, texts: list[str]) -> None:
-    """Say on stderr how many texts ended before their structure was complete, if any did."""
+def _say_endings(structure: Structure | None, texts: list[str], facts: dict[str, Any]) -> None:
+    """Say on stderr how many texts ended before their structure was complete, and where the rule was not solved."""
     if structure and (cut := sum(not structure.allows(text) for text in texts)):
         say(f"{cut} of {len(texts)} texts ended before the structure was complete: raise --max-new-tokens")
+    for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
+        say(line)
 
 
 def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) -> None:
@@ -244,9 +216,8 @@ def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color
     from softmeet.hf.report import style
 
     console, text = out(), ""
-    plain = arguments["recorder"] is None
-    pieces = ((piece, 0.0) for piece in ensemble.stream(prompt, **arguments))
-    for piece, nats in pieces if plain else ensemble.stream_with_disagreement(prompt, **arguments):
+    plain = ((piece, 0.0) for piece in ensemble.stream(prompt, **arguments))
+    for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments) if color else plain:
         if color:
             console.print(Text(piece, style=style(nats)), end="", soft_wrap=True)
         else:
@@ -258,7 +229,7 @@ def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color
 
 
 def _facts(
-    ensemble: Ensemble, recorder: Recorder, seconds: float, weights: list[list[float]] | None, before: list[Work]
+    ensemble: Ensemble, recorder: Recorder, seconds: float, each: list[dict[str, list[float]]], before: list[Work]
 ) -> dict[str, Any]:
     """Return a run's figures: each member's, the rule's, the gate's, and the speed, as JSON has them.
 
@@ -266,13 +237,14 @@ def _facts(
         ensemble: the ensemble that generated.
         recorder: was passed to ``generate``, and has summed over all tokens (over bytes, all bytes).
         seconds: the time that generation took.
-        weights: each prompt's own weights of the members, whose mean is then shown; None if all used the ensemble's.
+        each: each prompt's own ``weights`` of the members, whose mean is then shown; {} if all used the ensemble's.
         before: over bytes, each member's work before the run, which is subtracted.
     """
     from softmeet.hf.calibrated import gate_of
 
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
-    used = config.weights if weights is None else list(map(fmean, zip(*weights, strict=True)))
+    own = [weights for prompt in each for weights in prompt.values()]
+    used = list(map(fmean, zip(*own, strict=True))) or config.weights
     disagreement, trusts = recorder.disagreement.tolist() or [0.0] * len(ensemble.names), config.settings.trusts()
     trusts = trusts if config.settings.rule.uses_trust else [[] for _ in ensemble.names]
     members: list[dict[str, Any]] = [
@@ -302,35 +274,26 @@ def _facts(
     }
 
 
-def _show_over_bytes(facts: dict[str, Any]) -> None:
-    """Print a summary on stderr of a run of an ensemble over bytes."""
-    columns = ("member", "weight", "disagreement (nats)", "model calls", "tokens run", "probability dropped")
-    costs = ("disagreement", "forward_steps", "tokens_run", "dropped")
-    rows = [(m["name"], f"{m['weight']:.3g}", *(f"{m[name]:.4f}" for name in costs)) for m in facts["members"]]
-    print_table(err, columns, [rows], title=f"rule: {facts['rule']}, over bytes; means per byte")
-    err.print(f"{facts['tokens']} bytes, {facts['tokens_per_second']:.1f} bytes/s")
-    _show_gate(facts)
-
-
 def _show(facts: dict[str, Any]) -> None:
-    """Print a summary on stderr of a run of an ensemble over tokens."""
-    trusted = [] if facts["members"][0]["trust"] is None else ["trust"]
-    columns = ("member", "head width", "weight", *trusted, "disagreement (nats a token)")
-    rows = [
-        (m["name"], str(m["width"]), f"{m['weight']:.3g}", *(m[name] for name in trusted), f"{m['disagreement']:.4f}")
-        for m in facts["members"]
-    ]
-    print_table(err, columns, [rows], title=f"rule: {facts['rule']}")
-    err.print(
-        f"{facts['tokens']} tokens, {facts['tokens_per_second']:.1f} tokens/s, {facts['head_passes_per_token']:.1f} "
-        f"head passes a token, largest gap {facts['largest_gap']:.1e} nats",
-        soft_wrap=True,
-    )
-    _show_gate(facts)
-
-
-def _show_gate(facts: dict[str, Any]) -> None:
-    """Print on stderr how often the gate was closed, if there is one."""
+    """Print a summary on stderr: a table of the members, the speed, and how often the gate was closed, if any."""
+    members, unit = facts["members"], facts["vocabulary"]
+    title, speed = f"rule: {facts['rule']}", f"{facts['tokens']} {unit}, {facts['tokens_per_second']:.1f} {unit}/s"
+    if unit == "bytes":
+        columns = ["member", "weight", "disagreement (nats)", "model calls", "tokens run", "probability dropped"]
+        costs = ("disagreement", "forward_steps", "tokens_run", "dropped")
+        rows = [(m["name"], f"{m['weight']:.3g}", *(f"{m[key]:.4f}" for key in costs)) for m in members]
+        title += ", over bytes; means per byte"
+    else:
+        trusted = [] if members[0]["trust"] is None else ["trust"]
+        columns = ["member", "head width", "weight", *trusted, "disagreement (nats a token)"]
+        rows = [
+            (m["name"], str(m["width"]), f"{m['weight']:.3g}", *(m[key] for key in trusted), f"{m['disagreement']:.4f}")
+            for m in members
+        ]
+        passes = f"{facts['head_passes_per_token']:.1f} head passes a token"
+        speed += f", {passes}, largest gap {facts['largest_gap']:.1e} nats"
+    print_table(err, columns, [rows], title=title)
+    err.print(speed, soft_wrap=True)
     if facts["gate"]:
         saved = "" if facts["seconds_saved"] is None else f", which saved about {facts['seconds_saved']:.1f} s"
-        err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the {facts['vocabulary']}{saved}")
+        err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the {unit}{saved}")

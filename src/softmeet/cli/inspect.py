@@ -10,13 +10,14 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic_core import to_jsonable_python
 from rich.text import Text
 
 from softmeet.cli import options
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import argument_text, require_new
@@ -28,39 +29,41 @@ if TYPE_CHECKING:
     from softmeet.hf.byte_report import GroupReport
 
 
+class PageFlags(Flags, panel="Output"):
+    """Flags for what is shown of a text, and where."""
+
+    top: int = flag(5, "How many of each distribution's likeliest tokens to list, on the page and in JSON.", min=1)
+    as_json: bool = switch("Print one JSON document on stdout.", "--json")
+    html: Path | None = optional("Write a self-contained HTML page to this path.")
+    force: bool = switch("Overwrite the file of --html if it exists.")
+
+
 @flags()
 def inspect(
     *,
-    text: Annotated[str, typer.Argument(help="The text itself (not a file).")],
+    text: str = argument("The text itself (not a file).", default=...),
     members: options.Members = None,
-    top: int = flag(
-        5,
-        "How many of each distribution's likeliest tokens to list, on the page and in JSON.",
-        min=1,
-        panel="Output",
-    ),
     loading: options.LoadingFlags,
-    as_json: bool = flag(False, "Print one JSON document on stdout.", "--json", panel="Output"),
-    html: Path | None = flag(None, "Write a self-contained HTML page to this path.", panel="Output"),
-    force: bool = flag(False, "Overwrite the file of --html if it exists.", "--force", panel="Output"),
+    shown: PageFlags,
     **settings: Any,
 ) -> None:
     """Show how probable each member and the ensemble found every token of a text, and what the rule changed most.
 
     Example: softmeet inspect "And the king said unto his daughter" -m narrow --html page.html
     """
-    require_new(force, *filter(None, [html]))
+    html = shown.html
+    require_new(shown.force, *filter(None, [html]))
     text = argument_text(text)
     ensemble = loading.ensemble(members, settings)
-    reports = ensemble.inspect(text, top)
+    reports = ensemble.inspect(text, shown.top)
     facts = _facts(ensemble, text, reports)
     if html is not None:
         html.write_text(_page(facts), encoding="utf-8")
         err.print(f"written to {html}")
-    if as_json:
+    if shown.as_json:
         # JSON has no infinity: an unknown gap, which is infinite, becomes null.
-        tokens = [t | {"gap": t["gap"] if math.isfinite(t["gap"]) else None} for t in facts["tokens"]]
-        typer.echo(json.dumps(facts | {"tokens": tokens}, ensure_ascii=False, indent=2))
+        plain = to_jsonable_python(facts, inf_nan_mode="null")
+        typer.echo(json.dumps(plain, ensure_ascii=False, indent=2))
     elif html is None:
         _show(facts)
 
@@ -115,7 +118,7 @@ def _show(facts: dict[str, Any]) -> None:
     print_table(console, columns, [rows], texts=(0, last), optional=last)
     unit = facts["vocabulary"][:-1]
     for sentence in endings(facts["statuses"], facts["fallbacks"], "token"):
-        console.print(sentence, markup=False)
+        console.print(sentence)
     console.print(
         f"{_rule(facts)}: {facts['nats']:.3f} nats a {unit}, the average {facts['average_nats']:.3f}; disagreement in "
         "nats, summed over members"

@@ -11,6 +11,7 @@ from importlib.metadata import version as installed
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from softmeet import __version__, freed_memory
 from softmeet.cli.advise import advise
@@ -142,8 +143,7 @@ def _misused(error: Any) -> int:
 
 def _fail(message: str) -> int:
     """Print an error in one line on stderr, and return the exit code."""
-    line = " ".join(message.split()).replace("[", r"\[")
-    err.print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
+    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
     return 2
 
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-err = Console(stderr=True)
+err = Console(stderr=True, markup=False)
 # The exit code after Ctrl-C, and where the reader of a pipe has gone: 128 and the signal's number, as shells have it.
 STOPPED, UNREAD = 130, 141
 
 
 def say(sentence: str) -> None:
     """Print a notice on stderr, so that stdout holds a command's results alone."""
-    err.print(sentence, style="yellow", highlight=False, soft_wrap=True, markup=False)
+    err.print(sentence, style="yellow", highlight=False, soft_wrap=True)
 
 
 @contextmanager

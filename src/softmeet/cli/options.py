@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli.flags import checked_settings, flag
+from softmeet.cli.flags import Flags, at_least_one, checked_settings, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import working
 from softmeet.errors import InvalidInputError
@@ -75,36 +74,28 @@ def placement(given: list[str] | None) -> Any:
     return found
 
 
-@dataclass
-class LoadingFlags:
+class LoadingFlags(Flags, panel="Members"):
     """Flags for how and where members are loaded, and whether they are combined over tokens or bytes."""
 
-    PANEL: ClassVar = "Members"
-    dtype: str | None = flag(
-        None,
+    dtype: str | None = optional(
         "The type of the weights: float32, bfloat16, float16, float64, or auto for the checkpoint's own.",
         shown="float32 on a CPU, else auto",
     )
-    device: list[str] | None = flag(
-        None,
+    device: list[str] | None = optional(
         "Where the weights go: cpu, cuda, cuda:1, disk, or auto (spread by accelerate). One value serves all members; "
         "or repeat it, once for each member in order. The path of a YAML or JSON file that maps the names of modules "
         "to devices also serves.",
         shown="cpu",
     )
-    trust_remote_code: bool = flag(
-        False,
-        "Run the Python code that comes with a checkpoint; only for checkpoints that you trust.",
-        "--trust-remote-code",
+    trust_remote_code: bool = switch(
+        "Run the Python code that comes with a checkpoint; only for checkpoints that you trust."
     )
-    vocabulary: str | None = flag(
-        None,
+    vocabulary: str | None = optional(
         "What the members are combined over. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
         "only. auto: bytes where tokenizers differ, else tokens.",
         shown="auto",
     )
-    prune: float | None = flag(
-        None,
+    prune: float | None = optional(
         "Over bytes, ignore ways to tokenize the text that hold less than this share of a member's probability. A "
         "larger X is faster and less exact; 0 ignores none.",
         shown="0.01",
@@ -154,24 +145,20 @@ class LoadingFlags:
             )
 
 
-@dataclass
-class EngineFlags:
+class EngineFlags(Flags, panel="Engine"):
     """Flags for where a command does its work: in threads of its own process, or in workers of a Ray cluster."""
 
-    PANEL: ClassVar = "Engine"
     engine: str = flag(
         "local", "Where the work is done: local (threads of this process), or ray (workers of a Ray cluster)."
     )
-    workers: int | None = flag(
-        None,
+    workers: int | None = at_least_one(
         "The number of threads or Ray workers. Threads share the members; each Ray worker loads them.",
-        min=1,
         shown="one for each core",
     )
     threads: int = flag(
         1, "PyTorch threads of each worker; results may differ in the last digits when it changes.", min=1
     )
-    ray_address: str | None = flag(None, "The Ray cluster's address.", shown=DEFAULT_CLUSTER)
+    ray_address: str | None = optional("The Ray cluster's address.", shown=DEFAULT_CLUSTER)
     gpus: float = flag(
         0.0, "GPUs of each Ray worker: a fraction such as 0.5, or several, over which its members are spread.", min=0
     )

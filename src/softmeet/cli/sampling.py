@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import typer
 
-from softmeet.cli.flags import flag
+from softmeet.cli.flags import Flags, at_least_one, flag, optional, switch
 
 
 def _positive(value: float | None) -> float | None:
@@ -29,58 +28,48 @@ def drafts_of(value: str) -> int | Literal["auto"]:
     return "auto" if value == "auto" else int(value)
 
 
-@dataclass
-class SamplingFlags:
+class SamplingFlags(Flags, panel="Sampling"):
     """Flags for how tokens are drawn, named as in transformers."""
 
-    PANEL: ClassVar = "Sampling"
-    max_new_tokens: int | None = flag(
-        None,
+    max_new_tokens: int | None = at_least_one(
         "The most tokens to add to each prompt; over bytes as the first member's tokenizer cuts what is added.",
-        min=1, shown="100",
-    )  # fmt: skip
-    max_new_bytes: int | None = flag(
-        None,
+        shown="100",
+    )
+    max_bytes: int | None = at_least_one(
         "Over bytes, the most bytes to add to each prompt, whatever tokens they make unless --max-new-tokens is given.",
-        min=1,
+        "--max-new-bytes",
         shown="no limit",
     )
-    seed: int | None = flag(None, "An integer that makes the draws repeatable; without it, each run differs.", min=0)
+    seed: int | None = optional("An integer that makes the draws repeatable; without it, each run differs.", min=0)
     do_sample: bool = flag(True, "Draw each token at random; --no-do-sample always takes the likeliest.")
-    temperature: float | None = flag(
-        None,
-            "Divide log-probabilities by X before drawing: below 1, likely tokens are drawn more often; 0 always "
+    temperature: float | None = optional(
+        "Divide log-probabilities by X before drawing: below 1, likely tokens are drawn more often; 0 always "
             "takes the likeliest.",
         min=0, shown="1",
     )  # fmt: skip
     top_k: int = flag(0, "Draw from the N likeliest tokens only; 0 for all.", min=0)
-    top_p: float | None = flag(
-        None,
+    top_p: float | None = optional(
         "Draw only from the smallest set of likeliest tokens whose probabilities add up to at least X; 1 for all.",
         min=0, max=1,
         shown="1",
     )  # fmt: skip
-    min_p: float | None = flag(
-        None, "Draw only from tokens at least X times as probable as the likeliest; 0 for all.", min=0, max=1, shown="0"
+    min_p: float | None = optional(
+        "Draw only from tokens at least X times as probable as the likeliest; 0 for all.", min=0, max=1, shown="0"
     )
-    repetition_penalty: float | None = flag(
-        None,
+    repetition_penalty: float | None = optional(
         "Make tokens that came before less likely, by a factor of X in their scores, as in transformers; 1 for no "
         "change.",
         shown="1",
         callback=_positive,
     )
-    speculate: str | None = flag(
-        None,
+    speculate: str | None = optional(
         "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
         "drafts are mostly right. N may be auto, for as many as pay by what is measured, or 0.",
         metavar="N", shown="auto over tokens in single precision, else 0", callback=checked_drafts,
     )  # fmt: skip
-    one_member: bool = flag(
-        False,
+    one_member: bool = switch(
         "By prob-mean, draw each token from one member, itself drawn by its weight: the same law at about the price of "
-        "one member, without a seed, truncation or summary.",
-        "--one-member",
+        "one member, without a seed, truncation or summary."
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -90,10 +79,8 @@ class SamplingFlags:
         top-p and min-p are left out, too.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        if self.max_new_bytes is None:
+        if self.max_bytes is None:
             given.setdefault("max_new_tokens", 100)
-        else:
-            given["max_bytes"] = given.pop("max_new_bytes")
         if self.speculate is not None:
             given["speculate"] = drafts_of(self.speculate)
         if self.do_sample and self.temperature != 0:

@@ -7,16 +7,15 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from softmeet.cli import options
-from softmeet.cli.flags import checked_settings, flag, flags
+from softmeet.cli.flags import Flags, argument, at_least_one, checked_settings, flag, flags, optional, switch
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
@@ -26,7 +25,6 @@ from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
     from softmeet.server.replicas import Scale
-    from softmeet.server.serving import Serving
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
@@ -40,37 +38,34 @@ _MEMBERS = (
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
-@dataclass
-class AccessFlags:
-    """Flags for who may send requests, from which pages and hosts, and which settings requests may change."""
+class AccessFlags(Flags, panel="Address and access"):
+    """Flags for where the server listens, who may send requests, and which settings these may change."""
 
-    PANEL: ClassVar = "Address and access"
-    api_keys: Path | None = flag(
-        None,
+    host: str = flag("127.0.0.1", "The address to listen on.")
+    port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535)
+    api_keys: Path | None = optional(
         "A file of API keys, one on each line; every request then needs one.",
         shown=f"the keys in ${_KEYS}, between commas; else none is needed",
     )
-    open_to_all: bool = flag(
-        False, "Allow a --host other than this machine without API keys: anyone who reaches it can use it.", "--open"
+    open_to_all: bool = switch(
+        "Allow a --host other than this machine without API keys: anyone who reaches it can use it.", "--open"
     )
-    allow: list[str] | None = flag(
-        None,
+    allow: list[str] | None = optional(
         "A setting that requests may change: rule, trust, weights, pool, members, gate or none; it can be repeated.",
         shown="all",
     )
-    allow_host: list[str] | None = flag(
-        None, "Another host name to accept in requests; it can be repeated.", shown="this machine's"
+    allow_host: list[str] | None = optional(
+        "Another host name to accept in requests; it can be repeated.", shown="this machine's"
     )
-    cors: list[str] | None = flag(
-        None, "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
+    cors: list[str] | None = optional(
+        "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
+    ui: bool | None = optional("Serve the page at /ui.", shown="if gradio is installed (the extra ui)")
 
 
-@dataclass
-class LimitFlags:
+class LimitFlags(Flags, panel="Limits"):
     """Flags that limit the server's work: the sequences that run and wait, and the size of one request."""
 
-    PANEL: ClassVar = "Limits"
     batch: int = flag(64, "The most sequences that run at once.", min=1)
     queue: int = flag(256, "The most sequences that wait; more requests get status 429.", min=0)
     keep_tokens: int = flag(
@@ -106,20 +101,42 @@ class LimitFlags:
     grace: float = flag(30.0, "The seconds that running answers have to end after SIGTERM.", min=0)
 
 
-@dataclass
-class ClusterFlags:
-    """Flags for the replicas of the server on a Ray cluster: their number, their load and their resources."""
+class RunFlags(Flags, panel="Engine"):
+    """Flags for how members run, and for replicas on a Ray cluster: their number, their load and their resources."""
 
-    PANEL: ClassVar = "Engine"
+    engine: str = flag("local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).")
+    threads: int | None = at_least_one("PyTorch threads of each process.", shown="torch's choice")
+    parallel: bool | None = optional(
+        "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
+        "devices always run in parallel.",
+        shown="where it is measured to be faster",
+    )
+    reproducible: bool = switch(
+        "Run and solve every sequence by itself: a seeded request gets the same tokens alone and in any company, to "
+        "the last bit. Costs the speed that batches give.",
+    )
+    speculate: str = flag(
+        "auto",
+        "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
+        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is measured "
+        "where answers still repeat, or 0.",
+        metavar="N",
+        callback=checked_drafts,
+    )
+    one_member: bool = flag(
+        True,
+        "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
+        "member, itself drawn by its weight: the same law at about the price of one member.",
+    )
     replicas: int = flag(1, "With --engine ray: the fewest server processes that share the work.", min=1)
-    max_replicas: int | None = flag(
-        None, "With --engine ray: the most replicas; more are started under load.", min=1, shown="none are added"
+    max_replicas: int | None = at_least_one(
+        "With --engine ray: the most replicas; more are started under load.", shown="none are added"
     )
     target_streams: float = flag(
         32.0, "With --max-replicas: start another replica when each has more than X answers in progress.", min=1
     )
     fronts: int = flag(1, "With --engine ray: how many processes receive requests and hand them to replicas.", min=1)
-    ray_address: str | None = flag(None, "The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
+    ray_address: str | None = optional("The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
     gpus: float = flag(
         0.0, "With --engine ray: the GPUs of each replica, a fraction such as 0.5, or a whole number.", min=0
     )
@@ -128,65 +145,15 @@ class ClusterFlags:
 @flags()
 def serve(
     *,
-    ensembles: Annotated[
-        list[str] | None, typer.Argument(help=_ENSEMBLES, show_default="the family wide, named default")
-    ] = None,
-    members: list[str] | None = flag(
-        None, _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
+    ensembles: list[str] | None = argument(_ENSEMBLES, shown="the family wide, named default"),
+    members: list[str] | None = optional(
+        _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
     ),
-    host: str = flag("127.0.0.1", "The address to listen on.", panel="Address and access"),
-    port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535, panel="Address and access"),
     access: AccessFlags,
-    ui: bool | None = flag(
-        None,
-        "Serve the page at /ui.",
-        "--ui/--no-ui",
-        shown="if gradio is installed (the extra ui)",
-        panel="Address and access",
-    ),
     limits: LimitFlags,
-    access_log: bool = flag(
-        False, "Log a line for every request, leaving out keys and prompts.", "--access-log", panel="Output"
-    ),
-    engine: str = flag(
-        "local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).", panel="Engine"
-    ),
-    threads: int | None = flag(None, "PyTorch threads of each process.", min=1, shown="torch's choice", panel="Engine"),
-    parallel: bool | None = flag(
-        None,
-        "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
-        "devices always run in parallel.",
-        "--parallel/--no-parallel",
-        shown="where it is measured to be faster",
-        panel="Engine",
-    ),
-    reproducible: bool = flag(
-        False,
-        "Run and solve every sequence by itself: a seeded request gets the same tokens alone and in any company, to "
-        "the last bit. Costs the speed that batches give.",
-        "--reproducible",
-        panel="Engine",
-    ),
-    speculate: str = flag(
-        "auto",
-        "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
-        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is measured "
-        "where answers still repeat, or 0.",
-        metavar="N",
-        callback=checked_drafts,
-        panel="Engine",
-    ),
-    one_member: bool = flag(
-        True,
-        "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
-        "member, itself drawn by its weight: the same law at about the price of one member.",
-        "--one-member/--no-one-member",
-        panel="Engine",
-    ),
-    plain_chat: bool = flag(
-        False, "Chat by a plain template with members that have none of their own.", "--plain-chat", panel="Members"
-    ),
-    cluster: ClusterFlags,
+    access_log: bool = switch("Log a line for every request, leaving out keys and prompts.", panel="Output"),
+    plain_chat: bool = switch("Chat by a plain template with members that have none of their own.", panel="Members"),
+    running: RunFlags,
     loading: options.LoadingFlags,
     **settings: Any,
 ) -> None:
@@ -195,15 +162,15 @@ def serve(
     Example: softmeet serve -m my-model-a -m my-model-b --port 8000
     """
     require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
-    require_extra("the page (--ui)", "ui", *["gradio"] * bool(ui))
-    keys, local = _keys(access.api_keys), _is_local(host)
+    require_extra("the page (--ui)", "ui", *["gradio"] * bool(access.ui))
+    host, keys, local = access.host, _keys(access.api_keys), _is_local(access.host)
     if not (keys or local or access.open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
         )
-    _check_engine(engine, cluster, ui=bool(ui))
+    _check_engine(running, ui=bool(access.ui))
     allowed = _allowed(access.allow)
-    with listening(host, port) as sockets:
+    with listening(host, access.port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
         with uncollected(), quick_imports():
             from softmeet.server.ensembles import load, named
@@ -229,41 +196,45 @@ def serve(
             seconds=limits.timeout,
             allowed=allowed,
             max_trust=limits.max_trust,
-            parallel="auto" if parallel is None else parallel,
-            reproducible=reproducible,
-            speculate=drafts_of(speculate),
-            one_member=one_member,
+            parallel="auto" if running.parallel is None else running.parallel,
+            reproducible=running.reproducible,
+            speculate=drafts_of(running.speculate),
+            one_member=running.one_member,
             plain_chat=plain_chat,
             cors=access.cors or (),
-            ui=bool(find_spec("gradio")) if ui is None else ui,
+            ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
         )
-        c = cluster
-        if engine == "ray":
+        if running.engine == "ray":
             from softmeet.server.replicas import Scale, application
 
+            r = running
             scale = Scale(
-                replicas=c.replicas, max_replicas=c.max_replicas, streams=c.target_streams, threads=threads or 1,
-                gpus=c.gpus, fronts=c.fronts,
+                replicas=r.replicas, max_replicas=r.max_replicas, streams=r.target_streams, threads=r.threads or 1,
+                gpus=r.gpus, fronts=r.fronts,
             )  # fmt: skip
             made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
-            _replicate(made, host, sockets, c.ray_address, scale, list(asked))
+            _replicate(made, host, sockets, running.ray_address, scale, list(asked))
             return
-        if threads is not None:
+        if running.threads is not None:
             import torch
 
-            torch.set_num_threads(threads)
+            torch.set_num_threads(running.threads)
         served = load(asked, partial(loading.ensemble, settings=settings))
         _note_single([s.name for s in served if len(s.names) == 1], asked)
-        _run(Serving(served, protocol), host, sockets, limits.grace, access_log=access_log)
+        from softmeet.server.process import run
+
+        url, names = url_to_open(host, port_of(sockets)), ", ".join(s.name for s in served)
+        announce = partial(_announce, names, url, page=protocol.ui)
+        run(Serving(served, protocol), sockets, limits.grace, announce, access_log=access_log)
 
 
-def _check_engine(engine: str, cluster: ClusterFlags, *, ui: bool) -> None:
+def _check_engine(running: RunFlags, *, ui: bool) -> None:
     """Raise InvalidInputError if the engine is unknown or not installed, or flags were given that are not its own."""
-    if engine == "ray":
+    if running.engine == "ray":
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
         require_extra("--engine ray", "ray", "ray")
-    elif engine != "local" or cluster.max_replicas is not None or cluster.gpus or cluster.replicas + cluster.fronts > 2:
+    elif running.engine != "local" or running.max_replicas or running.gpus or running.replicas + running.fronts > 2:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
 
 
@@ -349,9 +320,9 @@ def _replicate(
         scale: the number of replicas, and their threads.
         names: the ensembles' names, for the message that it serves.
     """
-    from ray import serve
+    from ray import serve, shutdown
 
-    from softmeet.scaling.cluster import connect, leave
+    from softmeet.scaling.cluster import connect
     from softmeet.server.replicas import NAME
 
     connect(address, (scale.max_replicas or scale.replicas) * scale.threads)
@@ -368,23 +339,4 @@ def _replicate(
         ended.wait()
     finally:
         serve.shutdown()
-        leave()
-
-
-def _run(serving: Serving, host: str, sockets: list[socket.socket], grace: float, *, access_log: bool) -> None:
-    """Serve in this process until a signal.
-
-    Args:
-        serving: the ensembles and settings.
-        host: the address, for the message that it serves.
-        sockets: those that listen there.
-        grace: seconds that running answers have to end after a first signal.
-        access_log: whether to log a line for each request.
-    """
-    from softmeet.server.process import run
-
-    def announce() -> None:
-        names = ", ".join(s.name for s in serving.ensembles)
-        _announce(names, url_to_open(host, port_of(sockets)), page=serving.settings.ui)
-
-    run(serving, sockets, grace, announce, access_log=access_log)
+        shutdown()

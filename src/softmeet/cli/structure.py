@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
 
-from softmeet.cli.flags import flag
+from softmeet.cli.flags import Flags, flag_of, optional
 from softmeet.cli.texts import file_text
 from softmeet.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from softmeet.structured.structure import Structure
+from softmeet.structured.structure import Structure
 
 
-@dataclass
-class StructureFlags:
+class StructureFlags(Flags, panel="Structure"):
     """Flags for what a text has to be; at most one of them can be given."""
 
-    PANEL: ClassVar = "Structure"
-    json_schema: str | None = flag(
-        None, "Write a JSON document of this JSON schema: a file, or the schema itself.", metavar="PATH|TEXT"
+    json_schema: str | None = optional(
+        "Write a JSON document of this JSON schema: a file, or the schema itself.", metavar="PATH|TEXT"
     )
-    regex: str | None = flag(None, "Write a text that matches this regular expression as a whole.")
-    choice: list[str] | None = flag(None, "Write one of the texts that are given so; repeat it for each.", "--choice")
-    grammar: Path | None = flag(None, "Write a text of the grammar in this file, in llguidance's variant of Lark.")
+    regex: str | None = optional("Write a text that matches this regular expression as a whole.")
+    choice: list[str] | None = optional("Write one of the texts that are given so; repeat it for each.", "--choice")
+    grammar: Path | None = optional("Write a text of the grammar in this file, in llguidance's variant of Lark.")
 
     def structure(self) -> Structure | None:
         """Return the structure that the flags ask for, compiled; None if none is given.
@@ -33,19 +27,14 @@ class StructureFlags:
             InvalidInputError: if more than one is given, or one cannot be used.
             OSError: if a file cannot be read.
         """
-        given = [name for name, value in vars(self).items() if value]
+        given = {name: value for name, value in vars(self).items() if value}
         if len(given) > 1:
-            spelled = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            spelled = " and ".join(map(flag_of, given))
             raise InvalidInputError(f"expected one structure, got {spelled}: leave out all but one")
         if not given:
             return None
-        from softmeet.structured.structure import Structure
-
-        if self.choice:
-            return Structure.choice(self.choice)
-        if self.grammar:
-            return Structure.grammar(file_text(self.grammar))
-        if self.regex:
-            return Structure.regex(self.regex)
-        schema = self.json_schema or ""
-        return Structure.json_schema(schema if schema.lstrip().startswith("{") else file_text(schema))
+        ((kind, value),) = given.items()  # flags are named as the ways to make a structure
+        if kind == "grammar" or (kind == "json_schema" and not value.lstrip().startswith("{")):
+            value = file_text(value)
+        made: Structure = getattr(Structure, kind)(value)
+        return made

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from softmeet.members.member import short
+from softmeet.rules.settings import rule_of
 
 # In a pipe nothing has to fit: no line is broken.
 _PIPE = 1000
@@ -17,9 +22,12 @@ _NAME = 20
 
 
 def out() -> Console:
-    """Return a console for stdout, as wide as the terminal or ``$COLUMNS``; without either, it breaks no lines."""
+    """Return a console for stdout, as wide as the terminal or ``$COLUMNS``; without either, it breaks no lines.
+
+    It prints brackets as they are, since names and texts may hold some.
+    """
     fits = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if fits else _PIPE)
+    return Console(width=None if fits else _PIPE, markup=False)
 
 
 def print_table(
@@ -61,11 +69,11 @@ def print_table(
         table.add_column(name, justify="left" if k in texts else "right", width=width, overflow="fold")
     for rows in sections:
         for row in rows:
-            table.add_row(*(escape(row[k]) for k in kept))
+            table.add_row(*(Text(row[k]) for k in kept))
         table.add_section()
     console.print(table)
     if len(kept) < len(columns):
-        console.print(f'A wider terminal, or a pipe, shows one more column: "{columns[optional or 0]}".', markup=False)
+        console.print(f'A wider terminal, or a pipe, shows one more column: "{columns[optional or 0]}".')
 
 
 def _print_lines(
@@ -73,12 +81,12 @@ def _print_lines(
 ) -> None:
     """Print each row as its first cell, and below it a line with title and cell for every other column."""
     if title:
-        console.print(title, style="italic", markup=False)
+        console.print(title, style="italic")
     for row in (row for rows in sections for row in rows):
-        console.print(row[0], style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(row[0], style="bold", highlight=False, soft_wrap=True)
         for name, cell in zip(columns[1:], row[1:], strict=True):
             if cell:
-                console.print(f"  {name}: {cell}", markup=False, highlight=False)
+                console.print(f"  {name}: {cell}", highlight=False)
 
 
 def _needed(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]], text: bool) -> int:
@@ -90,3 +98,32 @@ def _needed(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]], tex
 def _longest(k: int, title: str, sections: Sequence[Sequence[Sequence[str]]]) -> int:
     """Return the length of the longest of a title and the cells of column ``k``."""
     return max([len(title), *(len(row[k]) for rows in sections for row in rows)])
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 sequence`` or ``64 sequences``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def number(x: float, form: str) -> str:
+    """Return a number in a format such as ``.4f``, with ∞ for infinity."""
+    return format(x, form).replace("inf", "∞")
+
+
+def difference(mean: float, interval: Sequence[float]) -> str:
+    """Return a difference with half its interval, as a cell; by itself if the interval has no bounds."""
+    low, high = interval
+    return number(mean, "+.4f") + (f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else "")
+
+
+def candidate(name: str, facts: Mapping[str, Any], *figures: str) -> tuple[str, ...]:
+    """Return the row of what was fitted: its name, figures, weights, trusts if its rule has them, and temperature."""
+    weights, trust = (" ".join(f"{x:.2f}" for x in facts[key]) for key in ("weights", "trust"))
+    shown = short(name) if "/" in name else name
+    return (
+        shown,
+        *figures,
+        weights,
+        trust if rule_of(facts["rule"]).uses_trust else "",
+        f"{facts['rule_temperature']:.2f}",
+    )

@@ -6,21 +6,19 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from softmeet.cli.flags import flag
+from softmeet.cli.flags import Flags, at_least_one, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.documents import Document, decode_utf8, read_documents
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
-    from softmeet.evaluation.documents import Document
-    from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.positions import Positions
 
 
@@ -30,16 +28,12 @@ _TEXT = (
 )
 
 
-@dataclass
-class DocumentFlags:
+class DocumentFlags(Flags, panel="Text"):
     """Flags for which text is read."""
 
-    PANEL: ClassVar = "Text"
-    text: list[str] | None = flag(None, _TEXT, "--text", "-t", metavar="PATH")
-    separator: str | None = flag(
-        None,
-        r"The text that separates documents in a file; write \n for a line end.",
-        shown="each file is one document",
+    text: list[str] | None = optional(_TEXT, "--text", "-t", metavar="PATH")
+    separator: str | None = optional(
+        r"The text that separates documents in a file; write \n for a line end.", shown="each file is one document"
     )
     column: str = flag("text", "The column of a dataset folder that holds the text.")
 
@@ -51,54 +45,44 @@ class DocumentFlags:
             InvalidInputError: if no text is named, or one is empty or not UTF-8.
             OSError: if a file cannot be read.
         """
-        from softmeet.evaluation.documents import read_documents
-
         ends = argument_text(self.separator or "").replace("\\n", "\n").replace("\\t", "\t") or None
         return read_documents(self.text or [], separator=ends, column=self.column)
 
 
-@dataclass
 class TextFlags(DocumentFlags):
     """Flags for which text is read, and how it is cut into windows."""
 
-    window: int | None = flag(
-        None,
+    window: int | None = at_least_one(
         "The length, in tokens, of the windows in which a document is read.",
-        min=1,
         shown="the shortest context length among the members, at most 1024",
     )
-    stride: int | None = flag(
-        None,
+    stride: int | None = at_least_one(
         "How many tokens after the start of one window the next one starts. Fewer than --window give tokens more "
         "context and take longer. Each token is predicted once.",
-        min=1,
         shown="the window",
     )
-    bos: bool = flag(
-        False,
+    bos: bool = switch(
         "Begin each document with the token for the beginning of a text (BOS), so that its first token is predicted, "
-        "too.",
-        "--bos",
+        "too."
     )
-    max_tokens: int | None = flag(None, "The most tokens (over bytes: bytes) to predict in all.", min=1, shown="all")
-    max_per_document: int | None = flag(
-        None, "The most tokens (over bytes: bytes) to predict in each document.", min=1, shown="all"
+    max_tokens: int | None = at_least_one("The most tokens (over bytes: bytes) to predict in all.", shown="all")
+    max_per_document: int | None = at_least_one(
+        "The most tokens (over bytes: bytes) to predict in each document.", shown="all"
     )
 
     @property
-    def windows(self) -> dict[str, Any]:
-        """The values of ``window``, ``stride``, ``bos`` and ``max_per_document``, by these names."""
-        return {name: getattr(self, name) for name in ("window", "stride", "bos", "max_per_document")}
+    def windowing(self) -> dict[str, Any]:
+        """The values of ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, by these names."""
+        names = ("window", "stride", "bos", "max_tokens", "max_per_document")
+        return {name: getattr(self, name) for name in names}
 
 
-@dataclass
 class SourceFlags(TextFlags):
     """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
 
-    trace: Path | None = flag(
-        None,
+    trace: Path | None = optional(
         "The folder of a trace by softmeet trace, in place of --text. Without -m, the members of the trace are used; "
-        "with it, name the same ones in the same order.",
+        "with it, name the same ones in the same order."
     )
 
     def documents(self) -> list[Document]:
@@ -146,12 +130,12 @@ class SourceFlags(TextFlags):
         Raises:
             InvalidInputError: if the trace is damaged or of other members, or a flag for windows is given with a trace.
         """
-        settings = {"max_tokens": self.max_tokens, **self.windows}
+        own = pinned(ensemble, documents) | self.windowing
         if self.trace is None:
-            return None, pinned(ensemble, documents) | settings
+            return None, own
         from softmeet.evaluation.trace import Trace
 
-        if set(self.windows.values()) - {None, False}:
+        if {self.window, self.stride, self.max_per_document} != {None} or self.bos:
             raise InvalidInputError(
                 "a trace has its windows: --window, --stride, --bos and --max-per-document go with --text"
             )
@@ -160,8 +144,7 @@ class SourceFlags(TextFlags):
         positions, left_out = opened.read_whole(say)
         # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
-        own = pinned(ensemble, documents) | settings | {"source": opened.key} | damaged
-        return positions.take(slice(self.max_tokens)), own
+        return positions.take(slice(self.max_tokens)), own | {"source": opened.key} | damaged
 
 
 def pinned(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, Any]:
@@ -173,37 +156,27 @@ def pinned(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, Any]:
     return {**identity(ensemble), "dtypes": dtypes, "source": hashlib.sha256(text.encode()).hexdigest()}
 
 
-@dataclass
-class ResultFlags:
+class ResultFlags(Flags, panel="Output"):
     """Flags for where figures are written, and where finished pieces of work are kept until the command has ended."""
 
-    PANEL: ClassVar = "Output"
-    as_json: Path | None = flag(
-        None, "Write the figures as JSON to this file, or with - to stdout; infinite values become null.", "--json"
+    as_json: Path | None = optional(
+        "Write the figures as JSON to this file, or with - to stdout; infinite values become null.", "--json"
     )
-    resume: Path | None = flag(None, "Save progress in this folder; the same command resumes from it.")
-    force: bool = flag(False, "Overwrite output files that exist.", "--force")
+    resume: Path | None = optional("Save progress in this folder; the same command resumes from it.")
+    force: bool = switch("Overwrite output files that exist.")
 
-    def require_new(self, *paths: Path) -> None:
-        """Check that no file would be replaced, before a command does hours of work; with ``--force`` none is checked.
+    def require(self, folder: Path | None, *files: Path | None) -> None:
+        """Check that results can be written, and replace no file without ``--force``, before hours of work are done.
 
         Args:
-            paths: files that the command writes, beside the one of ``--json``, which is checked as well.
+            folder: a folder that the command writes in, beside that of ``--resume``, which is checked as well.
+            files: files that it writes, beside the one of ``--json``, which is checked as well; None for none.
 
         Raises:
-            InvalidInputError: if one of them exists.
+            InvalidInputError: as by :func:`require_places` and :func:`require_new`.
         """
-        require_new(self.force, *paths, *filter(None, [self.as_json]))
-
-    def kept(self, ensemble: Ensemble, documents: Sequence[Document], settings: dict[str, Any]) -> PieceCache:
-        """Return the store of finished pieces in the folder of ``--resume``, recognised by members, text and settings.
-
-        Raises:
-            InvalidInputError: if the folder holds pieces of other members, text or settings.
-        """
-        from softmeet.evaluation.files import PieceCache
-
-        return PieceCache(self.resume, pinned(ensemble, documents) | settings)
+        require_places(self.as_json, folder, self.resume)
+        require_new(self.force, *filter(None, [*files, self.as_json]))
 
     def stoppable(self) -> Any:
         """Return a context in which Ctrl-C ends the command and says on stderr which of its work is kept, and where."""
@@ -211,33 +184,22 @@ class ResultFlags:
             return stoppable("nothing is kept; softmeet trace keeps what it has done, and so does --resume FOLDER")
         return stoppable(f"finished pieces stay in {self.resume}; the same command goes on from there")
 
-    def tell(self, facts: dict[str, Any], table: Callable[[dict[str, Any]], None]) -> None:
-        """Print figures on stdout: as JSON if ``--json -`` is given, else by ``table``.
-
-        Call it before :meth:`write`, so that figures are shown even if writing a file fails.
+    def report(self, facts: dict[str, Any], table: Callable[[dict[str, Any]], None]) -> None:
+        """Print figures on stdout, and then write them as JSON to the file named by ``--json``, if there is one.
 
         Args:
-            facts: the figures, in the types of JSON, infinity and NaN included.
-            table: a function that prints ``facts``; it is called at once, and only without ``--json -``.
+            facts: the figures, in the types of JSON; infinity and NaN become null there.
+            table: a function that prints ``facts``; it is called at once. With ``--json -`` JSON is printed instead.
+
+        Raises:
+            TraceError: if the disk is full.
         """
-        from softmeet.evaluation.files import as_json
+        from softmeet.evaluation.files import as_json, write_json
 
         if self.as_json == Path("-"):
             typer.echo(as_json(facts))
         else:
             table(facts)
-
-    def write(self, facts: dict[str, Any]) -> None:
-        """Write figures as JSON to the file named by ``--json``; without the flag, or with ``-``, do nothing.
-
-        Args:
-            facts: the figures, in the types of JSON; infinity and NaN are written as null.
-
-        Raises:
-            TraceError: if the disk is full.
-        """
-        from softmeet.evaluation.files import write_json
-
         if self.as_json not in (None, Path("-")):
             write_json(self.as_json, facts)
 
@@ -248,8 +210,6 @@ def argument_text(given: str) -> str:
     Raises:
         InvalidInputError: if they are not UTF-8 either.
     """
-    from softmeet.evaluation.documents import decode_utf8
-
     undecoded = any("\ud800" <= sign <= "\udfff" for sign in given)
     return decode_utf8("a text on the command line", os.fsencode(given)) if undecoded else given
 
@@ -261,8 +221,6 @@ def file_text(path: str | Path) -> str:
         InvalidInputError: if it is not UTF-8.
         OSError: if it cannot be read.
     """
-    from softmeet.evaluation.documents import decode_utf8
-
     if str(path) == "-":
         return decode_utf8("stdin", sys.stdin.buffer.read())
     return decode_utf8(str(path), Path(path).read_bytes())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from softmeet.cli import options, texts
-from softmeet.cli.flags import flag, flags
+from softmeet.cli.flags import argument, flag, flags
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import progress
 from softmeet.extras import require_extra
@@ -18,7 +18,7 @@ from softmeet.rules.frozen import unknown
 @flags()
 def trace(
     *,
-    out: Annotated[Path, typer.Argument(help="The folder of the trace; run the same command again to resume.")],
+    out: Path = argument("The folder of the trace; run the same command again to resume.", default=...),
     members: options.Members = None,
     source: texts.TextFlags,
     store: str = flag(
@@ -43,18 +43,14 @@ def trace(
     ensemble = loading.ensemble(options.named(members))
     from softmeet.evaluation.trace import record
 
-    with (
-        stoppable(f"whole shards stay in {out}; the same command goes on from there"),
-        running.start(ensemble) as engine,
-        progress() as begin,
-    ):
+    kept = stoppable(f"whole shards stay in {out}; the same command goes on from there")
+    with kept, running.start(ensemble) as engine, progress() as begin:
         bars: list[Any] = []
         made = record(
             ensemble,
             found,
             out,
-            max_tokens=source.max_tokens,
-            **source.windows,
+            **source.windowing,
             dtype=store,  # type: ignore[arg-type]  # checked there
             shard_size=shard,
             engine=engine,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from softmeet.ensemble import Ensemble
-from softmeet.errors import UnsupportedHeadError
 from softmeet.evaluation.candidates import Begin, Candidate, Options, sample_size
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds, written
@@ -23,8 +22,8 @@ from softmeet.evaluation.judged import Gated, Judged
 from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
+from softmeet.heads import SoftmaxHead
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.rules.movement import Movement
 from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
@@ -91,13 +90,9 @@ def meet_beside_pool(
     bytes, for one member, or where a head cannot be read.
     """
     model = ensemble.model
+    if len(ensemble.names) == 1 or not all(isinstance(head, SoftmaxHead) for head in model.combiner.heads):
+        return None
     settings = {"rule": "meet", "trust": 0.3, "weights": [1 / len(ensemble.names)] * len(ensemble.names)}
-    try:
-        model.require(model.settings.ungated().changed(**settings))
-    except UnsupportedHeadError:
-        return None
-    if len(ensemble.names) == 1:
-        return None
     many = min(len(positions), _COMPARED, max(_COMPARED_LEAST, _COMPARED_ELEMENTS // model.config.vocab_size))
     few = positions.take(torch.arange(many) * len(positions) // many)
     choices = [RuleChoice("meet", settings), RuleChoice(POOLS[0], settings | {"rule": POOLS[0]})]
@@ -201,9 +196,8 @@ class Advice:
         alternative's loss is scaled to those of the ensemble.
         """
         judged = self.judged
-        documents = Clusters(judged.found.positions.document, "documents")
-        sizes = documents.sums(judged.bytes)
-        ours = documents.sums(judged.base if self.verdict == "single" or self.nats is None else self.nats)
+        sizes = judged.documents.sums(judged.bytes)
+        ours = judged.documents.sums(judged.base if self.verdict == "single" or self.nats is None else self.nats)
         theirs, each = own.nats * sizes / own.sizes, Clusters(torch.arange(len(sizes)), "documents")
         return paired(ours / math.log(2), theirs / math.log(2), each, sizes)
 
@@ -248,7 +242,7 @@ def advise(
     seconds = (time.perf_counter() - start) / max(1, 0 if compared is None else len(compared.positions))
     # Kept, as a run that goes on does not solve them again.
     afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()
-    moved = compared is not None and _total_variation(compared) >= _UNMOVED
+    moved = compared is not None and compared.choices["meet"].moved().total_variation.mean().item() >= _UNMOVED
     meets = moved and afforded >= _FEWEST
     options = Options(
         folds=folds,
@@ -272,8 +266,3 @@ def advise(
         alone, ours = (ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in both]), both, strict=True))
         found.time *= ours / alone if alone > 0 else 1.0
     return found
-
-
-def _total_variation(compared: Evaluation) -> float:
-    """Return the mean total variation between ``meet`` and its pool."""
-    return Movement.stacked(compared.choices["meet"].movement).total_variation.mean().item()

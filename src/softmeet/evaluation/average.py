@@ -28,6 +28,10 @@ class Sums(NamedTuple):
     gradient: Float[Tensor, " k"]
     information: Float[Tensor, "k k"]
 
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums over the positions of both."""
+        return Sums(self.loss + other.loss, self.gradient + other.gradient, self.information + other.information)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -60,7 +64,7 @@ class Family:
         parts = self.layout.unpack(theta)
         temperature, order = parts.temperature.item(), parts.order.item() if self.layout.ordered else self.order
         weights = parts.weights.to(log_p)
-        scores = _means(log_p, weights, order)
+        scores = means(log_p, weights, order)
         by_weight, by_order = power_mean_slopes(log_p, weights, order, scores)
         if support is not None:
             scores = scores.masked_fill(~support, -torch.inf)
@@ -89,15 +93,18 @@ class Family:
         """
         own = torch.tensor(values.weights, dtype=torch.float64) if weights is None else weights
         order = values.order if self.layout.ordered else self.order
-        scores = _means(log_p, own.to(log_p), order)
-        if support is not None:
-            scores = scores.masked_fill(~support, -torch.inf)
-        return (scores / values.temperature).log_softmax(-1)
+        return (means(log_p, own.to(log_p), order, support) / values.temperature).log_softmax(-1)
 
 
-def _means(log_p: Float[Tensor, "n B v"], weights: Float[Tensor, "n ..."], order: float) -> Float[Tensor, "B v"]:
-    """Return the logarithm of a power mean, at order 0 with weights that need not sum to 1, up to an added constant."""
-    return log_power_means(log_p, weights, order) if order else weighted_log_probs(log_p, weights)
+def means(
+    log_p: Float[Tensor, "n B v"], weights: Float[Tensor, "n ..."], order: float, support: Tensor | None = None
+) -> Float[Tensor, "B v"]:
+    """Return the logarithm of a power mean, at order 0 with weights that need not sum to 1, up to an added constant.
+
+    It is -inf outside the ``support``, (v,) bool, if there is one.
+    """
+    found = log_power_means(log_p, weights, order) if order else weighted_log_probs(log_p, weights)
+    return found if support is None else found.masked_fill(~support, -torch.inf)
 
 
 def _jacobian(layout: Layout, theta: Float[Tensor, " k"]) -> Float[Tensor, "j k"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from softmeet.ensemble import Ensemble
@@ -51,16 +51,13 @@ def evaluate_by_folds(
             blocks) than folds.
     """
     plain = _plain_averages(settings_of(ensemble, choices), choices, len(ensemble.names))
-    options = Options(
-        folds=folds, meets=False, adaptive=True, fit_positions=sample_size(ensemble), beside=plain
-    )  # fmt: skip
+    options = Options(folds=folds, meets=False, adaptive=True, fit_positions=sample_size(ensemble), beside=plain)
     found = fit(ensemble, positions, options, begin, engine=engine, cache=cache).test
     scored, others = dict(found.choices), [choice for choice in choices if choice.name not in plain]
     if others:
-        advance: Callable[[int], None] = begin("evaluating", 0, len(positions))
-        scored |= evaluate_positions(
-            ensemble, positions, others, engine=engine, cache=cache, on_progress=advance
-        ).choices
+        advance = begin("evaluating", 0, len(positions))
+        more = evaluate_positions(ensemble, positions, others, engine=engine, cache=cache, on_progress=advance)
+        scored |= more.choices
     return replace(found, choices={choice.name: scored[choice.name] for choice in choices} | scored)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from softmeet.ensemble import Ensemble
@@ -25,7 +25,7 @@ from softmeet.evaluation.scoring import Average, Text
 from softmeet.members.opaque import NoHead
 from softmeet.rules.pools import PowerMean
 from softmeet.rules.registry import DEFAULT
-from softmeet.rules.settings import Settings, parse_rule, rule_of
+from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.values import POOLS, Pool
 from softmeet.scaling.base import Engine
 
@@ -149,42 +149,37 @@ class Fitter:
             without: that fold.
             start: the same candidates, fitted on all of ``text``, to begin at; none to begin afresh.
         """
-        n, begun = len(self.ensemble.names), {candidate.name: candidate for candidate in start}
-        fits = _Averages(self, text, without, begun)
+        n = len(self.ensemble.names)
+        fits = Averages(self, text, without, {own.name: own.average[1] for own in start if own.average})
         candidates = [fits.single(i) for i in range(n)]
         if n == 1:
             return candidates, []
         averages = [fits.average(pool) for pool in POOLS]
-        candidates += [*averages, fits.power_mean()]
+        # Averages of every order between those two.
+        candidates += [*averages, fits.fit(PowerMean.name, Family(Layout(n, ordered=True)))]
         if self.options.signed_weights:
             candidates.append(fits.signed(averages[0]))
         best, premise = min(averages, key=lambda candidate: candidate.fit_nll), list[Premise]()
         if self.options.meets and not any(isinstance(head, NoHead) for head in self.ensemble.model.combiner.heads):
-            premise = self._premise(part, best)
-            candidates += self._meets(part, averages, premise, suffix_of(without))
+            few = part.spread(self.options.premise_positions).positions
+            pool = {name: best.settings[name] for name in ("weights", "pool", "free_weights")}
+            premise = premise_at(self.ensemble, [(few.hidden, few.targets)], **DEFAULTS | pool)
+            # Minibatches are for heads that take long: start from the better average only.
+            begun = averages if self.options.batch is None else [best]
+            candidates += self._meets(part, begun, premise, suffix_of(without))
         return [*candidates, *(_as_written(rule, best, n) for rule in self.options.rules)], premise
 
-    def _premise(self, part: SplitPart, average: Candidate) -> list[Premise]:
-        few = part.spread(self.options.premise_positions).positions
-        pool = {name: average.settings[name] for name in ("weights", "pool", "free_weights")}
-        return premise_at(self.ensemble, [(few.hidden, few.targets)], **DEFAULTS | pool)
-
     def _meets(
-        self, part: SplitPart, averages: Sequence[Candidate], premise: Sequence[Premise], suffix: str
+        self, part: SplitPart, begun: Sequence[Candidate], premise: Sequence[Premise], suffix: str
     ) -> list[Candidate]:
-        """Fit ``meet`` from each average (with minibatches, from the better one), and by direction if there are bands.
+        """Fit ``meet`` from each of the averages ``begun``, and by direction if there are bands.
 
         ``suffix`` ends the names of what is kept of these fits.
         """
-        subset = part.spread(self.options.meet_positions).positions
-        best = min(averages, key=lambda candidate: candidate.fit_nll)
-        # Minibatches are for heads that take long: start from the better average only.
-        begun = averages if self.options.batch is None else [best]
-        names = [DEFAULT if a.name == POOLS[0] else f"{DEFAULT} from {a.name}" for a in begun]
-        meets = [
-            self.meet(subset, name, a, _first_trusts(premise, a), 1, suffix)
-            for name, a in zip(names, begun, strict=True)
-        ]
+        subset, meets = part.spread(self.options.meet_positions).positions, []
+        for average in begun:
+            name = DEFAULT if average.name == POOLS[0] else f"{DEFAULT} from {average.name}"
+            meets.append(self.meet(subset, name, average, _first_trusts(premise, average), 1, suffix))
         if (bands := self.options.bands) > 1:
             meet = min(meets, key=lambda candidate: candidate.fit_nll)
             trust = [rho for rho in meet.settings["trust"] for _ in range(bands)]
@@ -236,64 +231,53 @@ class Fitter:
 
 
 @dataclass(frozen=True)
-class _Averages:
-    """A fitter of averages on a text without one fold, or on all of it; ``begun`` has candidates to begin at."""
+class Averages:
+    """A fitter of averages on a text without one fold, or on all of it; ``begun`` has values to begin at, by name."""
 
     fitter: Fitter
     text: Text
     without: int | None
-    begun: dict[str, Candidate]
+    begun: dict[str, Values]
 
-    def _fit(
-        self, name: str, family: Family, start: Values, settings: Callable[[Values], dict[str, Any]], piece: str = "",
-        *, baseline: bool = True,
+    def fit(
+        self, name: str, family: Family, start: Values | None = None, *, piece: str = "", baseline: bool = True,
+        cheaper: int = _CHEAPER, **named: Any,
     ) -> Candidate:  # fmt: skip
-        """Fit a family; ``settings`` makes a rule's settings of values, ``piece`` names the fit instead of ``name``."""
+        """Fit a family of averages, and make a candidate of it.
+
+        Args:
+            name: the candidate's name.
+            family: the averages.
+            start: the values to begin at; None for those of an earlier fit of that name, or else equal weights.
+            piece: names the fit instead of ``name``.
+            baseline: whether the candidate is a baseline.
+            cheaper: how many times the evaluations of a ``meet`` it gets at the most.
+            named: settings of the candidate in place of the fitted ones, or beside them.
+        """
+        n = family.layout.n
+        start = start or self.begun.get(name, Values((1 / n,) * n))
         piece = (piece or name) + suffix_of(self.without)
-        evaluations = self.fitter.options.evaluations * _CHEAPER
+        evaluations = self.fitter.options.evaluations * cheaper
         advance = self.fitter.begin(f"fitting {piece}", 0, None)
         values, loss, count = self.text.fit(
             family, start, evaluations, piece, without=self.without, on_progress=advance
         )
-        return Candidate(name, settings(values), baseline, loss, count, (family, values))
-
-    def _start(self, name: str, weights: Sequence[float], order: float = 0.5) -> Values:
-        """Return the values of an earlier fit of a candidate; equal weights without one."""
-        if (known := self.begun.get(name)) is None:
-            return Values(tuple(weights), order=order)
-        own = known.settings
-        return Values(tuple(own["weights"]), own["rule_temperature"], order=getattr(rule_of(own["rule"]), "order", 0.5))
+        rule = str(PowerMean(order=values.order)) if family.layout.ordered else POOLS[int(family.order)]
+        settings = self.fitter.settings(rule, values) | named
+        return Candidate(name, settings, baseline, loss, count, (family, values))
 
     def single(self, i: int) -> Candidate:
         """Fit the temperature of member ``i``, as a logit mean that gives it all the weight."""
-        name = distinct_names(self.fitter.ensemble)[i]
-        start = replace(self._start(name, (1.0,)), weights=(1.0,))
-        weights = tuple(1.0 if k == i else 0.0 for k in range(len(self.fitter.ensemble.names)))
-
-        def settings(values: Values) -> dict[str, Any]:
-            return self.fitter.settings(POOLS[0], replace(values, weights=weights))
-
-        return self._fit(name, Family(Layout(1), members=(i,)), start, settings, f"member {i}")
+        names = distinct_names(self.fitter.ensemble)
+        weights = [1.0 if k == i else 0.0 for k in range(len(names))]
+        return self.fit(names[i], Family(Layout(1), members=(i,)), piece=f"member {i}", weights=weights)
 
     def average(self, pool: Pool) -> Candidate:
         """Fit the weights and the temperature of an average."""
         n, free = len(self.fitter.ensemble.names), self.fitter.free(pool)
         # If weights are free, their scale already is a logit mean's temperature.
         family = Family(Layout(n, free=free, tempered=not free), float(POOLS.index(pool)))
-
-        def settings(values: Values) -> dict[str, Any]:
-            return self.fitter.settings(pool, values) | {"pool": pool, "free_weights": free}
-
-        return self._fit(pool, family, self._start(pool, (1 / n,) * n), settings)
-
-    def power_mean(self) -> Candidate:
-        """Fit the weights, the temperature and the order of the power mean, the family between the two averages."""
-        n, name = len(self.fitter.ensemble.names), PowerMean.name
-
-        def settings(values: Values) -> dict[str, Any]:
-            return self.fitter.settings(str(PowerMean(order=values.order)), values)
-
-        return self._fit(name, Family(Layout(n, ordered=True)), self._start(name, (1 / n,) * n), settings)
+        return self.fit(pool, family, pool=pool, free_weights=free)
 
     def signed(self, start: Candidate) -> Candidate:
         """Fit weights that may be below zero, and a temperature, of a logit mean, beginning at those of ``start``.
@@ -304,11 +288,7 @@ class _Averages:
         scale = sum(start.settings["weights"])
         at = Values(tuple(w / scale for w in start.settings["weights"]), start.settings["rule_temperature"])
         family = Family(Layout(len(self.fitter.ensemble.names), signed=True))
-
-        def settings(values: Values) -> dict[str, Any]:
-            return self.fitter.settings(POOLS[0], values) | {"pool": POOLS[0], "free_weights": False}
-
-        return self._fit(name, family, at, settings, baseline=False)
+        return self.fit(name, family, at, baseline=False, pool=POOLS[0], free_weights=False)
 
 
 def suffix_of(fold: int | None) -> str:

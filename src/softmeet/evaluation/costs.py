@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -36,9 +37,7 @@ def milliseconds(runs: Sequence[Callable[[int], Any]], repeats: int = _REPEATS) 
     for _ in range(repeats):
         for run, own in zip(runs, shortest, strict=True):
             for count in own:
-                start = time.perf_counter()
-                run(count)
-                own[count] = min(own[count], time.perf_counter() - start)
+                own[count] = min(own[count], timeit(partial(run, count), number=1))
     return [1000 * (own[_LONG] - own[_SHORT]) / (_LONG - _SHORT) for own in shortest]
 
 

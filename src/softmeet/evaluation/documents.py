@@ -53,11 +53,11 @@ def read_documents(
     for source in (each for pattern in sources for each in _matching(pattern)):
         path = Path(source)
         if str(source) == "-":
-            found += _split("stdin", _decode("stdin", sys.stdin.buffer.read()), separator)
+            found += _split("stdin", sys.stdin.buffer.read(), separator)
         elif path.is_dir():
             found += _dataset(path, column)
         else:
-            found += _split(str(source), _decode(str(source), path.read_bytes()), separator)
+            found += _split(str(source), path.read_bytes(), separator)
     if not found:
         raise InvalidInputError("expected a text: name a file, - for stdin, or a saved dataset")
     return found
@@ -71,12 +71,6 @@ def _matching(pattern: str | Path) -> list[str | Path]:
     if not (files := sorted(path.parent.glob(path.name))):
         raise InvalidInputError(f"expected files that fit {str(pattern)!r}, found none")
     return [*files]
-
-
-def _decode(name: str, data: bytes) -> str:
-    if not data.strip():
-        raise InvalidInputError(f"expected text in {name}, but it is empty")
-    return decode_utf8(name, data)
 
 
 def decode_utf8(name: str, data: bytes) -> str:
@@ -95,7 +89,11 @@ def decode_utf8(name: str, data: bytes) -> str:
         ) from None
 
 
-def _split(name: str, text: str, separator: str | None) -> list[Document]:
+def _split(name: str, data: bytes, separator: str | None) -> list[Document]:
+    """Return the documents of a file with the contents ``data``."""
+    if not data.strip():
+        raise InvalidInputError(f"expected text in {name}, but it is empty")
+    text = decode_utf8(name, data)
     parts = [part for part in text.split(separator) if part.strip()] if separator else []
     return [Document(f"{name}#{k}", part) for k, part in enumerate(parts)] if len(parts) > 1 else [Document(name, text)]
 

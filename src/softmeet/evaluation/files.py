@@ -222,6 +222,26 @@ class PieceCache:
             self._write(name, found)
         return found
 
+    def evaluation(self, name: str, evaluate: Callable[[], Sequence[float | Tensor]]) -> tuple[Any, ...]:
+        """Return a loss with its derivatives: the stored piece ``name`` or, if that is missing, a new evaluation.
+
+        Args:
+            name: the piece's name, as of :meth:`get`.
+            evaluate: a function without arguments that returns the loss, its gradient and maybe its Fisher information,
+                fp64; called as :meth:`get` calls its own.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
+        names = ("loss", "gradient", "information")
+
+        def compute() -> Tensors:
+            return {key: torch.as_tensor(x, dtype=torch.float64) for key, x in zip(names, evaluate(), strict=False)}
+
+        found = self.get(name, compute)
+        loss, *derivatives = (found[key] for key in names if key in found)
+        return loss.item(), *derivatives
+
     def map(
         self,
         engine: Engine | None,

@@ -118,8 +118,7 @@ def fit(
     parts = split(positions)
     parts["select"] = parts["select"].spread(options.select_positions)
     parts["test"] = parts["test"].spread(options.judge_positions)
-    how: dict[str, Any] = {"sample": options.fit_positions, "cache": fitter.cache}
-    text = Text(ensemble.model, parts["fit"].positions, fitter.engine, **how)
+    text = Text(ensemble.model, parts["fit"].positions, fitter.engine, sample=options.fit_positions, cache=fitter.cache)
     candidates, premise = fitter.candidates(parts["fit"], text)
     select, test = (_scored(fitter, name, parts[name].positions, candidates) for name in ("select", "test"))
     rival, best = _two_best(candidates, select)
@@ -131,18 +130,15 @@ def fit(
 
 def _by_folds(fitter: Fitter, positions: Positions, count: int) -> Fitted:
     """Fit every candidate on the whole text, and without each of ``count`` folds; choose and judge on those."""
-    whole = SplitPart(positions, clusters(positions.document))
+    options, whole = fitter.options, SplitPart(positions, clusters(positions.document))
     fold = folds_of(whole.within, count)
-    how: dict[str, Any] = {"sample": fitter.options.fit_positions, "cache": fitter.cache}
-    text = Text(fitter.ensemble.model, positions, fitter.engine, fold, **how)
+    text = Text(fitter.ensemble.model, positions, fitter.engine, fold, sample=options.fit_positions, cache=fitter.cache)
     candidates, premise = fitter.candidates(whole, text)
-    refits = [
-        fitter.candidates(whole.take((fold != k).nonzero().squeeze(-1)), text, k, candidates)[0] for k in range(count)
-    ]
-    judged = whole.spread_rows(fitter.options.judge_positions)
+    refits = [fitter.candidates(whole.take(fold != k), text, k, candidates)[0] for k in range(count)]
+    judged = whole.spread_rows(options.judge_positions)
     found, part = _scored_by_folds(fitter, whole, text, fold, refits, judged), whole.take(judged)
     fold = fold[judged]
-    if fitter.options.trusts:
+    if options.trusts:
         more, scores = tempered_meets(fitter, part.positions, fold, candidates, refits)
         candidates, refits = [*candidates, *more[0]], [[*a, *b] for a, b in zip(refits, more[1:], strict=True)]
         found = replace(found, choices=found.choices | scores)
@@ -177,10 +173,7 @@ def _scored_by_folds(
     if not (rules := [[own for own in some if own.average is None] for some in refits])[0]:
         return found
     at = whole.positions.take(rows)
-    scored = [
-        _scored(fitter, f"fold {k + 1}", at.take((fold[rows] == k).nonzero().squeeze(-1)), some)
-        for k, some in enumerate(rules)
-    ]
+    scored = [_scored(fitter, f"fold {k + 1}", at.take(fold[rows] == k), some) for k, some in enumerate(rules)]
     return replace(found, choices=found.choices | joined(scored, at, fold[rows]).choices)
 
 

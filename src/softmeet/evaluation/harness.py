@@ -12,8 +12,8 @@ its continuation are solved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import softmeet.hf  # noqa: F401 - so that the Auto classes know ensembles
 from softmeet.ensemble import Ensemble
@@ -33,8 +33,6 @@ try:
     from tqdm import tqdm
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError(f"the evaluation harness is the package lm-eval: {install_line('lm-eval')}") from error
-
-T = TypeVar("T")
 
 
 @register_model("softmeet")
@@ -72,8 +70,8 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
         if self.model.symbols_of_token == 1:
             return super()._loglikelihood_tokens(requests, disable_tqdm, **options)  # type: ignore[no-any-return]
         found = byte_harness.log_likelihoods(self.model, [(before, after) for _, before, after in requests])
-        answers = []
-        for (key, _, _), answer in zip(requests, self._shown(found, len(requests), disable_tqdm), strict=True):
+        shown, answers = tqdm(found, total=len(requests), disable=disable_tqdm or self.rank != 0), []
+        for (key, _, _), answer in zip(requests, shown, strict=True):
             answers.append(answer)
             if key is not None:  # a window of a rolling log-likelihood has none
                 self.cache_hook.add_partial("loglikelihood", key, answer)
@@ -90,7 +88,7 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
         size = self.max_batch_size if self.batch_size == "auto" else self.batch_size
         batches, answers = list(asked.get_batched(n=size)), []
         think = self.think_end_token if isinstance(self.think_end_token, str) else None
-        for batch in self._shown(batches, len(batches), disable_tqdm):
+        for batch in tqdm(batches, disable=disable_tqdm or self.rank != 0):
             contexts, given = [context for context, _ in batch], batch[0][1]
             options: dict[str, Any] = normalize_gen_kwargs(given, self.max_gen_toks)
             stop, most = handle_stop_sequences(options.pop("until"), eos=None), options.pop("max_gen_toks")
@@ -101,11 +99,6 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
                 answers.append(postprocess_generated_text(text, stop, think))
                 self.cache_hook.add_partial("generate_until", (context, given), answers[-1])
         return asked.get_original(answers)  # type: ignore[no-any-return]
-
-    def _shown(self, items: Iterable[T], count: int, hidden: bool) -> Iterable[T]:
-        """Return ``items``, of which there are ``count``, with a progress bar unless ``hidden``."""
-        shown: Iterable[T] = tqdm(items, total=count, disable=hidden or self.rank != 0)
-        return shown
 
 
 def harness_model(ensemble: Ensemble, **options: Any) -> EnsembleLM:

@@ -78,7 +78,7 @@ class Clusters:
         return torch.zeros(self.count, dtype=torch.float64).index_add_(0, self.of, values.double())
 
     def take(self, rows: Tensor) -> Clusters:
-        """Return the clusters of the positions with the indices ``rows``, in that order; clusters are numbered anew."""
+        """Return the clusters of the positions at ``rows`` (indices or a mask), in that order, numbered anew."""
         return Clusters(self.of[rows].unique(return_inverse=True)[1], self.kind)
 
 
@@ -126,10 +126,8 @@ def paired(
     """
     from scipy.stats import t as student_t
 
-    sums, sizes = (
-        within.sums(ours.double() - theirs.double()),
-        within.sums(torch.ones_like(ours) if units is None else units),
-    )
+    sums = within.sums(ours.double() - theirs.double())
+    sizes = within.sums(torch.ones_like(ours) if units is None else units)
     C, center = len(sizes), (sums.sum() / sizes.sum()).item()
     if C < 2:
         return Difference(center, -math.inf, math.inf)
@@ -150,8 +148,8 @@ class SplitPart:
     positions: Positions
     within: Clusters
 
-    def take(self, rows: Int[Tensor, " k"]) -> SplitPart:
-        """Return the part's positions with the indices ``rows``, in that order."""
+    def take(self, rows: Tensor) -> SplitPart:
+        """Return the part's positions at ``rows`` (indices or a mask), in that order."""
         return SplitPart(self.positions.take(rows), self.within.take(rows))
 
     def spread_rows(self, count: int | None) -> Int[Tensor, " k"]:
@@ -185,5 +183,5 @@ def split(positions: Positions) -> dict[str, SplitPart]:
             f"expected text enough for {_FEWEST} clusters, three for each of {', '.join(PARTS)}, got {within.count} "
             f"{within.kind}: give more text"
         )
-    rows = [(within.of % len(PARTS) == k).nonzero().squeeze(-1) for k in range(len(PARTS))]
-    return {name: SplitPart(positions.take(own), within.take(own)) for name, own in zip(PARTS, rows, strict=True)}
+    whole = SplitPart(positions, within)
+    return {name: whole.take(within.of % len(PARTS) == k) for k, name in enumerate(PARTS)}

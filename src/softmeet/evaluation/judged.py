@@ -21,7 +21,7 @@ from softmeet.evaluation.fit import Fitted
 from softmeet.evaluation.folds import best_elsewhere
 from softmeet.evaluation.intervals import Clusters, Difference, clusters, paired
 from softmeet.evaluation.perplexity import distinct_names
-from softmeet.evaluation.scores import Evaluation, Scores
+from softmeet.evaluation.scores import Evaluation
 from softmeet.rules.pools import PowerMean
 from softmeet.rules.registry import DEFAULT
 from softmeet.rules.settings import rule_of
@@ -72,8 +72,10 @@ class Judged:
         too_long: the seconds that trying ``meet`` on the whole text would take, where that is why it was not; else
             None.
         found: scores of members and candidates.
+        fold: the fold of each position, (N,), int64.
         names: the members' names.
-        within: the clusters of positions.
+        within: the clusters of positions, for intervals.
+        documents: the clusters of positions by document, whatever their number.
         bytes: that each position adds to the text, (N,).
         best: the member of the least loss, as it is or with a fitted temperature.
         base: its losses, (N,), whichever are less.
@@ -87,14 +89,13 @@ class Judged:
 
     def __post_init__(self) -> None:
         """Name the members, and find the best one alone, as it is or with a fitted temperature."""
-        self.found, self.names = self.fitted.test, distinct_names(self.ensemble)
+        assert self.fitted.fold is not None, "advice is by folds"
+        self.found, self.fold, self.names = self.fitted.test, self.fitted.fold, distinct_names(self.ensemble)
         self.within, self.bytes = self.fitted.parts["test"].within, self.found.positions.sizes
-        alone = {
-            name: min(
-                (self.found.members[name].nats, self._nats(own)), key=lambda nats: nats.sum().item()
-            )
-            for name, own in zip(self.names, self.fitted.candidates, strict=False)
-        }  # fmt: skip
+        self.documents = Clusters(self.found.positions.document, "documents")
+        alone = {}
+        for name, own in zip(self.names, self.fitted.candidates, strict=False):
+            alone[name] = min(self.found.members[name].nats, self._nats(own), key=torch.sum)
         self.best = min(alone, key=lambda name: alone[name].sum().item())
         self.base = alone[self.best]
 
@@ -112,8 +113,7 @@ class Judged:
 
     def elsewhere(self, candidates: Sequence[Candidate]) -> Float[Tensor, " N"]:
         """Return the losses of whichever candidate is best on the other folds."""
-        assert self.fitted.fold is not None, "advice is by folds"
-        return best_elsewhere({candidate.name: self._nats(candidate) for candidate in candidates}, self.fitted.fold)
+        return best_elsewhere({candidate.name: self._nats(candidate) for candidate in candidates}, self.fold)
 
     @property
     def averages(self) -> list[Candidate]:
@@ -123,8 +123,7 @@ class Judged:
     @property
     def worthwhile(self) -> list[Candidate]:
         """The averages, but without the power mean unless it is shown to be better than both of its ends."""
-        ends = [own for own in self.averages if own.name in POOLS]
-        every = self.averages
+        every, ends = self.averages, [own for own in self.averages if own.name in POOLS]
         return every if every and self.gain(self.elsewhere(every), self.elsewhere(ends)).low > 0 else ends
 
     @property
@@ -162,10 +161,8 @@ class Judged:
         It has to keep 0.9 of the average's gain, to take less than 0.8 of its time by what members take alone, and to
         show a gain itself, on documents that the choice among gates was not made by.
         """
-        assert self.fitted.fold is not None, "advice is by folds"
-        tried, fold = list[Gated](), self.fitted.fold
-        for i, name in enumerate(self.names):
-            own: Scores = self.found.members[name]
+        tried = list[Gated]()
+        for i, own in enumerate(self.found.members.values()):
             for threshold in _THRESHOLDS:
                 alone = own.confidence >= threshold
                 nats = torch.where(alone, own.nats, averaged)
@@ -178,12 +175,12 @@ class Judged:
             best = min(enough, key=self._time, default=None)
             return best if best is not None and self._time(best) <= _CHEAPER * sum(self.times) else None
 
-        if (best := cheapest(fold >= 0)) is None:
+        if (best := cheapest(self.fold >= 0)) is None:
             return None
         judged = averaged.clone()
-        for k in fold.unique().tolist():
-            if (elsewhere := cheapest(fold != k)) is not None:
-                judged[fold == k] = elsewhere.nats[fold == k]
+        for k in self.fold.unique().tolist():
+            if (elsewhere := cheapest(self.fold != k)) is not None:
+                judged[self.fold == k] = elsewhere.nats[self.fold == k]
         return replace(best, nats=judged) if self.gain(judged).low > 0 else None
 
     def _time(self, gated: Gated) -> float:
@@ -204,13 +201,9 @@ class Judged:
 
     def by_heart(self) -> list[str]:
         """Return the names of documents of which a member needs so few bits that it may know them by heart."""
-        document, names = self.found.positions.document, self.found.positions.names
-        sizes = Clusters(document, "documents").sums(self.bytes)
-        found = []
-        for k in document.unique().tolist():
-            bits = min(own.nats[document == k].sum().item() for own in self.found.members.values()) / math.log(2)
-            found += [names[k]] if bits < _BY_HEART * sizes[k].item() else []
-        return found
+        least = torch.stack([self.documents.sums(own.nats) for own in self.found.members.values()]).amin(0)
+        known = least / math.log(2) < _BY_HEART * self.documents.sums(self.bytes)
+        return [self.found.positions.names[k] for k in known.nonzero().squeeze(-1).tolist()]
 
     def cautions(self) -> list[str]:
         """Return sentences on what may make the verdict mislead; none if there is nothing to say."""

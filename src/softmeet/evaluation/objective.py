@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from softmeet.evaluation.files import PieceCache, Tensors
+from softmeet.evaluation.average import means
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.layout import Layout, Values
 from softmeet.evaluation.perplexity import chunk_size
 from softmeet.evaluation.positions import PIECE, Positions
@@ -24,9 +25,9 @@ from softmeet.rules.combine import product_dtype
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import Settings
 from softmeet.rules.validate import slopes_of
-from softmeet.rules.values import Pool
+from softmeet.rules.values import POOLS, Pool
 from softmeet.scaling.base import Engine
-from softmeet.simplex import log_normalize, log_power_means, weighted_log_probs
+from softmeet.simplex import log_normalize
 from softmeet.solvers.dual import DualState
 from softmeet.solvers.implicit import projected
 from softmeet.solvers.minimise import minimise_dual
@@ -97,10 +98,7 @@ class Objective:
         """
         parts = self.layout.unpack(theta)
         # Sums over the vocabulary in fp32 would leave an error of a hundredth in the weights' gradient.
-        mean = weighted_log_probs if self.pool == "logit-mean" else partial(log_power_means, order=1.0)
-        log_q = mean(log_p.double(), parts.weights)
-        if (support := self.model.combiner.support) is not None:
-            log_q = log_q.masked_fill(~support, -torch.inf)
+        log_q = means(log_p.double(), parts.weights, float(POOLS.index(self.pool)), self.model.combiner.support)
         scores = self._met(log_q, parts.trust, log_p, logits)
         return nn.functional.cross_entropy(scores / parts.temperature, targets, reduction="none")
 
@@ -108,10 +106,8 @@ class Objective:
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
         """Return the log-probabilities of ``meet`` from the pool ``log_q``; each band of a head counts as a member."""
-        who, banded = (
-            range(len(log_p)) if self.trusted is None else self.trusted,
-            self.model.combiner.banded_heads(self.bands),
-        )
+        who = range(len(log_p)) if self.trusted is None else self.trusted
+        banded = self.model.combiner.banded_heads(self.bands)
         rows = [i for i in who for _ in range(self.bands)]
         heads = tuple(banded[i * self.bands + band] for i in who for band in range(self.bands))
         log_p = log_normalize(log_p[rows].double())
@@ -132,9 +128,7 @@ class Objective:
     @torch.no_grad()
     def _log_probs(self, k: int, chunk: Positions) -> tuple[Tensor, Tensor | None]:
         """Return (log-probabilities, logits or None) of the members at chunk ``k``, kept or computed."""
-        if k in self._held:
-            return self._held[k]
-        found = self.model.combiner.own_log_probs(chunk.hidden)
+        found = self._held.get(k) or self.model.combiner.own_log_probs(chunk.hidden)
         if self.keep:
             self._held[k] = found
         return found
@@ -200,23 +194,18 @@ def minimise(
     """
     numbers, stored = itertools.count(1), cache or PieceCache()
 
-    def evaluated(loss: Callable[[], LossAndGradient], theta: Tensor) -> tuple[float, Tensor]:
-        def compute() -> Tensors:
-            value, gradient = loss()(theta)
-            return {"loss": torch.tensor(value, dtype=torch.float64), "gradient": gradient}
-
-        found = stored.get(f"{name}-{next(numbers):04d}", compute)
-        return found["loss"].item(), found["gradient"]
+    def evaluated(loss: LossAndGradient, theta: Tensor) -> tuple[float, Tensor]:
+        return stored.evaluation(f"{name}-{next(numbers):04d}", lambda: loss(theta))
 
     if batch is None:
         loss = _loss_in_pieces(engine, whole, on_progress)
-        return _lbfgs(lambda theta: evaluated(lambda: loss, theta), whole.layout, start, evaluations)
+        return _lbfgs(partial(evaluated, loss), whole.layout, start, evaluations)
     order = torch.randperm(len(whole.positions), generator=torch.Generator().manual_seed(0))
 
     def minibatch(k: int, theta: Tensor) -> tuple[float, Tensor]:
         rows = order[torch.arange(k * batch, (k + 1) * batch) % len(order)]
         part = replace(whole, positions=whole.positions.take(rows))
-        return evaluated(lambda: _loss_in_pieces(engine, part, on_progress), theta)
+        return evaluated(lambda at: _loss_in_pieces(engine, part, on_progress)(at), theta)
 
     return _adam(minibatch, whole.layout, start, evaluations)
 

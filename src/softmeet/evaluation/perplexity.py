@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import count, pairwise
+from itertools import accumulate, count, pairwise
 from typing import Any, Unpack
 
 import torch
@@ -85,7 +85,7 @@ def evaluate_text(
         cache: keeps finished pieces, and supplies those that an earlier run finished.
         begin: called once with the number of positions; returns a function, called with that of each finished piece.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
-            :func:`softmeet.evaluation.positions.cut`.
+            :class:`softmeet.evaluation.positions.Windowing`.
 
     Raises:
         InvalidInputError, UnsupportedHeadError: as in :func:`evaluate`; or if the text is too short (also for a
@@ -236,11 +236,10 @@ def _chunks(
     if not prompts:
         yield from ((chunk, {}) for chunk in positions.chunks(size))
         return
-    start = 0
-    for length in positions.document.unique_consecutive(return_counts=True)[1].tolist():
-        document = positions.take(slice(start, start + length))
-        start += length
-        cuts = sorted({0, length, *(p for p in prompts if p < length)})
+    lengths = positions.document.unique_consecutive(return_counts=True)[1].tolist()
+    for start, stop in pairwise(accumulate(lengths, initial=0)):
+        document = positions.take(slice(start, stop))
+        cuts = sorted({0, len(document), *(p for p in prompts if p < len(document))})
         begun = {p: document.take(slice(p)) for p in prompts}
         own_log_probs = ensemble.model.combiner.own_log_probs
         known = {p: weights_by(own_log_probs(prompt.hidden)[0], prompt.targets) for p, prompt in begun.items()}

@@ -34,14 +34,18 @@ _OF_TEXT, _BY_MEMBER = ("targets", "document", "sizes"), ("hidden", "costs")
 
 
 class Windowing(TypedDict, total=False):
-    """The keyword arguments that say how a text is cut into windows; :func:`cut` describes each.
+    """The keyword arguments that say how a text is cut into windows.
 
     Attributes:
-        window: tokens that a member reads at once; None for the shortest context, at most 1,024 (4,096 over bytes).
-        stride: tokens from one window's start to the next; None for ``window``.
-        bos: whether the token that begins a text is put before each document.
-        max_tokens: the most predictions in all documents together; None for no limit.
-        max_per_document: the most predictions in each document; None for no limit.
+        window: tokens that a member reads at once; None, the default, for the shortest member's context, at most 1,024
+            (over bytes: the bytes that fit every context, at most 4,096).
+        stride: tokens from one window's start to the next; None, the default, for ``window``, so that windows do not
+            overlap.
+        bos: whether to put the token that begins a text before each document, unless the tokenizer has none or does so
+            already; the document's own first token is then predicted, too. False by default.
+        max_tokens: the most predictions in all documents together; later tokens are left out. None, the default, for no
+            limit.
+        max_per_document: the most predictions in each document; None, the default, for no limit.
     """
 
     window: int | None
@@ -85,27 +89,14 @@ class Window:
 
 
 def cut(
-    ensemble: Ensemble,
-    documents: Sequence[Document],
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    bos: bool = False,
-    max_tokens: int | None = None,
-    max_per_document: int | None = None,
+    ensemble: Ensemble, documents: Sequence[Document], **windowing: Unpack[Windowing]
 ) -> tuple[list[TokenizedDocument], int, int]:
     """Tokenize documents for an ensemble, and settle the window and the stride in which it reads them.
 
     Args:
         ensemble: supplies the tokenizer and the context length.
         documents: the text, in order; a document of fewer than two tokens is left out.
-        window: tokens that a member reads at once; None for the shortest member's context, at most 1,024 (over bytes:
-            the bytes that fit every context, at most 4,096).
-        stride: tokens from one window's start to the next; None for ``window``, so that windows do not overlap.
-        bos: whether to put the token that begins a text before each document, unless the tokenizer has none or does so
-            already; the document's own first token is then predicted, too.
-        max_tokens: the most predictions in all documents together; later tokens are left out. None for no limit.
-        max_per_document: the most predictions in each document; None for no limit.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :class:`Windowing`.
 
     Returns:
         (the tokenized documents; the window; the stride), the last two in tokens, or in bytes over bytes.
@@ -114,18 +105,21 @@ def cut(
         InvalidInputError: if no document has two tokens, the window does not fit the members' context, or the stride is
             not from 1 to the window.
     """
-    tokens, left = [], math.inf if max_tokens is None else max_tokens
+    limits = windowing.get("max_tokens"), windowing.get("max_per_document")
+    left, in_each = (math.inf if limit is None else limit for limit in limits)
+    tokens = []
     for document in documents:
         if left <= 0:
             break
-        one = tokenize(ensemble.tokenizer, document, bos=bos)
-        most = int(min(len(one.sizes), left, math.inf if max_per_document is None else max_per_document))
+        one = tokenize(ensemble.tokenizer, document, bos=windowing.get("bos", False))
+        most = int(min(len(one.sizes), left, in_each))
         if most > 0:
             tokens.append(TokenizedDocument(one.name, one.ids[: most + 1], one.sizes[:most]))
             left -= most
     if not tokens:
         raise InvalidInputError("expected a text of at least two tokens: nothing can be predicted in a shorter one")
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
+    window, stride = windowing.get("window"), windowing.get("stride")
     window = ensemble.model.window if window is None else window
     if window < 1 or (limit is not None and window > limit):
         raise InvalidInputError(
@@ -317,7 +311,7 @@ def observe_text(
         cache: keeps finished pieces, and supplies those that an earlier run finished; None to keep nothing.
         begin: called in this process with the number of positions; returns a function that is called with the number
             of positions of each piece: first of those that the cache supplies, then of each other one when it is done.
-        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :func:`cut`.
+        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :class:`Windowing`.
 
     Raises:
         InvalidInputError: if the text is too short, or window and stride do not fit.

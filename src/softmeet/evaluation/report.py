@@ -12,7 +12,6 @@ from torch import Tensor
 from softmeet.evaluation.choices import BASELINES, FITTED, UNIFORM
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.scores import Evaluation, Scores
-from softmeet.rules.movement import Movement
 
 BINS = 10
 
@@ -35,17 +34,20 @@ def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
-    averages = {
-        name: scores
-        for name, scores in found.choices.items()
-        if name in (*UNIFORM, *BASELINES) or name.startswith(FITTED)
-    }
-    baselines = found.members | averages
+    averages = [name for name in found.choices if name in (*UNIFORM, *BASELINES) or name.startswith(FITTED)]
+    baselines = found.members | {name: found.choices[name] for name in averages}
     best = best or min(baselines, key=lambda name: baselines[name].mean)
 
     def figures(scores: Scores) -> dict[str, Any]:
         against = paired(scores.nats, baselines[best].nats, within).figures()
-        return {**_figures(scores, bytes_), "vs": {"baseline": best, **against}}
+        return {
+            "nll": scores.mean,
+            "perplexity": math.exp(scores.mean) if scores.mean < 700 else math.inf,
+            "bits_per_byte": scores.nats.sum().item() / math.log(2) / bytes_ if bytes_ else None,
+            "top1": scores.hit.double().mean().item(),
+            "calibration": calibration(scores),
+            "vs": {"baseline": best, **against},
+        }
 
     rules = {}
     for name, scores in found.choices.items():
@@ -58,7 +60,7 @@ def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
             "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
         }
         if len(scores.movement):
-            rules[name]["movement"] = Movement.stacked(scores.movement).figures()
+            rules[name]["movement"] = scores.moved().figures()
     return {
         "vocabulary": found.vocabulary,
         "tokens": count,
@@ -69,16 +71,6 @@ def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
         "rules": rules,
         "best_baseline": best,
         "disagreement": found.disagreement.mean().item(),
-    }
-
-
-def _figures(scores: Scores, bytes_: int) -> dict[str, Any]:
-    return {
-        "nll": scores.mean,
-        "perplexity": math.exp(scores.mean) if scores.mean < 700 else math.inf,
-        "bits_per_byte": scores.nats.sum().item() / math.log(2) / bytes_ if bytes_ else None,
-        "top1": scores.hit.double().mean().item(),
-        "calibration": calibration(scores),
     }
 
 

@@ -210,9 +210,8 @@ def _card(says: str, facts: dict[str, Any]) -> str:
         rows.append(
             f"| {title} | {row['test_nll']:.4f} | {difference} | {weights} | {trust} | {row['rule_temperature']:.3f} |"
         )
-    texts = {"vocabulary": facts["vocabulary"], "folds": facts["folds"], **facts["splits"]}
     return _CARD.format(
-        how=(_FOLDS if facts["folds"] else _PARTS).format(**texts),
+        how=(_FOLDS if facts["folds"] else _PARTS).format(**facts | facts["splits"]),
         rows="\n".join(rows), best=facts["test"]["best_baseline"], verdict=says, unit=_unit(facts),
         caution=f" {facts['caution']}".rstrip(),
         test=facts["splits"]["test"],

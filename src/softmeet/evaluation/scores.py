@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.evaluation.positions import Positions
+from softmeet.rules.movement import Movement
 from softmeet.simplex import kl, prob_mean
 from softmeet.solvers.base import Status
 
@@ -60,6 +61,10 @@ class Scores:
     def statuses(self) -> dict[str, int]:
         """The number of positions of each :class:`softmeet.Status`, by its name; without those of no position."""
         return dict(Counter(Status(code).name for code in self.status.tolist()))
+
+    def moved(self) -> Movement:
+        """Return how far the rule moves the pool at the positions at which that was measured, the rows of movement."""
+        return Movement.stacked(self.movement)
 
 
 @dataclass

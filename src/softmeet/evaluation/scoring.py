@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -64,30 +65,20 @@ class Piece:
 
     def sums(self, family: Family, theta: Float[Tensor, " k"]) -> Sums:
         """Return the loss of a family's average at ``theta``, with its derivatives, summed over the piece."""
-        k, loss = len(theta), 0.0
-        gradient, information = theta.new_zeros(k), theta.new_zeros(k, k)
+        k = len(theta)
+        total = Sums(0.0, theta.new_zeros(k), theta.new_zeros(k, k))
         for log_p, targets in self._steps():
             own = log_p if family.members is None else log_p[list(family.members)]
-            found = family.sums(theta, own, targets, self.model.combiner.support)
-            loss, gradient, information = (
-                loss + found.loss, gradient + found.gradient, information + found.information,
-            )  # fmt: skip
-        return Sums(loss, gradient, information)
+            total = total.plus(family.sums(theta, own, targets, self.model.combiner.support))
+        return total
 
     @torch.inference_mode()
-    def scores(self, averages: Sequence[Average]) -> Tensors:
+    def scores(self, averages: Sequence[Average], weights: Sequence[Float[Tensor, "n N"]] | None = None) -> Tensors:
         """Score every member and some averages: ``nats``, ``hit`` and ``confidence``, (N, members + averages) each.
 
-        ``disagreement``, (N,), is the members', in nats.
+        ``disagreement``, (N,), is the members', in nats. With ``weights``, the members' at every position for each
+        average, in place of those in its values, the averages alone are scored, and there is no ``disagreement``.
         """
-        return self._scores(averages, None)
-
-    @torch.inference_mode()
-    def weighted_scores(self, averages: Sequence[Average], weights: Sequence[Float[Tensor, "n N"]]) -> Tensors:
-        """Score some averages, each with weights of its own at every position: fields as of :meth:`scores`."""
-        return self._scores(averages, weights)
-
-    def _scores(self, averages: Sequence[Average], weights: Sequence[Float[Tensor, "n N"]] | None) -> Tensors:
         support, found, start = self.model.combiner.support, list[Tensors](), 0
         for log_p, targets in self._steps():
             made = list[Tensor]()
@@ -107,7 +98,7 @@ class Piece:
         """Yield (the members' log-probabilities, the targets) at a few positions at a time."""
         v = self.model.config.vocab_size
         step = max(1, _CACHED_ELEMENTS // v)
-        for place, chunk in enumerate(self.positions.chunks(_chunk(v))):
+        for place, chunk in enumerate(self.positions.chunks(max(chunk_size(v), step))):
             log_p = self._log_probs(place, chunk)
             targets = chunk.targets.to(log_p.device)
             for start in range(0, len(chunk), step):
@@ -119,10 +110,8 @@ class Piece:
             return self._held[place]
         log_p, logits = self.model.combiner.own_log_probs(chunk.hidden)
         if self.solved:
-            answers = [
-                self.model.combiner.combine_rows(log_p, logits, settings, hidden=chunk.hidden).log_probs
-                for settings in self.solved
-            ]
+            solve = partial(self.model.combiner.combine_rows, log_p, logits, hidden=chunk.hidden)
+            answers = [solve(settings).log_probs for settings in self.solved]
             log_p = torch.stack(answers).to(log_p.dtype)
         if self.keep:
             self._held[place] = log_p
@@ -154,7 +143,9 @@ class Text:
     ) -> None:  # fmt: skip
         self._engine, self._cache, self._positions = engine, cache or PieceCache(), positions
         self._model, self._stage = model, stage
-        self._known: dict[tuple[Family, tuple[float, ...]], dict[int, Sums]] = {}
+        # Sums over pieces, by the piece's number, at the θ that were asked for last. Fits without a fold begin where
+        # that on all folds ended: their first evaluations share the pieces.
+        self._known = lru_cache(_REMEMBERED)(lambda family, theta: dict[int, Sums]())
         v, fold = model.config.vocab_size, torch.zeros(len(positions), dtype=torch.int64) if fold is None else fold
         # Pieces of wide heads are smaller, so that every worker has some.
         size = min(PIECE, 2 * chunk_size(v))
@@ -171,13 +162,8 @@ class Text:
         first = dict(zip(order, accumulate(len(self._rows[place]) for place in order), strict=True))
         self._pieces = engine.keep(
             [
-                Piece(
-                    model,
-                    positions.take(rows),
-                    first[place] <= room,
-                    () if solved is None else tuple(solved[self._fold[place]]),
-                )
-                for place, rows in enumerate(self._rows)
+                Piece(model, positions.take(rows), first[place] <= room, tuple(solved[k]) if solved else ())
+                for place, (rows, k) in enumerate(zip(self._rows, self._fold, strict=True))
             ]
         )
 
@@ -196,7 +182,7 @@ class Text:
             on_progress: called with the number of positions of each finished piece.
         """
         taken = [k for k, own in enumerate(self._fold) if own != without and self._fitted[k]]
-        found = self._known_at(family, theta)
+        found = self._known(family, tuple(theta.tolist()))
         missing = [k for k in taken if k not in found]
         for place, sums in self._engine.map(Piece.sums, [(self._pieces[k], family, theta) for k in missing]):
             found[missing[place]] = sums
@@ -204,17 +190,6 @@ class Text:
         losses, gradients, information = zip(*(found[k] for k in taken), strict=True)
         count = sum(len(self._rows[k]) for k in taken)
         return Sums(sum(losses) / count, torch.stack(gradients).sum(0) / count, torch.stack(information).sum(0) / count)
-
-    def _known_at(self, family: Family, theta: Float[Tensor, " k"]) -> dict[int, Sums]:
-        """Return the sums of pieces that are known at ``theta``, to be added to.
-
-        Fits without a fold begin where that on all folds ended: their first evaluations share the pieces.
-        """
-        key = family, tuple(theta.tolist())
-        found = self._known.setdefault(key, {})
-        while len(self._known) > _REMEMBERED:
-            self._known.pop(next(iter(self._known)))
-        return found
 
     def fit(
         self, family: Family, start: Values, evaluations: int, name: str, *, without: int | None = None,
@@ -238,13 +213,8 @@ class Text:
         def evaluated(theta: Tensor) -> Sums:
             nonlocal count
             count += 1
-
-            def compute() -> Tensors:
-                found = self.sums(family, theta, without, on_progress)
-                return found._asdict() | {"loss": torch.tensor(found.loss, dtype=torch.float64)}
-
-            found = self._cache.get(f"{name}-{count:04d}", compute)
-            return Sums(found["loss"].item(), found["gradient"], found["information"])
+            evaluate = partial(self.sums, family, theta, without, on_progress)
+            return Sums(*self._cache.evaluation(f"{name}-{count:04d}", evaluate))
 
         best = layout.pack(start)
         at = evaluated(best)
@@ -294,7 +264,7 @@ class Text:
         """
         names = list(averages[0])
         whole = self._map(
-            stage, Piece.weighted_scores,
+            stage, Piece.scores,
             lambda k: (list(averages[self._fold[k]].values()), [weights[name][:, self._rows[k]] for name in names]),
         )  # fmt: skip
         return _named(whole, names)
@@ -316,11 +286,6 @@ def _named(scores: Tensors, names: Sequence[str]) -> dict[str, Scores]:
     """Return scores by name, from tensors with a column for each."""
     columns = zip(*(scores[name].unbind(-1) for name in _SCORED), strict=True)
     return dict(zip(names, (Scores(*own) for own in columns), strict=True))
-
-
-def _chunk(v: int) -> int:
-    """Return at how many positions log-probabilities are computed at once."""
-    return max(chunk_size(v), _CACHED_ELEMENTS // v)
 
 
 def _step(layout: Layout, theta: Float[Tensor, " k"], at: Sums) -> Float[Tensor, " k"] | None:

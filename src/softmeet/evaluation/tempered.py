@@ -7,13 +7,14 @@ know nothing of its targets. The temperature is then fitted as for a single memb
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from softmeet.evaluation.average import Family
-from softmeet.evaluation.candidates import DEFAULTS, Candidate, Fitter, suffix_of
-from softmeet.evaluation.layout import Layout, Values
+from softmeet.evaluation.candidates import DEFAULTS, Averages, Candidate, Fitter
+from softmeet.evaluation.layout import Layout
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Scores
 from softmeet.evaluation.scoring import Text
@@ -46,22 +47,17 @@ def tempered_meets(
     solved = [[own.changed(**DEFAULTS | settings) for settings in some] for some in chosen[1:]]
     text = Text(fitter.ensemble.model, positions, fitter.engine, fold, cache=fitter.cache, solved=solved, stage=DEFAULT)
     fitted = list[list[Candidate]]()
-    for place, settings in enumerate(chosen):
-        without = None if place == 0 else place - 1
+    for without, settings in zip((None, *range(len(refits))), chosen, strict=True):
+        fits = Averages(fitter, text, without, {})
         fitted.append([])
         for i, (trust, named) in enumerate(zip(trusts, settings, strict=True)):
             name, family = f"{DEFAULT}:trust={trust:g}", Family(Layout(1), members=(i,))
-            advance = fitter.begin(f"fitting {name}", 0, None)
-            most = fitter.options.evaluations
-            piece = name + suffix_of(without)
-            values, loss, count = text.fit(family, Values((1.0,)), most, piece, without=without, on_progress=advance)
-            complete = named | {"rule_temperature": values.temperature}
-            fitted[-1].append(Candidate(name, complete, False, loss, count, (family, values)))
+            fitted[-1].append(fits.fit(name, family, baseline=False, cheaper=1, **named))
     averages = [{c.label: c.average for c in some if c.average is not None} for some in fitted[1:]]
     return fitted, dict(text.scores([f"{trust:g}" for trust in trusts], averages).choices)
 
 
-def _settings(candidates: Sequence[Candidate], trusts: Sequence[float], n: int) -> list[dict[str, object]]:
+def _settings(candidates: Sequence[Candidate], trusts: Sequence[float], n: int) -> list[dict[str, Any]]:
     """Return settings of ``meet`` at each trust, from the better of the two averages that can be its pool."""
     best = min((own for own in candidates if own.name in POOLS), key=lambda own: own.fit_nll)
     pool = {name: best.settings[name] for name in ("pool", "weights", "free_weights")}

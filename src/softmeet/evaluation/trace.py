@@ -234,7 +234,7 @@ def record(
             with the number of its positions.
         on_damage: called before ``on_start`` with a sentence about each damaged shard, which is made again.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
-            :func:`softmeet.evaluation.positions.cut`.
+            :class:`softmeet.evaluation.positions.Windowing`.
 
     Raises:
         InvalidInputError: if the text is too short, the windows do not fit, an argument has a bad value, hidden states
@@ -285,17 +285,14 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
         if Path(member["name"]).exists():
             member["name"] = str(Path(member["name"]).absolute())
     if path.exists():
-        there = Trace.open(folder).facts
-        named = facts | {"members": [{**m, "name": ""} for m in facts["members"]]}
-        found = there | {"members": [{**m, "name": ""} for m in there["members"]]}
-        differing = sorted(
-            (key for key in named if named[key] != found.get(key)), key=lambda key: (key == "members", key)
-        )
+        there = Trace.open(folder)
+        own, found = (x | {"members": [m | {"name": ""} for m in x["members"]]} for x in (facts, there.facts))
+        differing = sorted((key for key in own if own[key] != found.get(key)), key=lambda key: (key == "members", key))
         if differing:
             raise TraceError(
                 f"{folder} holds another trace (it differs in {', '.join(differing)}): name another folder or remove it"
             )
-        return Trace(folder, there)
+        return there
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(facts, indent=1))
     return Trace(folder, facts)
@@ -354,18 +351,17 @@ def identity(ensemble: Ensemble) -> dict[str, Any]:
     facts: dict[str, Any] = dict(model.pruning)
     if any(own := model.contexts.prefixes):
         facts["prefixes"] = [list(ids) or None for ids in own]
-    widths = [head.d + _COSTS * bool(model.pruning) for head in model.combiner.heads]
-    members = zip(ensemble.names, widths, model.member_heads, model.members, strict=True)
+    members = zip(ensemble.names, model.combiner.heads, model.member_heads, model.members, strict=True)
     return facts | {
         "members": [
             {
                 "name": name,
-                "width": width,
+                "width": read.d + _COSTS * bool(model.pruning),
                 "dtype": str(head.dtype).removeprefix("torch."),
                 "head": _head_hash(head) if isinstance(head, SoftmaxHead) else body_hash(member),
                 "body": body_hash(member),
             }
-            for name, width, head, member in members
+            for name, read, head, member in members
         ],
         "tokenizer": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest(),
     }

@@ -10,7 +10,6 @@ from softmeet.evaluation.candidates import Candidate
 from softmeet.evaluation.intervals import Difference
 from softmeet.evaluation.judged import Judged
 from softmeet.members.member import short
-from softmeet.rules.movement import Movement
 
 
 def figures(advice: Advice) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def _candidate(judged: Judged, own: Candidate) -> dict[str, Any]:
 def _movement(judged: Judged) -> dict[str, Any] | None:
     """Return how far ``meet`` with equal weights moves its pool; None where it cannot be measured."""
     compared = judged.unfitted_meet
-    return None if compared is None else Movement.stacked(compared.choices["meet"].movement).figures()
+    return None if compared is None else compared.choices["meet"].moved().figures()
 
 
 def _meet(judged: Judged) -> dict[str, Any] | None:

@@ -99,8 +99,13 @@ class Block:
     def catch_up(self) -> None:
         """Have all seats' paths list the columns that are late."""
         count, self.late = self.late, 0
-        for seat in self.seats:
+        for seat in self.seats if count else ():
             seat.follow(count)
+
+    def paths(self) -> list[Path]:
+        """Return the paths of all seats."""
+        self.catch_up()
+        return [seat._path for seat in self.seats]
 
     def change(self) -> None:
         """Take note that seats or columns change otherwise than by one token more of each."""
@@ -165,8 +170,8 @@ class Call:
         new: int,
     ) -> None:
         self._block, self._seats, self._slots = block, seats, slots
-        self._many = 1 + max(seat.slot for seat in block.seats)
-        self._first = min((int(seat.path[0]) for seat in block.seats if len(seat.path)), default=block.end)
+        self._many = 1 + max([seat.slot for seat in block.seats])
+        self._first = min([int(own[0]) for own in block.paths() if len(own)], default=block.end)
         self.ids, self.depths = np.zeros((2, self._many, new), np.int64)
         self.columns = [NOTHING] * len(seats)
         every, ahead = np.arange(block.end, block.end + new), np.arange(new)

@@ -89,9 +89,11 @@ class KeysAndValues:
         if block is not None:
             block.looked = max(block.looked, len(block.seats))
         self._out(seat)
+        if block is None or not (left := len(block.seats)):
+            return
         # To look at all others each time that one of many leaves would take longer than what it saves.
-        left = 0 if block is None else len(block.seats)
-        if block is None or not left or (gone <= _TOO_MANY * _ROOM and left > _ROOM and block.looked < 2 * left):
+        is_seen = block.slots <= _TOO_MANY or (left > _ROOM and block.looked < 2 * left)
+        if gone <= _TOO_MANY * _ROOM and is_seen:
             return
         block.looked = len(block.seats)
         longest = max(other.length for other in block.seats)
@@ -146,7 +148,7 @@ class KeysAndValues:
         block.change()
         new = max(sum(len(tokens[k]) for k in own) for own in _by_slot(seats).values())
         # Other models count columns, in which there must be no hole.
-        holes = any(seat.length and not seat.is_whole for seat in seats) and not self.reads_trees
+        holes = not self.reads_trees and any(seat.length and not seat.is_whole for seat in seats)
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
         slots = _by_slot(seats)
@@ -179,7 +181,9 @@ class KeysAndValues:
         if not alone or not all(seat.length and seat.is_whole for seat in seats):
             return None
         block.change()
-        found = block.steady = Steady(self._model, block, seats, self._layout)
+        found = block.steady = Steady(
+            self._model, block, seats, self._layout, lambda: self._masks if self.reads_trees else None
+        )
         return found
 
     def read(

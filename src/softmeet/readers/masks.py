@@ -41,6 +41,19 @@ class Masks:
         self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._kinds = getattr(config, "layer_types", None)
 
+    def padding(self, real: Bool[np.ndarray, "B k"]) -> Float[Tensor, "B 1 1 k"] | None:
+        """Make the additive mask of one new token of each text, in columns of which some are no token's.
+
+        Args:
+            real: which columns are a token's of its text.
+
+        Returns:
+            the mask, as :meth:`of` has it; None where a window may matter among so many columns.
+        """
+        if self._window is not None and real.shape[1] >= self._window:
+            return None
+        return self._additive(real[:, None])
+
     def of(self, allowed: Allowed, depths: Depths) -> Any:
         """Make the additive mask, (B, 1, queries, keys); a dict of one by kind of layer if windows matter.
 

@@ -5,7 +5,7 @@ What a call needs, keys and values apart, is kept from one to the next: the mask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from softmeet.members.trunk import Trunk
 from softmeet.readers.blocks import Block, InPlace, Place, Seat
+from softmeet.readers.masks import Masks
 
 
 class Steady:
@@ -23,13 +24,19 @@ class Steady:
         block: the block, in which all of these texts are, and no other.
         seats: of the texts, each whole and in a slot of its own.
         layout: for each layer where its keys and values are.
+        masks: returns what makes the model's attention masks; None if it takes the mask of padding alone.
 
     Attributes:
         seats: as given.
     """
 
     def __init__(
-        self, model: PreTrainedModel, block: Block, seats: Sequence[Seat], layout: Sequence[tuple[Place, Place]]
+        self,
+        model: PreTrainedModel,
+        block: Block,
+        seats: Sequence[Seat],
+        layout: Sequence[tuple[Place, Place]],
+        masks: Callable[[], Masks | None],
     ) -> None:
         self._trunk, self._block, self.seats = Trunk(model), block, list(seats)
         self._slots = [seat.slot for seat in seats]
@@ -43,6 +50,10 @@ class Steady:
             self._positions[seat.slot] = seat.length
         # As transformers has it, no mask where nothing is padding.
         self._padded = not bool(self._mask.all())
+        made = masks() if self._padded else None
+        if made is not None and (whole := made.padding(self._mask.bool().numpy())) is not None:
+            # Of a mask of padding each call would make this one anew.
+            self._mask = whole
         self._in_order = self._slots == list(range(many))
         self._cache = Cache(layers=[InPlace(block, place, many, first) for place in layout])
 
@@ -58,7 +69,7 @@ class Steady:
             return None
         for slot, token in zip(self._slots, tokens, strict=True):
             ids[slot][0] = token
-        mask = self._mask[:, : block.end + 1 - self._first] if self._padded else None
+        mask = self._mask[..., : block.end + 1 - self._first] if self._padded else None
         (states,) = self._trunk(
             torch.tensor(ids), cache=self._cache, use_cache=True, attention_mask=mask, position_ids=self._positions
         ).unbind(1)

@@ -21,7 +21,7 @@ def connect(address: str | None = None, cores: int = 0) -> bool:
         cores: the least number of cores that a cluster which is started here claims to have.
 
     Returns:
-        Whether this call joined or started the cluster, so that its caller has to :func:`leave` it; False if the
+        Whether this call joined or started the cluster, so that its caller ends it by ``ray.shutdown``; False if the
         process was in a cluster already.
 
     Raises:
@@ -43,11 +43,6 @@ def connect(address: str | None = None, cores: int = 0) -> bool:
             "ray start --head, or leave --ray-address out"
         ) from error
     return True
-
-
-def leave() -> None:
-    """Leave the cluster that :func:`connect` joined, or end the one that it started."""
-    ray.shutdown()
 
 
 def _require_listener(address: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
@@ -17,7 +18,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Wor
 
 from softmeet.errors import InvalidInputError, WorkerLostError
 from softmeet.scaling.base import Engine, Items, R, T
-from softmeet.scaling.cluster import connect, leave
+from softmeet.scaling.cluster import connect
 from softmeet.scaling.packing import Stored, pack, packed_bytes, parts, unpack
 from softmeet.scaling.worker import Worker
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # A call whose worker has died this often is taken to be the cause, and the map fails.
 _TRIES = 3
 _LOST = (RayActorError, ObjectLostError, WorkerCrashedError, OutOfMemoryError)
+# The arguments of a call, after their index.
+_Item = tuple[int, tuple[Any, ...]]
 
 
 @dataclass(eq=False)
@@ -37,37 +40,35 @@ class _Slot:
         number: its index among the slots.
         actor: the worker's Ray actor.
         waits_for: the reference of its running call or start; None if it is idle.
-        item: the index of the item of that call; None if there is none.
+        item: the item of that call, after its index; None if there is none.
         begun: whether the worker has started.
     """
 
     number: int
     actor: Any
     waits_for: Any
-    item: int | None = None
+    item: _Item | None = None
     begun: bool = False
 
 
 @dataclass
 class _Round:
-    """The state of one ``map``.
+    """The items of one ``map`` that no worker has.
 
     Attributes:
         left: items not yet drawn, with their indices.
         workers: the number of workers.
         ahead: items drawn that wait for a worker, by index.
-        running: items with a worker, by index.
         losses: how often each item has lost its worker.
     """
 
-    left: Iterator[tuple[int, tuple[Any, ...]]]
+    left: Iterator[_Item]
     workers: int
     ahead: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    running: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     losses: Counter[int] = field(default_factory=Counter)
 
-    def take(self, slot: int) -> int | None:
-        """Choose an item for the worker in ``slot``, mark it as running, and return its index; None if none is left.
+    def take(self, slot: int) -> _Item | None:
+        """Choose an item for the worker in ``slot``, and return it after its index; None if none is left.
 
         Items come in order, but a worker prefers those whose index modulo the number of workers is its slot: it
         probably had these in the last ``map``, too, and keeps their values.
@@ -75,19 +76,12 @@ class _Round:
         if not self.more():
             return None
         k = next((k for k in self.ahead if k % self.workers == slot), min(self.ahead))
-        self.running[k] = self.ahead.pop(k)
-        return k
+        return k, self.ahead.pop(k)
 
     def more(self) -> bool:
         """Draw items until as many wait as there are workers, and tell whether any waits."""
-        while len(self.ahead) < self.workers and (found := next(self.left, None)) is not None:
-            self.ahead[found[0]] = found[1]
+        self.ahead.update(islice(self.left, max(0, self.workers - len(self.ahead))))
         return bool(self.ahead)
-
-    def give_back(self, k: int) -> None:
-        """Make an item that has lost its worker wait for another one."""
-        self.losses[k] += 1
-        self.ahead[k] = self.running.pop(k)
 
 
 class RayEngine(Engine):
@@ -157,7 +151,7 @@ class RayEngine(Engine):
             ray.kill(slot.actor)
         self._slots, self._packed = [], None
         if self._own_cluster:
-            leave()
+            ray.shutdown()
         super().__exit__()
 
     def _room(self) -> int:
@@ -201,7 +195,7 @@ class RayEngine(Engine):
         """
         this = _Round(enumerate(items), self.workers)
         try:
-            while this.running or this.more():
+            while any(slot.item for slot in self._slots) or this.more():
                 # To idle workers, too: an item whose worker has died may be waiting.
                 for slot in self._slots:
                     self._send(slot, function, this)
@@ -218,12 +212,12 @@ class RayEngine(Engine):
 
     def _send(self, slot: _Slot, function: Callable[..., Any], this: _Round) -> None:
         """Send the slot's worker an item, if it is idle and an item is left."""
-        if slot.waits_for is not None or (k := this.take(slot.number)) is None:
+        if slot.waits_for is not None or (item := this.take(slot.number)) is None:
             return
-        packed, stored = pack((function, this.running[k]), self._parts)
+        packed, stored = pack((function, item[1]), self._parts)
         self.sent += packed_bytes(packed)
         names = [(s.number, self._numbers[0]) for s in stored]
-        slot.item, slot.waits_for = k, slot.actor.call.remote(packed, names, *(s.reference for s in stored))
+        slot.item, slot.waits_for = item, slot.actor.call.remote(packed, names, *(s.reference for s in stored))
 
     def _done(self) -> list[_Slot]:
         """Wait until at least one worker's call or start has ended or failed, and return the slots of all such workers.
@@ -243,25 +237,24 @@ class RayEngine(Engine):
 
     def _settle(self, slot: _Slot, this: _Round) -> tuple[int, Any] | None:
         """Return (index, result) of the item that a slot has done; None if its worker has only started, or died."""
-        k, reference = slot.item, slot.waits_for
-        slot.item, slot.waits_for = None, None
+        item, reference = slot.item, slot.waits_for
+        slot.item = slot.waits_for = None
         try:
             said = ray.get(reference)
         except _LOST as error:
-            self._lose(slot, k, this, error)
+            self._lose(slot, item, this, error)
             return None
         slot.begun = True
-        if k is None:
+        if item is None:
             return None
-        del this.running[k]
         well, packed = said
         self.received += packed_bytes(packed)
         answer = unpack(packed, self._parts, copy=True)
         if not well:
             raise answer
-        return k, answer
+        return item[0], answer
 
-    def _lose(self, slot: _Slot, k: int | None, this: _Round, error: Exception) -> None:
+    def _lose(self, slot: _Slot, item: _Item | None, this: _Round, error: Exception) -> None:
         """Start another worker in a dead worker's slot, and make its item wait for a worker again.
 
         Raises:
@@ -270,12 +263,15 @@ class RayEngine(Engine):
         """
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         self._failed_beginnings += not slot.begun
-        if k is not None:
-            this.give_back(k)
+        what, losses = "workers do not begin", 0
+        if item is not None:
+            k, arguments = item
+            this.ahead[k] = arguments
+            this.losses[k] += 1
+            what, losses = f"the same piece of work ({k}) lost {_TRIES} workers", this.losses[k]
             self.redone.append(k)
             self._on_loss(f"a worker died ({reason}): what it was at is done again")
-        if self._failed_beginnings >= _TRIES * self.workers or (k is not None and this.losses[k] >= _TRIES):
-            what = "workers do not begin" if k is None else f"the same piece of work ({k}) lost {_TRIES} workers"
+        if self._failed_beginnings >= _TRIES * self.workers or losses >= _TRIES:
             raise WorkerLostError(f"{what}: {reason}; see the logs of Ray, and give each worker more memory") from error
         ray.kill(slot.actor)  # it may only have been out of reach
         self._slots[slot.number] = self._begin(slot.number)

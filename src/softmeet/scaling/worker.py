@@ -37,7 +37,6 @@ class Worker:
             spread(ensemble, [torch.device("cuda", k) for k in range(devices)])
         self._parts = parts(ensemble)
         self._stored: dict[int, Any] = {}
-        self._first = 0
 
     def process(self) -> int:
         """Return the worker's process id; the answer shows that the worker has started."""
@@ -64,9 +63,7 @@ class Worker:
 
     def _value(self, number: int, first: int, packed: Packed) -> Any:
         """Return the stored value ``number``, unpacked once, and drop values with numbers below ``first``."""
-        if first > self._first:
-            self._stored = {k: value for k, value in self._stored.items() if k >= first}
-            self._first = first
+        self._stored = {k: value for k, value in self._stored.items() if k >= first}
         if number not in self._stored:
             self._stored[number] = unpack(packed, self._parts)
         return self._stored[number]
