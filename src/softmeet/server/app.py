@@ -19,7 +19,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
-from softmeet.server import tokenizing
 from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
@@ -29,9 +28,9 @@ from softmeet.server.events import dumps
 from softmeet.server.refusals import refusal
 from softmeet.server.replies import ChatReply, CompletionReply, Reply
 from softmeet.server.responses import ResponsesReply, ResponsesRequest, checked
-from softmeet.server.schemas import ChatRequest, CompletionRequest, Extension
+from softmeet.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Extension, TokenizeRequest
 from softmeet.server.serving import Serving
-from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
+from softmeet.server.texts import token_texts
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
@@ -149,13 +148,31 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Show the token ids of a prompt, or of messages in the tokenizer's chat template, and how many they are."""
-    return await tokenizing.tokenize(_serving(request), body)
+    if (body.prompt is None) == (body.messages is None):
+        came = "neither" if body.prompt is None else "both"
+        raise RequestError(f"expected either a prompt or messages, got {came}: send one of them", param="prompt")
+    serving = _serving(request)
+    served = serving.ensembles.find(body.model)
+    tokens = await serving.encoded(served, body)
+    # Texts are those that answers show under logprobs.
+    texts = token_texts(served.ensemble.tokenizer)
+    return {
+        "count": len(tokens),
+        "max_model_len": getattr(served.ensemble.model.config, "max_position_embeddings", None),
+        "tokens": list(tokens),
+        "token_strs": [texts.text_of(token) for token in tokens] if body.return_token_strs else None,
+    }
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
     """Show the text of token ids, special tokens included."""
-    return await tokenizing.detokenize(_serving(request), body)
+    serving = _serving(request)
+    served = serving.ensembles.find(body.model)
+    vocabulary = served.ensemble.model.config.vocab_size
+    if not all(0 <= token < vocabulary for token in body.tokens):
+        raise RequestError(f"expected token ids from 0 to {vocabulary - 1:,}", param="tokens")
+    return {"prompt": await serving.on_tokenizer(len(body.tokens), served.ensemble.tokenizer.decode, body.tokens)}
 
 
 @router.get("/version")

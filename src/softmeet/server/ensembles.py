@@ -96,10 +96,7 @@ class Served:
             _check_trust(settings, model.settings, max_trust)
         settings, why = _with_gate(model, settings)
         if why and "gate" in explicit:
-            raise RequestError(
-                f"{why}: leave gate out, or ask for another one, such as unsure:0.5", param="softmeet.gate",
-                code="invalid_value",
-            )  # fmt: skip
+            raise _refused(f"{why}: leave gate out, or ask for another one, such as unsure:0.5", "softmeet.gate")
         # An average has no use for a gate, so there is nothing to explain.
         why = why if settings.rule.reads_heads else None
         return Combination(model, settings, tuple(self.names[k] for k in chosen), why)
@@ -171,8 +168,8 @@ def _fails(model: EnsembleForCausalLM, name: str, value: Any) -> bool:
     return False
 
 
-def _refused(error: SoftmeetError, param: str) -> RequestError:
-    """Return an invalid setting's error as a request's, with advice that can be followed in a request."""
+def _refused(error: SoftmeetError | str, param: str) -> RequestError:
+    """Return what is wrong with a setting as a request's error, with advice that can be followed in a request."""
     # Whether weights have to sum to 1 is the server's choice, not a request's.
     said = str(error).replace("say free_weights=True", "start the server with --free-weights")
     return RequestError(said, param=param, code="invalid_value")

@@ -14,8 +14,9 @@ _FINE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 class Metrics:
     """The server's counters, gauges and histograms for Prometheus, in a registry of their own.
 
-    The registry also has the figures of the process, where the system tells them (on Linux): memory, processor time and
-    open files, under Prometheus' own names, such as ``process_resident_memory_bytes``.
+    There their names begin with ``softmeet_``. The registry also has the figures of the process, where the system tells
+    them (on Linux): memory, processor time and open files, under Prometheus' own names, such as
+    ``process_resident_memory_bytes``.
 
     Attributes:
         registry: holds all of them, for export.
@@ -46,42 +47,35 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        counter, gauge = partial(Counter, registry=self.registry), partial(Gauge, registry=self.registry)
-        histogram = partial(Histogram, registry=self.registry, buckets=_FINE)
-        self.requests = counter("softmeet_requests", "HTTP requests that were answered or refused.", ["path", "status"])
-        self.tokens = counter("softmeet_tokens", "Tokens that were generated.")
-        self.prompt_tokens = counter("softmeet_prompt_tokens", "Tokens of prompts, reused ones included.")
+        counter = partial(Counter, namespace="softmeet", registry=self.registry)
+        gauge = partial(Gauge, namespace="softmeet", registry=self.registry)
+        histogram = partial(Histogram, namespace="softmeet", registry=self.registry, buckets=_FINE)
+        self.requests = counter("requests", "HTTP requests that were answered or refused.", ["path", "status"])
+        self.tokens = counter("tokens", "Tokens that were generated.")
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts, reused ones included.")
         self.reused_tokens = counter(
-            "softmeet_reused_tokens", "Tokens of prompts taken from the cache of earlier prompts, not computed again."
+            "reused_tokens", "Tokens of prompts taken from the cache of earlier prompts, not computed again."
         )
         self.passes = counter(
-            "softmeet_head_passes", "Times that rules read all of the members' output layers; parts count as parts."
+            "head_passes", "Times that rules read all of the members' output layers; parts count as parts."
         )
-        self.drafted = counter("softmeet_draft_tokens", "Tokens that members drafted while a single sequence ran.")
-        self.accepted = counter("softmeet_accepted_draft_tokens", "Drafted tokens that the rule drew, too.")
-        self.gated = counter(
-            "softmeet_gated_tokens", "Generated tokens for which a gate spared the rule, by gate.", ["gate"]
-        )
-        self.saved = counter(
-            "softmeet_gate_saved_seconds", "Estimated seconds that gates have saved, by gate.", ["gate"]
-        )
-        self.rows = gauge("softmeet_rows", "Sequences that are being generated now; at most --batch.")
-        self.waiting = gauge("softmeet_waiting", "Sequences that wait for a place in the batch now.")
+        self.drafted = counter("draft_tokens", "Tokens that members drafted while a single sequence ran.")
+        self.accepted = counter("accepted_draft_tokens", "Drafted tokens that the rule drew, too.")
+        self.gated = counter("gated_tokens", "Generated tokens for which a gate spared the rule, by gate.", ["gate"])
+        self.saved = counter("gate_saved_seconds", "Estimated seconds that gates have saved, by gate.", ["gate"])
+        self.rows = gauge("rows", "Sequences that are being generated now; at most --batch.")
+        self.waiting = gauge("waiting", "Sequences that wait for a place in the batch now.")
         self.kept_prompt_tokens = gauge(
-            "softmeet_kept_prompt_tokens", "Tokens of past prompts whose keys and values are kept, summed over members."
+            "kept_prompt_tokens", "Tokens of past prompts whose keys and values are kept, summed over members."
         )
-        self.cache_bytes = gauge(
-            "softmeet_cache_bytes", "Bytes of keys and values, of running sequences and kept prompts."
-        )
-        self.connections = gauge("softmeet_connections", "Connections that are open now.")
-        self.between = histogram(
-            "softmeet_inter_token_latency_seconds", "Seconds from one token of a sequence to its next."
-        )
+        self.cache_bytes = gauge("cache_bytes", "Bytes of keys and values, of running sequences and kept prompts.")
+        self.connections = gauge("connections", "Connections that are open now.")
+        self.between = histogram("inter_token_latency_seconds", "Seconds from one token of a sequence to its next.")
         self.unsolved = counter(
-            "softmeet_unsolved_tokens", "Generated tokens at which the rule did not converge, by status.", ["status"]
+            "unsolved_tokens", "Generated tokens at which the rule did not converge, by status.", ["status"]
         )
         self.first = histogram(
-            "softmeet_first_token_seconds", "Seconds from a request's arrival in the queue to its first token."
+            "first_token_seconds", "Seconds from a request's arrival in the queue to its first token."
         )
 
     def watch(self, waiting: Sized, running: Sized, readers: Collection[Any]) -> None:

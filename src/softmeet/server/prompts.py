@@ -65,7 +65,7 @@ def encoded(
         RequestError: if a member's own prompt fills its context, or is a template, which cannot be scored.
     """
     model, found, own = combination.model, list[tuple[int, ...]](), list[Own]()
-    members = model.contexts.members
+    members, tokenizer = model.contexts.members, served.ensemble.tokenizer
     try:
         if scored:
             model.contexts.require_no_template()
@@ -74,11 +74,10 @@ def encoded(
             shared = truncated(whole, body, combination)
             text = part if isinstance(part, str) and shared == whole else None
             if text is None and any(member.is_template for member in members):
-                text = served.ensemble.tokenizer.decode(shared, skip_special_tokens=True)
+                text = tokenizer.decode(shared, skip_special_tokens=True)
             read: tuple[list[int], Any] = list(shared), None
             if not scored and text is not None and any(member.prompt is not None for member in members):
-                special = body.add_special_tokens is not False
-                read = read_prompt(model, served.ensemble.tokenizer, text, special=special)
+                read = read_prompt(model, tokenizer, text, special=body.add_special_tokens is not False)
             # Members' own tokens come in place of the text, or before what begins it.
             found.append(shared if read[1] is None or model.begin is None else tuple(read[0]))
             own.append(_frozen(read[1]))

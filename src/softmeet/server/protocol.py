@@ -39,10 +39,9 @@ def configuration(serving: Serving, **options: Any) -> uvicorn.Config:
         options: further arguments of ``uvicorn.Config``, such as ``port``.
     """
     bounds = {"protection": serving.settings.protection, "metrics": serving.metrics}
-    # uvicorn's own access log would hold queries; nothing here speaks WebSocket.
-    fixed: dict[str, Any] = {"ws": "none", "access_log": False, "server_header": False}
     http = cast(type[asyncio.Protocol], type("Protocol", (BoundedProtocol,), bounds))
-    return uvicorn.Config(create_app(serving), http=http, **fixed, **options)
+    # uvicorn's own access log would hold queries; nothing here speaks WebSocket.
+    return uvicorn.Config(create_app(serving), http=http, ws="none", access_log=False, server_header=False, **options)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -165,11 +164,9 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         answer = error_response(error, {"Connection": "close"})
         status = HTTPStatus(answer.status_code)
-        lines = [
-            b"HTTP/1.1 %d %s" % (status, status.phrase.encode()),
-            *(b": ".join(pair) for pair in answer.raw_headers),
-        ]
-        self.transport.write(b"\r\n".join([*lines, b"", bytes(answer.body)]))
+        first = b"HTTP/1.1 %d %s" % (status, status.phrase.encode())
+        headers = map(b": ".join, answer.raw_headers)
+        self.transport.write(b"\r\n".join([first, *headers, b"", bytes(answer.body)]))
         # If bytes that the client has sent were unread, closing at once could take the answer from it.
         self._head_timer = self.loop.call_later(_LINGER, self.transport.abort)
         self.transport.write_eof()
@@ -178,15 +175,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self.protection.header_seconds, self._no_head)
 
     def _no_head(self) -> None:
-        """Close the connection if its client has not sent a request's headers in time."""
+        """Close the connection, as its client has not sent a request's headers in time."""
         self._head_timer = None
-        if not self._idle:
-            return
         if self._in_head:
             seconds = self.protection.header_seconds
-            self._refuse(
-                RequestError(f"expected the headers within {seconds:g} s", status=408, code="headers_too_slow")
-            )
+            error = RequestError(f"expected the headers within {seconds:g} s", status=408, code="headers_too_slow")
+            self._refuse(error)
         else:
             self.transport.close()  # a browser that connects in advance did not ask, and expects no answer
 

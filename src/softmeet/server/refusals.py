@@ -9,21 +9,9 @@ from typing import Any
 
 from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings
+from softmeet.server import schemas
 from softmeet.server.errors import RequestError
-from softmeet.server.responses import Item, Part, ResponsesRequest, TextFormat, TextOptions
-from softmeet.server.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    Extension,
-    JsonSchema,
-    Message,
-    PassageIn,
-    ResponseFormat,
-    StreamOptions,
-    StructuredOutputs,
-    TextPart,
-)
-from softmeet.server.tokenizing import DetokenizeRequest, TokenizeRequest
+from softmeet.server.responses import ResponsesRequest
 
 _TOOLS = (
     "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "tool_calls", "tool_call_id",
@@ -39,7 +27,7 @@ _REFUSED = {
     },
     "suffix": "text is only continued",
     "prediction": "there is nothing to speed up by it",
-    "reasoning_effort": "the members do not reason apart from their answer",
+    **dict.fromkeys(("reasoning_effort", "reasoning"), "the members do not reason apart from their answer"),
     "web_search_options": "nothing is searched",
     **dict.fromkeys(
         ("bad_words", "allowed_token_ids"), "give token ids a logit_bias of -100 or 100; /tokenize has them"
@@ -67,7 +55,6 @@ _REFUSED = {
         ("previous_response_id", "conversation"), "nothing is stored: send the whole conversation as input"
     ),
     **dict.fromkeys(("background", "background_options"), "nothing is stored, so that an answer has to be waited for"),
-    "reasoning": "the members do not reason apart from their answer",
     **dict.fromkeys(("context_management", "moderation"), "the server does nothing of that kind"),
     "extra_body": "it is an argument of openai's client; write its fields directly into the body",
 }
@@ -116,16 +103,23 @@ _EXPECTED = {
     "input": 'a string, or a list such as [{"role": "user", "content": "hello"}]',
     "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
 }
-_BODIES = (CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest)
-_PARTS = (
-    Extension, Item, JsonSchema, Message, Part, PassageIn, ResponseFormat, StreamOptions, StructuredOutputs, TextFormat,
-    TextOptions, TextPart,
+_BODIES = (
+    schemas.CompletionRequest, schemas.ChatRequest, ResponsesRequest,
+    schemas.TokenizeRequest, schemas.DetokenizeRequest,
 )  # fmt: skip
 _FIELDS = {name: kind for body in _BODIES for name, kind in body.model_fields.items()}
-_NAMES = {*_FIELDS, *(field.alias or name for kind in _PARTS for name, field in kind.model_fields.items())}
 _OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 # The longest text that is repeated to the client.
 _SHOWN = 40
+
+
+def _names(kind: type[schemas.Strict]) -> set[str]:
+    """Return the names of the fields of a model, and of all models that derive from it, as requests have them."""
+    own = {field.alias or name for name, field in kind.model_fields.items()}
+    return own.union(*map(_names, kind.__subclasses__()))
+
+
+_NAMES = _names(schemas.Strict)
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestError:
@@ -156,10 +150,9 @@ def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestE
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
-    """Return the names and positions that lead to an invalid field; without pydantic's words for a union's cases."""
+    """Return the names and positions that lead to an invalid field, without words of FastAPI's and pydantic's."""
+    # These words are "body" at the beginning, and those for a union's cases.
     found = list(error["loc"])
-    if found[:1] == ["body"]:
-        del found[0]
     last = [found.pop()] if found and error["type"] == "extra_forbidden" else []
     return [str(part) for part in [*(part for part in found if isinstance(part, int) or part in _NAMES), *last]]
 
@@ -173,7 +166,7 @@ def _unknown(path: list[str], endpoint: str) -> str:
         return f"{what}: {elsewhere[word]}"
     if word in _REFUSED:
         return f"{what}: {_REFUSED[word]}"
-    if path == [word] and word in Extension.model_fields:
+    if path == [word] and word in schemas.Extension.model_fields:
         inside = f'{{"softmeet": {{"{word}": …}}}}'
         return f"{what} here: put it into softmeet, as {inside}, with openai's client by extra_body={inside}"
     if path[0] == "softmeet" and word in _FIELDS:
@@ -181,7 +174,7 @@ def _unknown(path: list[str], endpoint: str) -> str:
     if word in Settings.model_fields:
         return f"{what}: it is the same for all requests, and given to softmeet serve"
     if path[0] == "softmeet":
-        return str(unknown(f"{what}: there is no such field", word, list(Extension.model_fields)))
+        return str(unknown(f"{what}: there is no such field", word, list(schemas.Extension.model_fields)))
     near = get_close_matches(word, [one for one in _FIELDS if one != word], n=1)
     hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json has all fields"
     return f"{what}: there is no such field: {hint}"

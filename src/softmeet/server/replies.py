@@ -20,7 +20,7 @@ from softmeet.server.errors import described
 from softmeet.server.events import LAST_EVENT, event
 from softmeet.server.schemas import CompletionRequest, Generation
 from softmeet.server.sequences import GenerationRequest, Token
-from softmeet.server.texts import Places, TokenTexts, token_texts
+from softmeet.server.texts import Places, token_texts
 
 # The log-probability that OpenAI writes for probability zero, since JSON has no -inf.
 _IMPOSSIBLE = -9999.0
@@ -47,6 +47,7 @@ class Reply(ABC):
         body: the request as it was sent.
 
     Attributes:
+        texts: the texts of single tokens.
         prefix: the beginning of an answer's ``id``.
         kind, chunk_kind: the field ``object`` of a document and of a chunk.
     """
@@ -55,6 +56,7 @@ class Reply(ABC):
 
     def __init__(self, asked: GenerationRequest, body: Generation) -> None:
         self.asked, self.body = asked, body
+        self.texts = token_texts(asked.tokenizer)
         self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": asked.model}
         self._begun: set[int] = set()
         self._places: dict[int, Places] = {}
@@ -85,23 +87,6 @@ class Reply(ABC):
         usage, ours = self._usage(tokens), self._settings()
         return {**self._common, "object": self.kind, "choices": found, "usage": usage, "softmeet": ours}
 
-    def chunk(self, delta: ChoiceDelta) -> dict[str, Any] | None:
-        """Return the chunk of a stream that sends new text and tokens of a choice, or None if there is nothing to send.
-
-        A chunk is sent for a choice's first delta (this chunk also has the settings that were used); for a delta that
-        has text or scored tokens or ends its choice; and for every delta if log-probabilities or reports of tokens are
-        asked for. To be called once for each delta, in order, since text offsets and gate counts are summed up.
-        """
-        self.note(delta)
-        first = delta.index not in self._begun
-        self._begun.add(delta.index)
-        choice = self._choice(delta, first=first)
-        wants_tokens = self.body.listed is not None or self.asked.report is not None
-        if not (first or delta.text or delta.finish or delta.scored is not None or wants_tokens):
-            return None
-        found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
-        return found | {"softmeet": self._settings()} if first else found
-
     def note(self, delta: ChoiceDelta) -> None:
         """Take note of what is new in a choice, to count its tokens; called once for each delta."""
         # An end that ends a text is none of its tokens.
@@ -113,9 +98,21 @@ class Reply(ABC):
         return ""
 
     def written(self, delta: ChoiceDelta) -> str:
-        """Return the event of a stream that sends what a delta brings, or nothing; called once for each, in order."""
-        chunk = self.chunk(delta)
-        return "" if chunk is None else event(chunk)
+        """Return the event of a stream that sends new text and tokens of a choice, or "" if there is nothing to send.
+
+        A chunk is sent for a choice's first delta (this chunk also has the settings that were used); for a delta that
+        has text or scored tokens or ends its choice; and for every delta if log-probabilities or reports of tokens are
+        asked for. To be called once for each delta, in order, since text offsets and gate counts are summed up.
+        """
+        self.note(delta)
+        first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        choice = self._choice(delta, first=first)
+        wants_tokens = self.body.listed is not None or self.asked.report is not None
+        if not (first or delta.text or delta.finish or delta.scored is not None or wants_tokens):
+            return ""
+        found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
+        return event(found | {"softmeet": self._settings()} if first else found)
 
     def ended(self, tokens: int) -> str:
         """Return the events that end a stream: the token counts, if they are asked for, and ``[DONE]``.
@@ -237,11 +234,6 @@ class Reply(ABC):
             for t in delta.scored
         ]
         return {"prompt_logprobs": [None, *rows]}
-
-    @property
-    def texts(self) -> TokenTexts:
-        """The texts of single tokens."""
-        return token_texts(self.asked.tokenizer)
 
 
 class CompletionReply(Reply):

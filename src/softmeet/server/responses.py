@@ -17,7 +17,7 @@ from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import RequestError, described
 from softmeet.server.events import event
 from softmeet.server.replies import ChatReply
-from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Natural, ResponseFormat, Strict, Word
+from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Positive, ResponseFormat, Strict, Word
 from softmeet.server.sequences import GenerationRequest, Token
 
 
@@ -72,7 +72,7 @@ class ResponsesRequest(Generation):
 
     input: str | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=4096)]
     instructions: str | None = None
-    max_output_tokens: Annotated[Natural, Field(ge=1)] | None = None
+    max_output_tokens: Positive | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Len(0, 1)] | None = None
     top_logprobs: Listed | None = None
     text: TextOptions | None = None
@@ -135,6 +135,8 @@ class ResponsesReply(ChatReply):
     def __init__(self, asked: GenerationRequest, body: ResponsesRequest) -> None:
         super().__init__(asked, body)
         self._item = f"msg_{uuid4().hex}"
+        # Where in the response the text stands.
+        self._place = {"item_id": self._item, "output_index": 0, "content_index": 0}
         self._sent, self._whole = 0, ChoiceDelta(0)
         self._said: dict[str, Any] = {}
         self._log_probs_said: list[dict[str, Any]] = []
@@ -201,11 +203,6 @@ class ResponsesReply(ChatReply):
         found = {"type": kind, "sequence_number": self._sent, **fields}
         self._sent += 1
         return f"event: {kind}\n{event(found)}"
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        """Where in the response the text stands."""
-        return {"item_id": self._item, "output_index": 0, "content_index": 0}
 
     def _part(self) -> dict[str, Any]:
         """Return the message's one part: all text so far."""

@@ -18,6 +18,7 @@ Rho = Annotated[float, Field(ge=0)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
+Positive = Annotated[int, Field(ge=1, lt=1 << 63)]
 # The settings that a request may change under ``softmeet``; a server may allow fewer.
 CHANGES = ("rule", "trust", "weights", "pool", "members", "gate", "passages")
 # The most tokens of a prompt, and the most prompts of a request.
@@ -32,6 +33,11 @@ _MOST_FIELDS = 64
 Ids = Annotated[list[int], Field(fail_fast=True, min_length=1, max_length=_MOST)]
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)]
 Lists = Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)]
+
+
+def _optional(description: str) -> Any:
+    """Return a field that a request may leave out, which is None then."""
+    return Field(default=None, description=description)
 
 
 def _few(value: Any, most: int) -> Any:
@@ -77,24 +83,20 @@ class Extension(Strict):
     places of the fields beside softmeet, which override them.
     """
 
-    rule: Word | None = Field(default=None, description="meet, max-entropy, logit-mean, prob-mean, …")
-    trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = Field(default=None, description="One for all, or one each.")
+    rule: Word | None = _optional("meet, max-entropy, logit-mean, prob-mean, …")
+    trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = _optional("One for all, or one each.")
     weights: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Len(1, 64)] | None = None
     pool: Word | None = None
-    members: Annotated[list[Word], Len(1, 64)] | None = Field(default=None, description="Some of the members.")
-    gate: Word | None = Field(default=None, description="auto, movement:T, unsure:T, disagreement:T or none.")
-    passages: Annotated[list[PassageIn], Field(fail_fast=True, min_length=1, max_length=64)] | None = Field(
-        default=None, description="Each member reads the prompt behind each; prob-mean by their scores, as REPLUG."
+    members: Annotated[list[Word], Len(1, 64)] | None = _optional("Some of the members.")
+    gate: Word | None = _optional("auto, movement:T, unsure:T, disagreement:T or none.")
+    passages: Annotated[list[PassageIn], Field(fail_fast=True, min_length=1, max_length=64)] | None = _optional(
+        "Each member reads the prompt behind each; prob-mean by their scores, as REPLUG."
     )
-    passage_temperature: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
-        default=None, description="Of the scores' softmax; 1 by default."
+    passage_temperature: Annotated[float, Field(gt=0, le=1e6)] | None = _optional(
+        "Of the scores' softmax; 1 by default."
     )
-    report: Listed | None = Field(
-        default=None, description="Report every token, and list so many of each distribution."
-    )
-    max_bytes: Annotated[int, Field(ge=1, lt=1 << 63)] | None = Field(
-        default=None, description="Over bytes, the most bytes of a choice."
-    )
+    report: Listed | None = _optional("Report every token, and list so many of each distribution.")
+    max_bytes: Positive | None = _optional("Over bytes, the most bytes of a choice.")
     top_k: TopK | None = None
     min_p: MinP | None = None
     repetition_penalty: Repetition | None = None
@@ -136,7 +138,7 @@ class StructuredOutputs(Strict):
 class Generation(Strict):
     """The fields of all endpoints that generate: OpenAI's, and from ``top_k`` on those that vLLM adds to them."""
 
-    model: Word | None = Field(default=None, description="As /v1/models names them; else the first.")
+    model: Word | None = _optional("As /v1/models names them; else the first.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Stop | Annotated[list[Stop], Len(0, 16)] | None = None
@@ -146,20 +148,18 @@ class Generation(Strict):
     logit_bias: Biases | None = None
     stream: bool | None = None
     softmeet: Extension | None = None
-    top_k: TopK | None = Field(default=None, description="Draw from so many tokens; 0 or -1 for all.")
-    min_p: MinP | None = Field(default=None, description="The least probability, as a share of the largest.")
-    repetition_penalty: Repetition | None = Field(default=None, description="As in transformers.")
-    min_tokens: Natural | None = Field(
-        default=None, description="No end, and no stop string, within so many tokens (or bytes)."
+    top_k: TopK | None = _optional("Draw from so many tokens; 0 or -1 for all.")
+    min_p: MinP | None = _optional("The least probability, as a share of the largest.")
+    repetition_penalty: Repetition | None = _optional("As in transformers.")
+    min_tokens: Natural | None = _optional("No end, and no stop string, within so many tokens (or bytes).")
+    ignore_eos: bool | None = _optional("An end-of-text token is one like any other.")
+    stop_token_ids: Annotated[list[int], Len(0, 128)] | None = _optional("Further ends.")
+    skip_special_tokens: bool | None = _optional("Leave special tokens out of the text.")
+    include_stop_str_in_output: bool | None = _optional("Show a stop string or token, too.")
+    truncate_prompt_tokens: Literal[-1] | Positive | None = _optional(
+        "Keep the prompt's last so many tokens; -1 for those that fit into the context."
     )
-    ignore_eos: bool | None = Field(default=None, description="An end-of-text token is one like any other.")
-    stop_token_ids: Annotated[list[int], Len(0, 128)] | None = Field(default=None, description="Further ends.")
-    skip_special_tokens: bool | None = Field(default=None, description="Leave special tokens out of the text.")
-    include_stop_str_in_output: bool | None = Field(default=None, description="Show a stop string or token, too.")
-    truncate_prompt_tokens: Literal[-1] | Annotated[int, Field(ge=1, lt=1 << 63)] | None = Field(
-        default=None, description="Keep the prompt's last so many tokens; -1 for those that fit into the context."
-    )
-    structured_outputs: StructuredOutputs | None = Field(default=None, description="What the text has to be.")
+    structured_outputs: StructuredOutputs | None = _optional("What the text has to be.")
     # Accepted, but without effect.
     user: Word | None = None
     metadata: Metadata | None = None
@@ -167,13 +167,13 @@ class Generation(Strict):
 
     @property
     def choices(self) -> int:
-        """How many continuations of each prompt the answer has."""
-        return 1
+        """The field ``n``, 1 where there is none: how many continuations of each prompt the answer has."""
+        return getattr(self, "n", None) or 1
 
     @property
     def drawn(self) -> int:
-        """How many continuations of each prompt are drawn, of which the answer has the best."""
-        return self.choices
+        """The field ``best_of``, else ``n``: how many continuations are drawn, of which the answer has the best."""
+        return getattr(self, "best_of", None) or self.choices
 
     @property
     def listed(self) -> int | None:
@@ -182,13 +182,14 @@ class Generation(Strict):
 
     @property
     def prompt_listed(self) -> int | None:
-        """The same of the prompt's tokens."""
-        return None
+        """The field ``prompt_logprobs``: how many tokens to list at each of the prompt's own; None for no such list."""
+        return getattr(self, "prompt_logprobs", None)
 
     @property
     def usage_in_stream(self) -> bool:
-        """Whether a stream ends with a chunk that has the token counts."""
-        return False
+        """The field ``stream_options.include_usage``: whether a stream ends with a chunk that has the token counts."""
+        options: StreamOptions | None = getattr(self, "stream_options", None)
+        return options is not None and options.include_usage
 
 
 class _Choices(Generation):
@@ -198,26 +199,9 @@ class _Choices(Generation):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    prompt_logprobs: Listed | None = Field(
-        default=None, description="Score the prompt, and list so many tokens at each of its own."
-    )
+    prompt_logprobs: Listed | None = _optional("Score the prompt, and list so many tokens at each of its own.")
     # Accepted, but without effect.
     store: bool | None = None
-
-    @property
-    def choices(self) -> int:
-        """The field ``n``: how many continuations of each prompt the answer has."""
-        return self.n or 1
-
-    @property
-    def prompt_listed(self) -> int | None:
-        """The field ``prompt_logprobs``: how many tokens to list at each of the prompt's own."""
-        return self.prompt_logprobs
-
-    @property
-    def usage_in_stream(self) -> bool:
-        """The field ``stream_options.include_usage``: whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(_Choices):
@@ -230,15 +214,10 @@ class CompletionRequest(_Choices):
     prompt: str | Texts | Ids | Lists
     logprobs: Listed | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = Field(
-        default=None, description="Draw so many; answer with the n of the highest log-probability per token."
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = _optional(
+        "Draw so many; answer with the n of the highest log-probability per token."
     )
-    add_special_tokens: bool | None = Field(default=None, description="Let the tokenizer add some, such as a BOS.")
-
-    @property
-    def drawn(self) -> int:
-        """The field ``best_of``, or else ``n``."""
-        return self.best_of or self.choices
+    add_special_tokens: bool | None = _optional("Let the tokenizer add some, such as a BOS.")
 
     @property
     def listed(self) -> int | None:
@@ -277,7 +256,7 @@ class ChatRequest(_Choices):
     """
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 63)] | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Listed | None = None
 
@@ -285,3 +264,23 @@ class ChatRequest(_Choices):
     def listed(self) -> int | None:
         """The field ``top_logprobs`` if ``logprobs`` is true."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeRequest(Strict):
+    """The body of ``POST /tokenize``: a prompt, or the messages of a chat; with ``return_token_strs`` texts come, too.
+
+    Special tokens, such as a BOS, are added to a prompt unless ``add_special_tokens`` is false.
+    """
+
+    model: Word | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """The body of ``POST /detokenize``: token ids, whose text is asked for."""
+
+    model: Word | None = None
+    tokens: Ids

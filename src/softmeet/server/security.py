@@ -93,12 +93,11 @@ class Guard:
             if body and path.startswith(_JSON):
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
         except RequestError as error:
-            page = path == "/" or path.startswith("/ui")
-            ask = (
-                {"WWW-Authenticate": 'Basic realm="softmeet", charset="UTF-8"'} if error.status == 401 and page else {}
-            )
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
-            await error_response(error, {"Connection": "close"} | ask)(scope, receive, send)
+            headers = {"Connection": "close"}
+            if error.status == 401 and (path == "/" or path.startswith("/ui")):
+                headers["WWW-Authenticate"] = 'Basic realm="softmeet", charset="UTF-8"'
+            await error_response(error, headers)(scope, receive, send)
             return
         except ClientDisconnect:  # the client left before its whole body had come
             return

@@ -105,17 +105,16 @@ class Serving:
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
         told = False if settings.reproducible and settings.parallel == "auto" else settings.parallel
         parallel = True if any(s.ensemble.model.apart for s in ensembles) else told
-        apart = settings.reproducible
         models, names = zip(*((s.ensemble.model, s.names) for s in ensembles), strict=True)
-        readers = readers_of(models, names, 0 if apart else settings.limits.kept_tokens)
+        readers = readers_of(models, names, 0 if settings.reproducible else settings.limits.kept_tokens)
         self.batcher = Batcher(
             readers,
             settings.limits.within(readers.values()),
             self.metrics,
             parallel=parallel,
-            reproducible=apart,
-            speculate=0 if apart else settings.speculate,
-            one_member=settings.one_member and not apart,
+            reproducible=settings.reproducible,
+            speculate=0 if settings.reproducible else settings.speculate,
+            one_member=settings.one_member and not settings.reproducible,
         )
         self._structures = Structures(served.ensemble.model for served in ensembles)
         # Nothing holds up the event loop, and short texts do not wait for the long ones of others.
@@ -154,7 +153,7 @@ class Serving:
             arguments: its arguments.
         """
         thread = self._long if size > prompts.LONG else self._short
-        return await asyncio.get_running_loop().run_in_executor(thread, partial(work, *arguments))
+        return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
 
     async def encoded(self, served: Served, body: Any) -> tuple[int, ...]:
         """Return the token ids of a body's ``prompt``, a text, or of its ``messages`` if it has none.
@@ -212,11 +211,10 @@ class Serving:
             await self._require_short(some, combination, served, name)
         if passages:
             combination = await self.on_tokenizer(size, behind_passages, combination, ours)
-        limit, echoed = _limit(body, self.settings.max_tokens, combination), False
+        limit, score_prompt = _limit(body, self.settings.max_tokens, combination), body.prompt_listed is not None
         if isinstance(body, CompletionRequest):
-            echoed = bool(body.echo) and (body.logprobs is not None or ours.report is not None)
-            scored = echoed or body.prompt_listed is not None
-            encode = partial(prompts.encoded, scored=scored)
+            score_prompt |= bool(body.echo) and (body.logprobs is not None or ours.report is not None)
+            encode = partial(prompts.encoded, scored=score_prompt)
             found, own = await self.on_tokenizer(size, encode, served, combination, parts, body)
         else:
             found, own = await self.on_tokenizer(size, prompts.templated, served, combination, body)
@@ -224,8 +222,7 @@ class Serving:
             prompts.check_prompt(prompt, combination, limit, read)
             if not combination.symbols_are_tokens:
                 await self.on_tokenizer(size, prompts.check_spelled, prompt, combination, read)
-        top, score_prompt = _most_listed(body), echoed or body.prompt_listed is not None
-        longest = _symbols(limit, ours, combination)
+        top, longest = _most_listed(body), _symbols(limit, ours, combination)
         tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, combination, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
@@ -316,20 +313,15 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
     Raises:
         RequestError: if the request asks for more than the limit.
     """
-    context = combination.room(0)
-    most = min(server, context)
-    of, more = (
-        ("this server's limit", ", or start the server with a larger --max-tokens")
-        if server <= context
-        else ("the context of the ensemble's shortest member", "")
-    )
+    most, of, more = server, "this server's limit", ", or start the server with a larger --max-tokens"
+    if (context := combination.room(0)) < server:
+        most, of, more = context, "the context of the ensemble's shortest member", ""
     for name in prompts.LENGTHS:
         if (asked := getattr(body, name, None)) is None:
             continue
         if asked > most:
             raise RequestError(
-                f"expected {name} of at most {most:,}, {of}, got {asked:,}: ask for fewer{more}",
-                param=name,
+                f"expected {name} of at most {most:,}, {of}, got {asked:,}: ask for fewer{more}", param=name
             )
         return int(asked)
     bounded = isinstance(body, CompletionRequest) and not (body.softmeet and body.softmeet.max_bytes)

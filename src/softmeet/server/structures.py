@@ -36,7 +36,8 @@ class Structures:
     """
 
     def __init__(self, models: Iterable[EnsembleForCausalLM]) -> None:
-        self._threads, self._free = ThreadPoolExecutor(_MOST, thread_name_prefix="softmeet-structure"), _MOST
+        self._threads = ThreadPoolExecutor(_MOST, thread_name_prefix="softmeet-structure")
+        self._free = asyncio.Semaphore(_MOST)
         for model in models:
             # Members that cannot write structures serve everything else.
             with contextlib.suppress(InvalidInputError):
@@ -49,21 +50,18 @@ class Structures:
             RequestError: if it cannot be used (:class:`softmeet.Structure` says what can), or two are asked for.
             BusyError: if too many others are being compiled.
         """
-        asked = _asked(body)
-        if asked is None:
+        if (asked := _asked(body)) is None:
             return None
         param, make = asked
-        if not self._free:
+        if self._free.locked():
             raise BusyError("too many other structures are being compiled: ask again later")
-        self._free -= 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, _compiled, make, model)
+            async with self._free:
+                return await asyncio.get_running_loop().run_in_executor(self._threads, _compiled, make, model)
         except BusyCompilingError as error:
             raise BusyError(str(error)) from None
         except InvalidInputError as error:
             raise RequestError(str(error), param=param) from None
-        finally:
-            self._free += 1
 
 
 def _compiled(make: Callable[[], Structure], model: EnsembleForCausalLM) -> Mask:
@@ -75,15 +73,13 @@ def _asked(body: Generation) -> tuple[str, Callable[[], Structure]] | None:
     """Return the field in which a request asks for a structure, and what makes it; None if it asks for none."""
     form: ResponseFormat | None = getattr(body, "response_format", None)
     outputs = body.structured_outputs
-    if form is not None and form.type == "text":
-        form = None
-    if form is not None and outputs is not None:
+    if form is None or form.type == "text":
+        return None if outputs is None else ("structured_outputs", _of_outputs(outputs))
+    if outputs is not None:
         raise RequestError(
             "expected response_format or structured_outputs, got both: leave one out", param="structured_outputs"
         )
-    if outputs is not None:
-        return "structured_outputs", _of_outputs(outputs)
-    return None if form is None else ("response_format", _of_form(form))
+    return "response_format", _of_form(form)
 
 
 def _of_form(form: ResponseFormat) -> Callable[[], Structure]:

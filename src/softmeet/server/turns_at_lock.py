@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 
 # Seconds after which a thread that waits for Python's lock gets it.
 _SHORT = 1e-4
@@ -42,19 +41,14 @@ class TurnsAtLock:
         """Call a function that may take seconds to write a text, in a thread of its own, and return the text."""
 
         def work() -> str:
-            with self._while_busy():
+            mine = object()
+            self._want(mine, short=True)
+            try:
                 return write()
+            finally:
+                self._want(mine, short=False)
 
         return await asyncio.to_thread(work)
-
-    @contextmanager
-    def _while_busy(self) -> Iterator[None]:
-        mine = object()
-        self._want(mine, short=True)
-        try:
-            yield
-        finally:
-            self._want(mine, short=False)
 
 
 TURNS_AT_LOCK = TurnsAtLock()

@@ -149,9 +149,12 @@ def page(serving: Serving) -> gr.Blocks:
             with gr.Column(scale=2, min_width=260):
                 names = [s.name for s in serving.ensembles]
                 name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
-                all_members, may_change = own["members"], free["members"]
                 members = gr.CheckboxGroup(
-                    all_members, value=all_members, label="Members", interactive=may_change, elem_id="members"
+                    own["members"],
+                    value=own["members"],
+                    label="Members",
+                    interactive=free["members"],
+                    elem_id="members",
                 )
         with gr.Row():
             rules = _rules(first)
@@ -159,16 +162,11 @@ def page(serving: Serving) -> gr.Blocks:
             other = gr.Dropdown(
                 [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
             )
-            trust = gr.Slider(
-                0,
-                max(min(4, serving.settings.max_trust), own["trust"]),
-                own["trust"],
-                step=0.05,
-                label="Trust",
-                interactive=free["trust"],
-            )
+            most = max(min(4, serving.settings.max_trust), own["trust"])
+            trust = gr.Slider(0, most, own["trust"], step=0.05, label="Trust", interactive=free["trust"])
         with gr.Accordion("Sampling", open=False), gr.Row():
-            longest = min(200, serving.settings.max_tokens, *(_context(s) for s in serving.ensembles))
+            contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
+            longest = min(200, serving.settings.max_tokens, *contexts)
             length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
             temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
             seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
@@ -201,11 +199,6 @@ def page(serving: Serving) -> gr.Blocks:
         )
     blocks.queue(max_size=_RUNS)
     return blocks
-
-
-def _context(served: Served) -> int:
-    """Return the length in tokens of the context of an ensemble's shortest member; 2³⁰ if no member has a limit."""
-    return served.combination(Extension(), ()).room(0)
 
 
 def _controls(served: Served) -> dict[str, Any]:
