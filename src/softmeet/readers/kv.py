@@ -156,7 +156,7 @@ class KeysAndValues:
         block.change()
         new = max(sum(len(tokens[k]) for k in own) for own in by_slot(seats).values())
         # Other models count columns, in which there must be no hole.
-        holes = not self.reads_trees and any(seat.length and not seat.is_whole for seat in seats)
+        holes = not self._at_once and any(seat.length and not seat.is_whole for seat in seats) and not self.reads_trees
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
         call = Call(block, seats, tokens, new)
