@@ -166,7 +166,7 @@ def test_a_dtype_and_a_device_per_member(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: (moved.append(place), original(self, place))[1])
     model = Ensemble.from_pretrained(folders, dtype=[torch.bfloat16, torch.float64], device=["cpu", "cpu:0"]).model
     assert [m.dtype for m in model.members] == [torch.bfloat16, torch.float64]
-    assert moved == [torch.device("cpu"), torch.device("cpu:0")]
+    assert list(map(torch.device, moved)) == [torch.device("cpu"), torch.device("cpu:0")]
     assert answer(model).isfinite().all()
     with pytest.raises(InvalidInputError, match="one device, or one per member, 2 in all, got 3"):
         Ensemble.from_pretrained(folders, device=["cpu"] * 3)

@@ -99,8 +99,7 @@ class Combiner:
         """
         if not (settings.rule.is_average and quick.may(settings, len(hidden[0]), self.v)):
             return None
-        logits = [own.to(self.heads[0].device) for own in self._own_logits(hidden, native=True)]
-        return quick.average(logits, settings, self.support, self.v)
+        return quick.average(self._own_logits(hidden, native=True), settings, self.support, self.v)
 
     def solve_in_chunks(
         self,

@@ -106,8 +106,8 @@ def joined(texts: Sequence[Continuation]) -> Deferral | None:
         a deferral whose mask, (B,), is True for texts of which all members read, with the first member's logits,
         (B, v), if every text has them; None without a gate ``unsure``.
     """
-    found = [one.asked for one in texts if one.asked is not None]
-    if not found:
+    if texts[0].asked is None:
         return None
+    found = [one.asked for one in texts if one.asked is not None]
     logits = [one.logits for one in found if one.logits is not None]
     return Deferral(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)

@@ -97,12 +97,15 @@ def average(
     is wrong.
 
     Args:
-        logits: each member's, fp32 or fp64, on one device; a head may have fewer than v rows.
+        logits: each member's, fp32 or fp64; a head may have fewer than v rows. The first one's device is the result's.
         settings: the rule and all other settings, from :meth:`Settings.for_members`; :func:`may` is true of them.
         support: (v,), True for the ids that can have a probability above 0; None for all.
         v: the number of ids.
     """
-    own = [one if one.shape[-1] == v else pad(one, (0, v - one.shape[-1]), value=-torch.inf) for one in logits]
+    place = logits[0].device
+    own = [
+        (one if one.shape[-1] == v else pad(one, (0, v - one.shape[-1]), value=-torch.inf)).to(place) for one in logits
+    ]
     scores = settings.rule.quick(own, weights_of(settings))
     if scores is None:
         return None

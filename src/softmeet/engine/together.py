@@ -86,7 +86,7 @@ class Together:
                 one.
         """
         if self.parallel != "auto" or len(items) < 2:
-            return self.map(work, items)
+            return self._mapped(work, items, in_threads=self.parallel is True)
         known = (*map(id, items), size.bit_length())
         if known in self._chosen:
             return self._mapped(work, items, in_threads=self._chosen[known])

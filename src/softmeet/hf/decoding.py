@@ -208,6 +208,8 @@ class Steps:
 
     def __init__(self, model: AnyEnsemble, options: CallOptions, texts: Sequence[Dropped], written: Written) -> None:
         self._model, self._options, self.texts, self.written = model, options, texts, written
+        # Of a cache that goes on there may be more tokens than the sequences begin with.
+        self._before = max(len(one.tokens) for one in texts) - written.ids.shape[1]
 
     @property
     def live(self) -> list[int]:
@@ -217,12 +219,13 @@ class Steps:
     def take(self) -> None:
         """Read the newest token of every sequence that goes on, and choose the next."""
         live = self.live
-        require_context(self._model.config, self.written.ids.shape[1])
-        self.settle(live, self._ours([self.texts[k] for k in live]))
+        require_context(self._model.config, self._before + self.written.ids.shape[1])
+        texts = self.texts if len(live) == len(self.texts) else [self.texts[k] for k in live]
+        self.settle(live, self._ours(texts))
 
     def settle(self, live: Sequence[int], ours: Float[Tensor, "b v"]) -> None:
         """Choose the next token of some sequences by log-probabilities in nats."""
-        chosen = self.written.settle(self.spread(live, ours))
+        chosen = self.written.settle(ours if len(live) == len(self.texts) else self.spread(live, ours))
         for k in live:
             self.texts[k].tokens.append(chosen[k])
 

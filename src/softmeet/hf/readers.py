@@ -74,7 +74,8 @@ class ReadMembers:
     @property
     def reading(self) -> Members:
         """Those who read texts for this ensemble; rows of texts that nobody needs any more are closed first."""
-        self.close_dropped()
+        if self.garbage:
+            self.close_dropped()
         return self._reading
 
     def close_dropped(self) -> None:
