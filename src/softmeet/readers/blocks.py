@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -20,6 +21,8 @@ NOTHING: Path = np.empty(0, np.int64)
 # The most columns of a slot, for each of its longest text and beside these, before texts that part get slots of their
 # own.
 _MANY, _MORE = 2, 64
+# How many slots, or columns beside so many, may be run for each that is needed, before these are copied for the call.
+_VAIN, _ASIDE = 1.25, 16
 
 
 class Place(NamedTuple):
@@ -100,11 +103,6 @@ class Block:
         for seat in self.seats if len(columns) else ():
             seat._path = np.concatenate((seat._path, columns))
 
-    def paths(self) -> list[Path]:
-        """Return the paths of all seats."""
-        self.catch_up()
-        return [seat._path for seat in self.seats]
-
     def change(self) -> None:
         """Take note that seats or columns change otherwise than by one token more of each."""
         if self.late:
@@ -149,6 +147,32 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (the width of the attention mask for ``query_length`` new tokens; its first column, 0)."""
         return self.block.end - self.first + query_length, 0
+
+
+class Apart(InPlace):
+    """One layer's keys and values of some slots, each of columns of its own, copied for a call of the model.
+
+    Args:
+        block: the block, behind whose columns the call writes.
+        place: where the layer's keys and its values are.
+        slots: (rows, 1), the slots.
+        columns: (rows, k), the columns of each.
+    """
+
+    def __init__(
+        self, block: Block, place: tuple[Place, Place], slots: Int[Tensor, "rows 1"], columns: Int[Tensor, "rows k"]
+    ) -> None:
+        super().__init__(block, place, block.slots, block.end - columns.shape[1])
+        self._slots = slots.to(self.device)
+        self._columns = columns.to(self.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' keys and values, and return these behind those of the columns."""
+        new, found = slice(self.block.end, self.block.end + key_states.shape[2]), []
+        for known, states in ((self.keys, key_states), (self.values, value_states)):
+            known[self._slots[:, 0], :, new] = states
+            found.append(torch.cat((known[self._slots, :, self._columns].transpose(1, 2), states), 2))
+        return found[0], found[1]
 
 
 def by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
@@ -206,51 +230,69 @@ class Call:
 
     Attributes:
         slots: the numbers of the seats in each slot.
-        many: how many slots, the first of the block, are run.
-        first: the first column that is on a path.
-        ids, depths: (slots, new), the new tokens, at the right, and their positions; 0 at padding.
+        rows: for each slot that is run, its row in the call.
+        ids, depths: (rows, new), the new tokens, at the right, and their positions; 0 at padding.
         columns: for each seat, the columns of its new tokens.
     """
 
     def __init__(self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], new: int) -> None:
-        self._block, self._seats = block, seats
-        self.slots, self.many = by_slot(seats), 1 + max([seat.slot for seat in block.seats])
-        self.first = min([int(own[0]) for own in block.paths() if len(own)], default=block.end)
-        self.ids, self.depths = np.zeros((2, self.many, new), np.int64)
+        self._block, self._seats, self.slots = block, seats, by_slot(seats)
+        known = [seat.path for seat in seats if seat.length]
+        first = min([int(path[0]) for path in known], default=block.end)
+        # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
+        alone, new_of = len(self.slots) == len(seats), list(map(len, tokens))
+        self._whole = alone and min(new_of) == new and all(seat.is_whole for seat in seats)
+        needed = {slot: union([seats[k].path for k in own]) for slot, own in self.slots.items()}
+        many, self._wide = 1 + max(self.slots), max(map(len, needed.values()))
+        # What is run in vain costs more than a copy of what is not.
+        self._apart = many > _VAIN * len(self.slots) or block.end - first > _VAIN * self._wide + _ASIDE
+        self.rows = {slot: row for row, slot in enumerate(self.slots if self._apart else range(many))}
+        if not self._apart:
+            self._wide, needed = block.end - first, dict.fromkeys(self.slots, np.arange(first, block.end))
+        self._behind = needed
+        self.ids, self.depths = np.zeros((2, len(self.rows), new), np.int64)
         self.columns = [NOTHING] * len(seats)
         every, ahead = np.arange(block.end, block.end + new), np.arange(new)
         for slot, own in self.slots.items():
-            at = new - sum(len(tokens[k]) for k in own)
+            row, at = self.rows[slot], new - sum(new_of[k] for k in own)
             for k in own:
-                begin, at = at, at + len(tokens[k])
-                self.ids[slot, begin:at] = tokens[k]
-                self.depths[slot, begin:at] = ahead[: at - begin] + seats[k].length
+                begin, at = at, at + new_of[k]
+                self.ids[row, begin:at] = tokens[k]
+                self.depths[row, begin:at] = ahead[: at - begin] + seats[k].length
                 self.columns[k] = every[begin:at]
+
+    def layers(self, layout: Sequence[tuple[Place, Place]]) -> list[Any]:
+        """Return the layers' caches, of what the call reads."""
+        block = self._block
+        if not self._apart:
+            return [InPlace(block, place, len(self.rows), block.end - self._wide) for place in layout]
+        columns = np.zeros((len(self.rows), self._wide), np.int64)
+        for row, own in enumerate(self._behind.values()):
+            columns[row, self._wide - len(own) :] = own
+        slots = torch.tensor(list(self.rows))[:, None]
+        return [Apart(block, place, slots, torch.from_numpy(columns)) for place in layout]
 
     def mask(self, masks: Masks) -> Any:
         """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
-        end, (_, new) = self._block.end, self.ids.shape
-        alone = len(self.slots) == len(self._seats)
-        pairs = list(zip(self._seats, self.columns, strict=True))
-        # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
-        if alone and all(len(own) == new and seat.is_whole for seat, own in pairs):
-            starts = np.full(self.many, end)
-            starts[[seat.slot for seat in self._seats]] = [
-                int((seat.path if seat.length else own)[0]) for seat, own in pairs
-            ]
-            return torch.from_numpy(np.arange(self.first, end + new) >= starts[:, None]).long()
-        width = end + new - self.first
-        allowed = np.zeros((self.many, new, width), bool)
-        depths = np.zeros((self.many, width), np.int64)
+        end, (many, new), width = self._block.end, self.ids.shape, self._wide + self.ids.shape[1]
+        if self._whole:
+            starts = np.full(many, self._wide)
+            for seat in self._seats:
+                starts[self.rows[seat.slot]] -= seat.length
+            return torch.from_numpy(np.arange(width) >= starts[:, None]).long()
+        allowed = np.zeros((many, new, width), bool)
+        depths = np.zeros((many, width), np.int64)
         # Every token attends to itself; padding too, since a softmax over nothing is NaN.
         allowed[:, np.arange(new), width - new + np.arange(new)] = True
-        for seat, own in pairs:
-            path, count = seat.path - self.first, len(own)
-            first, at = int(own[0]) - end, int(own[0]) - self.first
-            depths[seat.slot, path] = np.arange(len(path))
-            depths[seat.slot, at : at + count] = np.arange(len(path), len(path) + count)
-            rows = allowed[seat.slot, first : first + count]
-            rows[:, path] = True
+        for seat, own in zip(self._seats, self.columns, strict=True):
+            behind, count, row = self._behind[seat.slot], len(own), self.rows[seat.slot]
+            path = self._wide - len(behind) + np.searchsorted(behind, seat.path)
+            first = int(own[0]) - end
+            at = self._wide + first
+            depths[row, path] = np.arange(len(path))
+            depths[row, at : at + count] = np.arange(len(path), len(path) + count)
+            mine = allowed[row, first : first + count]
+            mine[:, path] = True
             if count > 1:
-                rows[:, at : at + count] = np.tri(count, dtype=bool)
+                mine[:, at : at + count] = np.tri(count, dtype=bool)
         return masks.of(allowed, depths)

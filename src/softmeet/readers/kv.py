@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.trunk import last_hidden, require_cache
-from softmeet.readers.blocks import NOTHING, Block, Call, InPlace, Path, Place, Seat, by_slot, copy_path, parted, union
+from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat, by_slot, copy_path, parted, union
 from softmeet.readers.masks import Masks, empty_cache
 from softmeet.readers.steady import Steady
 from softmeet.suspended import finished
@@ -160,8 +160,7 @@ class KeysAndValues:
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
         call = Call(block, seats, tokens, new)
-        layers: list[Any] = [InPlace(block, place, call.many, call.first) for place in self._layout]
-        cache = Cache(layers=layers) if layers else empty_cache(self._model)
+        cache = Cache(layers=call.layers(self._layout)) if self._layout else empty_cache(self._model)
         few = slice(None) if last is None or len(call.slots) < len(seats) else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
@@ -169,13 +168,13 @@ class KeysAndValues:
         )  # fmt: skip
         if not self._layout:
             self._lay_out(block, cache)
-        block.ids[: len(call.ids), block.end : block.end + new] = call.ids
+        block.ids[list(call.rows), block.end : block.end + new] = call.ids
         block.end += new
         left = new - hidden.shape[1]
         found = []
         for seat, columns in zip(seats, call.columns, strict=True):
             start = int(columns[0]) - (block.end - new) - left
-            found.append((columns, hidden[seat.slot, max(start, 0) : start + len(columns)]))
+            found.append((columns, hidden[call.rows[seat.slot], max(start, 0) : start + len(columns)]))
         return found
 
     def step(self, seats: list[Seat], tokens: Sequence[int]) -> Float[Tensor, "texts d"] | None:
@@ -257,11 +256,6 @@ class KeysAndValues:
         texts = len(places) + len(seats) - len(blocks)
         texts = texts if texts == len(seats) or self.reads_trees else len(seats)
         target = Counter(blocks).most_common(1)[0][0] if blocks else self._new(texts, 0, 0)
-        used = {seat.slot for seat in target.seats}
-        if len(used) > _FEW * texts:
-            target = self._new(texts, 0, 0)
-        elif 1 + max(used, default=0) > _FEW * texts:  # texts that were closed have left slots behind
-            self._rebuild(target, 0, 0, 0)
         if groups := self._newcomers(seats, target):
             self._adopt(target, groups)
         return target
