@@ -450,6 +450,26 @@ def test_a_long_text_that_is_closed_leaves_a_short_one_little():
     assert torch.allclose(told, finished(reader.read([read(reader.open(), [1, 9])])).log_probs(), atol=1e-9)
 
 
+def test_few_of_many_texts_are_read_on_without_what_the_others_have():
+    """A call has the rows of these alone, and of each its own columns."""
+    reader, shapes = tiny_reader(), []
+    texts = [[1 + (7 * k + j) % 60 for j in range(4 + k)] for k in range(8)]
+    rows = [reader.open(reuse=False) for _ in texts]
+    finished(reader.read([read(row, text) for row, text in zip(rows, texts, strict=True)]))
+    for k in range(20):
+        finished(reader.read([read(rows[0], [1 + k])]))
+        texts[0].append(1 + k)
+    note = lambda module, given, options: shapes.append((options["input_ids"].shape, options["attention_mask"].shape))  # noqa: E731
+    reader.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    told = finished(reader.read([read(rows[k], [9, 8, 7]) for k in (2, 5)])).log_probs()
+    ((ids, mask),) = shapes
+    assert ids == (2, 3)
+    assert mask[-1] == len(texts[5]) + 3
+    for k, own in zip((2, 5), told, strict=True):
+        alone = finished(reader.read([read(reader.open(reuse=False), [*texts[k], 9, 8, 7])])).log_probs()
+        assert torch.allclose(own, alone[0], atol=1e-9)
+
+
 def test_texts_that_part_for_good_no_longer_attend_past_each_other():
     reader, widths = tiny_reader(at_once=True), []
     first = reader.open(reuse=False)
