@@ -151,6 +151,7 @@ assert sys.modules["transformers.utils"].is_scipy_available()
 """
 
 
+@pytest.mark.slow
 def test_a_start_is_quick_and_texts_are_utf8_in_any_locale(members):
     """It imports nothing that no command needs, and reads the folder of models once.
 

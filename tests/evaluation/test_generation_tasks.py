@@ -124,6 +124,7 @@ HARMFUL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_code_that_does_not_pass_harms_nobody(scratch):
     for code in HARMFUL:
         before = time.monotonic()

@@ -107,6 +107,7 @@ def test_fp16_says_what_it_costs(ensemble, tmp_path):
         assert made.float16_error() is None
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_nothing_is_lost_or_counted_twice(ensemble, tmp_path):
     expected = record(ensemble, DOCUMENTS, tmp_path / "whole", window=8, shard_size=8).read()
     kept, killed, draw = tmp_path / "killed", 0, random.Random(0)

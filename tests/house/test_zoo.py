@@ -128,6 +128,7 @@ def test_meet_beats_logit_averaging_on_the_narrow_family(narrow, halves):
     assert paired(found[choice.name].nats, found["logit-mean"].nats, within).high < -0.005
 
 
+@pytest.mark.slow
 def test_two_members_of_different_tokenizers_are_better_than_either():
     """Uniform logit averaging over bytes; the 95 % interval by book lies below -0.005 nats a byte."""
     ensemble = Ensemble.from_pretrained("mixed")

@@ -337,6 +337,7 @@ runpy.run_module("softmeet", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_auto_classes_and_the_command_know_it_in_a_process_of_its_own(package, installed, folders, tmp_path):
     """The one start of a real process; all else runs in this one."""
     softmeet.Ensemble.from_pretrained(folders, "pointwise-minimum").save_pretrained(tmp_path / "saved")
