@@ -126,6 +126,29 @@ def test_a_call_that_fails_leaves_its_cache_as_it_was(model):
         assert torch.equal(model.generate(first, cache=given, max_new_tokens=4, **GREEDY), whole)
 
 
+@pytest.mark.parametrize("gate", [None, "unsure:0.5"])
+def test_where_only_padding_is_kept_all_tokens_are_alike(model, gate):
+    mask = torch.tensor([[1, 1, 1, 0]])
+    found = model(
+        input_ids=torch.tensor([[5, 6, 7, 0]]), attention_mask=mask, use_cache=True, logits_to_keep=1, gate=gate
+    )
+    assert torch.allclose(found.logits.exp(), torch.full_like(found.logits, 1 / found.logits.shape[-1]))
+
+
+def test_the_gate_unsure_looks_at_what_is_kept_alone(model):
+    """Others read a text where the first is unsure at a kept position, wherever else it is."""
+    ids = torch.randint(1, 60, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone = model.members[0](input_ids=ids).logits[0].softmax(-1).amax(-1)
+    threshold = float(alone[-2:].min()) * (1 - 1e-6)
+    assert alone[:-2].min() < threshold
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=2, gate=f"unsure:{threshold!r}")
+    assert [cache.texts[0].read_by(i) for i in range(2)] == [20, 0]
+    assert not cache.texts[0].spent
+
+
 def test_logits_and_scores_are_the_ensembles(model):
     out = model.generate(
         PROMPTS, max_new_tokens=3, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY

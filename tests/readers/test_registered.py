@@ -247,6 +247,23 @@ def test_a_text_ends_where_a_members_context_is_full(tmp_path, more, caplog):
     assert "the context of counted is full" in caplog.text
 
 
+class Endless(Brief):
+    """Never expects an end, and is full all the same."""
+
+    def spoilt(self, found, texts):
+        return found.index_fill(-1, torch.tensor(sorted(self.alphabet.ends)), -torch.inf)
+
+
+@pytest.mark.parametrize("rule", ["logit-mean", "prob-mean"])
+def test_a_text_that_is_full_ends_though_no_member_expects_an_end(tmp_path, rule):
+    ensemble = ensemble_of(tmp_path, lambda rest: Endless(), rule)
+    ids = ensemble.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    for more in ({"speculate": 0}, {"speculate": 3}, {"num_beams": 2}):
+        found = ensemble.model.generate(ids, do_sample=False, max_new_tokens=20, **more)[0].tolist()
+        assert found[-1] == ensemble.tokenizer.eos_token_id
+        assert len(found) == 10
+
+
 def test_tokens_that_have_no_bytes_may_stand_before_a_text_over_bytes():
     below, tokenizer = Counted("mine", byte_tokenizer()), byte_tokenizer()
     reader = ByteReader(ByteMember(below, spelling_of("mine", tokenizer), EXACT), "mine")

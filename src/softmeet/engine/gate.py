@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from softmeet.engine.ask import C, Hidden, Members
 from softmeet.engine.continuation import Continuation
@@ -27,6 +29,7 @@ def read(
     *,
     every: bool = False,
     pause: Callable[[], None] | None = None,
+    at: Callable[[C, int], Int[Tensor, " t"]] | None = None,
 ) -> dict[C, Hidden]:
     """Have members read what they have not read of texts: all of them, or under the gate those that are asked.
 
@@ -36,17 +39,20 @@ def read(
         settings: those by which they are combined, with the gate.
         every: as of :meth:`Members.read_on`.
         pause: called between the pieces of what is read.
+        at: returns at which of so many last places of a text predictions are wanted, counted from the end, from -1;
+            None for all.
 
     Returns:
         for each text what each member predicts, as :meth:`Members.read_on` has it; zeros of one that is not asked.
     """
     gate = unsure_of(settings.gate)
     found = members.read_on(texts, slice(None if gate is None else 1), every=every, pause=pause)
+    wanted = None if at is None else {one: at(one, min(map(len, own), default=0)) for one, own in found.items()}
     if gate is not None:
-        return ask(found, gate, members, every=every, pause=pause)
+        return ask(found, gate, members, every=every, pause=pause, at=wanted)
     for one in texts:
-        one.asked = None
-    return found
+        one.asked, one.spent = None, 0.0
+    return found if wanted is None else {one: _at(own, wanted[one]) for one, own in found.items()}
 
 
 def ask(
@@ -57,6 +63,7 @@ def ask(
     every: bool = False,
     pause: Callable[[], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    at: dict[C, Int[Tensor, " t"]] | None = None,
 ) -> dict[C, Hidden]:
     """Return what every member predicts for texts, where the gate is open at one of their places.
 
@@ -70,12 +77,13 @@ def ask(
         every: whether the places are all that members have not read, in place of the newest alone.
         pause: called between the pieces of what is read.
         clock: returns a time in seconds.
+        at: for each text which of the places are wanted, counted from the end, from -1; None for all.
 
     Returns:
         for each text a list of one tensor (t, d_i) per member; as given of one that has ``failures``.
     """
     # Nobody asks about a text that the first member cannot read: whoever wrote it ends it.
-    well = {one: own[0] for one, own in found.items() if not one.failures}
+    well = {one: (own if at is None else _at(own, at[one]))[0] for one, own in found.items() if not one.failures}
     if not well:
         return found
     model, start = next(iter(well)).model, 0
@@ -91,9 +99,14 @@ def ask(
     heads = model.combiner.heads[1:]
     told = dict(found)
     for one, own in well.items():
-        others = [states[-len(own) :] for states in caught_up.get(one, ())]
+        behind = caught_up.get(one, [])
+        others = [states[-len(own) :] for states in behind] if at is None else _at(behind, at[one])
         told[one] = [own, *(others or [own.new_zeros(len(own), head.d) for head in heads])]
     return told
+
+
+def _at(hidden: Hidden, places: Int[Tensor, " t"]) -> Hidden:
+    return [states[places.to(states.device)] for states in hidden]
 
 
 def joined(texts: Sequence[Continuation]) -> Deferral | None:

@@ -89,14 +89,21 @@ class Window:
 
 
 def cut(
-    ensemble: Ensemble, documents: Sequence[Document], **windowing: Unpack[Windowing]
+    ensemble: Ensemble,
+    documents: Sequence[Document],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: bool = False,
+    max_tokens: int | None = None,
+    max_per_document: int | None = None,
 ) -> tuple[list[TokenizedDocument], int, int]:
     """Tokenize documents for an ensemble, and settle the window and the stride in which it reads them.
 
     Args:
         ensemble: supplies the tokenizer and the context length.
         documents: the text, in order; a document of fewer than two tokens is left out.
-        windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :class:`Windowing`.
+        window, stride, bos, max_tokens, max_per_document: as in :class:`Windowing`.
 
     Returns:
         (the tokenized documents; the window; the stride), the last two in tokens, or in bytes over bytes.
@@ -105,13 +112,12 @@ def cut(
         InvalidInputError: if no document has two tokens, the window does not fit the members' context, or the stride is
             not from 1 to the window.
     """
-    limits = windowing.get("max_tokens"), windowing.get("max_per_document")
-    left, in_each = (math.inf if limit is None else limit for limit in limits)
+    left, in_each = (math.inf if most is None else most for most in (max_tokens, max_per_document))
     tokens = []
     for document in documents:
         if left <= 0:
             break
-        one = tokenize(ensemble.tokenizer, document, bos=windowing.get("bos", False))
+        one = tokenize(ensemble.tokenizer, document, bos=bos)
         most = int(min(len(one.sizes), left, in_each))
         if most > 0:
             tokens.append(TokenizedDocument(one.name, one.ids[: most + 1], one.sizes[:most]))
@@ -119,7 +125,6 @@ def cut(
     if not tokens:
         raise InvalidInputError("expected a text of at least two tokens: nothing can be predicted in a shorter one")
     limit = getattr(ensemble.model.config, "max_position_embeddings", None)
-    window, stride = windowing.get("window"), windowing.get("stride")
     window = ensemble.model.window if window is None else window
     if window < 1 or (limit is not None and window > limit):
         raise InvalidInputError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from softmeet.engine.ask import Hidden
 from softmeet.engine.combined import Combined, combined, of_one_each
 from softmeet.engine.continuation import Dropped
 from softmeet.engine.draw import Noise
@@ -244,11 +245,27 @@ class Steps:
             weights = torch.tensor(weights_of(settings), dtype=torch.float64)
             drawn = torch.multinomial(weights, len(texts), replacement=True)
             ours = of_one_each(texts, drawn.tolist(), members)
+            for k, one in enumerate(texts):
+                if one.is_full:
+                    ours[k] = ended(one, ours[k])
         else:
             hidden = [*read(texts, members, settings).values()]
             require_read(texts)
-            chunks = combined(texts, hidden, settings, quickly=options.recorder is None)
-            ours = options.log_probs(chunks, texts)
+            for one in texts:
+                if one.is_full:
+                    return self._with_ends(texts, hidden)
+            ours = options.log_probs(combined(texts, hidden, settings, quickly=options.recorder is None), texts)
+        return ours
+
+    def _with_ends(self, texts: Sequence[Dropped], hidden: Sequence[Hidden]) -> Float[Tensor, "b v"]:
+        """Return what follows texts of which some have to end, as a member's context is full: of these their end."""
+        options, going = self._options, [k for k, one in enumerate(texts) if not one.is_full]
+        ours = torch.zeros(len(texts), self._model.combiner.v, dtype=torch.float64, device=self._model.device)
+        if going:
+            on = [texts[k] for k in going]
+            chunks = combined(on, [hidden[k] for k in going], options.settings, quickly=options.recorder is None)
+            told = options.log_probs(chunks, on)
+            ours = ours.to(told.dtype).index_copy(0, torch.tensor(going, device=ours.device), told)
         for k, one in enumerate(texts):
             if one.is_full:
                 ours[k] = ended(one, ours[k])

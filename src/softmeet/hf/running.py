@@ -121,18 +121,18 @@ class NewTokens:
                 )
 
     def behind(self, k: int, count: int) -> tuple[Int[Tensor, " r"], Int[Tensor, " r"]]:
-        """Return at which kept positions sequence k has tokens behind which members predict, and where in predictions.
+        """Return at which kept positions sequence k has tokens behind which members predict, and which predictions.
 
         Args:
             k: the sequence's number.
             count: of how many of the last tokens there are predictions: of a prompt of its own, fewer than columns.
 
         Returns:
-            (indices of kept positions, indices of predictions).
+            (indices of kept positions; of predictions, counted from the end, from -1).
         """
         left = self.real[k].long().flip(-1).cumsum(-1).flip(-1)[self.columns]
         there = self.real[k][self.columns] & (left <= count)
-        return there.nonzero().squeeze(-1), (count - left)[there]
+        return there.nonzero().squeeze(-1), -left[there]
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,24 +233,28 @@ def behind(new: NewTokens) -> Behind:
             "expected one_member in a call of generate: each token is drawn from one member, and the others have not "
             "read"
         )
-    texts = new.texts
-    found = read(texts, model.reading, options.settings, every=new.needed > 1)
+    texts, places = new.texts, dict[Dropped, Tensor]()
+    numbers = {one: k for k, one in enumerate(texts)}
+
+    def at(one: Dropped, shared: int) -> Tensor:
+        """Return which of the predictions of all members are wanted, which end together, wherever they begin."""
+        kept, which = new.behind(numbers[one], shared)
+        # What follows a text whose context is full is not asked of the rule.
+        left = which < -1 if one.is_full else torch.ones_like(which, dtype=torch.bool)
+        places[one] = kept[left] + numbers[one] * count
+        return which[left]
+
+    found = read(texts, model.reading, options.settings, every=new.needed > 1, at=at)
     require_read(texts)
-    at, hidden = list[Tensor](), list[list[Tensor]]()
-    for k, (one, own) in enumerate(found.items()):
-        # What a member reads of its own may end where its predictions begin: they end together.
-        shared = min(map(len, own))
-        places, which = new.behind(k, shared)
-        at.append(places + k * count)
-        hidden.append([states[len(states) - shared + which.to(states.device)] for states in own])
-        if one.asked is not None:
-            one.asked = one.asked.take(len(own[0]) - shared + which.to(one.asked.rows.device))
-    return Behind([torch.cat(own) for own in zip(*hidden, strict=True)], torch.cat(at), joined(texts), texts)
+    hidden = [torch.cat(own) for own in zip(*found.values(), strict=True)]
+    return Behind(hidden, torch.cat(list(places.values())), joined(texts), texts)
 
 
 def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
     """Return the rule's log-probabilities, in nats, at the kept positions; all tokens alike at those of padding."""
     told, model, options, shape = behind(new), new.model, new.options, (len(new.ids), len(new.columns))
+    if not len(told.at):
+        return _ended(told, torch.zeros(shape[0], shape[1], model.combiner.v, dtype=torch.float64).log_softmax(-1))
     chunks = of_rows(
         model, told.hidden, options.settings, told.asked,
         lambda: new.ids[:, new.kept].flatten()[told.at.to(new.ids.device)], quickly=options.recorder is None,
@@ -259,11 +263,15 @@ def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
     if len(ours) < math.prod(shape):
         everywhere = ours.new_full((math.prod(shape), ours.shape[-1]), -math.log(ours.shape[-1]))
         ours = everywhere.index_copy(0, told.at.to(ours.device), ours)
-    found = ours.view(*shape, -1)
+    return _ended(told, ours.view(*shape, -1))
+
+
+def _ended(told: Behind, ours: Float[Tensor, "B k v"]) -> Float[Tensor, "B k v"]:
+    """Put an end behind sequences whose context is full."""
     for k, one in enumerate(told.texts):
         if one.is_full:
-            found[k, -1] = ended(one, found[k, -1])
-    return found
+            ours[k, -1] = ended(one, ours[k, -1])
+    return ours
 
 
 def ended(text: Dropped, like: Float[Tensor, " v"]) -> Float[Tensor, " v"]:

@@ -239,9 +239,19 @@ class KeysAndValues:
 
     @torch.inference_mode()
     def drop(self, seat: Seat, columns: Path) -> None:
-        """Clear columns that no text gets, since what was computed there is no number: 0 · NaN would be NaN."""
-        for one in () if seat.block is None else seat.block.tensors:
-            one[:, seat.slot, :, torch.from_numpy(columns).to(one.device)] = 0
+        """Clear what a text does not get of a call, since what was computed there is no number: 0 · NaN would be NaN.
+
+        Args:
+            seat: the text's.
+            columns: those of its new tokens; all others in its slot that no text has are cleared, too.
+        """
+        if (block := seat.block) is None or not len(columns):
+            return
+        others = [other.path for other in block.seats if other.slot == seat.slot and other is not seat]
+        kept = union([*others, seat.path[: -len(columns)]])
+        every = torch.from_numpy(np.setdiff1d(np.arange(block.end), kept))
+        for one in block.tensors:
+            one[:, seat.slot, :, every.to(one.device)] = 0
 
     def _together(self, seats: Sequence[Seat]) -> Block:
         """Bring the seats that are to be run together into one block, that in which most of them are.

@@ -133,7 +133,7 @@ class Ahead(MemberTurns):
         """Draw the next token and give it; return whether the sequence goes on."""
         s = self._s
         tokens = drawn([s], found.ours[rows])
-        saved = self._counted([s], found.solution, self._suspended / len(found.ours), rows)
+        saved = self._counted([s], found.solution, self._suspended, rows)
         for token in tokens_of([s], found, tokens, saved, start=rows.start):
             self._give(s, token)
         s.busy = True  # until the turn ends

@@ -60,8 +60,8 @@ class Gates:
         """
         combination, count = sequences[0].combination, len(sequences)
         gate = combination.gate
-        if solution is not None:
-            self._metrics.passes.inc(solution.num_passes[rows].sum().item())
+        if solution is not None and not rows.start:  # those of drafts that were wrong among them
+            self._metrics.passes.inc(solution.num_passes.sum().item())
         if solution is None or gate is None:
             return 0.0
         savings = self._savings[gate.name, combination.settings.rule.name, *combination.model.members]
