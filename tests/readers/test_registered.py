@@ -247,16 +247,26 @@ def test_a_text_ends_where_a_members_context_is_full(tmp_path, more, caplog):
     assert "the context of counted is full" in caplog.text
 
 
-class Endless(Brief):
-    """Never expects an end, and is full all the same."""
+class Full(Brief):
+    """Expects nothing but an end where it is full."""
+
+    def spoilt(self, found, texts):
+        full = torch.tensor([len(text) >= 9 for text in texts])
+        ends = torch.full_like(found, -torch.inf).index_fill(-1, torch.tensor(sorted(self.alphabet.ends)), 0.0)
+        return torch.where(full[:, None], ends, found)
+
+
+class Endless(Counted):
+    """Never expects an end."""
 
     def spoilt(self, found, texts):
         return found.index_fill(-1, torch.tensor(sorted(self.alphabet.ends)), -torch.inf)
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "prob-mean"])
-def test_a_text_that_is_full_ends_though_no_member_expects_an_end(tmp_path, rule):
-    ensemble = ensemble_of(tmp_path, lambda rest: Endless(), rule)
+def test_a_text_that_is_full_ends_though_no_other_member_expects_an_end(rule):
+    softmeet.register_reader("mine", lambda rest: Full("x") if rest == "x" else Endless("y"))
+    ensemble = softmeet.Ensemble.from_pretrained(["mine:x", "mine:y"], rule)
     ids = ensemble.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     for more in ({"speculate": 0}, {"speculate": 3}, {"num_beams": 2}):
         found = ensemble.model.generate(ids, do_sample=False, max_new_tokens=20, **more)[0].tolist()
