@@ -470,6 +470,17 @@ def test_few_of_many_texts_are_read_on_without_what_the_others_have():
         assert torch.allclose(own, alone[0], atol=1e-9)
 
 
+def test_what_is_kept_of_a_text_has_no_room_for_more():
+    sizes = []
+    for count in (10, 40):
+        reader = tiny_reader()
+        row = reader.open()
+        finished(reader.read([read(row, [1 + k % 60 for k in range(count)])]))
+        reader.close(row)
+        sizes.append(reader.bytes / count)
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
+
+
 def test_texts_that_part_for_good_no_longer_attend_past_each_other():
     reader, widths = tiny_reader(at_once=True), []
     first = reader.open(reuse=False)

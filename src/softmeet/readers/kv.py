@@ -126,11 +126,14 @@ class KeysAndValues:
         return other
 
     @torch.inference_mode()
-    def alone(self, seat: Seat, length: int) -> Seat:
-        """Return another seat of the first ``length`` tokens, in a block of its own, so that it keeps no other's."""
+    def alone(self, seat: Seat, length: int, *, kept: bool = False) -> Seat:
+        """Return another seat of the first ``length`` tokens, in a block of its own, so that it keeps no other's.
+
+        If it is ``kept``, and not read on, there is no room for more.
+        """
         other = Seat(None, 0, seat.path[:length])
         if seat.block is not None and length:
-            other.block = self._new(1, length, 0)
+            other.block = self._new(1, length, 0, room=not kept)
             copy_path(seat.block, seat.slot, other.path, other.block, 0)
             other.path = np.arange(length)
             other.block.seats.append(other)
@@ -332,9 +335,9 @@ class KeysAndValues:
         block.ids = made.ids
         self._blocks.remove(made)
 
-    def _new(self, slots: int, end: int, new: int) -> Block:
+    def _new(self, slots: int, end: int, new: int, *, room: bool = True) -> Block:
         """Make a block of zeros, with room for new columns."""
-        columns = end + new + max(_ROOM, end // _SHARE)
+        columns = end + new + room * max(_ROOM, end // _SHARE)
         tensors = [like.new_zeros(like.shape[0], slots, like.shape[2], columns, like.shape[4]) for like in self._likes]
         block = Block(tensors, slots, columns, end)
         self._blocks.append(block)

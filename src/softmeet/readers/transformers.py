@@ -372,11 +372,11 @@ class TransformersReader(ModelReader[_Text]):
         row.is_new, tokens = False, row.seat.tokens
         known = tokens if self._whole else row.own if len(row.own) <= _OWN_EACH else ()
         if known and self._prefixes.wants(known):
-            self._prefixes.keep(known, self._kv.alone(row.seat, len(known)))
+            self._prefixes.keep(known, self._kv.alone(row.seat, len(known), kept=True))
         if not row.length and len(tokens) <= _OWN_EACH and tokens not in self._begun:
             for old in list(self._begun)[: 1 - _BEGUN]:
                 self._kv.leave(self._begun.pop(old)[0])
-            self._begun[tokens] = self._kv.alone(row.seat, len(tokens)), last
+            self._begun[tokens] = self._kv.alone(row.seat, len(tokens), kept=True), last
 
 
 def _finite(x: Tensor) -> bool:
