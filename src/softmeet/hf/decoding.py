@@ -259,7 +259,9 @@ class Steps:
 
     def _with_ends(self, texts: Sequence[Dropped], hidden: Sequence[Hidden]) -> Float[Tensor, "b v"]:
         """Return what follows texts of which some have to end, as a member's context is full: of these their end."""
-        options, going = self._options, [k for k, one in enumerate(texts) if not one.is_full]
+        options = self._options
+        # A recorder counts every position.
+        going = [k for k, one in enumerate(texts) if options.recorder is not None or not one.is_full]
         ours = torch.zeros(len(texts), self._model.combiner.v, dtype=torch.float64, device=self._model.device)
         if going:
             on = [texts[k] for k in going]

@@ -239,8 +239,8 @@ def behind(new: NewTokens) -> Behind:
     def at(one: Dropped, shared: int) -> Tensor:
         """Return which of the predictions of all members are wanted, which end together, wherever they begin."""
         kept, which = new.behind(numbers[one], shared)
-        # What follows a text whose context is full is not asked of the rule.
-        left = which < -1 if one.is_full else torch.ones_like(which, dtype=torch.bool)
+        # What follows a text whose context is full is not asked of the rule, unless a recorder counts every position.
+        left = which < -1 if one.is_full and options.recorder is None else torch.ones_like(which, dtype=torch.bool)
         places[one] = kept[left] + numbers[one] * count
         return which[left]
 
