@@ -29,7 +29,7 @@ from softmeet.engine.speculate import MemberTurns
 from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
-from softmeet.hf.running import NewTokens, ended, require_read
+from softmeet.hf.running import NewTokens, end_full, require_read
 from softmeet.hf.written import Written
 from softmeet.members.quantized import rounds_coarsely
 
@@ -245,9 +245,7 @@ class Steps:
             weights = torch.tensor(weights_of(settings), dtype=torch.float64)
             drawn = torch.multinomial(weights, len(texts), replacement=True)
             ours = of_one_each(texts, drawn.tolist(), members)
-            for k, one in enumerate(texts):
-                if one.is_full:
-                    ours[k] = ended(one, ours[k])
+            end_full(texts, ours)
         else:
             hidden = [*read(texts, members, settings).values()]
             require_read(texts)
@@ -268,9 +266,7 @@ class Steps:
             chunks = combined(on, [hidden[k] for k in going], options.settings, quickly=options.recorder is None)
             told = options.log_probs(chunks, on)
             ours = ours.to(told.dtype).index_copy(0, torch.tensor(going, device=ours.device), told)
-        for k, one in enumerate(texts):
-            if one.is_full:
-                ours[k] = ended(one, ours[k])
+        end_full(texts, ours)
         return ours
 
 

@@ -254,7 +254,9 @@ def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
     """Return the rule's log-probabilities, in nats, at the kept positions; all tokens alike at those of padding."""
     told, model, options, shape = behind(new), new.model, new.options, (len(new.ids), len(new.columns))
     if not len(told.at):
-        return _ended(told, torch.zeros(shape[0], shape[1], model.combiner.v, dtype=torch.float64).log_softmax(-1))
+        nothing = torch.zeros(*shape, model.combiner.v, dtype=torch.float64).log_softmax(-1)
+        end_full(told.texts, nothing[:, -1])
+        return nothing
     chunks = of_rows(
         model, told.hidden, options.settings, told.asked,
         lambda: new.ids[:, new.kept].flatten()[told.at.to(new.ids.device)], quickly=options.recorder is None,
@@ -263,18 +265,19 @@ def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
     if len(ours) < math.prod(shape):
         everywhere = ours.new_full((math.prod(shape), ours.shape[-1]), -math.log(ours.shape[-1]))
         ours = everywhere.index_copy(0, told.at.to(ours.device), ours)
-    return _ended(told, ours.view(*shape, -1))
+    found = ours.view(*shape, -1)
+    end_full(told.texts, found[:, -1])
+    return found
 
 
-def _ended(told: Behind, ours: Float[Tensor, "B k v"]) -> Float[Tensor, "B k v"]:
-    """Put an end behind sequences whose context is full."""
-    for k, one in enumerate(told.texts):
+def end_full(texts: Sequence[Dropped], ours: Float[Tensor, "B v"]) -> None:
+    """Put, in place, an end behind texts that have to end, as the context of a member is full."""
+    for k, one in enumerate(texts):
         if one.is_full:
-            ours[k, -1] = ended(one, ours[k, -1])
-    return ours
+            ours[k] = _ended(one, ours[k])
 
 
-def ended(text: Dropped, like: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+def _ended(text: Dropped, like: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
     """Return log-probabilities in nats, (v,), by which an end of a text is all that can follow; say so in the log once.
 
     Args:
