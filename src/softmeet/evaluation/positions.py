@@ -103,7 +103,11 @@ def cut(
     Args:
         ensemble: supplies the tokenizer and the context length.
         documents: the text, in order; a document of fewer than two tokens is left out.
-        window, stride, bos, max_tokens, max_per_document: as in :class:`Windowing`.
+        window: as in :class:`Windowing`, as are the next four.
+        stride: how far the window moves on.
+        bos: whether each document begins with the token that begins a text.
+        max_tokens: how many tokens are predicted in all.
+        max_per_document: how many are predicted in one document.
 
     Returns:
         (the tokenized documents; the window; the stride), the last two in tokens, or in bytes over bytes.
