@@ -470,6 +470,24 @@ def test_few_of_many_texts_are_read_on_without_what_the_others_have():
         assert torch.allclose(own, alone[0], atol=1e-9)
 
 
+def test_texts_with_few_new_tokens_share_a_row_of_a_call():
+    """Ragged texts are run without padding, forks and texts that begin among them."""
+    reader, shapes = tiny_reader(at_once=True), []
+    texts = [[1 + (7 * k + j) % 60 for j in range(3 * k)] for k in range(6)]
+    rows = [reader.open(reuse=False) for _ in texts]
+    finished(reader.read([read(row, text) for row, text in zip(rows[1:], texts[1:], strict=True)]))
+    rows, texts = [*rows, *reader.fork(rows[4], 1, 7)], [*texts, texts[4][:7]]
+    hook = lambda module, given, options: shapes.append(options["input_ids"].shape)  # noqa: E731
+    reader.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    for new in ([8], [1, 2, 3, 4], [9], [7, 7], [5], [6], [3, 2]), ([4],) * 7:
+        told = finished(reader.read([read(row, own) for row, own in zip(rows, new, strict=True)])).log_probs()
+        texts = [[*text, *own] for text, own in zip(texts, new, strict=True)]
+        for text, own in zip(texts, told, strict=True):
+            alone = reader.read_whole([text], [[len(text)]]).log_probs()[0]
+            assert torch.allclose(own, alone, atol=1e-9)
+    assert shapes[0] == (4, 4)
+
+
 def test_what_is_kept_of_a_text_has_no_room_for_more():
     sizes = []
     for count in (10, 40):

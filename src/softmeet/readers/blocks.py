@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -23,6 +23,8 @@ NOTHING: Path = np.empty(0, np.int64)
 _MANY, _MORE = 2, 64
 # How many slots, or columns beside so many, may be run for each that is needed, before these are copied for the call.
 _VAIN, _ASIDE = 1.25, 16
+# So many columns are read beside each other at little cost, whatever texts they are of.
+_BESIDE = 512
 
 
 class Place(NamedTuple):
@@ -155,23 +157,20 @@ class Apart(InPlace):
     Args:
         block: the block, behind whose columns the call writes.
         place: where the layer's keys and its values are.
-        slots: (rows, 1), the slots.
-        columns: (rows, k), the columns of each.
+        call: the call.
     """
 
-    def __init__(
-        self, block: Block, place: tuple[Place, Place], slots: Int[Tensor, "rows 1"], columns: Int[Tensor, "rows k"]
-    ) -> None:
-        super().__init__(block, place, block.slots, block.end - columns.shape[1])
-        self._slots = slots.to(self.device)
-        self._columns = columns.to(self.device)
+    def __init__(self, block: Block, place: tuple[Place, Place], call: Call) -> None:
+        super().__init__(block, place, block.slots, block.end - call.wide)
+        self._cells_of = call.cells
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the new tokens' keys and values, and return these behind those of the columns."""
-        new, found = slice(self.block.end, self.block.end + key_states.shape[2]), []
+        found, new = list[Tensor](), key_states.shape[2]
         for known, states in ((self.keys, key_states), (self.values, value_states)):
-            known[self._slots[:, 0], :, new] = states
-            found.append(torch.cat((known[self._slots, :, self._columns].transpose(1, 2), states), 2))
+            cells, flat, width = self._cells_of(known), known.view(-1, known.shape[-1]), known.shape[-1]
+            flat[cells[:, :, -new:].reshape(-1)] = states.reshape(-1, width)
+            found.append(flat.index_select(0, cells.view(-1)).view(*cells.shape, width))
         return found[0], found[1]
 
 
@@ -219,6 +218,24 @@ def copy_path(source: Block, slot: int, columns: Path, target: Block, into: int)
         other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
 
 
+def packed(tokens: Mapping[int, int], behind: Mapping[int, int]) -> list[list[int]]:
+    """Return slots in rows, so that few new tokens are padding.
+
+    Args:
+        tokens: for each slot the number of its new tokens; a row has as many as that with the most.
+        behind: for each slot, how many columns these attend to; a row has few more than the slot with the most.
+    """
+    new, wide = max(tokens.values()), max(_BESIDE, *behind.values())
+    rows, left, room = list[list[int]](), 0, 0
+    for slot in sorted(tokens, key=lambda slot: -tokens[slot]):
+        if tokens[slot] > left or behind[slot] > room:
+            rows.append([])
+            left, room = new, wide
+        rows[-1].append(slot)
+        left, room = left - tokens[slot], room - behind[slot]
+    return rows
+
+
 class Call:
     """One call of the model on new tokens of some seats of a block.
 
@@ -229,68 +246,95 @@ class Call:
         new: the number of columns that these take, at most, of a slot.
 
     Attributes:
-        slots: the numbers of the seats in each slot.
-        rows: for each slot that is run, its row in the call.
         ids, depths: (rows, new), the new tokens, at the right, and their positions; 0 at padding.
         columns: for each seat, the columns of its new tokens.
+        places: for each seat, (the row of its new tokens; which of that row's is the first).
+        at_the_end: whether each seat's new tokens are the last of a row.
+        wide: how many columns the call reads before the new ones.
     """
 
     def __init__(self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], new: int) -> None:
-        self._block, self._seats, self.slots = block, seats, by_slot(seats)
-        known = [seat.path for seat in seats if seat.length]
-        first = min([int(path[0]) for path in known], default=block.end)
+        self._block, self._seats, self._new = block, seats, new
+        slots, new_of = by_slot(seats), list(map(len, tokens))
+        first = min([int(seat.path[0]) for seat in seats if seat.length], default=block.end)
         # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
-        alone, new_of = len(self.slots) == len(seats), list(map(len, tokens))
-        self._whole = alone and min(new_of) == new and all(seat.is_whole for seat in seats)
-        needed = {slot: union([seats[k].path for k in own]) for slot, own in self.slots.items()}
-        many, self._wide = 1 + max(self.slots), max(map(len, needed.values()))
-        # What is run in vain costs more than a copy of what is not.
-        self._apart = many > _VAIN * len(self.slots) or block.end - first > _VAIN * self._wide + _ASIDE
-        self.rows = {slot: row for row, slot in enumerate(self.slots if self._apart else range(many))}
+        self._whole = len(slots) == len(seats) and min(new_of) == new and all(seat.is_whole for seat in seats)
+        self._behind = {slot: union([seats[k].path for k in own]) for slot, own in slots.items()}
+        counts = {slot: sum(new_of[k] for k in own) for slot, own in slots.items()}
+        needed, many = {slot: len(own) for slot, own in self._behind.items()}, 1 + max(slots)
+        rows = packed(counts, needed)
+        # What is run in vain costs more than a copy of what is not; a first call tells how keys and values look.
+        vain = many > _VAIN * len(rows) or block.end - first > _VAIN * max(needed.values()) + _ASIDE
+        self._apart = vain and bool(block.tensors)
         if not self._apart:
-            self._wide, needed = block.end - first, dict.fromkeys(self.slots, np.arange(first, block.end))
-        self._behind = needed
-        self.ids, self.depths = np.zeros((2, len(self.rows), new), np.int64)
-        self.columns = [NOTHING] * len(seats)
+            rows = [[slot] * (slot in slots) for slot in range(many)]
+            self._behind = dict.fromkeys(slots, np.arange(first, block.end))
+            needed = dict.fromkeys(slots, block.end - first)
+        self._rows, self._cells, self._bases = rows, dict[Any, Tensor](), dict[int, int]()
+        self.wide = max(sum(needed[slot] for slot in own) for own in rows)
+        self.at_the_end = len(seats) == sum(map(bool, rows))
+        self.ids, self.depths = np.zeros((2, len(rows), new), np.int64)
+        self.columns, self.places = [NOTHING] * len(seats), [(0, 0)] * len(seats)
         every, ahead = np.arange(block.end, block.end + new), np.arange(new)
-        for slot, own in self.slots.items():
-            row, at = self.rows[slot], new - sum(new_of[k] for k in own)
-            for k in own:
-                begin, at = at, at + new_of[k]
-                self.ids[row, begin:at] = tokens[k]
-                self.depths[row, begin:at] = ahead[: at - begin] + seats[k].length
-                self.columns[k] = every[begin:at]
+        for row, together in enumerate(rows):
+            base, at = self.wide, new - sum(counts[slot] for slot in together)
+            for slot in reversed(together):
+                base = self._bases[slot] = base - needed[slot]
+            for slot in together:
+                column = new - counts[slot]
+                for k in slots[slot]:
+                    (begin, at), (start, column) = (at, at + new_of[k]), (column, column + new_of[k])
+                    self.ids[row, begin:at] = tokens[k]
+                    self.depths[row, begin:at] = ahead[: new_of[k]] + seats[k].length
+                    self.columns[k], self.places[k] = every[start:column], (row, begin)
 
     def layers(self, layout: Sequence[tuple[Place, Place]]) -> list[Any]:
         """Return the layers' caches, of what the call reads."""
         block = self._block
         if not self._apart:
-            return [InPlace(block, place, len(self.rows), block.end - self._wide) for place in layout]
-        columns = np.zeros((len(self.rows), self._wide), np.int64)
-        for row, own in enumerate(self._behind.values()):
-            columns[row, self._wide - len(own) :] = own
-        slots = torch.tensor(list(self.rows))[:, None]
-        return [Apart(block, place, slots, torch.from_numpy(columns)) for place in layout]
+            return [InPlace(block, place, len(self._rows), block.end - self.wide) for place in layout]
+        return [Apart(block, place, self) for place in layout]
+
+    def cells(self, known: Float[Tensor, "slots heads columns d"]) -> Int[Tensor, "rows heads k"]:
+        """Return which cells of keys or values the call reads, counted through slots, heads and columns, new ones last.
+
+        Those at the left of a row that has fewer than others are any; padding among the new ones has free ones.
+        """
+        shape, end = (known.shape[1:3], known.device), self._block.end
+        if shape not in self._cells:
+            slots, columns = np.zeros((2, len(self._rows), 1, self.wide + self._new), np.int64)
+            for row, together in enumerate(self._rows):
+                slots[row] = together[0]
+                columns[row, 0, self.wide :] = np.arange(end, end + self._new)
+                for slot in together:
+                    at = slice(self._bases[slot], self._bases[slot] + len(self._behind[slot]))
+                    slots[row, 0, at], columns[row, 0, at] = slot, self._behind[slot]
+            for seat, own, (row, begin) in zip(self._seats, self.columns, self.places, strict=True):
+                at = slice(self.wide + begin, self.wide + begin + len(own))
+                slots[row, 0, at], columns[row, 0, at] = seat.slot, own
+            heads, many = shape[0]
+            found = (slots * heads + np.arange(heads)[:, None]) * many + columns
+            self._cells[shape] = torch.from_numpy(found).to(known.device)
+        return self._cells[shape]
 
     def mask(self, masks: Masks) -> Any:
         """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
-        end, (many, new), width = self._block.end, self.ids.shape, self._wide + self.ids.shape[1]
+        many, new, width = len(self._rows), self._new, self.wide + self._new
         if self._whole:
-            starts = np.full(many, self._wide)
-            for seat in self._seats:
-                starts[self.rows[seat.slot]] -= seat.length
+            starts = np.full(many, self.wide)
+            for seat, (row, _) in zip(self._seats, self.places, strict=True):
+                starts[row] -= seat.length
             return torch.from_numpy(np.arange(width) >= starts[:, None]).long()
         allowed = np.zeros((many, new, width), bool)
         depths = np.zeros((many, width), np.int64)
         # Every token attends to itself; padding too, since a softmax over nothing is NaN.
         allowed[:, np.arange(new), width - new + np.arange(new)] = True
-        for seat, own in zip(self._seats, self.columns, strict=True):
-            behind, count, row = self._behind[seat.slot], len(own), self.rows[seat.slot]
-            path = self._wide - len(behind) + np.searchsorted(behind, seat.path)
-            first = int(own[0]) - end
-            at = self._wide + first
-            depths[row, path] = np.arange(len(path))
-            depths[row, at : at + count] = np.arange(len(path), len(path) + count)
+        for seat, own, (row, first) in zip(self._seats, self.columns, self.places, strict=True):
+            count, known = len(own), seat.path
+            path = self._bases[seat.slot] + np.searchsorted(self._behind[seat.slot], known)
+            at = self.wide + first
+            depths[row, path] = np.arange(len(known))
+            depths[row, at : at + count] = np.arange(len(known), len(known) + count)
             mine = allowed[row, first : first + count]
             mine[:, path] = True
             if count > 1:

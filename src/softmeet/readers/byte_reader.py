@@ -75,7 +75,7 @@ class ByteReader(ReaderOfRows[ByteText]):
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`; nothing is known of earlier texts."""
         row = ByteText(own=tuple(own) or tuple(self.member.prefix))
-        self.member.behind(row.own)
+        self.member.require_prefix(row.own)
         return self._opened(row)
 
     def _copied(self, row: ByteText) -> ByteText:

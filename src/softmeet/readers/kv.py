@@ -164,20 +164,19 @@ class KeysAndValues:
             self._rebuild(block, 0, 0, new)
         call = Call(block, seats, tokens, new)
         cache = Cache(layers=call.layers(self._layout)) if self._layout else empty_cache(self._model)
-        few = slice(None) if last is None or len(call.slots) < len(seats) else slice(-last, None)
+        few = slice(None) if last is None or not call.at_the_end else slice(-last, None)
         hidden = last_hidden(
             self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
             attention_mask=call.mask(self._masks), position_ids=torch.from_numpy(call.depths),
         )  # fmt: skip
         if not self._layout:
             self._lay_out(block, cache)
-        block.ids[list(call.rows), block.end : block.end + new] = call.ids
         block.end += new
         left = new - hidden.shape[1]
         found = []
-        for seat, columns in zip(seats, call.columns, strict=True):
-            start = int(columns[0]) - (block.end - new) - left
-            found.append((columns, hidden[call.rows[seat.slot], max(start, 0) : start + len(columns)]))
+        for seat, own, columns, (row, first) in zip(seats, tokens, call.columns, call.places, strict=True):
+            block.ids[seat.slot, columns] = own
+            found.append((columns, hidden[row, max(first - left, 0) : first - left + len(own)]))
         return found
 
     def step(self, seats: list[Seat], tokens: Sequence[int]) -> Float[Tensor, "texts d"] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ class TransformersReader(ModelReader[_Text]):
 
     def _copied(self, row: _Text) -> _Text:
         """Return a row that shares keys and values."""
-        return replace(row, seat=self._kv.fork(row.seat))
+        return _Text(row.own, self._kv.fork(row.seat), row.pending, row.last, row.length, row.known, row.is_new)
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""

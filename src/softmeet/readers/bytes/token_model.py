@@ -91,11 +91,11 @@ class TokenModel:
         # The model may have to be run on one token more than the bytes make, and the dummy prefix is another.
         return max(1, self.limit - len(self.prefix) - 2)
 
-    def behind(self, prefix: Sequence[int]) -> Next:
-        """Return what follows a prefix, the ids of tokens before a text; the reader keeps it for later texts.
+    def require_prefix(self, prefix: Sequence[int]) -> None:
+        """Check the ids of tokens before a text.
 
         Raises:
-            InvalidInputError: if the prefix is empty, has an id that the model does not know, or exceeds its context.
+            InvalidInputError: if there are none, the model does not know one, or they exceed its context.
         """
         if not prefix:
             raise InvalidInputError("expected a prefix of at least one token, such as the one that begins a text")
@@ -104,6 +104,15 @@ class TokenModel:
             raise InvalidInputError(
                 f"expected a prefix of token ids of {self.spelling.name}, from 0 to {self._v - 1}, got {wrong[0]!r}"
             )
+        self._require_room(len(prefix))
+
+    def behind(self, prefix: Sequence[int]) -> Next:
+        """Return what follows a prefix, the ids of tokens before a text; the reader keeps it for later texts.
+
+        Raises:
+            InvalidInputError: as of :meth:`require_prefix`.
+        """
+        self.require_prefix(prefix)
         return self.run_chain(prefix, (), (0,))[0]
 
     def run_chain(self, prefix: Sequence[int], tokens: Sequence[int], at: Sequence[int]) -> list[Next]:
