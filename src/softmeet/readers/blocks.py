@@ -151,29 +151,6 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
         return self.block.end - self.first + query_length, 0
 
 
-class Apart(InPlace):
-    """One layer's keys and values of some slots, each of columns of its own, copied for a call of the model.
-
-    Args:
-        block: the block, behind whose columns the call writes.
-        place: where the layer's keys and its values are.
-        call: the call.
-    """
-
-    def __init__(self, block: Block, place: tuple[Place, Place], call: Call) -> None:
-        super().__init__(block, place, block.slots, block.end - call.wide)
-        self._cells_of = call.cells
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values, and return these behind those of the columns."""
-        found, new = list[Tensor](), key_states.shape[2]
-        for known, states in ((self.keys, key_states), (self.values, value_states)):
-            cells, flat, width = self._cells_of(known), known.view(-1, known.shape[-1]), known.shape[-1]
-            flat[cells[:, :, -new:].reshape(-1)] = states.reshape(-1, width)
-            found.append(flat.index_select(0, cells.view(-1)).view(*cells.shape, width))
-        return found[0], found[1]
-
-
 def by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
     """Return, for each slot, the numbers of the seats that are in it."""
     slots = defaultdict[int, list[int]](list)
@@ -236,6 +213,11 @@ def packed(tokens: Mapping[int, int], behind: Mapping[int, int]) -> list[list[in
     return rows
 
 
+def _in_cells(one: Float[Tensor, "parts slots heads columns d"]) -> Float[Tensor, "parts cells d"]:
+    """Return keys or values as cells, counted through slots, heads and columns."""
+    return one.view(len(one), -1, one.shape[-1])
+
+
 class Call:
     """One call of the model on new tokens of some seats of a block.
 
@@ -270,7 +252,8 @@ class Call:
             rows = [[slot] * (slot in slots) for slot in range(many)]
             self._behind = dict.fromkeys(slots, np.arange(first, block.end))
             needed = dict.fromkeys(slots, block.end - first)
-        self._rows, self._cells, self._bases = rows, dict[Any, Tensor](), dict[int, int]()
+        self._rows, self._bases = rows, dict[int, int]()
+        self._copy: Block | None = None
         self.wide = max(sum(needed[slot] for slot in own) for own in rows)
         self.at_the_end = len(seats) == sum(map(bool, rows))
         self.ids, self.depths = np.zeros((2, len(rows), new), np.int64)
@@ -290,32 +273,41 @@ class Call:
 
     def layers(self, layout: Sequence[tuple[Place, Place]]) -> list[Any]:
         """Return the layers' caches, of what the call reads."""
-        block = self._block
-        if not self._apart:
-            return [InPlace(block, place, len(self._rows), block.end - self.wide) for place in layout]
-        return [Apart(block, place, self) for place in layout]
+        read = self._block
+        if self._apart:
+            self._cells = [self._cells_of(one) for one in read.tensors]
+            copies = [
+                _in_cells(one).index_select(1, cells.view(-1)).view(len(one), *cells.shape, -1)
+                for one, cells in zip(read.tensors, self._cells, strict=True)
+            ]
+            read = self._copy = Block(copies, len(self._rows), self.wide + self._new, self.wide)
+        return [InPlace(read, place, len(self._rows), read.end - self.wide) for place in layout]
 
-    def cells(self, known: Float[Tensor, "slots heads columns d"]) -> Int[Tensor, "rows heads k"]:
-        """Return which cells of keys or values the call reads, counted through slots, heads and columns, new ones last.
+    def settle(self) -> None:
+        """Take what the model has written into the block."""
+        if self._copy is None:
+            return
+        new = slice(self.wide, None)
+        for one, copy, cells in zip(self._block.tensors, self._copy.tensors, self._cells, strict=True):
+            _in_cells(one)[:, cells[:, :, new].reshape(-1)] = copy[:, :, :, new].reshape(len(one), -1, one.shape[-1])
+
+    def _cells_of(self, one: Float[Tensor, "parts slots heads columns d"]) -> Int[Tensor, "rows heads k"]:
+        """Return which cells of keys or values the call reads, as :func:`_in_cells` counts them, the new ones last.
 
         Those at the left of a row that has fewer than others are any; padding among the new ones has free ones.
         """
-        shape, end = (known.shape[1:3], known.device), self._block.end
-        if shape not in self._cells:
-            slots, columns = np.zeros((2, len(self._rows), 1, self.wide + self._new), np.int64)
-            for row, together in enumerate(self._rows):
-                slots[row] = together[0]
-                columns[row, 0, self.wide :] = np.arange(end, end + self._new)
-                for slot in together:
-                    at = slice(self._bases[slot], self._bases[slot] + len(self._behind[slot]))
-                    slots[row, 0, at], columns[row, 0, at] = slot, self._behind[slot]
-            for seat, own, (row, begin) in zip(self._seats, self.columns, self.places, strict=True):
-                at = slice(self.wide + begin, self.wide + begin + len(own))
-                slots[row, 0, at], columns[row, 0, at] = seat.slot, own
-            heads, many = shape[0]
-            found = (slots * heads + np.arange(heads)[:, None]) * many + columns
-            self._cells[shape] = torch.from_numpy(found).to(known.device)
-        return self._cells[shape]
+        (heads, many), end = one.shape[2:4], self._block.end
+        slots, columns = np.zeros((2, len(self._rows), 1, self.wide + self._new), np.int64)
+        for row, together in enumerate(self._rows):
+            slots[row] = together[0]
+            columns[row, 0, self.wide :] = np.arange(end, end + self._new)
+            for slot in together:
+                at = slice(self._bases[slot], self._bases[slot] + len(self._behind[slot]))
+                slots[row, 0, at], columns[row, 0, at] = slot, self._behind[slot]
+        for seat, own, (row, begin) in zip(self._seats, self.columns, self.places, strict=True):
+            at = slice(self.wide + begin, self.wide + begin + len(own))
+            slots[row, 0, at], columns[row, 0, at] = seat.slot, own
+        return torch.from_numpy((slots * heads + np.arange(heads)[:, None]) * many + columns).to(one.device)
 
     def mask(self, masks: Masks) -> Any:
         """Return the attention mask: of columns at the left where that is all, else of each new token's own."""

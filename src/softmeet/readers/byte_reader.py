@@ -116,7 +116,7 @@ class ByteReader(ReaderOfRows[ByteText]):
     def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`; each call of the model serves all that it can."""
         rows = self._each_once(asked)
-        work, errors, parts = Work(), dict[int, SoftmeetError](), list[_Part]()
+        errors, parts = dict[int, SoftmeetError](), list[_Part]()
         for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
             if wrong := [symbol for symbol in one.symbols if not 0 <= symbol <= END]:
                 errors[k] = InvalidInputError(f"expected symbols of {self.name} below {SYMBOLS}, got {wrong[0]}")
@@ -129,8 +129,8 @@ class ByteReader(ReaderOfRows[ByteText]):
         ):
             errors |= yield from _by_all_or_each(run, some)
         well = [part for part in parts if part.k not in errors]
+        work = Work(*map(sum, zip(*(part.spent for part in well), strict=True)))
         for part in well:
-            work = work.and_(*part.spent)
             if asked[part.k].keep:
                 part.keep(rows[part.k], asked[part.k].symbols)
         states = [state for part in well for state in part.told()]

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.trunk import last_hidden, require_cache
+from softmeet.members.trunk import Trunk, last_hidden, require_cache
 from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat, by_slot, copy_path, parted, union
 from softmeet.readers.masks import Masks, empty_cache
 from softmeet.readers.steady import Steady
@@ -60,6 +60,10 @@ class KeysAndValues:
         self._blocks = list[Block]()
 
     @cached_property
+    def _trunk(self) -> Trunk:
+        return Trunk(self._model)
+
+    @cached_property
     def _masks(self) -> Masks:
         return Masks(self._model)
 
@@ -87,8 +91,10 @@ class KeysAndValues:
         return sum(block.bytes for block in list(self._blocks))
 
     def forget_layout(self) -> None:
-        """Forget the shapes and dtypes of keys and values, which the model's next call tells."""
+        """Forget the shapes, dtypes and devices of keys and values, which the model's next call tells."""
         self._layout, self._likes = [], []
+        for made in ("_trunk", "_masks"):
+            vars(self).pop(made, None)
 
     def leave(self, seat: Seat) -> None:
         """Give a seat up; a block without seats is given back, one that is far too large for the others made anew."""
@@ -165,15 +171,13 @@ class KeysAndValues:
         call = Call(block, seats, tokens, new)
         cache = Cache(layers=call.layers(self._layout)) if self._layout else empty_cache(self._model)
         few = slice(None) if last is None or not call.at_the_end else slice(-last, None)
-        hidden = last_hidden(
-            self._model, torch.from_numpy(call.ids), few, cache=cache, use_cache=True,
-            attention_mask=call.mask(self._masks), position_ids=torch.from_numpy(call.depths),
-        )  # fmt: skip
+        inputs = {"attention_mask": call.mask(self._masks), "position_ids": torch.from_numpy(call.depths)}
+        hidden = self._trunk(torch.from_numpy(call.ids), few, cache=cache, use_cache=True, **inputs)
         if not self._layout:
             self._lay_out(block, cache)
+        call.settle()
         block.end += new
-        left = new - hidden.shape[1]
-        found = []
+        left, found = new - hidden.shape[1], []
         for seat, own, columns, (row, first) in zip(seats, tokens, call.columns, call.places, strict=True):
             block.ids[seat.slot, columns] = own
             found.append((columns, hidden[row, max(first - left, 0) : first - left + len(own)]))
@@ -193,7 +197,7 @@ class KeysAndValues:
             if not alone or not all(seat.length and seat.is_whole for seat in seats):
                 return None
             block.change()
-            block.steady = Steady(self._model, block, seats, self._layout, self._tree_masks)
+            block.steady = Steady(self._trunk, block, seats, self._layout, self._tree_masks)
         found: Tensor | None = block.steady.step(tokens)
         return found
 

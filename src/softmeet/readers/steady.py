@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from softmeet.members.trunk import Trunk
 from softmeet.readers.blocks import Block, InPlace, Place, Seat
@@ -20,7 +20,7 @@ class Steady:
     """The texts of a block, of which every call runs one token more.
 
     Args:
-        model: the model.
+        trunk: the model.
         block: the block, in which all of these texts are, and no other.
         seats: of the texts, each whole and in a slot of its own.
         layout: for each layer where its keys and values are.
@@ -32,13 +32,13 @@ class Steady:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        trunk: Trunk,
         block: Block,
         seats: Sequence[Seat],
         layout: Sequence[tuple[Place, Place]],
         masks: Callable[[], Masks | None],
     ) -> None:
-        self._trunk, self._block, self.seats = Trunk(model), block, list(seats)
+        self._trunk, self._block, self.seats = trunk, block, list(seats)
         self._slots = [seat.slot for seat in seats]
         many, first = 1 + max(self._slots), min(int(seat.path[0]) for seat in seats)
         self._first, self._ids = first, [[0] for _ in range(many)]

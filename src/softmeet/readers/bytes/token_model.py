@@ -156,8 +156,9 @@ class TokenModel:
             parts = list[Tensor]()
             for _, group in groupby(behind, lambda one: id(one.told)):
                 own = list(group)
-                places = torch.tensor([one.number for one in own])
-                parts.append(own[0].told.logits(places) if self._tells else own[0].told.hidden(places))
+                told, numbers = own[0].told, [one.number for one in own]
+                places = slice(None) if numbers == [*range(len(told))] else torch.tensor(numbers)
+                parts.append(told.logits(places) if self._tells else told.hidden(places))
             found = torch.cat(parts) if len(parts) > 1 else parts[0]
             return found if self._tells else self.head.logits(found)
 
