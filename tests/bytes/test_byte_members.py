@@ -25,6 +25,7 @@ from byte_members import (
     step_by_step,
 )
 from scipy.stats import chi2_contingency
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from softmeet.errors import InvalidInputError, VocabularyMismatchError
 from softmeet.members.spelling import spelling_of
@@ -55,6 +56,15 @@ def test_a_text_begins_behind_a_line_break_if_its_tokenizer_has_no_token_to_add(
         tokenizer_object=own.backend_tokenizer, **{"bos_token": own.bos_token, "eos_token": own.eos_token, **changes}
     )
     assert spelling_of("m", tokenizer).start == (tokenizer.get_vocab()[start],)
+
+
+def test_of_qwen_a_text_begins_behind_a_line_break_though_its_tokenizer_was_saved_with_a_bos(tmp_path):
+    vocabulary = {letter: k for k, letter in enumerate(bytes_to_unicode().values())}
+    made = tf.Qwen2Tokenizer(vocabulary, [], bos_token="<|endoftext|>", add_bos_token=False)
+    made.save_pretrained(tmp_path)
+    for tokenizer in (made, tf.AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer.bos_token == "<|endoftext|>"
+        assert spelling_of("m", tokenizer).start == (vocabulary["\u010a"],)
 
 
 @pytest.mark.parametrize("text", TEXTS)

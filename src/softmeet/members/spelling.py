@@ -8,6 +8,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -280,13 +281,16 @@ def _start(tokenizer: PreTrainedTokenizerBase, core: Tokenizer) -> tuple[int, ..
     """Return the ids before a text: what the tokenizer puts there, else ``<|endoftext|>`` or BOS, else a line break.
 
     A tokenizer without a BOS, or with one that it says not to add, as of Qwen 2.5, is of a model that may predict a
-    text badly behind such a token.
+    text badly behind such a token. What was made of a GGUF file and saved has a BOS, and no longer says not to add it:
+    then its class tells.
     """
     marked, plain = (tokenizer("a", add_special_tokens=own)["input_ids"] for own in (True, False))
     before = tuple(marked[: len(marked) - len(plain)]) if marked[len(marked) - len(plain) :] == plain else marked[:1]
     if len(marked) > len(plain) and before:
         return tuple(before)
-    if tokenizer.bos_token_id is None or tokenizer.init_kwargs.get("add_bos_token") is False:
+    by_default = signature(type(tokenizer)).parameters.get("bos_token")
+    unused = by_default is not None and by_default.default is None
+    if unused or tokenizer.bos_token_id is None or tokenizer.init_kwargs.get("add_bos_token") is False:
         return tuple(core.encode("\n", add_special_tokens=False).ids)
     return (tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id),)
 

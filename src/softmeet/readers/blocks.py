@@ -85,6 +85,7 @@ class Block:
             call.
         slots, columns: how many there are, free ones included.
         end: the number of the first column that is free in all slots.
+        made: what that was when the block was made.
         ids: (slots, columns), the tokens that were run.
         seats: all that are in the block.
         late: how many of the last columns all seats have that their paths do not list yet.
@@ -93,7 +94,7 @@ class Block:
     """
 
     def __init__(self, tensors: Sequence[Tensor], slots: int, columns: int, end: int) -> None:
-        self.tensors, self.slots, self.columns, self.end = list(tensors), slots, columns, end
+        self.tensors, self.slots, self.columns, self.end, self.made = list(tensors), slots, columns, end, end
         self.ids = np.zeros((slots, columns), np.int64)
         self.seats = list[Seat]()
         self.late = self.looked = 0
@@ -233,6 +234,7 @@ class Call:
         places: for each seat, (the row of its new tokens; which of that row's is the first).
         at_the_end: whether each seat's new tokens are the last of a row.
         wide: how many columns the call reads before the new ones.
+        is_sparse: whether many columns that came since the block was made may be nobody's.
     """
 
     def __init__(self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], new: int) -> None:
@@ -246,8 +248,9 @@ class Call:
         needed, many = {slot: len(own) for slot, own in self._behind.items()}, 1 + max(slots)
         rows = packed(counts, needed)
         # What is run in vain costs more than a copy of what is not; a first call tells how keys and values look.
-        vain = many > _VAIN * len(rows) or block.end - first > _VAIN * max(needed.values()) + _ASIDE
-        self._apart = vain and bool(block.tensors)
+        aside = block.end - first > _VAIN * max(needed.values()) + _ASIDE
+        self.is_sparse = aside and block.end > _VAIN * block.made + _ASIDE
+        self._apart = bool(block.tensors) and (aside or many > _VAIN * len(rows))
         if not self._apart:
             rows = [[slot] * (slot in slots) for slot in range(many)]
             self._behind = dict.fromkeys(slots, np.arange(first, block.end))

@@ -55,8 +55,7 @@ class KeysAndValues:
 
     def __init__(self, model: PreTrainedModel, *, at_once: bool = False) -> None:
         self._model, self._at_once = model, at_once
-        self._layout = list[tuple[Place, Place]]()
-        self._likes = list[Tensor]()
+        self._layout, self._likes = list[tuple[Place, Place]](), list[Tensor]()
         self._blocks = list[Block]()
 
     @cached_property
@@ -158,8 +157,7 @@ class KeysAndValues:
                 enough; None for all.
 
         Returns:
-            for each, (the columns of its new tokens, which :meth:`keep` makes its own; the last hidden states at them,
-            or at the last of them).
+            for each, (the columns of its new tokens, for :meth:`keep`; the last hidden states at them, or the last).
         """
         block = self._together(seats)
         block.change()
@@ -169,6 +167,9 @@ class KeysAndValues:
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
         call = Call(block, seats, tokens, new)
+        if call.is_sparse:
+            self._rebuild(block, 0, 0, new)
+            call = Call(block, seats, tokens, new)
         cache = Cache(layers=call.layers(self._layout)) if self._layout else empty_cache(self._model)
         few = slice(None) if last is None or not call.at_the_end else slice(-last, None)
         inputs = {"attention_mask": call.mask(self._masks), "position_ids": torch.from_numpy(call.depths)}
@@ -188,8 +189,7 @@ class KeysAndValues:
 
         None is returned, and nothing run, unless they are alone in a block, each whole, with room, and states finite.
         """
-        block = seats[0].block
-        if block is None:
+        if (block := seats[0].block) is None:
             return None
         if block.steady is None or block.steady.seats != seats:
             slots = {seat.slot for seat in seats if seat.block is block}
@@ -335,7 +335,7 @@ class KeysAndValues:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
         block.change()
         block.tensors, block.slots, block.columns, block.end = made.tensors, made.slots, made.columns, made.end
-        block.ids = made.ids
+        block.ids, block.made = made.ids, made.made
         self._blocks.remove(made)
 
     def _new(self, slots: int, end: int, new: int, *, room: bool = True) -> Block:
