@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 
@@ -50,6 +51,21 @@ def test_threads_share_torchs(four_threads):
     thread.start()
     thread.join()
     assert found == [4], "other threads have all of them"
+
+
+def test_ctrl_c_comes_when_all_work_has_ended(four_threads):
+    ended = []
+
+    def function(item):
+        time.sleep(0.2)
+        if item == "a":
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        ended.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        Together(2, True).map(at_once(function), ["a", "b"])
+    assert sorted(ended) == ["a", "b"]
 
 
 def test_what_is_faster_is_kept_for_each_size(four_threads):

@@ -110,6 +110,9 @@ class Together:
         if not in_threads:
             return by_turns(list(map(work, items)), pause)
         running = [self._pool.submit(lambda item: finished(work(item)), item) for item in items]
-        # Where one fails, the others still work on what they were given.
-        wait(running)
+        # Where one fails, or Ctrl-C ends the waiting, the others still work on what they were given.
+        try:
+            wait(running)
+        finally:
+            wait(running)
         return [one.result() for one in running]
