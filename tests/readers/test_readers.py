@@ -569,6 +569,35 @@ def test_a_member_that_gives_nan_is_named_and_its_row_stays():
     assert torch.allclose(told, finished(reader.read([read(whole, [1, 2, 3])])).log_probs(), atol=1e-9)
 
 
+def test_a_text_that_makes_nan_harms_none_that_shares_its_row_of_a_call():
+    reader = tiny_reader(at_once=True)
+    rows = [reader.open(reuse=False) for _ in range(4)]
+    finished(reader.read([read(row, [1, 2, 3 + k]) for k, row in enumerate(rows)]))
+    with torch.no_grad():
+        reader.model.get_input_embeddings().weight[63] = torch.nan
+    new = [5] * 7, [9, 8], [4, 63, 7], [6]
+    found = finished(reader.read([read(row, own) for row, own in zip(rows, new, strict=True)]))
+    assert sorted(found.errors) == [2]
+    for k, states in zip((0, 1, 3), found.states(), strict=True):
+        text = [1, 2, 3 + k, *new[k]]
+        assert torch.allclose(states, reader.read_whole([text], [[len(text)]]).states()[0], atol=1e-9)
+
+
+def test_what_is_no_number_goes_with_a_reading_that_is_left(monkeypatch):
+    monkeypatch.setattr("softmeet.readers.kv.PIECE", 4)
+    reader = tiny_reader()
+    row = reader.open(reuse=False)
+    finished(reader.read([read(row, [1, 2])]))
+    with torch.no_grad():
+        reader.model.get_input_embeddings().weight[63] = torch.nan
+    reading = reader.read([read(row, [63, *range(1, 9)])])
+    next(reading)
+    reading.close()
+    found = finished(reader.read([read(row, [3])]))
+    assert not found.errors
+    assert torch.allclose(found.states(), reader.read_whole([[1, 2, 3]], [[3]]).states(), atol=1e-9)
+
+
 @pytest.mark.parametrize("own", [(), (9, 8)])
 def test_a_text_that_is_not_kept_is_read_in_one_call_without_keys_and_values(own):
     reader, text = tiny_reader(), [1 + k % 60 for k in range(40)]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from softmeet.readers.masks import Masks
@@ -152,6 +153,29 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
         return self.block.end - self.first + query_length, 0
 
 
+class Apart(InPlace):
+    """One layer's keys and values of some slots, each of columns of its own, copied for a call of the model.
+
+    Args:
+        block: the block, behind whose columns the call writes.
+        place: where the layer's keys and its values are.
+        call: the call.
+    """
+
+    def __init__(self, block: Block, place: tuple[Place, Place], call: Call) -> None:
+        super().__init__(block, place, block.slots, block.end - call.wide)
+        self._cells_of = call.cells_of
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new tokens' keys and values, and return these behind those of the columns."""
+        found, new = list[Tensor](), key_states.shape[2]
+        for known, states in ((self.keys, key_states), (self.values, value_states)):
+            cells, flat, width = self._cells_of(known), known.view(-1, known.shape[-1]), known.shape[-1]
+            flat[cells[:, :, -new:].reshape(-1)] = states.reshape(-1, width)
+            found.append(flat.index_select(0, cells.view(-1)).view(*cells.shape, width))
+        return found[0], found[1]
+
+
 def by_slot(seats: Sequence[Seat]) -> dict[int, list[int]]:
     """Return, for each slot, the numbers of the seats that are in it."""
     slots = defaultdict[int, list[int]](list)
@@ -196,6 +220,25 @@ def copy_path(source: Block, slot: int, columns: Path, target: Block, into: int)
         other[:, into, :, end - count : end] = one[:, slot, :, where if side_by_side else where.to(one.device)]
 
 
+def lay_out(block: Block, cache: Cache) -> list[tuple[Place, Place]]:
+    """Put what a model's first call has written into a block, and return where each layer's keys and values are."""
+    groups, layout = dict[Any, list[Tensor]](), []
+    for layer in cache.layers:
+        pair = []
+        for part in (layer.keys, layer.values):
+            kind = part.shape[1], part.shape[3], part.dtype, part.device
+            own = groups.setdefault(kind, [])
+            pair.append(Place(list(groups).index(kind), len(own)))
+            own.append(part)
+        layout.append((pair[0], pair[1]))
+    for one in map(torch.stack, groups.values()):
+        parts, slots, heads, new, width = one.shape
+        whole = one.new_zeros(parts, slots, heads, block.columns, width)
+        whole[:, :, :, block.end : block.end + new] = one
+        block.tensors.append(whole)
+    return layout
+
+
 def packed(tokens: Mapping[int, int], behind: Mapping[int, int]) -> list[list[int]]:
     """Return slots in rows, so that few new tokens are padding.
 
@@ -214,11 +257,6 @@ def packed(tokens: Mapping[int, int], behind: Mapping[int, int]) -> list[list[in
     return rows
 
 
-def _in_cells(one: Float[Tensor, "parts slots heads columns d"]) -> Float[Tensor, "parts cells d"]:
-    """Return keys or values as cells, counted through slots, heads and columns."""
-    return one.view(len(one), -1, one.shape[-1])
-
-
 class Call:
     """One call of the model on new tokens of some seats of a block.
 
@@ -226,27 +264,32 @@ class Call:
         block: the block.
         seats: of the texts.
         tokens: of each, the new ones, at least one.
-        new: the number of columns that these take, at most, of a slot.
+        mixed: whether slots may share a row, in which a text that has no numbers takes them from the others.
 
     Attributes:
+        block: as given.
+        new: the number of columns that the new tokens take, at most, of a slot.
         ids, depths: (rows, new), the new tokens, at the right, and their positions; 0 at padding.
         columns: for each seat, the columns of its new tokens.
         places: for each seat, (the row of its new tokens; which of that row's is the first).
         at_the_end: whether each seat's new tokens are the last of a row.
         wide: how many columns the call reads before the new ones.
+        is_mixed: whether slots share a row.
         is_sparse: whether many columns that came since the block was made may be nobody's.
     """
 
-    def __init__(self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], new: int) -> None:
-        self._block, self._seats, self._new = block, seats, new
+    def __init__(
+        self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], *, mixed: bool = True
+    ) -> None:
         slots, new_of = by_slot(seats), list(map(len, tokens))
+        counts = {slot: sum(new_of[k] for k in own) for slot, own in slots.items()}
+        self.block, self._seats, self.new = block, seats, (new := max(counts.values()))
         first = min([int(seat.path[0]) for seat in seats if seat.length], default=block.end)
         # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
         self._whole = len(slots) == len(seats) and min(new_of) == new and all(seat.is_whole for seat in seats)
         self._behind = {slot: union([seats[k].path for k in own]) for slot, own in slots.items()}
-        counts = {slot: sum(new_of[k] for k in own) for slot, own in slots.items()}
         needed, many = {slot: len(own) for slot, own in self._behind.items()}, 1 + max(slots)
-        rows = packed(counts, needed)
+        rows = packed(counts, needed) if mixed else [[slot] for slot in slots]
         # What is run in vain costs more than a copy of what is not; a first call tells how keys and values look.
         aside = block.end - first > _VAIN * max(needed.values()) + _ASIDE
         self.is_sparse = aside and block.end > _VAIN * block.made + _ASIDE
@@ -256,9 +299,9 @@ class Call:
             self._behind = dict.fromkeys(slots, np.arange(first, block.end))
             needed = dict.fromkeys(slots, block.end - first)
         self._rows, self._bases = rows, dict[int, int]()
-        self._copy: Block | None = None
+        self._cells = dict[Any, Tensor]()
         self.wide = max(sum(needed[slot] for slot in own) for own in rows)
-        self.at_the_end = len(seats) == sum(map(bool, rows))
+        self.at_the_end, self.is_mixed = len(seats) == sum(map(bool, rows)), max(map(len, rows)) > 1
         self.ids, self.depths = np.zeros((2, len(rows), new), np.int64)
         self.columns, self.places = [NOTHING] * len(seats), [(0, 0)] * len(seats)
         every, ahead = np.arange(block.end, block.end + new), np.arange(new)
@@ -276,45 +319,35 @@ class Call:
 
     def layers(self, layout: Sequence[tuple[Place, Place]]) -> list[Any]:
         """Return the layers' caches, of what the call reads."""
-        read = self._block
-        if self._apart:
-            self._cells = [self._cells_of(one) for one in read.tensors]
-            copies = [
-                _in_cells(one).index_select(1, cells.view(-1)).view(len(one), *cells.shape, -1)
-                for one, cells in zip(read.tensors, self._cells, strict=True)
-            ]
-            read = self._copy = Block(copies, len(self._rows), self.wide + self._new, self.wide)
-        return [InPlace(read, place, len(self._rows), read.end - self.wide) for place in layout]
+        block = self.block
+        if not self._apart:
+            return [InPlace(block, place, len(self._rows), block.end - self.wide) for place in layout]
+        return [Apart(block, place, self) for place in layout]
 
-    def settle(self) -> None:
-        """Take what the model has written into the block."""
-        if self._copy is None:
-            return
-        new = slice(self.wide, None)
-        for one, copy, cells in zip(self._block.tensors, self._copy.tensors, self._cells, strict=True):
-            _in_cells(one)[:, cells[:, :, new].reshape(-1)] = copy[:, :, :, new].reshape(len(one), -1, one.shape[-1])
-
-    def _cells_of(self, one: Float[Tensor, "parts slots heads columns d"]) -> Int[Tensor, "rows heads k"]:
-        """Return which cells of keys or values the call reads, as :func:`_in_cells` counts them, the new ones last.
+    def cells_of(self, known: Float[Tensor, "slots heads columns d"]) -> Int[Tensor, "rows heads k"]:
+        """Return which cells of keys or values the call reads, counted through slots, heads and columns, new ones last.
 
         Those at the left of a row that has fewer than others are any; padding among the new ones has free ones.
         """
-        (heads, many), end = one.shape[2:4], self._block.end
-        slots, columns = np.zeros((2, len(self._rows), 1, self.wide + self._new), np.int64)
+        (heads, many), place, end = known.shape[1:3], known.device, self.block.end
+        if (found := self._cells.get((heads, place))) is not None:
+            return found
+        slots, columns = np.zeros((2, len(self._rows), 1, self.wide + self.new), np.int64)
         for row, together in enumerate(self._rows):
             slots[row] = together[0]
-            columns[row, 0, self.wide :] = np.arange(end, end + self._new)
+            columns[row, 0, self.wide :] = np.arange(end, end + self.new)
             for slot in together:
                 at = slice(self._bases[slot], self._bases[slot] + len(self._behind[slot]))
                 slots[row, 0, at], columns[row, 0, at] = slot, self._behind[slot]
         for seat, own, (row, begin) in zip(self._seats, self.columns, self.places, strict=True):
             at = slice(self.wide + begin, self.wide + begin + len(own))
             slots[row, 0, at], columns[row, 0, at] = seat.slot, own
-        return torch.from_numpy((slots * heads + np.arange(heads)[:, None]) * many + columns).to(one.device)
+        found = torch.from_numpy((slots * heads + np.arange(heads)[:, None]) * many + columns).to(place)
+        return self._cells.setdefault((heads, place), found)
 
     def mask(self, masks: Masks) -> Any:
         """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
-        many, new, width = len(self._rows), self._new, self.wide + self._new
+        many, new, width = len(self._rows), self.new, self.wide + self.new
         if self._whole:
             starts = np.full(many, self.wide)
             for seat, (row, _) in zip(self._seats, self.places, strict=True):

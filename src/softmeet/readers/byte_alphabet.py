@@ -34,7 +34,7 @@ class ByteAlphabet:
 
     def decode(self, symbols: Sequence[int]) -> bytes:
         """Return the bytes that symbols are, without those that end a text."""
-        return bytes(symbols if END not in symbols else [symbol for symbol in symbols if symbol != END])
+        return bytes([symbol for symbol in symbols if symbol != END])
 
     def count(self, symbols: Sequence[int]) -> int:
         """Return how many tokens the tokenizer makes of the bytes, and one for each end of a text."""

@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.trunk import Trunk, last_hidden, require_cache
-from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat, by_slot, copy_path, parted, union
+from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat, by_slot, copy_path, lay_out, parted, union
 from softmeet.readers.masks import Masks, empty_cache
 from softmeet.readers.steady import Steady
 from softmeet.suspended import finished
@@ -166,23 +166,31 @@ class KeysAndValues:
         holes = not self._at_once and any(seat.length and not seat.is_whole for seat in seats) and not self.reads_trees
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
-        call = Call(block, seats, tokens, new)
+        call = Call(block, seats, tokens)
         if call.is_sparse:
-            self._rebuild(block, 0, 0, new)
-            call = Call(block, seats, tokens, new)
+            self._rebuild(block, 0, 0, call.new)
+            call = Call(block, seats, tokens)
+        hidden = self._states(call, last)
+        if call.is_mixed and not bool(hidden.isfinite().all()):
+            call = Call(block, seats, tokens, mixed=False)
+            hidden = self._states(call, last)
+        block.end += call.new
+        left, found = call.new - hidden.shape[1], []
+        for seat, own, columns, (row, first) in zip(seats, tokens, call.columns, call.places, strict=True):
+            block.ids[seat.slot, columns] = own
+            found.append((columns, hidden[row, max(first - left, 0) : first - left + len(own)]))
+        return found
+
+    def _states(self, call: Call, last: int | None) -> Float[Tensor, "rows k d"]:
+        """Make a call of the model, and return the last hidden states, perhaps of the last few tokens of rows alone."""
         cache = Cache(layers=call.layers(self._layout)) if self._layout else empty_cache(self._model)
         few = slice(None) if last is None or not call.at_the_end else slice(-last, None)
         inputs = {"attention_mask": call.mask(self._masks), "position_ids": torch.from_numpy(call.depths)}
         hidden = self._trunk(torch.from_numpy(call.ids), few, cache=cache, use_cache=True, **inputs)
         if not self._layout:
-            self._lay_out(block, cache)
-        call.settle()
-        block.end += new
-        left, found = new - hidden.shape[1], []
-        for seat, own, columns, (row, first) in zip(seats, tokens, call.columns, call.places, strict=True):
-            block.ids[seat.slot, columns] = own
-            found.append((columns, hidden[row, max(first - left, 0) : first - left + len(own)]))
-        return found
+            self._layout = lay_out(call.block, cache)
+            self._likes = [one[:, :0, :, :0].clone() for one in call.block.tensors]
+        return hidden
 
     def step(self, seats: list[Seat], tokens: Sequence[int]) -> Float[Tensor, "texts d"] | None:
         """Run one token more of each of some texts and keep it, with less ado; return the last hidden states.
@@ -345,25 +353,6 @@ class KeysAndValues:
         block = Block(tensors, slots, columns, end)
         self._blocks.append(block)
         return block
-
-    def _lay_out(self, block: Block, cache: Cache) -> None:
-        """Note the shapes of a model's keys and values at its first call, and put those of the call into a block."""
-        groups = dict[Any, list[Tensor]]()
-        for layer in cache.layers:
-            pair = []
-            for part in (layer.keys, layer.values):
-                kind = part.shape[1], part.shape[3], part.dtype, part.device
-                own = groups.setdefault(kind, [])
-                pair.append(Place(list(groups).index(kind), len(own)))
-                own.append(part)
-            self._layout.append((pair[0], pair[1]))
-        stacked = [torch.stack(own) for own in groups.values()]
-        self._likes = [one[:, :0, :, :0].clone() for one in stacked]
-        for one in stacked:
-            parts, slots, heads, new, width = one.shape
-            whole = one.new_zeros(parts, slots, heads, block.columns, width)
-            whole[:, :, :, block.end : block.end + new] = one
-            block.tensors.append(whole)
 
 
 @torch.inference_mode()

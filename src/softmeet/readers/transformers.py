@@ -266,6 +266,7 @@ class TransformersReader(ModelReader[_Text]):
             states, calls = yield from self._kv.read([(rows[k].seat, tokens) for k, tokens in new.items()], last)
         except BaseException:
             for k, length in before.items():
+                self._kv.drop(rows[k].seat, rows[k].seat.path[length:])
                 rows[k].seat.path = rows[k].seat.path[:length]
             self._leave_closed(rows)
             raise
