@@ -281,13 +281,13 @@ class Call:
     def __init__(
         self, block: Block, seats: Sequence[Seat], tokens: Sequence[Sequence[int]], *, mixed: bool = True
     ) -> None:
-        slots, new_of = by_slot(seats), list(map(len, tokens))
+        slots, new_of, paths = by_slot(seats), list(map(len, tokens)), [seat.path for seat in seats]
         counts = {slot: sum(new_of[k] for k in own) for slot, own in slots.items()}
-        self.block, self._seats, self.new = block, seats, (new := max(counts.values()))
-        first = min([int(seat.path[0]) for seat in seats if seat.length], default=block.end)
+        self.block, self._seats, self._paths, self.new = block, seats, paths, (new := max(counts.values()))
+        first = min([int(path[0]) for path in paths if len(path)], default=block.end)
         # Padding among the new tokens would attend to nothing, which is NaN where a softmax is of less precision.
         self._whole = len(slots) == len(seats) and min(new_of) == new and all(seat.is_whole for seat in seats)
-        self._behind = {slot: union([seats[k].path for k in own]) for slot, own in slots.items()}
+        self._behind = {slot: union([paths[k] for k in own]) for slot, own in slots.items()}
         needed, many = {slot: len(own) for slot, own in self._behind.items()}, 1 + max(slots)
         rows = packed(counts, needed) if mixed else [[slot] for slot in slots]
         # What is run in vain costs more than a copy of what is not; a first call tells how keys and values look.
@@ -314,7 +314,7 @@ class Call:
                 for k in slots[slot]:
                     (begin, at), (start, column) = (at, at + new_of[k]), (column, column + new_of[k])
                     self.ids[row, begin:at] = tokens[k]
-                    self.depths[row, begin:at] = ahead[: new_of[k]] + seats[k].length
+                    self.depths[row, begin:at] = ahead[: new_of[k]] + len(paths[k])
                     self.columns[k], self.places[k] = every[start:column], (row, begin)
 
     def layers(self, layout: Sequence[tuple[Place, Place]]) -> list[Any]:
@@ -350,15 +350,16 @@ class Call:
         many, new, width = len(self._rows), self.new, self.wide + self.new
         if self._whole:
             starts = np.full(many, self.wide)
-            for seat, (row, _) in zip(self._seats, self.places, strict=True):
-                starts[row] -= seat.length
+            for path, (row, _) in zip(self._paths, self.places, strict=True):
+                starts[row] -= len(path)
             return torch.from_numpy(np.arange(width) >= starts[:, None]).long()
         allowed = np.zeros((many, new, width), bool)
         depths = np.zeros((many, width), np.int64)
         # Every token attends to itself; padding too, since a softmax over nothing is NaN.
         allowed[:, np.arange(new), width - new + np.arange(new)] = True
-        for seat, own, (row, first) in zip(self._seats, self.columns, self.places, strict=True):
-            count, known = len(own), seat.path
+        each = zip(self._seats, self._paths, self.columns, self.places, strict=True)
+        for seat, known, own, (row, first) in each:
+            count = len(own)
             path = self._bases[seat.slot] + np.searchsorted(self._behind[seat.slot], known)
             at = self.wide + first
             depths[row, path] = np.arange(len(known))

@@ -127,7 +127,8 @@ class ByteReader(ReaderOfRows[ByteText]):
             (self._advance, [part for part in parts if part.reading is not None and len(part.text) == 1]),
             (self._follow, [part for part in parts if part.reading is not None and len(part.text) > 1]),
         ):
-            errors |= yield from _by_all_or_each(run, some)
+            if some:
+                errors |= yield from _by_all_or_each(run, some)
         well = [part for part in parts if part.k not in errors]
         work = Work(*map(sum, zip(*(part.spent for part in well), strict=True)))
         for part in well:
@@ -217,7 +218,9 @@ class _Part:
         known = {self.base + count: one for count, one in self.readings.items() if count or self.reading is None}
         if row.length > self.end:
             known[row.length] = self._ended()
-        row.readings |= {count: one for count, one in sorted(known.items()) if len(known) == 1 or one.goes_on}
+        if len(known) > 1:
+            known = {count: one for count, one in sorted(known.items()) if one.goes_on}
+        row.readings |= known
         while len(row.readings) > _KEPT:
             del row.readings[next(iter(row.readings))]
 
@@ -234,8 +237,6 @@ def _by_all_or_each(
     run: Callable[[Sequence[_Part]], _Readings], parts: Sequence[_Part]
 ) -> Generator[None, None, dict[int, SoftmeetError]]:
     """Run texts together or, if that fails, each by itself; returns by number why some could not be read."""
-    if not parts:
-        return {}
     errors = dict[int, SoftmeetError]()
     try:
         found = yield from run(parts)

@@ -353,8 +353,9 @@ class TransformersReader(ModelReader[_Text]):
                 self._keep(row, own[-1:].clone())
             elif k in before:
                 row.seat.path = row.seat.path[: before[k]]
-        told = whole.index_select(0, torch.tensor(wanted, dtype=torch.long, device=whole.device))
-        return States(self.head, told, counts, errors, work)
+        if wanted != [*range(len(whole))]:
+            whole = whole.index_select(0, torch.tensor(wanted, dtype=torch.long, device=whole.device))
+        return States(self.head, whole, counts, errors, work)
 
     def _new(self, row: _Text, one: Read) -> list[int]:
         """Return the tokens of a row that have to be run."""
