@@ -22,10 +22,11 @@ NOTHING: Path = np.empty(0, np.int64)
 # The most columns of a slot, for each of its longest text and beside these, before texts that part get slots of their
 # own.
 _MANY, _MORE = 2, 64
-# How many slots, or columns beside so many, may be run for each that is needed, before these are copied for the call.
-_VAIN, _ASIDE = 1.25, 16
-# So many columns are read beside each other at little cost, whatever texts they are of.
-_BESIDE = 512
+# How many slots may be run, and columns beside a few be read, for each that is needed, before these are copied for the
+# call: a copy of a column takes as long as to read two more.
+_VAIN, _ASIDE, _BESIDE = 1.25, 3, 64
+# So many columns of a row are read at little cost, whatever texts they are of.
+_ROW = 512
 
 
 class Place(NamedTuple):
@@ -86,7 +87,6 @@ class Block:
             call.
         slots, columns: how many there are, free ones included.
         end: the number of the first column that is free in all slots.
-        made: what that was when the block was made.
         ids: (slots, columns), the tokens that were run.
         seats: all that are in the block.
         late: how many of the last columns all seats have that their paths do not list yet.
@@ -95,7 +95,7 @@ class Block:
     """
 
     def __init__(self, tensors: Sequence[Tensor], slots: int, columns: int, end: int) -> None:
-        self.tensors, self.slots, self.columns, self.end, self.made = list(tensors), slots, columns, end, end
+        self.tensors, self.slots, self.columns, self.end = list(tensors), slots, columns, end
         self.ids = np.zeros((slots, columns), np.int64)
         self.seats = list[Seat]()
         self.late = self.looked = 0
@@ -246,7 +246,7 @@ def packed(tokens: Mapping[int, int], behind: Mapping[int, int]) -> list[list[in
         tokens: for each slot the number of its new tokens; a row has as many as that with the most.
         behind: for each slot, how many columns these attend to; a row has few more than the slot with the most.
     """
-    new, wide = max(tokens.values()), max(_BESIDE, *behind.values())
+    new, wide = max(tokens.values()), max(_ROW, *behind.values())
     rows, left, room = list[list[int]](), 0, 0
     for slot in sorted(tokens, key=lambda slot: -tokens[slot]):
         if tokens[slot] > left or behind[slot] > room:
@@ -275,7 +275,6 @@ class Call:
         at_the_end: whether each seat's new tokens are the last of a row.
         wide: how many columns the call reads before the new ones.
         is_mixed: whether slots share a row.
-        is_sparse: whether many columns that came since the block was made may be nobody's.
     """
 
     def __init__(
@@ -291,9 +290,8 @@ class Call:
         needed, many = {slot: len(own) for slot, own in self._behind.items()}, 1 + max(slots)
         rows = packed(counts, needed) if mixed else [[slot] for slot in slots]
         # What is run in vain costs more than a copy of what is not; a first call tells how keys and values look.
-        aside = block.end - first > _VAIN * max(needed.values()) + _ASIDE
-        self.is_sparse = aside and block.end > _VAIN * block.made + _ASIDE
-        self._apart = bool(block.tensors) and (aside or many > _VAIN * len(rows))
+        vain = many > _VAIN * len(rows) or block.end - first > _ASIDE * max(needed.values()) + _BESIDE
+        self._apart = vain and bool(block.tensors)
         if not self._apart:
             rows = [[slot] * (slot in slots) for slot in range(many)]
             self._behind = dict.fromkeys(slots, np.arange(first, block.end))

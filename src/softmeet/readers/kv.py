@@ -167,9 +167,6 @@ class KeysAndValues:
         if holes or block.end + new > block.columns:
             self._rebuild(block, 0, 0, new)
         call = Call(block, seats, tokens)
-        if call.is_sparse:
-            self._rebuild(block, 0, 0, call.new)
-            call = Call(block, seats, tokens)
         hidden = self._states(call, last)
         if call.is_mixed and not bool(hidden.isfinite().all()):
             call = Call(block, seats, tokens, mixed=False)
@@ -343,7 +340,7 @@ class KeysAndValues:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
         block.change()
         block.tensors, block.slots, block.columns, block.end = made.tensors, made.slots, made.columns, made.end
-        block.ids, block.made = made.ids, made.made
+        block.ids = made.ids
         self._blocks.remove(made)
 
     def _new(self, slots: int, end: int, new: int, *, room: bool = True) -> Block:
