@@ -47,7 +47,12 @@ class ByteText(Row):
     @property
     def full(self) -> bool:  # type: ignore[override]
         """Whether the text's tokens exceed the member's context."""
-        return bool(self.readings) and self.readings[max(self.readings)].full
+        return bool(self.readings) and self.readings[self.known_to].full
+
+    @property
+    def known_to(self) -> int:
+        """The largest number of symbols after which there is a state; 0 if there is none."""
+        return next(reversed(self.readings), 0)
 
 
 class ByteReader(ReaderOfRows[ByteText]):
@@ -185,7 +190,7 @@ class _Part:
     @classmethod
     def of(cls, k: int, row: ByteText, one: Read) -> _Part:
         """Say what has to be read of a row."""
-        base = max(row.readings, default=0)
+        base = row.known_to
         reading, symbols, end = row.readings.get(base), [*row.symbols[base:], *one.symbols], sys.maxsize
         if reading is None and END in symbols:
             # A text is read from behind the last symbol that ends one.
