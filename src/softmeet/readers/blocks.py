@@ -23,9 +23,9 @@ NOTHING: Path = np.empty(0, np.int64)
 # own.
 _MANY, _MORE = 2, 64
 # How many slots may be run, and columns beside a few be read, for each that is needed, before these are copied for the
-# call: a copy of a column takes as long as to read two more.
+# call: what is copied is read and written before the call reads it.
 _VAIN, _ASIDE, _BESIDE = 1.25, 3, 64
-# So many columns of a row are read at little cost, whatever texts they are of.
+# How many columns texts that share a row may have together, if none has more by itself.
 _ROW = 512
 
 
