@@ -31,6 +31,8 @@ from servers import PROMPTS, Site
 GROWTH = 0.05
 # Rounding makes a token of some thousands another one: so large a share of the answers, or so few, may differ by it.
 ROUNDED, FEW = 0.03, 3
+# Tokens of past prompts that a server keeps: so few that they are there before its memory is judged.
+KEPT = 2048
 # Seconds between two looks at memory.
 LOOK = 5.0
 # (what a request asks of softmeet, the most tokens of it)
@@ -301,8 +303,8 @@ async def soaked(
     seconds: float, clients: int, kill_every: float, seed: int, *, reproducible: bool, arguments: list[str]
 ) -> Soak:
     """Start both servers, and load them for so many seconds."""
-    given = ["wide", "narrow", "--threads", "1", "--batch", "16", "--queue", "32", *arguments]
-    given += ["--reproducible"] if reproducible else []
+    given = ["wide", "narrow", "--threads", "1", "--batch", "16", "--queue", "32", "--keep-tokens", str(KEPT)]
+    given += [*arguments, *["--reproducible"] * reproducible]
     steady, mortal = sites = [Site(name, given) for name in ("steady", "killed")]
     try:
         await asyncio.gather(*(site.start() for site in sites))

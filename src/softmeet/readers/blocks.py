@@ -65,7 +65,7 @@ class Seat:
     @property
     def length(self) -> int:
         """The number of tokens that were run."""
-        return len(self.path)
+        return len(self._path) + (self.block.late if self.block is not None else 0)
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ class KeysAndValues:
         if not (left := len(block.seats)):
             return
         # To look at all others each time that one of many leaves would take longer than what it saves.
-        is_seen = block.slots <= _TOO_MANY or (left > _ROOM and block.looked < 2 * left)
+        is_seen = block.slots <= _TOO_MANY or block.looked < 2 * left
         if gone <= _TOO_MANY * _ROOM and is_seen:
             return
         block.looked = len(block.seats)
