@@ -460,14 +460,34 @@ def test_few_of_many_texts_are_read_on_without_what_the_others_have():
         finished(reader.read([read(rows[0], [1 + k])]))
         texts[0].append(1 + k)
     note = lambda module, given, options: shapes.append((options["input_ids"].shape, options["attention_mask"].shape))  # noqa: E731
-    reader.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    noted = reader.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     told = finished(reader.read([read(rows[k], [9, 8, 7]) for k in (2, 5)])).log_probs()
+    noted.remove()
     ((ids, mask),) = shapes
     assert ids == (2, 3)
     assert mask[-1] == len(texts[5]) + 3
     for k, own in zip((2, 5), told, strict=True):
         alone = finished(reader.read([read(reader.open(reuse=False), [*texts[k], 9, 8, 7])])).log_probs()
         assert torch.allclose(own, alone[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_a_text_takes_back_leaves_no_columns_to_be_read(at_once):
+    """As of drafts that are wrong: a text by itself is as wide as it is long, and needs no mask."""
+    reader, masks = tiny_reader(at_once=at_once), []
+    row, text = reader.open(reuse=False), [1, 2, 3]
+    finished(reader.read([read(row, text)]))
+    hook = lambda module, given, options: masks.append(options["attention_mask"])  # noqa: E731
+    hooked = reader.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    for k in range(30):
+        told = finished(reader.read([read(row, [4 + k, 5, 6, 7])])).log_probs()
+        reader.crop(row, row.length - 3)
+        text.append(4 + k)
+    hooked.remove()
+    assert all(mask is None for mask in masks)
+    assert row.seat.block.end == len(text)
+    alone = finished(reader.read([read(reader.open(reuse=False), [*text, 5, 6, 7])])).log_probs()
+    assert torch.allclose(told, alone, atol=1e-9)
 
 
 def test_texts_with_few_new_tokens_share_a_row_of_a_call():

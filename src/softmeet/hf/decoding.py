@@ -314,15 +314,13 @@ class Drafting(MemberTurns):
         Returns:
             whether there is one: none where a processor of scores fails, as where a draft has led to a dead end.
         """
-        written, live = self._steps.written, self._live
-        ahead = written.ids.new_full((len(written.ids), len(self.texts[0].drafts)), written.padding)
-        ahead[live] = torch.tensor([one.drafts for one in self.texts], dtype=ahead.dtype, device=ahead.device)
-        hopeful = torch.zeros_like(written.unfinished)
-        hopeful[live] = torch.tensor(self._hopeful, device=hopeful.device)
+        written, live, count = self._steps.written, self._live, len(self.texts[0].drafts)
+        ahead, hopeful = [[written.padding] * count for _ in written.ids], [False] * len(written.ids)
+        for k, one, own in zip(live, self.texts, self._hopeful, strict=True):
+            ahead[k], hopeful[k] = one.drafts, own
+        ids = torch.cat([written.ids, written.ids.new_tensor(ahead)], -1) if count else written.ids
         try:
-            chosen, _ = written.chosen(
-                torch.cat([written.ids, ahead], -1), self._steps.spread(live, log_probs), hopeful
-            )
+            chosen, _ = written.chosen(ids, self._steps.spread(live, log_probs), ids.new_tensor(hopeful).bool())
         except Exception:  # What is no draft's fault is raised again when the rule is asked.
             return False
         for k, one in zip(live, self.texts, strict=True):

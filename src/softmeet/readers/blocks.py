@@ -91,6 +91,8 @@ class Block:
         seats: all that are in the block.
         late: how many of the last columns all seats have that their paths do not list yet.
         looked: how many seats there were, at most, since it was looked whether the block is too large.
+        in_place: what the last call in place has made of the layers, with its (slots, first column); None if it is to be
+            made anew.
         steady: what is kept between calls in which all seats get one token more; None if there is nothing to keep.
     """
 
@@ -100,6 +102,7 @@ class Block:
         self.seats = list[Seat]()
         self.late = self.looked = 0
         self.steady: Any = None
+        self.in_place: tuple[tuple[int, int], list[InPlace]] | None = None
 
     def catch_up(self) -> None:
         """Have all seats' paths list the columns that are late."""
@@ -318,9 +321,12 @@ class Call:
     def layers(self, layout: Sequence[tuple[Place, Place]]) -> list[Any]:
         """Return the layers' caches, of what the call reads."""
         block = self.block
-        if not self._apart:
-            return [InPlace(block, place, len(self._rows), block.end - self.wide) for place in layout]
-        return [Apart(block, place, self) for place in layout]
+        if self._apart:
+            return [Apart(block, place, self) for place in layout]
+        where = len(self._rows), block.end - self.wide
+        if block.in_place is None or block.in_place[0] != where:
+            block.in_place = where, [InPlace(block, place, *where) for place in layout]
+        return block.in_place[1]
 
     def cells_of(self, known: Float[Tensor, "slots heads columns d"]) -> Int[Tensor, "rows heads k"]:
         """Return which cells of keys or values the call reads, counted through slots, heads and columns, new ones last.
@@ -344,8 +350,11 @@ class Call:
         return self._cells.setdefault((heads, place), found)
 
     def mask(self, masks: Masks) -> Any:
-        """Return the attention mask: of columns at the left where that is all, else of each new token's own."""
+        """Return the attention mask: none for one text, of columns at the left where that is all, else of each token's.
+        """
         many, new, width = len(self._rows), self.new, self.wide + self.new
+        if self._whole and many == 1:
+            return None
         if self._whole:
             starts = np.full(many, self.wide)
             for path, (row, _) in zip(self._paths, self.places, strict=True):

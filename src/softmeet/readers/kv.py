@@ -120,6 +120,7 @@ class KeysAndValues:
             block.seats.remove(seat)
             if not block.seats:
                 self._blocks.remove(block)
+                block.in_place = None  # which refers to the block
         seat.block, seat.path = None, NOTHING
 
     def fork(self, seat: Seat) -> Seat:
@@ -248,6 +249,12 @@ class KeysAndValues:
         """Put the columns of tokens that were run behind a seat's path."""
         seat.path = np.concatenate((seat.path, columns))
 
+    def crop(self, seat: Seat, length: int) -> None:
+        """Take back the tokens behind the first ``length``; in a block of its own, their columns come into use again."""
+        seat.path = seat.path[:length]
+        if (block := seat.block) is not None and len(block.seats) == 1:
+            block.end = int(seat.path[-1]) + 1 if length else 0
+
     @torch.inference_mode()
     def drop(self, seat: Seat, columns: Path) -> None:
         """Clear what a text does not get of a call, since what was computed there is no number: 0 · NaN would be NaN.
@@ -340,7 +347,7 @@ class KeysAndValues:
                 seat.slot, seat.path = slot, end - len(columns) + np.searchsorted(columns, seat.path)
         block.change()
         block.tensors, block.slots, block.columns, block.end = made.tensors, made.slots, made.columns, made.end
-        block.ids = made.ids
+        block.ids, block.in_place = made.ids, None
         self._blocks.remove(made)
 
     def _new(self, slots: int, end: int, new: int, *, room: bool = True) -> Block:

@@ -241,7 +241,7 @@ class TransformersReader(ModelReader[_Text]):
             raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
         if length < one.length:
             one.last, one.pending, one.length = None, (), length
-            one.seat.path = one.seat.path[: len(one.own) + length]
+            self._kv.crop(one.seat, len(one.own) + length)
 
     def close(self, row: Row) -> None:
         """Close a row, and free the memory of what no other row or kept text shares."""
