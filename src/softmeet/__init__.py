@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from softmeet._auto import register as _register
 from softmeet._version import __version__
-from softmeet.startup import paused_collection
+from softmeet.startup import few_spins, paused_collection
 
 if TYPE_CHECKING:
     RULES: tuple[Rule, ...]
@@ -59,6 +59,7 @@ _HOMES = {
     "time_limit": "softmeet.solvers.clock",
 }
 
+few_spins()
 _register()
 
 

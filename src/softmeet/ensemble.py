@@ -28,7 +28,7 @@ from softmeet.hf.streaming import DisagreementStreamer, PieceStreamer, streamed
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
 from softmeet.members import zoo
-from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable
+from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable, with_engines
 from softmeet.members.passages import Passage
 from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
@@ -118,7 +118,8 @@ class Ensemble:
             >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
             ['wide/gpt2', 'wide/llama']
         """
-        saved, names = saved_config(members), member_names(members)
+        saved = saved_config(members)
+        names = with_engines(member_names(members), dtype, device)
         any_average = saved is None and rule is None
         given = {name: value for name, value in {"rule": rule, **settings}.items() if value is not None}
         if saved is None:

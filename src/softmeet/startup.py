@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,20 @@ from unittest.mock import patch
 _READ = "create_import_structure_from_path"
 _AVAILABLE = ("is_scipy_available", "is_torchao_available")
 _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+
+# How often a thread of GNU's OpenMP looks whether the others have come before it sleeps, unless the environment says.
+_SPINS = "1000"
+
+
+def few_spins() -> None:
+    """Have threads that wait for each other give way soon, so that a busy machine does not bring llama.cpp to a halt.
+
+    Two threads of llama.cpp beside two other busy processes write some 18 tokens a second so, and else one in two
+    seconds; idle it makes no difference. GNU's OpenMP reads this when it is loaded, by torch or by llama.cpp: imported
+    after torch, softmeet changes nothing. A number that the environment has stays.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 @contextmanager

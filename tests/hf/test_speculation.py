@@ -538,7 +538,7 @@ def test_members_that_were_dequantised_on_loading_draft_as_any_in_single_precisi
     llama = tf.LlamaForCausalLM(tf.LlamaConfig(**{**tiny.SMALL, "vocab_size": len(tokenizer)}))
     for file in files:
         gguf_files.write(file, llama, tokenizer, bits=8)
-    model = Ensemble.from_pretrained(files, "logit-mean").model
+    model = Ensemble.from_pretrained([f"{file}+engine=transformers" for file in files], "logit-mean").model
     assert {own.dtype for own in model.parameters()} == {torch.float32}
     calls = Calls(model, monkeypatch)
     made(model, None, 1, count=20, suppress_tokens=[0])

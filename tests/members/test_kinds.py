@@ -122,12 +122,23 @@ KINDS = {
         (Member(str(f / "other")), plain(f, "other"), str),
     ],
     "gguf": lambda f: [
-        (Member(str(f / "files"), file="a.gguf"), dequantised(f, "a.gguf"), str),
-        (Member(str(f / "files" / "b.gguf"), prompt=PROMPT), dequantised(f, "b.gguf"), lambda text: PROMPT + text),
+        (Member(str(f / "files"), file="a.gguf", engine="transformers"), dequantised(f, "a.gguf"), str),
+        (
+            Member(str(f / "files" / "b.gguf"), prompt=PROMPT, engine="transformers"), dequantised(f, "b.gguf"),
+            lambda text: PROMPT + text,
+        ),
+    ],
+    "native": lambda f: [
+        (Member(str(f / "files"), file="a.gguf", engine="llama.cpp"), dequantised(f, "a.gguf"), str),
+        (
+            Member(str(f / "files" / "a.gguf"), prompt=PROMPT, engine="llama.cpp"), dequantised(f, "a.gguf"),
+            lambda text: PROMPT + text,
+        ),
+        (Member(str(f / "files" / "b.gguf"), engine="transformers"), dequantised(f, "b.gguf"), str),
     ],
 }  # fmt: skip
 # Of members that compute in less than double precision.
-ROUNDED = ("dtype", "quantised")
+ROUNDED = ("dtype", "quantised", "native")
 
 
 class Kind:

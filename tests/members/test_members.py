@@ -292,7 +292,7 @@ def test_gguf_files_need_packages(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").touch()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"GGUF files need more packages: .*\[gguf\]'"):
-        load_members([tmp_path / "a.gguf"])
+        load_members([f"{tmp_path / 'a.gguf'}+engine=transformers"])
 
 
 @pytest.mark.parametrize("dtype", ["foo", "int8", "float8_e4m3fn", torch.int8, 3, ["float32", "bf16"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import byte_tokenizers
 import gguf_files
@@ -83,8 +84,10 @@ def test_a_plan_counts_what_a_checkpoint_says_of_itself_and_what_is_dequantised(
     tokenizer = byte_tokenizers.byte_level()
     config = tf.LlamaConfig(**{**tiny.SMALL, "vocab_size": len(tokenizer)})
     gguf_files.write(file, tf.LlamaForCausalLM(config), tokenizer, bits=8)
-    parts = plan([file]).parts
-    (model,) = load_members([file])
+    as_stored = [part.bytes for part in plan([f"{file}+engine=llama.cpp"]).parts if part.what == "body"]
+    assert as_stored == [Path(file).stat().st_size]
+    parts = plan([f"{file}+engine=transformers"]).parts
+    (model,) = load_members([f"{file}+engine=transformers"])
     dense = sum(parameter.nbytes for parameter in model.parameters())
     assert sum(part.bytes for part in parts if part.what in ("body", "head")) == dense
 

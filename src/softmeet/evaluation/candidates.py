@@ -22,7 +22,7 @@ from softmeet.evaluation.perplexity import distinct_names
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise, premise_at
 from softmeet.evaluation.scoring import Average, Text
-from softmeet.members.opaque import NoHead
+from softmeet.members.opaque import OpaqueHead
 from softmeet.rules.pools import PowerMean
 from softmeet.rules.registry import DEFAULT
 from softmeet.rules.settings import Settings, parse_rule
@@ -160,7 +160,8 @@ class Fitter:
         if self.options.signed_weights:
             candidates.append(fits.signed(averages[0]))
         best, premise = min(averages, key=lambda candidate: candidate.fit_nll), list[Premise]()
-        if self.options.meets and not any(isinstance(head, NoHead) for head in self.ensemble.model.combiner.heads):
+        heads = self.ensemble.model.combiner.heads
+        if self.options.meets and not any(isinstance(head, OpaqueHead) and head.is_told for head in heads):
             few = part.spread(self.options.premise_positions).positions
             pool = {name: best.settings[name] for name in ("weights", "pool", "free_weights")}
             premise = premise_at(self.ensemble, [(few.hidden, few.targets)], **DEFAULTS | pool)

@@ -21,6 +21,7 @@ from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member, require_loadable
 from softmeet.members.member import Member
+from softmeet.members.native import TRANSFORMERS, is_gguf
 from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
 from softmeet.members.registered import is_registered
@@ -65,7 +66,7 @@ def member_names(members: Sequence[Named] | Named) -> list[str]:
 
 
 def absolute(names: Sequence[str], base: Path) -> list[str]:
-    """Turn the relative paths of saved members into absolute ones; return members without such paths unchanged.
+    """Turn the relative paths of saved members into absolute ones; GGUF files that name no engine are transformers'.
 
     Args:
         names: the saved members, each as a line of text; sources and adapters that begin with a dot are paths relative
@@ -87,7 +88,8 @@ def absolute(names: Sequence[str], base: Path) -> list[str]:
             )
         return there
 
-    return [str(_moved(Member.parse(name), found)) for name in names]
+    moved = [_moved(Member.parse(name), found) for name in names]
+    return [str(replace(one, engine=one.engine or TRANSFORMERS) if is_gguf(one) else one) for one in moved]
 
 
 def relative(names: Sequence[str], base: Path) -> list[str]:

@@ -19,9 +19,11 @@ from transformers.integrations.accelerate import _get_device_map
 from softmeet.engine.combine import rows_at_once
 from softmeet.errors import InvalidInputError
 from softmeet.members import quantized
+from softmeet.members.gguf_file import GgufFile, read_gguf
 from softmeet.members.huggingface import Dtype, dtype_of, placed, random_member
 from softmeet.members.member import Member
 from softmeet.members.names import find_adapter
+from softmeet.members.native import is_native, number, path_of
 from softmeet.members.placement import Device, device_map_of, main_device
 
 _FP64 = 8
@@ -101,6 +103,11 @@ class _Shape:
         return self.model.config.get_text_config(decoder=True)
 
     @property
+    def limit(self) -> int | None:
+        """The number of tokens of its context; None if nothing limits it."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def head(self) -> torch.Size:
         """The shape of the head's weight, (v, d); (v, v) for a model without an output layer that can be read."""
         layer, v = self.model.get_output_embeddings(), self.config.vocab_size
@@ -128,6 +135,40 @@ class _Shape:
         """Return a part that belongs to this member: ``size`` bytes of the kind ``what`` on the device ``place``."""
         dtype = self.quantization if what == "body" and self.quantization else self.model.dtype
         return PlanPart(self.name, what, place, str(dtype).removeprefix("torch."), size)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A GGUF file that llama.cpp runs as it is, of which the same is known.
+
+    Attributes:
+        name: the member's name.
+        file: what the file says.
+        context: the most tokens of a text that were asked for; None for the file's own.
+    """
+
+    name: str
+    file: GgufFile
+    context: int | None
+    home = "cpu"
+
+    @property
+    def limit(self) -> int | None:
+        """The number of tokens of its context."""
+        return self.context or self.file.context
+
+    @property
+    def head(self) -> torch.Size:
+        """The shape of the head's weight, (v, d)."""
+        return torch.Size(self.file.tensors["token_embd.weight"].shape)
+
+    def cache_bytes(self, batch: int, context: int) -> int:
+        """Count the bytes of keys and values, in half precision; the library makes room for all of a text."""
+        return batch * context * self.file.bytes_a_token
+
+    def part(self, what: str, place: str, size: int) -> PlanPart:
+        """Return a part that belongs to this member."""
+        return PlanPart(self.name, what, place, "float16" if what == "cache" else "as stored", size)
 
 
 def plan(
@@ -162,8 +203,7 @@ def plan(
         )
     members = placed(names, dtype, device)
     shapes = [_shape(member, own_dtype, own_device, trust_remote_code) for member, own_dtype, own_device in members]
-    limits = [getattr(shape.config, "max_position_embeddings", None) for shape in shapes]
-    length = context or min((limit for limit in limits if limit is not None), default=1)
+    length = context or min((shape.limit for shape in shapes if shape.limit is not None), default=1)
     tokens = {shape.name: shape.cache_bytes(1, 1) for shape in shapes}
     v, widths = max(shape.head[0] for shape in shapes), [shape.head[1] for shape in shapes]
     rows = min(batch, rows_at_once(v, len(shapes)))
@@ -197,8 +237,10 @@ def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
     return _FP64 * (rows * v * (4 * n + 4) + 2 * width**2)
 
 
-def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
+def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape | _File:
     """Build a member without weights, and place its modules; transformers works out a strategy such as ``"auto"``."""
+    if is_native(member):
+        return _File(str(member), read_gguf(path_of(member), member.title).without_lists(), number(member, "context"))
     asked = member.quantization
     if asked is not None:
         quantized.require(asked, device)
@@ -211,8 +253,10 @@ def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool
     return _Shape(str(member), model, places, quantized.planned_bytes(model, quantizer), asked)
 
 
-def _weights(shape: _Shape) -> list[PlanPart]:
+def _weights(shape: _Shape | _File) -> list[PlanPart]:
     """List a member's parts "body" and "head" by device and, for offloaded weights, "streamed" and "head copy"."""
+    if isinstance(shape, _File):
+        return [shape.part("body", shape.home, shape.file.size)]
     layer, home = shape.model.get_output_embeddings(), shape.home
     head = set() if layer is None else set(layer.parameters())
     found: dict[tuple[str, str], int] = defaultdict(int)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from softmeet.engine.ask import Members
+from softmeet.heads import SoftmaxHead
 from softmeet.members.reader_model import ReaderModel
 from softmeet.members.trunk import require_cache
 from softmeet.readers.guarded import GuardedReader
@@ -66,7 +67,7 @@ class ReadMembers:
         """
         model, head = self.members[i], self.member_heads[i]
         if isinstance(model, ReaderModel):
-            return GuardedReader(model.reader)
+            return GuardedReader(model.reader, head if isinstance(head, SoftmaxHead) else None)
         if others_than_keys_and_values(require_cache(model).config):
             return RecurrentReader(model, self.tokenizer, name, head)
         return TransformersReader(model, self.tokenizer, name, (), kept_tokens, head)

@@ -11,6 +11,7 @@ from softmeet.engine.unread import AVERAGE, reader_of, unreadable
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.members.heads import head_of
 from softmeet.members.opaque import OpaqueHead
+from softmeet.members.reader_model import ReaderModel
 
 _log = logging.getLogger("softmeet")
 
@@ -38,6 +39,9 @@ def reading(config: EnsembleConfig, *, any_average: bool = False) -> Callable[[s
     """
 
     def check(name: str, model: PreTrainedModel) -> None:
+        # Of a GGUF file's head, that a rule reads it has to be said.
+        if isinstance(model, ReaderModel) and reader_of(config.settings) is not None and not any_average:
+            model.open_head()
         if reader_of(config.settings) is not None and isinstance(head := head_of(model), OpaqueHead):
             _settle(config, name, head.why, head.remedy, any_average)
 

@@ -51,10 +51,10 @@ def replace_weight(head: Head, model: PreTrainedModel) -> Head:
     """Return ``head`` with the model's present weight and bias, after the model has changed device or dtype.
 
     ``head`` is a result of :func:`head_of` or of this function for the same model. It is returned itself if the model's
-    output layer is offloaded, since it holds a copy of that layer, and if it is opaque.
+    output layer is offloaded or a GGUF file's, since it holds a copy of that layer, and if it is opaque.
     """
     layer = model.get_output_embeddings()
-    if isinstance(head, OpaqueHead) or layer.weight.is_meta:
+    if isinstance(head, OpaqueHead) or layer is None or layer.weight.is_meta:
         return head
     return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap, head.norm)
 

@@ -18,10 +18,11 @@ from softmeet.errors import InvalidInputError
 from softmeet.members import names as known
 from softmeet.members import quantized, refused, zoo
 from softmeet.members.adapters import adapted, require_adapter
+from softmeet.members.gguf_tokenizer import known_file
 from softmeet.members.member import Member
+from softmeet.members.native import has_reader, is_gguf, path_of, reader_of, require_reader, with_engine
 from softmeet.members.placement import Device, computes_on_cpu, device_map_of, require_device
 from softmeet.members.reader_model import ReaderModel
-from softmeet.members.registered import is_registered, registered_reader
 from softmeet.members.zoo import Named
 
 Dtype = torch.dtype | str | None
@@ -72,7 +73,7 @@ def load_members(
         key, base = (_key(one, own_dtype, own_device) for one in (member.weights, member.base))
         if key not in shared:
             on_progress(str(member))
-        if is_registered(member) and key not in shared:
+        if has_reader(member) and key not in shared:
             shared[key] = ReaderModel(member)
         if base not in shared and key not in shared:
             folder = None if offload_folder is None else Path(offload_folder) / str(len(members))
@@ -107,9 +108,27 @@ def placed(
     members = [Member.parse(name) for name in _expanded(names)]
     dtypes, devices = one_each(dtype, "dtype", len(members)), one_each(device, "device", len(members))
     return [
-        (member, member.dtype or own or quantized.DTYPES.get(member.quantization or ""), member.device or place)
+        (
+            with_engine(member, changed=own is not None or place not in (None, "cpu")),
+            member.dtype or own or quantized.DTYPES.get(member.quantization or ""),
+            member.device or place,
+        )
         for member, own, place in zip(members, dtypes, devices, strict=True)
     ]
+
+
+def with_engines(
+    names: Sequence[Named], dtype: Dtype | Sequence[Dtype] = None, device: Device | Sequence[Device] = None
+) -> list[str]:
+    """Return each member as a line of text in which GGUF files name the engine that runs them.
+
+    Args:
+        names, dtype, device: as for :func:`load_members`.
+
+    Raises:
+        InvalidInputError, CheckpointError: as of :func:`softmeet.members.native.with_engine`.
+    """
+    return [str(member) for member, _, _ in placed(names, dtype, device)]
 
 
 def require_loadable(
@@ -145,8 +164,8 @@ def require_loadable(
             quantized.require(member.quantization, own_device)
     methods: dict[Member, str | None] = {}
     for base in dict.fromkeys(member.base for member, _, _ in members):
-        if is_registered(base):
-            registered_reader(base)
+        if has_reader(base):
+            require_reader(base)
             continue
         where = _checkpoint_of(base, trust_remote_code)
         if "gguf_file" not in where:  # of which reading the configuration alone takes as long as reading all
@@ -196,8 +215,10 @@ def load_tokenizers(names: Sequence[Named], *, trust_remote_code: bool = False) 
 
 
 def _tokenizer(base: Member, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    if is_registered(base):
-        return registered_reader(base).alphabet.tokenizer
+    if is_gguf(base):
+        return known_file(path_of(base), base.title)[1]
+    if has_reader(base):
+        return reader_of(base).alphabet.tokenizer
     where = _checkpoint_of(base, trust_remote_code)
     folder = _folder(where)
     if folder.is_dir() and "gguf_file" not in where:

@@ -41,6 +41,10 @@ class Member:
         dtype: of the weights, such as ``bfloat16``; None for what ``dtype`` of ``Ensemble.from_pretrained`` says.
         quantization: the kind of quantisation in which the weights are loaded, such as ``int8``; None for the
             checkpoint's own.
+        engine: what runs a GGUF file: ``llama.cpp``, as it is, or ``transformers``, which dequantises it; None for
+            llama.cpp where that is installed and no adapter, dtype, quantisation or device is asked for.
+        context: the most tokens of a text of a GGUF file that llama.cpp runs; None for those that the file names.
+        gpu_layers: how many layers of such a file are put on a GPU, where the library has one; None for none.
         name: what the member is called where it is shown; None for a name made of the others.
 
     Raises:
@@ -64,6 +68,9 @@ class Member:
     device: str | None = None
     dtype: str | None = None
     quantization: str | None = None
+    engine: str | None = None
+    context: str | None = None
+    gpu_layers: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:

@@ -50,6 +50,11 @@ class OpaqueHead:
         return head_device(self.model)
 
     @property
+    def is_told(self) -> bool:
+        """Whether there is nothing to be read, as the model's logits stand in for its hidden states."""
+        return gives_logits(self.model)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the model computes."""
         return self.model.dtype  # type: ignore[no-any-return]
@@ -87,6 +92,11 @@ class NoHead(OpaqueHead):
     def device(self) -> torch.device:
         """The device on which log-probabilities come."""
         return torch.device("cpu")
+
+    @property
+    def is_told(self) -> bool:
+        """True: log-probabilities stand in for hidden states."""
+        return True
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.errors import InvalidInputError
 from softmeet.members import names as known
 from softmeet.members.member import SLOT, Member
-from softmeet.members.registered import is_registered
+from softmeet.members.native import has_reader
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
@@ -69,7 +69,7 @@ def require_room(members: Sequence[str], tokenizers: Sequence[PreTrainedTokenize
     """
     for member, tokenizer in zip(map(Member.parse, members), tokenizers, strict=True):
         before = prefix_of(member, tokenizer)
-        if before is None or is_registered(member):
+        if before is None or has_reader(member):
             continue
         where = known.find(member)
         if "gguf_file" in where:  # of which reading the configuration alone takes as long as reading all

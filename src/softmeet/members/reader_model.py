@@ -1,4 +1,4 @@
-"""A registered reader as a causal language model of transformers, as which an ensemble holds every member."""
+"""A reader as a causal language model of transformers, as which an ensemble holds every member."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.member import Member
-from softmeet.members.opaque import OpaqueHead
-from softmeet.members.placement import let_give_logits
-from softmeet.members.registered import registered_reader
+from softmeet.members.native import is_native, reader_of
+from softmeet.members.opaque import Head, OpaqueHead
+from softmeet.members.placement import LOGITS, let_give_logits
+
+# Why a head cannot be read, for messages.
+_READER = "is not there: it is a reader, which tells logits alone"
+_LLAMA = "is llama.cpp's, and read only where a rule that reads it is named"
 
 
 class ReaderModel(PreTrainedModel, GenerationMixin):
-    """A registered reader as a causal language model, which reads each text anew; decoding uses the reader itself.
+    """A reader as a causal language model, which reads each text anew; decoding uses the reader itself.
 
     Its one parameter tells it from other members, as weights tell models: it is made of the member's line of text.
 
     Args:
-        member: the member, of which :func:`softmeet.members.registered.is_registered` is true.
+        member: the member, of which :func:`softmeet.members.native.has_reader` is true.
 
     Attributes:
         reader: the reader.
@@ -41,7 +45,7 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
 
     def __init__(self, member: Member) -> None:
-        reader = registered_reader(member)
+        reader = reader_of(member)
         tokenizer, v = reader.alphabet.tokenizer, reader.alphabet.size
         config = PreTrainedConfig(
             vocab_size=v, max_position_embeddings=reader.limit if reader.limit < 1 << 30 else None,
@@ -49,11 +53,23 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
             eos_token_id=sorted(reader.alphabet.ends) or None,
         )  # fmt: skip
         super().__init__(config)
-        mark = hashlib.sha256(member.source.encode()).digest()
+        mark = hashlib.sha256(str(member.base).encode()).digest()
         self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
         self.reader, self._member = reader, member.base
         let_give_logits(self)
-        self.head = OpaqueHead(self, v, v, "is not there: it is a reader, which tells logits alone")
+        self.head: Head = OpaqueHead(self, v, v, _LLAMA if is_native(member) else _READER)
+
+    def open_head(self) -> None:
+        """Have the head be read, and the reader tell hidden states, if it is a GGUF file's and that was not done.
+
+        Raises:
+            UnsupportedHeadError: if the head is not what makes the reader's logits.
+        """
+        opens = getattr(self.reader, "open_head", None)
+        if opens is not None and isinstance(self.head, OpaqueHead):
+            self.head = opens()
+            del vars(self)[LOGITS]
+            self.model = _Trunk(self.reader)
 
     def __reduce__(self) -> Any:
         """Have a copy in another process make its reader there."""
@@ -85,11 +101,35 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         Raises:
             InvalidInputError: if a cache is given, or a text is longer than the reader's limit.
         """
-        if cache is not None:
-            raise InvalidInputError(f"expected no cache for {self.reader.name}, which is read by its reader's rows")
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        texts = [row[mask].tolist() for row, mask in zip(input_ids, real.bool(), strict=True)]
-        told = self.reader.read_whole(texts, [range(1, len(text) + 1) for text in texts]).logits()
-        found: Float[Tensor, "B t v"] = told.new_zeros(*input_ids.shape, told.shape[-1])
-        found[real.bool()] = told
-        return CausalLMOutput(logits=found.to(input_ids.device))
+        return CausalLMOutput(logits=_told(self.reader, "logits", input_ids, attention_mask, cache))
+
+
+class _Trunk(nn.Module):
+    """What of a reader gives hidden states."""
+
+    def __init__(self, reader: Any) -> None:
+        super().__init__()
+        self._reader = reader
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B t"],
+        attention_mask: Int[Tensor, "B t"] | None = None,
+        cache: Any = None,
+        **options: Any,
+    ) -> BaseModelOutput:
+        return BaseModelOutput(_told(self._reader, "hidden", input_ids, attention_mask, cache))
+
+
+def _told(
+    reader: Any, what: str, input_ids: Int[Tensor, "B t"], attention_mask: Int[Tensor, "B t"] | None, cache: Any
+) -> Float[Tensor, "B t w"]:
+    """Read texts from their beginnings; returns their ``logits`` or ``hidden`` states, zeros at padding."""
+    if cache is not None:
+        raise InvalidInputError(f"expected no cache for {reader.name}, which is read by its reader's rows")
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+    texts = [row[mask].tolist() for row, mask in zip(input_ids, real.bool(), strict=True)]
+    told = getattr(reader.read_whole(texts, [range(1, len(text) + 1) for text in texts]), what)()
+    found: Float[Tensor, "B t w"] = told.new_zeros(*input_ids.shape, told.shape[-1])
+    found[real.bool()] = told
+    return found.to(input_ids.device)

@@ -47,7 +47,10 @@ def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedToken
         VocabularyMismatchError: if the vocabularies differ in another way, or no tokenizer encodes ordinary text into
             common tokens alone; the message names ids that differ.
     """
-    every = [_by_id(tokenizer) for tokenizer in tokenizers]
+    # GGUF files of one family share what is behind their tokenizers.
+    cores = [id(getattr(tokenizer, "_tokenizer", tokenizer)) for tokenizer in tokenizers]
+    known = {core: _by_id(tokenizer) for core, tokenizer in dict(zip(cores, tokenizers, strict=True)).items()}
+    every = [known[core] for core in cores]
     added = [set(tokenizer.added_tokens_decoder) for tokenizer in tokenizers]
     ordinary = [{i: word for i, word in own.items() if i not in new} for own, new in zip(every, added, strict=True)]
     for k, own in enumerate(every):

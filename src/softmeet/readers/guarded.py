@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import NonFiniteError, ReaderError, SoftmeetError
+from softmeet.heads import SoftmaxHead
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class GuardedReader(Reader):
 
     Args:
         reader: the other one.
+        head: what makes logits of its hidden states, which are then told, too; None to tell logits alone.
 
     Example:
         >>> from softmeet.testing import Uniform
@@ -41,8 +43,8 @@ class GuardedReader(Reader):
         softmeet.errors.NonFiniteError: expected numbers of torn that make a distribution, got NaN or +inf
     """
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    def __init__(self, reader: Reader, head: SoftmaxHead | None = None) -> None:
+        self._reader, self.head = reader, head
         self.name, self.alphabet, self.limit = reader.name, reader.alphabet, reader.limit
         self.traits = reader.traits
 
@@ -53,7 +55,7 @@ class GuardedReader(Reader):
 
     def __reduce__(self) -> Any:
         """Have a copy guard a copy."""
-        return GuardedReader, (self._reader,)
+        return GuardedReader, (self._reader, self.head)
 
     @property
     def bytes(self) -> int:
@@ -108,8 +110,8 @@ class GuardedReader(Reader):
             else:
                 errors[k] = error
         told, most = torch.tensor(places, dtype=torch.long), found.bounds()
-        # Logits alone: the ensemble knows of no head that would make them of hidden states.
-        return Given(logits[told], counts, errors, found.work, None if most is None else most[told])
+        hidden = None if self.head is None else found.hidden(told)
+        return Given(logits[told], counts, errors, found.work, None if most is None else most[told], hidden)
 
     def _harm(self, one: Read, before: int, own: Float[Tensor, "t v"]) -> SoftmeetError | None:
         """Return which law an answer to one read breaks; None if it breaks none.

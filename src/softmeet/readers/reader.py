@@ -209,6 +209,7 @@ class Given(Predictions):
         found: (k, v), the logits at all places, in nats.
         counts, errors, work: as of :class:`Predictions`.
         most: (k,), the bounds of :meth:`Predictions.bounds`; None if all symbols are known.
+        hidden: (k, d), the last hidden states at all places; None of a reader that has no head.
 
     Example:
         >>> import torch
@@ -223,9 +224,18 @@ class Given(Predictions):
         errors: Mapping[int, SoftmeetError] | None = None,
         work: Work | None = None,
         most: Float[Tensor, " k"] | None = None,
+        hidden: Float[Tensor, "k d"] | None = None,
     ) -> None:
         super().__init__(counts, errors, work)
-        self._found, self._most = found, most
+        self._found, self._most, self._hidden = found, most, hidden
+
+    def hidden(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k d"]:
+        """Return the last hidden states at some places."""
+        return super().hidden(places) if self._hidden is None else self._hidden[places]
+
+    def states(self) -> Float[Tensor, "k _"]:
+        """Return hidden states, or log-probabilities where there are none."""
+        return self.log_probs() if self._hidden is None else self._hidden
 
     def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return logits at some places."""

@@ -1,0 +1,257 @@
+"""The beginning of a GGUF file: what it says of its model, and where its tensors are, read without the weights.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from softmeet.members.refused import cannot_load
+
+# Of each type of tensors, by its number: (how many weights are in a block, how many bytes it has).
+_BLOCKS = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    40: (64, 36), 41: (128, 18),
+}  # fmt: skip
+_FLOATS = frozenset((0, 1, 28, 30))
+# Of each type of values that have one size, by its number, its format.
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+# What no file that people use comes near.
+_MOST_DIMENSIONS, _MOST_ALIGNMENT = 4, 1 << 16
+
+_MOST_LAYERS = 512
+# Longer lists than one number a layer.
+_LONG = 1024
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is: its shape as torch has it, the number of its type, its first byte, and how many it has."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class GgufFile:
+    """What a GGUF file says of itself before its weights; made by :func:`read_gguf`.
+
+    Attributes:
+        path: the file.
+        said: its metadata, by key, arrays as lists.
+        tensors: where each tensor is, by name.
+        size: the bytes of the file; of one in several parts, of all of them.
+
+    Example:
+        >>> GgufFile(Path("a.gguf"), {"general.architecture": "qwen2", "qwen2.context_length": 4096}, {}, 0).context
+        4096
+    """
+
+    path: Path
+    said: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    size: int
+
+    @property
+    def architecture(self) -> str:
+        """The kind of model, as llama.cpp calls it."""
+        return str(self.said["general.architecture"])
+
+    def own(self, key: str) -> Any:
+        """Return what is said under a key of the architecture's own, such as ``block_count``; None if nothing is."""
+        return self.said.get(f"{self.architecture}.{key}")
+
+    @property
+    def context(self) -> int | None:
+        """The number of tokens of the texts that the model was trained on; None if it is not said."""
+        found = self.own("context_length")
+        return found if isinstance(found, int) and found > 0 else None
+
+    @cached_property
+    def is_quantised(self) -> bool:
+        """Whether some weights are stored in blocks with a common scale."""
+        return any(one.kind not in _FLOATS for one in self.tensors.values())
+
+    @property
+    def bytes_a_token(self) -> int:
+        """The bytes of a token's keys and values in half precision; 0 if what is said does not tell."""
+        layers, width, heads = (self.own(key) for key in ("block_count", "embedding_length", "attention.head_count"))
+        if not all(isinstance(one, int) and one > 0 for one in (layers, width)):
+            return 0
+        few = self.own("attention.head_count_kv") or heads
+        count = max(few, default=0) if isinstance(few, list) else few
+        each = width // max(heads, default=1) if isinstance(heads, list) else width // heads if heads else 0
+        wide = sum(self.own(f"attention.{key}_length") or each for key in ("key", "value"))
+        return int(2 * layers * count * wide) if isinstance(count, int) else 0
+
+
+    def without_lists(self) -> GgufFile:
+        """Return the same without long lists, such as the tokens, which take much memory."""
+        kept = {key: one for key, one in self.said.items() if not (isinstance(one, list) and len(one) > _LONG)}
+        return replace(self, said=kept)
+
+
+class _Reading:
+    """The bytes of a file, read from the beginning on; what is behind its end is a ValueError."""
+
+    def __init__(self, held: mmap.mmap) -> None:
+        self._held, self.at = held, 0
+
+    def number(self, kind: str) -> Any:
+        (found,) = struct.unpack_from(f"<{kind}", self._held, self.at)
+        self.at += struct.calcsize(f"<{kind}")
+        return found
+
+    def text(self) -> str:
+        length = self.number("Q")
+        start, self.at = self.at, self.at + length
+        if self.at > len(self._held):
+            raise ValueError(f"it has a text of {length:,} bytes where it ends")
+        return self._held[start : self.at].decode()
+
+    def _texts(self, count: int) -> list[str]:
+        """Read so many texts; there are hundreds of thousands of tokens."""
+        held, at, length, found = self._held, self.at, struct.Struct("<Q").unpack_from, list[str]()
+        if count > len(held) // 8:
+            raise ValueError(f"it says that a list has {count:,} texts, for which it is too small")
+        for _ in range(count):
+            start = at + 8
+            at = start + length(held, at)[0]
+            found.append(held[start:at].decode())
+        if at > len(held):
+            raise ValueError("it has a text where it ends")
+        self.at = at
+        return found
+
+    def value(self, kind: int) -> Any:
+        if kind in _FORMATS:
+            return self.number(_FORMATS[kind])
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            raise ValueError(f"it has a value of the unknown type {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner == _STRING:
+            return self._texts(count)
+        if inner not in _FORMATS:
+            raise ValueError(f"it has a list of the unknown type {inner}")
+        size = count * struct.calcsize(f"<{_FORMATS[inner]}")
+        if self.at + size > len(self._held):
+            raise ValueError(f"it has a list of {count:,} numbers where it ends")
+        start, self.at = self.at, self.at + size
+        return list(struct.unpack_from(f"<{count}{_FORMATS[inner]}", self._held, start))
+
+
+def read_gguf(path: Path, name: str | None = None) -> GgufFile:
+    """Read the beginning of a GGUF file, and check that all that it names is in it.
+
+    Args:
+        path: the file; of a model in several parts, the first.
+        name: what messages call it; None for its path.
+
+    Raises:
+        CheckpointError: if it cannot be read, is no GGUF file of version 2 or 3, ends before its last tensor, or a part
+            of it is missing.
+    """
+    try:
+        with path.open("rb") as held, mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            said, tensors = _read(_Reading(mapped), mapped)
+    except (OSError, ValueError, struct.error, OverflowError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, struct.error | OverflowError | MemoryError):
+            why = "it ends within its metadata"
+        elif isinstance(error, UnicodeDecodeError):
+            why = "it has a text that is no UTF-8"
+        raise cannot_load(name or path, f"{why}: expected a whole GGUF file: fetch it again") from error
+    found = GgufFile(path, said, tensors, sum(one.stat().st_size for one in _parts(path, said, name)))
+    _require_what_llama_cpp_asserts(found, name or str(path))
+    return found
+
+
+def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
+    """Refuse what llama.cpp would end the process for: no layers or too many, and two tokens of one text.
+
+    Raises:
+        CheckpointError: if it is so.
+    """
+    layers, tokens = file.own("block_count"), file.said.get("tokenizer.ggml.tokens", [])
+    if not (isinstance(layers, int) and 0 < layers <= _MOST_LAYERS):
+        raise cannot_load(name, f"it says that it has {layers!r} layers: expected 1 to {_MOST_LAYERS}: fetch it again")
+    if isinstance(tokens, list) and len(set(tokens)) < len(tokens):
+        raise cannot_load(name, "two of its tokens have the same text: fetch it again")
+
+
+def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
+    if mapped[:4] != b"GGUF":
+        raise ValueError(f"it begins with {mapped[:4]!r}, which no GGUF file does")
+    reading.at = 4
+    version, many, keys = (reading.number(kind) for kind in "IQQ")
+    if version not in (2, 3):
+        raise ValueError(f"it is of version {version if version < 1 << 16 else 'of another byte order'}, not 2 or 3")
+    said = dict[str, Any]()
+    for _ in range(keys):
+        key = reading.text()
+        said[key] = reading.value(reading.number("I"))
+    if not isinstance(said.get("general.architecture"), str):
+        raise ValueError("it does not say of which architecture it is")
+    found = [_tensor(reading) for _ in range(many)]
+    align = said.get("general.alignment", 32)
+    if not (isinstance(align, int) and 0 < align <= _MOST_ALIGNMENT and align & (align - 1) == 0):
+        raise ValueError(f"it says an alignment of {align!r}, which is no power of two")
+    begin = -(-reading.at // align) * align
+    tensors = dict[str, Stored]()
+    for name, shape, kind, offset in found:
+        each, size = _BLOCKS.get(kind, (1, 0))
+        count = prod(shape)
+        if shape and shape[-1] % each:
+            raise ValueError(f"its tensor {name} has rows of {shape[-1]:,} weights, which are no whole blocks")
+        end = begin + offset + count // each * size
+        if end > len(mapped):
+            raise ValueError(f"it ends before its tensor {name} does, at {len(mapped):,} of {end:,} bytes")
+        if name in tensors:
+            raise ValueError(f"it has two tensors {name}")
+        tensors[name] = Stored(shape, kind, begin + offset, count // each * size)
+    return said, tensors
+
+
+def _tensor(reading: _Reading) -> tuple[str, tuple[int, ...], int, int]:
+    """Read (a tensor's name, its shape, the number of its type, its first byte behind the metadata)."""
+    name, dimensions = reading.text(), reading.number("I")
+    if not 0 < dimensions <= _MOST_DIMENSIONS:
+        raise ValueError(f"its tensor {name} has {dimensions:,} dimensions")
+    shape = tuple(reversed([reading.number("Q") for _ in range(dimensions)]))
+    return name, shape, reading.number("I"), reading.number("Q")
+
+
+def _parts(path: Path, said: Mapping[str, Any], name: str | None) -> list[Path]:
+    """Return all files of a model; those of one in several parts are called NAME-00001-of-00003.gguf and so on.
+
+    Raises:
+        CheckpointError: if one is missing, or the path is not that of the first.
+    """
+    count = said.get("split.count", 0)
+    if not (isinstance(count, int) and count > 1):
+        return [path]
+    stem, first = path.name.removesuffix(f"-00001-of-{count:05}.gguf"), said.get("split.no")
+    if stem == path.name or first != 0:
+        raise cannot_load(name or path, f"it is one of {count} parts: name the first, …-00001-of-{count:05}.gguf")
+    parts = [path.with_name(f"{stem}-{k + 1:05}-of-{count:05}.gguf") for k in range(count)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise cannot_load(name or path, f"it is in {count} parts, of which {missing[0]} is missing: put it beside them")
+    return parts
+
+

@@ -1,0 +1,79 @@
+"""The output layer of a GGUF file, dequantised, and the rounding of hidden states before llama.cpp multiplies by it."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.extras import require_extra
+from softmeet.heads import SoftmaxHead
+from softmeet.members.gguf_file import GgufFile
+from softmeet.members.refused import cannot_load
+
+_NAMES, _BIAS = ("output.weight", "token_embd.weight"), "output.bias"
+# Types of weights by how llama.cpp rounds what they are multiplied by, ggml's type traits: in blocks of 32 and of 256.
+_BY_32, _BY_256 = frozenset((2, 3, 6, 7, 8, 9, 20, 39, 40)), frozenset((*range(10, 20), 21, 22, 23, 29, 34, 35))
+
+
+def gguf_head(file: GgufFile, name: str) -> tuple[SoftmaxHead, int]:
+    """Read a file's output layer in single precision.
+
+    Args:
+        file: what the file says.
+        name: the member's, for messages.
+
+    Returns:
+        (the head; the number of the type in which its weight is stored, for :func:`rounded`).
+
+    Raises:
+        CheckpointError: if the file has none.
+        InvalidInputError: if the package that dequantises is not installed.
+    """
+    require_extra("reading the head of a GGUF file", "gguf", "gguf")
+    found = next((key for key in _NAMES if key in file.tensors), None)
+    if found is None or len(file.tensors[found].shape) != 2:
+        raise cannot_load(name, "it has no output layer that can be read")
+    weight, bias = _dequantised(file, found), file.tensors.get(_BIAS) and _dequantised(file, _BIAS).flatten()
+    scale, cap = file.own("logit_scale") or 1.0, file.own("final_logit_softcapping")
+    return SoftmaxHead(weight, bias, scale=float(scale), soft_cap=cap), file.tensors[found].kind
+
+
+def _dequantised(file: GgufFile, key: str) -> Float[Tensor, "..."]:
+    import gguf
+
+    stored = file.tensors[key]
+    with file.path.open("rb") as held, mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        raw = np.frombuffer(mapped[stored.start : stored.start + stored.size], np.uint8)
+    rows = raw.reshape(*stored.shape[:-1], -1)
+    return torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(stored.kind))))
+
+
+def rounded(hidden: Float[np.ndarray, "k d"], kind: int) -> Float[np.ndarray, "k d"]:
+    """Return hidden states as llama.cpp rounds them before it multiplies them by weights of a type, in single precision.
+
+    Example:
+        >>> rounded(np.linspace(-1, 1, 32, dtype=np.float32)[None], 8)[0, :2].tolist()
+        [-1.0, -0.937...]
+    """
+    if kind in _BY_32:
+        return _in_blocks(hidden, 32, np.float16)
+    if kind in _BY_256 and hidden.shape[-1] % 256 == 0:
+        return _in_blocks(hidden, 256, np.float32)
+    if kind == 1:
+        return hidden.astype(np.float16).astype(np.float32)
+    if kind == 30:
+        return torch.from_numpy(hidden).bfloat16().float().numpy()
+    return hidden
+
+
+def _in_blocks(hidden: Float[np.ndarray, "k d"], size: int, scales: Any) -> Float[np.ndarray, "k d"]:
+    """Round blocks of so many numbers to 127 steps each way of their largest, by scales of a dtype."""
+    blocks = hidden.reshape(len(hidden), -1, size)
+    step = np.abs(blocks).max(-1, keepdims=True) / 127
+    whole = np.rint(blocks * np.divide(1, step, out=np.zeros_like(step), where=step > 0))
+    return (whole * step.astype(scales).astype(np.float32)).reshape(hidden.shape).astype(np.float32)

@@ -1,0 +1,88 @@
+"""The tokenizer that a GGUF file holds, as one of transformers'."""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from transformers import PreTrainedTokenizerFast
+from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
+from softmeet.members.gguf_file import GgufFile, read_gguf
+from softmeet.members.refused import cannot_load
+
+_NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+_TEMPLATE = "tokenizer.chat_template"
+# By the state of a file, and by all that files say of their tokenizers: those of one family often say the same.
+_made: WeakValueDictionary[Any, PreTrainedTokenizerFast] = WeakValueDictionary()
+_files: WeakValueDictionary[Any, GgufFile] = WeakValueDictionary()
+
+
+def known_file(path: Path, name: str) -> tuple[GgufFile, PreTrainedTokenizerFast]:
+    """Return what a GGUF file says, without long lists, and its tokenizer, the same while they are in use.
+
+    Args:
+        path: the file, which is read again if it was changed.
+        name: the member's, for messages.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or describes no tokenizer that can be.
+    """
+    state = path.stat() if path.is_file() else None
+    key = (path.resolve(), state.st_mtime_ns, state.st_size) if state else (path, 0, 0)
+    file, known = _files.get(key), _made.get(key)
+    if file is None or known is None:
+        whole = read_gguf(path, name)
+        file, said = whole.without_lists(), _content(whole)
+        if (first := _made.get(said)) is None:
+            known = _made[said] = gguf_tokenizer(whole, name)
+        else:  # which shares all but what is said here
+            known = copy(first)
+            known.chat_template = whole.said.get(_TEMPLATE)
+        # Whoever has the tokenizer keeps what is known of the file, and of the tokenizer whose parts it shares.
+        vars(known)["_softmeet_file"] = file, first
+        _files[key], _made[key] = file, known
+    return file, known
+
+
+def _content(file: GgufFile) -> tuple[Any, ...]:
+    """Return what a tokenizer depends on but for its chat template, such that equal ones are equal."""
+    said = sorted((key, own) for key, own in file.said.items() if key.startswith("tokenizer.") and key != _TEMPLATE)
+    frozen = [(key, hash(tuple(value)) if isinstance(value, list) else value) for key, value in said]
+    return (file.architecture, *frozen)
+
+
+def gguf_tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerFast:
+    """Make the tokenizer that a GGUF file describes, which pads at the left.
+
+    Args:
+        file: what the file says.
+        name: the member's, for messages.
+
+    Raises:
+        CheckpointError: if it describes none, or one of a kind that transformers does not know.
+    """
+    said = file.said
+    found = {
+        group: {into: said[f"tokenizer.{key}"] for key, into in names.items() if f"tokenizer.{key}" in said}
+        for group, names in GGUF_TOKENIZER_MAPPING.items()
+    }
+    described, options = found["tokenizer"], found["tokenizer_config"]
+    tokens = described.get("tokens")
+    if not (isinstance(tokens, list) and tokens and all(isinstance(one, str) for one in tokens)):
+        raise cannot_load(name, "it has no tokens: expected a GGUF file with its tokenizer")
+    if described.get("tokenizer_type") == "llama":
+        options.setdefault("add_bos_token", True)  # as llama.cpp does where a file says nothing
+    for into, key in _NAMED.items():
+        if (k := said.get(f"tokenizer.ggml.{key}_token_id")) is not None and isinstance(k, int) and k < len(tokens):
+            options[into] = tokens[k]
+    try:
+        core: Any = convert_gguf_tokenizer(file.architecture, described)[0]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        kind = described.get("tokenizer_type")
+        raise cannot_load(name, f"its tokenizer, of the kind {kind!r}, cannot be read ({error})") from error
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, padding_side="left", clean_up_tokenization_spaces=False, **options
+    )

@@ -1,0 +1,163 @@
+"""Which GGUF files are run by llama.cpp, as they are, and which transformers dequantises; and the readers of the former.
+
+A file that names no engine is run by llama.cpp where that is installed, unless its line asks for what only transformers
+has: an adapter, a dtype, a quantisation or a device.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from huggingface_hub import hf_hub_download
+
+from softmeet.errors import InvalidInputError
+from softmeet.extras import install_line
+from softmeet.members import llama_library, names
+from softmeet.members.member import Member
+from softmeet.members.registered import GROUP, is_registered, registered_reader
+
+TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
+# The name of the readers that llama.cpp runs, among those that packages have.
+_NAME = "gguf"
+# What transformers alone has for a member.
+_OTHERS = ("adapter", "dtype", "quantization", "device")
+_log = logging.getLogger("softmeet")
+_made: WeakValueDictionary[Member, Any] = WeakValueDictionary()
+
+
+def is_gguf(member: Member) -> bool:
+    """Return whether a member is a GGUF file.
+
+    Example:
+        >>> is_gguf(Member("a.gguf")), is_gguf(Member("org/model", file="a.gguf")), is_gguf(Member("org/model"))
+        (True, True, False)
+    """
+    return not is_registered(member) and (member.file or member.source).endswith(".gguf")
+
+
+def is_native(member: Member) -> bool:
+    """Return whether llama.cpp runs a member, by its line alone."""
+    return member.engine == LLAMA
+
+
+def has_reader(member: Member) -> bool:
+    """Return whether a member is told by a reader that is no model of transformers."""
+    return is_registered(member) or is_native(member)
+
+
+def with_engine(member: Member, *, changed: bool = False) -> Member:
+    """Return a member that names its engine, if it is a GGUF file.
+
+    Args:
+        member: the member.
+        changed: whether it is to be loaded in a dtype, or on a device, that its line does not name.
+
+    Raises:
+        InvalidInputError: if the engine is unknown, or llama.cpp is named for something else than a plain GGUF file.
+        CheckpointError: if llama.cpp is named, and not installed.
+    """
+    if member.engine not in (None, TRANSFORMERS, LLAMA):
+        raise InvalidInputError(
+            f"expected the engine {TRANSFORMERS} or {LLAMA} of {member.title}, got {member.engine!r}"
+        )
+    others = [key for key in _OTHERS if getattr(member, key) is not None]
+    if member.engine == LLAMA:
+        if not is_gguf(member) or others:
+            got = f"+{others[0]}" if others else f"{member.source}, which is none"
+            raise InvalidInputError(
+                f"expected a GGUF file and nothing that transformers alone has beside +engine={LLAMA}, got {got}"
+            )
+        llama_library.library()
+        return member
+    if own := [key for key in ("context", "gpu_layers") if getattr(member, key) is not None]:
+        if member.engine == TRANSFORMERS or others or not is_gguf(member):
+            raise InvalidInputError(
+                f"expected +{own[0]} of a GGUF file that llama.cpp runs alone, got it for {member.title}: leave it out"
+            )
+    if not is_gguf(member) or member.engine is not None:
+        return member
+    if others or changed:
+        return replace(member, engine=TRANSFORMERS)
+    if not llama_library.is_installed():
+        _say(
+            f"{member.title} is dequantised, which takes several times its memory and time: to run it as it is, "
+            f"{install_line('gguf')}"
+        )
+        return replace(member, engine=TRANSFORMERS)
+    return replace(member, engine=LLAMA)
+
+
+@cache
+def _say(text: str) -> None:
+    """Log a warning, once in a process."""
+    _log.warning("%s", text)
+
+
+def path_of(member: Member) -> Path:
+    """Return the GGUF file of a member; of a hub id, it is fetched, unless it is in the local cache.
+
+    Raises:
+        CheckpointError: if there is no such file.
+    """
+    where = names.find(member)
+    place, file = str(where["pretrained_model_name_or_path"]), str(where["gguf_file"])
+    if Path(place).is_dir():
+        return Path(place, where.get("subfolder", ""), file)
+    return Path(
+        hf_hub_download(
+            place, file, subfolder=where.get("subfolder"), revision=where.get("revision"),
+            local_files_only=where.get("local_files_only", False),
+        )  # fmt: skip
+    )
+
+
+def reader_of(member: Member) -> Any:
+    """Return the reader of a member that :func:`has_reader`; the same while it is in use.
+
+    Raises:
+        CheckpointError: if its file cannot be read, or its factory fails.
+        InvalidInputError: if a number behind it is none.
+    """
+    if is_registered(member):
+        return registered_reader(member)
+    own = member.base
+    if (known := _made.get(own)) is None:
+        (entry,) = entry_points(group=GROUP, name=_NAME)
+        options = {key: count for key in ("context", "gpu_layers") if (count := number(member, key)) is not None}
+        known = _made[own] = entry.load()(path_of(member), member.title, **options)
+    return known
+
+
+def number(member: Member, key: str) -> int | None:
+    """Return the number that stands behind a member under a key, ``context`` or ``gpu_layers``; None if none does.
+
+    Raises:
+        InvalidInputError: if what stands there is no number above 0; or, of layers, no number.
+    """
+    given = getattr(member, key)
+    if given is None:
+        return None
+    if not (given.isdecimal() and (int(given) > 0 or key == "gpu_layers")):
+        raise InvalidInputError(f"expected a number behind {member.source}, got +{key}={given}")
+    return int(given)
+
+
+def require_reader(member: Member) -> None:
+    """Check what can be wrong with a member that :func:`has_reader`, before others are loaded.
+
+    Raises:
+        CheckpointError: if its file cannot be read; a registered reader is made.
+    """
+    if is_registered(member):
+        registered_reader(member)
+    else:
+        path_of(member)
+        for key in ("context", "gpu_layers"):
+            number(member, key)
+

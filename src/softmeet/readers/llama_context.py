@@ -1,0 +1,237 @@
+"""A GGUF file in llama.cpp: its weights, and the keys and values of many texts that share cells of one cache.
+
+A text has a *row*, which llama.cpp calls a sequence. Texts that begin alike share the cells of their beginning. The
+cache begins small, and is made anew with twice the room when it is full.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import finalize
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.members.gguf_file import GgufFile
+from softmeet.members.gguf_head import rounded
+from softmeet.members.llama_library import Library, library
+from softmeet.members.refused import cannot_load
+
+# Rows and cells with which a cache begins, and the most rows that llama.cpp has.
+_ROWS, _CELLS, MOST_ROWS = 16, 4096, 256
+# The most tokens of one call, and the most of them behind which it predicts.
+_CALL, _TOLD = 512, 64
+# For a file whose weights are not quantised: the number of single precision, for its keys and values, and that of
+# attention which does not round them.
+_FLOAT32, _PLAIN = 0, 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New tokens of one row in a call of the model.
+
+    Attributes:
+        row: the row's number.
+        start: how many tokens of it were run.
+        tokens: the new ones.
+        told: behind which of them, counted from 0, predictions are wanted, ascending.
+    """
+
+    row: int
+    start: int
+    tokens: Sequence[int]
+    told: Sequence[int]
+
+
+class Full(InvalidInputError):
+    """No room for more keys and values."""
+
+
+class LlamaModel:
+    """The weights of a GGUF file, mapped into memory by llama.cpp.
+
+    Args:
+        file: what the file says of itself.
+        name: the member's, for messages.
+        gpu_layers: how many layers are put on a GPU.
+
+    Attributes:
+        v: the number of tokens.
+        can_crop: whether a text can be taken back, as of models without recurrent layers.
+        bytes: of all weights.
+
+    Raises:
+        CheckpointError: if llama.cpp is not installed, or cannot load the file.
+    """
+
+    def __init__(self, file: GgufFile, name: str, gpu_layers: int = 0) -> None:
+        self.library: Library = library()
+        self.file, self.name, call = file, name, self.library.functions
+        options = call.llama_model_default_params()
+        options.n_gpu_layers = gpu_layers
+        # On x86 a second copy of the weights in another order takes a third more memory, and saves no time.
+        options.use_extra_bufts = platform.machine() not in ("x86_64", "AMD64", "i686")
+        self.library.said.clear()
+        found = call.llama_model_load_from_file(str(file.path).encode(), options)
+        if not found:
+            why = next((text for text in self.library.said if "error" in text), "it says nothing of why")
+            raise cannot_load(name, f"llama.cpp cannot load it: {why}")
+        self.pointer: Any = found
+        finalize(self, call.llama_model_free, found)
+        vocabulary = call.llama_model_get_vocab(found)
+        self.v = int(call.llama_vocab_n_tokens(vocabulary))
+        self._vocabulary, self._ends = vocabulary, call.llama_vocab_is_eog
+        self.can_crop = not (call.llama_model_is_recurrent(found) or call.llama_model_is_hybrid(found))
+        self.bytes = int(call.llama_model_size(found))
+
+    def ends(self, among: Iterable[int]) -> frozenset[int]:
+        """Return which of some tokens end a text."""
+        return frozenset(k for k in among if k < self.v and self._ends(self._vocabulary, k))
+
+    def tokens(self, text: str) -> list[int]:
+        """Cut a text into tokens as llama.cpp does, without those that it puts before every text."""
+        call, coded = self.library.functions, text.encode()
+        held = np.empty(len(coded) + 8, np.int32)
+        where = self.library.pointer("int32_t", held.ctypes.data)
+        count = call.llama_tokenize(self._vocabulary, coded, len(coded), where, len(held), False, False)
+        return [int(token) for token in held[: max(0, count)]]
+
+
+class LlamaContext:
+    """Keys and values of the texts that one model reads.
+
+    Args:
+        model: the model.
+        limit: the most tokens of a text.
+
+    Attributes:
+        cells: how many tokens there is room for, in all rows together.
+        rows: how many rows there are.
+    """
+
+    def __init__(self, model: LlamaModel, limit: int) -> None:
+        self._model, self._library, self._call = model, model.library, model.library.functions
+        self.rows, self.cells = _ROWS, min(_CELLS, -(-limit // 256) * 256)
+        self._width, self._kind = 0, 0
+        self._pointer, self._free = self._made(self.rows, self.cells)
+        size = _CALL
+        self._tokens, self._places, self._one = (np.empty(size, np.int32) for _ in range(3))
+        self._row, self._wanted = np.empty(size, np.int32), np.empty(size, np.int8)
+        self._one[:] = 1
+        self._where = self._row.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
+        self._batch = batch = self._library.batch()
+        fields = {
+            "token": ("int32_t", self._tokens), "pos": ("int32_t", self._places), "n_seq_id": ("int32_t", self._one),
+            "seq_id": ("int32_t *", self._where), "logits": ("int8_t", self._wanted),
+        }  # fmt: skip
+        for field, (kind, held) in fields.items():
+            setattr(batch, field, self._library.pointer(kind, held.ctypes.data))
+
+    def _made(self, rows: int, cells: int) -> tuple[Any, Any]:
+        """Make a context; returns (it, what frees it)."""
+        options = self._call.llama_context_default_params()
+        options.n_ctx, options.n_seq_max, options.kv_unified, options.swa_full = cells, rows, True, True
+        options.n_batch = options.n_ubatch = min(_CALL, cells)
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        options.no_perf, options.embeddings = True, bool(self._width)
+        if hasattr(options, "n_outputs_max"):
+            options.n_outputs_max = _CALL if self._width else max(_TOLD, rows)
+        if not self._model.file.is_quantised:
+            options.type_k = options.type_v = _FLOAT32
+            options.flash_attn_type = _PLAIN
+        found = self._call.llama_init_from_model(self._model.pointer, options)
+        if not found:
+            raise Full(
+                f"expected memory for the keys and values of {cells:,} tokens of {self._model.name}, and there is not "
+                "enough: put +context=N behind it, or free some"
+            )
+        return found, finalize(self, self._call.llama_free, found)
+
+    def tell_hidden(self, width: int, kind: int) -> None:
+        """Have :meth:`run` tell hidden states, too, behind the logits.
+
+        Args:
+            width: how many numbers a state has; 0 to tell them no more.
+            kind: the type of weights by which they are multiplied, as they are rounded for it.
+        """
+        self._width, self._kind = width, kind
+        # A context that is told so while it runs crashes with some models.
+        self.grow(self.rows, self.cells)
+
+    @property
+    def _memory(self) -> Any:
+        return self._call.llama_get_memory(self._pointer)
+
+    def grow(self, rows: int, cells: int) -> None:
+        """Make room for so many rows and tokens, and keep what is there.
+
+        Raises:
+            Full: if there is not enough memory.
+        """
+        size = self._call.llama_state_get_size(self._pointer)
+        held = np.empty(size, np.uint8)
+        where = self._library.pointer("uint8_t", held.ctypes.data)
+        wrote = self._call.llama_state_get_data(self._pointer, where, size)
+        pointer, free = self._made(rows, cells)
+        if self._call.llama_state_set_data(pointer, where, wrote) != wrote:
+            free()
+            raise Full(f"cannot move the keys and values of {self._model.name} to where there is more room")
+        self._free()
+        self._pointer, self._free, self.rows, self.cells = pointer, free, rows, cells
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Have a row begin with the first ``length`` tokens of another."""
+        self.cut(target, 0)
+        self._call.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def cut(self, row: int, length: int) -> None:
+        """Forget what a row has behind its first ``length`` tokens."""
+        self._call.llama_memory_seq_rm(self._memory, row, length, -1)
+
+    def run(self, pieces: Sequence[Piece]) -> Float[np.ndarray, "k w"]:
+        """Run new tokens of some rows in one call of the model, at most 512 of them.
+
+        Returns:
+            logits behind each token where they are wanted, in the order of the pieces, in memory of their own; behind
+            them the hidden states, if these are told.
+
+        Raises:
+            Full: if there is no room for them; then nothing was run.
+            CheckpointError: if the library fails.
+        """
+        at = 0
+        for one in pieces:
+            end = at + len(one.tokens)
+            self._tokens[at:end], self._row[at:end] = one.tokens, one.row
+            self._places[at:end] = np.arange(one.start, one.start + len(one.tokens))
+            self._wanted[at:end] = 0
+            self._wanted[[at + k for k in one.told]] = 1
+            at = end
+        self._batch.n_tokens = at
+        threads = torch.get_num_threads()
+        self._call.llama_set_n_threads(self._pointer, threads, threads)
+        code = self._call.llama_decode(self._pointer, self._library.argument(self._batch))
+        if code == 1:
+            raise Full(f"expected room for {at:,} tokens more of {self._model.name}, and there is none")
+        if code:
+            said = "; ".join(self._library.said)
+            raise CheckpointError(f"llama.cpp cannot run {self._model.name} (it returned {code}): {said}")
+        return self._found(np.flatnonzero(self._wanted[:at]))
+
+    def _found(self, places: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k w"]:
+        """Return a copy of what the last call has told at some of its tokens."""
+        floats, v, width = self._library.floats, self._model.v, self._width
+        if not width:
+            told = floats(self._call.llama_get_logits(self._pointer), len(places) * v) if len(places) else np.empty(0)
+            return told.astype(np.float32).reshape(-1, v)
+        found = np.empty((len(places), v + width), np.float32)
+        for own, place in zip(found, map(int, places), strict=True):
+            own[:v] = floats(self._call.llama_get_logits_ith(self._pointer, place), v)
+            own[v:] = floats(self._call.llama_get_embeddings_ith(self._pointer, place), width)
+        found[:, v:] = rounded(found[:, v:], self._kind)
+        return found

@@ -1,0 +1,407 @@
+"""A GGUF file as a reader of its own tokens, run by llama.cpp at the speed of that."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
+from softmeet.heads import SoftmaxHead
+from softmeet.members.gguf_file import GgufFile
+from softmeet.members.gguf_head import gguf_head
+from softmeet.members.gguf_tokenizer import known_file
+from softmeet.readers.llama_context import _CALL, _TOLD, MOST_ROWS, Full, LlamaContext, LlamaModel, Piece
+from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.prefixes import PrefixCache
+from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
+from softmeet.readers.token_alphabet import TokenAlphabet
+
+# The most tokens of earlier texts that are kept for texts that begin alike, in so many rows at most.
+_KEPT, _KEPT_ROWS = 2048, 8
+# The largest mean KL, in nats, between predictions of a quantised file's text alone and with others: 0.022 was seen.
+_COARSE = 0.05
+# Tokens on which a head is tried, and how far its logits may be from llama.cpp's: 4e-5 was seen.
+_TRIED, _APART = (1, 2, 3, 4, 5), 1e-2
+# The context of a file that does not say any.
+_CONTEXT = 4096
+
+
+@dataclass(eq=False)
+class _Text(Row):
+    """A row of a context.
+
+    Attributes:
+        number: the row's number there.
+        own: how many of the tokens are the member's own, before the text.
+        tokens: those that were run.
+        pending: own tokens that still have to be run.
+        last: (1, v), logits behind the last token, of a model that cannot take it back.
+    """
+
+    number: int = 0
+    own: int = 0
+    tokens: tuple[int, ...] = ()
+    pending: tuple[int, ...] = ()
+    last: Float[np.ndarray, "1 v"] | None = None
+    known: int = 0
+    is_new: bool = True
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """The number of the text's symbols that were read."""
+        return max(0, len(self.tokens) - self.own)
+
+
+class LlamaReader(ReaderOfRows[_Text]):
+    """A GGUF file that llama.cpp runs as it is.
+
+    Args:
+        path: the file.
+        name: its name in messages; None for the file's.
+        own: the tokens before every text for which no others are given; None for those that its tokenizer puts there.
+        context: the most tokens of a text; None for those of the texts that it was trained on.
+        gpu_layers: how many layers llama.cpp puts on a GPU, where its library has one.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or llama.cpp is not installed or cannot load it.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        own: Sequence[int] | None = None,
+        context: int | None = None,
+        gpu_layers: int = 0,
+    ) -> None:
+        super().__init__(_Text)
+        self.name = name or Path(path).name
+        self.file, tokenizer = known_file(Path(path), self.name)
+        self._model = LlamaModel(self.file, self.name, gpu_layers)
+        self._context = context or self.file.context or _CONTEXT
+        self.own = tuple(tokenizer.encode("") if own is None else own)
+        self.limit = self._context - len(self.own)
+        self.alphabet = TokenAlphabet(tokenizer, self._model.v, self._model.ends(tokenizer.added_tokens_decoder))
+        self.traits = Traits(
+            can_crop=self._model.can_crop, rounding="coarse" if self.file.is_quantised else "fine",
+            bound=_COARSE if self.file.is_quantised else 1e-3, rows=MOST_ROWS, places=("cpu",), cost=self._model.bytes,
+        )  # fmt: skip
+        self._cells = LlamaContext(self._model, self._context)
+        self._free = list(range(self._cells.rows))
+        self._prefixes = PrefixCache[tuple[int, ...]](_KEPT, self._forget)
+        self._kept = dict[tuple[int, ...], int]()
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of the keys and values of open rows and of texts that are kept; what is shared counts for each."""
+        held = sum(len(row.tokens) for row in self._rows) + self._prefixes.tokens
+        return held * self.file.bytes_a_token
+
+    @property
+    def kept_tokens(self) -> int:
+        """The number of tokens of earlier texts whose keys and values are kept."""
+        return self._prefixes.tokens
+
+    def open_head(self) -> SoftmaxHead:
+        """Read the output layer, in single precision, and tell hidden states from now on.
+
+        Hidden states are those that llama.cpp multiplies by the layer, rounded as it rounds them.
+
+        Raises:
+            UnsupportedHeadError: if the layer does not make the logits that llama.cpp tells, on a few tokens.
+        """
+        if self.head is None:
+            head, kind = gguf_head(self.file, self.name)
+            self._cells.tell_hidden(head.d, kind)
+            self.head = head
+            found = self.read_whole([_TRIED], [range(1, len(_TRIED) + 1)], _TRIED[:1])
+            apart = (head.logits(found.hidden()) - found.logits()).abs().max().item()
+            if not apart <= _APART:
+                self.head = None
+                self._cells.tell_hidden(0, 0)
+                raise UnsupportedHeadError(
+                    f"expected the output layer of {self.name} to make the logits that llama.cpp tells up to {_APART:g}"
+                    f", got {apart:g} more or less: choose an average, or put +engine=transformers behind the file"
+                )
+        return self.head  # type: ignore[return-value]
+
+    def _forget(self, tokens: tuple[int, ...]) -> None:
+        number = self._kept.pop(tokens)
+        self._cells.cut(number, 0)
+        self._free.append(number)
+
+    def _number(self) -> int:
+        """Return the number of a row that nobody has."""
+        if not self._free and self._cells.rows < MOST_ROWS:
+            before = self._cells.rows
+            self._cells.grow(min(MOST_ROWS, 4 * before), self._cells.cells)
+            self._free += range(before, self._cells.rows)
+        elif not self._free:
+            self._prefixes.clear()
+        return self._free.pop()
+
+    def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
+        """Open a row, as of :meth:`Reader.open`."""
+        before = tuple(own) or self.own
+        wrong = [token for token in before if not 0 <= token < self.alphabet.size]
+        if wrong or len(before) >= self._context:
+            said = f"the id {wrong[0]}" if wrong else f"{len(before):,} tokens"
+            raise InvalidInputError(
+                f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
+                f"{self.alphabet.size:,}, got {said}"
+            )
+        row = self._opened(_Text(own=len(before), pending=before))
+        row.number = self._number()
+        every = [*before, *text]
+        found, kept = self._prefixes.longest(every) if reuse and every else (0, None)
+        if kept is not None:
+            self._cells.copy(self._kept[kept], row.number, found)
+            row.tokens, row.pending = tuple(every[:found]), before[found:]
+            row.known = row.length
+        return row
+
+    def _copied(self, row: _Text) -> _Text:
+        return replace(row)
+
+    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
+        """Open rows that share what was read of another."""
+        one = self._mine(row)
+        kept = one.length if length is None else length
+        if kept != one.length and not self.traits.can_crop:
+            raise self.cannot("fork a row at less than its length")
+        self._require_length(one, kept)
+        found = list[Row]()
+        for _ in range(count):
+            fork = self._opened(replace(one))
+            fork.number = self._number()
+            self._cells.copy(one.number, fork.number, len(one.tokens))
+            found.append(fork)
+            self._cut(fork, kept)
+        return found
+
+    def _require_length(self, row: _Text, length: int) -> None:
+        if not 0 <= length <= row.length:
+            raise InvalidInputError(f"expected a length from 0 to {row.length}, the row's, got {length}")
+
+    def _cut(self, row: _Text, length: int) -> None:
+        if length < row.length:
+            row.tokens, row.last = row.tokens[: row.own + length], None
+            self._cells.cut(row.number, len(row.tokens))
+
+    def crop(self, row: Row, length: int) -> None:
+        """Take back the symbols behind the first ``length``."""
+        one = self._mine(row)
+        if not self.traits.can_crop:
+            raise self.cannot("take back what it has read")
+        self._require_length(one, length)
+        self._cut(one, length)
+
+    def close(self, row: Row) -> None:
+        """Close a row, and free what no other row or kept text shares."""
+        one = self._mine(row)
+        self._rows.pop(one)
+        self._cells.cut(one.number, 0)
+        self._free.append(one.number)
+
+    def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
+        """Return why symbols cannot be read; None if they can."""
+        if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
+            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
+        count = len(row.tokens) + len(row.pending) + len(one.symbols)
+        if count > self._context:
+            return InvalidInputError(
+                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {count:,}"
+            )
+        if one.at and not one.at[0] and count == len(one.symbols):
+            return InvalidInputError(
+                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
+            )
+        return None
+
+    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+        """Read on in some rows, as of :meth:`Reader.read`."""
+        rows = self._each_once(asked)
+        errors = {k: error for k, pair in enumerate(zip(rows, asked, strict=True)) if (error := self._refused(*pair))}
+        jobs = {k: self._job(rows[k], one) for k, one in enumerate(asked) if k not in errors}
+        calls = 0
+        try:
+            while left := [job for job in jobs.values() if job.left and job.error is None]:
+                if calls:
+                    yield
+                self._run(left)
+                calls += 1
+        except BaseException:
+            for job in jobs.values():
+                self._undo(job)
+            raise
+        errors |= {k: job.error for k, job in jobs.items() if job.error is not None}
+        for job in jobs.values():
+            self._settle(job)
+        counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
+        parts = [jobs[k].predictions() for k, count in enumerate(counts) if count]
+        v = self._model.v
+        told = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.empty((0, v), np.float32))
+        work = Work(calls, sum(len(job.tokens) for job in jobs.values()))
+        hidden = None if self.head is None else told[:, v:]
+        return Given(told[:, :v], counts, dict(sorted(errors.items())), work, hidden=hidden)
+
+    def _job(self, row: _Text, one: Read) -> _Job:
+        """Return what has to be run for one read."""
+        tokens, start = (*row.pending, *one.symbols), len(row.tokens)
+        again = bool(one.at) and not one.at[0] and not row.pending and row.last is None
+        if again:  # the last token says what follows it
+            start, tokens = start - 1, (row.tokens[-1], *tokens)
+        first = len(tokens) - len(one.symbols) - 1
+        told = [first + place for place in one.at if first + place >= 0]
+        held = [] if len(told) == len(one.at) else [row.last]
+        if not self.traits.can_crop and tokens and len(tokens) - 1 not in told:
+            told.append(len(tokens) - 1)
+        job = _Job(row, one, row.number, start, tokens, told, [one for one in held if one is not None])
+        if again:
+            self._cells.cut(row.number, start)
+        if not one.keep and not self.traits.can_crop:
+            job.number = self._number()
+            self._cells.copy(row.number, job.number, start)
+        return job
+
+    def _run(self, jobs: Sequence[_Job]) -> None:
+        """Run some of the tokens that are left of jobs, in one call of the model."""
+        for job in jobs:
+            if job.row not in self._rows:
+                job.error = InvalidInputError(f"a row of {self.name} was closed while it was read")
+        pieces, room, places = list[tuple[_Job, Piece]](), _CALL, max(_TOLD, self._cells.rows)
+        for job in jobs:
+            if room and job.error is None and (piece := job.piece(room, places)).tokens:
+                pieces.append((job, piece))
+                room, places = room - len(piece.tokens), places - len(piece.told)
+        self._run_pieces(pieces)
+
+    def _run_pieces(self, pieces: Sequence[tuple[_Job, Piece]]) -> None:
+        try:
+            found = self._told(pieces)
+        except Full as error:
+            if len(pieces) == 1:
+                pieces[0][0].error = error
+            for one in pieces if len(pieces) > 1 else ():
+                self._run_pieces([one])
+            return
+        at = 0
+        for job, piece in pieces:
+            job.found.append(found[at : at + len(piece.told)])
+            job.done += len(piece.tokens)
+            at += len(piece.told)
+
+    def _told(self, pieces: Sequence[tuple[_Job, Piece]]) -> Float[np.ndarray, "k v"]:
+        """Run pieces; where there is no room, forget earlier texts, and then make room.
+
+        Raises:
+            Full: if there is not enough memory.
+        """
+        every = [piece for _, piece in pieces]
+        while True:
+            try:
+                return self._cells.run(every)
+            except Full:
+                if self._prefixes.tokens:
+                    self._prefixes.clear()
+                else:
+                    self._cells.grow(self._cells.rows, 2 * self._cells.cells)
+
+    def _undo(self, job: _Job) -> None:
+        """Have a row be as it was before a job that did not end."""
+        if job.number != job.row.number:
+            self._cells.cut(job.number, 0)
+            self._free.append(job.number)
+        elif job.row in self._rows and job.tokens:
+            row, count = job.row, len(job.row.tokens)
+            # What was to be run again was taken out.
+            if job.start < count and not job.done:
+                row.pending, row.tokens = (*row.tokens[job.start :], *row.pending), row.tokens[: job.start]
+            self._cells.cut(row.number, len(row.tokens))
+
+    def _settle(self, job: _Job) -> None:
+        """Note what was read of a row."""
+        row, one = job.row, job.read
+        if job.error is not None or row not in self._rows:
+            self._undo(job)
+            return
+        if one.keep:
+            row.tokens, row.pending = (*row.tokens[: job.start], *job.tokens), ()
+        elif job.number == row.number:
+            count = job.start + len(job.tokens) - len(one.symbols)
+            row.tokens, row.pending = (*row.tokens[: job.start], *job.tokens)[:count], ()
+            self._cells.cut(row.number, count)
+        else:
+            self._undo(job)
+        if job.tokens and one.keep and not self.traits.can_crop:
+            row.last = job.found[-1][-1:].copy()
+        if row.is_new and one.keep:
+            row.is_new = False
+            self._keep(row)
+
+    def _keep(self, row: _Text) -> None:
+        """Keep what was first read of a row, for texts that begin alike."""
+        wanted = self.traits.can_crop and row.tokens and self._prefixes.wants(row.tokens)
+        if wanted and len(self._kept) < _KEPT_ROWS and self._free:
+            number = self._kept[row.tokens] = self._free.pop()
+            self._cells.copy(row.number, number, len(row.tokens))
+            self._prefixes.keep(row.tokens, row.tokens)
+
+
+def gguf_reader(path: str | Path, name: str | None = None, **options: int) -> LlamaReader:
+    """Return the reader of a GGUF file whose texts begin with the tokens that they are given, as ensembles give them.
+
+    Args:
+        path, name, options: as of :class:`LlamaReader`.
+    """
+    return LlamaReader(path, name, own=(), **options)
+
+
+@dataclass(eq=False)
+class _Job:
+    """What has to be run for one read.
+
+    Attributes:
+        row, read: whose, and what.
+        number: the number of the row in which it is run.
+        start: how many of its tokens were run before.
+        tokens: those that are to be run.
+        told: behind which of them predictions are wanted, counted from 0.
+        found: what was predicted.
+        done: how many of them were run.
+        error: why it failed.
+    """
+
+    row: _Text
+    read: Read
+    number: int
+    start: int
+    tokens: tuple[int, ...]
+    told: list[int]
+    found: list[Float[np.ndarray, "t v"]]
+    done: int = 0
+    error: SoftmeetError | None = None
+
+    @property
+    def left(self) -> bool:
+        """Whether something is left to be run."""
+        return self.done < len(self.tokens)
+
+    def piece(self, room: int, places: int) -> Piece:
+        """Return the next of what is left: so many tokens at most, and so many predictions."""
+        told = [k for k in self.told if self.done <= k < self.done + room]
+        end = min(len(self.tokens), self.done + room)
+        if len(told) > places:
+            end, told = told[places], told[:places]
+        return Piece(self.number, self.start + self.done, self.tokens[self.done : end], [k - self.done for k in told])
+
+    def predictions(self) -> Float[np.ndarray, "t v"]:
+        """Return what was predicted at the places that were asked for."""
+        found = self.found[0] if len(self.found) == 1 else np.concatenate(self.found)
+        return found[: len(self.read.at)]
