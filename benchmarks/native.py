@@ -8,7 +8,6 @@ processes.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +42,7 @@ def own_loop(reader: Any, ids: list[int], tokens: int) -> Callable[[], float]:
 
 def writing(ensemble: Ensemble, tokens: int, **options: Any) -> Callable[[], float]:
     """What has an ensemble write behind a prompt, and returns its seconds a token without those of the prompt."""
-    ends = {} if "one_member" in options else {"min_new_tokens": tokens}
+    ends: dict[str, Any] = {} if "one_member" in options else {"min_new_tokens": tokens}
 
     def run() -> float:
         prompt, ticks = ensemble.tokenizer(PROMPT, return_tensors="pt"), [time.perf_counter()]
@@ -52,8 +51,8 @@ def writing(ensemble: Ensemble, tokens: int, **options: Any) -> Callable[[], flo
         ticks.append(time.perf_counter())
         made = ensemble.model.generate(**prompt, max_new_tokens=2 + tokens, top_k=0, **ends, **options)
         ticks.append(time.perf_counter())
-        count = made.shape[1] - prompt["input_ids"].shape[1]
-        return (ticks[2] - ticks[1] - (ticks[1] - ticks[0])) / max(1, count - 2)
+        count = int(made.shape[1]) - prompt["input_ids"].shape[1]
+        return (ticks[2] - ticks[1] - (ticks[1] - ticks[0])) / max(1.0, float(count) - 2)
 
     return run
 
@@ -96,7 +95,7 @@ def main(
     for one in beside:
         one.start()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for name, run in ways.items():
+    for run in ways.values():
         run()
     for _ in range(rounds):
         for name, run in ways.items():
@@ -113,7 +112,7 @@ def main(
         }
         for name, own in times.items()
     ]  # fmt: skip
-    info, size = psutil.Process().memory_full_info(), sum(os.path.getsize(name) for name in members)
+    info, size = psutil.Process().memory_full_info(), sum(Path(name).stat().st_size for name in members)
     facts = {
         "loaded in, s": loaded, "resident, MB": info.rss / 1e6, "files, MB": size / 1e6, "busy processes": busy,
         "threads": torch.get_num_threads(),

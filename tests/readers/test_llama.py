@@ -8,8 +8,12 @@ import pytest
 import torch
 import transformers as tf
 
-from softmeet import Ensemble
-from softmeet.errors import InvalidInputError
+from softmeet import Ensemble, Member, SoftmaxHead
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.members import llama_library
+from softmeet.members.gguf_head import gguf_head, rounded
+from softmeet.members.reader_model import ReaderModel
+from softmeet.readers.llama_context import LlamaContext, NoRoomError
 from softmeet.readers.llama_cpp import LlamaReader
 from softmeet.readers.reader import Read, finished
 from softmeet.testing import check_reader
@@ -68,3 +72,158 @@ def test_a_file_is_read_as_transformers_reads_the_same_weights(kind, made):
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_files_obey_the_laws_of_readers(kind, bits, made):
     check_reader(LlamaReader(made(kind, bits)[0]))
+
+
+def test_more_rows_and_more_tokens_than_there_was_room_for(made):
+    """The cache is made anew with what is in it."""
+    path, _ = made("llama")
+    reader = LlamaReader(path)
+    ids = reader.alphabet.encode(TEXT)
+    alone = reader.read_whole([ids], [[len(ids)]]).log_probs()
+    first = reader.open(reuse=False)
+    finished(reader.read([Read(first, ids[:-1], [])]))
+    rows = [*(reader.open(reuse=False) for _ in range(100)), *reader.fork(first, 100)]
+    new = [ids] * 100 + [ids[-1:]] * 100
+    told = finished(reader.read([Read(row, own, [len(own)]) for row, own in zip(rows, new, strict=True)]))
+    assert not told.errors
+    assert (told.log_probs() - alone).abs().max() < 1e-3
+
+
+def test_a_text_without_room_fails_alone(made, monkeypatch):
+    path, _ = made("llama")
+    reader = LlamaReader(path)
+    assert reader.limit == 255  # one token is its own, before texts
+
+    def refused(self, rows, cells):
+        raise NoRoomError(f"expected memory of {reader.name}, and there is none")
+
+    monkeypatch.setattr(LlamaContext, "grow", refused)
+    rows = [reader.open(reuse=False) for _ in range(3)]
+    told = finished(reader.read([Read(row, [3] * 200, [200]) for row in rows]))
+    assert list(told.errors) == [2]
+    assert [row.length for row in rows] == [200, 200, 0]
+    reader.close(rows[0])
+    assert not finished(reader.read([Read(rows[2], [3] * 200, [200])])).errors
+
+
+def test_what_was_read_first_is_kept_until_others_need_the_room(made, monkeypatch):
+    reader = LlamaReader(made("llama")[0])
+    row = reader.open()
+    finished(reader.read([Read(row, [3] * 200, [200])]))
+    reader.close(row)
+    again = reader.open([3] * 200)
+    assert again.known == 199
+    reader.close(again)
+    monkeypatch.setattr(LlamaContext, "grow", None)
+    others = [reader.open(reuse=False) for _ in range(2)]
+    assert not finished(reader.read([Read(one, [5] * 100, [100]) for one in others])).errors
+    assert reader.kept_tokens
+    assert not finished(reader.read([Read(one, [5] * 140, [140]) for one in others])).errors
+    assert not reader.kept_tokens
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_a_head_that_a_rule_reads_makes_the_librarys_logits(bits, made):
+    path, _ = made("qwen2", bits)
+    other, _ = made("qwen2", bits, seed=1)
+    ensemble = Ensemble.from_pretrained([path, other], "meet", trust=1.0)
+    read = [model.reader.read_whole([[3, 4, 5]], [[1, 2, 3]]) for model in ensemble.model.members]
+    for told, head in zip(read, ensemble.model.member_heads, strict=True):
+        assert (head.logits(told.hidden()) - told.logits()).abs().max() < 1e-3
+    solution = ensemble.next_token(TEXT).solution
+    assert solution.rule.startswith("meet")
+    # Hidden states that are not rounded as the library rounds them would be further off.
+    if bits < 32:
+        head, kind = gguf_head(LlamaReader(path).file, "it")
+        hidden = torch.randn(4, head.d)
+        apart = head.logits(hidden) - head.logits(torch.from_numpy(rounded(hidden.numpy(), kind)))
+        assert apart.abs().max() > 1e-2
+
+
+def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):
+    path, _ = made("qwen2")
+    ensemble = Ensemble.from_pretrained([path, path + "+name=again"])
+    assert ensemble.model.config.rule == "logit-mean"
+    assert "is llama.cpp's, and read only where a rule that reads it is named" in caplog.text
+    assert not any(isinstance(head, SoftmaxHead) for head in ensemble.model.member_heads)
+
+
+@pytest.mark.parametrize(
+    ("behind", "said"),
+    [
+        ("+engine=vllm", "expected the engine transformers or llama.cpp"),
+        ("+engine=llama.cpp+dtype=bfloat16", "got +dtype"),
+        ("+context=0", "expected a number behind .* got +context=0"),
+        ("+context=many", "got +context=many"),
+        ("+gpu_layers=-1", "got +gpu_layers=-1"),
+        ("+context=100+engine=transformers", "expected +context of a GGUF file that llama.cpp runs alone"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_loaded(behind, said, made, monkeypatch):
+    monkeypatch.setattr("softmeet.readers.llama_context.LlamaModel", None)
+    path, _ = made("llama")
+    with pytest.raises(InvalidInputError, match=said.replace("+", r"\+")):
+        Ensemble.from_pretrained([path + behind])
+
+
+def test_an_engine_is_for_gguf_files_alone():
+    with pytest.raises(InvalidInputError, match=r"expected a GGUF file .* got wide/gpt2, which is none"):
+        Ensemble.from_pretrained(["wide/gpt2+engine=llama.cpp"])
+
+
+def test_a_context_that_was_asked_for_is_the_limit(made):
+    path, _ = made("llama")
+    ensemble = Ensemble.from_pretrained(f"{path}+context=40", "logit-mean")
+    assert ensemble.model.window == 40
+    with pytest.raises(InvalidInputError, match="40"):
+        ensemble.generate("the " * 40)
+
+
+@pytest.mark.parametrize(
+    ("how", "native"),
+    [({}, True), ({"dtype": "float32"}, False), ({"device": "cpu"}, True), ({"engine": "transformers"}, False)],
+)
+def test_who_runs_a_file(how, native, made):
+    path, _ = made("llama")
+    member = Member(path, engine=how.pop("engine", None))
+    (model,) = Ensemble.from_pretrained(member, "logit-mean", **how).model.members
+    assert isinstance(model, ReaderModel) == native
+
+
+def test_without_the_library_files_are_dequantised_and_it_is_said_how_not_to(made, monkeypatch, caplog):
+    monkeypatch.setattr("softmeet.members.llama_library.BINDINGS", ("no_such_package",))
+    path, _ = made("llama")
+    (model,) = Ensemble.from_pretrained(path, "logit-mean").model.members
+    assert not isinstance(model, ReaderModel)
+    assert "to run it as it is" in caplog.text
+    llama_library.library.cache_clear()
+    with pytest.raises(CheckpointError, match=r"need llama.cpp: .*gguf.*; or put"):
+        Ensemble.from_pretrained(f"{path}+engine=llama.cpp", "logit-mean")
+
+
+def test_a_saved_ensemble_names_the_engine_and_one_that_names_none_is_transformers(made, tmp_path):
+    path, _ = made("llama")
+    Ensemble.from_pretrained(path, "logit-mean").save_pretrained(tmp_path / "saved")
+    (model,) = Ensemble.from_pretrained(tmp_path / "saved").model.members
+    assert isinstance(model, ReaderModel)
+    config = tmp_path / "saved" / "config.json"
+    config.write_text(config.read_text().replace("+engine=llama.cpp", ""))
+    (model,) = Ensemble.from_pretrained(tmp_path / "saved").model.members
+    assert not isinstance(model, ReaderModel)
+
+
+def test_files_are_combined_over_bytes(made):
+    """Covers are forks; one that is native and one that transformers runs, of other tokenizers."""
+    llama, qwen = made("llama")[0], made("qwen2")[0]
+    found = [
+        Ensemble.from_pretrained([llama + one, qwen + other], "logit-mean", vocabulary="bytes", prune=0.001)
+        for one, other in (
+            ("+engine=llama.cpp", "+engine=llama.cpp"), ("+engine=llama.cpp", "+engine=transformers"),
+            ("+engine=transformers", "+engine=transformers"),
+        )
+    ]  # fmt: skip
+    made_ = [one.generate("the other", max_bytes=20, do_sample=False) for one in found]
+    assert made_[0] == made_[1] == made_[2]
+    told = [one.next_token("the th").solution.log_probs for one in found]
+    for own in told[1:]:
+        assert (own - told[0]).abs().max() < 1e-2

@@ -420,7 +420,8 @@ def test_texts_that_are_closed_leave_no_rows_to_be_run_in_vain():
     rows = [rows[-1], *(reader.open(reuse=False) for _ in range(15))]
     finished(reader.read([read(row, [4]) for row in rows]))
     finished(reader.read([read(row, [5]) for row in rows[:2]]))
-    assert widths[0] == 1 and widths[-2:] == [16, 2]
+    assert widths[0] == 1
+    assert widths[-2:] == [16, 2]
 
 
 def test_at_once_all_texts_are_one_call():

@@ -98,7 +98,6 @@ class GgufFile:
         wide = sum(self.own(f"attention.{key}_length") or each for key in ("key", "value"))
         return int(2 * layers * count * wide) if isinstance(count, int) else 0
 
-
     def without_lists(self) -> GgufFile:
         """Return the same without long lists, such as the tokens, which take much memory."""
         kept = {key: one for key, one in self.said.items() if not (isinstance(one, list) and len(one) > _LONG)}
@@ -215,17 +214,21 @@ def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[st
     begin = -(-reading.at // align) * align
     tensors = dict[str, Stored]()
     for name, shape, kind, offset in found:
-        each, size = _BLOCKS.get(kind, (1, 0))
-        count = prod(shape)
-        if shape and shape[-1] % each:
-            raise ValueError(f"its tensor {name} has rows of {shape[-1]:,} weights, which are no whole blocks")
-        end = begin + offset + count // each * size
-        if end > len(mapped):
-            raise ValueError(f"it ends before its tensor {name} does, at {len(mapped):,} of {end:,} bytes")
         if name in tensors:
             raise ValueError(f"it has two tensors {name}")
-        tensors[name] = Stored(shape, kind, begin + offset, count // each * size)
+        tensors[name] = _stored(name, shape, kind, begin + offset, len(mapped))
     return said, tensors
+
+
+def _stored(name: str, shape: tuple[int, ...], kind: int, start: int, end: int) -> Stored:
+    """Return where a tensor is, which has to be whole before the ``end`` of the file."""
+    each, size = _BLOCKS.get(kind, (1, 0))
+    if shape[-1] % each:
+        raise ValueError(f"its tensor {name} has rows of {shape[-1]:,} weights, which are no whole blocks")
+    needed = prod(shape) // each * size
+    if start + needed > end:
+        raise ValueError(f"it ends before its tensor {name} does, at {end:,} of {start + needed:,} bytes")
+    return Stored(shape, kind, start, needed)
 
 
 def _tensor(reading: _Reading) -> tuple[str, tuple[int, ...], int, int]:
@@ -253,5 +256,3 @@ def _parts(path: Path, said: Mapping[str, Any], name: str | None) -> list[Path]:
     if missing := [part.name for part in parts if not part.is_file()]:
         raise cannot_load(name or path, f"it is in {count} parts, of which {missing[0]} is missing: put it beside them")
     return parts
-
-

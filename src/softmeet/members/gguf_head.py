@@ -38,23 +38,23 @@ def gguf_head(file: GgufFile, name: str) -> tuple[SoftmaxHead, int]:
     found = next((key for key in _NAMES if key in file.tensors), None)
     if found is None or len(file.tensors[found].shape) != 2:
         raise cannot_load(name, "it has no output layer that can be read")
-    weight, bias = _dequantised(file, found), file.tensors.get(_BIAS) and _dequantised(file, _BIAS).flatten()
+    bias = _dequantised(file, _BIAS).flatten() if _BIAS in file.tensors else None
     scale, cap = file.own("logit_scale") or 1.0, file.own("final_logit_softcapping")
-    return SoftmaxHead(weight, bias, scale=float(scale), soft_cap=cap), file.tensors[found].kind
+    return SoftmaxHead(_dequantised(file, found), bias, scale=float(scale), soft_cap=cap), file.tensors[found].kind
 
 
-def _dequantised(file: GgufFile, key: str) -> Float[Tensor, "..."]:
+def _dequantised(file: GgufFile, key: str) -> Float[Tensor, ...]:
     import gguf
 
     stored = file.tensors[key]
     with file.path.open("rb") as held, mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         raw = np.frombuffer(mapped[stored.start : stored.start + stored.size], np.uint8)
-    rows = raw.reshape(*stored.shape[:-1], -1)
-    return torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(stored.kind))))
+    found = gguf.quants.dequantize(raw.reshape(*stored.shape[:-1], -1), gguf.GGMLQuantizationType(stored.kind))
+    return torch.from_numpy(np.require(found, requirements=("C", "W")))
 
 
 def rounded(hidden: Float[np.ndarray, "k d"], kind: int) -> Float[np.ndarray, "k d"]:
-    """Return hidden states as llama.cpp rounds them before it multiplies them by weights of a type, in single precision.
+    """Return hidden states as llama.cpp rounds them before it multiplies them by weights of a type.
 
     Example:
         >>> rounded(np.linspace(-1, 1, 32, dtype=np.float32)[None], 8)[0, :2].tolist()
@@ -76,4 +76,5 @@ def _in_blocks(hidden: Float[np.ndarray, "k d"], size: int, scales: Any) -> Floa
     blocks = hidden.reshape(len(hidden), -1, size)
     step = np.abs(blocks).max(-1, keepdims=True) / 127
     whole = np.rint(blocks * np.divide(1, step, out=np.zeros_like(step), where=step > 0))
-    return (whole * step.astype(scales).astype(np.float32)).reshape(hidden.shape).astype(np.float32)
+    found: Float[np.ndarray, "k d"] = whole * step.astype(scales).astype(np.float32)
+    return found.reshape(hidden.shape).astype(np.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from tokenizers import Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
@@ -14,6 +15,11 @@ from softmeet.members.gguf_file import GgufFile, read_gguf
 from softmeet.members.refused import cannot_load
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+# SentencePiece's space; and how texts are split where a whole word that is a token is one, whatever is merged.
+_SPACE = "\u2581"
+_WHOLE_WORDS = frozenset((
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
+))  # fmt: skip
 _TEMPLATE = "tokenizer.chat_template"
 # By the state of a file, and by all that files say of their tokenizers: those of one family often say the same.
 _made: WeakValueDictionary[Any, PreTrainedTokenizerFast] = WeakValueDictionary()
@@ -80,9 +86,24 @@ def gguf_tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerFast:
             options[into] = tokens[k]
     try:
         core: Any = convert_gguf_tokenizer(file.architecture, described)[0]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         kind = described.get("tokenizer_type")
         raise cannot_load(name, f"its tokenizer, of the kind {kind!r}, cannot be read ({error})") from error
+    _follow_llama_cpp(core, file)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, padding_side="left", clean_up_tokenization_spaces=False, **options
     )
+
+
+def _follow_llama_cpp(core: Tokenizer, file: GgufFile) -> None:
+    """Change what of a tokenizer cuts texts otherwise than llama.cpp does."""
+    kind, split = file.said.get("tokenizer.ggml.model"), file.said.get("tokenizer.ggml.pre")
+    if kind == "gpt2" and split in _WHOLE_WORDS:
+        core.model.ignore_merges = True
+    if kind == "llama" and not file.architecture.startswith("gemma"):
+        # transformers puts no space before a text that begins with one.
+        before = [normalizers.Prepend(_SPACE)] if file.said.get("tokenizer.ggml.add_space_prefix", True) else []
+        core.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
+        core.pre_tokenizer = None
+        back = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        core.decoder = decoders.Sequence([*back, *([decoders.Strip(" ", 1, 0)] if before else [])])

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -54,7 +54,7 @@ class _ByCffi:
     def __init__(self) -> None:
         bindings = import_module("llama_cpp_py_sync._cffi_bindings")
         self._ffi, self.functions = bindings.get_ffi(), bindings.get_lib()
-        self.said, self._folder = deque[str](maxlen=_KEPT), Path(bindings.__file__).parent
+        self.said, self._folder = deque[str](maxlen=_KEPT), Path(str(bindings.__file__)).parent
 
         def listen(level: int, text: Any, data: Any) -> None:
             _keep(self.said, level, self._ffi.string(text))
@@ -82,13 +82,14 @@ class _ByCffi:
 class _ByCtypes:
     """llama-cpp-python."""
 
-    _kinds = {
-        "int32_t": ctypes.c_int32, "int8_t": ctypes.c_int8, "int32_t *": ctypes.POINTER(ctypes.c_int32)
+    _kinds: ClassVar[dict[str, Any]] = {
+        "int32_t": ctypes.c_int32, "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8,
+        "int32_t *": ctypes.POINTER(ctypes.c_int32),
     }  # fmt: skip
 
     def __init__(self) -> None:
         self.functions = import_module("llama_cpp.llama_cpp")
-        self.said, self._folder = deque[str](maxlen=_KEPT), Path(self.functions.__file__).parent / "lib"
+        self.said, self._folder = deque[str](maxlen=_KEPT), Path(str(self.functions.__file__)).parent / "lib"
 
         def listen(level: int, text: bytes, data: Any) -> None:
             _keep(self.said, level, text)

@@ -1,4 +1,4 @@
-"""Which GGUF files are run by llama.cpp, as they are, and which transformers dequantises; and the readers of the former.
+"""Which GGUF files llama.cpp runs, as they are, and which transformers dequantises; and the readers of the former.
 
 A file that names no engine is run by llama.cpp where that is installed, unless its line asks for what only transformers
 has: an adapter, a dtype, a quantisation or a device.
@@ -7,6 +7,7 @@ has: an adapter, a dtype, a quantisation or a device.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -25,7 +26,8 @@ from softmeet.members.registered import GROUP, is_registered, registered_reader
 TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
 # The name of the readers that llama.cpp runs, among those that packages have.
 _NAME = "gguf"
-# What transformers alone has for a member.
+# What llama.cpp alone has for a member, and transformers alone.
+_NUMBERS = ("context", "gpu_layers")
 _OTHERS = ("adapter", "dtype", "quantization", "device")
 _log = logging.getLogger("softmeet")
 _made: WeakValueDictionary[Member, Any] = WeakValueDictionary()
@@ -62,24 +64,10 @@ def with_engine(member: Member, *, changed: bool = False) -> Member:
         InvalidInputError: if the engine is unknown, or llama.cpp is named for something else than a plain GGUF file.
         CheckpointError: if llama.cpp is named, and not installed.
     """
-    if member.engine not in (None, TRANSFORMERS, LLAMA):
-        raise InvalidInputError(
-            f"expected the engine {TRANSFORMERS} or {LLAMA} of {member.title}, got {member.engine!r}"
-        )
     others = [key for key in _OTHERS if getattr(member, key) is not None]
+    _require_sensible(member, others)
     if member.engine == LLAMA:
-        if not is_gguf(member) or others:
-            got = f"+{others[0]}" if others else f"{member.source}, which is none"
-            raise InvalidInputError(
-                f"expected a GGUF file and nothing that transformers alone has beside +engine={LLAMA}, got {got}"
-            )
         llama_library.library()
-        return member
-    if own := [key for key in ("context", "gpu_layers") if getattr(member, key) is not None]:
-        if member.engine == TRANSFORMERS or others or not is_gguf(member):
-            raise InvalidInputError(
-                f"expected +{own[0]} of a GGUF file that llama.cpp runs alone, got it for {member.title}: leave it out"
-            )
     if not is_gguf(member) or member.engine is not None:
         return member
     if others or changed:
@@ -91,6 +79,31 @@ def with_engine(member: Member, *, changed: bool = False) -> Member:
         )
         return replace(member, engine=TRANSFORMERS)
     return replace(member, engine=LLAMA)
+
+
+def _require_sensible(member: Member, others: Sequence[str]) -> None:
+    """Check that an engine, and what llama.cpp alone has, stand behind a member that has them.
+
+    Args:
+        member: the member.
+        others: what it asks for that transformers alone has.
+
+    Raises:
+        InvalidInputError: if they do not.
+    """
+    if member.engine not in (None, TRANSFORMERS, LLAMA):
+        got = f"got {member.engine!r}"
+        raise InvalidInputError(f"expected the engine {TRANSFORMERS} or {LLAMA} of {member.title}, {got}")
+    if member.engine == LLAMA and (others or not is_gguf(member)):
+        got = f"+{others[0]}" if others else f"{member.source}, which is none"
+        raise InvalidInputError(
+            f"expected a GGUF file and nothing that transformers alone has beside +engine={LLAMA}, got {got}"
+        )
+    own = [key for key in _NUMBERS if getattr(member, key) is not None]
+    if own and (member.engine == TRANSFORMERS or others or not is_gguf(member)):
+        raise InvalidInputError(
+            f"expected +{own[0]} of a GGUF file that llama.cpp runs alone, got it for {member.title}: leave it out"
+        )
 
 
 @cache
@@ -111,9 +124,12 @@ def path_of(member: Member) -> Path:
         return Path(place, where.get("subfolder", ""), file)
     return Path(
         hf_hub_download(
-            place, file, subfolder=where.get("subfolder"), revision=where.get("revision"),
+            place,
+            file,
+            subfolder=where.get("subfolder"),
+            revision=where.get("revision"),
             local_files_only=where.get("local_files_only", False),
-        )  # fmt: skip
+        )
     )
 
 
@@ -129,7 +145,7 @@ def reader_of(member: Member) -> Any:
     own = member.base
     if (known := _made.get(own)) is None:
         (entry,) = entry_points(group=GROUP, name=_NAME)
-        options = {key: count for key in ("context", "gpu_layers") if (count := number(member, key)) is not None}
+        options = {key: count for key in _NUMBERS if (count := number(member, key)) is not None}
         known = _made[own] = entry.load()(path_of(member), member.title, **options)
     return known
 
@@ -158,6 +174,5 @@ def require_reader(member: Member) -> None:
         registered_reader(member)
     else:
         path_of(member)
-        for key in ("context", "gpu_layers"):
+        for key in _NUMBERS:
             number(member, key)
-

@@ -68,7 +68,7 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         opens = getattr(self.reader, "open_head", None)
         if opens is not None and isinstance(self.head, OpaqueHead):
             self.head = opens()
-            del vars(self)[LOGITS]
+            self.__dict__.pop(LOGITS, None)
             self.model = _Trunk(self.reader)
 
     def __reduce__(self) -> Any:

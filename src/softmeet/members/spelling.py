@@ -37,6 +37,11 @@ _NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(
 _UNPREFIXED: dict[str, dict[str, Any]] = {
     "ByteLevel": {"add_prefix_space": False}, "Metaspace": {"prepend_scheme": "never"},
 }  # fmt: skip
+# A tokenizer that does nothing.
+_EMPTY: dict[str, Any] = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None, "decoder": None,
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+}  # fmt: skip
 _TRIED = ("A b  c\n\n\td", "\u00e9t\u00e9 \u65e5\u672c \U0001f642", " a~", "\u0130\ufb01 \u212b")
 
 
@@ -241,7 +246,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
     """
     if not getattr(tokenizer, "is_fast", False):
         return {}
-    return _spelled(json.loads(tokenizer.backend_tokenizer.to_str()))
+    return _spelled(_described(tokenizer.backend_tokenizer))
 
 
 def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
@@ -257,22 +262,42 @@ def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
     return found
 
 
-def _core(described: dict[str, Any], *, dummy: bool = True) -> Tokenizer:
-    """Make the tokenizer without normalisation to NFC, and such that special tokens' text is ordinary text.
+def _described(core: Tokenizer) -> dict[str, Any]:
+    """Describe a tokenizer as its JSON does, but for merges, which take long to write."""
+    parts = {key: getattr(core, key) for key in ("normalizer", "pre_tokenizer", "decoder")}
+    model = {"type": type(core.model).__name__, "vocab": core.get_vocab(with_added_tokens=False)}
+    added = [
+        {"id": k, "content": token.content, "special": token.special}
+        for k, token in sorted(core.get_added_tokens_decoder().items())
+    ]
+    described = {key: None if part is None else json.loads(part.__getstate__()) for key, part in parts.items()}
+    fallback = bool(getattr(core.model, "byte_fallback", False))
+    return {**described, "model": model | {"byte_fallback": fallback}, "added_tokens": added}
+
+
+def _core(original: Tokenizer, described: dict[str, Any], *, dummy: bool = True) -> Tokenizer:
+    """Make a tokenizer without normalisation to NFC, and such that special tokens' text is ordinary text.
 
     Args:
-        described: the tokenizer, as its JSON describes it.
+        original: the tokenizer, with which the other one shares its tokens and merges.
+        described: what :func:`_described` says of it.
         dummy: whether it puts before a text what the original puts there.
     """
     left_out = {"NFC"} if dummy else {"NFC", "Prepend"}
-    kept = [part for part in _parts(described.get("normalizer")) if part["type"] not in left_out]
+    kept = [part for part in _parts(described["normalizer"]) if part["type"] not in left_out]
     changed = {} if dummy else _UNPREFIXED
     before = [part | changed.get(part["type"], {}) for part in _parts(described["pre_tokenizer"])]
-    changes = {
-        "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before} if before else None,
-    }
-    core = Tokenizer.from_str(json.dumps(described | changes | {"truncation": None, "padding": None}))
+    around = Tokenizer.from_str(
+        json.dumps(_EMPTY | {
+            "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": before} if before else None,
+        })
+    )  # fmt: skip
+    core = Tokenizer(original.model)
+    for key in ("normalizer", "pre_tokenizer"):
+        if (part := getattr(around, key)) is not None:
+            setattr(core, key, part)
+    core.add_tokens([token for _, token in sorted(original.get_added_tokens_decoder().items())])
     core.encode_special_tokens = True
     return core
 
@@ -308,10 +333,10 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise _refuse(name, "its tokenizer is written in Python, and its tokens cannot be read")
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described = _described(tokenizer.backend_tokenizer)
     _check_text_is_kept(name, described)
     own = _words(name, described)
-    core = _core(described)
+    core = _core(tokenizer.backend_tokenizer, described)
     ordered = sorted(own.items(), key=lambda item: (item[1], item[0]))
     words = [word for _, word in ordered]
     single = {word[0]: k for k, word in ordered if len(word) == 1}
@@ -323,7 +348,8 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
         name=name, words=words, tokens=np.array([k for k, _ in ordered]),
         flat=flat, offsets=offsets, typical=np.tile(beginnings, (256, 1)),
         end=tokenizer.eos_token_id, start=_start(tokenizer, core), dummy=dummy,
-        unwritable=bytes(sorted(set(range(256)) - single.keys())), _core=_core(described, dummy=False), _own=own,
+        unwritable=bytes(sorted(set(range(256)) - single.keys())), _own=own,
+        _core=_core(tokenizer.backend_tokenizer, described, dummy=False),
     )  # fmt: skip
     for text in _TRIED:
         found = spelling.spelled(core.encode(text, add_special_tokens=False).ids)

@@ -91,8 +91,8 @@ class Block:
         seats: all that are in the block.
         late: how many of the last columns all seats have that their paths do not list yet.
         looked: how many seats there were, at most, since it was looked whether the block is too large.
-        in_place: what the last call in place has made of the layers, with its (slots, first column); None if it is to be
-            made anew.
+        in_place: what the last call in place has made of the layers, with its (slots, first column); None to make it
+            anew.
         steady: what is kept between calls in which all seats get one token more; None if there is nothing to keep.
     """
 
@@ -350,8 +350,7 @@ class Call:
         return self._cells.setdefault((heads, place), found)
 
     def mask(self, masks: Masks) -> Any:
-        """Return the attention mask: none for one text, of columns at the left where that is all, else of each token's.
-        """
+        """Return the attention mask: none for one text, of columns at the left, or of those that each token sees."""
         many, new, width = len(self._rows), self.new, self.wide + self.new
         if self._whole and many == 1:
             return None

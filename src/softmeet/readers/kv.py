@@ -250,7 +250,7 @@ class KeysAndValues:
         seat.path = np.concatenate((seat.path, columns))
 
     def crop(self, seat: Seat, length: int) -> None:
-        """Take back the tokens behind the first ``length``; in a block of its own, their columns come into use again."""
+        """Take back the tokens behind the first ``length``; in a block of its own, their columns can be used again."""
         seat.path = seat.path[:length]
         if (block := seat.block) is not None and len(block.seats) == 1:
             block.end = int(seat.path[-1]) + 1 if length else 0

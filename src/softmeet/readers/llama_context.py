@@ -25,7 +25,7 @@ from softmeet.members.refused import cannot_load
 # Rows and cells with which a cache begins, and the most rows that llama.cpp has.
 _ROWS, _CELLS, MOST_ROWS = 16, 4096, 256
 # The most tokens of one call, and the most of them behind which it predicts.
-_CALL, _TOLD = 512, 64
+MOST_TOKENS, MOST_TOLD = 512, 64
 # For a file whose weights are not quantised: the number of single precision, for its keys and values, and that of
 # attention which does not round them.
 _FLOAT32, _PLAIN = 0, 0
@@ -48,7 +48,7 @@ class Piece:
     told: Sequence[int]
 
 
-class Full(InvalidInputError):
+class NoRoomError(InvalidInputError):
     """No room for more keys and values."""
 
 
@@ -116,16 +116,17 @@ class LlamaContext:
 
     def __init__(self, model: LlamaModel, limit: int) -> None:
         self._model, self._library, self._call = model, model.library, model.library.functions
-        self.rows, self.cells = _ROWS, min(_CELLS, -(-limit // 256) * 256)
+        # A call may have no more tokens than there are cells.
+        self.rows, self.cells = _ROWS, max(MOST_TOKENS, min(_CELLS, -(-limit // 256) * 256))
         self._width, self._kind = 0, 0
         self._pointer, self._free = self._made(self.rows, self.cells)
-        size = _CALL
+        size = MOST_TOKENS
         self._tokens, self._places, self._one = (np.empty(size, np.int32) for _ in range(3))
         self._row, self._wanted = np.empty(size, np.int32), np.empty(size, np.int8)
         self._one[:] = 1
         self._where = self._row.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
         self._batch = batch = self._library.batch()
-        fields = {
+        fields: dict[str, tuple[str, Any]] = {
             "token": ("int32_t", self._tokens), "pos": ("int32_t", self._places), "n_seq_id": ("int32_t", self._one),
             "seq_id": ("int32_t *", self._where), "logits": ("int8_t", self._wanted),
         }  # fmt: skip
@@ -136,17 +137,17 @@ class LlamaContext:
         """Make a context; returns (it, what frees it)."""
         options = self._call.llama_context_default_params()
         options.n_ctx, options.n_seq_max, options.kv_unified, options.swa_full = cells, rows, True, True
-        options.n_batch = options.n_ubatch = min(_CALL, cells)
+        options.n_batch = options.n_ubatch = MOST_TOKENS
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         options.no_perf, options.embeddings = True, bool(self._width)
         if hasattr(options, "n_outputs_max"):
-            options.n_outputs_max = _CALL if self._width else max(_TOLD, rows)
+            options.n_outputs_max = MOST_TOKENS if self._width else max(MOST_TOLD, rows)
         if not self._model.file.is_quantised:
             options.type_k = options.type_v = _FLOAT32
             options.flash_attn_type = _PLAIN
         found = self._call.llama_init_from_model(self._model.pointer, options)
         if not found:
-            raise Full(
+            raise NoRoomError(
                 f"expected memory for the keys and values of {cells:,} tokens of {self._model.name}, and there is not "
                 "enough: put +context=N behind it, or free some"
             )
@@ -171,7 +172,7 @@ class LlamaContext:
         """Make room for so many rows and tokens, and keep what is there.
 
         Raises:
-            Full: if there is not enough memory.
+            NoRoomError: if there is not enough memory.
         """
         size = self._call.llama_state_get_size(self._pointer)
         held = np.empty(size, np.uint8)
@@ -180,7 +181,7 @@ class LlamaContext:
         pointer, free = self._made(rows, cells)
         if self._call.llama_state_set_data(pointer, where, wrote) != wrote:
             free()
-            raise Full(f"cannot move the keys and values of {self._model.name} to where there is more room")
+            raise NoRoomError(f"cannot move the keys and values of {self._model.name} to where there is more room")
         self._free()
         self._pointer, self._free, self.rows, self.cells = pointer, free, rows, cells
 
@@ -201,7 +202,7 @@ class LlamaContext:
             them the hidden states, if these are told.
 
         Raises:
-            Full: if there is no room for them; then nothing was run.
+            NoRoomError: if there is no room for them; then nothing was run.
             CheckpointError: if the library fails.
         """
         at = 0
@@ -217,7 +218,7 @@ class LlamaContext:
         self._call.llama_set_n_threads(self._pointer, threads, threads)
         code = self._call.llama_decode(self._pointer, self._library.argument(self._batch))
         if code == 1:
-            raise Full(f"expected room for {at:,} tokens more of {self._model.name}, and there is none")
+            raise NoRoomError(f"expected room for {at:,} tokens more of {self._model.name}, and there is none")
         if code:
             said = "; ".join(self._library.said)
             raise CheckpointError(f"llama.cpp cannot run {self._model.name} (it returned {code}): {said}")

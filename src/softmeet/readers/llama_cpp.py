@@ -12,10 +12,17 @@ from jaxtyping import Float
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.gguf_file import GgufFile
 from softmeet.members.gguf_head import gguf_head
 from softmeet.members.gguf_tokenizer import known_file
-from softmeet.readers.llama_context import _CALL, _TOLD, MOST_ROWS, Full, LlamaContext, LlamaModel, Piece
+from softmeet.readers.llama_context import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    MOST_TOLD,
+    LlamaContext,
+    LlamaModel,
+    NoRoomError,
+    Piece,
+)
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
@@ -246,7 +253,9 @@ class LlamaReader(ReaderOfRows[_Text]):
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
         parts = [jobs[k].predictions() for k, count in enumerate(counts) if count]
         v = self._model.v
-        told = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.empty((0, v), np.float32))
+        told = torch.from_numpy(
+            np.concatenate(parts) if len(parts) > 1 else parts[0] if parts else np.empty((0, v), np.float32)
+        )
         work = Work(calls, sum(len(job.tokens) for job in jobs.values()))
         hidden = None if self.head is None else told[:, v:]
         return Given(told[:, :v], counts, dict(sorted(errors.items())), work, hidden=hidden)
@@ -275,7 +284,7 @@ class LlamaReader(ReaderOfRows[_Text]):
         for job in jobs:
             if job.row not in self._rows:
                 job.error = InvalidInputError(f"a row of {self.name} was closed while it was read")
-        pieces, room, places = list[tuple[_Job, Piece]](), _CALL, max(_TOLD, self._cells.rows)
+        pieces, room, places = list[tuple[_Job, Piece]](), MOST_TOKENS, max(MOST_TOLD, self._cells.rows)
         for job in jobs:
             if room and job.error is None and (piece := job.piece(room, places)).tokens:
                 pieces.append((job, piece))
@@ -285,7 +294,7 @@ class LlamaReader(ReaderOfRows[_Text]):
     def _run_pieces(self, pieces: Sequence[tuple[_Job, Piece]]) -> None:
         try:
             found = self._told(pieces)
-        except Full as error:
+        except NoRoomError as error:
             if len(pieces) == 1:
                 pieces[0][0].error = error
             for one in pieces if len(pieces) > 1 else ():
@@ -301,13 +310,13 @@ class LlamaReader(ReaderOfRows[_Text]):
         """Run pieces; where there is no room, forget earlier texts, and then make room.
 
         Raises:
-            Full: if there is not enough memory.
+            NoRoomError: if there is not enough memory.
         """
         every = [piece for _, piece in pieces]
         while True:
             try:
                 return self._cells.run(every)
-            except Full:
+            except NoRoomError:
                 if self._prefixes.tokens:
                     self._prefixes.clear()
                 else:

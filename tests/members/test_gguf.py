@@ -1,0 +1,151 @@
+"""GGUF files as they are before anything of llama.cpp sees them, and their tokenizers."""
+
+from __future__ import annotations
+
+import byte_tokenizers
+import gguf
+import gguf_files
+import pytest
+import torch
+import transformers as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softmeet.errors import CheckpointError, SoftmeetError
+from softmeet.members import gguf_file
+from softmeet.members.gguf_file import read_gguf
+from softmeet.members.gguf_tokenizer import known_file
+from softmeet.readers.llama_context import LlamaModel
+
+SHAPE = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 32, "max_position_embeddings": 64,
+}  # fmt: skip
+# Tokenizers by what is said of how they split texts, which llama.cpp knows.
+TOKENIZERS = {
+    "gpt-2": byte_tokenizers.byte_level, "llama-bpe": byte_tokenizers.byte_level, "qwen2": byte_tokenizers.byte_level,
+    "llama": byte_tokenizers.llama, "llama without a space before": lambda: byte_tokenizers.llama(dummy=False),
+}  # fmt: skip
+HOSTILE = [
+    "the king", " the  there   ", "\n\n\n", "\t\r\n x", "12345 6 789", "they'll THEY'LL I'm", "é日本🙂", "a\u200bb",
+    "<|endoftext|>", "</s>", "(the)[er]{he}", "\u00a0the\u3000er", "don't", "1.5e-3", "x" * 50, "  \n  the",
+]  # fmt: skip
+
+
+def written(path, tokenizer, pre=None, **said):
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).eval()
+    gguf_files.write(path, model, tokenizer, bits=8, pre=pre, **said)
+    return path
+
+
+def _text(word):
+    """A text as files have it."""
+    return len(word).to_bytes(8, "little") + word.encode()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("gguf") / "a.gguf", byte_tokenizers.byte_level(), "gpt-2")
+
+
+def test_what_a_file_says_is_what_the_package_of_ggml_reads(file):
+    found, theirs = read_gguf(file), gguf.GGUFReader(file)
+    assert {name: one.start for name, one in found.tensors.items()} == {
+        one.name: one.data_offset for one in theirs.tensors
+    }
+    assert {name: one.size for name, one in found.tensors.items()} == {one.name: one.n_bytes for one in theirs.tensors}
+    assert found.said["tokenizer.ggml.tokens"] == theirs.fields["tokenizer.ggml.tokens"].contents()
+    assert (found.context, found.is_quantised, found.size) == (64, True, file.stat().st_size)
+    assert found.bytes_a_token == 2 * 2 * 16  # keys and values of one layer and one head
+    assert "tokenizer.ggml.tokens" in found.said
+
+
+def test_sizes_of_blocks_are_those_of_the_package_of_ggml():
+    assert {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == gguf_file._BLOCKS
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.3, 0.6, 0.999])
+def test_a_file_that_ends_early_is_refused_in_a_sentence(share, file, tmp_path):
+    whole, cut = file.read_bytes(), tmp_path / "cut.gguf"
+    cut.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=r"cannot load .*cut\.gguf: .*fetch it again"):
+        read_gguf(cut)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_whatever_is_changed_ends_in_an_error_of_softmeets(file, tmp_path_factory, changes):
+    begins = min(one.start for one in read_gguf(file).tensors.values())
+    whole, other = bytearray(file.read_bytes()), tmp_path_factory.getbasetemp() / "other.gguf"
+    for place, byte in changes:
+        whole[place % begins] = byte
+    other.write_bytes(whole)
+    try:
+        known_file(other, "other")
+    except SoftmeetError as error:
+        assert "other" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: b"GGML" + raw[4:], "begins with b'GGML'"),
+        (lambda raw: raw[:4] + b"\x01" + raw[5:], "version 1"),
+        (lambda raw: raw[:4] + b"\x00\x00\x00\x03" + raw[8:], "another byte order"),
+        (lambda raw: raw.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"), "two tensors"),
+    ],
+    ids=["magic", "version", "byte order", "tensors"],
+)  # fmt: skip
+def test_broken_beginnings(change, said, file, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(change(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=said):
+        read_gguf(broken)
+
+
+def test_what_llama_cpp_would_end_the_process_for_is_refused(file, tmp_path):
+    raw, broken = file.read_bytes(), tmp_path / "broken.gguf"
+    at = raw.index(b".block_count") + len(b".block_count") + 4
+    for layers in (0, 513):
+        broken.write_bytes(raw[:at] + layers.to_bytes(4, "little") + raw[at + 4 :])
+        with pytest.raises(CheckpointError, match=f"says that it has {layers} layers"):
+            read_gguf(broken)
+    broken.write_bytes(raw.replace(_text("er"), _text("he")))
+    with pytest.raises(CheckpointError, match="two of its tokens have the same text"):
+        read_gguf(broken)
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    first = tmp_path / "big-00001-of-00002.gguf"
+    out = gguf.GGUFWriter(first, "llama")
+    out.add_uint16("split.count", 2)
+    out.add_uint16("split.no", 0)
+    out.add_block_count(1)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.close()
+    with pytest.raises(CheckpointError, match=r"in 2 parts, of which big-00002-of-00002\.gguf is missing"):
+        read_gguf(first)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match="name the first"):
+        read_gguf(other)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_files_tokenizer_cuts_texts_as_llama_cpp_does(kind, tmp_path):
+    tokenizer = TOKENIZERS[kind]()
+    path = written(tmp_path / "a.gguf", tokenizer, kind if "llama w" not in kind and kind != "llama" else None)
+    file, found = known_file(path, "it")
+    model = LlamaModel(file, "it")
+    for text in HOSTILE:
+        ours = found.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ours == model.tokens(text), text
+
+
+def test_files_that_say_the_same_of_their_tokenizers_share_them_but_for_templates(tmp_path):
+    said = [{"tokenizer.chat_template": text} for text in ("{{ messages }}", "{{ messages[0] }}")]
+    tokenizer = byte_tokenizers.byte_level()
+    found = [known_file(written(tmp_path / f"{k}.gguf", tokenizer, said=own), "it")[1] for k, own in enumerate(said)]
+    assert [own.chat_template for own in found] == ["{{ messages }}", "{{ messages[0] }}"]
+    assert found[0].backend_tokenizer is found[1].backend_tokenizer
