@@ -25,6 +25,7 @@ from softmeet.cli.gone import today
 from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
 from softmeet.cli.messages import STOPPED, UNREAD, err, stoppable
+from softmeet.cli.models import models
 from softmeet.cli.serve import serve
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
@@ -41,7 +42,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 begun = stoppable("nothing was begun")
-for command in (generate, inspect, check, begun(advise), begun(trace), begun(evaluate), begun(fit), serve, config):
+for command in (
+    generate,
+    inspect,
+    check,
+    begun(advise),
+    begun(trace),
+    begun(evaluate),
+    begun(fit),
+    serve,
+    models,
+    config,
+):
     app.command(cls=Command)(command)
 
 

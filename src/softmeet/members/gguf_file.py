@@ -104,6 +104,15 @@ class GgufFile:
         return replace(self, said=kept)
 
 
+def begins_as_gguf(path: Path) -> bool:
+    """Return whether a file begins as GGUF files do, whatever it is called, as ollama's are called by their hash."""
+    try:
+        with path.open("rb") as held:
+            return held.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
 class _Reading:
     """The bytes of a file, read from the beginning on; what is behind its end is a ValueError."""
 

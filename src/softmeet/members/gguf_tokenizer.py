@@ -41,7 +41,7 @@ def known_file(path: Path, name: str) -> tuple[GgufFile, PreTrainedTokenizerFast
     file, known = _files.get(key), _made.get(key)
     if file is None or known is None:
         whole = read_gguf(path, name)
-        file, said = whole.without_lists(), _content(whole)
+        file, said = whole.without_lists(), content_of(whole)
         if (first := _made.get(said)) is None:
             known = _made[said] = gguf_tokenizer(whole, name)
         else:  # which shares all but what is said here
@@ -53,7 +53,7 @@ def known_file(path: Path, name: str) -> tuple[GgufFile, PreTrainedTokenizerFast
     return file, known
 
 
-def _content(file: GgufFile) -> tuple[Any, ...]:
+def content_of(file: GgufFile) -> tuple[Any, ...]:
     """Return what a tokenizer depends on but for its chat template, such that equal ones are equal."""
     said = sorted((key, own) for key, own in file.said.items() if key.startswith("tokenizer.") and key != _TEMPLATE)
     frozen = [(key, hash(tuple(value)) if isinstance(value, list) else value) for key, value in said]

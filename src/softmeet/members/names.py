@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 
 from softmeet.errors import CheckpointError, nearest
 from softmeet.members import zoo
+from softmeet.members.gguf_file import begins_as_gguf
 from softmeet.members.member import Member
 from softmeet.members.refused import cannot_load
 from softmeet.members.registered import is_registered, not_registered
@@ -59,7 +60,7 @@ def find(name: str | Member) -> dict[str, Any]:
         raise CheckpointError(f"expected a checkpoint of transformers, but {member.source} is a reader without one")
     place, file, source = zoo.locate(member.source), member.file, member.checkpoint
     path, within = Path(place), {} if member.subfolder is None else {"subfolder": member.subfolder}
-    if path.suffix == ".gguf" and not path.is_dir():
+    if not path.is_dir() and (path.suffix == ".gguf" or begins_as_gguf(path)):
         if file is not None:
             raise cannot_load(source, f"expected one GGUF file, got this one and {file}")
         path, place, file = path.parent, str(path.parent), path.name

@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from softmeet.errors import InvalidInputError
 from softmeet.extras import install_line
 from softmeet.members import llama_library, names
+from softmeet.members.gguf_file import begins_as_gguf
 from softmeet.members.member import Member
 from softmeet.members.registered import GROUP, is_registered, registered_reader
 
@@ -40,7 +41,8 @@ def is_gguf(member: Member) -> bool:
         >>> is_gguf(Member("a.gguf")), is_gguf(Member("org/model", file="a.gguf")), is_gguf(Member("org/model"))
         (True, True, False)
     """
-    return not is_registered(member) and (member.file or member.source).endswith(".gguf")
+    named = (member.file or member.source).endswith(".gguf")
+    return not is_registered(member) and (named or begins_as_gguf(Path(member.source)))
 
 
 def is_native(member: Member) -> bool:

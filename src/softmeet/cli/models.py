@@ -1,0 +1,61 @@
+"""``softmeet models``: the GGUF files on this machine, and which of them can be combined over tokens."""
+
+from __future__ import annotations
+
+import json as writing
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softmeet.cli.progress import working
+from softmeet.cli.tables import out, print_table
+
+
+def models(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="FOLDER...", help="Look in these folders, or at these files, too.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List GGUF files on this machine: those of ollama, LM Studio, llama.cpp and the Hub's cache.
+
+    Files with the same letter under tokens have the same tokens, and are combined over tokens; others are combined over
+    bytes.
+
+    Example: softmeet models
+    """
+    with working("looking for GGUF files"):
+        from softmeet.members.local_files import local_files
+
+        found = local_files(folders)
+    rows: list[dict[str, Any]] = [
+        {
+            "model": one.name, "from": one.source, "kind": one.said.architecture if one.said else one.why,
+            "bytes": one.said.size if one.said else one.path.stat().st_size, "tokens": one.tokens,
+            "context": one.said.context if one.said else None, "path": str(one.path),
+        }
+        for one in found
+    ]  # fmt: skip
+    console = out()
+    if json:
+        console.print(writing.dumps(rows, indent=1))
+        return
+    if not rows:
+        console.print("No GGUF file was found: name a folder, as in softmeet models ~/models")
+        return
+    cells = [
+        [row["model"], row["from"], row["kind"], f"{row['bytes'] / 1e6:,.0f}", str(row["context"] or ""), row["tokens"]]
+        for row in rows
+    ]
+    print_table(console, ("model", "from", "kind", "MB", "context", "tokens"), [cells], texts=(0, 1, 2, 5))
+    for row in rows:
+        console.print(f"{row['model']}: {row['path']}")
+    count = Counter(row["tokens"] for row in rows if row["tokens"])
+    shared = [letter for letter, many in count.items() if many > 1]
+    letters = ", ".join(shared)
+    end = (
+        f"those of {letters} can be combined over tokens, all" if shared else "no two have the same tokens; all can be"
+    )
+    console.print(f"Of these models {end} over bytes: softmeet serve -m PATH -m PATH")
