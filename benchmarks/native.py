@@ -20,7 +20,7 @@ import typer
 
 from report import show
 from softmeet import Ensemble
-from softmeet.readers.llama_context import LlamaContext, Piece
+from softmeet.readers.llama_context import LlamaContext, RowTokens
 
 PROMPT = "The library was built in the year in which the old bridge fell, and"
 
@@ -31,10 +31,10 @@ def own_loop(reader: Any, ids: list[int], tokens: int) -> Callable[[], float]:
 
     def run() -> float:
         context.cut(0, 0)
-        told = context.run([Piece(0, 0, ids, [len(ids) - 1])])
+        told = context.run([RowTokens(0, 0, ids, [len(ids) - 1])])
         start = time.perf_counter()
         for k in range(tokens):
-            told = context.run([Piece(0, len(ids) + k, [int(told[0].argmax())], [0])])
+            told = context.run([RowTokens(0, len(ids) + k, [int(told[0].argmax())], [0])])
         return (time.perf_counter() - start) / tokens
 
     return run

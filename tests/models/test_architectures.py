@@ -168,7 +168,7 @@ def test_gguf_files_are_dequantised_into_the_models_that_they_are_of(architectur
     for bits in (32, 8):
         path = tmp_path / f"{bits}.gguf"
         gguf_files.write(path, model, byte_tokenizers.byte_level(), bits=bits)
-        ours = Ensemble.from_pretrained([path], "logit-mean")
+        ours = Ensemble.from_pretrained([f"{path}+engine=transformers"], "logit-mean")
         ids = ours.tokenizer(" the other", return_tensors="pt")["input_ids"]
         assert ids.tolist() == byte_tokenizers.byte_level()(" the other", return_tensors="pt")["input_ids"].tolist()
         logits[bits] = ours.model(input_ids=ids).logits

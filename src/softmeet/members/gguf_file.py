@@ -37,7 +37,7 @@ _LONG = 1024
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor is: its shape as torch has it, the number of its type, its first byte, and how many it has."""
 
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class GgufFile:
 
     path: Path
     said: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     size: int
 
     @property
@@ -203,7 +203,7 @@ def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
         raise cannot_load(name, "two of its tokens have the same text: fetch it again")
 
 
-def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
+def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     if mapped[:4] != b"GGUF":
         raise ValueError(f"it begins with {mapped[:4]!r}, which no GGUF file does")
     reading.at = 4
@@ -221,7 +221,7 @@ def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[st
     if not (isinstance(align, int) and 0 < align <= _MOST_ALIGNMENT and align & (align - 1) == 0):
         raise ValueError(f"it says an alignment of {align!r}, which is no power of two")
     begin = -(-reading.at // align) * align
-    tensors = dict[str, Stored]()
+    tensors = dict[str, StoredTensor]()
     for name, shape, kind, offset in found:
         if name in tensors:
             raise ValueError(f"it has two tensors {name}")
@@ -229,7 +229,7 @@ def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[st
     return said, tensors
 
 
-def _stored(name: str, shape: tuple[int, ...], kind: int, start: int, end: int) -> Stored:
+def _stored(name: str, shape: tuple[int, ...], kind: int, start: int, end: int) -> StoredTensor:
     """Return where a tensor is, which has to be whole before the ``end`` of the file."""
     each, size = _BLOCKS.get(kind, (1, 0))
     if shape[-1] % each:
@@ -237,7 +237,7 @@ def _stored(name: str, shape: tuple[int, ...], kind: int, start: int, end: int) 
     needed = prod(shape) // each * size
     if start + needed > end:
         raise ValueError(f"it ends before its tensor {name} does, at {end:,} of {start + needed:,} bytes")
-    return Stored(shape, kind, start, needed)
+    return StoredTensor(shape, kind, start, needed)
 
 
 def _tensor(reading: _Reading) -> tuple[str, tuple[int, ...], int, int]:

@@ -58,7 +58,7 @@ def rounded(hidden: Float[np.ndarray, "k d"], kind: int) -> Float[np.ndarray, "k
 
     Example:
         >>> rounded(np.linspace(-1, 1, 32, dtype=np.float32)[None], 8)[0, :2].tolist()
-        [-1.0, -0.937...]
+        [-0.999..., -0.936...]
     """
     if kind in _BY_32:
         return _in_blocks(hidden, 32, np.float16)

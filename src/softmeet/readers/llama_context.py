@@ -32,7 +32,7 @@ _FLOAT32, _PLAIN = 0, 0
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowTokens:
     """New tokens of one row in a call of the model.
 
     Attributes:
@@ -194,7 +194,7 @@ class LlamaContext:
         """Forget what a row has behind its first ``length`` tokens."""
         self._call.llama_memory_seq_rm(self._memory, row, length, -1)
 
-    def run(self, pieces: Sequence[Piece]) -> Float[np.ndarray, "k w"]:
+    def run(self, pieces: Sequence[RowTokens]) -> Float[np.ndarray, "k w"]:
         """Run new tokens of some rows in one call of the model, at most 512 of them.
 
         Returns:

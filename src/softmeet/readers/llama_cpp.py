@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +21,9 @@ from softmeet.readers.llama_context import (
     LlamaContext,
     LlamaModel,
     NoRoomError,
-    Piece,
+    RowTokens,
 )
+from softmeet.readers.llama_rows import Job, LlamaRow
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
@@ -38,33 +39,7 @@ _TRIED, _APART = (1, 2, 3, 4, 5), 1e-2
 _CONTEXT = 4096
 
 
-@dataclass(eq=False)
-class _Text(Row):
-    """A row of a context.
-
-    Attributes:
-        number: the row's number there.
-        own: how many of the tokens are the member's own, before the text.
-        tokens: those that were run.
-        pending: own tokens that still have to be run.
-        last: (1, v), logits behind the last token, of a model that cannot take it back.
-    """
-
-    number: int = 0
-    own: int = 0
-    tokens: tuple[int, ...] = ()
-    pending: tuple[int, ...] = ()
-    last: Float[np.ndarray, "1 v"] | None = None
-    known: int = 0
-    is_new: bool = True
-
-    @property
-    def length(self) -> int:  # type: ignore[override]
-        """The number of the text's symbols that were read."""
-        return max(0, len(self.tokens) - self.own)
-
-
-class LlamaReader(ReaderOfRows[_Text]):
+class LlamaReader(ReaderOfRows[LlamaRow]):
     """A GGUF file that llama.cpp runs as it is.
 
     Args:
@@ -87,7 +62,7 @@ class LlamaReader(ReaderOfRows[_Text]):
         context: int | None = None,
         gpu_layers: int = 0,
     ) -> None:
-        super().__init__(_Text)
+        super().__init__(LlamaRow)
         self.name = name or Path(path).name
         self.file, tokenizer = known_file(Path(path), self.name)
         self._model = LlamaModel(self.file, self.name, gpu_layers)
@@ -163,7 +138,7 @@ class LlamaReader(ReaderOfRows[_Text]):
                 f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
                 f"{self.alphabet.size:,}, got {said}"
             )
-        row = self._opened(_Text(own=len(before), pending=before))
+        row = self._opened(LlamaRow(own=len(before), pending=before))
         row.number = self._number()
         every = [*before, *text]
         found, kept = self._prefixes.longest(every) if reuse and every else (0, None)
@@ -173,7 +148,7 @@ class LlamaReader(ReaderOfRows[_Text]):
             row.known = row.length
         return row
 
-    def _copied(self, row: _Text) -> _Text:
+    def _copied(self, row: LlamaRow) -> LlamaRow:
         return replace(row)
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
@@ -192,11 +167,11 @@ class LlamaReader(ReaderOfRows[_Text]):
             self._cut(fork, kept)
         return found
 
-    def _require_length(self, row: _Text, length: int) -> None:
+    def _require_length(self, row: LlamaRow, length: int) -> None:
         if not 0 <= length <= row.length:
             raise InvalidInputError(f"expected a length from 0 to {row.length}, the row's, got {length}")
 
-    def _cut(self, row: _Text, length: int) -> None:
+    def _cut(self, row: LlamaRow, length: int) -> None:
         if length < row.length:
             row.tokens, row.last = row.tokens[: row.own + length], None
             self._cells.cut(row.number, len(row.tokens))
@@ -216,7 +191,7 @@ class LlamaReader(ReaderOfRows[_Text]):
         self._cells.cut(one.number, 0)
         self._free.append(one.number)
 
-    def _refused(self, row: _Text, one: Read) -> SoftmeetError | None:
+    def _refused(self, row: LlamaRow, one: Read) -> SoftmeetError | None:
         """Return why symbols cannot be read; None if they can."""
         if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
             return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
@@ -260,7 +235,7 @@ class LlamaReader(ReaderOfRows[_Text]):
         hidden = None if self.head is None else told[:, v:]
         return Given(told[:, :v], counts, dict(sorted(errors.items())), work, hidden=hidden)
 
-    def _job(self, row: _Text, one: Read) -> _Job:
+    def _job(self, row: LlamaRow, one: Read) -> Job:
         """Return what has to be run for one read."""
         tokens, start = (*row.pending, *one.symbols), len(row.tokens)
         again = bool(one.at) and not one.at[0] and not row.pending and row.last is None
@@ -271,7 +246,7 @@ class LlamaReader(ReaderOfRows[_Text]):
         held = [] if len(told) == len(one.at) else [row.last]
         if not self.traits.can_crop and tokens and len(tokens) - 1 not in told:
             told.append(len(tokens) - 1)
-        job = _Job(row, one, row.number, start, tokens, told, [one for one in held if one is not None])
+        job = Job(row, one, row.number, start, tokens, told, [one for one in held if one is not None])
         if again:
             self._cells.cut(row.number, start)
         if not one.keep and not self.traits.can_crop:
@@ -279,19 +254,19 @@ class LlamaReader(ReaderOfRows[_Text]):
             self._cells.copy(row.number, job.number, start)
         return job
 
-    def _run(self, jobs: Sequence[_Job]) -> None:
+    def _run(self, jobs: Sequence[Job]) -> None:
         """Run some of the tokens that are left of jobs, in one call of the model."""
         for job in jobs:
             if job.row not in self._rows:
                 job.error = InvalidInputError(f"a row of {self.name} was closed while it was read")
-        pieces, room, places = list[tuple[_Job, Piece]](), MOST_TOKENS, max(MOST_TOLD, self._cells.rows)
+        pieces, room, places = list[tuple[Job, RowTokens]](), MOST_TOKENS, max(MOST_TOLD, self._cells.rows)
         for job in jobs:
             if room and job.error is None and (piece := job.piece(room, places)).tokens:
                 pieces.append((job, piece))
                 room, places = room - len(piece.tokens), places - len(piece.told)
         self._run_pieces(pieces)
 
-    def _run_pieces(self, pieces: Sequence[tuple[_Job, Piece]]) -> None:
+    def _run_pieces(self, pieces: Sequence[tuple[Job, RowTokens]]) -> None:
         try:
             found = self._told(pieces)
         except NoRoomError as error:
@@ -306,7 +281,7 @@ class LlamaReader(ReaderOfRows[_Text]):
             job.done += len(piece.tokens)
             at += len(piece.told)
 
-    def _told(self, pieces: Sequence[tuple[_Job, Piece]]) -> Float[np.ndarray, "k v"]:
+    def _told(self, pieces: Sequence[tuple[Job, RowTokens]]) -> Float[np.ndarray, "k v"]:
         """Run pieces; where there is no room, forget earlier texts, and then make room.
 
         Raises:
@@ -322,7 +297,7 @@ class LlamaReader(ReaderOfRows[_Text]):
                 else:
                     self._cells.grow(self._cells.rows, 2 * self._cells.cells)
 
-    def _undo(self, job: _Job) -> None:
+    def _undo(self, job: Job) -> None:
         """Have a row be as it was before a job that did not end."""
         if job.number != job.row.number:
             self._cells.cut(job.number, 0)
@@ -334,7 +309,7 @@ class LlamaReader(ReaderOfRows[_Text]):
                 row.pending, row.tokens = (*row.tokens[job.start :], *row.pending), row.tokens[: job.start]
             self._cells.cut(row.number, len(row.tokens))
 
-    def _settle(self, job: _Job) -> None:
+    def _settle(self, job: Job) -> None:
         """Note what was read of a row."""
         row, one = job.row, job.read
         if job.error is not None or row not in self._rows:
@@ -354,7 +329,7 @@ class LlamaReader(ReaderOfRows[_Text]):
             row.is_new = False
             self._keep(row)
 
-    def _keep(self, row: _Text) -> None:
+    def _keep(self, row: LlamaRow) -> None:
         """Keep what was first read of a row, for texts that begin alike."""
         wanted = self.traits.can_crop and row.tokens and self._prefixes.wants(row.tokens)
         if wanted and len(self._kept) < _KEPT_ROWS and self._free:
@@ -370,47 +345,3 @@ def gguf_reader(path: str | Path, name: str | None = None, **options: int) -> Ll
         path, name, options: as of :class:`LlamaReader`.
     """
     return LlamaReader(path, name, own=(), **options)
-
-
-@dataclass(eq=False)
-class _Job:
-    """What has to be run for one read.
-
-    Attributes:
-        row, read: whose, and what.
-        number: the number of the row in which it is run.
-        start: how many of its tokens were run before.
-        tokens: those that are to be run.
-        told: behind which of them predictions are wanted, counted from 0.
-        found: what was predicted.
-        done: how many of them were run.
-        error: why it failed.
-    """
-
-    row: _Text
-    read: Read
-    number: int
-    start: int
-    tokens: tuple[int, ...]
-    told: list[int]
-    found: list[Float[np.ndarray, "t v"]]
-    done: int = 0
-    error: SoftmeetError | None = None
-
-    @property
-    def left(self) -> bool:
-        """Whether something is left to be run."""
-        return self.done < len(self.tokens)
-
-    def piece(self, room: int, places: int) -> Piece:
-        """Return the next of what is left: so many tokens at most, and so many predictions."""
-        told = [k for k in self.told if self.done <= k < self.done + room]
-        end = min(len(self.tokens), self.done + room)
-        if len(told) > places:
-            end, told = told[places], told[:places]
-        return Piece(self.number, self.start + self.done, self.tokens[self.done : end], [k - self.done for k in told])
-
-    def predictions(self) -> Float[np.ndarray, "t v"]:
-        """Return what was predicted at the places that were asked for."""
-        found = self.found[0] if len(self.found) == 1 else np.concatenate(self.found)
-        return found[: len(self.read.at)]
