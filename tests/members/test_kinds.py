@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import warnings
+from dataclasses import replace
 
 import gguf_files
 import pytest
@@ -234,7 +235,9 @@ def saves(kind):
     folder = kind.folder / f"saved {kind.name}"
     kind.ensemble.save_pretrained(folder)
     loaded = Ensemble.from_pretrained(folder, dtype="float64")
-    assert [Member.parse(name).weights for name in loaded.names] == [member.weights for member in kind.members]
+    assert [replace(Member.parse(name), hash=None).weights for name in loaded.names] == [
+        member.weights for member in kind.members
+    ]
     assert loaded.generate(TEXTS[0], max_new_tokens=NEW, do_sample=False) == kind.greedy(TEXTS[0])
 
 

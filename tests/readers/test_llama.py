@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import byte_tokenizers
 import gguf_files
 import pytest
@@ -11,6 +13,7 @@ import transformers as tf
 from softmeet import Ensemble, Member, SoftmaxHead
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import llama_library
+from softmeet.members.gguf_file import fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
 from softmeet.members.reader_model import ReaderModel
 from softmeet.readers.llama_context import LlamaContext, NoRoomError
@@ -207,9 +210,21 @@ def test_a_saved_ensemble_names_the_engine_and_one_that_names_none_is_transforme
     (model,) = Ensemble.from_pretrained(tmp_path / "saved").model.members
     assert isinstance(model, ReaderModel)
     config = tmp_path / "saved" / "config.json"
+    assert f"+hash={fingerprint(Path(path))}" in config.read_text()
     config.write_text(config.read_text().replace("+engine=llama.cpp", ""))
     (model,) = Ensemble.from_pretrained(tmp_path / "saved").model.members
     assert not isinstance(model, ReaderModel)
+
+
+def test_a_saved_ensemble_refuses_another_file(made, tmp_path):
+    file = tmp_path / "a.gguf"
+    file.write_bytes(Path(made("llama")[0]).read_bytes())
+    Ensemble.from_pretrained(file, "logit-mean").save_pretrained(tmp_path / "saved")
+    file.write_bytes(Path(made("llama", 32, 1)[0]).read_bytes())
+    with pytest.raises(CheckpointError, match=r"it is another file than the one that was saved"):
+        Ensemble.from_pretrained(tmp_path / "saved")
+    with pytest.raises(InvalidInputError, match=r"expected \+hash of a GGUF file"):
+        Ensemble.from_pretrained("wide/gpt2+hash=12ab")
 
 
 def test_files_are_combined_over_bytes(made):

@@ -25,8 +25,8 @@ DEFAULT_CLUSTER = "$RAY_ADDRESS, else a new one on this machine"
 _MEMBERS = (
     "A model: a hub id, a folder, a GGUF file, a bundled model such as wide/gpt2, or NAME:REST for a reader that a "
     "package brings; repeat it for each member. Behind it, +key=value may say how it is loaded and what it reads: "
-    "prompt (a text or a file), adapter, quantization, dtype, device, engine (of a GGUF file), context, gpu_layers, "
-    "subfolder, file, name. Or, alone, a bundled family (wide; narrow, with very narrow heads; mixed, with two "
+    "prompt (a text or a file), adapter, quantization, dtype, device, of a GGUF file engine, context, gpu_layers and "
+    "hash, subfolder, file, name. Or, alone, a bundled family (wide; narrow, with very narrow heads; mixed, with two "
     "tokenizers) or the folder of a saved ensemble, whose settings then take the place of the defaults shown here."
 )
 Members = Annotated[

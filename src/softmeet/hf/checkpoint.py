@@ -21,7 +21,7 @@ from softmeet.members import names as known
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member, require_loadable
 from softmeet.members.member import Member
-from softmeet.members.native import TRANSFORMERS, is_gguf
+from softmeet.members.native import TRANSFORMERS, is_gguf, with_hash
 from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
 from softmeet.members.registered import is_registered
@@ -95,7 +95,8 @@ def absolute(names: Sequence[str], base: Path) -> list[str]:
 def relative(names: Sequence[str], base: Path) -> list[str]:
     """Turn local paths of members and adapters into paths relative to the checkpoint's folder ``base``.
 
-    Such a path begins with a dot. Hub ids and bundled names are returned unchanged.
+    Such a path begins with a dot. Hub ids and bundled names are returned unchanged; GGUF files that llama.cpp runs get
+    their hashes.
     """
 
     def found(path: str) -> str:
@@ -104,7 +105,7 @@ def relative(names: Sequence[str], base: Path) -> list[str]:
         near = os.path.relpath(Path(path).resolve(), base.resolve())
         return near if near.startswith(".") else f"./{near}"
 
-    return [str(_moved(Member.parse(name), found)) for name in names]
+    return [str(_moved(with_hash(Member.parse(name)), found)) for name in names]
 
 
 def _moved(member: Member, path: Callable[[str], str]) -> Member:

@@ -20,7 +20,7 @@ from softmeet.members import quantized, refused, zoo
 from softmeet.members.adapters import adapted, require_adapter
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.members.member import Member
-from softmeet.members.native import has_reader, is_gguf, path_of, reader_of, require_reader, with_engine
+from softmeet.members.native import has_reader, is_gguf, path_of, reader_of, require_hash, require_reader, with_engine
 from softmeet.members.placement import Device, computes_on_cpu, device_map_of, require_device
 from softmeet.members.reader_model import ReaderModel
 from softmeet.members.zoo import Named
@@ -164,6 +164,7 @@ def require_loadable(
             quantized.require(member.quantization, own_device)
     methods: dict[Member, str | None] = {}
     for base in dict.fromkeys(member.base for member, _, _ in members):
+        require_hash(base)
         if has_reader(base):
             require_reader(base)
             continue

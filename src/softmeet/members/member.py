@@ -45,6 +45,8 @@ class Member:
             llama.cpp where that is installed and no adapter, dtype, quantisation or device is asked for.
         context: the most tokens of a text of a GGUF file that llama.cpp runs; None for those that the file names.
         gpu_layers: how many layers of such a file are put on a GPU, where the library has one; None for none.
+        hash: what :func:`softmeet.members.gguf_file.fingerprint` returns for a GGUF file, which is refused if it has
+            changed; saved ensembles have it.
         name: what the member is called where it is shown; None for a name made of the others.
 
     Raises:
@@ -71,6 +73,7 @@ class Member:
     engine: str | None = None
     context: str | None = None
     gpu_layers: str | None = None
+    hash: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:

@@ -20,8 +20,9 @@ from huggingface_hub import hf_hub_download
 from softmeet.errors import InvalidInputError
 from softmeet.extras import install_line
 from softmeet.members import llama_library, names
-from softmeet.members.gguf_file import begins_as_gguf
+from softmeet.members.gguf_file import begins_as_gguf, fingerprint
 from softmeet.members.member import Member
+from softmeet.members.refused import cannot_load
 from softmeet.members.registered import GROUP, is_registered, registered_reader
 
 TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
@@ -133,6 +134,30 @@ def path_of(member: Member) -> Path:
             local_files_only=where.get("local_files_only", False),
         )
     )
+
+
+def with_hash(member: Member) -> Member:
+    """Return a member with the hash of its file, if llama.cpp runs it; any other as it is."""
+    return replace(member, hash=fingerprint(path_of(member))) if is_native(member) else member
+
+
+def require_hash(member: Member) -> None:
+    """Check that a member's file is the one whose hash is behind it, if one is.
+
+    Raises:
+        InvalidInputError: if it is no GGUF file.
+        CheckpointError: if it is another file, or there is none.
+    """
+    if member.hash is None:
+        return
+    if not is_gguf(member):
+        raise InvalidInputError(f"expected +hash of a GGUF file, got it for {member.title}: leave it out")
+    if (found := fingerprint(path_of(member))) != member.hash:
+        raise cannot_load(
+            member.checkpoint,
+            f"it is another file than the one that was saved, with the hash {found} in place of {member.hash}: fetch "
+            "that one, or take +hash out of the member's line",
+        )
 
 
 def reader_of(member: Member) -> Any:
