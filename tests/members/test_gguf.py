@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import byte_tokenizers
 import gguf
 import gguf_files
@@ -16,6 +21,7 @@ from softmeet.members import gguf_file
 from softmeet.members.gguf_file import read_gguf
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.readers.llama_context import LlamaModel
+from softmeet.startup import few_spins
 
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -149,3 +155,30 @@ def test_files_that_say_the_same_of_their_tokenizers_share_them_but_for_template
     found = [known_file(written(tmp_path / f"{k}.gguf", tokenizer, said=own), "it")[1] for k, own in enumerate(said)]
     assert [own.chat_template for own in found] == ["{{ messages }}", "{{ messages[0] }}"]
     assert found[0].backend_tokenizer is found[1].backend_tokenizer
+
+
+def test_an_assertion_of_the_library_ends_with_a_sentence(file, tmp_path):
+    """The file has two tokens of one text, which softmeet would have refused."""
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(file.read_bytes().replace(_text("er"), _text("he")))
+    code = (
+        "import sys; from pathlib import Path; from softmeet.members import gguf_file as f\n"
+        "f._require_what_llama_cpp_asserts = lambda *given: None\n"
+        "from softmeet.readers.llama_context import LlamaModel\n"
+        "LlamaModel(f.read_gguf(Path(sys.argv[1])), 'it')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, str(broken)], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGABRT
+    assert "softmeet: llama.cpp ends this process, as an assertion of its own failed: " in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)]
+)
+def test_threads_give_way_unless_the_environment_says_how_long_they_wait(given, spins, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    few_spins()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
