@@ -40,7 +40,7 @@ def models(
     ]  # fmt: skip
     console = out()
     if json:
-        console.print(writing.dumps(rows, indent=1))
+        typer.echo(writing.dumps(rows, indent=1))
         return
     if not rows:
         console.print("No GGUF file was found: name a folder, as in softmeet models ~/models")
@@ -51,7 +51,7 @@ def models(
     ]
     print_table(console, ("model", "from", "kind", "MB", "context", "tokens"), [cells], texts=(0, 1, 2, 5))
     for row in rows:
-        console.print(f"{row['model']}: {row['path']}")
+        typer.echo(f"{row['model']}: {row['path']}")
     count = Counter(row["tokens"] for row in rows if row["tokens"])
     shared = [letter for letter, many in count.items() if many > 1]
     letters = ", ".join(shared)
