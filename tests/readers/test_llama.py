@@ -109,6 +109,20 @@ def test_a_text_without_room_fails_alone(made, monkeypatch):
     assert not finished(reader.read([Read(rows[2], [3] * 200, [200])])).errors
 
 
+def test_a_cache_grows_as_far_as_there_is_memory_and_a_row_that_fails_is_as_before(made, monkeypatch):
+    reader = LlamaReader(made("llama")[0])
+    rows = [reader.open(reuse=False) for _ in range(3)]
+    finished(reader.read([Read(row, [3] * 165, []) for row in rows]))
+    monkeypatch.setattr("softmeet.readers.llama_context._free_memory", lambda: 1000)
+    told = finished(reader.read([Read(rows[0], [5] * 50, [0, 50])]))
+    assert "MB are free: ask for fewer texts at once" in str(told.errors[0])
+    assert rows[0].length == 165
+    monkeypatch.undo()
+    again = finished(reader.read([Read(rows[0], [5] * 50, [0, 50])]))
+    alone = reader.read_whole([[3] * 165 + [5] * 50], [[165, 215]])
+    assert (again.log_probs() - alone.log_probs()).abs().max() < 1e-3
+
+
 def test_what_was_read_first_is_kept_until_others_need_the_room(made, monkeypatch):
     reader = LlamaReader(made("llama")[0])
     row = reader.open()

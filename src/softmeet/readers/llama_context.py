@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import finalize
 
@@ -26,6 +27,8 @@ from softmeet.members.refused import cannot_load
 _ROWS, _CELLS, MOST_ROWS = 16, 4096, 256
 # The most tokens of one call, and the most of them behind which it predicts.
 MOST_TOKENS, MOST_TOLD = 512, 64
+# The share of the free memory that a larger cache may take.
+_SHARE = 0.8
 # For a file whose weights are not quantised: the number of single precision, for its keys and values, and that of
 # attention which does not round them.
 _FLOAT32, _PLAIN = 0, 0
@@ -46,6 +49,16 @@ class RowTokens:
     start: int
     tokens: Sequence[int]
     told: Sequence[int]
+
+
+def _free_memory() -> int | None:
+    """Return how many bytes of memory are free, those of caches included; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][1]) << 10 if found else None
 
 
 class NoRoomError(InvalidInputError):
@@ -174,6 +187,12 @@ class LlamaContext:
         Raises:
             NoRoomError: if there is not enough memory.
         """
+        needed, free_now = cells * self._model.file.bytes_a_token, _free_memory()
+        if free_now is not None and needed > _SHARE * free_now:
+            raise NoRoomError(
+                f"expected {needed / 1e6:,.0f} MB for keys and values of {cells:,} tokens of {self._model.name}, and "
+                f"{free_now / 1e6:,.0f} MB are free: ask for fewer texts at once, or put +context=N behind it"
+            )
         size = self._call.llama_state_get_size(self._pointer)
         held = np.empty(size, np.uint8)
         where = self._library.pointer("uint8_t", held.ctypes.data)

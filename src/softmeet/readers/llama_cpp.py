@@ -126,6 +126,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             self._free += range(before, self._cells.rows)
         elif not self._free:
             self._prefixes.clear()
+        if not self._free:
+            raise NoRoomError(f"expected at most {MOST_ROWS} rows of {self.name} in use at once: close one first")
         return self._free.pop()
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
@@ -138,14 +140,23 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
                 f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
                 f"{self.alphabet.size:,}, got {said}"
             )
-        row = self._opened(LlamaRow(own=len(before), pending=before))
-        row.number = self._number()
+        row = self._numbered(LlamaRow(own=len(before), tokens=before))
         every = [*before, *text]
         found, kept = self._prefixes.longest(every) if reuse and every else (0, None)
         if kept is not None:
             self._cells.copy(self._kept[kept], row.number, found)
-            row.tokens, row.pending = tuple(every[:found]), before[found:]
+            row.tokens, row.ran = tuple(every[: max(found, len(before))]), found
             row.known = row.length
+        return row
+
+    def _numbered(self, row: LlamaRow) -> LlamaRow:
+        """Open a row, with a number that nobody else has."""
+        self._opened(row)
+        try:
+            row.number = self._number()
+        except BaseException:
+            self._rows.pop(row)
+            raise
         return row
 
     def _copied(self, row: LlamaRow) -> LlamaRow:
@@ -160,9 +171,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         self._require_length(one, kept)
         found = list[Row]()
         for _ in range(count):
-            fork = self._opened(replace(one))
-            fork.number = self._number()
-            self._cells.copy(one.number, fork.number, len(one.tokens))
+            fork = self._numbered(replace(one))
+            self._cells.copy(one.number, fork.number, one.ran)
             found.append(fork)
             self._cut(fork, kept)
         return found
@@ -174,7 +184,12 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
     def _cut(self, row: LlamaRow, length: int) -> None:
         if length < row.length:
             row.tokens, row.last = row.tokens[: row.own + length], None
-            self._cells.cut(row.number, len(row.tokens))
+            self._forget_behind(row, len(row.tokens))
+
+    def _forget_behind(self, row: LlamaRow, count: int) -> None:
+        """Have the context hold the first ``count`` tokens of a row at most."""
+        row.ran = min(row.ran, count)
+        self._cells.cut(row.number, count)
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""
@@ -195,7 +210,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         """Return why symbols cannot be read; None if they can."""
         if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
             return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        count = len(row.tokens) + len(row.pending) + len(one.symbols)
+        count = len(row.tokens) + len(one.symbols)
         if count > self._context:
             return InvalidInputError(
                 f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {count:,}"
@@ -210,9 +225,11 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         """Read on in some rows, as of :meth:`Reader.read`."""
         rows = self._each_once(asked)
         errors = {k: error for k, pair in enumerate(zip(rows, asked, strict=True)) if (error := self._refused(*pair))}
-        jobs = {k: self._job(rows[k], one) for k, one in enumerate(asked) if k not in errors}
-        calls = 0
+        jobs, calls = dict[int, Job](), 0
         try:
+            for k, one in enumerate(asked):
+                if k not in errors:
+                    jobs[k] = self._job(rows[k], one)
             while left := [job for job in jobs.values() if job.left and job.error is None]:
                 if calls:
                     yield
@@ -237,18 +254,16 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
 
     def _job(self, row: LlamaRow, one: Read) -> Job:
         """Return what has to be run for one read."""
-        tokens, start = (*row.pending, *one.symbols), len(row.tokens)
-        again = bool(one.at) and not one.at[0] and not row.pending and row.last is None
-        if again:  # the last token says what follows it
-            start, tokens = start - 1, (row.tokens[-1], *tokens)
+        start = row.ran
+        if one.at and not one.at[0] and start == len(row.tokens) and row.last is None:
+            start -= 1  # the last token says what follows it
+        tokens = (*row.tokens[start:], *one.symbols)
         first = len(tokens) - len(one.symbols) - 1
         told = [first + place for place in one.at if first + place >= 0]
-        held = [] if len(told) == len(one.at) else [row.last]
+        held = [row.last] if row.last is not None and len(told) < len(one.at) else []
         if not self.traits.can_crop and tokens and len(tokens) - 1 not in told:
             told.append(len(tokens) - 1)
-        job = Job(row, one, row.number, start, tokens, told, [one for one in held if one is not None])
-        if again:
-            self._cells.cut(row.number, start)
+        job = Job(row, one, row.number, start, tokens, told, held)
         if not one.keep and not self.traits.can_crop:
             job.number = self._number()
             self._cells.copy(row.number, job.number, start)
@@ -262,6 +277,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         pieces, room, places = list[tuple[Job, RowTokens]](), MOST_TOKENS, max(MOST_TOLD, self._cells.rows)
         for job in jobs:
             if room and job.error is None and (piece := job.piece(room, places)).tokens:
+                if job.number == job.row.number and not job.done and job.start < job.row.ran:
+                    self._forget_behind(job.row, job.start)
                 pieces.append((job, piece))
                 room, places = room - len(piece.tokens), places - len(piece.told)
         self._run_pieces(pieces)
@@ -302,12 +319,9 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         if job.number != job.row.number:
             self._cells.cut(job.number, 0)
             self._free.append(job.number)
-        elif job.row in self._rows and job.tokens:
-            row, count = job.row, len(job.row.tokens)
-            # What was to be run again was taken out.
-            if job.start < count and not job.done:
-                row.pending, row.tokens = (*row.tokens[job.start :], *row.pending), row.tokens[: job.start]
-            self._cells.cut(row.number, len(row.tokens))
+        elif job.row in self._rows and job.done:
+            job.row.ran = min(job.start + job.done, len(job.row.tokens))
+            self._cells.cut(job.number, job.row.ran)
 
     def _settle(self, job: Job) -> None:
         """Note what was read of a row."""
@@ -316,11 +330,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             self._undo(job)
             return
         if one.keep:
-            row.tokens, row.pending = (*row.tokens[: job.start], *job.tokens), ()
-        elif job.number == row.number:
-            count = job.start + len(job.tokens) - len(one.symbols)
-            row.tokens, row.pending = (*row.tokens[: job.start], *job.tokens)[:count], ()
-            self._cells.cut(row.number, count)
+            row.tokens = (*row.tokens, *one.symbols)
+            row.ran = len(row.tokens) if job.tokens else row.ran
         else:
             self._undo(job)
         if job.tokens and one.keep and not self.traits.can_crop:

@@ -19,15 +19,15 @@ class LlamaRow(Row):
     Attributes:
         number: the row's number there.
         own: how many of the tokens are the member's own, before the text.
-        tokens: those that were run.
-        pending: own tokens that still have to be run.
+        tokens: these and the symbols that were read.
+        ran: how many of them the context holds; the others are run before anything else is.
         last: (1, v), logits behind the last token, of a model that cannot take it back.
     """
 
     number: int = 0
     own: int = 0
     tokens: tuple[int, ...] = ()
-    pending: tuple[int, ...] = ()
+    ran: int = 0
     last: Float[np.ndarray, "1 v"] | None = None
     known: int = 0
     is_new: bool = True
@@ -35,7 +35,7 @@ class LlamaRow(Row):
     @property
     def length(self) -> int:  # type: ignore[override]
         """The number of the text's symbols that were read."""
-        return max(0, len(self.tokens) - self.own)
+        return len(self.tokens) - self.own
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Job:
     Attributes:
         row, read: whose, and what.
         number: the number of the row in which it is run.
-        start: how many of its tokens were run before.
+        start: how many of its tokens the context holds when these are run.
         tokens: those that are to be run.
         told: behind which of them predictions are wanted, counted from 0.
         found: what was predicted.
