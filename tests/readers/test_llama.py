@@ -16,7 +16,7 @@ from softmeet.members import llama_library
 from softmeet.members.gguf_file import fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
 from softmeet.members.reader_model import ReaderModel
-from softmeet.readers.llama_context import LlamaContext, NoRoomError
+from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError
 from softmeet.readers.llama_cpp import LlamaReader
 from softmeet.readers.reader import Read, finished
 from softmeet.testing import check_reader
@@ -75,6 +75,20 @@ def test_a_file_is_read_as_transformers_reads_the_same_weights(kind, made):
 @pytest.mark.parametrize("bits", [32, 8, 4])
 def test_files_obey_the_laws_of_readers(kind, bits, made):
     check_reader(LlamaReader(made(kind, bits)[0]))
+
+
+def test_a_file_that_cannot_be_taken_back_obeys_them_too(made, monkeypatch):
+    """As of recurrent models, of which the tests write none."""
+
+    class Recurrent(LlamaModel):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.can_crop = False
+
+    monkeypatch.setattr("softmeet.readers.llama_cpp.LlamaModel", Recurrent)
+    reader = LlamaReader(made("llama")[0])
+    assert not reader.traits.can_crop
+    check_reader(reader)
 
 
 def test_more_rows_and_more_tokens_than_there_was_room_for(made):
