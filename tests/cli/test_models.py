@@ -46,6 +46,8 @@ def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, mon
     assert letters["broken"] == ""
     shown = CliRunner().invoke(app, ["models"]).stdout
     assert "combined over tokens" in shown
+    paths = [row["path"] for row in found if row["model"] in ("lm", "qwen:0.5b")]
+    assert f"softmeet serve -m pair={paths[0]} -m pair={paths[1]}" in shown
     blob = next(row["path"] for row in found if row["from"] == "ollama")
     options = ["--max-new-tokens", "3", "--rule", "logit-mean"]
     assert CliRunner().invoke(app, ["generate", "the", "-m", blob, *options]).exit_code == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import weakref
 from pathlib import Path
 
 import byte_tokenizers
@@ -137,6 +140,63 @@ def test_a_cache_grows_as_far_as_there_is_memory_and_a_row_that_fails_is_as_befo
     assert (again.log_probs() - alone.log_probs()).abs().max() < 1e-3
 
 
+def test_a_row_that_is_closed_while_it_is_read_harms_no_other(made):
+    reader = LlamaReader(made("llama")[0])
+    row, other = reader.open(reuse=False), reader.open(reuse=False)
+    work = reader.read([Read(row, [3, 4], [2]), Read(other, [3] * 250, range(1, 251))])
+    next(work)
+    reader.close(other)
+    told = finished(work)
+    assert list(told.errors) == [1]
+    assert (told.log_probs() - reader.read_whole([[3, 4]], [[2]]).log_probs()).abs().max() < 1e-3
+
+
+def test_a_fork_that_fails_leaves_no_rows(made):
+    reader = LlamaReader(made("llama")[0])
+    row = reader.open(reuse=False)
+    finished(reader.read([Read(row, [3, 4], [])]))
+    with pytest.raises(InvalidInputError, match="open rows"):
+        reader.fork(row, 300)
+    assert len(reader.fork(row, 255)) == 255
+
+
+def test_the_texts_that_are_kept_are_the_last_ones(made):
+    reader = LlamaReader(made("llama")[0])
+    for k in range(12):
+        row = reader.open([5 + k, 6, 7])
+        finished(reader.read([Read(row, [5 + k, 6, 7], [])]))
+        reader.close(row)
+    assert reader.open([16, 6, 7, 8]).known == 3
+    assert reader.kept_tokens == 8 * 4  # of eight texts, each behind a token of the reader's own
+
+
+def test_a_text_is_not_longer_than_there_are_positions(made):
+    path, _ = made("gpt2")
+    assert LlamaReader(path, context=200, own=()).limit == 200
+    with pytest.raises(InvalidInputError, match=r"at most 256 tokens of .* the positions that it has, got 400"):
+        LlamaReader(path, context=400)
+
+
+def test_a_reader_goes_when_nobody_has_it(made):
+    reader = LlamaReader(made("llama")[0])
+    gone = weakref.ref(reader)
+    gc.disable()
+    del reader
+    gc.enable()
+    assert gone() is None
+
+
+def test_a_file_that_was_replaced_is_read_anew(made, tmp_path):
+    file = tmp_path / "a.gguf"
+    shutil.copy(made("llama")[0], file)
+    first = Ensemble.from_pretrained(file, "logit-mean")
+    shutil.copy(made("llama", 32, 1)[0], tmp_path / "b.gguf")
+    (tmp_path / "b.gguf").replace(file)
+    second = Ensemble.from_pretrained(file, "logit-mean")
+    told = [one.next_token(TEXT).solution.log_probs for one in (first, second)]
+    assert (told[0] - told[1]).abs().max() > 0.1
+
+
 def test_what_was_read_first_is_kept_until_others_need_the_room(made, monkeypatch):
     reader = LlamaReader(made("llama")[0])
     row = reader.open()
@@ -175,7 +235,7 @@ def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):
     path, _ = made("qwen2")
     ensemble = Ensemble.from_pretrained([path, path + "+name=again"])
     assert ensemble.model.config.rule == "logit-mean"
-    assert "is llama.cpp's, and read only where a rule that reads it is named" in caplog.text
+    assert "is a GGUF file's, which is read only if a rule that reads it is named" in caplog.text
     assert not any(isinstance(head, SoftmaxHead) for head in ensemble.model.member_heads)
 
 
@@ -246,9 +306,10 @@ def test_a_saved_ensemble_names_the_engine_and_one_that_names_none_is_transforme
 
 def test_a_saved_ensemble_refuses_another_file(made, tmp_path):
     file = tmp_path / "a.gguf"
-    file.write_bytes(Path(made("llama")[0]).read_bytes())
+    shutil.copy(made("llama")[0], file)
     Ensemble.from_pretrained(file, "logit-mean").save_pretrained(tmp_path / "saved")
-    file.write_bytes(Path(made("llama", 32, 1)[0]).read_bytes())
+    file.unlink()
+    shutil.copy(made("llama", 32, 1)[0], file)
     with pytest.raises(CheckpointError, match=r"it is another file than the one that was saved"):
         Ensemble.from_pretrained(tmp_path / "saved")
     with pytest.raises(InvalidInputError, match=r"expected \+hash of a GGUF file"):

@@ -145,22 +145,24 @@ def _heads(ensemble: Ensemble) -> dict[str, Any]:
     from softmeet.heads import SoftmaxHead
     from softmeet.hf.plan import solver_bytes
     from softmeet.members.heads import principal_cosines, same_column_space
+    from softmeet.members.opaque import width_of
     from softmeet.members.quantized import stored
 
     heads, names = ensemble.model.member_heads, [options.short(name) for name in ensemble.names]
     members: list[dict[str, Any]] = []
     for name, head, model in zip(names, heads, ensemble.model.members, strict=True):
-        own = head if isinstance(head, SoftmaxHead) else None
+        own, reader = head if isinstance(head, SoftmaxHead) else None, getattr(model, "reader", None)
+        size = sum(part.nbytes for part in stored(model)) if reader is None else reader.traits.cost
         members.append(
             {
                 "name": name,
                 "rows": head.v,
-                "width": head.d,
+                "width": width_of(head),
                 "rank": own and own.whitening().rank,
                 "bias": own and own.bias is not None,
                 "scale": head.scale,
                 "soft_cap": head.soft_cap,
-                "megabytes": sum(part.nbytes for part in stored(model)) / 1e6,
+                "megabytes": size / 1e6,
                 "unread": getattr(head, "why", None),
             }
         )
@@ -221,7 +223,7 @@ def _show(facts: dict[str, Any]) -> None:
     console, members = out(), facts["members"]
     rows = [
         (
-            m["name"], f"{m['rows']:,}", str(m["width"]), *(
+            m["name"], f"{m['rows']:,}", str(m["width"] or "unread"), *(
                 ("unread", "") if m["unread"] else (str(m["rank"]), "yes" if m["bias"] else "no")
             ), f"{m['soft_cap']:g}" if m["soft_cap"] else "no", f"{m['megabytes']:,.1f}",
         )

@@ -241,6 +241,7 @@ def _facts(
         before: over bytes, each member's work before the run, which is subtracted.
     """
     from softmeet.hf.calibrated import gate_of
+    from softmeet.members.opaque import width_of
 
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
     own = [weights for prompt in each for weights in prompt.values()]
@@ -248,9 +249,14 @@ def _facts(
     disagreement, trusts = recorder.disagreement.tolist() or [0.0] * len(ensemble.names), config.settings.trusts()
     trusts = trusts if config.settings.rule.uses_trust else [[] for _ in ensemble.names]
     members: list[dict[str, Any]] = [
-        {"name": options.short(name), "width": head.d, "weight": w, "trust": "/".join(f"{rho:g}" for rho in t) or None}
+        {
+            "name": options.short(name),
+            "width": width_of(head),
+            "weight": w,
+            "trust": "/".join(f"{rho:g}" for rho in t) or None,
+        }
         for name, head, w, t in zip(ensemble.names, ensemble.model.member_heads, used, trusts, strict=True)
-    ]
+    ]  # fmt: skip
     for member, nats in zip(members, disagreement, strict=True):
         member["disagreement"] = nats / asked
     # Only members that are read byte by byte count their work.
@@ -287,9 +293,15 @@ def _show(facts: dict[str, Any]) -> None:
         trusted = [] if members[0]["trust"] is None else ["trust"]
         columns = ["member", "head width", "weight", *trusted, "disagreement (nats a token)"]
         rows = [
-            (m["name"], str(m["width"]), f"{m['weight']:.3g}", *(m[key] for key in trusted), f"{m['disagreement']:.4f}")
+            (
+                m["name"],
+                str(m["width"] or "unread"),
+                f"{m['weight']:.3g}",
+                *(m[key] for key in trusted),
+                f"{m['disagreement']:.4f}",
+            )
             for m in members
-        ]
+        ]  # fmt: skip
         passes = f"{facts['head_passes_per_token']:.1f} head passes a token"
         speed += f", {passes}, largest gap {facts['largest_gap']:.1e} nats"
     print_table(err, columns, [rows], title=title)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as writing
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +31,7 @@ def models(
         found = local_files(folders)
     rows: list[dict[str, Any]] = [
         {
-            "model": one.name, "from": one.source, "kind": one.said.architecture if one.said else one.why,
+            "model": one.name, "from": one.source, "kind": one.said.architecture if one.said else "broken",
             "bytes": one.said.size if one.said else one.path.stat().st_size, "tokens": one.tokens,
             "context": one.said.context if one.said else None, "path": str(one.path),
         }
@@ -50,12 +49,11 @@ def models(
         for row in rows
     ]
     print_table(console, ("model", "from", "kind", "MB", "context", "tokens"), [cells], texts=(0, 1, 2, 5))
-    for row in rows:
-        typer.echo(f"{row['model']}: {row['path']}")
-    count = Counter(row["tokens"] for row in rows if row["tokens"])
-    shared = [letter for letter, many in count.items() if many > 1]
-    letters = ", ".join(shared)
-    end = (
-        f"those of {letters} can be combined over tokens, all" if shared else "no two have the same tokens; all can be"
-    )
-    console.print(f"Of these models {end} over bytes: softmeet serve -m PATH -m PATH")
+    for row, one in zip(rows, found, strict=True):
+        typer.echo(f"{row['model']}: {row['path']}" if one.said else f"{row['model']}: {one.why}")
+    letters = [one.tokens for one in found if one.said]
+    first = next((one for one in found if letters.count(one.tokens) > 1), None)
+    pair = [one.path for one in found if one.said and (first is None or one.tokens == first.tokens)][:2]
+    if len(pair) == 2:
+        console.print("Models of one letter are combined over tokens, others over bytes, as in:")
+        typer.echo(f"softmeet serve -m pair={pair[0]} -m pair={pair[1]}")

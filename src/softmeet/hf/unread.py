@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from softmeet.engine.unread import AVERAGE, reader_of, unreadable
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.members.heads import head_of
+from softmeet.members.member import short
 from softmeet.members.opaque import OpaqueHead
 from softmeet.members.reader_model import ReaderModel
 
@@ -55,4 +56,4 @@ def _settle(config: EnsembleConfig, name: str, why: str, remedy: str, any_averag
     if not any_average or reader_of(config.settings.changed(rule=AVERAGE)) is not None:
         raise unreadable(reader, name, why, remedy)
     config.rule = AVERAGE
-    _log.warning("combined by %s, as the head (output layer) of %s cannot be read: it %s", AVERAGE, name, why)
+    _log.warning("combined by %s: the head (output layer) of %s %s", AVERAGE, short(name), why)

@@ -159,7 +159,7 @@ class _Reading:
         """Read so many texts; there are hundreds of thousands of tokens."""
         held, at, length, found = self._held, self.at, struct.Struct("<Q").unpack_from, list[str]()
         if count > len(held) // 8:
-            raise ValueError(f"it says that a list has {count:,} texts, for which it is too small")
+            raise ValueError(f"it ends within its metadata, at {len(held):,} bytes")
         for _ in range(count):
             start = at + 8
             at = start + length(held, at)[0]
@@ -229,7 +229,7 @@ def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
 
 def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     if mapped[:4] != b"GGUF":
-        raise ValueError(f"it begins with {mapped[:4]!r}, which no GGUF file does")
+        raise ValueError(f"it is no GGUF file, as it begins with {mapped[:4]!r}")
     reading.at = 4
     version, many, keys = (reading.number(kind) for kind in "IQQ")
     if version not in (2, 3):

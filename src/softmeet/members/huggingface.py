@@ -109,7 +109,7 @@ def placed(
     dtypes, devices = one_each(dtype, "dtype", len(members)), one_each(device, "device", len(members))
     return [
         (
-            with_engine(member, changed=own is not None or place not in (None, "cpu")),
+            with_engine(member, changed=own is not None or str(place or "cpu") not in ("cpu", "cpu:0")),
             member.dtype or own or quantized.DTYPES.get(member.quantization or ""),
             member.device or place,
         )

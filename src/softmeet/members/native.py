@@ -32,7 +32,7 @@ _NAME = "gguf"
 _NUMBERS = ("context", "gpu_layers")
 _OTHERS = ("adapter", "dtype", "quantization", "device")
 _log = logging.getLogger("softmeet")
-_made: WeakValueDictionary[Member, Any] = WeakValueDictionary()
+_made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
 
 
 def is_gguf(member: Member) -> bool:
@@ -169,11 +169,13 @@ def reader_of(member: Member) -> Any:
     """
     if is_registered(member):
         return registered_reader(member)
-    own = member.base
+    path = path_of(member)
+    state = path.stat()
+    own = member.base, path.resolve(), state.st_mtime_ns, state.st_size
     if (known := _made.get(own)) is None:
         (entry,) = entry_points(group=GROUP, name=_NAME)
         options = {key: count for key in _NUMBERS if (count := number(member, key)) is not None}
-        known = _made[own] = entry.load()(path_of(member), member.title, **options)
+        known = _made[own] = entry.load()(path, member.title, **options)
     return known
 
 

@@ -111,6 +111,15 @@ class NoHead(OpaqueHead):
 Head = SoftmaxHead | OpaqueHead
 
 
+def width_of(head: Head) -> int | None:
+    """Return the number of a head's columns; None where logits stand in for hidden states, and tell nothing of it.
+
+    >>> width_of(NoHead(2)), width_of(SoftmaxHead(torch.ones(3, 2)))
+    (None, 2)
+    """
+    return None if isinstance(head, OpaqueHead) and head.is_told else head.d
+
+
 def is_readable(layer: nn.Module | None) -> bool:
     """Return whether an output layer is a plain linear one, whose weight is a floating tensor of no special kind."""
     return type(layer) is nn.Linear and type(layer.weight) in _PLAIN and layer.weight.is_floating_point()

@@ -18,8 +18,11 @@ from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.members.placement import LOGITS, let_give_logits
 
 # Why a head cannot be read, for messages.
-_READER = "is not there: it is a reader, which tells logits alone"
-_LLAMA = "is llama.cpp's, and read only where a rule that reads it is named"
+_READER = ("is not there: it is a reader, which tells logits alone",)
+_LLAMA = (
+    "is a GGUF file's, which is read only if a rule that reads it is named on loading",
+    "load the ensemble by such a rule",
+)
 
 
 class ReaderModel(PreTrainedModel, GenerationMixin):
@@ -57,7 +60,7 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
         self.reader, self._member = reader, member.base
         let_give_logits(self)
-        self.head: Head = OpaqueHead(self, v, v, _LLAMA if is_native(member) else _READER)
+        self.head: Head = OpaqueHead(self, v, v, *(_LLAMA if is_native(member) else _READER))
 
     def open_head(self) -> None:
         """Have the head be read, and the reader tell hidden states, if it is a GGUF file's and that was not done.

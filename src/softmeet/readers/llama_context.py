@@ -6,7 +6,9 @@ cache begins small, and is made anew with twice the room when it is full.
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,21 @@ _SHARE = 0.8
 _FLOAT32, _PLAIN = 0, 0
 
 
+def longest_text(file: GgufFile, name: str, asked: int | None) -> int:
+    """Return how many tokens a text may have: as many as are asked for, or as the file says, if it has the positions.
+
+    Raises:
+        InvalidInputError: if more are asked for than a file has positions.
+    """
+    learned = file.tensors.get("position_embd.weight")
+    most = learned.shape[0] if learned is not None else None
+    if asked is not None and most is not None and asked > most:
+        raise InvalidInputError(
+            f"expected a context of at most {most:,} tokens of {name}, the positions that it has, got {asked:,}"
+        )
+    return min(asked or file.context or _CELLS, most or sys.maxsize)
+
+
 @dataclass(frozen=True)
 class RowTokens:
     """New tokens of one row in a call of the model.
@@ -49,6 +66,10 @@ class RowTokens:
     start: int
     tokens: Sequence[int]
     told: Sequence[int]
+
+
+def _free_context(free: Any, found: Any, model: LlamaModel) -> None:
+    free(found)
 
 
 def _free_memory() -> int | None:
@@ -90,7 +111,7 @@ class LlamaModel:
         # On x86 a second copy of the weights in another order takes a third more memory, and saves no time.
         options.use_extra_bufts = platform.machine() not in ("x86_64", "AMD64", "i686")
         self.library.said.clear()
-        found = call.llama_model_load_from_file(str(file.path).encode(), options)
+        found = call.llama_model_load_from_file(os.fsencode(file.path), options)
         if not found:
             why = next((text for text in self.library.said if "error" in text), "it says nothing of why")
             raise cannot_load(name, f"llama.cpp cannot load it: {why}")
@@ -131,6 +152,9 @@ class LlamaContext:
         self._model, self._library, self._call = model, model.library, model.library.functions
         # A call may have no more tokens than there are cells.
         self.rows, self.cells = _ROWS, max(MOST_TOKENS, min(_CELLS, -(-limit // 256) * 256))
+        if (short := model.file.own("rope.scaling.original_context_length")) and limit > short:
+            # By its room llama.cpp chooses the factors for short or for long texts, which must not change.
+            self.cells = max(self.cells, short + 256)
         self._width, self._kind = 0, 0
         self._pointer, self._free = self._made(self.rows, self.cells)
         size = MOST_TOKENS
@@ -164,7 +188,8 @@ class LlamaContext:
                 f"expected memory for the keys and values of {cells:,} tokens of {self._model.name}, and there is not "
                 "enough: put +context=N behind it, or free some"
             )
-        return found, finalize(self, self._call.llama_free, found)
+        # Which keeps the model until the context is gone.
+        return found, finalize(self, _free_context, self._call.llama_free, found, self._model)
 
     def tell_hidden(self, width: int, kind: int) -> None:
         """Have :meth:`run` tell hidden states, too, behind the logits.
@@ -193,6 +218,9 @@ class LlamaContext:
                 f"expected {needed / 1e6:,.0f} MB for keys and values of {cells:,} tokens of {self._model.name}, and "
                 f"{free_now / 1e6:,.0f} MB are free: ask for fewer texts at once, or put +context=N behind it"
             )
+        short = self._model.file.own("rope.scaling.original_context_length")
+        if short and self.cells <= short < cells:
+            raise NoRoomError(f"expected at most {short:,} tokens of {self._model.name} in all texts at once")
         size = self._call.llama_state_get_size(self._pointer)
         held = np.empty(size, np.uint8)
         where = self._library.pointer("uint8_t", held.ctypes.data)

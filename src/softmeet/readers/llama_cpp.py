@@ -22,10 +22,11 @@ from softmeet.readers.llama_context import (
     LlamaModel,
     NoRoomError,
     RowTokens,
+    longest_text,
 )
 from softmeet.readers.llama_rows import Job, LlamaRow
 from softmeet.readers.open_rows import ReaderOfRows
-from softmeet.readers.prefixes import PrefixCache
+from softmeet.readers.prefixes import PrefixCache, weakly
 from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
 
@@ -35,8 +36,6 @@ _KEPT, _KEPT_ROWS = 2048, 8
 _COARSE = 0.05
 # Tokens on which a head is tried, and how far its logits may be from llama.cpp's: 4e-5 was seen.
 _TRIED, _APART = (1, 2, 3, 4, 5), 1e-2
-# The context of a file that does not say any.
-_CONTEXT = 4096
 
 
 class LlamaReader(ReaderOfRows[LlamaRow]):
@@ -66,7 +65,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         self.name = name or Path(path).name
         self.file, tokenizer = known_file(Path(path), self.name)
         self._model = LlamaModel(self.file, self.name, gpu_layers)
-        self._context = context or self.file.context or _CONTEXT
+        self._context = longest_text(self.file, self.name, context)
         self.own = tuple(tokenizer.encode("") if own is None else own)
         self.limit = self._context - len(self.own)
         self.alphabet = TokenAlphabet(tokenizer, self._model.v, self._model.ends(tokenizer.added_tokens_decoder))
@@ -76,7 +75,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         )  # fmt: skip
         self._cells = LlamaContext(self._model, self._context)
         self._free = list(range(self._cells.rows))
-        self._prefixes = PrefixCache[tuple[int, ...]](_KEPT, self._forget)
+        self._prefixes = PrefixCache[tuple[int, ...]](_KEPT, weakly(self._forget))
         self._kept = dict[tuple[int, ...], int]()
 
     @property
@@ -99,19 +98,31 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             UnsupportedHeadError: if the layer does not make the logits that llama.cpp tells, on a few tokens.
         """
         if self.head is None:
+            if self._rows:
+                raise InvalidInputError(
+                    f"expected no open rows of {self.name} while its output layer is opened: load the ensemble whose "
+                    "rule reads it first"
+                )
             head, kind = gguf_head(self.file, self.name)
             self._cells.tell_hidden(head.d, kind)
             self.head = head
-            found = self.read_whole([_TRIED], [range(1, len(_TRIED) + 1)], _TRIED[:1])
-            apart = (head.logits(found.hidden()) - found.logits()).abs().max().item()
-            if not apart <= _APART:
+            try:
+                self._require_its_logits(head)
+            except BaseException:
                 self.head = None
                 self._cells.tell_hidden(0, 0)
-                raise UnsupportedHeadError(
-                    f"expected the output layer of {self.name} to make the logits that llama.cpp tells up to {_APART:g}"
-                    f", got {apart:g} more or less: choose an average, or put +engine=transformers behind the file"
-                )
+                raise
         return self.head  # type: ignore[return-value]
+
+    def _require_its_logits(self, head: SoftmaxHead) -> None:
+        tried = _TRIED[: max(1, self._context - 1)]
+        found = self.read_whole([tried], [range(1, len(tried) + 1)], _TRIED[:1])
+        apart = (head.logits(found.hidden()) - found.logits()).abs().max().item()
+        if not apart <= _APART:
+            raise UnsupportedHeadError(
+                f"expected the output layer of {self.name} to make the logits that llama.cpp tells up to {_APART:g}, "
+                f"got {apart:g} more or less: choose an average, or put +engine=transformers behind the file"
+            )
 
     def _forget(self, tokens: tuple[int, ...]) -> None:
         number = self._kept.pop(tokens)
@@ -170,11 +181,16 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             raise self.cannot("fork a row at less than its length")
         self._require_length(one, kept)
         found = list[Row]()
-        for _ in range(count):
-            fork = self._numbered(replace(one))
-            self._cells.copy(one.number, fork.number, one.ran)
-            found.append(fork)
-            self._cut(fork, kept)
+        try:
+            for _ in range(count):
+                fork = self._numbered(replace(one))
+                found.append(fork)
+                self._cells.copy(one.number, fork.number, one.ran)
+                self._cut(fork, kept)
+        except BaseException:
+            for made in found:
+                self.close(made)
+            raise
         return found
 
     def _require_length(self, row: LlamaRow, length: int) -> None:
@@ -228,8 +244,10 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         jobs, calls = dict[int, Job](), 0
         try:
             for k, one in enumerate(asked):
-                if k not in errors:
-                    jobs[k] = self._job(rows[k], one)
+                try:
+                    jobs |= {} if k in errors else {k: self._job(rows[k], one)}
+                except NoRoomError as error:
+                    errors[k] = error
             while left := [job for job in jobs.values() if job.left and job.error is None]:
                 if calls:
                     yield
@@ -281,7 +299,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
                     self._forget_behind(job.row, job.start)
                 pieces.append((job, piece))
                 room, places = room - len(piece.tokens), places - len(piece.told)
-        self._run_pieces(pieces)
+        if pieces:
+            self._run_pieces(pieces)
 
     def _run_pieces(self, pieces: Sequence[tuple[Job, RowTokens]]) -> None:
         try:
@@ -320,7 +339,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             self._cells.cut(job.number, 0)
             self._free.append(job.number)
         elif job.row in self._rows and job.done:
-            job.row.ran = min(job.start + job.done, len(job.row.tokens))
+            # A recurrent state cannot be taken back in part.
+            job.row.ran = min(job.start + job.done, len(job.row.tokens)) if self.traits.can_crop else 0
             self._cells.cut(job.number, job.row.ran)
 
     def _settle(self, job: Job) -> None:
@@ -343,7 +363,9 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
     def _keep(self, row: LlamaRow) -> None:
         """Keep what was first read of a row, for texts that begin alike."""
         wanted = self.traits.can_crop and row.tokens and self._prefixes.wants(row.tokens)
-        if wanted and len(self._kept) < _KEPT_ROWS and self._free:
+        if wanted and len(self._kept) >= _KEPT_ROWS:
+            self._prefixes.drop_oldest()
+        if wanted and self._free:
             number = self._kept[row.tokens] = self._free.pop()
             self._cells.copy(row.number, number, len(row.tokens))
             self._prefixes.keep(row.tokens, row.tokens)

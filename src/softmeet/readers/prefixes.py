@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from operator import eq
 from typing import Generic, TypeVar
+from weakref import WeakMethod
 
 T = TypeVar("T")
 
@@ -47,6 +48,13 @@ class PrefixCache(Generic[T]):
         self._kept.move_to_end(best)
         return shared(best), self._kept[best]
 
+    def drop_oldest(self) -> None:
+        """Drop the prompt that was used the longest ago, if there is one."""
+        if self._kept:
+            old, found = self._kept.popitem(last=False)
+            self.tokens -= len(old)
+            self._dropped(found)
+
     def clear(self) -> None:
         """Drop what is kept of all prompts."""
         for states in self._kept.values():
@@ -71,6 +79,15 @@ class PrefixCache(Generic[T]):
             self._kept[tuple(tokens)] = states
             self.tokens += len(tokens)
             while self.tokens > self.limit:
-                old, found = self._kept.popitem(last=False)
-                self.tokens -= len(old)
-                self._dropped(found)
+                self.drop_oldest()
+
+
+def weakly(method: Callable[[T], object]) -> Callable[[T], object]:
+    """Return a method that does not keep its object, which would else live, with all weights, until a collection."""
+    held = WeakMethod(method)
+
+    def call(given: T) -> None:
+        if (found := held()) is not None:
+            found(given)
+
+    return call
