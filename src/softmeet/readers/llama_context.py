@@ -239,7 +239,8 @@ class LlamaContext:
 
     def cut(self, row: int, length: int) -> None:
         """Forget what a row has behind its first ``length`` tokens."""
-        self._call.llama_memory_seq_rm(self._memory, row, length, -1)
+        if self._free.alive:  # at the end of a process, contexts go first
+            self._call.llama_memory_seq_rm(self._memory, row, length, -1)
 
     def run(self, pieces: Sequence[RowTokens]) -> Float[np.ndarray, "k w"]:
         """Run new tokens of some rows in one call of the model, at most 512 of them.
