@@ -63,8 +63,13 @@ def test_ctrl_c_comes_when_all_work_has_ended(four_threads):
         time.sleep(0.3)
         ended.append(item)
 
-    with pytest.raises(KeyboardInterrupt):
-        Together(2, True).map(at_once(function), ["a", "b"])
+    # In the background of a shell, signals of the terminal are ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Together(2, True).map(at_once(function), ["a", "b"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sorted(ended) == ["a", "b"]
 
 
