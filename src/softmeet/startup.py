@@ -23,8 +23,7 @@ _SPINS = "1000"
 def few_spins() -> None:
     """Have threads that wait for each other give way soon, so that a busy machine does not bring llama.cpp to a halt.
 
-    Two threads of llama.cpp beside two other busy processes write some 18 tokens a second so, and else one in two
-    seconds; idle it makes no difference. GNU's OpenMP reads this when it is loaded, by torch or by llama.cpp: imported
+    GNU's OpenMP reads this when it is loaded, by torch or by llama.cpp: imported
     after torch, softmeet changes nothing. A number that the environment has stays.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():

@@ -109,7 +109,9 @@ class GuardedReader(Reader):
                 places += range(own.start, own.stop)
             else:
                 errors[k] = error
-        told, most = torch.tensor(places, dtype=torch.long), found.bounds()
+        # Rows of logits are long: they are copied only where some are left out.
+        told = slice(None) if len(places) == len(found) else torch.tensor(places, dtype=torch.long)
+        most = found.bounds()
         hidden = None if self.head is None else found.hidden(told)
         return Given(logits[told], counts, errors, found.work, None if most is None else most[told], hidden)
 
@@ -126,7 +128,7 @@ class GuardedReader(Reader):
         if one.row.length != (length := before + one.keep * len(one.symbols)):
             return self._broken(f"left a row at length {one.row.length}, where it was to be {length}")
         most = own.amax(-1) if len(own) else own.new_zeros(0)
-        if bool(own.isnan().any()) or not bool(most.isfinite().all()):
+        if not bool(most.isfinite().all()):  # the most of some numbers, of which one is NaN, is NaN
             error = NonFiniteError(f"expected numbers of {self.name} that make a distribution, got NaN or +inf")
             _log.error("%s", error)
             return error

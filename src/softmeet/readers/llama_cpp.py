@@ -170,9 +170,6 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             raise
         return row
 
-    def _copied(self, row: LlamaRow) -> LlamaRow:
-        return replace(row)
-
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that share what was read of another."""
         one = self._mine(row)
