@@ -16,18 +16,20 @@ _READ = "create_import_structure_from_path"
 _AVAILABLE = ("is_scipy_available", "is_torchao_available")
 _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
-# How often a thread of GNU's OpenMP looks whether the others have come before it sleeps, unless the environment says.
-_SPINS = "1000"
+# How often a thread of GNU's OpenMP looks whether the others have come before it sleeps, unless the environment says,
+# even where there are more threads than cores, as where texts are written in a thread of their own: there it looks a
+# hundred times by default, and llama.cpp takes half as long again.
+_SPINS = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "active"}
 
 
 def few_spins() -> None:
     """Have threads that wait for each other give way soon, so that a busy machine does not bring llama.cpp to a halt.
 
-    GNU's OpenMP reads this when it is loaded, by torch or by llama.cpp: imported
-    after torch, softmeet changes nothing. A number that the environment has stays.
+    GNU's OpenMP reads this when it is loaded, by torch or by llama.cpp: imported after torch, softmeet changes nothing.
+    What the environment says stays. On other systems than Linux OpenMP is another one, and nothing is set.
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = _SPINS
+    if sys.platform == "linux" and not _SPINS.keys() & os.environ.keys():
+        os.environ.update(_SPINS)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import byte_tokenizers
 import gguf
@@ -13,13 +15,18 @@ import gguf_files
 import pytest
 import torch
 import transformers as tf
+from huggingface_hub import cached_assets_path
 from hypothesis import given
 from hypothesis import strategies as st
 
 from softmeet.errors import CheckpointError, SoftmeetError
-from softmeet.members import gguf_file
+from softmeet.members import derived, gguf_file
 from softmeet.members.gguf_file import read_gguf
 from softmeet.members.gguf_tokenizer import known_file
+from softmeet.members.member import Member
+from softmeet.members.reader_model import ReaderModel
+from softmeet.members.spelling import spelling_of
+from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.llama_context import LlamaModel
 from softmeet.startup import few_spins
 
@@ -173,12 +180,47 @@ def test_an_assertion_of_the_library_ends_with_a_sentence(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)]
-)
-def test_threads_give_way_unless_the_environment_says_how_long_they_wait(given, spins, monkeypatch):
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    ("said", "system", "found"),
+    [
+        ({}, "linux", ("1000", "active")), ({}, "darwin", (None, None)),
+        ({"GOMP_SPINCOUNT": "7"}, "linux", ("7", None)), ({"OMP_WAIT_POLICY": "passive"}, "linux", (None, "passive")),
+    ],
+)  # fmt: skip
+def test_threads_give_way_unless_the_environment_says_how_long_they_wait(said, system, found, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
+    for name, value in said.items():
         monkeypatch.setenv(name, value)
     few_spins()
-    assert os.environ.get("GOMP_SPINCOUNT") == spins
+    assert tuple(map(os.environ.get, names)) == found
+
+
+def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkeypatch):
+    path, kept = written(tmp_path / "a.gguf", byte_tokenizers.byte_level(), "gpt-2"), tmp_path / "kept"
+    monkeypatch.setattr(derived, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
+
+    def loaded():
+        gc.collect()  # tokenizers that nobody has any more
+        model = ReaderModel(Member(str(path)))
+        spelling = spelling_of("it", model.reader.alphabet.tokenizer)
+        cut = [spelling.encode(text.encode()) for text in HOSTILE]
+        return ByteMember(model, spelling).spelling.typical.tolist(), cut
+
+    plain = loaded()
+    assert not kept.exists()  # of small files nothing is kept
+    monkeypatch.setattr(derived, "_SMALL", 0)
+    assert loaded() == plain
+    with monkeypatch.context() as patched:
+        patched.setattr("softmeet.members.gguf_tokenizer.convert_gguf_tokenizer", None)
+        patched.setattr("softmeet.readers.bytes.typical.typical", None)
+        assert loaded() == plain
+    files = [file for file in kept.rglob("*") if file.is_file()]
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    assert loaded() == plain
+    os.utime(path, ns=(0, 0))
+    assert loaded() == plain
+    assert len(list(kept.rglob("tokenizer.json"))) == 2

@@ -77,7 +77,7 @@ def choose_vocabulary(
     pairs = list(zip(config.members, tokenizers, strict=True))
     spellings = [spelling_of(name, own) for name, own in pairs]
     if chosen:
-        members = ", ".join(f"{name} ({len(own.get_vocab()):,})" for name, own in pairs)
+        members = ", ".join(f"{name} ({len(own):,})" for name, own in pairs)
         _log.warning("combined over bytes, as these have different tokens; limits count the first one's: %s", members)
     return spellings
 

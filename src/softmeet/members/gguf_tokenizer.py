@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
+from softmeet.members.derived import derived, folder_for
 from softmeet.members.gguf_file import GgufFile, read_gguf
 from softmeet.members.refused import cannot_load
 
@@ -84,15 +85,33 @@ def gguf_tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerFast:
     for into, key in _NAMED.items():
         if (k := said.get(f"tokenizer.ggml.{key}_token_id")) is not None and isinstance(k, int) and k < len(tokens):
             options[into] = tokens[k]
-    try:
-        core: Any = convert_gguf_tokenizer(file.architecture, described)[0]
-    except Exception as error:  # tokenizers raises nothing narrower
-        kind = described.get("tokenizer_type")
-        raise cannot_load(name, f"its tokenizer, of the kind {kind!r}, cannot be read ({error})") from error
-    _follow_llama_cpp(core, file)
+
+    def made() -> Tokenizer:
+        try:
+            core: Any = convert_gguf_tokenizer(file.architecture, described)[0]
+        except Exception as error:  # tokenizers raises nothing narrower
+            kind = described.get("tokenizer_type")
+            raise cannot_load(name, f"its tokenizer, of the kind {kind!r}, cannot be read ({error})") from error
+        _follow_llama_cpp(core, file)
+        return core
+
+    core = derived(
+        folder_for(file.path), "tokenizer.json", made,
+        lambda core: core.to_str().encode(), lambda kept: Tokenizer.from_str(kept.decode()),
+    )  # fmt: skip
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, padding_side="left", clean_up_tokenization_spaces=False, **options
+        tokenizer_object=_Uncopied(core), padding_side="left", clean_up_tokenization_spaces=False, **options
     )
+
+
+class _Uncopied:
+    """A tokenizer that transformers takes as it is: it copies what it is given, a second's work of a large one."""
+
+    def __init__(self, core: Tokenizer) -> None:
+        self._core = core
+
+    def __deepcopy__(self, known: dict[int, Any]) -> Tokenizer:
+        return self._core
 
 
 def _follow_llama_cpp(core: Tokenizer, file: GgufFile) -> None:

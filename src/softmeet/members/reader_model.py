@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
 
     Attributes:
         reader: the reader.
+        assets: the folder for what is derived from a GGUF file; None of others.
         head: the output layer, which is not read: the reader tells logits.
 
     Example:
@@ -59,6 +61,7 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         mark = hashlib.sha256(str(member.base).encode()).digest()
         self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
         self.reader, self._member = reader, member.base
+        self.assets: Path | None = getattr(reader, "assets", None)
         let_give_logits(self)
         self.head: Head = OpaqueHead(self, v, v, *(_LLAMA if is_native(member) else _READER))
 

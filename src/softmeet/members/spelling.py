@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -231,9 +232,9 @@ def _spelled(described: dict[str, Any]) -> dict[int, bytes]:
             if all(character in back for character in piece):
                 found[k] = bytes(back[character] for character in piece)
     elif model.get("byte_fallback") or "ByteFallback" in kinds:
+        found = {k: piece.replace(_SPACE, " ").encode() for piece, k in pieces.items()}
         fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-        for piece, k in pieces.items():
-            found[k] = fallback.get(piece, piece.replace(_SPACE, " ").encode())
+        found |= {pieces[piece]: byte for piece, byte in fallback.items() if piece in pieces}
     else:
         return {}
     return found | {token["id"]: token["content"].encode() for token in described.get("added_tokens", [])}
@@ -337,7 +338,7 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
     _check_text_is_kept(name, described)
     own = _words(name, described)
     core = _core(tokenizer.backend_tokenizer, described)
-    ordered = sorted(own.items(), key=lambda item: (item[1], item[0]))
+    ordered = sorted(sorted(own.items()), key=itemgetter(1))
     words = [word for _, word in ordered]
     single = {word[0]: k for k, word in ordered if len(word) == 1}
     tried = core.encode("a", add_special_tokens=False).ids

@@ -52,28 +52,33 @@ def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedToken
     known = {core: _by_id(tokenizer) for core, tokenizer in dict(zip(cores, tokenizers, strict=True)).items()}
     every = [known[core] for core in cores]
     added = [set(tokenizer.added_tokens_decoder) for tokenizer in tokenizers]
-    ordinary = [{i: word for i, word in own.items() if i not in new} for own, new in zip(every, added, strict=True)]
     for k, own in enumerate(every):
         # A token that one member added may be an ordinary token of another.
-        if not (ordinary[0].items() <= own.items() and ordinary[k].items() <= every[0].items()):
-            raise _mismatch(names, tokenizers, k)
+        if not (_has(own, every[0], added[0]) and _has(every[0], own, added[k])):
+            raise _mismatch(names, every, k)
     ids = frozenset(i for i, word in every[0].items() if all(own.get(i) == word for own in every[1:]))
     # Each token that ends a text has to be a token of all members.
     if {tokenizer.eos_token_id for tokenizer in tokenizers} - {None} <= ids:
         for tokenizer in tokenizers:
             if {i for i, token in tokenizer.added_tokens_decoder.items() if not token.special} <= ids:
                 return CommonVocabulary(tokenizer, ids)
-    raise _mismatch(names, tokenizers, next(k for k, own in enumerate(every) if own != every[0]))
+    raise _mismatch(names, every, next(k for k, own in enumerate(every) if own != every[0]))
+
+
+def _has(one: dict[int, str], other: dict[int, str], added: set[int]) -> bool:
+    """Return whether one vocabulary has what another has but for its added tokens, under the same ids."""
+    return all(one.get(i) == word for i, word in other.items() if i not in added)
 
 
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Return a tokenizer's tokens by id, without the ones that only pad its vocabulary."""
-    return {i: word for word, i in tokenizer.get_vocab().items() if not _PADDING.fullmatch(word)}
+    every = tokenizer.get_vocab().items()
+    return {i: word for word, i in every if not (word.startswith("[PAD") and _PADDING.fullmatch(word))}
 
 
-def _mismatch(names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase], k: int) -> VocabularyMismatchError:
-    """Make the error that says how the tokens of member ``k`` differ from those of the first."""
-    one, other = _by_id(tokenizers[0]), _by_id(tokenizers[k])
+def _mismatch(names: Sequence[str], every: Sequence[dict[int, str]], k: int) -> VocabularyMismatchError:
+    """Make the error that says how the tokens of member ``k``, by their ids, differ from those of the first."""
+    one, other = every[0], every[k]
     ids = sorted(j for j in one.keys() | other.keys() if one.get(j) != other.get(j))
     shown = "; ".join(f"id {j}: {one.get(j)!r} and {other.get(j)!r}" for j in ids[:_SHOWN])
     return VocabularyMismatchError(

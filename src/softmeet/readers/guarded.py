@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, suppress
 from threading import RLock
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -127,8 +128,10 @@ class GuardedReader(Reader):
             return self._broken(f"told {len(own)} places of a row, of which {len(one.at)} were asked for")
         if one.row.length != (length := before + one.keep * len(one.symbols)):
             return self._broken(f"left a row at length {one.row.length}, where it was to be {length}")
-        most = own.amax(-1) if len(own) else own.new_zeros(0)
-        if not bool(most.isfinite().all()):  # the most of some numbers, of which one is NaN, is NaN
+        # numpy is done with a row before torch has woken its threads.
+        on_cpu = own.device.type == "cpu"
+        most = own.detach().numpy().max(-1, initial=-np.inf) if on_cpu else own.amax(-1).cpu().numpy()
+        if not np.isfinite(most).all():  # the most of some numbers, of which one is NaN, is NaN
             error = NonFiniteError(f"expected numbers of {self.name} that make a distribution, got NaN or +inf")
             _log.error("%s", error)
             return error

@@ -63,6 +63,8 @@ class Traits:
         places: the names of the devices on which it computes, such as ``cuda:0``; readers with none in common may read
             at the same time.
         cost: the bytes of memory that one call reads, about its time; 0 if that is not known.
+        row_cost: the time that a call takes longer for each row more, as a share of the time of a call of one row; 0 if
+            that is not known. Where it is near 1, nothing is read ahead of need.
     """
 
     can_fork: bool = True
@@ -75,6 +77,7 @@ class Traits:
     room: int | None = None
     places: tuple[str, ...] = ()
     cost: int = 0
+    row_cost: float = 0.0
 
 
 @runtime_checkable

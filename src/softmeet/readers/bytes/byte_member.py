@@ -30,8 +30,10 @@ from softmeet.readers.reader import Reader, Work
 from softmeet.suspended import finished
 
 # Likely next tokens are run before they are needed beside at most so many texts: among more, some text has to run a
-# token at each byte anyway.
-_FEW = 4
+# token at each byte anyway. And only where a row more costs less than this share of a call.
+_FEW, _DEAR = 4, 0.7
+# What follows a text that has ended, and what does where nothing is known.
+_END, _ANY = np.eye(SYMBOLS)[END], np.full(SYMBOLS, 1 / SYMBOLS)
 
 
 class _Wanted(NamedTuple):
@@ -243,8 +245,7 @@ class ByteMember(TokenModel):
         Columns 0 to 255 are bytes, 256 is the end. A reading that has ended gives the end probability 1, and None, in
         place of one, all symbols the same.
         """
-        end, any_ = np.eye(SYMBOLS)[END], np.full(SYMBOLS, 1 / SYMBOLS)
-        found = [any_ if k is None else end if k.ended else k.covers.prediction(self.spelling) for k in readings]
+        found = [_ANY if k is None else _END if k.ended else k.covers.prediction(self.spelling) for k in readings]
         with np.errstate(divide="ignore"):
             return torch.from_numpy(np.log(np.reshape(found, (-1, SYMBOLS))))
 
@@ -279,7 +280,7 @@ class ByteMember(TokenModel):
             readings: the list in which these readings are replaced.
             moved: their indices.
         """
-        few = len(moved) <= _FEW and bool(self.pruning.prune)
+        few = len(moved) <= _FEW and bool(self.pruning.prune) and self.reader.traits.row_cost < _DEAR
         while asking := self._wanted(readings, moved, few):
             ran = [[own[-1] for own in each] for each in self.run([wanted.chains for wanted in asking.values()])]
             pairs = list(zip(asking.values(), ran, strict=True))

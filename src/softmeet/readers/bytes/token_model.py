@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class TokenModel:
 
     Attributes:
         model, pruning: as given; of a reader its ``model``, None if it has none.
+        assets: the folder for what is derived from the model; None to keep nothing.
         head: the model's output layer; None of a reader that has none.
         limit: the number of tokens in its context, prefix included.
         ends: ids of the tokens that end a text.
@@ -58,6 +60,7 @@ class TokenModel:
     ) -> None:
         self.spelling, self.pruning = spelling, pruning
         self.model: Any = model if isinstance(model, PreTrainedModel) else getattr(model, "model", None)
+        self.assets: Path | None = getattr(self.model, "assets", None)
         reader = model if isinstance(model, Reader) else _reader(model, head_of(model), spelling.name)
         if not (reader.traits.can_fork and reader.traits.can_crop):
             raise InvalidInputError(
@@ -178,8 +181,9 @@ class TokenModel:
         size = _CACHED // self._v if logits.device.type == "cpu" else len(logits)
         for some in logits.split(max(1, size)):
             # A byte to which the member gives probability 0 may come all the same, and some cover has to continue then.
-            own = some.gather(1, columns.expand(len(some), -1)).softmax(-1).clamp_min_(_LEAST)
-            probs, (letters, where) = own.cpu().numpy(), self.spelling.beginnings
+            probs = some.index_select(1, columns).softmax(-1).cpu().numpy()
+            np.maximum(probs, _LEAST, out=probs)
+            letters, where = self.spelling.beginnings
             roots = np.zeros((len(some), SYMBOLS))
             roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
             roots[:, END] = probs[:, m:].sum(1, dtype=np.float64)

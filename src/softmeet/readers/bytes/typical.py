@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
 
 import numpy as np
 
+from softmeet.members.derived import derived
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import Masses
+from softmeet.readers.bytes.covers import SYMBOLS, Masses
 from softmeet.readers.bytes.token_model import TokenModel
 
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
@@ -20,15 +22,26 @@ _AT_ONCE = 32
 
 
 def expected_after_bytes(member: TokenModel) -> Masses:
-    """Run a member on :data:`SAMPLE`, and return :func:`typical` of what it expects there, (256, 257)."""
+    """Run a member on :data:`SAMPLE`, and return :func:`typical` of what it expects there, (256, 257).
+
+    Of a GGUF file this is kept for the next time.
+    """
     start, spelling = member.spelling.start, member.spelling
     tokens = spelling.encode(SAMPLE.encode())[: member.limit - len(start)]
-    behind = member.run_chain(start, tokens, range(1, len(tokens) + 1))
-    roots = list[Masses]()
-    for k in range(0, len(behind), _AT_ONCE):
-        some = behind[k : k + _AT_ONCE]
-        roots += [one.root for one in member.next_token_probs(some, [0] * len(some))]
-    return typical(spelling, tokens, roots)
+
+    def made() -> Masses:
+        behind = member.run_chain(start, tokens, range(1, len(tokens) + 1))
+        roots = list[Masses]()
+        for k in range(0, len(behind), _AT_ONCE):
+            some = behind[k : k + _AT_ONCE]
+            roots += [one.root for one in member.next_token_probs(some, [0] * len(some))]
+        return typical(spelling, tokens, roots)
+
+    mark = hashlib.sha256(repr((*start, *tokens)).encode()).hexdigest()[:16]
+    return derived(
+        member.assets, f"typical-{mark}", made, lambda found: found.tobytes(),
+        lambda kept: np.frombuffer(kept).reshape(256, SYMBOLS),
+    )  # fmt: skip
 
 
 def kind(byte: int) -> int:

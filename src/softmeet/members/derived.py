@@ -1,0 +1,62 @@
+"""What loading a GGUF file derives from it, kept for the next time: seconds of work, of which some megabytes come.
+
+It is in a folder of Hugging Face's for assets (``HF_ASSETS_CACHE``), which can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import tokenizers
+import transformers
+from huggingface_hub import cached_assets_path
+
+from softmeet.members.gguf_file import fingerprint
+
+T = TypeVar("T")
+# To be raised when other things are derived from the same files.
+_FORM = 1
+# From smaller files everything is derived at once.
+_SMALL = 1 << 24
+
+
+def folder_for(path: Path) -> Path | None:
+    """Return the folder for what is derived from a file; None if that is small, or no folder can be made.
+
+    It is another one when the file, transformers or tokenizers has changed.
+    """
+    try:
+        state = path.stat()
+        if state.st_size < _SMALL:
+            return None
+        said = _FORM, fingerprint(path), state.st_mtime_ns, transformers.__version__, tokenizers.__version__
+        return cached_assets_path("softmeet", "gguf", hashlib.sha256(repr(said).encode()).hexdigest()[:16])
+    except (OSError, ValueError):
+        return None
+
+
+def derived(
+    folder: Path | None, name: str, make: Callable[[], T], write: Callable[[T], bytes], read: Callable[[bytes], T]
+) -> T:
+    """Return what is kept under a name; make and keep it if there is nothing, or nothing that can be read.
+
+    Args:
+        folder: where; None to keep nothing.
+        name: its own.
+        make: makes it.
+        write, read: turn it into bytes, and back.
+    """
+    if folder is None:
+        return make()
+    with suppress(Exception):  # whatever is wrong with what is there
+        return read((folder / name).read_bytes())
+    found, mine = make(), folder / f"{name}.{os.getpid()}"
+    with suppress(OSError):  # a full disk, or a folder of somebody else's
+        mine.write_bytes(write(found))
+        mine.replace(folder / name)
+    return found
