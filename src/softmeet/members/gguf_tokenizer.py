@@ -88,7 +88,7 @@ def gguf_tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerFast:
 
     def made() -> Tokenizer:
         try:
-            core: Any = convert_gguf_tokenizer(file.architecture, described)[0]
+            core: Tokenizer = convert_gguf_tokenizer(file.architecture, described)[0]
         except Exception as error:  # tokenizers raises nothing narrower
             kind = described.get("tokenizer_type")
             raise cannot_load(name, f"its tokenizer, of the kind {kind!r}, cannot be read ({error})") from error
