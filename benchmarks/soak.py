@@ -41,17 +41,22 @@ ASKED: list[tuple[dict[str, Any], int]] = [
     ({"trust": 30}, 4), ({"rule": "logit-mean", "gate": "unsure:0.5"}, 24), ({"gate": "disagreement:0.1"}, 16),
     ({"gate": "movement:0.01"}, 16), ({"rule": "max-entropy"}, 2), ({"weights": [0.5, 0.25, 0.25]}, 16),
 ]  # fmt: skip
+# The same of members whose heads are not read.
+AVERAGED: list[tuple[dict[str, Any], int]] = [
+    ({"rule": "logit-mean"}, 40), ({"rule": "prob-mean"}, 40), ({}, 24), ({"rule": "power-mean"}, 24),
+    ({"rule": "logit-mean", "gate": "unsure:0.5"}, 24), ({"rule": "logit-mean", "weights": [0.75, 0.25]}, 16),
+]  # fmt: skip
 
 
-def requests() -> list[dict[str, Any]]:
-    """The seeded requests: of every rule on both families, which no end of a text ends."""
-    found = []
-    for k in range(4 * len(ASKED)):
-        asked, most = ASKED[k % len(ASKED)]
+def requests(families: bool = True) -> list[dict[str, Any]]:
+    """The seeded requests, which no end of a text ends: of every rule on both families, or of averages of members."""
+    found, every = [], ASKED if families else AVERAGED
+    for k in range(4 * len(every)):
+        asked, most = every[k % len(every)]
         family = "wide" if "weights" in asked or k % 2 else "narrow"
         found.append({
-            "model": family, "prompt": PROMPTS[k % len(PROMPTS)], "max_tokens": 1 + k * 7 % most, "seed": k,
-            "logprobs": 0, "logit_bias": {"0": -100}, "softmeet": asked,
+            "prompt": PROMPTS[k % len(PROMPTS)], "max_tokens": 1 + k * 7 % most, "seed": k, "logprobs": 0,
+            **({"model": family, "logit_bias": {"0": -100}} if families else {"ignore_eos": True}), "softmeet": asked,
         })  # fmt: skip
     return found
 
@@ -112,13 +117,15 @@ async def answer(
 class Soak:
     """The load on some sites, and what came of it: counts by kind of request and outcome, and what is a breach."""
 
-    def __init__(self, sites: list[Site], seed: int = 0, *, reproducible: bool = False) -> None:
+    def __init__(self, sites: list[Site], seed: int = 0, *, reproducible: bool = False, families: bool = True) -> None:
         self.sites, self.until, self.seed, self._strict = sites, 0.0, seed, reproducible
+        # Of other members a batch may change tokens.
+        self._compared = families
         self.seen: Counter[tuple[str, str]] = Counter()
         self.breaches: list[str] = []
         self.gaps: list[float] = []
         self.tokens = 0
-        self._requests = requests()
+        self._requests = requests(families)
         self.alone: list[Answer] = []
 
     @property
@@ -268,7 +275,7 @@ class Soak:
             if site.tracebacks:
                 self.breaches.append(f"{site.name} printed a traceback")
         found = self.outcomes()
-        if found["differs"] > max(FEW, ROUNDED * (found["right"] + found["differs"])):
+        if self._compared and found["differs"] > max(FEW, ROUNDED * (found["right"] + found["differs"])):
             self.breaches.append(f"{found['differs']} answers differ, more than rounding explains")
 
     def facts(self) -> dict[str, Any]:
@@ -300,15 +307,17 @@ KINDS: dict[str, tuple[float, Kind]] = {
 
 
 async def soaked(
-    seconds: float, clients: int, kill_every: float, seed: int, *, reproducible: bool, arguments: list[str]
+    seconds: float, clients: int, kill_every: float, seed: int, *, reproducible: bool, members: list[str]
 ) -> Soak:
     """Start both servers, and load them for so many seconds."""
-    given = ["wide", "narrow", "--threads", "1", "--batch", "16", "--queue", "32", "--keep-tokens", str(KEPT)]
-    given += [*arguments, *["--reproducible"] * reproducible]
+    given = [word for one in members for word in ("-m", one)] or ["wide", "narrow"]
+    given += ["--threads", "1", "--batch", "16", "--queue", "32", "--keep-tokens", str(KEPT)]
+    given += ["--reproducible"] * reproducible
     steady, mortal = sites = [Site(name, given) for name in ("steady", "killed")]
     try:
         await asyncio.gather(*(site.start() for site in sites))
-        soak, started = Soak(sites, seed, reproducible=reproducible), time.monotonic()
+        soak = Soak(sites, seed, reproducible=reproducible, families=not members)
+        started = time.monotonic()
         await soak.ask_alone(steady)
         typer.echo(f"{len(soak.alone)} requests answered alone in {time.monotonic() - started:.0f} s; the load begins")
         started = time.monotonic()
@@ -340,6 +349,9 @@ def main(
     clients: Annotated[int, typer.Option(help="Of each server.")] = 12,
     kill_every: Annotated[float, typer.Option(help="Seconds between two kills, on average.")] = 180,
     seed: Annotated[int, typer.Option()] = 0,
+    members: Annotated[
+        list[str], typer.Option("--member", "-m", help="Serve these by averages, in place of the bundled families.")
+    ] = [],  # noqa: B006 - typer makes the list
     reproducible: Annotated[
         bool, typer.Option(help="Start the servers with this flag; then no bit may differ.")
     ] = False,
@@ -347,7 +359,7 @@ def main(
 ) -> None:
     """Print a line every minute, and a table; exit code 1 after any breach."""
     seconds = 3600 * hours if minutes is None else 60 * minutes
-    soak = asyncio.run(soaked(seconds, clients, kill_every, seed, reproducible=reproducible, arguments=[]))
+    soak = asyncio.run(soaked(seconds, clients, kill_every, seed, reproducible=reproducible, members=members))
     facts = soak.facts()
     show("soak", rows(soak), json_to, seconds=seconds, clients=clients, reproducible=reproducible, **facts)
     print({name: x for name, x in facts.items() if name not in ("memory", "breaches")})

@@ -14,8 +14,8 @@ from soak import ASKED, Answer, Soak, requests, soaked
 def test_seconds_of_the_soak_find_nothing_wrong(monkeypatch):
     """With each seeded request's rule once, and few tokens of it."""
     some = [asked | {"max_tokens": min(asked["max_tokens"], 4)} for asked in requests()[: len(ASKED)]]
-    monkeypatch.setattr("soak.requests", lambda: some)
-    soak = asyncio.run(soaked(5, clients=4, kill_every=2, seed=1, reproducible=False, arguments=[]))
+    monkeypatch.setattr("soak.requests", lambda families: some)
+    soak = asyncio.run(soaked(5, clients=4, kill_every=2, seed=1, reproducible=False, members=[]))
     found = soak.outcomes()
     assert not soak.breaches, soak.breaches
     assert soak.sites[1].kills >= 1
