@@ -16,11 +16,13 @@ SHAPE = {
     "intermediate_size": 32, "max_position_embeddings": 64,
 }  # fmt: skip
 
+CHAT = "tokenizer.chat_template"
 
-def written(path, tokenizer):
+
+def written(path, tokenizer, **said):
     path.parent.mkdir(parents=True, exist_ok=True)
     model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(tokenizer), **SHAPE))
-    gguf_files.write(path, model, tokenizer, bits=8, pre="gpt-2")
+    gguf_files.write(path, model, tokenizer, bits=8, pre="gpt-2", **said)
 
 
 def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, monkeypatch):
@@ -34,7 +36,7 @@ def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, mon
     layer = {"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:12ab"}
     manifest.write_text(json.dumps({"layers": [layer, {"mediaType": "x", "digest": "sha256:cd"}]}))
     written(tmp_path / ".lmstudio" / "models" / "org" / "lm" / "lm.gguf", one)
-    written(tmp_path / "hub" / "models--org--m" / "snapshots" / "1" / "hub.gguf", other)
+    written(tmp_path / "hub" / "models--org--m" / "snapshots" / "1" / "hub.gguf", other, said={CHAT: "{{ messages }}"})
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "broken.gguf").write_bytes(b"GGUF")
     found = json.loads(CliRunner().invoke(app, ["models", str(tmp_path / "more"), "--json"]).stdout)
@@ -44,6 +46,7 @@ def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, mon
     letters = {row["model"]: row["tokens"] for row in found}
     assert letters["lm"] == letters["qwen:0.5b"] != letters["hub"]
     assert letters["broken"] == ""
+    assert [row["model"] for row in found if row["chat"]] == ["hub"]
     shown = CliRunner().invoke(app, ["models"]).stdout
     assert "combined over tokens" in shown
     paths = [row["path"] for row in found if row["model"] in ("lm", "qwen:0.5b")]

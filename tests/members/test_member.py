@@ -72,6 +72,11 @@ def test_a_path_with_a_plus_or_an_at_is_a_path_where_it_exists(tmp_path):
     assert Member.parse(str(Member.parse(str(folder)))).source == str(folder)
 
 
+def test_a_home_folder_is_one_behind_a_name_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Member.parse("~/a.gguf+context=8").source == str(tmp_path / "a.gguf")
+
+
 def test_names_to_show_are_distinct():
     assert titles(["a/b", "a/b", "x/a/b+name=c", "a/b+adapter=d/e+quantization=int8"]) == [
         "a/b", "a/b#2", "c", "a/b+d/e+int8",

@@ -161,7 +161,8 @@ def bring_code(folder):
         (drop_a_weight, "1 weights are missing or misshapen .*model.norm.weight"),
         (bring_code, "custom code.*trust_remote_code=True"),
         (lambda f: (f / "model.safetensors").unlink(), r"no \*.safetensors file"),
-        (lambda f: (f / "config.json").unlink(), "no config.json"),
+        (lambda f: (f / "config.json").unlink(), "no config.json: expected a saved"),
+        (lambda f: (f / "config.json").rename(f / "a.gguf"), r"no config.json: name a file in it, such as .*a\.gguf"),
     ],
 )
 def test_checkpoints_that_are_refused(tmp_path, damage, message):

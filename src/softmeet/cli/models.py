@@ -21,7 +21,7 @@ def models(
     """List GGUF files on this machine: those of ollama, LM Studio, llama.cpp and the Hub's cache.
 
     Files with the same letter under tokens have the same tokens, and are combined over tokens; others are combined over
-    bytes.
+    bytes. Those for chat have a template for it.
 
     Example: softmeet models
     """
@@ -33,7 +33,8 @@ def models(
         {
             "model": one.name, "from": one.source, "kind": one.said.architecture if one.said else "broken",
             "bytes": one.said.size if one.said else one.path.stat().st_size, "tokens": one.tokens,
-            "context": one.said.context if one.said else None, "path": str(one.path),
+            "context": one.said.context if one.said else None, "chat": bool(one.said and one.said.template),
+            "path": str(one.path),
         }
         for one in found
     ]  # fmt: skip
@@ -45,10 +46,11 @@ def models(
         console.print("No GGUF file was found: name a folder, as in softmeet models ~/models")
         return
     cells = [
-        [row["model"], row["from"], row["kind"], f"{row['bytes'] / 1e6:,.0f}", str(row["context"] or ""), row["tokens"]]
+        [row["model"], row["from"], row["kind"], f"{row['bytes'] / 1e6:,.0f}", str(row["context"] or ""),
+         "chat" if row["chat"] else "", row["tokens"]]
         for row in rows
-    ]
-    print_table(console, ("model", "from", "kind", "MB", "context", "tokens"), [cells], texts=(0, 1, 2, 5))
+    ]  # fmt: skip
+    print_table(console, ("model", "from", "kind", "MB", "context", "for", "tokens"), [cells], texts=(0, 1, 2, 5, 6))
     for row, one in zip(rows, found, strict=True):
         typer.echo(f"{row['model']}: {row['path']}" if one.said else f"{row['model']}: {one.why}")
     letters = [one.tokens for one in found if one.said]

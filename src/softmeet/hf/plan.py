@@ -217,11 +217,12 @@ def plan(
             parts.append(shape.part("adapter", shape.home, size))
         loaded |= {base, own}
         parts.append(shape.part("cache", shape.home, shape.cache_bytes(batch, length)))
-    # The solver computes on the first member's device, and keeps each head's whitening there.
-    room = solver_bytes(v, len(shapes), sum(widths), rows)
-    parts.append(PlanPart("solver", "workspace", shapes[0].home, "float64", room))
-    whitening = _FP64 * sum(2 * d**2 + d for d in widths)
-    parts.append(PlanPart("solver", "whitening", shapes[0].home, "float64", whitening))
+    if not any(isinstance(shape, _File) for shape in shapes):  # else they are averaged, unless a rule is named
+        # The solver computes on the first member's device, and keeps each head's whitening there.
+        room = solver_bytes(v, len(shapes), sum(widths), rows)
+        parts.append(PlanPart("solver", "workspace", shapes[0].home, "float64", room))
+        whitening = _FP64 * sum(2 * d**2 + d for d in widths)
+        parts.append(PlanPart("solver", "whitening", shapes[0].home, "float64", whitening))
     return Plan(batch, length, rows, tokens, parts)
 
 

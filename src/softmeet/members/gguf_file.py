@@ -84,6 +84,11 @@ class GgufFile:
         found = self.own("context_length")
         return found if isinstance(found, int) and found > 0 else None
 
+    @property
+    def template(self) -> str | None:
+        """The chat template of its tokenizer; None if it has none."""
+        return self.said.get("tokenizer.chat_template")
+
     @cached_property
     def is_quantised(self) -> bool:
         """Whether some weights are stored in blocks with a common scale."""

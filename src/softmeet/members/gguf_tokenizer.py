@@ -47,7 +47,7 @@ def known_file(path: Path, name: str) -> tuple[GgufFile, PreTrainedTokenizerFast
             known = _made[said] = gguf_tokenizer(whole, name)
         else:  # which shares all but what is said here
             known = copy(first)
-            known.chat_template = whole.said.get(_TEMPLATE)
+            known.chat_template = whole.template
         # Whoever has the tokenizer keeps what is known of the file, and of the tokenizer whose parts it shares.
         vars(known)["_softmeet_file"] = file, first
         _files[key], _made[key] = file, known

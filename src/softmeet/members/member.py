@@ -6,6 +6,7 @@ path is written ``++``. Commands, YAML, Python, the server and saved ensembles s
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,8 @@ class Member:
         for field in fields(self):
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, _checked(field.name, value))
+        if str(self.source).startswith("~"):  # which shells leave where it does not begin a word
+            object.__setattr__(self, "source", os.path.expanduser(self.source))  # noqa: PTH111 - unknown users stay
         longest = max(len(part.encode()) for part in str(self.source).split("/"))
         if not (self.source or "").strip() or longest > _LONGEST:
             shown = str(self.source or "")[:80]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -76,10 +77,11 @@ def with_engine(member: Member, *, changed: bool = False) -> Member:
     if others or changed:
         return replace(member, engine=TRANSFORMERS)
     if not llama_library.is_installed():
-        _say(
-            f"{member.title} is dequantised, which takes several times its memory and time: to run it as it is, "
-            f"{install_line('gguf')}"
-        )
+        if find_spec("gguf"):  # else it is refused
+            _say(
+                f"{member.title} is dequantised, which takes several times its memory and time: to run it as it is, "
+                f"{install_line('gguf')}"
+            )
         return replace(member, engine=TRANSFORMERS)
     return replace(member, engine=LLAMA)
 

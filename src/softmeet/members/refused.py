@@ -100,7 +100,9 @@ def refuse_folder(folder: Path) -> None:
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         raise cannot_load(folder, f"it is an adapter: name its base, and put +adapter={folder} behind it")
     if not (folder / "config.json").exists():
-        raise cannot_load(folder, "it has no config.json: expected a saved transformers model")
+        files = sorted(folder.glob("*.gguf"))
+        instead = f"name a file in it, such as {files[0]}" if files else "expected a saved transformers model"
+        raise cannot_load(folder, f"it has no config.json: {instead}")
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
