@@ -33,6 +33,8 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
 
     Args:
         member: the member, of which :func:`softmeet.members.native.has_reader` is true.
+        reader: its reader; None for what :func:`softmeet.members.native.reader_of` returns.
+        head: the output layer, if the reader tells hidden states; None if it does not.
 
     Attributes:
         reader: the reader.
@@ -49,8 +51,8 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
 
     config_class = PreTrainedConfig
 
-    def __init__(self, member: Member) -> None:
-        reader = reader_of(member)
+    def __init__(self, member: Member, reader: Any = None, head: Head | None = None) -> None:
+        reader = reader or reader_of(member)
         tokenizer, v = reader.alphabet.tokenizer, reader.alphabet.size
         config = PreTrainedConfig(
             vocab_size=v, max_position_embeddings=reader.limit if reader.limit < 1 << 30 else None,
@@ -64,6 +66,8 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         self.assets: Path | None = getattr(reader, "assets", None)
         let_give_logits(self)
         self.head: Head = OpaqueHead(self, v, v, *(_LLAMA if is_native(member) else _READER))
+        if head is not None:
+            self._open(head)
 
     def open_head(self) -> None:
         """Have the head be read, and the reader tell hidden states, if it is a GGUF file's and that was not done.
@@ -73,13 +77,17 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         """
         opens = getattr(self.reader, "open_head", None)
         if opens is not None and isinstance(self.head, OpaqueHead):
-            self.head = opens()
-            self.__dict__.pop(LOGITS, None)
-            self.model = _Trunk(self.reader)
+            self._open(opens())
+
+    def _open(self, head: Head) -> None:
+        self.head = head
+        self.__dict__.pop(LOGITS, None)
+        self.model = _Trunk(self.reader)
 
     def __reduce__(self) -> Any:
         """Have a copy in another process make its reader there."""
-        return ReaderModel, (self._member,)
+        head = None if isinstance(self.head, OpaqueHead) else self.head
+        return ReaderModel, (self._member, self.reader if is_native(self._member) else None, head)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return a layer without width, which tells how many tokens there are."""

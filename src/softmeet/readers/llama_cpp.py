@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         gpu_layers: int = 0,
     ) -> None:
         super().__init__(LlamaRow)
+        self._made_of, self._stored = (path, name, own, context, gpu_layers), 0
         self.name = name or Path(path).name
         self.file, tokenizer = known_file(Path(path), self.name)
         self.assets = folder_for(self.file.path)
@@ -109,8 +111,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
                     "rule reads it first"
                 )
             head, kind = gguf_head(self.file, self.name)
-            self._cells.tell_hidden(head.d, kind)
-            self.head = head
+            self._tell_hidden(head, kind)
             try:
                 self._require_its_logits(head)
             except BaseException:
@@ -118,6 +119,14 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
                 self._cells.tell_hidden(0, 0)
                 raise
         return self.head  # type: ignore[return-value]
+
+    def _tell_hidden(self, head: SoftmaxHead, kind: int) -> None:
+        self._cells.tell_hidden(head.d, kind)
+        self.head, self._stored = head, kind
+
+    def __reduce__(self) -> Any:
+        """Have a copy in another process read the file there, in rows of its own."""
+        return _again, (self._made_of, self.head, self._stored)
 
     def _require_its_logits(self, head: SoftmaxHead) -> None:
         tried = _TRIED[: max(1, self._context - 1)]
@@ -380,3 +389,12 @@ def gguf_reader(path: str | Path, name: str | None = None, **options: int) -> Ll
         path, name, options: as of :class:`LlamaReader`.
     """
     return LlamaReader(path, name, own=(), **options)
+
+
+def _again(made_of: tuple[Any, ...], head: SoftmaxHead | None, kind: int) -> LlamaReader:
+    """Make a reader of the same file, which tells hidden states if there is a head."""
+    path, name, own, context, gpu_layers = made_of
+    found = LlamaReader(path, name, own=own, context=context, gpu_layers=gpu_layers)
+    if head is not None:
+        found._tell_hidden(head, kind)
+    return found
