@@ -42,7 +42,7 @@ def own_loop(reader: Any, ids: list[int], tokens: int) -> Callable[[], float]:
 
 def writing(ensemble: Ensemble, tokens: int, **options: Any) -> Callable[[], float]:
     """What has an ensemble write behind a prompt, and returns its seconds a token without those of the prompt."""
-    ends: dict[str, Any] = {} if "one_member" in options else {"min_new_tokens": tokens}
+    ends: dict[str, Any] = {} if "one_member" in options else {"eos_token_id": None}
 
     def run() -> float:
         prompt, ticks = ensemble.tokenizer(PROMPT, return_tensors="pt"), [time.perf_counter()]

@@ -25,7 +25,7 @@ PROMPT = "The library was built in the year in which the old bridge fell, and"
 
 def texts(ensemble: Ensemble, size: int) -> dict[str, bytes]:
     """A text that the ensemble writes, greedily, and some code of this repository."""
-    parts = ensemble.stream(PROMPT, max_new_bytes=size, min_new_tokens=size, do_sample=False, speculate=0)
+    parts = ensemble.stream(PROMPT, max_bytes=size, min_new_tokens=size, do_sample=False, speculate=0)
     code = Path(__file__).with_name("recent_texts.py").read_text(encoding="utf-8")
     return {"they write": "".join(parts).encode(), "unknown code": code.encode()[-size:]}
 
