@@ -38,7 +38,7 @@ _ALIKE = 0.1
 # The least probability of a byte in an open cover's optimistic mass, ``most``, in case the closed covers are wrong.
 _GOOD = 0.2
 AnyCover = TypeVar("AnyCover", "Cover", "Open")
-_by_mass = attrgetter("mass")
+_by_mass, _rest_of = attrgetter("mass"), attrgetter("rest")
 # A token is run before it is needed if it has this share of the probability of all tokens that begin with its bytes.
 _NOT_RARE = 0.02
 # Share of all mass up to which a cover is dropped: a hundredth of what pruning estimates on average, or less.
@@ -347,8 +347,9 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
         )
     before = _mass(kept) + _mass(light)
     count, least = (_FOLLOWED, 0.0) if pruning.covers is None else (pruning.covers, _LIGHT * before)
+    many = len(kept) + len(light)
     kept, light = _heaviest(kept, count, least), _heaviest(light, count, least)
-    total = _mass(kept) + _mass(light)
+    total = before if len(kept) + len(light) == many else _mass(kept) + _mass(light)
     if not total:
         return Covers(())
     dropped = 1 - total / before
@@ -364,7 +365,11 @@ def _heaviest(covers: list[AnyCover], count: int, least: float) -> list[AnyCover
 
     However light they are, the first is kept, and the first without a rest, behind which any byte can come.
     """
+    if len(covers) < 2:
+        return covers
     ordered = sorted(covers, key=_by_mass, reverse=True)
+    if len(covers) <= count and ordered[-1].mass > least:
+        return ordered
     free = next((cover for cover in ordered if not cover.rest), None)
     return [one for k, one in enumerate(ordered) if not k or one is free or (k < count and one.mass > least)]
 
@@ -375,7 +380,8 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
     They differ by the tokens before that byte, on which the continuation depends little; a closed one has the
     probabilities after the tokenizer's own.
     """
-    if len({len(cover.rest) for group in (whole, opened) for cover in group}) == len(whole) + len(opened):
+    rests = [*map(_rest_of, whole), *map(_rest_of, opened)]
+    if len(set(map(len, rests))) == len(rests):
         return whole, opened
     closed = {len(cover.rest): cover for cover in whole}
     light = dict[int, Open]()
@@ -390,4 +396,4 @@ def _recombined(whole: list[Cover], opened: list[Open]) -> tuple[list[Cover], li
 
 def _mass(covers: Sequence[Cover] | Sequence[Open]) -> float:
     """Return the sum of the masses of covers."""
-    return sum([cover.mass for cover in covers], 0.0)
+    return sum(map(_by_mass, covers), 0.0)
