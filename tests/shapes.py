@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from importlib.machinery import SourceFileLoader
+from sys import is_finalizing
 
 import jaxtyping
 from jaxtyping import _decorator, _import_hook
@@ -25,12 +26,13 @@ def _when_asked(fn, *, typechecker):
         return _decorated(fn, typechecker=typechecker)
     if "<locals>" in fn.__qualname__:
         return fn
-    checked = None
+    # At the end of the interpreter, when nothing can be compiled any more, names of modules may be gone.
+    checked, is_over = None, is_finalizing
 
     @functools.wraps(fn)
     def call(*args, **kwargs):
         nonlocal checked
-        if jaxtyping.config.jaxtyping_disable:
+        if is_over() or jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         checked = checked or _decorated(fn, typechecker=typechecker)
         return checked(*args, **kwargs)
