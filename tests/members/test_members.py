@@ -22,7 +22,7 @@ from softmeet.members import refused, zoo
 from softmeet.members.heads import head_of
 from softmeet.members.huggingface import dtype_of, load_members, load_tokenizers
 from softmeet.members.trunk import last_hidden
-from softmeet.members.vocabulary import common_vocabulary, token_ids, token_support
+from softmeet.members.vocabulary import common_vocabulary, surely_differ, token_ids, token_support
 
 pytestmark = pytest.mark.checked
 
@@ -330,6 +330,7 @@ def test_different_vocabularies_say_which_tokens_differ():
         VocabularyMismatchError, match=r"a \(64 tokens\) and b \(60 tokens\) differ in 4 ids \(id 60: '&' and None"
     ):
         common_vocabulary(["a", "b"], [ours, other])
+    assert surely_differ([ours, other])
 
 
 def test_vocabularies_may_differ_in_padding_and_added_tokens():
@@ -338,6 +339,8 @@ def test_vocabularies_may_differ_in_padding_and_added_tokens():
     padded.add_tokens([f"[PAD{k}]" for k in range(60, 70)])
     for pair in ([plain, chat], [chat, padded], [padded, plain]):
         found = common_vocabulary(["a", "b"], pair)
+        assert not surely_differ(pair)
+        assert not surely_differ(pair[::-1])
         assert found.ids == set(range(60))
         assert found.tokenizer is (plain if padded in pair and plain in pair else pair[0])
     chat.eos_token = "<|turn|>"

@@ -12,7 +12,7 @@ from softmeet.engine.unread import AVERAGE, averages
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.members.spelling import Spelling, spelling_of
-from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary
+from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
 from softmeet.rules.settings import Settings
 
 VOCABULARIES = ("auto", "tokens", "bytes")
@@ -61,7 +61,7 @@ def choose_vocabulary(
         UnsupportedHeadError: if, over bytes, the rule needs softmax matrices, as ``meet`` does.
     """
     chosen = config.vocabulary == "auto"
-    if config.vocabulary != "bytes":
+    if config.vocabulary != "bytes" and not (chosen and surely_differ(tokenizers)):
         try:
             found = common_vocabulary(config.members, tokenizers)
         except VocabularyMismatchError:

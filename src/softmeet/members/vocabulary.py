@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.errors import VocabularyMismatchError
 from softmeet.members.opaque import Head
 
-_SHOWN = 5
+# How many ids that differ are named, and how many are looked at first.
+_SHOWN, _SEEN = 5, 64
 # Names that converters to GGUF give to rows of a head that stand for no token.
 _PADDING = re.compile(r"\[PAD\d+\]")
 
@@ -63,6 +64,18 @@ def common_vocabulary(names: Sequence[str], tokenizers: Sequence[PreTrainedToken
             if {i for i, token in tokenizer.added_tokens_decoder.items() if not token.special} <= ids:
                 return CommonVocabulary(tokenizer, ids)
     raise _mismatch(names, every, next(k for k, own in enumerate(every) if own != every[0]))
+
+
+def surely_differ(tokenizers: Sequence[PreTrainedTokenizerBase]) -> bool:
+    """Return whether :func:`common_vocabulary` would fail, as is seen at a few ids at once; False where it may not."""
+    if not all(getattr(tokenizer, "is_fast", False) for tokenizer in tokenizers):
+        return False  # others may raise an error at an id that they do not have
+    first, *others = tokenizers
+    ids = set(range(0, len(first), 1 + len(first) // _SEEN)) - set(first.added_tokens_decoder)
+    words = [
+        (i, word) for i in sorted(ids) if (word := first.convert_ids_to_tokens(i)) and not _PADDING.fullmatch(word)
+    ]
+    return any(other.convert_ids_to_tokens(i) != word for other in others for i, word in words)
 
 
 def _has(one: dict[int, str], other: dict[int, str], added: set[int]) -> bool:
