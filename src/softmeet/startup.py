@@ -18,7 +18,7 @@ _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 # How often a thread of GNU's OpenMP looks whether the others have come before it sleeps, unless the environment says,
 # even where there are more threads than cores, as where texts are written in a thread of their own: there it looks a
-# hundred times by default, and llama.cpp takes half as long again.
+# hundred times by default, which slows llama.cpp down.
 _SPINS = {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "active"}
 
 

@@ -219,7 +219,7 @@ def test_workers_evaluate_an_ensemble_that_they_do_not_have(engine, folders, tmp
         with LocalEngine() as local:
             found, expected = evaluated(other, engine), evaluated(other, local)
         assert found == expected or not exact
-        # llama.cpp rounds by how many threads a process has.
+        # llama.cpp may round otherwise in another process.
         each = [[own["nll"] for own in json.loads(one)["rules"].values()] for one in (found, expected)]
         assert each[0] == pytest.approx(each[1], abs=1e-5)
 

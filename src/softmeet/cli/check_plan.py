@@ -33,10 +33,9 @@ def facts(members: list[str], batch: int, context: int | None, loading: options.
 
 def show(facts: dict[str, Any]) -> None:
     """Print a plan as a table, with sizes in MB."""
-    title = (
-        f"{counted(facts['batch'], 'sequence')} of {facts['context']:,} tokens; "
-        f"{counted(facts['rows_at_once'], 'token')} solved at once"
-    )
+    title = f"{counted(facts['batch'], 'sequence')} of {facts['context']:,} tokens"
+    if any(part["owner"] == "solver" for part in facts["parts"]):
+        title += f"; {counted(facts['rows_at_once'], 'token')} solved at once"
     parts = [
         (options.short(p["owner"]) or p["owner"], p["what"], p["device"], p["dtype"], f"{p['bytes'] / 1e6:,.2f}")
         for p in facts["parts"]
