@@ -64,11 +64,13 @@ _MOST = {"max_tokens": 40, "max_completion_tokens": 40, "max_output_tokens": 40,
 _ENDLESS = {"/v1/chat/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
 
 
-def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = lambda: False) -> Counter[str]:
+def fuzz(
+    url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = lambda: False, patience: float = PATIENCE
+) -> Counter[str]:
     """What schemathesis makes of the OpenAPI document: valid and invalid requests to every operation.
 
     Counted are those that were ``answered``, ``refused``, and ``wrong``: with a status of 500, a body that is no error
-    object, or never. ``is_over`` says when to make no more of them.
+    object, or not in ``patience`` seconds. ``is_over`` says when to make no more of them.
     """
     import hypothesis
     import schemathesis
@@ -84,7 +86,7 @@ def fuzz(url: str, examples: int, seed: int = 0, is_over: Callable[[], bool] = l
 
     def check(case: Any) -> None:
         if not is_over():
-            seen[_outcome(case)] += 1
+            seen[_outcome(case, patience)] += 1
 
     def check_possible(case: Any) -> None:
         if isinstance(case.body, dict):
@@ -114,11 +116,11 @@ def _possible(path: str, body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def _outcome(case: Any) -> str:
+def _outcome(case: Any, patience: float) -> str:
     import requests
 
     try:
-        response = case.call(timeout=PATIENCE)
+        response = case.call(timeout=patience)
     except requests.exceptions.Timeout:
         return _wrong(case, "no answer")
     if (400 <= response.status_code < 500 or response.status_code == 503) and set(response.json()) == {"error"}:

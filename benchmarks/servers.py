@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 
+import httpx
 import numpy as np
 import psutil
 
@@ -51,6 +53,12 @@ class Server:
         """Resident memory."""
         return float(psutil.Process(self.process.pid).memory_info().rss) / 1e6
 
+    async def allocated(self) -> float:
+        """Megabytes that are allocated and not freed, as the server says."""
+        async with httpx.AsyncClient(timeout=30) as client:
+            text = (await client.get(f"{self.url}/metrics")).text
+        return float(text.split("\nsoftmeet_allocated_bytes ")[1].split()[0]) / 1e6
+
     def end(self) -> str:
         """Send SIGTERM and wait; what was printed."""
         self.process.send_signal(signal.SIGTERM)
@@ -74,8 +82,8 @@ class Site:
     def __init__(self, name: str, arguments: list[str]) -> None:
         self.name, self.port, self._arguments = name, free_port(), arguments
         self.url, self.up, self.kills = f"http://127.0.0.1:{self.port}", asyncio.Event(), 0
-        # For each process, (seconds of its life, MB).
-        self.memory: list[list[tuple[float, float]]] = []
+        # For each process, (seconds of its life, MB allocated, MB resident).
+        self.memory: list[list[tuple[float, float, float]]] = []
         self.tracebacks = 0
         self._server: Server | None = None
 
@@ -104,13 +112,15 @@ class Site:
         if self._server is not None and self._server.process.poll() is None:
             self._server.kill()
 
-    def look(self) -> None:
-        """Note the memory."""
+    async def look(self) -> None:
+        """Note the memory, if the server runs and says it."""
         if self.up.is_set():
-            self.memory[-1].append((time.monotonic() - self._born, self._running().megabytes()))
+            server, life, now = self._running(), self.memory[-1], time.monotonic() - self._born
+            with suppress(httpx.TransportError, IndexError, psutil.NoSuchProcess):
+                life.append((now, await server.allocated(), server.megabytes()))
 
     def growth(self) -> float | None:
-        """MB an hour, of the process of the longest life; None if none lived for long enough after it had settled."""
+        """MB an hour of what is allocated, of the longest life; None if that was too short after it had settled."""
         seen = np.array([x for x in max(self.memory, key=len, default=[]) if x[0] >= SETTLED])
         if len(seen) < 2 or seen[-1, 0] - seen[0, 0] < SETTLED:
             return None

@@ -27,7 +27,7 @@ from malformed import PATIENCE, fuzz, hostile, malformed
 from report import quantile, show
 from servers import PROMPTS, Site
 
-# How much memory may grow in an hour, as a share of its median.
+# How much of what is allocated may grow in an hour, as a share of its median.
 GROWTH = 0.05
 # Rounding makes a token of some thousands another one: so large a share of the answers, or so few, may differ by it.
 ROUNDED, FEW = 0.03, 3
@@ -117,8 +117,12 @@ async def answer(
 class Soak:
     """The load on some sites, and what came of it: counts by kind of request and outcome, and what is a breach."""
 
-    def __init__(self, sites: list[Site], seed: int = 0, *, reproducible: bool = False, families: bool = True) -> None:
+    def __init__(
+        self, sites: list[Site], seed: int = 0, *,
+        reproducible: bool = False, families: bool = True, patience: float = PATIENCE,
+    ) -> None:  # fmt: skip
         self.sites, self.until, self.seed, self._strict = sites, 0.0, seed, reproducible
+        self._patience = patience
         # Of other members a batch may change tokens.
         self._compared = families
         self.seen: Counter[tuple[str, str]] = Counter()
@@ -135,7 +139,7 @@ class Soak:
 
     async def ask_alone(self, site: Site) -> None:
         """Ask every seeded request while the server is idle."""
-        async with httpx.AsyncClient(base_url=site.url, timeout=PATIENCE) as client:
+        async with httpx.AsyncClient(base_url=site.url, timeout=self._patience) as client:
             self.alone = [await answer(client, fields, stream=True) for fields in self._requests]
         if bad := [a.end for a in self.alone if a.end != "length"]:
             raise RuntimeError(f"requests that are to be compared failed: {bad}")
@@ -144,12 +148,12 @@ class Soak:
         """Ask one request after another, of a kind chosen at random, each with a deadline."""
         generator = random.Random(f"{self.seed} {site.name} {number}")  # noqa: S311
         names, weights = zip(*((kind, weight) for kind, (weight, _) in KINDS.items()), strict=True)
-        async with httpx.AsyncClient(base_url=site.url, timeout=httpx.Timeout(PATIENCE, read=None)) as http:
+        async with httpx.AsyncClient(base_url=site.url, timeout=httpx.Timeout(self._patience, read=None)) as http:
             while not self.is_over:
                 await site.up.wait()
                 kind, kills = generator.choices(names, weights)[0], site.kills
                 try:
-                    async with asyncio.timeout(PATIENCE):
+                    async with asyncio.timeout(self._patience):
                         outcome = await KINDS[kind][1](self, http, generator)
                 except TimeoutError:
                     outcome = "hung"
@@ -236,7 +240,7 @@ class Soak:
         """Send what schemathesis makes of the site's OpenAPI document, round after round."""
         number = 0
         while not self.is_over:
-            found = await asyncio.to_thread(fuzz, site.url, 5, self.seed + number, lambda: self.is_over)
+            found = await asyncio.to_thread(fuzz, site.url, 5, self.seed + number, lambda: self.is_over, self._patience)
             number += 1
             for outcome, count in found.items():
                 self.seen["schemathesis", outcome] += count
@@ -248,10 +252,14 @@ class Soak:
         minute = 0
         while not self.is_over:
             for site in self.sites:
-                site.look()
+                await site.look()
             if (now := time.monotonic() - started) >= 60 * (minute + 1):
                 minute += 1
-                sizes = ", ".join(f"{s.name} {s.memory[-1][-1][1]:.0f} MB" for s in self.sites if s.memory[-1])
+                sizes = ", ".join(
+                    f"{s.name} {s.memory[-1][-1][1]:.0f} of {s.memory[-1][-1][2]:.0f} MB"
+                    for s in self.sites
+                    if s.memory[-1]
+                )
                 typer.echo(
                     f"minute {minute}: {sum(self.seen.values()):,} requests, {self.tokens / now:.0f} tokens/s, "
                     f"{sum(s.kills for s in self.sites)} kills, {self.outcomes()['differs']} differ, "
@@ -269,7 +277,7 @@ class Soak:
     def judge(self) -> None:
         """Note what only the whole run shows."""
         for site in self.sites:
-            grown, sizes = site.growth(), [mb for life in site.memory for _, mb in life]
+            grown, sizes = site.growth(), [mb for life in site.memory for _, mb, _ in life]
             if grown is not None and grown > GROWTH * float(np.median(sizes)):
                 self.breaches.append(f"memory of {site.name}: {grown:.0f} MB an hour more")
             if site.tracebacks:
@@ -307,7 +315,14 @@ KINDS: dict[str, tuple[float, Kind]] = {
 
 
 async def soaked(
-    seconds: float, clients: int, kill_every: float, seed: int, *, reproducible: bool, members: list[str]
+    seconds: float,
+    clients: int,
+    kill_every: float,
+    seed: int,
+    *,
+    reproducible: bool,
+    members: list[str],
+    patience: float = PATIENCE,
 ) -> Soak:
     """Start both servers, and load them for so many seconds."""
     given = [word for one in members for word in ("-m", one)] or ["wide", "narrow"]
@@ -316,7 +331,7 @@ async def soaked(
     steady, mortal = sites = [Site(name, given) for name in ("steady", "killed")]
     try:
         await asyncio.gather(*(site.start() for site in sites))
-        soak = Soak(sites, seed, reproducible=reproducible, families=not members)
+        soak = Soak(sites, seed, reproducible=reproducible, families=not members, patience=patience)
         started = time.monotonic()
         await soak.ask_alone(steady)
         typer.echo(f"{len(soak.alone)} requests answered alone in {time.monotonic() - started:.0f} s; the load begins")
@@ -339,7 +354,9 @@ def rows(soak: Soak) -> list[dict[str, Any]]:
     found = [{"what": kind, "outcome": end, "number": n} for (kind, end), n in sorted(soak.seen.items())]
     parts = [part for part in np.array_split(np.array(soak.sites[0].memory[0]), 10) if len(part)]
     return found + [
-        {"what": f"memory after {p[-1, 0]:.0f} s", "outcome": "MB", "number": float(p[-1, 1])} for p in parts
+        {"what": f"memory after {p[-1, 0]:.0f} s", "outcome": f"MB {kind}", "number": float(p[-1, k])}
+        for p in parts
+        for k, kind in ((1, "allocated"), (2, "resident"))
     ]
 
 
@@ -352,6 +369,7 @@ def main(
     members: Annotated[
         list[str], typer.Option("--member", "-m", help="Serve these by averages, in place of the bundled families.")
     ] = [],  # noqa: B006 - typer makes the list
+    patience: Annotated[float, typer.Option(help="Seconds after which an answer counts as never coming.")] = PATIENCE,
     reproducible: Annotated[
         bool, typer.Option(help="Start the servers with this flag; then no bit may differ.")
     ] = False,
@@ -359,7 +377,9 @@ def main(
 ) -> None:
     """Print a line every minute, and a table; exit code 1 after any breach."""
     seconds = 3600 * hours if minutes is None else 60 * minutes
-    soak = asyncio.run(soaked(seconds, clients, kill_every, seed, reproducible=reproducible, members=members))
+    soak = asyncio.run(
+        soaked(seconds, clients, kill_every, seed, reproducible=reproducible, members=members, patience=patience)
+    )
     facts = soak.facts()
     show("soak", rows(soak), json_to, seconds=seconds, clients=clients, reproducible=reproducible, **facts)
     print({name: x for name, x in facts.items() if name not in ("memory", "breaches")})

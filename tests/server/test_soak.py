@@ -56,8 +56,8 @@ def test_a_token_that_differs_is_a_breach_of_reproducible_servers_alone(soak):
     ("mb_a_second", "seconds", "judged"), [(0.05, 1800, True), (0.001, 1800, False), (0.05, 1000, False)]
 )
 def test_memory_that_grows_after_ten_minutes_is_a_breach(soak, mb_a_second, seconds, judged):
-    """It may grow by a twentieth an hour, and as it likes in the first ten minutes."""
-    soak.sites[0].memory = [[(float(t), 400 + min(t, 600) * 0.5 + mb_a_second * t) for t in range(0, seconds, 5)]]
+    """It may grow by a twentieth an hour, and as it likes in the first ten minutes, or if it is free."""
+    soak.sites[0].memory = [[(t, 400 + min(t, 600) * 0.5 + mb_a_second * t, t) for t in range(0, seconds, 5)]]
     soak.judge()
     assert bool(soak.breaches) == judged
     assert (soak.sites[0].growth() is None) == (seconds < 1200)

@@ -8,6 +8,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 
+from softmeet import freed_memory
+
 _FINE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 
 
@@ -38,6 +40,7 @@ class Metrics:
         unsolved: tokens drawn from a distribution that did not reach the tolerance, by status.
         kept_prompt_tokens: tokens of past prompts whose keys and values are kept now, summed over members.
         cache_bytes: bytes of all keys and values now: those of running sequences and of kept prompts.
+        allocated_bytes: bytes that the process has allocated and not freed; None where the C library does not tell.
         connections: connections that are open now; idle ones, and those that are being refused, count.
         first: seconds from a request's submission to its first drawn token, of whichever choice.
     """
@@ -69,6 +72,10 @@ class Metrics:
             "kept_prompt_tokens", "Tokens of past prompts whose keys and values are kept, summed over members."
         )
         self.cache_bytes = gauge("cache_bytes", "Bytes of keys and values, of running sequences and kept prompts.")
+        self.allocated_bytes = None
+        if freed_memory.in_use() is not None:
+            self.allocated_bytes = gauge("allocated_bytes", "Bytes of memory that are allocated and not freed.")
+            self.allocated_bytes.set_function(lambda: freed_memory.in_use() or 0)
         self.connections = gauge("connections", "Connections that are open now.")
         self.between = histogram("inter_token_latency_seconds", "Seconds from one token of a sequence to its next.")
         self.unsolved = counter(
