@@ -16,7 +16,7 @@ import transformers as tf
 from softmeet import Ensemble, Member, SoftmaxHead
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import llama_library
-from softmeet.members.gguf_file import fingerprint
+from softmeet.members.gguf_file import GgufFile, StoredTensor, fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
 from softmeet.members.reader_model import ReaderModel
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError
@@ -107,6 +107,27 @@ def test_more_rows_and_more_tokens_than_there_was_room_for(made):
     told = finished(reader.read([Read(row, own, [len(own)]) for row, own in zip(rows, new, strict=True)]))
     assert not told.errors
     assert (told.log_probs() - alone).abs().max() < 1e-3
+
+
+def test_calls_of_k_quants_that_are_slower_than_two_are_made_in_two(made, monkeypatch):
+    path, _ = made("llama")
+    plain = LlamaReader(path, own=())
+    monkeypatch.setattr(GgufFile, "is_of_k_quants", True)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    reader, calls = LlamaReader(path, own=()), []
+    for count in (7, 8, 13, 14):
+        rows = [reader.open(reuse=False) for _ in range(count)]
+        told = finished(reader.read([Read(row, [3 + k], [1]) for k, row in enumerate(rows)]))
+        alone = plain.read_whole([[3 + k] for k in range(count)], [[1]] * count)
+        assert (told.log_probs() - alone.log_probs()).abs().max() < 1e-3
+        calls.append(told.work.calls)
+    assert calls == [1, 2, 2, 1]
+
+
+def test_k_quants_are_those_of_which_a_file_has_most():
+    tensors = {name: StoredTensor((256, 256), kind, 0, 0) for name, kind in (("a", 12), ("b", 14), ("c", 8))}
+    assert GgufFile(Path("a.gguf"), {}, tensors, 0).is_of_k_quants
+    assert not GgufFile(Path("a.gguf"), {}, tensors | {"d": StoredTensor((1 << 10, 256), 8, 0, 0)}, 0).is_of_k_quants
 
 
 def test_a_text_without_room_fails_alone(made, monkeypatch):

@@ -6,6 +6,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ _BLOCKS = {
     26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
     40: (64, 36), 41: (128, 18),
 }  # fmt: skip
-_FLOATS = frozenset((0, 1, 28, 30))
+_FLOATS, _K_QUANTS = frozenset((0, 1, 28, 30)), range(10, 15)
 # Of each type of values that have one size, by its number, its format.
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -93,6 +94,12 @@ class GgufFile:
     def is_quantised(self) -> bool:
         """Whether some weights are stored in blocks with a common scale."""
         return any(one.kind not in _FLOATS for one in self.tensors.values())
+
+    @property
+    def is_of_k_quants(self) -> bool:
+        """Whether most weights are in blocks of 256 with scales within (Q2_K to Q6_K)."""
+        some = sum(math.prod(one.shape) for one in self.tensors.values() if one.kind in _K_QUANTS)
+        return 2 * some > sum(math.prod(one.shape) for one in self.tensors.values())
 
     @property
     def bytes_a_token(self) -> int:

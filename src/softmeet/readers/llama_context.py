@@ -31,6 +31,9 @@ _ROWS, _CELLS, MOST_ROWS = 16, 4096, 256
 MOST_TOKENS, MOST_TOLD = 512, 64
 # The share of the free memory that a larger cache may take.
 _SHARE = 0.8
+# From eight tokens on llama.cpp unpacks K-quants, which costs as much for a call of 8 as for one of 16: so many took
+# longer than two calls of half of them (benchmarks/native_calls.py).
+_IN_TWO = range(8, 14)
 # For a file whose weights are not quantised: the number of single precision, for its keys and values, and that of
 # attention which does not round them.
 _FLOAT32, _PLAIN = 0, 0
@@ -122,10 +125,15 @@ class LlamaModel:
         self._vocabulary, self._ends = vocabulary, call.llama_vocab_is_eog
         self.can_crop = not (call.llama_model_is_recurrent(found) or call.llama_model_is_hybrid(found))
         self.bytes = int(call.llama_model_size(found))
+        self._unpacks = file.is_of_k_quants and not options.use_extra_bufts and not gpu_layers
 
     def ends(self, among: Iterable[int]) -> frozenset[int]:
         """Return which of some tokens end a text."""
         return frozenset(k for k in among if k < self.v and self._ends(self._vocabulary, k))
+
+    def at_once(self, count: int) -> int:
+        """Return how many of so many tokens are best run in one call."""
+        return -(-count // 2) if self._unpacks and count in _IN_TWO else MOST_TOKENS
 
     def tokens(self, text: str) -> list[int]:
         """Cut a text into tokens as llama.cpp does, without those that it puts before every text."""

@@ -18,7 +18,6 @@ from softmeet.members.gguf_head import gguf_head
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.readers.llama_context import (
     MOST_ROWS,
-    MOST_TOKENS,
     MOST_TOLD,
     LlamaContext,
     LlamaModel,
@@ -303,7 +302,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         for job in jobs:
             if job.row not in self._rows:
                 job.error = InvalidInputError(f"a row of {self.name} was closed while it was read")
-        pieces, room, places = list[tuple[Job, RowTokens]](), MOST_TOKENS, max(MOST_TOLD, self._cells.rows)
+        room = self._model.at_once(sum(len(job.tokens) - job.done for job in jobs))
+        pieces, places = list[tuple[Job, RowTokens]](), max(MOST_TOLD, self._cells.rows)
         for job in jobs:
             if room and job.error is None and (piece := job.piece(room, places)).tokens:
                 if job.number == job.row.number and not job.done and job.start < job.row.ran:
