@@ -115,7 +115,7 @@ def test_calls_of_k_quants_that_are_slower_than_two_are_made_in_two(made, monkey
     monkeypatch.setattr(GgufFile, "is_of_k_quants", True)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     reader, calls = LlamaReader(path, own=()), []
-    for count in (7, 8, 13, 14):
+    for count in (7, 8, 12, 13):
         rows = [reader.open(reuse=False) for _ in range(count)]
         told = finished(reader.read([Read(row, [3 + k], [1]) for k, row in enumerate(rows)]))
         alone = plain.read_whole([[3 + k] for k in range(count)], [[1]] * count)

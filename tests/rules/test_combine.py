@@ -184,7 +184,8 @@ def test_the_public_names_are_pinned():
     assert all(hasattr(softmeet, name) for name in softmeet.__all__)
     assert [rule.name for rule in softmeet.RULES] == [
         "meet", "max-entropy", "least-squares", "min-cross-entropy", "min-squared-cross-entropy", "min-underestimation",
-        "min-reverse-cross-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot",
+        "min-reverse-cross-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot", "pointwise-max",
+        "pointwise-min", "drop", "core",
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         softmeet.nothing  # noqa: B018

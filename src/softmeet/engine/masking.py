@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
-from softmeet.members.spelling import token_bytes
+from softmeet.members.token_bytes import token_bytes
 from softmeet.structured.structure import Structure
 
 

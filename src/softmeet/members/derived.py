@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tokenizers
 import transformers
@@ -38,6 +38,12 @@ def folder_for(path: Path) -> Path | None:
         return cached_assets_path("softmeet", "gguf", hashlib.sha256(repr(said).encode()).hexdigest()[:16])
     except (OSError, ValueError):
         return None
+
+
+def folder_of(tokenizer: Any) -> Path | None:
+    """Return the folder for what is derived from the GGUF file that a tokenizer was read from; None of any other."""
+    _, _, folder = vars(tokenizer).get("_softmeet_file", (None, None, None))
+    return folder  # type: ignore[no-any-return]
 
 
 def derived(

@@ -42,14 +42,14 @@ def known_file(path: Path, name: str) -> tuple[GgufFile, PreTrainedTokenizerFast
     file, known = _files.get(key), _made.get(key)
     if file is None or known is None:
         whole = read_gguf(path, name)
-        file, said = whole.without_lists(), content_of(whole)
+        file, said, folder = whole.without_lists(), content_of(whole), folder_for(path)
         if (first := _made.get(said)) is None:
-            known = _made[said] = gguf_tokenizer(whole, name)
+            known = _made[said] = gguf_tokenizer(whole, name, folder)
         else:  # which shares all but what is said here
             known = copy(first)
             known.chat_template = whole.template
         # Whoever has the tokenizer keeps what is known of the file, and of the tokenizer whose parts it shares.
-        vars(known)["_softmeet_file"] = file, first
+        vars(known)["_softmeet_file"] = file, first, folder
         _files[key], _made[key] = file, known
     return file, known
 
@@ -61,12 +61,13 @@ def content_of(file: GgufFile) -> tuple[Any, ...]:
     return (file.architecture, *frozen)
 
 
-def gguf_tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerFast:
+def gguf_tokenizer(file: GgufFile, name: str, folder: Path | None = None) -> PreTrainedTokenizerFast:
     """Make the tokenizer that a GGUF file describes, which pads at the left.
 
     Args:
         file: what the file says.
         name: the member's, for messages.
+        folder: where it is kept for the next time; None for nowhere.
 
     Raises:
         CheckpointError: if it describes none, or one of a kind that transformers does not know.
@@ -96,7 +97,7 @@ def gguf_tokenizer(file: GgufFile, name: str) -> PreTrainedTokenizerFast:
         return core
 
     core = derived(
-        folder_for(file.path), "tokenizer.json", made,
+        folder, "tokenizer.json", made,
         lambda core: core.to_str().encode(), lambda kept: Tokenizer.from_str(kept.decode()),
     )  # fmt: skip
     return PreTrainedTokenizerFast(

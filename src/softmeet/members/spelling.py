@@ -5,35 +5,19 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
-from operator import itemgetter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from softmeet.errors import VocabularyMismatchError
+from softmeet.members.token_bytes import description, ordered_words, parts, refused, require_text_is_kept
 
-_SPACE = "\u2581"
-_KINDS = (
-    "byte members need a tokenizer that can write every byte and loses none: byte-level BPE, or SentencePiece with "
-    "byte fallback. Choose another member, or members that share this one's tokenizer (vocabulary='tokens')"
-)
-# The irreversible change that each of these components makes to a text before it is cut into tokens.
-_CHANGES = {
-    "Lowercase": "lower-cases text", "NFKC": "applies NFKC", "NFKD": "applies NFKD", "NFD": "applies NFD",
-    "Strip": "strips spaces", "StripAccents": "strips accents", "BertNormalizer": "cleans text as BERT does",
-    "Precompiled": "maps characters as SentencePiece does (nmt_nfkc)", "Nmt": "removes control characters",
-    "Whitespace": "drops spaces", "WhitespaceSplit": "drops spaces", "BertPreTokenizer": "drops spaces",
-    "CharDelimiterSplit": "drops a character",
-}  # fmt: skip
-# The bytes of white space, printable ASCII, and characters of planes 0 to 3; SmolLM2, for one, lacks 21 others.
-_NEEDED = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)))
 # What has a pre-tokenizer put nothing before a text.
 _UNPREFIXED: dict[str, dict[str, Any]] = {
     "ByteLevel": {"add_prefix_space": False}, "Metaspace": {"prepend_scheme": "never"},
@@ -187,107 +171,18 @@ def _next(rest: bytes) -> bytes:
     return rest[:-1] + bytes([rest[-1] + 1])
 
 
-def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield the elementary components of a normalizer, pre-tokenizer or decoder, which may be a sequence."""
-    if component is None:
-        return
-    inner = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
-    if inner is None:
-        yield component
-    else:
-        for part in inner:
-            yield from _parts(part)
-
-
-def _refuse(name: str, why: str) -> VocabularyMismatchError:
-    """Make the error that says why a member cannot be read over bytes."""
-    return VocabularyMismatchError(f"cannot use {name} over bytes: {why}; {_KINDS}")
-
-
-def _check_text_is_kept(name: str, described: dict[str, Any]) -> None:
-    """Raise an error if the tokenizer's normalizer or pre-tokenizer loses or changes text."""
-    for part in _parts(described.get("normalizer")):
-        kind = part["type"]
-        if kind == "Replace" and (part["pattern"], part["content"]) == ({"String": " "}, _SPACE):
-            continue
-        if kind == "Replace":
-            raise _refuse(name, f"its tokenizer replaces {next(iter(part['pattern'].values()))!r} in a text")
-        if kind not in ("NFC", "Prepend"):
-            raise _refuse(name, f"its tokenizer {_CHANGES.get(kind, f'changes text ({kind})')}")
-    for part in _parts(described.get("pre_tokenizer")):
-        if part["type"] in _CHANGES or str(part.get("behavior")).lower() == "removed":
-            raise _refuse(name, f"its tokenizer {_CHANGES.get(part['type'], 'drops what it splits at')}")
-
-
-def _spelled(described: dict[str, Any]) -> dict[int, bytes]:
-    """Return the bytes of each token by its id, added ones last; none if the vocabulary has no bytes."""
-    model = described["model"]
-    vocab = model["vocab"]
-    pieces = {piece: k for k, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-    kinds = {part["type"] for key in ("decoder", "pre_tokenizer") for part in _parts(described.get(key))}
-    found: dict[int, bytes] = {}
-    if "ByteLevel" in kinds:
-        back = {character: byte for byte, character in bytes_to_unicode().items()}
-        for piece, k in pieces.items():
-            if all(character in back for character in piece):
-                found[k] = bytes(back[character] for character in piece)
-    elif model.get("byte_fallback") or "ByteFallback" in kinds:
-        found = {k: piece.replace(_SPACE, " ").encode() for piece, k in pieces.items()}
-        fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-        found |= {pieces[piece]: byte for piece, byte in fallback.items() if piece in pieces}
-    else:
-        return {}
-    return found | {token["id"]: token["content"].encode() for token in described.get("added_tokens", [])}
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
-    """Return the bytes of each token of a tokenizer, by its id; special tokens have those of their names.
-
-    It is empty if the tokenizer is not a fast one, or has a vocabulary without bytes, such as WordPiece's.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        return {}
-    return _spelled(_described(tokenizer.backend_tokenizer))
-
-
-def _words(name: str, described: dict[str, Any]) -> dict[int, bytes]:
-    """Return the bytes that each ordinary token spells, by its id."""
-    every, special = _spelled(described), {one["id"] for one in described.get("added_tokens", []) if one["special"]}
-    if not every:
-        kind = described["model"].get("type") or "tokenizer"
-        raise _refuse(name, f"it has a {kind} vocabulary without bytes")
-    found = {k: word for k, word in every.items() if word and k not in special}
-    if missing := sorted(_NEEDED - {word[0] for word in found.values() if len(word) == 1}):
-        shown = ", ".join(f"0x{byte:02X}" for byte in missing[:5])
-        raise _refuse(name, f"its tokenizer has no token for {len(missing)} bytes ({shown})")
-    return found
-
-
-def _described(core: Tokenizer) -> dict[str, Any]:
-    """Describe a tokenizer as its JSON does, but for merges, which take long to write."""
-    parts = {key: getattr(core, key) for key in ("normalizer", "pre_tokenizer", "decoder")}
-    model = {"type": type(core.model).__name__, "vocab": core.get_vocab(with_added_tokens=False)}
-    added = [
-        {"id": k, "content": token.content, "special": token.special}
-        for k, token in sorted(core.get_added_tokens_decoder().items())
-    ]
-    described = {key: None if part is None else json.loads(part.__getstate__()) for key, part in parts.items()}
-    fallback = bool(getattr(core.model, "byte_fallback", False))
-    return {**described, "model": model | {"byte_fallback": fallback}, "added_tokens": added}
-
-
 def _core(original: Tokenizer, described: dict[str, Any], *, dummy: bool = True) -> Tokenizer:
     """Make a tokenizer without normalisation to NFC, and such that special tokens' text is ordinary text.
 
     Args:
         original: the tokenizer, with which the other one shares its tokens and merges.
-        described: what :func:`_described` says of it.
+        described: what :func:`description` says of it.
         dummy: whether it puts before a text what the original puts there.
     """
     left_out = {"NFC"} if dummy else {"NFC", "Prepend"}
-    kept = [part for part in _parts(described["normalizer"]) if part["type"] not in left_out]
+    kept = [part for part in parts(described["normalizer"]) if part["type"] not in left_out]
     changed = {} if dummy else _UNPREFIXED
-    before = [part | changed.get(part["type"], {}) for part in _parts(described["pre_tokenizer"])]
+    before = [part | changed.get(part["type"], {}) for part in parts(described["pre_tokenizer"])]
     around = Tokenizer.from_str(
         json.dumps(_EMPTY | {
             "normalizer": {"type": "Sequence", "normalizers": kept} if kept else None,
@@ -333,29 +228,28 @@ def spelling_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Spelling:
             a token for a byte that text needs.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise _refuse(name, "its tokenizer is written in Python, and its tokens cannot be read")
-    described = _described(tokenizer.backend_tokenizer)
-    _check_text_is_kept(name, described)
-    own = _words(name, described)
+        raise refused(name, "its tokenizer is written in Python, and its tokens cannot be read")
+    described = description(tokenizer.backend_tokenizer, with_tokens=False)
+    require_text_is_kept(name, described)
+    tokens, flat, offsets = ordered_words(name, tokenizer)
+    every, ends = flat.tobytes(), offsets.tolist()
+    words = [every[start:end] for start, end in pairwise(ends)]
+    own = dict(zip(tokens.tolist(), words, strict=True))
     core = _core(tokenizer.backend_tokenizer, described)
-    ordered = sorted(sorted(own.items()), key=itemgetter(1))
-    words = [word for _, word in ordered]
-    single = {word[0]: k for k, word in ordered if len(word) == 1}
+    single = {word[0] for word in words if len(word) == 1}
     tried = core.encode("a", add_special_tokens=False).ids
     dummy = b"".join(own.get(k, b"") for k in tried).removesuffix(b"a")
-    flat, offsets = np.frombuffer(b"".join(words), np.uint8), np.cumsum([0, *map(len, words)])
     beginnings = np.bincount(flat[offsets[:-1]], minlength=257) / len(words)
     spelling = Spelling(
-        name=name, words=words, tokens=np.array([k for k, _ in ordered]),
-        flat=flat, offsets=offsets, typical=np.tile(beginnings, (256, 1)),
+        name=name, words=words, tokens=tokens, flat=flat, offsets=offsets, typical=np.tile(beginnings, (256, 1)),
         end=tokenizer.eos_token_id, start=_start(tokenizer, core), dummy=dummy,
-        unwritable=bytes(sorted(set(range(256)) - single.keys())), _own=own,
+        unwritable=bytes(sorted(set(range(256)) - single)), _own=own,
         _core=_core(tokenizer.backend_tokenizer, described, dummy=False),
     )  # fmt: skip
     for text in _TRIED:
         found = spelling.spelled(core.encode(text, add_special_tokens=False).ids)
         if found.removeprefix(dummy) != text.encode() and found != text.encode():
-            raise _refuse(name, f"its tokenizer turns {text!r} into {found.decode(errors='replace')!r}")
+            raise refused(name, f"its tokenizer turns {text!r} into {found.decode(errors='replace')!r}")
     return spelling
 
 

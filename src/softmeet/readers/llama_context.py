@@ -33,7 +33,7 @@ MOST_TOKENS, MOST_TOLD = 512, 64
 _SHARE = 0.8
 # From eight tokens on llama.cpp unpacks K-quants, which costs as much for a call of 8 as for one of 16: so many took
 # longer than two calls of half of them (benchmarks/native_calls.py).
-_IN_TWO = range(8, 14)
+_IN_TWO = range(8, 13)
 # For a file whose weights are not quantised: the number of single precision, for its keys and values, and that of
 # attention which does not round them.
 _FLOAT32, _PLAIN = 0, 0

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.derived import folder_for
+from softmeet.members.derived import folder_of
 from softmeet.members.gguf_head import gguf_head
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.readers.llama_context import (
@@ -68,7 +68,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         self._made_of, self._stored = (path, name, own, context, gpu_layers), 0
         self.name = name or Path(path).name
         self.file, tokenizer = known_file(Path(path), self.name)
-        self.assets = folder_for(self.file.path)
+        self.assets = folder_of(tokenizer)
         self._model = LlamaModel(self.file, self.name, gpu_layers)
         self._context = longest_text(self.file, self.name, context)
         self.own = tuple(tokenizer.encode("") if own is None else own)

@@ -33,6 +33,10 @@ _OWN = {
     "prob-mean": "softmeet.rules.pools:ProbMean",
     "power-mean": "softmeet.rules.pools:PowerMean",
     "one-hot": "softmeet.rules.pools:OneHot",
+    "pointwise-max": "softmeet.rules.pointwise:PointwiseMax",
+    "pointwise-min": "softmeet.rules.pointwise:PointwiseMin",
+    "drop": "softmeet.rules.pointwise:Drop",
+    "core": "softmeet.rules.pointwise:Core",
 }
 DEFAULT = "meet"
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")

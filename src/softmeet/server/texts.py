@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from softmeet.engine.text import REPLACEMENT, Pieces
-from softmeet.members.spelling import token_bytes
+from softmeet.members.token_bytes import token_bytes
 
 
 class TokenTexts:
