@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     RULES: tuple[Rule, ...]
     """All rules that have a name: softmeet's own, those of packages, and those that were registered in this process."""
 
+    from softmeet.decoders.base import Decoder, Decoding
+    from softmeet.decoders.registry import decoder_names, register_decoder
     from softmeet.ensemble import Ensemble
     from softmeet.heads import SoftmaxHead
     from softmeet.members.member import Member
@@ -33,13 +35,15 @@ if TYPE_CHECKING:
     from softmeet.structured.structure import Structure
 
 __all__ = [
-    "RULES", "Ensemble", "Member", "Passage", "Reader", "Rule", "Settings", "SoftmaxHead", "Solution", "Status",
-    "StoppedBy", "Structure", "__version__", "combine", "register_reader", "register_rule", "rule_names",
-    "time_is_over", "time_limit",
+    "RULES", "Decoder", "Decoding", "Ensemble", "Member", "Passage", "Reader", "Rule", "Settings", "SoftmaxHead",
+    "Solution", "Status", "StoppedBy", "Structure", "__version__", "combine", "decoder_names", "register_decoder",
+    "register_reader", "register_rule", "rule_names", "time_is_over", "time_limit",
 ]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
 _HOMES = {
+    "Decoder": "softmeet.decoders.base",
+    "Decoding": "softmeet.decoders.base",
     "Ensemble": "softmeet.ensemble",
     "Member": "softmeet.members.member",
     "Passage": "softmeet.members.passages",
@@ -52,6 +56,8 @@ _HOMES = {
     "StoppedBy": "softmeet.solvers.base",
     "Structure": "softmeet.structured.structure",
     "combine": "softmeet.rules.combine",
+    "decoder_names": "softmeet.decoders.registry",
+    "register_decoder": "softmeet.decoders.registry",
     "register_reader": "softmeet.members.registered",
     "register_rule": "softmeet.rules.registry",
     "rule_names": "softmeet.rules.registry",

@@ -9,24 +9,27 @@ from typing import Any, overload
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from softmeet.decoders.base import Decoder, Decoding
+from softmeet.decoders.registry import decoder_of
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
+from softmeet.hf.arguments import arguments_of
 from softmeet.hf.assembly import assemble
-from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.byte_report import GroupReport, group_reports
-from softmeet.hf.calibrated import resolved
+from softmeet.hf.byte_report import GroupReport
 from softmeet.hf.chat import Messages, is_chat
 from softmeet.hf.checkpoint import member_names as member_names
 from softmeet.hf.checkpoint import saved_config
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.decoded import decoded
+from softmeet.hf.inspected import next_token, reports_of
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.prompts import Prompt, encoded, states_behind
-from softmeet.hf.report import NextToken, TokenReport, TokenReports
+from softmeet.hf.prompts import Prompt, encoded
+from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
-from softmeet.hf.sampling import RowSampler, require_reproducible
+from softmeet.hf.sampling import require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, PieceStreamer, streamed
 from softmeet.hf.unread import reading, refuse_quantised
-from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_unicode, require_vocabulary
+from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable, with_engines
 from softmeet.members.passages import Passage
@@ -34,7 +37,6 @@ from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
 from softmeet.members.weighting import weights_by
 from softmeet.members.zoo import Named
-from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.rules.base import Rule
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.rules.signatures import takes_settings
@@ -190,11 +192,7 @@ class Ensemble:
             >>> [(token, round(probability, 2)) for token, probability in found.top]
             [(' of', 0.26), (',', 0.14)]
         """
-        inputs = encoded(self.model, self.tokenizer, [text])
-        hidden = states_behind(self.model, inputs)
-        log_probs, solution = self.model.combiner.solve_rows(hidden, resolved(self.model, self.model.settings))
-        members = {name: self._top(own[0], top) for name, own in zip(self.names, log_probs, strict=True)}
-        return NextToken(self._top(solution.log_probs[0], top), members, solution)
+        return next_token(self.model, self.tokenizer, text, top)
 
     @torch.inference_mode()
     def inspect(self, text: str, top: int = 5) -> list[TokenReport] | list[GroupReport]:
@@ -216,22 +214,7 @@ class Ensemble:
             >>> [round(report.log_prob, 2) for report in reports]
             [-2.99, -6.61, -0.15]
         """
-        if isinstance(self.model, ByteEnsembleForCausalLM):
-            require_unicode(text)
-            if not text:
-                raise InvalidInputError("expected a text of at least one byte, got an empty one")
-            return group_reports(self.model, text.encode(), top)
-        inputs = encoded(self.model, self.tokenizer, [text])
-        tokens = inputs["input_ids"][0, 1:]
-        if not len(tokens):
-            raise InvalidInputError(f"expected a text of at least two tokens, got {text!r}")
-        reports = TokenReports(top)
-        # All members run at every position, so that they can be reported, also where a gate is closed.
-        hidden = [states[:-1] for states in self.model.hidden_states(inputs["input_ids"])]
-        settings = resolved(self.model, self.model.settings)
-        for log_probs, solution in self.model.combiner.solve_in_chunks(hidden, settings):
-            reports.add(solution, log_probs)
-        return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
+        return reports_of(self.model, self.tokenizer, text, top)
 
     @torch.inference_mode()
     def prompt_weights(self, text: str) -> list[float]:
@@ -280,11 +263,6 @@ class Ensemble:
             targets = ids[start + 1 : start + window + 1]
             yield self.model.hidden_states(ids[None, start : start + len(targets)]), targets
 
-    def _top(self, log_probs: torch.Tensor, count: int) -> list[tuple[str, float]]:
-        best = log_probs.exp().topk(min(count, len(log_probs)))
-        named = shown_byte if self.model.over_bytes else lambda i: self.tokenizer.decode([i])
-        return [(named(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-
     @overload
     def generate(self, text: str | Messages, **options: Any) -> str: ...
     @overload
@@ -298,6 +276,7 @@ class Ensemble:
         recorder: Recorder | None = None,
         prompt_weights: bool = False,
         reproducible: bool = False,
+        decoder: str | Decoder | None = None,
         **options: Any,
     ) -> str | list[str]:
         """Continue one prompt, or several in one batch, and return the new text only.
@@ -312,6 +291,8 @@ class Ensemble:
                 then continued one after another, each as if it were asked alone: all draw from (seed, 0).
             reproducible: continue prompts in this way, for the same tokens alone and beside any others, to the last bit
                 on the same machine and threads. In a batch rounding differs, and with it now and then a token.
+            decoder: a way to write whole texts in place of one token after another, such as ``"particles:n=16"``;
+                :meth:`decode` says more of it, and returns all that it has found.
             options: options of transformers' ``generate`` (without a length text may fill the shortest context; without
                 ``top_k`` tokens are drawn from the whole distribution, not from the 50 likeliest); ``max_bytes``, over
                 bytes the most new bytes, where ``max_new_tokens`` counts the new text's tokens as the first member's
@@ -333,9 +314,13 @@ class Ensemble:
         """
         several = isinstance(text, list | tuple) and not is_chat(text)
         prompts: list[Any] = list(text) if several else [text]
+        if decoder is not None:
+            options |= {"recorder": recorder, "prompt_weights": prompt_weights, "reproducible": reproducible}
+            found = [one.chosen_text() for one in self.decode(prompts, decoder, seed=seed, **options)]
+            return found if several else found[0]
         if prompt_weights and "weights" in options:
             raise InvalidInputError("expected weights or prompt_weights, got both: leave one out")
-        arguments = self._arguments(prompts, seed, recorder, options)
+        arguments = arguments_of(self.model, self.tokenizer, prompts, seed, recorder, options)
         if reproducible:
             require_reproducible(arguments["do_sample"], seed, options)
             recorder = recorder or Recorder()  # an average is then computed as where it is reported, to the last bit
@@ -347,6 +332,38 @@ class Ensemble:
             made = self.model.generate(**arguments)[:, arguments["input_ids"].shape[1] :]
             texts = list(self.tokenizer.batch_decode(made, skip_special_tokens=True))
         return texts if several else texts[0]
+
+    @overload
+    def decode(self, text: str | Messages, decoder: str | Decoder = ..., **options: Any) -> Decoding: ...
+    @overload
+    def decode(self, text: list[Any], decoder: str | Decoder = ..., **options: Any) -> list[Decoding]: ...
+    @torch.inference_mode()
+    def decode(
+        self, text: str | Messages | list[Any], decoder: str | Decoder = "particles", **options: Any
+    ) -> Decoding | list[Decoding]:
+        """Have a decoder write whole texts behind one prompt, or several in one batch, and return all of them.
+
+        Args:
+            text: a prompt or a list of prompts, as of :meth:`generate`.
+            decoder: a name with options, as in ``"particles:n=16"``, or an instance of :class:`softmeet.Decoder`.
+            options: the limit, which is a part of what is drawn from: ``max_new_tokens`` over tokens, ``max_bytes``
+                over bytes, the end of a text counted; ``seed`` of all draws (without it, from torch's generator);
+                ``weights`` (n numbers) and ``gate`` for this call.
+
+        Raises:
+            InvalidInputError: if another option is given, the limit is missing or too large, or the decoder cannot be
+                used with the rule or a member.
+
+        Example:
+            >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
+            >>> found = ensemble.decode("In the beginning", "particles:n=8", max_new_tokens=5, seed=0)
+            >>> len(found.texts), round(found.log_z, 1)
+            (8, -0.8)
+        """
+        several = isinstance(text, list | tuple) and not is_chat(text)
+        prompts: list[Any] = list(text) if several else [text]
+        found = decoded(self.model, self.tokenizer, prompts, decoder_of(decoder), options)
+        return found if several else found[0]
 
     def stream(
         self, text: Prompt, *, seed: int | None = None, recorder: Recorder | None = None, **options: Any
@@ -360,7 +377,7 @@ class Ensemble:
             >>> "".join(ensemble.stream("In the beginning", max_new_tokens=5, do_sample=False))
             ' of the earth, and'
         """
-        arguments = self._arguments([text], seed, recorder, options)
+        arguments = arguments_of(self.model, self.tokenizer, [text], seed, recorder, options)
         yield from streamed(self.model, PieceStreamer(self.tokenizer), arguments)
 
     def stream_with_disagreement(
@@ -377,21 +394,5 @@ class Ensemble:
             (' of', 0.28...)
         """
         streamer = DisagreementStreamer(self.tokenizer, recorder)
-        yield from streamed(self.model, streamer, self._arguments([text], seed, streamer.passes, options))
-
-    def _arguments(
-        self, prompts: list[Prompt], seed: int | None, recorder: Recorder | None, options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
-        inputs = encoded(self.model, self.tokenizer, prompts)
-        usual = options.get("generation_config") or self.model.generation_config
-        drawn = options.get("do_sample", bool(usual.do_sample) or seed is not None)
-        # transformers would keep the 50 likeliest tokens where no number is given.
-        whole = {"top_k": usual.top_k or 0} if drawn else {}
-        found = {**inputs, "pad_token_id": self.tokenizer.pad_token_id, "do_sample": drawn, **whole, **options}
-        room, limits = self.model.room(inputs["input_ids"].shape[1]), {"max_new_tokens", "max_length", "max_bytes"}
-        if room is not None and not limits & {*found}:
-            found["max_new_tokens"] = room
-        sampler = RowSampler(seed, range(len(prompts))) if drawn and seed is not None else None
-        more = {"recorder": recorder, "row_sampler": sampler}
-        return found | {name: value for name, value in more.items() if value is not None}
+        arguments = arguments_of(self.model, self.tokenizer, [text], seed, streamer.passes, options)
+        yield from streamed(self.model, streamer, arguments)

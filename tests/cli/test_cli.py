@@ -54,7 +54,7 @@ def test_reproducible_prompts_are_continued_as_alone(members):
 
 
 def test_a_token_that_took_its_time_is_said(members, monkeypatch):
-    monkeypatch.setattr(registry, "_registered", {"test-asking": Asking})
+    monkeypatch.setattr(registry.RULES, "_registered", {"test-asking": Asking})
     done = run("generate", "hello", *members, "--rule", "test-asking", "--token-seconds", 0, "--max-new-tokens", 3)
     assert "BUDGET at all 3 tokens: the budget of steps or time ended first: this is the best point" in done.stderr
 

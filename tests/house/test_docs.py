@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)(#[^)]*)?\)")
 def test_snippets_run(page, tmp_path, monkeypatch):
     from softmeet.rules import registry
 
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "_registered", {})
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for code in SNIPPET.findall(page.read_text()):
@@ -43,7 +43,7 @@ def test_what_a_page_installs_is_in_the_clone(page):
 def test_examples_in_docstrings_give_what_they_say(file, monkeypatch):
     from softmeet.rules import registry
 
-    monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(registry.RULES, "_registered", {})
     name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert found.attempted

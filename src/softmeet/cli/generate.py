@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from softmeet.cli import options
+from softmeet.cli.decoding import DecoderFlags
 from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err, say
 from softmeet.cli.progress import working
@@ -141,6 +142,7 @@ def generate(
         shown="no limit",
         panel="Rule",
     ),
+    whole: DecoderFlags,
     reproducible: bool = switch(
         "Give each prompt the tokens that it gets alone, to the last bit: several prompts are continued one after "
         "another, and all draw from the same numbers. It needs --seed, unless nothing is drawn.",
@@ -157,13 +159,20 @@ def generate(
     texts = list(map(file_text, written.file or []))
     prompts = prompts or ([] if texts else ["-"])
     texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts]
-    if reproducible:
-        _require_reproducible(sampling, token_seconds)
+    _require_reproducible(sampling, token_seconds, is_asked=reproducible)
     summary, as_json = shown.wants_summary(sampling), shown.as_json
     written.require(prompt_weights=prompt_weights)
     structure, passages = shape.structure(), retrieved.read(prompt_weights=prompt_weights)
+    against = {
+        "--prompt-weights": prompt_weights, "--reproducible": reproducible, "--color": shown.color,
+        "--summary": shown.summary, "--token-seconds": token_seconds is not None, "a structure": structure is not None,
+    }  # fmt: skip
+    settings = whole.settings(settings, sampling, [name for name, given in against.items() if given])
     ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
     asked = written.asked(ensemble, texts)
+    if whole.decoder is not None:
+        whole.write(ensemble, texts, asked, sampling, as_json=as_json)
+        return
     each = [{"weights": ensemble.prompt_weights(text)} if prompt_weights else {} for text in texts]
     from softmeet.hf import Recorder
 
@@ -201,8 +210,10 @@ def _say_endings(structure: Structure | None, texts: list[str], facts: dict[str,
         say(line)
 
 
-def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None) -> None:
+def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None, *, is_asked: bool) -> None:
     """Raise InvalidInputError, before anything is loaded, for flags that ``--reproducible`` does not go with."""
+    if not is_asked:
+        return
     if sampling.seed is None and sampling.arguments()["do_sample"]:
         raise InvalidInputError("--reproducible needs --seed N, or --no-do-sample: else each run draws anew")
     if sampling.speculate not in ("0", None):

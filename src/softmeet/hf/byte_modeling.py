@@ -70,6 +70,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
     over_bytes = True
     begin = END
     symbols_of_token = 4
+    limit_of_symbols = "max_bytes"
 
     def __init__(self, config: EnsembleConfig, readers: Sequence[ByteMember] | None = None) -> None:
         require_for_bytes(config.settings)

@@ -101,6 +101,21 @@ class Rule(Frozen, ABC):
         """
         return None
 
+    def aggregate(self, log_p: Tensor, weights: Tensor) -> Tensor | None:
+        """Return log f(p_1, …, p_n), if the rule is p ∝ f(p̂_1, …, p̂_n) at each token by itself; by default, None.
+
+        f is positively homogeneous where weights sum to 1, so that it is defined of probabilities of any sum, such as
+        those of whole texts; decoders call it with these.
+
+        Args:
+            log_p: the members' log-probabilities in nats, (n, …), -inf for probability 0.
+            weights: w_i of each member, (n,), in the dtype of ``log_p``.
+
+        Returns:
+            log f in nats, not normalised, (…).
+        """
+        return None
+
     def verify(self, problem: Problem, answer: Answer) -> Recomputed | None:
         """Recompute this rule's answer in fp64 without the solver that found it; by default, return None.
 

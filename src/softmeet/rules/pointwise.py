@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from softmeet.rules.base import Rule
+from softmeet.rules.pools import ClosedForm
 from softmeet.rules.problem import Problem
 from softmeet.simplex import entropy, log_normalize, log_power_means
 
@@ -18,7 +18,7 @@ from softmeet.simplex import entropy, log_normalize, log_power_means
 _CERTAIN = 1e-12
 
 
-class PointwiseMax(Rule):
+class PointwiseMax(ClosedForm):
     """p ∝ max_i p̂_i: a token is likely if any member finds it so.
 
     The union of model arithmetic (Dekoninck et al., arXiv:2311.14479), which takes the maximum of the members' own
@@ -31,10 +31,14 @@ class PointwiseMax(Rule):
 
     def solve(self, problem: Problem) -> Tensor:
         """Return the maximum on the support, normalised, for every row."""
-        return problem.restricted(log_normalize(_weighted(problem).amax(0)))
+        return problem.restricted(log_normalize(self.aggregate(problem.log_p, problem.weights)))
+
+    def aggregate(self, log_p: Float[Tensor, n * b], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b"]:
+        """Return max_i log p_i."""
+        return log_p[weights > 0].amax(0)
 
 
-class PointwiseMin(Rule):
+class PointwiseMin(ClosedForm):
     """p ∝ min_i p̂_i: a token is likely only if all members find it so.
 
     The intersection of model arithmetic (Dekoninck et al., arXiv:2311.14479); weights say only which members take part.
@@ -50,10 +54,14 @@ class PointwiseMin(Rule):
         Raises:
             DisjointSupportError: if a row has no token left.
         """
-        return problem.restricted(log_normalize(_weighted(problem).amin(0)))
+        return problem.restricted(log_normalize(self.aggregate(problem.log_p, problem.weights)))
+
+    def aggregate(self, log_p: Float[Tensor, n * b], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b"]:
+        """Return min_i log p_i."""
+        return log_p[weights > 0].amin(0)
 
 
-class Drop(Rule):
+class Drop(ClosedForm):
     """p = Σ w_i p̂_i / Σ w_i over the members whose likeliest token is among the ``top`` likeliest of another one.
 
     The ``drop`` of EVA (Xu et al., arXiv:2404.09492), which leaves out a member that stands alone; where every member
@@ -87,7 +95,7 @@ class Drop(Rule):
         return kept | ~kept.any(0)
 
 
-class Core(Rule):
+class Core(ClosedForm):
     """p ∝ Σ c_i t_i p̂_i: members count more that agree with the others and are certain, and tokens that they agree on.
 
     CoRE (Zeng et al., arXiv:2510.13855, with its exponential filter): with p̄ = Σ w_i p̂_i and d_i = |p̂_i - p̄| at each

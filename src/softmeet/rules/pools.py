@@ -28,7 +28,9 @@ _AS_ONE = 1 - 1e-8
 _ROUNDED = 0.01
 
 
-class _ClosedForm(Rule):
+class ClosedForm(Rule):
+    """A rule that is a formula, which a second look computes again."""
+
     def verify(self, problem: Problem, answer: Answer) -> Recomputed:
         """Compute the rule's formula for every row again; return its distribution, gap 0 and status.
 
@@ -39,7 +41,7 @@ class _ClosedForm(Rule):
         return Recomputed(again.log_probs, again.gap, again.status.masked_fill(~near, int(Status.NOT_CONVERGED)))
 
 
-class LogitMean(_ClosedForm):
+class LogitMean(ClosedForm):
     """minimise Σ w_i KL(p‖p̂_i) over p: p ∝ Π p̂_i^{w_i}, the weighted average of the members' logits.
 
     p̂_i are the members' distributions, w_i their weights. It is the baseline of the essay that proposed the rules of
@@ -80,6 +82,10 @@ class LogitMean(_ClosedForm):
         cross = -(log_probs.exp() * scores.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
         return closed_form(problem, log_probs, cross - entropy(log_probs))
 
+    def aggregate(self, log_p: Float[Tensor, n * b], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b"] | None:
+        """Return Σ w_i log p_i; None with plausibility."""
+        return None if self.plausibility else weighted_log_probs(log_p[..., None], weights).squeeze(-1)
+
     def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
         """Return Σ w_i ℓ_i of logits ℓ_i, (B, v): what normalises each member is a constant; None with plausibility."""
         if self.plausibility:
@@ -100,7 +106,7 @@ class LogitMean(_ClosedForm):
         return scores.masked_fill(likely < least, -torch.inf)
 
 
-class ProbMean(_ClosedForm):
+class ProbMean(ClosedForm):
     """minimise Σ w_i KL(p̂_i‖p) over p: p = Σ w_i p̂_i / Σ w_i, the weighted average of the members' probabilities.
 
     p̂_i are the members' distributions, w_i their weights. If a ``support`` is given, p is the average conditional on
@@ -115,6 +121,10 @@ class ProbMean(_ClosedForm):
         """Return Σ w_i p̂_i / Σ w_i on the support, and the objective there in nats, for every row."""
         log_probs = problem.restricted(prob_mean(problem.log_p, problem.weights))
         return closed_form(problem, log_probs, _divergence_from_members(problem, log_probs))
+
+    def aggregate(self, log_p: Float[Tensor, n * b], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b"]:
+        """Return log Σ w_i p_i / Σ w_i."""
+        return log_power_means(log_p[..., None], weights, 1.0).squeeze(-1)
 
     def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
         """Return log Σ w_i p̂_i / Σ w_i, (B, v)."""
@@ -136,7 +146,7 @@ def _divergence_from_members(problem: Problem, log_probs: Float[Tensor, "B v"]) 
     return total
 
 
-class PowerMean(_ClosedForm):
+class PowerMean(ClosedForm):
     """minimise Σ w_i D(p̂_i, p) over p: p ∝ (Σ w_i p̂_i^α)^{1/α}, the power mean of order α of the probabilities.
 
     p̂_i are the members' distributions, w_i their weights, divided by their sum, and D(p̂, p) = (1 - Σ_j p̂_j^α p_j^{1-α})
@@ -168,6 +178,10 @@ class PowerMean(_ClosedForm):
         log_probs = problem.restricted(log_normalize(scores))
         return closed_form(problem, log_probs, self._objective(problem, scores, log_probs))
 
+    def aggregate(self, log_p: Float[Tensor, n * b], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b"]:
+        """Return log (Σ w_i p_i^α / Σ w_i)^{1/α}."""
+        return log_power_means(log_p[..., None], weights, self.order).squeeze(-1)
+
     def quick(self, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor | None:
         """Return the logarithm of the power mean; None at an order so small that fp32 would round it."""
         if self.order < _ROUNDED:
@@ -187,7 +201,7 @@ class PowerMean(_ClosedForm):
         return (-log_mass * torch.where(power == 0, 1.0, power.expm1() / power) / (1 - self.order)).clamp_min(0.0)
 
 
-class OneHot(_ClosedForm):
+class OneHot(ClosedForm):
     """minimise -Σ w_i pᵀ log p̂_i over all distributions p: all mass on the token j that maximises Σ w_i log p̂_ij.
 
     p̂_i are the members' distributions, w_i their weights. This is the essay's linear program without its constraints.

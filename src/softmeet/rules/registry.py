@@ -1,25 +1,14 @@
-"""The registry of rules by name: softmeet's own, rules of installed packages, and rules registered in this process.
-
-A package makes a rule known by an entry point of the group ``softmeet.rules``; a rule is imported when it is first
-used. If a name occurs more than once, softmeet's own rule has it, else the package's, else the one registered in this
-process.
-"""
+"""All rules, by name."""
 
 from __future__ import annotations
 
-import inspect
-import re
-import warnings
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points, packages_distributions
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from softmeet.errors import InvalidInputError, RuleError
+from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Rule
-from softmeet.rules.frozen import unknown
+from softmeet.rules.named import Named
 from softmeet.rules.values import SHORT, SettingValues
 
-GROUP = "softmeet.rules"
 # In the order in which they are documented. A new rule is one file and one line here.
 _OWN = {
     "meet": "softmeet.rules.meet:Meet",
@@ -39,12 +28,20 @@ _OWN = {
     "core": "softmeet.rules.pointwise:Core",
 }
 DEFAULT = "meet"
-_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 # Names of settings, which no option of a rule may have.
 _RESERVED = {*SettingValues.model_fields, *SHORT, "prompt_weights"}
-_registered: dict[str, type[Rule]] = {}
 
 R = TypeVar("R", bound=type[Rule])
+
+
+def _refuse_shared(rule: Any) -> None:
+    if shared := sorted(_RESERVED & rule.model_fields.keys()):
+        raise InvalidInputError(
+            f"the option {shared[0]!r} of the rule {rule.name!r} is a setting of all: name it otherwise"
+        )
+
+
+RULES: Named[Rule] = Named("rule", Rule, "a method solve", _OWN, "softmeet.rules", _refuse_shared)
 
 
 def register_rule(rule: R) -> R:
@@ -75,11 +72,7 @@ def register_rule(rule: R) -> R:
         >>> "first-member" in softmeet.rule_names()
         True
     """
-    require_rule(rule, "register_rule")
-    known = _registered.get(rule.name)
-    if rule.name in _installed() or (known is not None and _place(known) != _place(rule)):
-        raise InvalidInputError(f"the name {rule.name!r} is taken: there is such a rule; give yours another name")
-    _registered[rule.name] = rule
+    RULES.register(rule, "register_rule")
     return rule
 
 
@@ -93,7 +86,7 @@ def rule_names() -> list[str]:
         >>> softmeet.rule_names()[:2]
         ['meet', 'max-entropy']
     """
-    return [*_installed(), *(name for name in _registered if name not in _installed())]
+    return RULES.names()
 
 
 def rule_class(name: str) -> type[Rule]:
@@ -103,11 +96,7 @@ def rule_class(name: str) -> type[Rule]:
         InvalidInputError: if there is no rule of that name; the message suggests the nearest name.
         RuleError: if the package that announces the rule fails to provide it.
     """
-    if name in _installed():
-        return _loaded(_installed()[name])
-    if name in _registered:
-        return _registered[name]
-    raise unknown(f"unknown rule {name!r}", name, rule_names())
+    return RULES.find(name)
 
 
 def all_rules() -> tuple[Rule, ...]:
@@ -115,13 +104,7 @@ def all_rules() -> tuple[Rule, ...]:
 
     A rule whose package fails to provide it is left out, with a warning.
     """
-    found = []
-    for name in rule_names():
-        try:
-            found.append(rule_class(name)())
-        except RuleError as error:
-            warnings.warn(str(error), stacklevel=2)
-    return tuple(found)
+    return RULES.every()
 
 
 def source_of(rule: Rule) -> str | None:
@@ -129,86 +112,14 @@ def source_of(rule: Rule) -> str | None:
 
     Saved ensembles keep it, for the error if the rule is unknown when they are loaded.
     """
-    if rule.name in _OWN:
-        return None
-    entry = _installed().get(rule.name)
-    if entry is not None and entry.dist is not None:
-        return f"package {entry.dist.name}"
-    packages = packages_distributions().get(type(rule).__module__.partition(".")[0])
-    return f"package {packages[0]}" if packages else f"class {type(rule).__qualname__}"
+    return RULES.source_of(rule)
 
 
 def require_own_name(rule: Rule) -> None:
     """Check that a rule's name leads to the rule's own class, as configurations save rules by name.
 
     Raises:
-        InvalidInputError: if another class has the name, or the rule's class fails :func:`require_rule`.
+        InvalidInputError: if another class has the name, or the rule's class is not usable.
         RuleError: if the name belongs to a package that fails to provide its rule.
     """
-    kind = type(rule)
-    require_rule(kind, "rule=")
-    if kind.name in rule_names() and _place(rule_class(kind.name)) != _place(kind):
-        raise InvalidInputError(f"the name {kind.name!r} of {kind.__qualname__} is taken: give it another one")
-
-
-@cache
-def _installed() -> dict[str, EntryPoint]:
-    found = {name: EntryPoint(name, target, GROUP) for name, target in _OWN.items()}
-    for entry in entry_points(group=GROUP):
-        if entry.name in found:
-            warnings.warn(
-                f"the rule {entry.name!r} of {_origin(entry)} is left out: {_origin(found[entry.name])} has that name; "
-                "it needs another one",
-                stacklevel=2,
-            )
-        else:
-            found[entry.name] = entry
-    return found
-
-
-@cache
-def _loaded(entry: EntryPoint) -> type[Rule]:
-    where = f"the rule {entry.name!r} of {_origin(entry)}"
-    try:
-        rule: type[Rule] = entry.load()
-        require_rule(rule, entry.value)
-    except Exception as error:
-        raise RuleError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
-    if rule.name != entry.name:
-        raise RuleError(f"{where} calls itself {rule.name!r}: expected one name in both places")
-    return rule
-
-
-def require_rule(rule: object, where: str) -> None:
-    """Check that an object is a usable class of rules.
-
-    Args:
-        rule: the object to check.
-        where: its source, for the message, such as ``register_rule``.
-
-    Raises:
-        InvalidInputError: if it is not a concrete subclass of :class:`Rule`, lacks a well-formed name or a summary, or
-            has an option that is named as a setting of all rules or has no default.
-    """
-    if not (inspect.isclass(rule) and issubclass(rule, Rule)) or inspect.isabstract(rule):
-        raise InvalidInputError(f"expected a subclass of softmeet.Rule with a method solve in {where}, got {rule!r}")
-    name, summary = getattr(rule, "name", None), getattr(rule, "summary", None)
-    if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(summary, str) and summary):
-        raise InvalidInputError(
-            f"expected {rule.__name__} to have a name of small letters, digits and hyphens, and a summary, got "
-            f"name = {name!r}, summary = {summary!r}"
-        )
-    if shared := sorted(_RESERVED & rule.model_fields.keys()):
-        raise InvalidInputError(f"the option {shared[0]!r} of the rule {name!r} is a setting of all: name it otherwise")
-    if needy := [option for option, field in rule.model_fields.items() if field.is_required()]:
-        raise InvalidInputError(f"expected a default for each option of the rule {name!r}, got none for {needy[0]}")
-
-
-def _origin(entry: EntryPoint) -> str:
-    owner = "softmeet itself" if entry.name in _OWN else f"the entry point {entry.value}"
-    return owner if entry.dist is None else f"the package {entry.dist.name}"
-
-
-def _place(rule: type[Rule]) -> tuple[str, str]:
-    """Return a class's (module, qualified name); equal for a class that is defined again, as by a notebook's cell."""
-    return rule.__module__, rule.__qualname__
+    RULES.require_own_name(rule, "rule=")

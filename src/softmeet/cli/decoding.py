@@ -1,0 +1,76 @@
+"""The flag for texts by a decoder, and what is printed of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from softmeet.cli.flags import Flags, optional
+from softmeet.cli.progress import working
+from softmeet.cli.sampling import SamplingFlags
+from softmeet.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
+
+# The rule where none is named: the one that most people mean by combining texts.
+_RULE = "logit-mean"
+
+
+class DecoderFlags(Flags, panel="Sampling"):
+    """The flag for texts that are written by a decoder."""
+
+    decoder: str | None = optional(
+        "Draw whole texts by a decoder, such as particles:n=16, in place of one token after another; by logit-mean "
+        "where --rule names no other, of at most --max-new-tokens, or over bytes --max-new-bytes. With --json all its "
+        "texts are printed, with their weights."
+    )
+
+    def settings(self, given: dict[str, Any], sampling: SamplingFlags, against: list[str]) -> dict[str, Any]:
+        """Return the settings by which members are loaded, once it is clear that the decoder can be used with all else.
+
+        Args:
+            given: those of the flags.
+            sampling: how tokens are drawn.
+            against: other flags that are given, and mean nothing for whole texts.
+
+        Raises:
+            InvalidInputError: if there is no such decoder, or it cannot be used with something.
+        """
+        if self.decoder is None:
+            return given
+        from softmeet.decoders.base import require_plain
+        from softmeet.decoders.registry import decoder_of
+        from softmeet.rules.settings import Settings
+
+        found = decoder_of(self.decoder)
+        if against:
+            raise InvalidInputError(f"--decoder cannot be used with {', '.join(against)}: leave it out")
+        require_plain(found, sampling.arguments())
+        given = {**given, "rule": given.get("rule") or _RULE}
+        found.require(Settings.of({name: x for name, x in given.items() if x is not None}))
+        return given
+
+    def write(
+        self, ensemble: Ensemble, prompts: list[str], asked: list[Any], sampling: SamplingFlags, *, as_json: bool
+    ) -> None:
+        """Have the decoder write behind each prompt, and print what was drawn, or all of it as JSON."""
+        options = sampling.arguments()
+        if ensemble.model.limit_of_symbols not in options and sampling.max_new_tokens is None:
+            raise InvalidInputError("expected --max-new-bytes, as these members are combined over bytes")
+        with working(f"writing behind {len(asked)} prompts"):
+            found = ensemble.decode(asked, str(self.decoder), **options)
+        if as_json:
+            each = [
+                {"prompt": prompt, "text": one.text, "log_z": one.log_z, "texts": [asdict(text) for text in one.texts]}
+                for prompt, one in zip(prompts, found, strict=True)
+            ]
+            facts = {"decoder": self.decoder, "rule": ensemble.model.config.rule, "members": ensemble.names}
+            typer.echo(json.dumps({"completions": each, **facts}, ensure_ascii=False, indent=2))
+            return
+        for prompt, one in zip(prompts, found, strict=True):
+            text = one.chosen_text()
+            typer.echo(text if len(prompts) == 1 else f"=== {prompt}\n{text}\n")

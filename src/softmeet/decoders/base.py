@@ -1,0 +1,183 @@
+"""The base class of decoders, what one is given, and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from softmeet.errors import InvalidInputError
+from softmeet.rules.frozen import Frozen
+from softmeet.rules.settings import Settings
+
+# Options of ``generate`` that change nothing at these values, and those that decoders take.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "do_sample": (True,), "top_k": (0,), "top_p": (1,), "min_p": (0,), "temperature": (1,), "repetition_penalty": (1,),
+    "one_member": (False,), "prompt_weights": (False,), "reproducible": (False,), "speculate": (0, "auto"),
+    "num_beams": (1,),
+}  # fmt: skip
+_TAKEN = ("weights", "gate", "seed", "max_new_tokens", "max_bytes")
+
+
+class Texts(Protocol):
+    """Texts that are written, in rows, behind prompts of their own.
+
+    Attributes:
+        rows: how many there are.
+    """
+
+    rows: int
+
+    def log_probs(self, rows: Sequence[int]) -> Float[Tensor, "n k v"]:
+        """Return each member's log-probabilities in nats, fp64, of the symbol that follows the texts of k rows."""
+
+    def add(self, rows: Sequence[int], symbols: Sequence[int]) -> None:
+        """Add a symbol to the text of each of some rows."""
+
+    def finish(self, rows: Sequence[int]) -> None:
+        """Have the members forget the texts of some rows, to which nothing is added any more."""
+
+    def replace(self, rows: Sequence[int], sources: Sequence[int]) -> None:
+        """Have each of some rows be a copy of what another row was before."""
+
+    def symbols(self, row: int) -> tuple[int, ...]:
+        """Return the symbols that were added to a row, or to what it is a copy of."""
+
+    def allowed(self, rows: Sequence[int]) -> Tensor | None:
+        """Return which symbols can follow in UTF-8, (k, v) bool; None if all can, as over tokens."""
+
+
+@dataclass(frozen=True)
+class ToWrite:
+    """What a decoder is to do: write behind each of B prompts.
+
+    Attributes:
+        prompts: B, how many there are.
+        settings: the rule, the weights and so on, from :meth:`Settings.for_members`.
+        most: T, the most symbols of a text, its end included.
+        ends: the symbols that end a text.
+        generator: what all draws come from.
+    """
+
+    prompts: int
+    settings: Settings
+    most: int
+    ends: frozenset[int]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class WeightedText:
+    """A text that a decoder has written.
+
+    Attributes:
+        symbols: its symbols, of which the last may end it.
+        ended: whether it does.
+        log_weight: the logarithm of its weight among the texts behind one prompt, not normalised; -inf for weight 0.
+        log_probs: log P_i(text) by each member i, in nats, its end included.
+        text: what the symbols spell.
+    """
+
+    symbols: tuple[int, ...]
+    ended: bool
+    log_weight: float
+    log_probs: tuple[float, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What a decoder has written behind one prompt.
+
+    Attributes:
+        texts: all texts, with their weights.
+        chosen: the number of the one that stands for all; None if every weight is 0.
+        log_z: the logarithm of the decoder's estimate of what the weights of all possible texts sum to, in nats; None
+            of a decoder without one.
+    """
+
+    texts: tuple[WeightedText, ...]
+    chosen: int | None
+    log_z: float | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The text that was chosen; None if there is none."""
+        return None if self.chosen is None else self.texts[self.chosen].text
+
+    def chosen_text(self) -> str:
+        """Return the text that was chosen.
+
+        Raises:
+            InvalidInputError: if every weight is 0.
+        """
+        if self.text is None:
+            raise InvalidInputError(
+                "expected a text to which the members together give some probability, and none of those that were "
+                "tried has any: raise the decoder's n, or choose another rule"
+            )
+        return self.text
+
+
+class Decoder(Frozen, ABC):
+    """A way to write texts by several members: the base class of all decoders.
+
+    A subclass sets ``name`` and ``summary`` and defines :meth:`decode`. Its options are pydantic fields, each with a
+    default and one line of help. ``str`` of an instance is what ``--decoder`` takes: ``particles:n=16``.
+
+    Attributes:
+        name: the name under which it is asked for: lower-case letters, digits and hyphens.
+        summary: one line about it.
+        reference: its source: a paper or a web address; empty if there is none.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many rows :meth:`decode` needs for each prompt."""
+
+    @abstractmethod
+    def decode(self, texts: Texts, job: ToWrite) -> list[Decoding]:
+        """Write behind each of B prompts.
+
+        Args:
+            texts: ``rows`` rows for each prompt, one prompt's after the other's, of which nothing has been written.
+            job: what is to be written.
+        """
+
+    def require(self, settings: Settings) -> None:
+        """Check that the decoder can use a rule, a gate and so on; by default, any.
+
+        Raises:
+            InvalidInputError: if it cannot; the message says what to choose.
+        """
+
+    def __str__(self) -> str:
+        own = self.model_dump(exclude_defaults=True)
+        return ":".join(
+            [self.name, *(f"{key}={str(x).lower() if x is True or x is False else x}" for key, x in own.items())]
+        )
+
+
+def require_plain(decoder: Decoder, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a call that change something.
+
+    Raises:
+        InvalidInputError: if one of them means nothing for whole texts.
+    """
+    given = {name: x for name, x in options.items() if x is not None and x not in _PLAIN.get(name, ())}
+    if wrong := sorted(given.keys() - set(_TAKEN)):
+        raise InvalidInputError(
+            f"the decoder {decoder.name} draws whole texts from what members predict, and cannot be used with "
+            f"{', '.join(wrong)}: leave it out"
+        )
+    return given

@@ -1,0 +1,84 @@
+"""Texts by a decoder, in place of a draw of one token after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from softmeet.decoders.base import Decoder, Decoding, ToWrite, require_plain
+from softmeet.engine.masking import ends_of
+from softmeet.engine.population import Population
+from softmeet.errors import InvalidInputError
+from softmeet.hf.call_options import CallOptions
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.prompts import Prompt, encoded
+from softmeet.hf.running import begun, rereads
+from softmeet.noise import require_seed
+
+
+def decoded(
+    model: EnsembleForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    decoder: Decoder,
+    options: Mapping[str, Any],
+) -> list[Decoding]:
+    """Have a decoder write behind each of some prompts.
+
+    Args:
+        model: the ensemble.
+        tokenizer: its tokenizer.
+        prompts: texts or conversations.
+        decoder: the decoder.
+        options: the call's: ``max_new_tokens`` over tokens, ``max_bytes`` over bytes, ``seed``, ``weights``, ``gate``.
+
+    Raises:
+        InvalidInputError: if another option is given, the limit is missing or larger than a member's context, or the
+            decoder cannot be used with the rule or a member.
+    """
+    given = require_plain(decoder, options)
+    most = _limit(model, given)
+    settings = model.settings.changed(**{name: given[name] for name in ("weights", "gate") if name in given})
+    if rereads(model):
+        raise InvalidInputError(f"the decoder {decoder.name} needs members that take a cache: use other members")
+    inputs = encoded(model, tokenizer, prompts)
+    call = CallOptions.of(model, {"settings": settings, "own_prompts": inputs.get("own_prompts")})
+    decoder.require(call.settings)
+    rows = [ids[real.bool()].tolist() for ids, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+    longest = min(call.longest(model, len(row) + most, len(row)) - len(row) for row in rows)
+    room = min([longest, *(own for row in rows if (own := model.room(len(row))) is not None)])
+    if room < most:
+        raise InvalidInputError(
+            f"expected a limit of at most {room}, for which the members' contexts have room, got {most}: lower it"
+        )
+    seed = require_seed(given["seed"]) if "seed" in given else int(torch.randint(1 << 62, ()))
+    generator = torch.Generator().manual_seed(seed)
+    texts = Population(begun(model, rows, call), decoder.rows, model.reading)
+    try:
+        job = ToWrite(len(rows), call.settings, most, frozenset(ends_of(model.generation_config)), generator)
+        found = decoder.decode(texts, job)
+    finally:
+        texts.close()
+    return [
+        replace(one, texts=tuple(
+            replace(text, text=tokenizer.decode(text.symbols, skip_special_tokens=True)) for text in one.texts
+        ))
+        for one in found
+    ]  # fmt: skip
+
+
+def _limit(model: EnsembleForCausalLM, given: Mapping[str, Any]) -> int:
+    """Return the most symbols of a text, which are part of what a decoder draws from."""
+    own = model.limit_of_symbols
+    (other,) = {"max_bytes", "max_new_tokens"} - {own}
+    if other in given or own not in given:
+        why = "they are what it counts" if other in given else "without one texts have no last symbol"
+        raise InvalidInputError(f"expected the limit of a decoder's texts as {own} alone, as {why}")
+    most = given[own]
+    if type(most) is not int or most < 1:
+        raise InvalidInputError(f"expected {own} as a number from 1, got {most!r}")
+    return most

@@ -1,0 +1,51 @@
+"""What an ensemble and its members predict: behind a prompt, and at each token of a text."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from softmeet.errors import InvalidInputError
+from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
+from softmeet.hf.byte_report import GroupReport, group_reports
+from softmeet.hf.calibrated import resolved
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.prompts import encoded, states_behind
+from softmeet.hf.report import NextToken, TokenReport, TokenReports
+from softmeet.hf.vocabulary import require_unicode
+from softmeet.readers.byte_alphabet import shown_byte
+
+
+def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, top: int) -> NextToken:
+    """Predict what follows a text, as :meth:`softmeet.Ensemble.next_token` does."""
+
+    def likeliest(log_probs: torch.Tensor) -> list[tuple[str, float]]:
+        best = log_probs.exp().topk(min(top, len(log_probs)))
+        named = shown_byte if model.over_bytes else lambda i: tokenizer.decode([i])
+        return [(named(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    hidden = states_behind(model, encoded(model, tokenizer, [text]))
+    log_probs, solution = model.combiner.solve_rows(hidden, resolved(model, model.settings))
+    members = {name: likeliest(own[0]) for name, own in zip(model.config.members, log_probs, strict=True)}
+    return NextToken(likeliest(solution.log_probs[0]), members, solution)
+
+
+def reports_of(
+    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, top: int
+) -> list[TokenReport] | list[GroupReport]:
+    """Report on every token of a text, as :meth:`softmeet.Ensemble.inspect` does."""
+    if isinstance(model, ByteEnsembleForCausalLM):
+        require_unicode(text)
+        if not text:
+            raise InvalidInputError("expected a text of at least one byte, got an empty one")
+        return group_reports(model, text.encode(), top)
+    inputs = encoded(model, tokenizer, [text])
+    tokens = inputs["input_ids"][0, 1:]
+    if not len(tokens):
+        raise InvalidInputError(f"expected a text of at least two tokens, got {text!r}")
+    reports = TokenReports(top)
+    # All members run at every position, so that they can be reported, also where a gate is closed.
+    hidden = [states[:-1] for states in model.hidden_states(inputs["input_ids"])]
+    for log_probs, solution in model.combiner.solve_in_chunks(hidden, resolved(model, model.settings)):
+        reports.add(solution, log_probs)
+    return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
