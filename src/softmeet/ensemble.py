@@ -358,7 +358,7 @@ class Ensemble:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
             >>> found = ensemble.decode("In the beginning", "particles:n=8", max_new_tokens=5, seed=0)
             >>> len(found.texts), round(found.log_z, 1)
-            (8, -0.8)
+            (8, -0.6)
         """
         several = isinstance(text, list | tuple) and not is_chat(text)
         prompts: list[Any] = list(text) if several else [text]
