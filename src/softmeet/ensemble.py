@@ -101,7 +101,8 @@ class Ensemble:
             vocabulary: ``"tokens"`` to combine distributions over tokens, which needs members with the same tokenizer
                 up to padding and added tokens; ``"bytes"`` to combine distributions over bytes; ``"auto"``, the
                 default, for bytes if tokenizers differ, which is logged. Over bytes the rule must be an average,
-                ``logit-mean`` by default, and ``max_new_tokens`` counts the first member's tokens.
+                ``logit-mean`` by default, and ``max_new_tokens`` counts the first member's tokens. ``"union"`` for the
+                union of the members' tokens, to write alone, by ``prob-mean`` by default.
             prune: over bytes, the least share of probability mass at which a member runs on an alternative
                 tokenization of the text; 0 to run on all of them, 0.01 by default.
             prefixes: over bytes, for each member the token ids that it reads before every text, such as a prompt of its
@@ -131,8 +132,8 @@ class Ensemble:
             before, chosen = saved, saved.settings.changed(**given)
         vocabulary, prune = vocabulary or before.vocabulary, before.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
-        if vocabulary == "bytes" and not any_average:
-            require_for_bytes(chosen)  # before anything is loaded
+        if vocabulary in ("bytes", "union") and not any_average:
+            require_for_bytes(chosen, vocabulary)  # before anything is loaded
         config = EnsembleConfig(
             names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,
             prefixes=before.prefixes if prefixes is None else prefixes,
@@ -228,6 +229,7 @@ class Ensemble:
             >>> [round(weight, 2) for weight in weights]
             [0.35, 0.26, 0.39]
         """
+        self.model.require_likelihood("weighing members by a prompt")
         ids = encoded(self.model, self.tokenizer, [text])["input_ids"]
         if ids.shape[1] < 2:
             raise InvalidInputError(f"expected a prompt of at least two tokens to weigh members by, got {text!r}")

@@ -31,9 +31,9 @@ class Particles(Decoder):
     f(P_i(x)) without bias, and so does Ẑ times the indicator that text x is drawn estimate Z π(x): what is drawn tends
     to π as n grows.
 
-    Over tokens it is exact for what the members predict; over bytes for what they predict at ``prune=0``. By Lew et
-    al. (Sequential Monte Carlo steering of large language models, arXiv:2306.03081), over the bytes of several members
-    as in genlm-control.
+    Over tokens it is exact for what the members predict; over bytes for what they predict at ``prune=0``. From Chan et
+    al. (Ensembling language models with sequential Monte Carlo, arXiv:2603.05432), whose code, in genlm-control, is
+    over the bytes of two models.
     """
 
     n: int = Field(default=16, ge=1, le=4096)
@@ -45,7 +45,7 @@ class Particles(Decoder):
 
     name = "particles"
     summary = "a draw from the ensemble of whole texts, by sequential Monte Carlo"
-    reference = "https://arxiv.org/abs/2306.03081"
+    reference = "https://arxiv.org/abs/2603.05432"
 
     @property
     def rows(self) -> int:

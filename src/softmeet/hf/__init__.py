@@ -8,9 +8,11 @@ from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.report import TokenReport, TokenReports
+from softmeet.hf.union_modeling import UnionEnsembleForCausalLM
 
 __all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "Recorder", "TokenReport", "TokenReports"]
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 # The configuration's architecture chooses between them, and pipelines look for a model's own class among them.
-AutoModelForCausalLM.register(EnsembleConfig, (EnsembleForCausalLM, ByteEnsembleForCausalLM), exist_ok=True)
+_KINDS = (EnsembleForCausalLM, ByteEnsembleForCausalLM, UnionEnsembleForCausalLM)
+AutoModelForCausalLM.register(EnsembleConfig, _KINDS, exist_ok=True)

@@ -46,8 +46,9 @@ def assemble(
         model = over_tokens(config, models)
         model.adopt(vocabulary.tokenizer, vocabulary.ids)
     else:
-        over_bytes = next(kind for kind in over_tokens.__subclasses__() if kind.over_bytes)
-        model = over_bytes(config, readers(config, models, vocabulary, tokenizers))
+        kinds = {"bytes": "ByteEnsembleForCausalLM", "union": "UnionEnsembleForCausalLM"}
+        wanted = next(kind for kind in over_tokens.__subclasses__() if kind.__name__ == kinds[config.vocabulary])
+        model = wanted.assembled(config, models, vocabulary, tokenizers)
     model.chat = ChatTemplates(config.members, tokenizers)
     return model.eval()
 

@@ -14,6 +14,8 @@ from softmeet.rules.settings import Settings, parse_rule
 
 # Options of single rules that checkpoints before version 0.2 hold even if their rule has no such option.
 _OF_RULES = ("metric", "slack", "vertex")
+# The classes of ensembles by their vocabulary; any other is EnsembleForCausalLM.
+_CLASSES = {"bytes": "ByteEnsembleForCausalLM", "union": "UnionEnsembleForCausalLM"}
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -76,9 +78,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.movement = dict(movement or {})
         self.rule_source = source_of(self.settings.rule)
         # By the architecture transformers chooses the model's class, even without a checkpoint.
-        given.setdefault(
-            "architectures", ["ByteEnsembleForCausalLM" if vocabulary == "bytes" else "EnsembleForCausalLM"]
-        )
+        given.setdefault("architectures", [_CLASSES.get(vocabulary, "EnsembleForCausalLM")])
         super().__init__(**given)
 
     def __getattr__(self, name: str) -> Any:

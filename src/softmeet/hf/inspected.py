@@ -39,6 +39,7 @@ def reports_of(
         if not text:
             raise InvalidInputError("expected a text of at least one byte, got an empty one")
         return group_reports(model, text.encode(), top)
+    model.require_likelihood("a report on a text")
     inputs = encoded(model, tokenizer, [text])
     tokens = inputs["input_ids"][0, 1:]
     if not len(tokens):

@@ -66,10 +66,11 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     OF_A_KIND = (
         "over_bytes", "begin", "symbols_of_token", "limit_of_symbols", "member_heads", "room", "window", "spent",
         "pruning", "own_tokens", "part", "find_heads_again", "key_of", "new_reader", "before", "require",
-        "require_tokens", "generate", "_get_logits_processor",
+        "require_tokens", "generate", "_get_logits_processor", "assembled",
     )  # fmt: skip
     over_bytes, symbols_of_token = False, 1  # About how many symbols, written one by one, a token has.
     limit_of_symbols = "max_new_tokens"  # The option of ``generate`` that limits how many symbols are written.
+    cuts_alone = False  # Whether each member reads prompts as its own tokenizer cuts them, before any symbol.
     # The symbol that a text may begin with, behind members' own tokens; None where these are symbols themselves.
     begin: int | None = None
 
@@ -258,6 +259,9 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
+
+    def require_likelihood(self, what: str) -> None:
+        """Raise InvalidInputError if a text has no one likelihood; the message names ``what`` needs it."""
 
     @property
     def device(self) -> torch.device:

@@ -94,10 +94,11 @@ def read_prompt(
     if is_chat(prompt):
         row, own = _chat(model, members, cast(Messages, prompt))
     else:
-        row = list(tokenizer(prompt, verbose=False, add_special_tokens=special)["input_ids"])
+        alone = model.cuts_alone
+        row = [] if alone else list(tokenizer(prompt, verbose=False, add_special_tokens=special)["input_ids"])
         if model.begin is not None:
             # A template needs the text among each member's own tokens; else the text follows what is a member's own.
-            if any(member.is_template for member in members):
+            if alone or any(member.is_template for member in members):
                 tokenizers = chat_of(model).tokenizers
                 texts = zip(tokenizers, members, strict=True)
                 row, own = [], [ids_of(each, member.reads(str(prompt)), special=special) for each, member in texts]

@@ -35,6 +35,7 @@ class AnyEnsemble(Protocol):
     over_bytes: bool
     symbols_of_token: int
     begin: int | None
+    cuts_alone: bool
     chat: Any
     generation_config: Any
 
@@ -76,6 +77,9 @@ class AnyEnsemble(Protocol):
 
     def require(self, settings: Settings) -> None:
         """Check that the members can be combined by these settings."""
+
+    def require_likelihood(self, what: str) -> None:
+        """Check that a text has one likelihood, which ``what`` needs."""
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states."""

@@ -69,8 +69,12 @@ class ReadMembers:
         if isinstance(model, ReaderModel):
             return GuardedReader(model.reader, head if isinstance(head, SoftmaxHead) else None)
         if others_than_keys_and_values(require_cache(model).config):
-            return RecurrentReader(model, self.tokenizer, name, head)
-        return TransformersReader(model, self.tokenizer, name, (), kept_tokens, head)
+            return RecurrentReader(model, self.tokenizer_of(i), name, head)
+        return TransformersReader(model, self.tokenizer_of(i), name, (), kept_tokens, head)
+
+    def tokenizer_of(self, i: int) -> Any:
+        """Return the tokenizer of member i's own tokens."""
+        return self.tokenizer
 
     @property
     def reading(self) -> Members:

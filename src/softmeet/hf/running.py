@@ -197,6 +197,7 @@ def read_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"]) -> list[Predict
         InvalidInputError: if the text exceeds a member's context, or a member has a template.
         NonFiniteError: if a member's hidden states hold NaN or an infinity.
     """
+    model.require_likelihood("scoring a text")
     require_context(model.config, input_ids.shape[1])
     model.contexts.require_no_template()
     tokens, anew = input_ids[0].tolist(), rereads(model)

@@ -15,7 +15,11 @@ from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
 from softmeet.rules.settings import Settings
 
-VOCABULARIES = ("auto", "tokens", "bytes")
+VOCABULARIES = ("auto", "tokens", "bytes", "union")
+# What symbols are called that are no tokens.
+_NAMES = {"bytes": "bytes", "union": "the strings of a union"}
+# The default rule over a union: an average of logits has only the strings that all members have.
+OVER_UNION = "prob-mean"
 _log = logging.getLogger("softmeet")
 
 
@@ -23,7 +27,7 @@ def require_vocabulary(name: str, prune: float) -> None:
     """Check the two settings of an ensemble's vocabulary.
 
     Args:
-        name: the vocabulary: ``"tokens"``, ``"bytes"``, or ``"auto"`` to choose by the members' tokenizers.
+        name: the vocabulary: ``"tokens"``, ``"bytes"``, ``"union"``; ``"auto"`` to choose by the members' tokenizers.
         prune: over bytes, the share of the probability mass of all tokenizations of a text from which on a member's
             model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
 
@@ -61,7 +65,7 @@ def choose_vocabulary(
         UnsupportedHeadError: if, over bytes, the rule needs softmax matrices, as ``meet`` does.
     """
     chosen = config.vocabulary == "auto"
-    if config.vocabulary != "bytes" and not (chosen and surely_differ(tokenizers)):
+    if config.vocabulary in ("auto", "tokens") and not (chosen and surely_differ(tokenizers)):
         try:
             found = common_vocabulary(config.members, tokenizers)
         except VocabularyMismatchError:
@@ -70,10 +74,10 @@ def choose_vocabulary(
         else:
             config.vocabulary = "tokens"
             return found
-    config.vocabulary = "bytes"
+    config.vocabulary = "bytes" if chosen else config.vocabulary
     if any_average:
-        config.rule = AVERAGE
-    require_for_bytes(config.settings)
+        config.rule = OVER_UNION if config.vocabulary == "union" else AVERAGE
+    require_for_bytes(config.settings, config.vocabulary)
     pairs = list(zip(config.members, tokenizers, strict=True))
     spellings = [spelling_of(name, own) for name, own in pairs]
     if chosen:
@@ -82,8 +86,8 @@ def choose_vocabulary(
     return spellings
 
 
-def require_for_bytes(settings: Settings) -> None:
-    """Check that the rule of ``settings`` can be used over bytes.
+def require_for_bytes(settings: Settings, vocabulary: str = "bytes") -> None:
+    """Check that the rule of ``settings`` can be used over bytes, or over a union of tokens.
 
     Raises:
         UnsupportedHeadError: if the rule needs the members' softmax matrices, which have no rows for bytes.
@@ -91,8 +95,8 @@ def require_for_bytes(settings: Settings) -> None:
     rule = settings.rule
     if rule.reads_heads:
         raise UnsupportedHeadError(
-            f"the rule {rule.name} reads the rows of softmax matrices, and bytes have none: choose {averages()}, or "
-            "members that share a tokenizer"
+            f"the rule {rule.name} reads the rows of softmax matrices, and {_NAMES[vocabulary]} have none: choose "
+            f"{averages()}, or members that share a tokenizer"
         )
 
 

@@ -45,6 +45,9 @@ def tokens_of(served: Served, part: Any, special: bool | None) -> tuple[int, ...
     """Return a prompt's token ids, given as a text or as token ids; unless ``special`` is false, a text gets a BOS."""
     if not isinstance(part, str):
         return tuple(part)
+    model = served.ensemble.model
+    if model.cuts_alone:
+        return tuple(model.alphabet.encode(part))
     found = served.ensemble.tokenizer(part, verbose=False, add_special_tokens=special is not False)
     return tuple(found["input_ids"])
 
@@ -68,6 +71,7 @@ def encoded(
     members, tokenizer = model.contexts.members, served.ensemble.tokenizer
     try:
         if scored:
+            model.require_likelihood("scoring a prompt")
             model.contexts.require_no_template()
         for part in parts:
             whole = tokens_of(served, part, body.add_special_tokens)
@@ -76,7 +80,8 @@ def encoded(
             if text is None and any(member.is_template for member in members):
                 text = tokenizer.decode(shared, skip_special_tokens=True)
             read: tuple[list[int], Any] = list(shared), None
-            if not scored and text is not None and any(member.prompt is not None for member in members):
+            is_own = model.cuts_alone or any(member.prompt is not None for member in members)
+            if not scored and text is not None and is_own:
                 read = read_prompt(model, tokenizer, text, special=body.add_special_tokens is not False)
             # Members' own tokens come in place of the text, or before what begins it.
             found.append(shared if read[1] is None or model.begin is None else tuple(read[0]))

@@ -1,0 +1,131 @@
+"""``UnionEnsembleForCausalLM``: members with any vocabularies, combined over the union of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from softmeet.engine.combine import Combiner
+from softmeet.errors import InvalidInputError
+from softmeet.hf.chat import chat_of
+from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.vocabulary import require_for_bytes
+from softmeet.members.heads import replace_weight
+from softmeet.members.opaque import Head, NoHead
+from softmeet.members.spelling import Spelling
+from softmeet.readers.reader import Reader
+from softmeet.readers.union_alphabet import UnionAlphabet
+from softmeet.readers.union_reader import UnionReader
+from softmeet.readers.union_tokenizer import union_tokenizer
+from softmeet.rules.settings import Settings
+
+
+class UnionEnsembleForCausalLM(EnsembleForCausalLM):
+    """A causal LM over the byte strings of all members' tokens, and one symbol for the end of a text.
+
+    Each member reads prompts as its own tokenizer cuts them, and a symbol as its token of that byte string or, where it
+    has none, as the tokens into which its tokenizer cuts it. ``input_ids`` are symbols, of which the first, the end,
+    begins a text. A text has no one likelihood, as it can be written in many ways: scoring is refused.
+
+    Args:
+        config: the settings; ``config.members`` names the members.
+        members: the models, in the order of ``config.members``.
+        spellings: how the tokens of each are spelled.
+        tokenizers: of each.
+
+    Raises:
+        UnsupportedHeadError: if the rule needs softmax matrices, which have no rows for the union.
+        InvalidInputError: if there are no members.
+    """
+
+    cuts_alone = True
+
+    def __init__(
+        self,
+        config: EnsembleConfig,
+        members: Sequence[PreTrainedModel] | None = None,
+        spellings: Sequence[Spelling] = (),
+        tokenizers: Sequence[PreTrainedTokenizerBase] = (),
+    ) -> None:
+        if members is None:
+            raise InvalidInputError("expected loaded members of an ensemble over a union: load it by Ensemble")
+        super().__init__(config, members)
+        self._heads, self._spellings, self._tokenizers = self.combiner.heads, list(spellings), list(tokenizers)
+        self._union = UnionAlphabet.of(spellings)
+        end = self.begin = self._union.end
+        config.vocab_size, config.max_position_embeddings = self._union.size, None
+        for own in (config, self.generation_config):
+            own.bos_token_id, own.eos_token_id, own.pad_token_id = end, end, end
+        self.combiner = Combiner(config.members, [NoHead(self._union.size) for _ in members])
+        self.tokenizer = union_tokenizer(self._union.words)
+
+    @classmethod
+    def assembled(
+        cls,
+        config: EnsembleConfig,
+        models: Sequence[PreTrainedModel],
+        spellings: Sequence[Spelling],
+        tokenizers: Sequence[PreTrainedTokenizerBase],
+    ) -> UnionEnsembleForCausalLM:
+        """Make an ensemble of loaded members."""
+        return cls(config, models, spellings, tokenizers)
+
+    @property
+    def member_heads(self) -> list[Head]:
+        """The members' own output layers, each over the member's own tokens, in the members' order."""
+        return self._heads
+
+    def room(self, length: int) -> int | None:
+        """Return how many symbols may be written: no more than fit into the shortest context of a member."""
+        return min(reader.limit for reader in self.readers_of_members)
+
+    def own_tokens(self, text: str) -> list[list[int]]:
+        """Return for each member the tokens by which it reads a text by itself."""
+        return [tokenizer(text, verbose=False)["input_ids"] for tokenizer in self._tokenizers]
+
+    def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
+        """Make an ensemble, configured by ``config``, of the members numbered ``chosen``; it shares their weights."""
+        parts = [[own[k] for k in chosen] for own in (list(self.members), self._spellings, self._tokenizers)]
+        found: EnsembleForCausalLM = UnionEnsembleForCausalLM(config, *parts).eval()
+        found.chat = chat_of(self)
+        return found
+
+    def find_heads_again(self) -> None:
+        """Take the heads anew from the members' weights; call it after single members were moved or cast."""
+        self.forget_readers()
+        self._heads = [replace_weight(head, member) for head, member in zip(self._heads, self.members, strict=True)]
+
+    def tokenizer_of(self, i: int) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of member i."""
+        return self._tokenizers[i]
+
+    def key_of(self, i: int) -> Any:
+        """Return what members share if one reader reads for both: the model and how its tokens are spelled."""
+        return self.members[i], self._spellings[i]
+
+    def new_reader(self, i: int, name: str, kept_tokens: int | None) -> Reader:
+        """Make a reader of member i over the union."""
+        return UnionReader(super().new_reader(i, name, kept_tokens), self._spellings[i], self._union)
+
+    def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+        """Return the tokens that member i reads before a text; it reads all of the text's symbols."""
+        mine = own[i] if own else None
+        return (mine or self._spellings[i].start), 0
+
+    def require(self, settings: Settings) -> None:
+        """Raise the errors of :func:`softmeet.hf.vocabulary.require_for_bytes`, whose reasons hold here, too."""
+        require_for_bytes(settings, "union")
+
+    def require_tokens(self, what: str) -> None:
+        """Raise InvalidInputError, which says that ``what``, such as "evaluation", is for other ensembles."""
+        self.require_likelihood(what)
+
+    def require_likelihood(self, what: str) -> None:
+        """Raise InvalidInputError, which says that ``what`` is for other ensembles."""
+        raise InvalidInputError(
+            f"{what} needs a text's likelihood, and over a union of tokens a text can be written in many ways: load "
+            "the members with vocabulary='bytes'"
+        )

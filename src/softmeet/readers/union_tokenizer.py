@@ -1,0 +1,31 @@
+"""The tokenizer of ensembles over a union of tokens: it turns symbols into text, and no text into symbols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# No word is written so: of a word's letters none is a space.
+_END = "<|end of text|>"
+
+
+def union_tokenizer(words: Sequence[bytes]) -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose id k is the byte string ``words[k]``, and whose last id is the end, which also pads.
+
+    Example:
+        >>> union_tokenizer([b"a", b"b c"]).decode([1, 0, 2], skip_special_tokens=True)
+        'b ca'
+    """
+    letters = bytes_to_unicode()
+    vocabulary = {"".join(letters[byte] for byte in word): k for k, word in enumerate(words)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=_END))
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(_END, special=True)])
+    assert core.token_to_id(_END) == len(words)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=_END, eos_token=_END, pad_token=_END, padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
