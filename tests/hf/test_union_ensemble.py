@@ -127,6 +127,16 @@ def test_rules_that_read_heads_are_refused_before_anything_is_loaded(rule, folde
         Ensemble.from_pretrained(folders, rule, vocabulary="union")
 
 
+@pytest.mark.parametrize("command", ["inspect", "evaluate"])
+def test_commands_that_score_refuse_it_before_anything_is_loaded(command, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    (tmp_path / "a.txt").write_text("The king said so. " * 50)
+    text = ["--text", tmp_path / "a.txt"] if command == "evaluate" else ["The king"]
+    found = run(command, *text, "-m", folders[0], "-m", folders[1], "--vocabulary", "union")
+    assert found.returncode == 2
+    assert "--vocabulary union is for generate and serve" in found.stderr.replace("\n", " ")
+
+
 def test_what_needs_a_likelihood_is_refused(ensemble):
     for score in (ensemble.inspect, ensemble.prompt_weights):
         with pytest.raises(InvalidInputError, match="a text can be written in many ways: load the members with"):

@@ -168,7 +168,8 @@ def generate(
         "--summary": shown.summary, "--token-seconds": token_seconds is not None, "a structure": structure is not None,
     }  # fmt: skip
     settings = whole.settings(settings, sampling, [name for name, given in against.items() if given])
-    ensemble = retrieved.behind(passages, loading.ensemble(members, retrieved.settings(passages, settings)))
+    loaded = loading.ensemble(members, retrieved.settings(passages, settings), to_write=True)
+    ensemble = retrieved.behind(passages, loaded)
     asked = written.asked(ensemble, texts)
     if whole.decoder is not None:
         whole.write(ensemble, texts, asked, sampling, as_json=as_json)

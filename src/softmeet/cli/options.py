@@ -92,7 +92,7 @@ class LoadingFlags(Flags, panel="Members"):
     )
     vocabulary: str | None = optional(
         "What the members are combined over. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
-        "only. auto: bytes where tokenizers differ, else tokens.",
+        "only. union: the union of their tokens, to write alone. auto: bytes where tokenizers differ, else tokens.",
         shown="auto",
     )
     prune: float | None = optional(
@@ -112,13 +112,21 @@ class LoadingFlags(Flags, panel="Members"):
         return {**vars(self), "device": placement(self.device)}
 
     @stoppable("members were being loaded, and nothing is changed")
-    def ensemble(self, members: list[str] | None, settings: Mapping[str, Any] | None = None, **more: Any) -> Ensemble:
+    def ensemble(
+        self,
+        members: list[str] | None,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        to_write: bool = False,
+        **more: Any,
+    ) -> Ensemble:
         """Load an ensemble, with progress on stderr and without transformers' own messages.
 
         Args:
             members: the members' names, or one saved ensemble or bundled family; the default family if None or empty.
             settings: values of settings' flags by name, as typer parsed them (:func:`checked_settings`), None if a
                 flag was not given; None in place of the dict for no settings.
+            to_write: whether it only writes texts, and scores none.
             more: further keyword arguments of ``Ensemble.from_pretrained``, except ``on_progress``.
 
         Raises:
@@ -126,6 +134,11 @@ class LoadingFlags(Flags, panel="Members"):
             typer.Exit: with the code 130 after Ctrl-C.
             CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble.from_pretrained`` raises them.
         """
+        if self.vocabulary == "union" and not to_write:
+            raise InvalidInputError(
+                "--vocabulary union is for generate and serve: over it a text can be written in many ways, so that "
+                "none can be scored; say --vocabulary bytes"
+            )
         with working("loading softmeet"), uncollected():
             given = checked_settings(settings or {})
             with quick_imports():

@@ -219,7 +219,7 @@ def serve(
             import torch
 
             torch.set_num_threads(running.threads)
-        served = load(asked, partial(loading.ensemble, settings=settings))
+        served = load(asked, partial(loading.ensemble, settings=settings, to_write=True))
         _note_single([s.name for s in served if len(s.names) == 1], asked)
         from softmeet.server.process import run
 
