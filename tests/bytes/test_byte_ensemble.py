@@ -50,7 +50,7 @@ def pruned(folders):
 def test_different_tokenizers_need_bytes(folders):
     with pytest.raises(VocabularyMismatchError, match="vocabulary='bytes'"):
         Ensemble.from_pretrained(folders, vocabulary="tokens")
-    with pytest.raises(InvalidInputError, match="expected a vocabulary, auto, tokens, bytes, got 'words'"):
+    with pytest.raises(InvalidInputError, match="expected a vocabulary, auto, tokens, bytes, union, got 'words'"):
         Ensemble.from_pretrained(folders, vocabulary="words")
 
 

@@ -25,6 +25,7 @@ from softmeet.cli.gone import today
 from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
 from softmeet.cli.messages import STOPPED, UNREAD, err, stoppable
+from softmeet.cli.methods import methods
 from softmeet.cli.models import models
 from softmeet.cli.serve import serve
 from softmeet.cli.trace import trace
@@ -52,6 +53,7 @@ for command in (
     begun(fit),
     serve,
     models,
+    methods,
     config,
 ):
     app.command(cls=Command)(command)

@@ -1,0 +1,57 @@
+"""What every method writes behind one prompt, and what a token costs: python benchmarks/methods.py -m SMOLLM2 -m GEMMA
+
+Greedily where a method can; decoders draw, from one seed. Members are loaded once a vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from report import show
+from softmeet import Ensemble
+
+PROMPT = "The library was built in the year in which"
+# (the method, its vocabulary, its rule, options of generate)
+METHODS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("GaC, corrected", "union", "prob-mean", {}),
+    ("GaC's threshold", "union", "prob-mean", {"gate": "unsure:0.5"}),
+    ("drop over the union", "union", "drop", {}),
+    ("CoRE over the union", "union", "core", {}),
+    ("pointwise-max over the union", "union", "pointwise-max", {}),
+    ("pointwise-min over the union", "union", "pointwise-min", {}),
+    ("prob-mean over bytes", "bytes", "prob-mean", {}),
+    ("logit-mean over bytes", "bytes", "logit-mean", {}),
+    ("CoRE over bytes", "bytes", "core", {}),
+    ("particles, product, over bytes", "bytes", "logit-mean", {"decoder": "particles:n=16", "seed": 1}),
+    ("particles, mean, over the union", "union", "prob-mean", {"decoder": "particles:n=16", "seed": 1}),
+]
+
+
+def main(
+    members: Annotated[list[str], typer.Option("--member", "-m", help="Members of different tokenizers.")],
+    tokens: Annotated[int, typer.Option(help="New tokens of each text.")] = 40,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Print a table: the text, and the time of a token as the first member's tokenizer cuts it."""
+    rows, loaded = list[dict[str, Any]](), dict[Any, Any]()
+    for name, vocabulary, rule, options in METHODS:
+        ensemble = Ensemble.from_pretrained(members, rule, vocabulary=vocabulary, loaded=loaded)
+        limit = {"max_new_tokens": tokens}
+        if "decoder" in options and vocabulary == "bytes":
+            limit = {"max_bytes": 4 * tokens}
+        given = {**limit, **({} if "decoder" in options else {"do_sample": False, "speculate": 0}), **options}
+        ensemble.generate(PROMPT, **{**given, **dict.fromkeys(limit, 8)})
+        start = time.perf_counter()
+        text = ensemble.generate(PROMPT, **given)
+        took = time.perf_counter() - start
+        count = max(1, len(ensemble.model.own_tokens(text)[0]))
+        rows.append({"method": name, "ms a token": 1000 * took / count, "text": " ".join(text.split())})
+    show(f"greedy texts of {tokens} tokens", rows, json, tokens=tokens)
+
+
+if __name__ == "__main__":
+    typer.run(main)
