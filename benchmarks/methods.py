@@ -26,8 +26,8 @@ METHODS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("prob-mean over bytes", "bytes", "prob-mean", {}),
     ("logit-mean over bytes", "bytes", "logit-mean", {}),
     ("CoRE over bytes", "bytes", "core", {}),
-    ("particles, product, over bytes", "bytes", "logit-mean", {"decoder": "particles:n=16", "seed": 1}),
-    ("particles, mean, over the union", "union", "prob-mean", {"decoder": "particles:n=16", "seed": 1}),
+    ("particles, product, over bytes", "bytes", "logit-mean", {"decoder": "particles:n=16", "seed": 2}),
+    ("particles, mean, over the union", "union", "prob-mean", {"decoder": "particles:n=16", "seed": 2}),
 ]
 
 

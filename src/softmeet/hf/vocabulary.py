@@ -16,8 +16,11 @@ from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, sur
 from softmeet.rules.settings import Settings
 
 VOCABULARIES = ("auto", "tokens", "bytes", "union")
-# What symbols are called that are no tokens.
-_NAMES = {"bytes": "bytes", "union": "the strings of a union"}
+# Why rules that read heads are refused.
+_WHY = {
+    "bytes": "reads the rows of softmax matrices, and bytes have none",
+    "union": "reads the rows of softmax matrices, and the strings of a union have none",
+}
 # The default rule over a union: an average of logits has only the strings that all members have.
 OVER_UNION = "prob-mean"
 _log = logging.getLogger("softmeet")
@@ -95,8 +98,7 @@ def require_for_bytes(settings: Settings, vocabulary: str = "bytes") -> None:
     rule = settings.rule
     if rule.reads_heads:
         raise UnsupportedHeadError(
-            f"the rule {rule.name} reads the rows of softmax matrices, and {_NAMES[vocabulary]} have none: choose "
-            f"{averages()}, or members that share a tokenizer"
+            f"the rule {rule.name} {_WHY[vocabulary]}: choose {averages()}, or members that share a tokenizer"
         )
 
 
