@@ -14,7 +14,7 @@ from serving import tiny_ensemble
 
 import softmeet
 from softmeet import Ensemble
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,24 @@ def test_members_that_cannot_fork_or_have_few_rows_are_refused(made, monkeypatch
         patched.setattr(reader, "traits", replace(reader.traits, rows=8))
         with pytest.raises(InvalidInputError, match=r"at most 8 texts at once, as .* got 16"):
             ensemble.decode(prompt, max_new_tokens=3)
+
+
+def test_a_member_that_tells_no_numbers_is_named(made):
+    ensemble, _, prompt = made["tokens"]
+    weight = ensemble.model.members[1].get_output_embeddings().weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[3] = math.nan
+        ensemble.model.find_heads_again()
+        with pytest.raises(NonFiniteError, match="llama"):
+            ensemble.decode(prompt, "particles:n=2", max_new_tokens=3)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+        ensemble.model.find_heads_again()
+    with pytest.raises(InvalidInputError, match="whole texts, which come at their end"):
+        next(ensemble.stream(prompt, decoder="particles", max_new_tokens=3))
 
 
 def test_a_decoder_of_ones_own(made):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import byte_members
+import byte_tokenizers
 import numpy as np
 import pytest
 import rival_oracles
@@ -11,9 +15,14 @@ from commands import run
 from serving import http, running, serving_of
 
 from softmeet import Ensemble
-from softmeet.errors import InvalidInputError, UnsupportedHeadError
+from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf import EnsembleForCausalLM
 from softmeet.hf.union_modeling import UnionEnsembleForCausalLM
+from softmeet.members.spelling import spelling_of
+from softmeet.readers.reader import Read, finished
+from softmeet.readers.transformers import TransformersReader
+from softmeet.readers.union_alphabet import UnionAlphabet
+from softmeet.readers.union_reader import UnionReader
 
 PROMPT = "The king said"
 
@@ -100,6 +109,12 @@ def test_every_road_writes_the_same(folders, ensemble):
 
 def test_it_is_saved_and_loaded(ensemble, tmp_path):
     ensemble.save_pretrained(tmp_path)
+    (tmp_path / "a.txt").write_text("The king said so. " * 50)
+    refused = run("evaluate", "-m", tmp_path, "--text", tmp_path / "a.txt")
+    assert "needs a text's likelihood" in refused.stderr.replace("\n", " ")
+    drawn = run("generate", PROMPT, "-m", tmp_path, "--decoder", "particles:n=2", "--json", "--max-new-tokens", "4")
+    assert json.loads(drawn.stdout)["rule"] == "prob-mean"
+    assert "Infinity" not in drawn.stdout
     again = Ensemble.from_pretrained(tmp_path)
     assert isinstance(again.model, UnionEnsembleForCausalLM)
     given = {"max_new_tokens": 8, "do_sample": False}
@@ -110,6 +125,67 @@ def test_it_is_saved_and_loaded(ensemble, tmp_path):
 def test_a_text_ends_before_a_context_is_full(ensemble):
     found = ensemble.generate(PROMPT, max_new_tokens=500, do_sample=False)
     assert len(found) > 100
+
+
+def test_a_symbol_for_which_there_is_too_little_room_ends_a_text(ensemble):
+    """One that a member reads as more tokens than it has room for."""
+    reader, symbol = max(
+        ((one, k) for one in ensemble.model.readers_of_members for k in range(ensemble.model.alphabet.size - 1)),
+        key=lambda pair: len(pair[0].tokens_of(pair[1])),
+    )
+    width = len(reader.tokens_of(symbol))
+    assert width > 1
+    row = reader.open(reuse=False)
+    finished(reader.read([Read(row, [symbol] * ((row.most - 1) // width), [])]))
+    assert row.tokens[-1] + width > row.most
+    told = finished(reader.read([Read(row, [symbol], [1])]))
+    assert (told.errors, row.full) == ({}, True)
+    reader.close(row)
+
+
+def test_a_part_of_an_ensemble_has_the_same_symbols(ensemble):
+    """As a request for some members has it: they write what they write over the whole union."""
+    with running(serving_of({"union": ensemble})) as url:
+
+        def told(**more):
+            asked = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "model": "union", **more}
+            return http.post(f"{url}/v1/completions", json=asked)
+
+        found = told(softmeet={"members": [ensemble.names[1]]}).json()["choices"][0]["text"]
+        assert found == ensemble.generate(PROMPT, max_new_tokens=8, do_sample=False, weights=[0.0, 1.0])
+        echoed = told(echo=True).json()
+        assert echoed["choices"][0]["text"].startswith(PROMPT)
+        assert echoed["usage"]["prompt_tokens"] == len(ensemble.model.alphabet.encode(PROMPT))
+        assert told(prompt=PROMPT * 2000).status_code == 400
+        assert told(echo=True, logprobs=1).status_code == 400  # which scores the prompt
+
+
+def test_what_members_read_before_texts_they_read_before_symbols_too(folders):
+    own = Ensemble.from_pretrained([folders[0], f"{folders[0]}+prompt=In the days of"], "prob-mean", vocabulary="union")
+    symbols = torch.tensor([own.model.alphabet.encode(PROMPT)])
+    first, second = (own.model(symbols, weights=w, logits_to_keep=1).logits for w in ([1.0, 0.0], [0.0, 1.0]))
+    assert not torch.allclose(first, second)
+    given = {"vocabulary": "union", "prefixes": [[5, 6, 7], None]}
+    plain, behind = (Ensemble.from_pretrained(folders, **more) for more in ({"vocabulary": "union"}, given))
+    assert plain.next_token(PROMPT).top != behind.next_token(PROMPT).top
+
+
+def test_stop_strings_and_the_tokenizer_take_any_text(ensemble):
+    tokenizer = ensemble.tokenizer
+    assert tokenizer.decode(tokenizer("a king, \u00e9")["input_ids"]) == "a king, \u00e9"
+    found = ensemble.generate(PROMPT, max_new_tokens=20, seed=1, stop_strings=["d"], tokenizer=tokenizer)
+    assert "d" not in found[:-1]
+
+
+def test_a_head_that_is_too_small_is_refused():
+    tokenizer = byte_tokenizers.KINDS["gpt2"]()
+    below, spelling = (
+        TransformersReader(byte_members.model_of(tokenizer), tokenizer, "it"),
+        spelling_of("it", tokenizer),
+    )
+    below.alphabet = replace(below.alphabet, size=10)
+    with pytest.raises(VocabularyMismatchError, match="a logit for each of its tokens"):
+        UnionReader(below, spelling, UnionAlphabet.of([spelling]))
 
 
 def test_chats_and_prompts_of_members_own_are_read(folders):

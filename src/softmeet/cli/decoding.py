@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -50,22 +51,41 @@ class DecoderFlags(Flags, panel="Sampling"):
         if against:
             raise InvalidInputError(f"--decoder cannot be used with {', '.join(against)}: leave it out")
         require_plain(found, sampling.arguments())
-        given = {**given, "rule": given.get("rule") or _RULE}
-        found.require(Settings.of({name: x for name, x in given.items() if x is not None}))
+        chosen = {name: x for name, x in {**given, "rule": given.get("rule") or _RULE}.items() if x is not None}
+        found.require(Settings.of(chosen))
         return given
 
     def write(
-        self, ensemble: Ensemble, prompts: list[str], asked: list[Any], sampling: SamplingFlags, *, as_json: bool
+        self,
+        ensemble: Ensemble,
+        prompts: list[str],
+        asked: list[Any],
+        sampling: SamplingFlags,
+        *,
+        any_rule: bool,
+        as_json: bool,
     ) -> None:
-        """Have the decoder write behind each prompt, and print what was drawn, or all of it as JSON."""
-        options = sampling.arguments()
-        if ensemble.model.limit_of_symbols not in options and sampling.max_new_tokens is None:
-            raise InvalidInputError("expected --max-new-bytes, as these members are combined over bytes")
+        """Have the decoder write behind each prompt, and print what was drawn, or all of it as JSON.
+
+        Args:
+            ensemble: the ensemble.
+            prompts: the prompts, as they were given.
+            asked: the same, or conversations that they begin.
+            sampling: the limit and the seed.
+            any_rule: whether nobody has chosen the ensemble's rule.
+            as_json: whether to print JSON.
+        """
+        if any_rule and not ensemble.model.settings.rule.is_average:
+            ensemble.model.config.rule = _RULE
+        options, own = sampling.arguments(), ensemble.model.limit_of_symbols
+        if own not in options:
+            flag = "--max-new-bytes" if own == "max_bytes" else "--max-new-tokens"
+            raise InvalidInputError(f"expected {flag}, which limits the texts of these members")
         with working(f"writing behind {len(asked)} prompts"):
             found = ensemble.decode(asked, str(self.decoder), **options)
         if as_json:
             each = [
-                {"prompt": prompt, "text": one.text, "log_z": one.log_z, "texts": [asdict(text) for text in one.texts]}
+                {"prompt": prompt, **_finite({**asdict(one), "text": one.text})}
                 for prompt, one in zip(prompts, found, strict=True)
             ]
             facts = {"decoder": self.decoder, "rule": ensemble.model.config.rule, "members": ensemble.names}
@@ -74,3 +94,12 @@ class DecoderFlags(Flags, panel="Sampling"):
         for prompt, one in zip(prompts, found, strict=True):
             text = one.chosen_text()
             typer.echo(text if len(prompts) == 1 else f"=== {prompt}\n{text}\n")
+
+
+def _finite(value: Any) -> Any:
+    """Return a value as JSON has it, with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

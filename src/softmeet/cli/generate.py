@@ -172,7 +172,8 @@ def generate(
     ensemble = retrieved.behind(passages, loaded)
     asked = written.asked(ensemble, texts)
     if whole.decoder is not None:
-        whole.write(ensemble, texts, asked, sampling, as_json=as_json)
+        any_rule = settings.get("rule") is None and not options.is_saved(members)
+        whole.write(ensemble, texts, asked, sampling, any_rule=any_rule, as_json=as_json)
         return
     each = [{"weights": ensemble.prompt_weights(text)} if prompt_weights else {} for text in texts]
     from softmeet.hf import Recorder

@@ -149,13 +149,23 @@ class LoadingFlags(Flags, panel="Members"):
             logging.set_verbosity_error()
             logging.disable_progress_bar()
         with working("loading") as show:
-            return Ensemble.from_pretrained(
+            found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
                 on_progress=lambda name: show(f"loading {short(name)}"),
                 **self.arguments(),
                 **given,
                 **more,
             )
+        if not to_write:
+            found.model.require_likelihood("what this command does")
+        return found
+
+
+def is_saved(members: list[str] | None) -> bool:
+    """Return whether the members are one saved ensemble."""
+    from softmeet.hf.checkpoint import saved_config
+
+    return members is not None and len(members) == 1 and saved_config(members[0]) is not None
 
 
 class EngineFlags(Flags, panel="Engine"):

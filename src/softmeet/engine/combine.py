@@ -223,6 +223,17 @@ class Combiner:
         logits = self.own_logits(hidden)
         return logits.log_softmax(-1), logits if self.capped else None
 
+    def normalised(self, scores: Scores) -> Scores:
+        """Return members' log-probabilities in nats, fp64, from their logits or log-probabilities.
+
+        Raises:
+            NonFiniteError: if they hold NaN, +inf or a row of -inf only; the message names the members.
+        """
+        try:
+            return normalised(scores)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(self.names)}") from error
+
     def combine_rows(
         self,
         scores: Scores,
@@ -267,10 +278,7 @@ class Combiner:
         if self._unread:
             self.require(settings)
         heads, dtype = self.given, scores.dtype
-        try:
-            log_p = normalised(scores)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}. Members, from 0: {', '.join(self.names)}") from error
+        log_p = self.normalised(scores)
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -30,13 +31,14 @@ class Population:
 
     def __init__(self, prompts: Sequence[Continuation], each: int, members: Members) -> None:
         self.rows, self._each, self._members = each * len(prompts), each, members
-        for reader in prompts[0].readers:
+        # Members that are one model share the rows of its reader.
+        for reader, times in Counter(prompts[0].readers).items():
             if each > 1 and not reader.traits.can_fork:
                 raise reader.cannot("fork rows")
-            if reader.traits.rows is not None and self.rows > reader.traits.rows:
+            if reader.traits.rows is not None and times * self.rows > reader.traits.rows:
                 raise InvalidInputError(
                     f"expected at most {reader.traits.rows} texts at once, as {reader.name} has so many rows, got "
-                    f"{self.rows}"
+                    f"{times * self.rows}"
                 )
         self._prompts: list[Continuation] | None = list(prompts)
         self._texts = list[Continuation](prompts)
@@ -68,7 +70,7 @@ class Population:
         logits = combiner.own_logits(hidden)
         if combiner.support is not None:
             logits = logits.masked_fill(~combiner.support, -torch.inf)
-        return logits.double().log_softmax(-1).cpu()
+        return combiner.normalised(logits).cpu()
 
     def add(self, rows: Sequence[int], symbols: Sequence[int]) -> None:
         """Add a symbol to the text of each of some rows."""

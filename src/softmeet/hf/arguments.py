@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.engine.recorder import Recorder
+from softmeet.errors import InvalidInputError
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.prompts import Prompt, encoded
 from softmeet.hf.sampling import RowSampler
@@ -22,6 +23,8 @@ def arguments_of(
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
+    if "decoder" in options:
+        raise InvalidInputError("decoder= writes whole texts, which come at their end: call generate or decode")
     inputs = encoded(model, tokenizer, prompts)
     usual = options.get("generation_config") or model.generation_config
     drawn = options.get("do_sample", bool(usual.do_sample) or seed is not None)

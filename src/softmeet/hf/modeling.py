@@ -260,6 +260,10 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
 
+    def own_prompt(self, text: str, *, special: bool) -> list[list[int] | None]:
+        """Return for each member the tokens as which it reads a prompt, where members cut prompts alone."""
+        raise NotImplementedError
+
     def require_likelihood(self, what: str) -> None:
         """Raise InvalidInputError if a text has no one likelihood; the message names ``what`` needs it."""
 

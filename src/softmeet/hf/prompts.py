@@ -94,11 +94,12 @@ def read_prompt(
     if is_chat(prompt):
         row, own = _chat(model, members, cast(Messages, prompt))
     else:
-        alone = model.cuts_alone
-        row = [] if alone else list(tokenizer(prompt, verbose=False, add_special_tokens=special)["input_ids"])
+        if model.cuts_alone:
+            return model.alphabet.encode(str(prompt)), model.own_prompt(str(prompt), special=special)
+        row = list(tokenizer(prompt, verbose=False, add_special_tokens=special)["input_ids"])
         if model.begin is not None:
             # A template needs the text among each member's own tokens; else the text follows what is a member's own.
-            if alone or any(member.is_template for member in members):
+            if any(member.is_template for member in members):
                 tokenizers = chat_of(model).tokenizers
                 texts = zip(tokenizers, members, strict=True)
                 row, own = [], [ids_of(each, member.reads(str(prompt)), special=special) for each, member in texts]
@@ -126,7 +127,7 @@ def states_behind(model: EnsembleForCausalLM, inputs: dict[str, Any]) -> list[Fl
 def _chat(model: EnsembleForCausalLM, members: Sequence[Member], prompt: Messages) -> tuple[list[int], Own | None]:
     """Return what members read for a conversation, as :func:`read_prompt` does."""
     templates = chat_of(model)
-    if all(member.prompt is None for member in members) and model.begin is None:
+    if all(member.prompt is None for member in members) and model.begin is None and not model.cuts_alone:
         shared = templates.shared_prompt(prompt)
         if shared is not None:
             return shared, None

@@ -79,9 +79,10 @@ class NewTokens:
     @property
     def is_direct(self) -> bool:
         """Whether every member reads these tokens alone, in one call of its model that keeps nothing."""
-        options = self.options
+        options, model = self.options, self.model
         plain = options.own_prompts is None and options.unsure is None and not options.one_member
-        return self.cache is None and plain and self.model.begin is None and not any(self.model.contexts.prefixes)
+        as_given = model.begin is None and not model.cuts_alone
+        return self.cache is None and plain and as_given and not any(model.contexts.prefixes)
 
     @cached_property
     def texts(self) -> list[Dropped]:

@@ -11,10 +11,13 @@ from softmeet.engine.combine import Combiner
 from softmeet.errors import InvalidInputError
 from softmeet.hf.chat import chat_of
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.contexts import Contexts
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import replace_weight
+from softmeet.members.member import Member
 from softmeet.members.opaque import Head, NoHead
+from softmeet.members.prompting import ids_of, prefix_of
 from softmeet.members.spelling import Spelling
 from softmeet.readers.reader import Reader
 from softmeet.readers.union_alphabet import UnionAlphabet
@@ -27,14 +30,15 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
     """A causal LM over the byte strings of all members' tokens, and one symbol for the end of a text.
 
     Each member reads prompts as its own tokenizer cuts them, and a symbol as its token of that byte string or, where it
-    has none, as the tokens into which its tokenizer cuts it. ``input_ids`` are symbols, of which the first, the end,
-    begins a text. A text has no one likelihood, as it can be written in many ways: scoring is refused.
+    has none, as the tokens into which its tokenizer cuts it. ``input_ids`` are symbols. A text has no one likelihood,
+    as it can be written in many ways: scoring is refused.
 
     Args:
         config: the settings; ``config.members`` names the members.
         members: the models, in the order of ``config.members``.
         spellings: how the tokens of each are spelled.
         tokenizers: of each.
+        alphabet: the union; None for that of these members.
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices, which have no rows for the union.
@@ -49,13 +53,15 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
         members: Sequence[PreTrainedModel] | None = None,
         spellings: Sequence[Spelling] = (),
         tokenizers: Sequence[PreTrainedTokenizerBase] = (),
+        alphabet: UnionAlphabet | None = None,
     ) -> None:
         if members is None:
             raise InvalidInputError("expected loaded members of an ensemble over a union: load it by Ensemble")
         super().__init__(config, members)
         self._heads, self._spellings, self._tokenizers = self.combiner.heads, list(spellings), list(tokenizers)
-        self._union = UnionAlphabet.of(spellings)
-        end = self.begin = self._union.end
+        self._union, end = (found := alphabet or UnionAlphabet.of(spellings)), found.end
+        prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
+        self.contexts = Contexts(config.members, list(members), config.prefixes or prompts)
         config.vocab_size, config.max_position_embeddings = self._union.size, None
         for own in (config, self.generation_config):
             own.bos_token_id, own.eos_token_id, own.pad_token_id = end, end, end
@@ -88,8 +94,12 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
         """Make an ensemble, configured by ``config``, of the members numbered ``chosen``; it shares their weights."""
-        parts = [[own[k] for k in chosen] for own in (list(self.members), self._spellings, self._tokenizers)]
-        found: EnsembleForCausalLM = UnionEnsembleForCausalLM(config, *parts).eval()
+        members, spellings, tokenizers = (
+            [own[k] for k in chosen] for own in (list(self.members), self._spellings, self._tokenizers)
+        )
+        found: EnsembleForCausalLM = UnionEnsembleForCausalLM(
+            config, members, spellings, tokenizers, self._union
+        ).eval()
         found.chat = chat_of(self)
         return found
 
@@ -110,10 +120,16 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
         """Make a reader of member i over the union."""
         return UnionReader(super().new_reader(i, name, kept_tokens), self._spellings[i], self._union)
 
-    def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
-        """Return the tokens that member i reads before a text; it reads all of the text's symbols."""
-        mine = own[i] if own else None
-        return (mine or self._spellings[i].start), 0
+    def own_prompt(self, text: str, *, special: bool) -> list[list[int] | None]:
+        """Return for each member the tokens as which it reads a prompt: its own prompt or prefix, and the text."""
+        found = list[list[int] | None]()
+        for i, (member, tokenizer) in enumerate(zip(self.contexts.members, self._tokenizers, strict=True)):
+            prefix = self.config.prefixes[i] if self.config.prefixes else None
+            if prefix is None:
+                found.append(ids_of(tokenizer, member.reads(text), special=special))
+            else:
+                found.append([*prefix, *ids_of(tokenizer, text, special=False)])
+        return found
 
     def require(self, settings: Settings) -> None:
         """Raise the errors of :func:`softmeet.hf.vocabulary.require_for_bytes`, whose reasons hold here, too."""

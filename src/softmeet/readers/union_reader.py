@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Generator, Sequence
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.errors import InvalidInputError, SoftmeetError, VocabularyMismatchError
 from softmeet.members.spelling import Spelling
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row, Traits
@@ -73,6 +74,11 @@ class UnionReader(ReaderOfRows[UnionText]):
             rows=below.rows, predictions=below.predictions, room=below.room, places=below.places, cost=below.cost,
             row_cost=below.row_cost,
         )  # fmt: skip
+        if (last := max(spelling.tokens.tolist(), default=0)) >= reader.alphabet.size:
+            raise VocabularyMismatchError(
+                f"expected an output layer of {self.name} with a logit for each of its tokens, got {last:,} as a token "
+                f"and {reader.alphabet.size:,} logits: its tokenizer is not its own"
+            )
         self._ends = sorted(reader.alphabet.ends | (set() if spelling.end is None else {spelling.end}))
         # For each symbol, the ids of the tokens that spell it, in order.
         ids = defaultdict[int, list[int]](list)
@@ -170,12 +176,15 @@ class UnionReader(ReaderOfRows[UnionText]):
                 )
                 continue
             cuts, counts[k] = self._cuts(one.symbols, row.length), [0]
+            # Of a symbol for which there is too little room, what fits is read: the row is full then.
+            left = row.most - row.tokens[-1] if row.length + len(one.symbols) <= self.limit else sys.maxsize
             for cut in cuts:
-                counts[k].append(counts[k][-1] + len(cut))
+                counts[k].append(min(left, counts[k][-1] + len(cut)))
             at = [counts[k][place] for place in one.at]
             # A symbol may be no token at all: a place is asked for once.
             places[k] = sorted(set(at))
-            below[k] = Read(row.below, [token for cut in cuts for token in cut], places[k], one.keep)
+            tokens = [token for cut in cuts for token in cut][: counts[k][-1]]
+            below[k] = Read(row.below, tokens, places[k], one.keep)
         told = yield from self.below.read(list(below.values()))
         numbers, which, start = list(below), list[int](), 0
         errors |= {numbers[j]: error for j, error in told.errors.items()}
