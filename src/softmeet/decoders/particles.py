@@ -41,7 +41,7 @@ class Particles(Decoder):
     ess: float = Field(default=0.5, ge=0, le=1)
     """The share of n below which the effective number of texts makes them be drawn anew; 0 for never."""
     utf8: bool = False
-    """Over bytes, whether texts that are no UTF-8 are left out of the definition."""
+    """Over bytes, whether texts that do not begin as UTF-8 does are left out of the definition."""
 
     name = "particles"
     summary = "a draw from the ensemble of whole texts, by sequential Monte Carlo"
