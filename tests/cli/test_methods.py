@@ -14,7 +14,7 @@ from softmeet.rules.gates import GATES as ASKED
 
 def test_all_parts_of_methods_are_listed():
     assert {*VOCABULARIES} == {*KNOWN} - {"auto"}
-    assert {*GATES} == {*ASKED}
+    assert {*GATES} == {name for name, kind in ASKED.items() if kind.__module__.startswith("softmeet.")}
     listed = json.loads(run("methods", "--json").stdout)
     names = {kind: [one["name"] for one in listed if one["kind"] == kind] for kind in ("rule", "decoder")}
     assert names == {"rule": softmeet.rule_names(), "decoder": softmeet.decoder_names()}
