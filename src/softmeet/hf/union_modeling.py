@@ -62,7 +62,8 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
         self._union, end = (found := alphabet or UnionAlphabet.of(spellings)), found.end
         prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
         self.contexts = Contexts(config.members, list(members), config.prefixes or prompts)
-        config.vocab_size, config.max_position_embeddings = self._union.size, None
+        # A symbol is a token or more, so that a text has no more symbols than a context has tokens.
+        config.adopt_limits(members, self._union.size, self.contexts.prefixes)
         for own in (config, self.generation_config):
             own.bos_token_id, own.eos_token_id, own.pad_token_id = end, end, end
         self.combiner = Combiner(config.members, [NoHead(self._union.size) for _ in members])
@@ -83,10 +84,6 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
     def member_heads(self) -> list[Head]:
         """The members' own output layers, each over the member's own tokens, in the members' order."""
         return self._heads
-
-    def room(self, length: int) -> int | None:
-        """Return how many symbols may be written: no more than fit into the shortest context of a member."""
-        return min(reader.limit for reader in self.readers_of_members)
 
     def own_tokens(self, text: str) -> list[list[int]]:
         """Return for each member the tokens by which it reads a text by itself."""
