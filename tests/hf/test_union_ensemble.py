@@ -101,6 +101,9 @@ def test_every_road_writes_the_same(folders, ensemble):
     line = run("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--vocabulary", "union", "--max-new-tokens",
                "10", "--seed", "3")  # fmt: skip
     assert line.stdout == expected + "\n"
+    shown = run("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--vocabulary", "union", "--max-new-tokens",
+                "3", "--seed", "3", "--summary")  # fmt: skip
+    assert "3 tokens, " in shown.stderr
     with running(serving_of({"union": ensemble})) as url:
         asked = {"prompt": PROMPT, "max_tokens": 10, "seed": 3, "model": "union"}
         told = http.post(f"{url}/v1/completions", json=asked).json()

@@ -208,7 +208,7 @@ def _say_endings(structure: Structure | None, texts: list[str], facts: dict[str,
     """Say on stderr how many texts ended before their structure was complete, and where the rule was not solved."""
     if structure and (cut := sum(not structure.allows(text) for text in texts)):
         say(f"{cut} of {len(texts)} texts ended before the structure was complete: raise --max-new-tokens")
-    for line in endings(facts["statuses"], facts["fallbacks"], facts["vocabulary"][:-1]):
+    for line in endings(facts["statuses"], facts["fallbacks"], _unit(facts)[:-1]):
         say(line)
 
 
@@ -293,9 +293,14 @@ def _facts(
     }
 
 
+def _unit(facts: dict[str, Any]) -> str:
+    """Return what a text's symbols are called; the strings of a union are tokens of some member."""
+    return "bytes" if facts["vocabulary"] == "bytes" else "tokens"
+
+
 def _show(facts: dict[str, Any]) -> None:
     """Print a summary on stderr: a table of the members, the speed, and how often the gate was closed, if any."""
-    members, unit = facts["members"], facts["vocabulary"]
+    members, unit = facts["members"], _unit(facts)
     title, speed = f"rule: {facts['rule']}", f"{facts['tokens']} {unit}, {facts['tokens_per_second']:.1f} {unit}/s"
     if unit == "bytes":
         columns = ["member", "weight", "disagreement (nats)", "model calls", "tokens run", "probability dropped"]
