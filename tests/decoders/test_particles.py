@@ -156,6 +156,20 @@ def test_members_that_can_write_nothing_together_have_an_estimate_of_zero():
     assert [(one.log_z, one.chosen, one.text) for one in found] == [(-math.inf, None, None)] * 2
 
 
+def test_drawing_anew_at_every_symbol_changes_no_mean():
+    """Which it would if texts that were drawn anew kept their weights."""
+    size, weights = (2, 4, 4), (0.5, 0.5)
+    z, shares = exact(size, "product", None, weights)
+    _, found = written(size, "logit-mean", weights, ess=1.0)
+    estimates = np.array([math.exp(one.log_z) for one in found])
+    assert abs(estimates.mean() - z) <= 4 * estimates.std() / RUNS**0.5
+    for text in sorted(shares, key=shares.get)[-5:]:
+        values = (
+            np.array([one.chosen is not None and one.texts[one.chosen].symbols == text for one in found]) * estimates
+        )
+        assert abs(values.mean() - z * shares[text]) <= 4 * values.std() / RUNS**0.5
+
+
 def test_never_drawing_anew_is_importance_sampling_with_the_same_mean():
     size, weights = (2, 3, 4), (0.5, 0.5)
     z, _ = exact(size, "product", None, weights)
