@@ -46,9 +46,11 @@ def assemble(
         model = over_tokens(config, models)
         model.adopt(vocabulary.tokenizer, vocabulary.ids)
     else:
-        kinds = {"bytes": "ByteEnsembleForCausalLM", "union": "UnionEnsembleForCausalLM"}
-        wanted = next(kind for kind in over_tokens.__subclasses__() if kind.__name__ == kinds[config.vocabulary])
-        model = wanted.assembled(config, models, vocabulary, tokenizers)
+        kinds = {kind.__name__: kind for kind in over_tokens.__subclasses__()}
+        if config.vocabulary == "union":
+            model = kinds["UnionEnsembleForCausalLM"](config, models, vocabulary, tokenizers)
+        else:
+            model = kinds["ByteEnsembleForCausalLM"](config, readers(config, models, vocabulary, tokenizers))
     model.chat = ChatTemplates(config.members, tokenizers)
     return model.eval()
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList
 
 from softmeet.engine.combine import Combiner
 from softmeet.engine.processors import SomethingLeft, following
@@ -26,7 +26,6 @@ from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
 from softmeet.members.opaque import Head, NoHead
 from softmeet.members.prompting import prefix_of
-from softmeet.members.spelling import Spelling
 from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.byte_member import ByteMember
@@ -89,17 +88,6 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         # Bytes have no rows of a softmax matrix.
         self.combiner = Combiner(config.members, [NoHead(SYMBOLS) for _ in readers])
         self.tokenizer = byte_tokenizer()
-
-    @classmethod
-    def assembled(
-        cls,
-        config: EnsembleConfig,
-        models: Sequence[PreTrainedModel],
-        spellings: Sequence[Spelling],
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-    ) -> ByteEnsembleForCausalLM:
-        """Make an ensemble of loaded members."""
-        return cls(config, assembly.readers(config, models, spellings, tokenizers))
 
     @property
     def member_heads(self) -> list[Head]:

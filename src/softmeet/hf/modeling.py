@@ -261,8 +261,8 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
 
     def own_prompt(self, text: str, *, special: bool) -> list[list[int] | None]:
-        """Return for each member the tokens as which it reads a prompt, where members cut prompts alone."""
-        raise NotImplementedError
+        """Return for each member the tokens of its own as which it reads a prompt; None where it reads shared ones."""
+        return [None] * len(self.members)
 
     def require_likelihood(self, what: str) -> None:
         """Raise InvalidInputError if a text has no one likelihood; the message names ``what`` needs it."""

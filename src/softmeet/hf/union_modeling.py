@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.engine.combine import Combiner
 from softmeet.errors import InvalidInputError
-from softmeet.hf.chat import chat_of
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -59,26 +58,15 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
             raise InvalidInputError("expected loaded members of an ensemble over a union: load it by Ensemble")
         super().__init__(config, members)
         self._heads, self._spellings, self._tokenizers = self.combiner.heads, list(spellings), list(tokenizers)
-        self._union, end = (found := alphabet or UnionAlphabet.of(spellings)), found.end
+        self._union = alphabet or UnionAlphabet.of(spellings)
         prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
         self.contexts = Contexts(config.members, list(members), config.prefixes or prompts)
         # A symbol is a token or more, so that a text has no more symbols than a context has tokens.
         config.adopt_limits(members, self._union.size, self.contexts.prefixes)
         for own in (config, self.generation_config):
-            own.bos_token_id, own.eos_token_id, own.pad_token_id = end, end, end
+            own.bos_token_id = own.eos_token_id = own.pad_token_id = self._union.end
         self.combiner = Combiner(config.members, [NoHead(self._union.size) for _ in members])
         self.tokenizer = union_tokenizer(self._union.words)
-
-    @classmethod
-    def assembled(
-        cls,
-        config: EnsembleConfig,
-        models: Sequence[PreTrainedModel],
-        spellings: Sequence[Spelling],
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-    ) -> UnionEnsembleForCausalLM:
-        """Make an ensemble of loaded members."""
-        return cls(config, models, spellings, tokenizers)
 
     @property
     def member_heads(self) -> list[Head]:
@@ -94,11 +82,9 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
         members, spellings, tokenizers = (
             [own[k] for k in chosen] for own in (list(self.members), self._spellings, self._tokenizers)
         )
-        found: EnsembleForCausalLM = UnionEnsembleForCausalLM(
-            config, members, spellings, tokenizers, self._union
-        ).eval()
-        found.chat = chat_of(self)
-        return found
+        found = UnionEnsembleForCausalLM(config, members, spellings, tokenizers, self._union)
+        part: EnsembleForCausalLM = found.eval()
+        return part
 
     def find_heads_again(self) -> None:
         """Take the heads anew from the members' weights; call it after single members were moved or cast."""

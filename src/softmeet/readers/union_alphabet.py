@@ -50,7 +50,7 @@ class UnionAlphabet:
 
     @cached_property
     def ends(self) -> frozenset[int]:
-        """The end."""
+        """The symbols that end a text: the last one alone."""
         return frozenset({self.end})
 
     def symbol(self, word: bytes) -> int:

@@ -80,6 +80,7 @@ class UnionReader(ReaderOfRows[UnionText]):
                 f"and {reader.alphabet.size:,} logits: its tokenizer is not its own"
             )
         self._ends = sorted(reader.alphabet.ends | (set() if spelling.end is None else {spelling.end}))
+        self._end = tuple(self._ends[:1]) if spelling.end is None else (spelling.end,)
         # For each symbol, the ids of the tokens that spell it, in order.
         ids = defaultdict[int, list[int]](list)
         symbol = 0
@@ -108,7 +109,7 @@ class UnionReader(ReaderOfRows[UnionText]):
             first: whether nothing stands before it; then the end is no token.
         """
         if symbol == self.alphabet.end:
-            return () if first else tuple(self._ends[:1])
+            return () if first else self._end
         if symbol in self._ids:
             return self._ids[symbol][:1]
         if symbol not in self._cut:
@@ -155,7 +156,7 @@ class UnionReader(ReaderOfRows[UnionText]):
         del one.tokens[length + 1 :]
 
     def close(self, row: Row) -> None:
-        """Give a row up."""
+        """Give a row up, and the member's own row with it."""
         one = self._mine(row)
         self._rows.pop(one)
         self.below.close(one.below)

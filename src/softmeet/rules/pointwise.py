@@ -34,7 +34,7 @@ class PointwiseMax(ClosedForm):
         return problem.restricted(log_normalize(self.aggregate(problem.log_p, problem.weights)))
 
     def aggregate(self, log_p: Float[Tensor, n * b], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b"]:
-        """Return max_i log p_i."""
+        """Return the largest log p_i of the members of positive weight."""
         return log_p[weights > 0].amax(0)
 
 
@@ -57,7 +57,7 @@ class PointwiseMin(ClosedForm):
         return problem.restricted(log_normalize(self.aggregate(problem.log_p, problem.weights)))
 
     def aggregate(self, log_p: Float[Tensor, n * b], weights: Float[Tensor, " n"]) -> Float[Tensor, "*b"]:
-        """Return min_i log p_i."""
+        """Return the smallest log p_i of the members of positive weight."""
         return log_p[weights > 0].amin(0)
 
 
