@@ -138,9 +138,8 @@ def top_union_distribution(members: Members, states: States, w: Array, k: int) -
 
     All members add to S, also those of no weight, and also strings of no mass where a member has fewer than k others.
     Each member is renormalised over S; one without mass on S leaves, and the other weights are renormalised. For a
-    string that it lacks, a member has the probability of the first id of its own tokens for it (that id alone, not
-    others of the same bytes), or 0 if that id's string is in S; two strings may so count one id. A member without an
-    end gives the end 0.
+    string that it lacks, a member has the mass of the string of the first of its own tokens for it, or 0 if that string
+    is in S; two strings may so count one mass. A member without an end gives the end 0.
     """
     own = [string_masses(member, state) for member, state in zip(members, states, strict=True)]
     S = {u for masses in own for u in by_mass(masses)[:k]}
@@ -151,7 +150,7 @@ def top_union_distribution(members: Members, states: States, w: Array, k: int) -
         pieces = [] if u is None else members[i].encode(u)
         if not pieces or members[i].tokens[pieces[0]] in S:
             return 0.0
-        return float(members[i].probs(states[i])[pieces[0]])
+        return own[i][members[i].tokens[pieces[0]]]
 
     on_S = [{u: value(i, u) for u in S} for i in range(len(members))]
     totals = [math.fsum(values.values()) for values in on_S]

@@ -29,7 +29,7 @@ from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, PieceStreamer, streamed
 from softmeet.hf.unread import reading, refuse_quantised
-from softmeet.hf.vocabulary import choose_vocabulary, require_for_bytes, require_vocabulary
+from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_vocabulary
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable, with_engines
 from softmeet.members.passages import Passage
@@ -102,7 +102,8 @@ class Ensemble:
                 up to padding and added tokens; ``"bytes"`` to combine distributions over bytes; ``"auto"``, the
                 default, for bytes if tokenizers differ, which is logged. Over bytes the rule must be an average,
                 ``logit-mean`` by default, and ``max_new_tokens`` counts the first member's tokens. ``"union"`` for the
-                union of the members' tokens, to write alone, by ``prob-mean`` by default.
+                union of the members' tokens, to write alone, by ``prob-mean`` by default; ``"union:k=10"`` for that of
+                each one's ten likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code is.
             prune: over bytes, the least share of probability mass at which a member runs on an alternative
                 tokenization of the text; 0 to run on all of them, 0.01 by default.
             prefixes: over bytes, for each member the token ids that it reads before every text, such as a prompt of its
@@ -132,7 +133,7 @@ class Ensemble:
             before, chosen = saved, saved.settings.changed(**given)
         vocabulary, prune = vocabulary or before.vocabulary, before.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
-        if vocabulary in ("bytes", "union") and not any_average:
+        if kind_of(vocabulary) in ("bytes", "union") and not any_average:
             require_for_bytes(chosen, vocabulary)  # before anything is loaded
         config = EnsembleConfig(
             names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,

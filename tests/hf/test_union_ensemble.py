@@ -17,12 +17,14 @@ from serving import http, running, serving_of
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf import EnsembleForCausalLM
+from softmeet.hf.prompts import encoded
 from softmeet.hf.union_modeling import UnionEnsembleForCausalLM
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.reader import Read, finished
 from softmeet.readers.transformers import TransformersReader
 from softmeet.readers.union_alphabet import UnionAlphabet
 from softmeet.readers.union_reader import UnionReader
+from softmeet.readers.union_tokens import SpelledTokens
 
 PROMPT = "The king said"
 
@@ -37,9 +39,20 @@ def ensemble(folders):
     return Ensemble.from_pretrained(folders, vocabulary="union")
 
 
+@pytest.fixture(scope="module")
+def top_unions(folders):
+    """Ensembles over the union of the members' k likeliest strings, by k."""
+    loaded = {}
+    return {k: Ensemble.from_pretrained(folders, vocabulary=f"union:k={k}", loaded=loaded) for k in (1, 3, 10)}
+
+
+def ensemble_inputs(ensemble):
+    return encoded(ensemble.model, ensemble.tokenizer, [PROMPT])
+
+
 def oracle(ensemble, i):
     """A member as the oracles know it, and the tokens of the prompt as it cuts it."""
-    model, spelling = ensemble.model.members[i], ensemble.model._spellings[i]
+    model, spelling = ensemble.model.members[i], ensemble.model.space.spellings[i]
     ends = frozenset(ensemble.model.readers_of_members[i].below.alphabet.ends)
     words = dict(zip(spelling.tokens.tolist(), spelling.words, strict=True))
 
@@ -68,6 +81,21 @@ def test_the_next_string_is_the_mean_of_what_members_say_of_it(ensemble):
     found = ensemble.next_token(PROMPT, top=3)
     best = sorted(expected.values(), reverse=True)[:3]
     assert [p for _, p in found.top] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize(("k", "weights"), [(1, (0.5, 0.5)), (3, (0.2, 0.8)), (10, (0.5, 0.5)), (10, (0.0, 1.0))])
+def test_over_the_likeliest_strings_it_is_what_the_formulas_say(k, weights, top_unions):
+    ensemble = top_unions[k]
+    members, prompts = zip(*(oracle(ensemble, i) for i in range(2)), strict=True)
+    expected = rival_oracles.top_union_distribution(members, prompts, np.array(weights), k)
+    ours = ensemble.model(**ensemble_inputs(ensemble), weights=list(weights), logits_to_keep=1).logits[0, -1].exp()
+    alphabet = ensemble.model.alphabet
+    where = {alphabet.end if word is None else alphabet.symbol(word): p for word, p in expected.items()}
+    assert set(ours.nonzero().flatten().tolist()) == {symbol for symbol, p in where.items() if p}
+    assert [ours[symbol].item() for symbol in where] == pytest.approx(list(where.values()), abs=1e-6)
+    text = rival_oracles.top_union_greedy(members, prompts, np.array(weights), 9, k)
+    found = ensemble.generate(PROMPT, max_new_tokens=9, do_sample=False, weights=list(weights))
+    assert found == b"".join(word for word in text if word).decode(errors="replace")
 
 
 def test_members_in_another_order_write_the_same(folders, ensemble):
@@ -189,8 +217,9 @@ def test_a_head_that_is_too_small_is_refused():
         spelling_of("it", tokenizer),
     )
     below.alphabet = replace(below.alphabet, size=10)
+    alphabet = UnionAlphabet.of([spelling])
     with pytest.raises(VocabularyMismatchError, match="a logit for each of its tokens"):
-        UnionReader(below, spelling, UnionAlphabet.of([spelling]))
+        UnionReader(below, SpelledTokens(spelling, alphabet, ()), alphabet)
 
 
 def test_chats_and_prompts_of_members_own_are_read(folders):

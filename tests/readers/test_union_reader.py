@@ -14,9 +14,14 @@ from softmeet.readers.reader import Read, finished
 from softmeet.readers.transformers import TransformersReader
 from softmeet.readers.union_alphabet import UnionAlphabet
 from softmeet.readers.union_reader import UnionReader
+from softmeet.readers.union_tokens import SpelledTokens
 from softmeet.testing import check_reader
 
 KINDS = ("gpt2", "llama")
+
+
+def over_union(reader, spelling, alphabet):
+    return UnionReader(reader, SpelledTokens(spelling, alphabet, reader.alphabet.ends), alphabet)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def made():
     models = [byte_members.model_of(own, seed=k) for k, own in enumerate(tokenizers)]
     alphabet = UnionAlphabet.of(spellings)
     readers = [
-        UnionReader(TransformersReader(model, tokenizer, kind), spelling, alphabet)
+        over_union(TransformersReader(model, tokenizer, kind), spelling, alphabet)
         for model, tokenizer, kind, spelling in zip(models, tokenizers, KINDS, spellings, strict=True)
     ]
     return readers, spellings, alphabet, models

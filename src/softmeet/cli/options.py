@@ -92,7 +92,8 @@ class LoadingFlags(Flags, panel="Members"):
     )
     vocabulary: str | None = optional(
         "What the members are combined over. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
-        "only. union: the union of their tokens, to write alone. auto: bytes where tokenizers differ, else tokens.",
+        "only. union: the union of their tokens, to write alone; union:k=10: of the ten likeliest of each. auto: bytes "
+        "where tokenizers differ, else tokens.",
         shown="auto",
     )
     prune: float | None = optional(
@@ -134,7 +135,7 @@ class LoadingFlags(Flags, panel="Members"):
             typer.Exit: with the code 130 after Ctrl-C.
             CheckpointError, VocabularyMismatchError, UnsupportedHeadError: as ``Ensemble.from_pretrained`` raises them.
         """
-        if self.vocabulary == "union" and not to_write:
+        if (self.vocabulary or "").startswith("union") and not to_write:
             raise InvalidInputError(
                 "--vocabulary union is for generate and serve: over it a text can be written in many ways, so that "
                 "none can be scored; say --vocabulary bytes"

@@ -55,7 +55,10 @@ class Combiner:
         v: the size of the vocabulary: the number of logits of the largest head.
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
         capped: whether a head has a soft-cap; rules then need logits beside log-probabilities.
+        joint: whether what a member says at a place depends on what the others say there.
     """
+
+    joint = False
 
     def __init__(self, names: Sequence[str], heads: Sequence[Head], support: Bool[Tensor, " v"] | None = None) -> None:
         self.names, self.heads, self.support = names, list(heads), support

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.hf.chat import ChatTemplates
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.union_form import UnionForm
+from softmeet.hf.union_space import union_space
 from softmeet.members.member import Member
 from softmeet.members.prompting import prefix_of
 from softmeet.members.spelling import Spelling
@@ -47,8 +49,9 @@ def assemble(
         model.adopt(vocabulary.tokenizer, vocabulary.ids)
     else:
         kinds = {kind.__name__: kind for kind in over_tokens.__subclasses__()}
-        if config.vocabulary == "union":
-            model = kinds["UnionEnsembleForCausalLM"](config, models, vocabulary, tokenizers)
+        if config.vocabulary.startswith("union"):
+            space = union_space(UnionForm.parse(config.vocabulary), vocabulary, tokenizers)
+            model = kinds["UnionEnsembleForCausalLM"](config, models, tokenizers, space)
         else:
             model = kinds["ByteEnsembleForCausalLM"](config, readers(config, models, vocabulary, tokenizers))
     model.chat = ChatTemplates(config.members, tokenizers)

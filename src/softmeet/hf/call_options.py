@@ -165,6 +165,8 @@ class CallOptions:
             raise InvalidInputError("max_bytes is for members combined over bytes: over tokens say max_new_tokens")
         if (prefixes := given.pop("prefixes", None)) is not None:
             own["own_prompts"] = _before(prefixes, model)
+        if own["one_member"] and model.combiner.joint:
+            _refuse_beside_one_member([f"vocabulary={model.config.vocabulary!r}, which all members make together"])
         seconds = own["token_seconds"]
         if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
             raise InvalidInputError(f"expected token_seconds as a number from 0, got {seconds!r}")

@@ -37,8 +37,8 @@ class EnsembleConfig(PreTrainedConfig):
         settings: all settings as one immutable object, completed for these members by :meth:`Settings.for_members`;
             setting an attribute replaces it.
         rule_source: the rule's origin, as ``"package NAME"`` or ``"class NAME"``; None for softmeet's own rules.
-        vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes; ``"auto"`` until
-            the tokenizers have been compared.
+        vocabulary: ``"tokens"`` for members combined over their common tokens, ``"bytes"`` over bytes, ``"union"``, or
+            a form of it, over the union of their tokens; ``"auto"`` until the tokenizers have been compared.
         prune: over bytes, the share of the probability mass of all tokenizations of a text from which on a member's
             model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
         prefixes: over bytes, for each member the token ids that it reads before every text, None for those that its
@@ -78,7 +78,7 @@ class EnsembleConfig(PreTrainedConfig):
         self.movement = dict(movement or {})
         self.rule_source = source_of(self.settings.rule)
         # By the architecture transformers chooses the model's class, even without a checkpoint.
-        given.setdefault("architectures", [_CLASSES.get(vocabulary, "EnsembleForCausalLM")])
+        given.setdefault("architectures", [_CLASSES.get(vocabulary.partition(":")[0], "EnsembleForCausalLM")])
         super().__init__(**given)
 
     def __getattr__(self, name: str) -> Any:

@@ -92,6 +92,7 @@ def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: 
     found = {
         "a single member": len(model.members) < 2,
         "one_member": options.one_member,
+        f"vocabulary={model.config.vocabulary!r}, which all members make together": model.combiner.joint,
         "the gate unsure, by which members already lag behind": options.unsure is not None,
         "token_seconds": options.token_seconds is not None,
         "use_cache=False": not config.use_cache,

@@ -7,20 +7,17 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softmeet.engine.combine import Combiner
 from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.union_space import UnionSpace
 from softmeet.hf.vocabulary import require_for_bytes
 from softmeet.members.heads import replace_weight
 from softmeet.members.member import Member
-from softmeet.members.opaque import Head, NoHead
+from softmeet.members.opaque import Head
 from softmeet.members.prompting import ids_of, prefix_of
-from softmeet.members.spelling import Spelling
 from softmeet.readers.reader import Reader
-from softmeet.readers.union_alphabet import UnionAlphabet
-from softmeet.readers.union_reader import UnionReader
 from softmeet.readers.union_tokenizer import union_tokenizer
 from softmeet.rules.settings import Settings
 
@@ -35,9 +32,8 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
     Args:
         config: the settings; ``config.members`` names the members.
         members: the models, in the order of ``config.members``.
-        spellings: how the tokens of each are spelled.
         tokenizers: of each.
-        alphabet: the union; None for that of these members.
+        space: the union.
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices, which have no rows for the union.
@@ -50,23 +46,23 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
         self,
         config: EnsembleConfig,
         members: Sequence[PreTrainedModel] | None = None,
-        spellings: Sequence[Spelling] = (),
         tokenizers: Sequence[PreTrainedTokenizerBase] = (),
-        alphabet: UnionAlphabet | None = None,
+        space: UnionSpace | None = None,
     ) -> None:
-        if members is None:
+        if members is None or space is None:
             raise InvalidInputError("expected loaded members of an ensemble over a union: load it by Ensemble")
         super().__init__(config, members)
-        self._heads, self._spellings, self._tokenizers = self.combiner.heads, list(spellings), list(tokenizers)
-        self._union = alphabet or UnionAlphabet.of(spellings)
+        self._heads, self.space, self._tokenizers = self.combiner.heads, space, list(tokenizers)
         prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
         self.contexts = Contexts(config.members, list(members), config.prefixes or prompts)
         # A symbol is a token or more, so that a text has no more symbols than a context has tokens.
-        config.adopt_limits(members, self._union.size, self.contexts.prefixes)
+        config.adopt_limits(members, space.alphabet.size, self.contexts.prefixes)
+        ends = sorted(space.alphabet.ends)
         for own in (config, self.generation_config):
-            own.bos_token_id = own.eos_token_id = own.pad_token_id = self._union.end
-        self.combiner = Combiner(config.members, [NoHead(self._union.size) for _ in members])
-        self.tokenizer = union_tokenizer(self._union.words)
+            own.bos_token_id = own.pad_token_id = space.alphabet.end
+            own.eos_token_id = ends if len(ends) > 1 else ends[0]
+        self.combiner = space.combiner(config.members)
+        self.tokenizer = union_tokenizer(space.words)
 
     @property
     def member_heads(self) -> list[Head]:
@@ -79,10 +75,8 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
 
     def part(self, chosen: Sequence[int], config: EnsembleConfig) -> EnsembleForCausalLM:
         """Make an ensemble, configured by ``config``, of the members numbered ``chosen``; it shares their weights."""
-        members, spellings, tokenizers = (
-            [own[k] for k in chosen] for own in (list(self.members), self._spellings, self._tokenizers)
-        )
-        found = UnionEnsembleForCausalLM(config, members, spellings, tokenizers, self._union)
+        members, tokenizers = ([own[k] for k in chosen] for own in (list(self.members), self._tokenizers))
+        found = UnionEnsembleForCausalLM(config, members, tokenizers, self.space.part(chosen))
         part: EnsembleForCausalLM = found.eval()
         return part
 
@@ -97,11 +91,11 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
 
     def key_of(self, i: int) -> Any:
         """Return what members share if one reader reads for both: the model and how its tokens are spelled."""
-        return self.members[i], self._spellings[i]
+        return self.members[i], self.space.key_of(i)
 
     def new_reader(self, i: int, name: str, kept_tokens: int | None) -> Reader:
         """Make a reader of member i over the union."""
-        return UnionReader(super().new_reader(i, name, kept_tokens), self._spellings[i], self._union)
+        return self.space.reader(i, super().new_reader(i, name, kept_tokens))
 
     def own_prompt(self, text: str, *, special: bool) -> list[list[int] | None]:
         """Return for each member the tokens as which it reads a prompt: its own prompt or prefix, and the text."""
@@ -116,7 +110,7 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
 
     def require(self, settings: Settings) -> None:
         """Raise the errors of :func:`softmeet.hf.vocabulary.require_for_bytes`, whose reasons hold here, too."""
-        require_for_bytes(settings, "union")
+        require_for_bytes(settings, self.config.vocabulary)
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError, which says that ``what``, such as "evaluation", is for other ensembles."""

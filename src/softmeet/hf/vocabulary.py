@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.engine.unread import AVERAGE, averages
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.union_form import UnionForm
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
+from softmeet.rules.gates import unsure_of
 from softmeet.rules.settings import Settings
 
 VOCABULARIES = ("auto", "tokens", "bytes", "union")
@@ -30,7 +32,8 @@ def require_vocabulary(name: str, prune: float) -> None:
     """Check the two settings of an ensemble's vocabulary.
 
     Args:
-        name: the vocabulary: ``"tokens"``, ``"bytes"``, ``"union"``; ``"auto"`` to choose by the members' tokenizers.
+        name: the vocabulary: ``"tokens"``, ``"bytes"``, ``"union"`` or a form of it (:class:`UnionForm`); ``"auto"`` to
+            choose by the members' tokenizers.
         prune: over bytes, the share of the probability mass of all tokenizations of a text from which on a member's
             model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
 
@@ -39,7 +42,9 @@ def require_vocabulary(name: str, prune: float) -> None:
     """
     if not (isinstance(prune, Real) and 0 <= prune < 1):
         raise InvalidInputError(f"expected prune to be a share of mass from 0 to below 1, got {prune!r}")
-    if name not in VOCABULARIES:
+    if kind_of(name) == "union":
+        UnionForm.parse(name)
+    elif name not in VOCABULARIES:
         raise InvalidInputError(f"expected a vocabulary, {', '.join(VOCABULARIES)}, got {name!r}")
 
 
@@ -79,7 +84,7 @@ def choose_vocabulary(
             return found
     config.vocabulary = "bytes" if chosen else config.vocabulary
     if any_average:
-        config.rule = OVER_UNION if config.vocabulary == "union" else AVERAGE
+        config.rule = OVER_UNION if kind_of(config.vocabulary) == "union" else AVERAGE
     require_for_bytes(config.settings, config.vocabulary)
     pairs = list(zip(config.members, tokenizers, strict=True))
     spellings = [spelling_of(name, own) for name, own in pairs]
@@ -94,12 +99,28 @@ def require_for_bytes(settings: Settings, vocabulary: str = "bytes") -> None:
 
     Raises:
         UnsupportedHeadError: if the rule needs the members' softmax matrices, which have no rows for bytes.
+        InvalidInputError: if the gate lets one member answer alone, over a union that all members make together.
     """
-    rule = settings.rule
+    rule, kind = settings.rule, kind_of(vocabulary)
     if rule.reads_heads:
         raise UnsupportedHeadError(
-            f"the rule {rule.name} {_WHY[vocabulary]}: choose {averages()}, or members that share a tokenizer"
+            f"the rule {rule.name} {_WHY[kind]}: choose {averages()}, or members that share a tokenizer"
         )
+    if kind == "union" and UnionForm.parse(vocabulary).is_joint and unsure_of(settings.gate) is not None:
+        raise InvalidInputError(
+            f"the gate {settings.gate} lets the first member answer alone, and {vocabulary} is made of what all "
+            "members say at a step: leave the gate out, or say vocabulary='union'"
+        )
+
+
+def kind_of(vocabulary: str) -> str:
+    """Return the name of a vocabulary without its options.
+
+    Example:
+        >>> kind_of("union:k=10")
+        'union'
+    """
+    return vocabulary.partition(":")[0]
 
 
 def require_unicode(*texts: str) -> None:

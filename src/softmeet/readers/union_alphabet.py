@@ -6,8 +6,22 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from softmeet.members.spelling import Spelling
+from softmeet.readers.reader import Alphabet
+
+
+class Union(Alphabet, Protocol):
+    """The symbols of a union of tokens, of which one is the end.
+
+    Attributes:
+        end: the symbol that ends a text, or begins one.
+    """
+
+    @property
+    def end(self) -> int:
+        """The symbol that ends a text, or begins one."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError, VocabularyMismatchError
-from softmeet.members.spelling import Spelling
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row, Traits
-from softmeet.readers.union_alphabet import UnionAlphabet
+from softmeet.readers.union_alphabet import Union
+from softmeet.readers.union_tokens import OwnTokens
 
 # The room, in tokens, behind which a text ends: a symbol that a member lacks needs several.
 _SPARE = 8
@@ -51,22 +50,21 @@ class UnionText(Row):
 class UnionReader(ReaderOfRows[UnionText]):
     """A reader over tokens that is read over the union of several tokenizers' tokens (GaC, Yu et al., 2024).
 
-    What it predicts of a byte string is the sum over its tokens that spell it, and 0 where it has none; of the end, the
-    sum over all tokens that end a text. Tokens that spell nothing, such as those of chats, are left out, and the others
-    renormalised. A byte string is read as the first of its tokens that spell it, or where there is none, as the tokens
-    into which its tokenizer cuts it. The end begins a text where it comes first, of which nothing is read.
+    What it predicts of a symbol is the sum over its tokens that the symbol stands for, and 0 where there are none;
+    tokens for which no symbol stands are left out, and the others renormalised. The end begins a text where it comes
+    first, of which nothing is read.
 
     Args:
         reader: the member, over its own tokens.
-        spelling: how these are spelled.
+        own: for which of these the symbols stand, and as which they are read.
         alphabet: the union.
     """
 
-    alphabet: UnionAlphabet
+    alphabet: Union
 
-    def __init__(self, reader: Reader, spelling: Spelling, alphabet: UnionAlphabet) -> None:
+    def __init__(self, reader: Reader, own: OwnTokens, alphabet: Union) -> None:
         super().__init__(UnionText)
-        self.below, self._spelling, self.alphabet = reader, spelling, alphabet
+        self.below, self._own, self.alphabet = reader, own, alphabet
         self.name, self.limit = reader.name, reader.limit
         below = reader.traits
         self.traits = Traits(
@@ -74,27 +72,15 @@ class UnionReader(ReaderOfRows[UnionText]):
             rows=below.rows, predictions=below.predictions, room=below.room, places=below.places, cost=below.cost,
             row_cost=below.row_cost,
         )  # fmt: skip
-        if (last := max(spelling.tokens.tolist(), default=0)) >= reader.alphabet.size:
+        # The ids of all that are told, once; and for each pass, which of them are added to which symbols.
+        told = [token for ids in own.ids.values() for token in ids]
+        if (last := max(told, default=0)) >= reader.alphabet.size:
             raise VocabularyMismatchError(
                 f"expected an output layer of {self.name} with a logit for each of its tokens, got {last:,} as a token "
                 f"and {reader.alphabet.size:,} logits: its tokenizer is not its own"
             )
-        self._ends = sorted(reader.alphabet.ends | (set() if spelling.end is None else {spelling.end}))
-        self._end = tuple(self._ends[:1]) if spelling.end is None else (spelling.end,)
-        # For each symbol, the ids of the tokens that spell it, in order.
-        ids = defaultdict[int, list[int]](list)
-        symbol = 0
-        for word, token in zip(spelling.words, spelling.tokens.tolist(), strict=True):
-            while alphabet.words[symbol] != word:
-                symbol += 1
-            if token not in self._ends:
-                ids[symbol].append(token)
-        ids[alphabet.end] = list(self._ends)
-        self._ids = {symbol: tuple(own) for symbol, own in ids.items() if own}
-        self._cut = dict[int, tuple[int, ...]]()
-        # The ids of all that are told, once; and for each pass, which of them are added to which symbols.
-        self._told = torch.tensor([token for own in self._ids.values() for token in own])
-        self._passes = _passes(list(self._ids.values()), list(self._ids))
+        self._told = torch.tensor(told)
+        self._passes = _passes(list(own.ids.values()), list(own.ids))
 
     @property
     def bytes(self) -> int:
@@ -108,14 +94,7 @@ class UnionReader(ReaderOfRows[UnionText]):
             symbol: the symbol.
             first: whether nothing stands before it; then the end is no token.
         """
-        if symbol == self.alphabet.end:
-            return () if first else self._end
-        if symbol in self._ids:
-            return self._ids[symbol][:1]
-        if symbol not in self._cut:
-            word = self.alphabet.words[symbol].translate(None, self._spelling.unwritable)
-            self._cut[symbol] = tuple(self._spelling.cut(word))
-        return self._cut[symbol]
+        return () if first and symbol == self.alphabet.end else self._own.read_as(symbol)
 
     def _cuts(self, symbols: Sequence[int], before: int) -> list[tuple[int, ...]]:
         return [self.tokens_of(symbol, first=not (before + k)) for k, symbol in enumerate(symbols)]
@@ -125,7 +104,7 @@ class UnionReader(ReaderOfRows[UnionText]):
         cuts, counts = self._cuts(text, 0), [0]
         for cut in cuts:
             counts.append(counts[-1] + len(cut))
-        own = tuple(own) or self._spelling.start
+        own = tuple(own) or self._own.start
         below = self.below.open([token for cut in cuts for token in cut], own, reuse=reuse)
         known = min(bisect_right(counts, below.known) - 1, max(0, len(text) - 1))
         if counts[known] != below.known:

@@ -161,7 +161,7 @@ def alone(
         one_member: whether tokens may come from one member each.
     """
     how, request = s.combination, s.request
-    if how.unsure is not None or len(set(s.readers)) < max(len(s.readers), 2):
+    if how.unsure is not None or how.model.combiner.joint or len(set(s.readers)) < max(len(s.readers), 2):
         return None
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None

@@ -1,0 +1,86 @@
+"""What the symbols of a union of tokens are among the tokens of one member."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Protocol
+
+from softmeet.members.spelling import Spelling
+from softmeet.readers.union_alphabet import UnionAlphabet
+
+
+class OwnTokens(Protocol):
+    """What the symbols of a union are among a member's tokens.
+
+    Attributes:
+        ids: of each symbol that the member has, the ids of the tokens for which it stands.
+        start: the ids that the member reads before every text.
+    """
+
+    ids: Mapping[int, tuple[int, ...]]
+    start: tuple[int, ...]
+
+    def read_as(self, symbol: int) -> tuple[int, ...]:
+        """Return the ids as which the member reads a symbol."""
+
+
+class SpelledTokens:
+    """The tokens of a member over the byte strings of all members' tokens.
+
+    A byte string stands for all tokens that spell it, the end for all that end a text; tokens that spell nothing, such
+    as those of chats, have no symbol. A byte string is read as the first of its tokens or, where there is none, as the
+    tokens into which its tokenizer cuts it.
+
+    Args:
+        spelling: how the tokens are spelled.
+        alphabet: the union.
+        ends: the ids of tokens that end a text.
+    """
+
+    def __init__(self, spelling: Spelling, alphabet: UnionAlphabet, ends: Iterable[int]) -> None:
+        self.start = tuple(spelling.start)
+        self._spelling, self._alphabet = spelling, alphabet
+        own_ends = sorted({*ends} | (set() if spelling.end is None else {spelling.end}))
+        self._end = tuple(own_ends[:1]) if spelling.end is None else (spelling.end,)
+        ids = defaultdict[int, list[int]](list)
+        symbol = 0
+        for word, token in zip(spelling.words, spelling.tokens.tolist(), strict=True):
+            while alphabet.words[symbol] != word:
+                symbol += 1
+            if token not in own_ends:
+                ids[symbol].append(token)
+        ids[alphabet.end] = own_ends
+        self.ids: Mapping[int, tuple[int, ...]] = {symbol: tuple(own) for symbol, own in ids.items() if own}
+        self._cut = dict[int, tuple[int, ...]]()
+
+    def read_as(self, symbol: int) -> tuple[int, ...]:
+        """Return the ids as which the member reads a symbol."""
+        if symbol == self._alphabet.end:
+            return self._end
+        if symbol in self.ids:
+            return self.ids[symbol][:1]
+        if symbol not in self._cut:
+            word = self._alphabet.words[symbol].translate(None, self._spelling.unwritable)
+            self._cut[symbol] = tuple(self._spelling.cut(word))
+        return self._cut[symbol]
+
+
+def stand_in(spelling: Spelling, alphabet: UnionAlphabet) -> Callable[[int], int | None]:
+    """Return a function from a symbol to the one that stands for it where a member lacks it.
+
+    That is the symbol of the first token into which its tokenizer cuts it; None if the member has a token that spells
+    it, or none at all for it.
+    """
+
+    @lru_cache(maxsize=1 << 16)
+    def stand(symbol: int) -> int | None:
+        if symbol == alphabet.end:
+            return None
+        word = alphabet.words[symbol]
+        first, longer, _ = spelling.among(word)
+        cut = spelling.cut(word.translate(None, spelling.unwritable)) if first == longer else ()
+        return alphabet.symbol(spelling.spelled(cut[:1])) if len(cut) else None
+
+    return stand
