@@ -97,6 +97,10 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
         """Make a reader of member i over the union."""
         return self.space.reader(i, super().new_reader(i, name, kept_tokens))
 
+    def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+        """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
+        return super().before(self.space.prompted_as(i), prompt, own)
+
     def own_prompt(self, text: str, *, special: bool) -> list[list[int] | None]:
         """Return for each member the tokens as which it reads a prompt: its own prompt or prefix, and the text."""
         found = list[list[int] | None]()

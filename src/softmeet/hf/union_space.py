@@ -13,6 +13,8 @@ from softmeet.engine.top_union import TopUnion
 from softmeet.hf.union_form import UnionForm
 from softmeet.members.opaque import NoHead
 from softmeet.members.spelling import Spelling
+from softmeet.published.gac import GacUnion
+from softmeet.published.unite import UniteUnion
 from softmeet.readers.reader import Reader
 from softmeet.readers.union_alphabet import Union, UnionAlphabet
 from softmeet.readers.union_reader import UnionReader
@@ -32,6 +34,9 @@ class UnionSpace(Protocol):
 
     def key_of(self, i: int) -> Any:
         """Return what members of one model share if one reader reads for both."""
+
+    def prompted_as(self, i: int) -> int:
+        """Return the number of the member whose prompt member i reads."""
 
     def reader(self, i: int, below: Reader) -> Reader:
         """Return a reader over the union of member i, which ``below`` reads over its own tokens."""
@@ -71,6 +76,10 @@ class SpelledUnion:
         """Return how the member's tokens are spelled."""
         return self.spellings[i]
 
+    def prompted_as(self, i: int) -> int:
+        """Return i: every member reads prompts as its own tokenizer cuts them."""
+        return i
+
     def reader(self, i: int, below: Reader) -> UnionReader:
         """Return a reader over the union of member i, which ``below`` reads over its own tokens."""
         return UnionReader(below, SpelledTokens(self.spellings[i], self.alphabet, below.alphabet.ends), self.alphabet)
@@ -100,4 +109,8 @@ def union_space(
     Raises:
         InvalidInputError: if the code that a form follows cannot take a tokenizer.
     """
+    if form.published == "gac":
+        return GacUnion.of(spellings, tokenizers)
+    if form.published == "unite" and form.k is not None:
+        return UniteUnion.of(spellings, tokenizers, form.k)
     return SpelledUnion.of(spellings, form.k)

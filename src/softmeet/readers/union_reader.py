@@ -176,7 +176,19 @@ class UnionReader(ReaderOfRows[UnionText]):
             if asked[k].keep:
                 rows[k].tokens += [rows[k].tokens[-1] + count for count in counts[k][1:]]
         found = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
-        return _OverUnion(self, told, torch.tensor(which, dtype=torch.long), found, errors)
+        return self.over(told, torch.tensor(which, dtype=torch.long), found, errors)
+
+    def over(
+        self, told: Predictions, which: Int[Tensor, " k"], counts: Sequence[int], errors: dict[int, SoftmeetError]
+    ) -> OverUnion:
+        """Return what the member predicts, over the union, from what it predicts over its own tokens.
+
+        Args:
+            told: the latter.
+            which: for each place, which of these predictions.
+            counts, errors: as of :class:`Predictions`.
+        """
+        return OverUnion(self, told, which, counts, errors)
 
     def over_union(self, logits: Float[Tensor, "k v"]) -> Float[Tensor, "k u"]:
         """Return log-probabilities of the union's symbols, in nats, from logits of the member's own tokens."""
@@ -189,7 +201,7 @@ class UnionReader(ReaderOfRows[UnionText]):
         return found
 
 
-class _OverUnion(Predictions):
+class OverUnion(Predictions):
     """What a member predicts, over the union.
 
     Args:
@@ -208,11 +220,11 @@ class _OverUnion(Predictions):
         errors: dict[int, SoftmeetError],
     ) -> None:
         super().__init__(counts, dict(sorted(errors.items())), told.work)
-        self._reader, self._told, self._which = reader, told, which
+        self._reader, self.told, self.which = reader, told, which
 
     def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return log-probabilities at some places."""
-        return self._reader.over_union(self._told.logits(self._which[places]))
+        return self._reader.over_union(self.told.logits(self.which[places]))
 
     def log_probs(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return log-probabilities at some places."""

@@ -1,0 +1,1 @@
+"""Methods of others as their published code has them, with all that it does differently from their papers."""

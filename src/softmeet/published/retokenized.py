@@ -1,0 +1,147 @@
+"""A member that reads another one's text, and cuts all of it anew at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.members.prompting import ids_of
+from softmeet.published.union_logits import UnionLogitsReader
+from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row
+from softmeet.readers.union_alphabet import Union
+from softmeet.readers.union_tokens import OwnTokens
+
+
+@dataclass(eq=False)
+class AnothersText(Row):
+    """A row: another member's prompt as its tokens, and the symbols that were read.
+
+    Attributes:
+        own: the tokens of the prompt.
+        text: the symbols.
+        most: how many tokens there is room for.
+        tokens: how many tokens the newest text was.
+    """
+
+    own: tuple[int, ...]
+    most: int
+    text: tuple[int, ...] = ()
+    tokens: int = 0
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """The number of symbols that were read."""
+        return len(self.text)
+
+    @property
+    def full(self) -> bool:  # type: ignore[override]
+        """Whether there is hardly room for more tokens."""
+        return self.tokens + 2 >= self.most
+
+
+class RetokenizedReader(ReaderOfRows[AnothersText]):
+    """A reader of another member's text: behind each symbol it reads all tokens of the whole text anew.
+
+    The text is what the other member's tokenizer decodes, tokens that begin texts and the like included, which the
+    prompt alone is read without. What was read of the same tokens before is kept.
+
+    Args:
+        reader: the member, over its own tokens.
+        own: for which of these the symbols stand.
+        alphabet: the union.
+        tokens: the other member's token for each symbol but the last.
+        another: the other member's tokenizer.
+        tokenizer: the member's.
+        nothing: its tokens for a text of none.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        own: OwnTokens,
+        alphabet: Union,
+        tokens: Sequence[int],
+        another: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase,
+        nothing: Sequence[int],
+    ) -> None:
+        super().__init__(AnothersText)
+        self.below, self.alphabet, self.name, self.limit = reader, alphabet, reader.name, reader.limit
+        self._over, self._start = UnionLogitsReader(reader, own, alphabet), own.start
+        self.traits = self._over.traits
+        self._tokens, self._another, self._tokenizer = tokens, another, tokenizer
+        self._nothing = nothing
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of what is kept of texts."""
+        return self.below.bytes
+
+    def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
+        """Open a row behind another member's prompt, ``own``."""
+        return self._opened(AnothersText(tuple(own) or self._start, self.below.limit))
+
+    def close(self, row: Row) -> None:
+        """Give a row up."""
+        self._rows.pop(self._mine(row))
+
+    def _copied(self, row: AnothersText) -> AnothersText:
+        return replace(row)
+
+    def crop(self, row: Row, length: int) -> None:
+        """Take back the symbols behind the first ``length``."""
+        one = self._mine(row)
+        one.text = one.text[:length]
+
+    def explain(self, row: Row, top: int = 10, at: int | None = None) -> Explanation:
+        """Say nothing, as no row of the member is kept."""
+        self._mine(row)
+        return Explanation()
+
+    def _cut(self, own: Sequence[int], text: Sequence[int]) -> list[int]:
+        """Return the member's tokens for a prompt and symbols behind it."""
+        tokens = [self._tokens[symbol] for symbol in text if symbol < len(self._tokens)]
+        written = self._another.decode([*own, *tokens], skip_special_tokens=not tokens)
+        return ids_of(self._tokenizer, str(written)) or list(self._nothing)
+
+    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+        """Read on in some rows, as of :meth:`Reader.read`."""
+        rows, errors, opened = self._each_once(asked), dict[int, SoftmeetError](), list[tuple[int, Read]]()
+        try:
+            for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
+                try:
+                    self._check(one.symbols)
+                    for place in one.at:
+                        opened.append((k, self._opened_below(row, one.symbols[:place])))
+                except SoftmeetError as error:
+                    errors[k] = error
+            told = yield from self.below.read([below for k, below in opened if k not in errors])
+        finally:
+            for _, below in opened:
+                self.below.close(below.row)
+        numbers = [k for k, _ in opened if k not in errors]
+        errors |= {numbers[j]: error for j, error in told.errors.items()}
+        starts = accumulate(told.counts, initial=0)
+        which = [start for k, start in zip(numbers, starts, strict=False) if k not in errors]
+        for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
+            if k not in errors and one.keep:
+                row.text = (*row.text, *one.symbols)
+                row.tokens = len(self._cut(row.own, row.text))
+        counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
+        return self._over.over(told, torch.tensor(which, dtype=torch.long), counts, errors)
+
+    def _opened_below(self, row: AnothersText, symbols: Sequence[int]) -> Read:
+        """Return what the member is to read of a row's text and some symbols behind it, in a row of its own."""
+        first, *rest = self._cut(row.own, (*row.text, *symbols))
+        below = self.below.open(rest, (first,))
+        return Read(below, rest[below.known :], [len(rest) - below.known])
+
+    def _check(self, symbols: Sequence[int]) -> None:
+        if wrong := [symbol for symbol in symbols if not 0 <= symbol < self.alphabet.size]:
+            raise InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
