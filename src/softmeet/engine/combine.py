@@ -6,7 +6,7 @@ of member i's hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -56,9 +56,11 @@ class Combiner:
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
         capped: whether a head has a soft-cap; rules then need logits beside log-probabilities.
         joint: whether what a member says at a place depends on what the others say there.
+        crossed: of members with tokens of their own, the function of :attr:`TokensBefore.crossed`.
     """
 
     joint = False
+    crossed: Callable[[int, int], bool] | None = None
 
     def __init__(self, names: Sequence[str], heads: Sequence[Head], support: Bool[Tensor, " v"] | None = None) -> None:
         self.names, self.heads, self.support = names, list(heads), support
@@ -304,7 +306,7 @@ class Combiner:
             precision=torch.finfo(dtype).eps,
             proved=proved,
             # Rows of the problem are chosen where its distributions are.
-            before=None if before is None else before.mapped(lambda ids: ids.to(log_p.device)),
+            before=None if before is None else replace(before, ids=before.ids.to(log_p.device), crossed=self.crossed),
             states=tuple([self.heads[0].scale * own for own in hidden or ()]) if average else (),
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)

@@ -19,6 +19,7 @@ from softmeet.members.opaque import Head
 from softmeet.members.prompting import ids_of, prefix_of
 from softmeet.readers.reader import Reader
 from softmeet.readers.union_tokenizer import union_tokenizer
+from softmeet.readers.union_tokens import crossing
 from softmeet.rules.settings import Settings
 
 
@@ -62,6 +63,7 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
             own.bos_token_id = own.pad_token_id = space.alphabet.end
             own.eos_token_id = ends if len(ends) > 1 else ends[0]
         self.combiner = space.combiner(config.members)
+        self.combiner.crossed = crossing(space.words, space.spellings)
         self.tokenizer = union_tokenizer(space.words)
 
     @property

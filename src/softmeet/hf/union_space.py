@@ -32,6 +32,10 @@ class UnionSpace(Protocol):
     def words(self) -> Sequence[bytes]:
         """What each symbol but the last, the end, spells; two may spell the same."""
 
+    @property
+    def spellings(self) -> Sequence[Spelling]:
+        """How the tokens of each member are spelled."""
+
     def key_of(self, i: int) -> Any:
         """Return what members of one model share if one reader reads for both."""
 

@@ -14,7 +14,7 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.union_form import UnionForm
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
-from softmeet.rules.gates import unsure_of
+from softmeet.rules.gates import Safe, unsure_of
 from softmeet.rules.settings import Settings
 
 VOCABULARIES = ("auto", "tokens", "bytes", "union")
@@ -105,6 +105,11 @@ def require_for_bytes(settings: Settings, vocabulary: str = "bytes") -> None:
     if rule.reads_heads:
         raise UnsupportedHeadError(
             f"the rule {rule.name} {_WHY[kind]}: choose {averages()}, or members that share a tokenizer"
+        )
+    if kind == "bytes" and isinstance(settings.gate, Safe):
+        raise InvalidInputError(
+            f"the gate {settings.gate} asks whether members would write tokens across a place, as over bytes they "
+            "nearly always do: say vocabulary='union'"
         )
     if kind == "union" and UnionForm.parse(vocabulary).is_joint and unsure_of(settings.gate) is not None:
         raise InvalidInputError(

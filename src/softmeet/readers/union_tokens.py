@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -84,3 +84,23 @@ def stand_in(spelling: Spelling, alphabet: UnionAlphabet) -> Callable[[int], int
         return alphabet.symbol(spelling.spelled(cut[:1])) if len(cut) else None
 
     return stand
+
+
+def crossing(words: Sequence[bytes], spellings: Sequence[Spelling]) -> Callable[[int, int], bool]:
+    """Return a function of two symbols: whether a member's tokenizer writes both by a token of which both have a part.
+
+    Args:
+        words: what the symbols spell; a symbol behind the last of them spells nothing.
+        spellings: how the tokens of each member are spelled.
+    """
+
+    @lru_cache(maxsize=1 << 16)
+    def crossed(before: int, after: int) -> bool:
+        first, second = (words[k] if k < len(words) else b"" for k in (before, after))
+        for one in spellings:
+            left, right = (word.translate(None, one.unwritable) for word in (first, second))
+            if left and right and len(left) not in one.bounds(one.cut(left + right)):
+                return True
+        return False
+
+    return crossed

@@ -17,7 +17,7 @@ from softmeet.rules import validate
 from softmeet.rules.answer import Answer
 from softmeet.rules.answered import answered
 from softmeet.rules.base import Rule
-from softmeet.rules.gates import Unsure, gated
+from softmeet.rules.gates import gated
 from softmeet.rules.problem import Problem
 from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.signatures import takes_settings
@@ -138,7 +138,8 @@ def solve(
     """Solve a checked problem: by its gate, its rule, its fallback and its temperature, in this order.
 
     The rule solves the rows at which the gate is open; ``on_infeasible`` answers those that have no feasible
-    distribution; then the rule's temperature is applied, except to rows that the gate ``unsure`` closed.
+    distribution; then the rule's temperature is applied, except to rows in which a gate lets the first member answer
+    alone.
 
     Args:
         problem: the problem, of B rows, whose tensors and settings were checked as :func:`combine` checks them.
@@ -172,7 +173,7 @@ def _tempered(solution: Solution) -> Solution:
     """Return the solution at the rule's temperature, except for rows that the first member answers alone."""
     settings = solution.problem.settings
     found = solution.at_temperature(settings.rule_temperature)
-    if not isinstance(settings.gate, Unsure):
+    if settings.gate is None or not settings.gate.first_alone:
         return found
     return replace(found, log_probs=torch.where(solution.gated[..., None], solution.log_probs, found.log_probs))
 

@@ -3,6 +3,7 @@
 ``unsure:T``         the first member answers alone, unless its largest next-token probability is below T.
 ``disagreement:T``   the pool answers, unless the members' first-order disagreement exceeds T nats.
 ``movement:T``       the pool answers, unless the rule is predicted to move it by T nats or more.
+``safe:T``           the first member answers alone where members agree, or one would write across the place.
 ``auto``             ``movement:0.003``, which changes no text measurably: the default of generation and serving.
 
 The members' first-order disagreement is Σ_i ρ_i KL(q‖p̂_i), with q the pool, p̂_i the members' distributions and ρ_i
@@ -120,21 +121,70 @@ class Unsure(Gate):
             RuleError: if the rule fails.
             DisjointSupportError: if the first member has no mass on the support in a row.
         """
-        rule = problem.settings.rule
-        alone = replace(
-            problem,
-            log_p=problem.log_p[:1],
-            heads=problem.heads[:1],
-            slopes=problem.slopes[:1],
-            settings=problem.settings.model_copy(update={"weights": (1.0,), "trust": problem.trust[:1]}),
-            free=problem.free[:1],
-            states=problem.states[:1],
-        )
-        # Rules that read heads would answer with this one member's own distribution.
-        own = closed_form(alone, alone.log_pool) if rule.reads_heads else answered(rule, alone)
-        answer = closed_form(problem, own.log_probs, own.objective)
-        unknown = torch.full_like(answer.gap, torch.inf)
-        return replace(answer, gap=unknown, certified=unknown < 0)
+        return _of_the_first(problem)
+
+
+def _of_the_first(problem: Problem) -> Answer:
+    """Return the rule's answer for the first member alone, with gap inf, not certified."""
+    rule = problem.settings.rule
+    alone = replace(
+        problem,
+        log_p=problem.log_p[:1],
+        heads=problem.heads[:1],
+        slopes=problem.slopes[:1],
+        settings=problem.settings.model_copy(update={"weights": (1.0,), "trust": problem.trust[:1]}),
+        free=problem.free[:1],
+        states=problem.states[:1],
+    )
+    # Rules that read heads would answer with this one member's own distribution.
+    own = closed_form(alone, alone.log_pool) if rule.reads_heads else answered(rule, alone)
+    answer = closed_form(problem, own.log_probs, own.objective)
+    unknown = torch.full_like(answer.gap, torch.inf)
+    return replace(answer, gap=unknown, certified=unknown < 0)
+
+
+@dataclass(frozen=True)
+class Safe(Gate):
+    """The gate ``safe``: members are combined only where that is safe, and they disagree (SAFE, Yun et al., 2025).
+
+    It is open where no member's tokenizer writes the token before and the first member's likeliest next one by a token
+    across the place; the members' likeliest tokens differ; and the mean of the probabilities that they give to the
+    first one's is at most ``threshold``. Elsewhere the first member answers alone. All members run at every place: what
+    is gained is steadiness, no time.
+
+    The authors' code was not seen: it follows what others tell of the paper (arXiv:2510.15346). There the first member
+    drafts five tokens, of which the others look at all; here they look at one. Its sharpening of what is combined is
+    not part of the gate.
+
+    Args:
+        threshold: a probability.
+    """
+
+    threshold: float = 0.5
+
+    name = "safe"
+    form = "safe:T (T a probability)"
+    first_alone = True
+
+    @property
+    def never_closes(self) -> bool:
+        """False: where members agree, it is closed for every threshold."""
+        return False
+
+    def open(self, problem: Problem) -> Bool[Tensor, " B"]:
+        """Return a mask, (B,), of the rows in which the members are to be combined."""
+        likeliest = problem.log_p.argmax(-1)
+        first = likeliest[0]
+        mean = problem.log_p.gather(-1, first.expand(len(likeliest), -1)[..., None]).exp().mean(0).squeeze(-1)
+        found = (likeliest != first).any(0) & (mean <= self.threshold)
+        if problem.before is None or problem.before.crossed is None:
+            return found
+        crossed = map(problem.before.crossed, problem.before.ids.tolist(), first.tolist())
+        return found & ~torch.tensor(list(crossed), device=found.device)
+
+    def instead(self, problem: Problem) -> Answer:
+        """Return the rule's answer for the first member alone, for all rows, with gap inf, not certified."""
+        return _of_the_first(problem)
 
 
 @dataclass(frozen=True)
@@ -224,7 +274,7 @@ def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
     return log_p.amax(-1).exp()
 
 
-GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement, PredictedMovement)}
+GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement, PredictedMovement, Safe)}
 # The threshold of ``auto``, in nats: on held-out text of both bundled families it costs at most 10⁻³ nats per token.
 _AUTO = 3e-3
 

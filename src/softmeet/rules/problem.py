@@ -70,10 +70,14 @@ class TokensBefore(Batched):
         ids: the tokens' ids, (B,).
         spell: a function from a list of ids to their text, such as a tokenizer's ``decode``; it is called only by
             :meth:`Problem.text_before`, once per row, with a list of one id.
+        crossed: where members have tokens of their own, a function that says of two ids, the first before the second,
+            whether a member's tokenizer writes both by a token of which both have a part; None where members share
+            tokens.
     """
 
     ids: Int[Tensor, " B"]
     spell: Callable[[list[int]], str]
+    crossed: Callable[[int, int], bool] | None = None
 
     @classmethod
     def of(cls, ids: Int[Tensor, " B"], tokenizer: Any) -> TokensBefore | None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from softmeet.errors import InvalidInputError
 from softmeet.heads import SoftmaxHead
 from softmeet.rules.answer import Answer
-from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem, Start
 from softmeet.rules.settings import rule_of
 from softmeet.rules.validate import restate
@@ -186,7 +185,8 @@ class Solution:
         own, given = self._answer.log_probs, self.log_probs.reshape(self._answer.log_probs.shape)
         settings = self._problem.settings
         # The first member alone answers at temperature 1.
-        plain = self.gated.reshape(-1, 1) if isinstance(settings.gate, Unsure) else torch.zeros_like(own[:, :1]) > 0
+        alone = settings.gate is not None and settings.gate.first_alone
+        plain = self.gated.reshape(-1, 1) if alone else torch.zeros_like(own[:, :1]) > 0
         temperature = own.new_tensor(settings.rule_temperature).where(~plain, torch.ones_like(own[:, :1]))
         same = (given == _powered(own.to(given.dtype), 1 / temperature)).all(-1, keepdim=True)
         return torch.where(same, own, _powered(given.double(), temperature))
