@@ -251,3 +251,33 @@ def test_what_needs_a_likelihood_is_refused(ensemble):
     for score in (ensemble.inspect, ensemble.prompt_weights):
         with pytest.raises(InvalidInputError, match="a text can be written in many ways: load the members with"):
             score("The king said so")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["union:", "union:k", "union:k=0", "union:k=-1", "union:k=1.5", "union:as=core", "union:k=3:as=gac",
+              "union:k=3:k=4", "unions", "bytes:k=3", "union:k=3:"]
+)  # fmt: skip
+def test_forms_of_a_union_that_do_not_exist_are_refused_before_anything_is_loaded(wrong, folders, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.load_tokenizers", None)
+    with pytest.raises(InvalidInputError, match=r"expected a (union of tokens as|vocabulary)|GaC's code takes all"):
+        Ensemble.from_pretrained(folders, vocabulary=wrong)
+
+
+def test_what_one_member_does_alone_is_refused_where_all_make_the_union_together(folders, top_unions, monkeypatch):
+    ensemble = top_unions[3]
+    for given in ({"one_member": True}, {"speculate": 3}, {"gate": "unsure:0.5"}):
+        with pytest.raises(InvalidInputError, match=r"all members (make|say)"):
+            ensemble.generate(PROMPT, max_new_tokens=3, **given)
+    seeded = {"max_new_tokens": 6, "seed": 2}
+    assert "".join(ensemble.stream(PROMPT, **seeded)) == ensemble.generate(PROMPT, **seeded)
+    with running(serving_of({"union": ensemble}, one_member=True)) as url:
+        asked = {"prompt": PROMPT, "max_tokens": 6, "seed": 2, "model": "union"}
+        told = http.post(f"{url}/v1/completions", json=asked).json()
+        assert told["choices"][0]["text"] == ensemble.generate(PROMPT, **seeded)
+        drawn = http.post(f"{url}/v1/completions", json={**asked, "seed": None}).json()
+        assert drawn["choices"][0]["finish_reason"] == "length"
+        metrics = http.get(f"{url}/metrics").text
+    assert "softmeet_draft_tokens_total 0.0" in metrics
+    monkeypatch.setattr("softmeet.ensemble.load_members", None)
+    with pytest.raises(InvalidInputError, match="lets the first member answer alone"):
+        Ensemble.from_pretrained(folders, vocabulary="union:k=3", gate="unsure:0.5")

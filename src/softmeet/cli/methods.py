@@ -15,11 +15,18 @@ VOCABULARIES = {
     "tokens": ("the tokens that members share", ""),
     "bytes": ("the bytes of a text, for members with any tokenizers", "https://arxiv.org/abs/2410.09303"),
     "union": ("the union of the members' tokens, to write alone", "https://arxiv.org/abs/2406.12585"),
+    "union:k=10": ("the union of each member's likeliest tokens", "https://arxiv.org/abs/2410.03777"),
+    "union:as=gac": ("GaC as its code has it", "https://github.com/yaoching0/GaC"),
+    "union:k=10:as=unite": ("UniTE as its code has it", "https://github.com/starrYYxuan/UniTE"),
 }
 GATES = {
     "unsure": ("the first member answers alone where it is sure: unsure:T, T a probability", ""),
     "disagreement": ("the average answers where members agree: disagreement:T, T in nats", ""),
     "movement": ("the average answers where the rule would hardly move it: movement:T, T in nats", ""),
+    "safe": (
+        "the first member answers alone where members agree, or one would write across the place: safe:T",
+        "https://arxiv.org/abs/2510.15346",
+    ),
 }
 
 
