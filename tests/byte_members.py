@@ -103,8 +103,8 @@ def member_words(member):
 
 
 def save(folder, kind, seed):
-    """Write a member with a tokenizer of its own."""
-    tokenizer = byte_tokenizers.KINDS[kind]()
+    """Write a member with a tokenizer of its own, of a kind or as given."""
+    tokenizer = byte_tokenizers.KINDS[kind]() if isinstance(kind, str) else kind
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}

@@ -34,11 +34,11 @@ def byte_level(normalizer=None, *, regex=True, missing=b""):
     return _fast(core, bos_token=END, eos_token=END)
 
 
-def _pieces():
+def _pieces(letters="ehrt"):
     found = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for byte in range(256):
         found[f"<0x{byte:02X}>"] = len(found)
-    for piece in (SPACE, *"ehrt", "th", "the", "er", SPACE + "th", SPACE + "the", "he"):
+    for piece in (SPACE, *letters, "th", "the", "er", SPACE + "th", SPACE + "the", "he"):
         found[piece] = len(found)
     return found
 
@@ -51,10 +51,10 @@ def _sentencepiece(core, *, dummy):
     return _fast(core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def llama(*, dummy=True):
+def llama(*, dummy=True, letters="ehrt"):
     """As Llama-2's; without the space before a text as Gemma's."""
     merges = [(SPACE, "th"), (SPACE + "th", "e"), ("t", "h"), ("th", "e"), ("e", "r"), ("h", "e")]
-    core = Tokenizer(models.BPE(_pieces(), merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    core = Tokenizer(models.BPE(_pieces(letters), merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     return _sentencepiece(core, dummy=dummy)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -39,7 +39,7 @@ class GacMember:
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name, self.tokenizer = name, tokenizer
         self._vocabulary = tokenizer.get_vocab()
-        self.is_byte_level = is_byte_level(tokenizer)
+        self.is_byte_level = is_byte_level(self._vocabulary)
         self.bytes = self._byte_level_bytes() if self.is_byte_level else self._own_bytes()
         if len(set(self.bytes.values())) < len(self.bytes):
             raise self._refused("two bytes have one token")
@@ -64,24 +64,34 @@ class GacMember:
             raise self._refused(f"no token is {lacking[0]}")
         return {name: self._vocabulary[name] for name in names if name in self._vocabulary}
 
-    def keys(self, *, mixed: bool) -> dict[int, str]:
+    @cached_property
+    def strings(self) -> dict[int, str]:
+        """The key of each token but those of bytes."""
+        taken = set(self.bytes.values())
+        left = {token: id_ for token, id_ in self._vocabulary.items() if id_ not in taken}
+        # The code counts once more, without the tokens of bytes.
+        written = _of_letters if is_byte_level(left) else _spaced
+        return {id_: written(token) for token, id_ in left.items()}
+
+    def keys(self, letters: Collection[str] | None) -> dict[int, str]:
         """Return the key of each token.
 
         Args:
-            mixed: whether there is a member that is not byte-level; then a byte-level one's tokens of ASCII letters and
-                digits are these characters, and those of all other ASCII characters still the names of bytes.
+            letters: where there is a member that is not byte-level, all members' strings: then a byte-level one's
+                tokens of ASCII letters and digits have these characters as keys, and those of other ASCII characters
+                the names of bytes; else None.
+
+        Raises:
+            InvalidInputError: if such a character is none of the strings.
         """
-        taken, found = set(self.bytes.values()), dict[int, str]()
-        for token, id_ in self._vocabulary.items():
-            if id_ not in taken:
-                if self.is_byte_level:
-                    found[id_] = token.replace("Ġ", " ").replace("Ċ", "\n")
-                else:
-                    found[id_] = token.replace("▁", " ") if token.startswith("▁") else token
+        found = dict(self.strings)
         for name, id_ in self.bytes.items():
             letter = chr(int(name[3:5], 16))
-            plain = self.is_byte_level and mixed and letter.isascii() and letter.isalnum()
-            found[id_] = letter if plain else name
+            found[id_] = name
+            if self.is_byte_level and letters is not None and letter.isascii() and letter.isalnum():
+                if letter not in letters:
+                    raise self._refused(f"the letter {letter} is a token of no other member")
+                found[id_] = letter
         return found
 
     @cached_property
@@ -117,6 +127,14 @@ class GacMember:
 
     def _cut(self, texts: list[str]) -> list[list[int]]:
         return cut_each(self.tokenizer, texts)
+
+
+def _of_letters(token: str) -> str:
+    return token.replace("Ġ", " ").replace("Ċ", "\n")
+
+
+def _spaced(token: str) -> str:
+    return token.replace("▁", " ") if token.startswith("▁") else token
 
 
 class GacTokens:
@@ -176,8 +194,9 @@ class GacUnion:
             InvalidInputError: if GaC's code stops at one of them.
         """
         members = [GacMember(one.name, own) for one, own in zip(spellings, tokenizers, strict=True)]
-        mixed = not all(member.is_byte_level for member in members)
-        own = [member.keys(mixed=mixed) for member in members]
+        every = set().union(*(member.strings.values() for member in members))
+        one_kind = all(member.is_byte_level for member in members)
+        own = [member.keys(None if one_kind else every) for member in members]
         bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
         keys = sorted(bytes_.union(*(some.values() for some in own)))
         numbers = {key: k for k, key in enumerate(keys)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -55,9 +55,8 @@ class KeyAlphabet:
         return
 
 
-def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether more tokens of a tokenizer begin with Ġ than with ▁, which is how others' code tells kinds."""
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
+def is_byte_level(vocabulary: Collection[str]) -> bool:
+    """Return whether more tokens begin with Ġ than with ▁, which is how others' code tells kinds of tokenizers."""
     return sum(one.startswith("Ġ") for one in vocabulary) > sum(one.startswith("▁") for one in vocabulary)
 
 

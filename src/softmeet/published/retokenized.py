@@ -116,7 +116,7 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
         try:
             for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
                 try:
-                    self._check(one.symbols)
+                    self._check(row, one.symbols)
                     for place in one.at:
                         opened.append((k, self._opened_below(row, one.symbols[:place])))
                 except SoftmeetError as error:
@@ -142,6 +142,8 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
         below = self.below.open(rest, (first,))
         return Read(below, rest[below.known :], [len(rest) - below.known])
 
-    def _check(self, symbols: Sequence[int]) -> None:
+    def _check(self, row: AnothersText, symbols: Sequence[int]) -> None:
         if wrong := [symbol for symbol in symbols if not 0 <= symbol < self.alphabet.size]:
             raise InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
+        if (length := row.length + len(symbols)) > self.limit:
+            raise InvalidInputError(f"expected at most {self.limit:,} symbols of {self.name}, got {length:,}")

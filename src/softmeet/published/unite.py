@@ -47,8 +47,8 @@ class UniteMember:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer, self.is_byte_level = tokenizer, is_byte_level(tokenizer)
         vocabulary = tokenizer.get_vocab()
+        self.tokenizer, self.is_byte_level = tokenizer, is_byte_level(vocabulary)
         self.keys = {id_: key_of(token) for token, id_ in vocabulary.items()}
         self._space = vocabulary.get("Ġ" if self.is_byte_level else "▁", 0)
         self._sought = dict[str, int]()
@@ -63,8 +63,8 @@ class UniteMember:
         if new := [key for key in keys if key not in self._sought]:
             names = [key if self.is_byte_level else key.replace("Ġ", "▁") for key in new]
             ids = self.tokenizer.convert_tokens_to_ids(names)
-            none = (0, None, self.tokenizer.unk_token_id)
-            known = dict(zip(new, [None if id_ in none else id_ for id_ in ids], strict=True))
+            # It takes id 0 for the unknown token, and a token for the unknown that has another id for one of the name.
+            known = dict(zip(new, [None if id_ == 0 else id_ for id_ in ids], strict=True))
             left = [(key, name) for key, name in zip(new, names, strict=True) if known[key] is None and name]
             cut = cut_each(self.tokenizer, [name for _, name in left])
             first = {key: (pieces or [0])[0] for (key, _), pieces in zip(left, cut, strict=True)}
