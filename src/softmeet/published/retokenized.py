@@ -15,7 +15,7 @@ from softmeet.published.union_logits import UnionLogitsReader
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row
 from softmeet.readers.union_alphabet import Union
-from softmeet.readers.union_tokens import OwnTokens
+from softmeet.readers.union_tokens import TokensOfSymbols
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
     def __init__(
         self,
         reader: Reader,
-        own: OwnTokens,
+        own: TokensOfSymbols,
         alphabet: Union,
         tokens: Sequence[int],
         another: PreTrainedTokenizerBase,

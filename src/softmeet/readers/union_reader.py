@@ -15,7 +15,7 @@ from softmeet.errors import InvalidInputError, SoftmeetError, VocabularyMismatch
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row, Traits
 from softmeet.readers.union_alphabet import Union
-from softmeet.readers.union_tokens import OwnTokens
+from softmeet.readers.union_tokens import TokensOfSymbols
 
 # The room, in tokens, behind which a text ends: a symbol that a member lacks needs several.
 _SPARE = 8
@@ -62,7 +62,7 @@ class UnionReader(ReaderOfRows[UnionText]):
 
     alphabet: Union
 
-    def __init__(self, reader: Reader, own: OwnTokens, alphabet: Union) -> None:
+    def __init__(self, reader: Reader, own: TokensOfSymbols, alphabet: Union) -> None:
         super().__init__(UnionText)
         self.below, self._own, self.alphabet = reader, own, alphabet
         self.name, self.limit = reader.name, reader.limit

@@ -11,7 +11,7 @@ from softmeet.members.spelling import Spelling
 from softmeet.readers.union_alphabet import UnionAlphabet
 
 
-class OwnTokens(Protocol):
+class TokensOfSymbols(Protocol):
     """What the symbols of a union are among a member's tokens.
 
     Attributes:
