@@ -98,18 +98,18 @@ class Ensemble:
             offload_folder: a folder for ``"disk"`` weights that cannot be read from the checkpoint unchanged.
             on_progress: called with each member's name before the member is loaded.
             loaded: a dict, at first empty, to pass to several calls, which add members to it and load none twice.
-            vocabulary: ``"tokens"`` to combine distributions over tokens, which needs members with the same tokenizer
-                up to padding and added tokens; ``"bytes"`` to combine distributions over bytes; ``"auto"``, the
-                default, for bytes if tokenizers differ, which is logged. Over bytes the rule must be an average,
+            vocabulary: ``"tokens"`` to combine distributions over tokens, for members with the same tokenizer up to
+                padding and added tokens; ``"bytes"`` over bytes; ``"auto"``, the default, for bytes if tokenizers
+                differ, which is logged. Over bytes the rule must be an average,
                 ``logit-mean`` by default, and ``max_new_tokens`` counts the first member's tokens. ``"union"`` for the
-                union of the members' tokens, to write alone, by ``prob-mean`` by default; ``"union:k=10"`` for that of
-                each one's ten likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code is.
+                union of their tokens, to write alone, by ``prob-mean`` by default, ``"union:k=10"`` for each one's ten
+                likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code has it.
             prune: over bytes, the least share of probability mass at which a member runs on an alternative
                 tokenization of the text; 0 to run on all of them, 0.01 by default.
             prefixes: over bytes, for each member the token ids that it reads before every text, such as a prompt of its
                 own; None for those that its tokenizer puts there.
-            settings: the fields of :class:`softmeet.Settings`, and options of the rule; but the gate of
-                a new ensemble is ``auto`` by default.
+            settings: the fields of :class:`softmeet.Settings`, and options of the rule; the gate of a new ensemble is
+                ``auto`` by default.
 
         Raises:
             InvalidInputError: if a setting is wrong, or no member is named.
