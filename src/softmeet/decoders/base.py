@@ -76,11 +76,12 @@ class WeightedText:
     """A text that a decoder has written.
 
     Attributes:
-        symbols: its symbols, of which the last may end it.
+        symbols: its symbols, of which the last may end it; where members write in tokens of their own, the first's.
         ended: whether it does.
-        log_weight: the logarithm of its weight among the texts behind one prompt, not normalised; -inf for weight 0.
+        log_weight: the logarithm of its weight among the texts behind one prompt, not normalised; -inf for weight 0. Of
+            a decoder that searches, the score Σ w_i log P_i(text).
         log_probs: log P_i(text) by each member i, in nats, its end included.
-        text: what the symbols spell.
+        text: what the symbols spell; where members write in tokens of their own, what they agree on.
     """
 
     symbols: tuple[int, ...]
@@ -134,23 +135,27 @@ class Decoder(Frozen, ABC):
         name: the name under which it is asked for: lower-case letters, digits and hyphens.
         summary: one line about it.
         reference: its source: a paper or a web address; empty if there is none.
+        own_tokens: whether each member writes in tokens of its own, as of
+            :class:`softmeet.decoders.own_tokens.OwnTokensDecoder`, and not in symbols that all share.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
-
-    @property
-    @abstractmethod
-    def rows(self) -> int:
-        """How many rows :meth:`decode` needs for each prompt."""
+    own_tokens: ClassVar[bool] = False
 
     @abstractmethod
-    def decode(self, texts: Texts, job: ToWrite) -> list[Decoding]:
+    def rows(self, members: int) -> int:
+        """Return how many rows :meth:`decode` needs for each prompt, of so many members."""
+
+    @abstractmethod
+    def decode(self, texts: Any, job: ToWrite) -> list[Decoding]:
         """Write behind each of B prompts.
 
         Args:
-            texts: ``rows`` rows for each prompt, one prompt's after the other's, of which nothing has been written.
+            texts: a :class:`Texts`, with :meth:`rows` rows for each prompt, one prompt's after the other's, of which
+                nothing has been written; with ``own_tokens`` a list of
+                :class:`~softmeet.decoders.own_tokens.OwnTexts`, which have such rows, one for each member.
             job: what is to be written.
         """
 
@@ -177,7 +182,7 @@ def require_plain(decoder: Decoder, options: Mapping[str, Any]) -> dict[str, Any
     given = {name: x for name, x in options.items() if x is not None and x not in _PLAIN.get(name, ())}
     if wrong := sorted(given.keys() - set(_TAKEN)):
         raise InvalidInputError(
-            f"the decoder {decoder.name} draws whole texts from what members predict, and cannot be used with "
+            f"the decoder {decoder.name} writes whole texts by what members predict, and cannot be used with "
             f"{', '.join(wrong)}: leave it out"
         )
     return given

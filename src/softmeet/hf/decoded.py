@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.decoders.base import Decoder, Decoding, ToWrite, require_plain
+from softmeet.decoders.own_tokens import OwnTexts
 from softmeet.engine.masking import ends_of
 from softmeet.engine.population import Population
 from softmeet.errors import InvalidInputError
@@ -43,6 +45,11 @@ def decoded(
     given = require_plain(decoder, options)
     most = _limit(model, given)
     settings = model.settings.changed(**{name: given[name] for name in ("weights", "gate") if name in given})
+    if decoder.own_tokens and model.over_bytes:
+        raise InvalidInputError(
+            f"the decoder {decoder.name} has members write tokens of their own, and over bytes they have none: load "
+            "them with vocabulary='union'"
+        )
     if rereads(model):
         raise InvalidInputError(f"the decoder {decoder.name} needs members that take a cache: use other members")
     inputs = encoded(model, tokenizer, prompts)
@@ -57,9 +64,11 @@ def decoded(
         )
     seed = require_seed(given["seed"]) if "seed" in given else int(torch.randint(1 << 62, ()))
     generator = torch.Generator().manual_seed(seed)
-    texts = Population(begun(model, rows, call), decoder.rows, model.reading)
+    job = ToWrite(len(rows), call.settings, most, frozenset(ends_of(model.generation_config)), generator)
+    if decoder.own_tokens:
+        return _apart(model, decoder, rows, call, job)
+    texts = Population(begun(model, rows, call), decoder.rows(len(model.members)), model.reading)
     try:
-        job = ToWrite(len(rows), call.settings, most, frozenset(ends_of(model.generation_config)), generator)
         found = decoder.decode(texts, job)
     finally:
         texts.close()
@@ -69,6 +78,27 @@ def decoded(
         ))
         for one in found
     ]  # fmt: skip
+
+
+def _apart(
+    model: EnsembleForCausalLM, decoder: Decoder, rows: Sequence[Sequence[int]], call: CallOptions, job: ToWrite
+) -> list[Decoding]:
+    """Have a decoder write by members each of which has tokens of its own.
+
+    Args:
+        model: the ensemble.
+        decoder: the decoder.
+        rows: the tokens of each prompt that members share.
+        call: the options, among them what members read in place of these.
+        job: what is to be written.
+    """
+    each, texts = decoder.rows(len(model.members)), list[OwnTexts]()
+    with ExitStack() as opened:
+        for own in model.alone:
+            population = Population(begun(own, rows, call), each, own.reading)
+            opened.callback(population.close)
+            texts.append(OwnTexts(population, own.tokens))
+        return decoder.decode(texts, replace(job, ends=frozenset(texts[0].tokens.ends)))
 
 
 def _limit(model: EnsembleForCausalLM, given: Mapping[str, Any]) -> int:

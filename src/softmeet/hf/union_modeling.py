@@ -103,6 +103,16 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
         """Make a reader of member i over the union."""
         return UnionReader(super().new_reader(i, name, kept_tokens), self._spellings[i], self._union)
 
+    def own_reader(self, i: int) -> Reader:
+        """Return the reader of member i over its own tokens."""
+        reader: Any = self.readers_of_members[i]
+        below: Reader = reader.below
+        return below
+
+    def own_spelling(self, i: int) -> Spelling:
+        """Return how the tokens of member i are spelled."""
+        return self._spellings[i]
+
     def own_prompt(self, text: str, *, special: bool) -> list[list[int] | None]:
         """Return for each member the tokens as which it reads a prompt: its own prompt or prefix, and the text."""
         found = list[list[int] | None]()

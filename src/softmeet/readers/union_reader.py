@@ -113,8 +113,7 @@ class UnionReader(ReaderOfRows[UnionText]):
         if symbol in self._ids:
             return self._ids[symbol][:1]
         if symbol not in self._cut:
-            word = self.alphabet.words[symbol].translate(None, self._spelling.unwritable)
-            self._cut[symbol] = tuple(self._spelling.cut(word))
+            self._cut[symbol] = tuple(self._spelling.cut_writable(self.alphabet.words[symbol]))
         return self._cut[symbol]
 
     def _cuts(self, symbols: Sequence[int], before: int) -> list[tuple[int, ...]]:
