@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from softmeet.cli.flags import Flags, optional
+from softmeet.cli.options import LoadingFlags, is_saved
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.errors import InvalidInputError
@@ -25,9 +26,9 @@ class DecoderFlags(Flags, panel="Sampling"):
     """The flag for texts that are written by a decoder."""
 
     decoder: str | None = optional(
-        "Draw whole texts by a decoder, such as particles:n=16, in place of one token after another; by logit-mean "
-        "where --rule names no other, of at most --max-new-tokens, or over bytes --max-new-bytes. With --json all its "
-        "texts are printed, with their weights."
+        "Write whole texts by a decoder, such as particles:n=16 or agreement:beam=5, in place of one token after "
+        "another; by logit-mean where --rule names no other, of at most --max-new-tokens, or over bytes "
+        "--max-new-bytes. With --json all its texts are printed, with their weights."
     )
 
     def settings(self, given: dict[str, Any], sampling: SamplingFlags, against: list[str]) -> dict[str, Any]:
@@ -55,6 +56,25 @@ class DecoderFlags(Flags, panel="Sampling"):
         found.require(Settings.of(chosen))
         return given
 
+    def loading(self, given: LoadingFlags, members: list[str] | None) -> LoadingFlags:
+        """Return how members are loaded: over the union of their tokens, if each is to write in its own.
+
+        Args:
+            given: the flags, in which a vocabulary may be named that stays.
+            members: the members' names, or one saved ensemble, whose vocabulary stays.
+
+        Raises:
+            InvalidInputError: if the vocabulary that is named has no tokens of members' own.
+        """
+        if self.decoder is None:
+            return given
+        from softmeet.decoders.registry import decoder_of
+
+        found = decoder_of(self.decoder)
+        found.require_vocabulary(given.vocabulary)
+        any_of_all = given.vocabulary == "auto" or (given.vocabulary is None and not is_saved(members))
+        return replace(given, vocabulary="union") if found.own_tokens and any_of_all else given
+
     def write(
         self,
         ensemble: Ensemble,
@@ -75,7 +95,10 @@ class DecoderFlags(Flags, panel="Sampling"):
             any_rule: whether nobody has chosen the ensemble's rule.
             as_json: whether to print JSON.
         """
-        if any_rule and not ensemble.model.settings.rule.is_average:
+        from softmeet.decoders.registry import decoder_of
+
+        own_tokens = decoder_of(str(self.decoder)).own_tokens
+        if any_rule and (own_tokens or not ensemble.model.settings.rule.is_average):
             ensemble.model.config.rule = _RULE
         options, own = sampling.arguments(), ensemble.model.limit_of_symbols
         if own not in options:

@@ -166,6 +166,18 @@ class Decoder(Frozen, ABC):
             InvalidInputError: if it cannot; the message says what to choose.
         """
 
+    def require_vocabulary(self, vocabulary: str | None) -> None:
+        """Check that the decoder can be used over a vocabulary, such as "bytes".
+
+        Raises:
+            InvalidInputError: if it cannot, as members have no tokens of their own over it.
+        """
+        if self.own_tokens and vocabulary == "bytes":
+            raise InvalidInputError(
+                f"the decoder {self.name} has members write tokens of their own, and over bytes they have none: load "
+                "them with vocabulary='union', or in the command --vocabulary union"
+            )
+
     def __str__(self) -> str:
         own = self.model_dump(exclude_defaults=True)
         return ":".join(

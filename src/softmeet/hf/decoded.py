@@ -42,14 +42,10 @@ def decoded(
         InvalidInputError: if another option is given, the limit is missing or larger than a member's context, or the
             decoder cannot be used with the rule or a member.
     """
+    decoder.require_vocabulary(model.config.vocabulary)
     given = require_plain(decoder, options)
     most = _limit(model, given)
     settings = model.settings.changed(**{name: given[name] for name in ("weights", "gate") if name in given})
-    if decoder.own_tokens and model.over_bytes:
-        raise InvalidInputError(
-            f"the decoder {decoder.name} has members write tokens of their own, and over bytes they have none: load "
-            "them with vocabulary='union'"
-        )
     if rereads(model):
         raise InvalidInputError(f"the decoder {decoder.name} needs members that take a cache: use other members")
     inputs = encoded(model, tokenizer, prompts)
