@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from softmeet.cli.flags import Flags, optional
-from softmeet.cli.options import LoadingFlags, is_saved
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.errors import InvalidInputError
@@ -56,24 +55,22 @@ class DecoderFlags(Flags, panel="Sampling"):
         found.require(Settings.of(chosen))
         return given
 
-    def loading(self, given: LoadingFlags, members: list[str] | None) -> LoadingFlags:
-        """Return how members are loaded: over the union of their tokens, if each is to write in its own.
+    def vocabulary(self, named: str | None) -> str | None:
+        """Return over what members are to be loaded where nothing says it: a union, if each writes in its own tokens.
 
         Args:
-            given: the flags, in which a vocabulary may be named that stays.
-            members: the members' names, or one saved ensemble, whose vocabulary stays.
+            named: the value of ``--vocabulary``.
 
         Raises:
-            InvalidInputError: if the vocabulary that is named has no tokens of members' own.
+            InvalidInputError: if members have no tokens of their own over the vocabulary that is named.
         """
         if self.decoder is None:
-            return given
+            return None
         from softmeet.decoders.registry import decoder_of
 
         found = decoder_of(self.decoder)
-        found.require_vocabulary(given.vocabulary)
-        any_of_all = given.vocabulary == "auto" or (given.vocabulary is None and not is_saved(members))
-        return replace(given, vocabulary="union") if found.own_tokens and any_of_all else given
+        found.require_vocabulary(named)
+        return "union" if found.own_tokens else None
 
     def write(
         self,

@@ -168,7 +168,8 @@ def generate(
         "--summary": shown.summary, "--token-seconds": token_seconds is not None, "a structure": structure is not None,
     }  # fmt: skip
     settings = whole.settings(settings, sampling, [name for name, given in against.items() if given])
-    loaded = whole.loading(loading, members).ensemble(members, retrieved.settings(passages, settings), to_write=True)
+    rather = whole.vocabulary(loading.vocabulary)
+    loaded = loading.ensemble(members, retrieved.settings(passages, settings), to_write=True, rather=rather)
     ensemble = retrieved.behind(passages, loaded)
     asked = written.asked(ensemble, texts)
     if whole.decoder is not None:

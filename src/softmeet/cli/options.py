@@ -118,6 +118,7 @@ class LoadingFlags(Flags, panel="Members"):
         settings: Mapping[str, Any] | None = None,
         *,
         to_write: bool = False,
+        rather: str | None = None,
         **more: Any,
     ) -> Ensemble:
         """Load an ensemble, with progress on stderr and without transformers' own messages.
@@ -127,6 +128,8 @@ class LoadingFlags(Flags, panel="Members"):
             settings: values of settings' flags by name, as typer parsed them (:func:`checked_settings`), None if a
                 flag was not given; None in place of the dict for no settings.
             to_write: whether it only writes texts, and scores none.
+            rather: the vocabulary where it is to be chosen, by no flag and no saved ensemble; None to let the members'
+                tokenizers choose.
             more: further keyword arguments of ``Ensemble.from_pretrained``, except ``on_progress``.
 
         Raises:
@@ -148,11 +151,14 @@ class LoadingFlags(Flags, panel="Members"):
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
+        arguments = self.arguments()
+        if rather and (self.vocabulary == "auto" or (self.vocabulary is None and not is_saved(members))):
+            arguments["vocabulary"] = rather
         with working("loading") as show:
             found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
                 on_progress=lambda name: show(f"loading {short(name)}"),
-                **self.arguments(),
+                **arguments,
                 **given,
                 **more,
             )

@@ -216,8 +216,8 @@ class _Growth:
                 continue
             own, told = self._tokens[i], self._hypothesis.log_probs(i)
             numbers = own.longer(lacks) if lacks else slice(0, len(own.words))
-            first = own.first_bytes[numbers] if not lacks else 0
-            others = sum(bound[first] for j, bound in enumerate(likely) if j != i)
+            beginnings = 0 if lacks else own.beginnings
+            others = sum(bound[beginnings] for j, bound in enumerate(likely) if j != i)
             bounds = others + self._part_of_all(i, told[own.ids[numbers]])
             yield self._strings(own, numbers.start, len(lacks), bounds)
 
@@ -235,7 +235,7 @@ class _Growth:
         return share * (self._hypothesis.tracks[i].log_prob + log_probs)
 
     def _likely(self, i: int, lacks: bytes | None) -> Float[np.ndarray, " b"]:
-        """Return bounds on what member i adds to the score, by the first byte of its token if it lacks nothing."""
+        """Return bounds on what member i adds to the score; if it lacks nothing, by how the longest string goes on."""
         if lacks is None:
             return np.array([self._part(i, 0.0)])
         own, told = self._tokens[i], self._hypothesis.log_probs(i)
@@ -243,9 +243,10 @@ class _Growth:
             within = max((part for part, _ in self._within(i, lacks, b"")), default=-np.inf)
             longer = self._part_of_all(i, told[own.ids[own.longer(lacks)]])
             return np.array([longer.max(initial=within)])
-        found = np.full(256, -np.inf)
-        np.maximum.at(found, own.first_bytes, self._part_of_all(i, told[own.ids]))
-        return found
+        found = np.full((256, 257), -np.inf)
+        np.maximum.at(found.ravel(), own.beginnings, self._part_of_all(i, told[own.ids]))
+        # A word of one byte fits in any string that begins with it.
+        return np.maximum(found, found[:, :1]).ravel()
 
 
 def descending(bounds: Float[np.ndarray, " k"]) -> Iterator[tuple[float, int]]:

@@ -65,9 +65,9 @@ class OwnTokens:
         return max(map(len, self.words))
 
     @cached_property
-    def first_bytes(self) -> Int[np.ndarray, " m"]:
-        """The first byte of each word."""
-        return np.array([word[0] for word in self.words])
+    def beginnings(self) -> Int[np.ndarray, " m"]:
+        """How each word begins: 257 a for a word of one byte a, 257 a + b + 1 for one that begins with a and b."""
+        return np.array([257 * word[0] + (word[1] + 1 if len(word) > 1 else 0) for word in self.words])
 
     def longer(self, beginning: bytes) -> slice:
         """Return the numbers of the words that begin with some bytes and are longer."""
