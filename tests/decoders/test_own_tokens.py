@@ -14,6 +14,7 @@ import torch
 from commands import run
 
 from softmeet import Ensemble, Settings
+from softmeet.decoders.own_tokens import OwnTokens
 from softmeet.decoders.registry import decoder_of
 from softmeet.errors import InvalidInputError
 
@@ -96,6 +97,13 @@ def test_members_of_one_tokenizer_write_the_same_over_tokens_and_over_a_union(de
     over = [Ensemble.from_pretrained([folders[0], twin], "logit-mean", vocabulary=v) for v in ("tokens", "union")]
     texts = [one.decode(PROMPT, decoder, max_new_tokens=12).text for one in over]
     assert texts[0] == texts[1] != ""
+
+
+def test_what_ends_a_text_is_no_ordinary_token():
+    tokens = OwnTokens.of([(b"b", 0), (b"<s>", 1), (b"ab", 2), (b"a", 3)], [1], list)
+    assert (tokens.words, tokens.ids.tolist(), tokens.ends) == ([b"a", b"ab", b"b"], [3, 2, 0], (1,))
+    assert tokens.spelled([2, 1]) == b"ab"
+    assert tokens.words[tokens.longer(b"a")] == [b"ab"]
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

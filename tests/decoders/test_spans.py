@@ -64,6 +64,13 @@ def test_a_word_without_end_is_cut_after_twelve_tokens():
     assert (span.complete, span.text, span.ended) == (True, b"a" * 12, False)
 
 
+def test_bytes_of_which_the_first_member_has_no_tokens_come_to_an_end_too():
+    members = [own_members.member((word,), ends=0) for word in (b"a", b"b")]
+    (found,) = written(members, [()], (1.0, 0.0), 3)
+    text = spans_oracle.spans_search(members, [()] * 2, (1.0, 0.0), 3)[0]
+    assert found.text.encode() == text == b"b" * 24 + b"a"
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from softmeet.decoders.base import Decoding, ToWrite, WeightedText
-from softmeet.decoders.extensions import Extension, Hypothesis, Track, best_ends, best_extensions
+from softmeet.decoders.extensions import Hypothesis, Track, Way, best_ends, best_extensions
 from softmeet.decoders.own_tokens import OwnTexts, OwnTokensDecoder
 
 
@@ -96,7 +96,7 @@ class _Search:
         """Go on by a step."""
         given = [one.hypothesis for one in self.beams], [own.tokens for own in self._texts], self._weights
         ways = [*best_extensions(*given, self._beam), *best_ends(*given, self._beam - len(self._ended))]
-        following = list[Extension]()
+        following = list[Way]()
         for way in sorted(ways, key=lambda one: one.key):
             if self._beam in (len(following), len(self._ended)):
                 break
@@ -111,7 +111,7 @@ class _Search:
         else:
             self._follow(following)
 
-    def _extended(self, way: Extension) -> Hypothesis:
+    def _extended(self, way: Way) -> Hypothesis:
         parent = self.beams[way.parent].hypothesis
         tracks, predicted = list(parent.tracks), list(parent.predicted)
         for i, (before, token, own) in enumerate(zip(parent.tracks, way.picks, self._texts, strict=True)):
@@ -121,7 +121,7 @@ class _Search:
                 predicted[i] = None
         return Hypothesis(tuple(tracks), tuple(predicted))
 
-    def _follow(self, ways: Sequence[Extension]) -> None:
+    def _follow(self, ways: Sequence[Way]) -> None:
         """Put extensions in place of the hypotheses: the first of each into its row, others into rows that are free."""
         sources = [self.beams[way.parent].row for way in ways]
         free = [row for row in self._rows if row not in sources]

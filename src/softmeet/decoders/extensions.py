@@ -73,7 +73,7 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class Extension:
+class Way:
     """One way in which a hypothesis goes on; the first in order is the best.
 
     Attributes:
@@ -91,13 +91,13 @@ class Extension:
 
 def best_extensions(
     hypotheses: Sequence[Hypothesis], tokens: Sequence[OwnTokens], weights: Sequence[float], count: int
-) -> list[Extension]:
+) -> list[Way]:
     """Return the ``count`` best of all extensions by ordinary tokens, the best first.
 
-    Those whose strings all others begin are waited for, unless all strings are equal; the other members take one token
-    each, such that each new string is the beginning of the longest. That longest string decides which tokens the others
-    can take, those that are beginnings of what they lack of it: so strings are gone through, from the one whose bound
-    on the score is the largest, until no bound reaches the score of the last extension that is kept.
+    Members with the longest string wait, unless all strings are equal. The others take one token each, such that every
+    string is then the beginning of the longest. The new longest string says which tokens each of them can have taken:
+    those that begin what it lacked of that string. So the strings that a token makes the longest are gone through, from
+    the one with the largest bound on the score, until no bound reaches the score of the last extension that is kept.
 
     Args:
         hypotheses: at least one, of which all predictions are known.
@@ -106,7 +106,7 @@ def best_extensions(
         count: how many are wanted, at least 1.
     """
     growths = [_Growth(k, one, tokens, weights) for k, one in enumerate(hypotheses)]
-    best, seen = list[Extension](), set[tuple[int, bytes]]()
+    best, seen = list[Way](), set[tuple[int, bytes]]()
     for growth in growths:
         if not hypotheses[growth.number].together:
             growth.add(b"", best, count)
@@ -122,9 +122,9 @@ def best_extensions(
 
 def best_ends(
     hypotheses: Sequence[Hypothesis], tokens: Sequence[OwnTokens], weights: Sequence[float], count: int
-) -> list[Extension]:
+) -> list[Way]:
     """Return the ``count`` best of all ways to end hypotheses, the best first: all members end one at once."""
-    found = list[Extension]()
+    found = list[Way]()
     for k, one in enumerate(hypotheses):
         growth = _Growth(k, one, tokens, weights)
         if one.together and count:
@@ -163,7 +163,7 @@ class _Growth:
         told = self._hypothesis.log_probs(i)
         return [(self._part(i, log_prob), token) for token in ids if (log_prob := float(told[token])) > -np.inf]
 
-    def add(self, extra: bytes, best: list[Extension], count: int) -> None:
+    def add(self, extra: bytes, best: list[Way], count: int) -> None:
         """Put into ``best``, which is in order, all extensions within the longest string and some bytes behind it."""
         options = [self._within(i, lacks, extra) for i, lacks in enumerate(self._hypothesis.lacking)]
         if not all(options):
@@ -185,7 +185,7 @@ class _Growth:
         lengths = range(1, min(len(rest), own.longest) + 1)
         return self.choices(i, [token for end in lengths for token in own.by_word.get(rest[:end], ())])
 
-    def extensions(self, options: Sequence[Sequence[Choice]], count: int, *, ends: bool = False) -> list[Extension]:
+    def extensions(self, options: Sequence[Sequence[Choice]], count: int, *, ends: bool = False) -> list[Way]:
         """Return the best ``count`` of all combinations of a choice of each member."""
         found: list[tuple[float, tuple[int | None, ...]]] = [(0.0, ())]
         for own in options:
@@ -195,7 +195,7 @@ class _Growth:
             found = sorted(ways, key=lambda way: (-way[0], way[1]))[:count]
         before = [track.ids for track in self._hypothesis.tracks]
         return [
-            Extension(
+            Way(
                 (-score, tuple(
                     ids if token is None else (*ids, token) for ids, token in zip(before, picks, strict=True)
                 )), self.number, picks, ends,
@@ -243,10 +243,11 @@ class _Growth:
             within = max((part for part, _ in self._within(i, lacks, b"")), default=-np.inf)
             longer = self._part_of_all(i, told[own.ids[own.longer(lacks)]])
             return np.array([longer.max(initial=within)])
-        found = np.full((256, 257), -np.inf)
+        found: Float[np.ndarray, "256 257"] = np.full((256, 257), -np.inf)
         np.maximum.at(found.ravel(), own.beginnings, self._part_of_all(i, told[own.ids]))
         # A word of one byte fits in any string that begins with it.
-        return np.maximum(found, found[:, :1]).ravel()
+        found = np.maximum(found, found[:, :1])
+        return found.ravel()
 
 
 def descending(bounds: Float[np.ndarray, " k"]) -> Iterator[tuple[float, int]]:

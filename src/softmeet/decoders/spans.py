@@ -29,10 +29,10 @@ class Spans(OwnTokensDecoder):
     tokens ends there, and the span with it. Where the end of the text comes in place of the whitespace behind a word,
     or first of all, the span ends the text; its probability is the sum over all tokens that end a text.
 
-    Then each member cuts each span into tokens as its own tokenizer does, takes the mean of -log p over these, the end
-    counted, and the span is written whose mean is the least, averaged over members by weight; of equals that of the
-    first member that proposes one. A member of weight 0 proposes, too. All members read the span as they cut it. Spaces
-    are bytes like any others: none is added, taken away or changed.
+    Then each member cuts each span into tokens as its own tokenizer does, but for bytes of which it has none, and takes
+    the mean of -log p over these, the end counted. The span is written whose mean is the least, averaged over members
+    by weight; of equals that of the first member that proposes one. A member of weight 0 proposes, too. All members
+    read the span as they cut it. Spaces are bytes like any others: none is added, taken away or changed.
 
     The limit counts tokens of the first member, the end too; a span for which there is too little room is cut before it
     is judged. Tokens that spell nothing and end nothing, as those of chats, are left out. From Cui et al. (AdaFuse,
@@ -40,8 +40,7 @@ class Spans(OwnTokensDecoder):
     """
 
     margin: float = Field(default=0.7, ge=0, le=1)
-    """The least difference of the two largest probabilities, where a word begins, at which a member goes on behind it.
-    """
+    """The least margin of the largest probability, where a word begins, at which a member goes on behind the word."""
     words: int = Field(default=3, ge=1, le=64)
     """The most words of a span."""
 
@@ -57,7 +56,7 @@ class Spans(OwnTokensDecoder):
         """Write behind each of B prompts, and read the newest tokens of all of them together."""
         members = [_Member(own) for own in texts]
         weights: Any = job.settings.weights
-        every = [_Text(k * self.rows(len(texts)), [0.0] * len(texts)) for k in range(job.prompts)]
+        every = [_Written(k * self.rows(len(texts)), [0.0] * len(texts)) for k in range(job.prompts)]
         while live := [one for one in every if not one.ended and one.count < job.most]:
             for member in members:
                 member.read(live)
@@ -81,7 +80,7 @@ class _Proposal:
     tokens: tuple[int, ...]
 
 
-class _Text:
+class _Written:
     """What is written behind one prompt.
 
     Args:
@@ -151,7 +150,7 @@ class _Member:
 
     def __init__(self, own: OwnTexts) -> None:
         self.tokens, self._texts, self._ends = own.tokens, own.texts, list(own.tokens.ends)
-        self._behind = dict[_Text, Float[Tensor, " u"]]()
+        self._behind = dict[_Written, Float[Tensor, " u"]]()
 
     def _predict(self, rows: Sequence[int]) -> Float[Tensor, "k u"]:
         told = self._texts.log_probs(rows)[0]
@@ -162,11 +161,11 @@ class _Member:
             found[:, _END] = told[:, self._ends].logsumexp(-1)
         return found
 
-    def read(self, texts: Sequence[_Text]) -> None:
+    def read(self, texts: Sequence[_Written]) -> None:
         """Read the newest tokens of texts."""
         self._behind = dict(zip(texts, self._predict([one.row for one in texts]), strict=True))
 
-    def propose(self, texts: Sequence[_Text], options: Spans) -> list[Span]:
+    def propose(self, texts: Sequence[_Written], options: Spans) -> list[Span]:
         """Write a span behind each of some texts, which were read."""
         rows = [one.row + 1 for one in texts]
         self._texts.replace(rows, [one.row for one in texts])
@@ -183,7 +182,7 @@ class _Member:
             self._texts.add([rows[k] for k in live], [token for _, token in going])
             told = self._predict([rows[k] for k in live])
 
-    def judge(self, texts: Sequence[_Text], *, first: bool) -> list[list[list[float]]]:
+    def judge(self, texts: Sequence[_Written], *, first: bool) -> list[list[list[float]]]:
         """Read all spans behind some texts, which were read, and return the log-probabilities of their tokens.
 
         Args:
@@ -208,7 +207,7 @@ class _Member:
         by_text = iter(found)
         return [[next(by_text) for _ in one.proposals] for one in texts]
 
-    def go_on(self, text: _Text, number: int) -> None:
+    def go_on(self, text: _Written, number: int) -> None:
         """Have a text be what it is with one of the spans, which were read."""
         if text.ended:
             self._texts.finish(range(text.row, text.row + 1 + number))
