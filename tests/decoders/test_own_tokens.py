@@ -94,9 +94,16 @@ def test_what_a_text_says_of_itself_is_true(decoder, ensemble):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_members_of_one_tokenizer_write_the_same_over_tokens_and_over_a_union(decoder, folders, tmp_path):
     twin = str(byte_members.save(tmp_path / "twin", "gpt2", 7))
-    over = [Ensemble.from_pretrained([folders[0], twin], "logit-mean", vocabulary=v) for v in ("tokens", "union")]
+    members = [folders[0], f"{twin}+prompt=In the beginning"]
+    over = [Ensemble.from_pretrained(members, "logit-mean", vocabulary=v) for v in ("tokens", "union")]
     texts = [one.decode(PROMPT, decoder, max_new_tokens=12).text for one in over]
     assert texts[0] == texts[1] != ""
+
+
+def test_spans_that_are_proposed_have_room_in_the_contexts(ensemble):
+    with pytest.raises(InvalidInputError, match="expected a limit of at most 79"):
+        ensemble.decode(PROMPT, "spans", max_new_tokens=80)
+    assert ensemble.decode(PROMPT, "spans", max_new_tokens=79).texts[0].symbols
 
 
 def test_what_ends_a_text_is_no_ordinary_token():

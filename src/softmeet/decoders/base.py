@@ -148,6 +148,11 @@ class Decoder(Frozen, ABC):
     def rows(self, members: int) -> int:
         """Return how many rows :meth:`decode` needs for each prompt, of so many members."""
 
+    @property
+    def ahead(self) -> int:
+        """How many symbols more than the limit allows members may read of a text; by default none."""
+        return 0
+
     @abstractmethod
     def decode(self, texts: Any, job: ToWrite) -> list[Decoding]:
         """Write behind each of B prompts.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softmeet.decoders.base import Decoding, ToWrite, WeightedText
 from softmeet.decoders.own_tokens import OwnTexts, OwnTokensDecoder
-from softmeet.decoders.words import Span
+from softmeet.decoders.words import MOST_TOKENS, Span
 
 # Where the end of a text stands among what a member predicts.
 _END = -1
@@ -51,6 +51,11 @@ class Spans(OwnTokensDecoder):
     def rows(self, members: int) -> int:
         """Return one for the text, and one for each member's span."""
         return 1 + members
+
+    @property
+    def ahead(self) -> int:
+        """The most tokens of a span."""
+        return MOST_TOKENS * self.words
 
     def decode(self, texts: Sequence[OwnTexts], job: ToWrite) -> list[Decoding]:
         """Write behind each of B prompts, and read the newest tokens of all of them together."""

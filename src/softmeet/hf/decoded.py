@@ -52,11 +52,13 @@ def decoded(
     call = CallOptions.of(model, {"settings": settings, "own_prompts": inputs.get("own_prompts")})
     decoder.require(call.settings)
     rows = [ids[real.bool()].tolist() for ids, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-    longest = min(call.longest(model, len(row) + most, len(row)) - len(row) for row in rows)
+    wanted = most + decoder.ahead
+    longest = min(call.longest(model, len(row) + wanted, len(row)) - len(row) for row in rows)
     room = min([longest, *(own for row in rows if (own := model.room(len(row))) is not None)])
-    if room < most:
+    if room < wanted:
         raise InvalidInputError(
-            f"expected a limit of at most {room}, for which the members' contexts have room, got {most}: lower it"
+            f"expected a limit of at most {max(0, room - decoder.ahead)}, for which the members' contexts have room, "
+            f"got {most}: lower it"
         )
     seed = require_seed(given["seed"]) if "seed" in given else int(torch.randint(1 << 62, ()))
     generator = torch.Generator().manual_seed(seed)
