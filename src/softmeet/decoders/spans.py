@@ -215,7 +215,7 @@ class _Member:
     def go_on(self, text: _Written, number: int) -> None:
         """Have a text be what it is with one of the spans, which were read."""
         if text.ended:
-            self._texts.finish(range(text.row, text.row + 1 + number))
+            self._texts.finish(range(text.row, text.row + 1 + len(text.proposals)))
         else:
             self._texts.replace([text.row], [text.row + 1 + number])
 
