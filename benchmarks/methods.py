@@ -1,6 +1,6 @@
 """What every method writes behind one prompt, and what a token costs: python benchmarks/methods.py -m SMOLLM2 -m GEMMA
 
-Greedily where a method can; decoders draw, from one seed. Members are loaded once a vocabulary.
+Greedily where a method can; decoders search, or draw from one seed. Members are loaded once a vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ METHODS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("CoRE over bytes", "bytes", "core", {}),
     ("particles, product, over bytes", "bytes", "logit-mean", {"decoder": "particles:n=16", "seed": 2}),
     ("particles, mean, over the union", "union", "prob-mean", {"decoder": "particles:n=16", "seed": 2}),
+    ("ABE", "union", "logit-mean", {"decoder": "agreement:beam=5"}),
+    ("AdaFuse, one candidate each", "union", "logit-mean", {"decoder": "spans"}),
 ]
 
 

@@ -348,10 +348,9 @@ class Ensemble:
 
         Args:
             text: a prompt or a list of prompts, as of :meth:`generate`.
-            decoder: a name with options, as in ``"particles:n=16"``, or an instance of :class:`softmeet.Decoder`.
-            options: the limit, which is a part of what is drawn from: ``max_new_tokens`` over tokens, ``max_bytes``
-                over bytes, the end of a text counted; ``seed`` of all draws (without it, from torch's generator);
-                ``weights`` (n numbers) and ``gate`` for this call.
+            decoder: a name with options, as in ``"agreement:beam=5"``, or an instance of :class:`softmeet.Decoder`.
+            options: the limit, a part of what is drawn from: ``max_new_tokens`` over tokens, ``max_bytes`` over bytes,
+                the end counted; ``seed`` of all draws (without it, from torch's generator); ``weights`` and ``gate``.
 
         Raises:
             InvalidInputError: if another option is given, the limit is missing or too large, or the decoder cannot be

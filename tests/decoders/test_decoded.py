@@ -150,8 +150,7 @@ def test_a_decoder_of_ones_own(made):
         name = "first-greedy"
         summary = "for tests"
 
-        @property
-        def rows(self):
+        def rows(self, members):
             return 1
 
         def decode(self, texts, job):

@@ -25,9 +25,9 @@ class DecoderFlags(Flags, panel="Sampling"):
     """The flag for texts that are written by a decoder."""
 
     decoder: str | None = optional(
-        "Draw whole texts by a decoder, such as particles:n=16, in place of one token after another; by logit-mean "
-        "where --rule names no other, of at most --max-new-tokens, or over bytes --max-new-bytes. With --json all its "
-        "texts are printed, with their weights."
+        "Write whole texts by a decoder, such as particles:n=16 or agreement:beam=5, in place of one token after "
+        "another; by logit-mean where --rule names no other, of at most --max-new-tokens, or over bytes "
+        "--max-new-bytes. With --json all its texts are printed, with their weights."
     )
 
     def settings(self, given: dict[str, Any], sampling: SamplingFlags, against: list[str]) -> dict[str, Any]:
@@ -55,6 +55,23 @@ class DecoderFlags(Flags, panel="Sampling"):
         found.require(Settings.of(chosen))
         return given
 
+    def vocabulary(self, named: str | None) -> str | None:
+        """Return over what members are to be loaded where nothing says it: a union, if each writes in its own tokens.
+
+        Args:
+            named: the value of ``--vocabulary``.
+
+        Raises:
+            InvalidInputError: if members have no tokens of their own over the vocabulary that is named.
+        """
+        if self.decoder is None:
+            return None
+        from softmeet.decoders.registry import decoder_of
+
+        found = decoder_of(self.decoder)
+        found.require_vocabulary(named)
+        return "union" if found.own_tokens else None
+
     def write(
         self,
         ensemble: Ensemble,
@@ -75,7 +92,10 @@ class DecoderFlags(Flags, panel="Sampling"):
             any_rule: whether nobody has chosen the ensemble's rule.
             as_json: whether to print JSON.
         """
-        if any_rule and not ensemble.model.settings.rule.is_average:
+        from softmeet.decoders.registry import decoder_of
+
+        own_tokens = decoder_of(str(self.decoder)).own_tokens
+        if any_rule and (own_tokens or not ensemble.model.settings.rule.is_average):
             ensemble.model.config.rule = _RULE
         options, own = sampling.arguments(), ensemble.model.limit_of_symbols
         if own not in options:

@@ -168,11 +168,15 @@ def generate(
         "--summary": shown.summary, "--token-seconds": token_seconds is not None, "a structure": structure is not None,
     }  # fmt: skip
     settings = whole.settings(settings, sampling, [name for name, given in against.items() if given])
-    loaded = loading.ensemble(members, retrieved.settings(passages, settings), to_write=True)
+    rather = whole.vocabulary(loading.vocabulary)
+    alone = {"--one-member": sampling.one_member, "--speculate": sampling.speculate not in (None, "0", "auto")}
+    scored = ["--prompt-weights"] if prompt_weights else []
+    loading.refuse_over_union(scored, [name for name, given in alone.items() if given])
+    loaded = loading.ensemble(members, retrieved.settings(passages, settings), to_write=True, rather=rather)
     ensemble = retrieved.behind(passages, loaded)
     asked = written.asked(ensemble, texts)
     if whole.decoder is not None:
-        any_rule = settings.get("rule") is None and not options.is_saved(members)
+        any_rule = settings.get("rule") is None and not (passages or options.is_saved(members))
         whole.write(ensemble, texts, asked, sampling, any_rule=any_rule, as_json=as_json)
         return
     each = [{"weights": ensemble.prompt_weights(text)} if prompt_weights else {} for text in texts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -112,6 +112,31 @@ class LoadingFlags(Flags, panel="Members"):
         """
         return {**vars(self), "device": placement(self.device)}
 
+    def refuse_over_union(self, scored: Sequence[str], alone: Sequence[str]) -> None:
+        """Check that flags can be used over the union that ``--vocabulary`` may name.
+
+        Args:
+            scored: those given that need a text's likelihood.
+            alone: those by which a member answers alone.
+
+        Raises:
+            InvalidInputError: if one cannot.
+        """
+        if not (self.vocabulary or "").startswith("union"):
+            return
+        from softmeet.readers.union_form import UnionForm
+
+        if scored:
+            raise InvalidInputError(
+                f"{scored[0]} needs a text's likelihood, and over a union of tokens a text can be written in many "
+                "ways: say --vocabulary bytes"
+            )
+        if alone and UnionForm.parse(str(self.vocabulary)).is_joint:
+            raise InvalidInputError(
+                f"{alone[0]} has one member answer alone, and {self.vocabulary} is made of what all members say at a "
+                "step: leave it out, or say --vocabulary union"
+            )
+
     @stoppable("members were being loaded, and nothing is changed")
     def ensemble(
         self,
@@ -119,6 +144,7 @@ class LoadingFlags(Flags, panel="Members"):
         settings: Mapping[str, Any] | None = None,
         *,
         to_write: bool = False,
+        rather: str | None = None,
         **more: Any,
     ) -> Ensemble:
         """Load an ensemble, with progress on stderr and without transformers' own messages.
@@ -128,6 +154,8 @@ class LoadingFlags(Flags, panel="Members"):
             settings: values of settings' flags by name, as typer parsed them (:func:`checked_settings`), None if a
                 flag was not given; None in place of the dict for no settings.
             to_write: whether it only writes texts, and scores none.
+            rather: the vocabulary where it is to be chosen, by no flag and no saved ensemble; None to let the members'
+                tokenizers choose.
             more: further keyword arguments of ``Ensemble.from_pretrained``, except ``on_progress``.
 
         Raises:
@@ -149,11 +177,14 @@ class LoadingFlags(Flags, panel="Members"):
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
+        arguments = self.arguments()
+        if rather and (self.vocabulary == "auto" or (self.vocabulary is None and not is_saved(members))):
+            arguments["vocabulary"] = rather
         with working("loading") as show:
             found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
                 on_progress=lambda name: show(f"loading {short(name)}"),
-                **self.arguments(),
+                **arguments,
                 **given,
                 **more,
             )

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
+from softmeet.readers.union_form import UnionForm
 from softmeet.rules.frozen import Frozen
 from softmeet.rules.settings import Settings
 
@@ -76,11 +77,12 @@ class WeightedText:
     """A text that a decoder has written.
 
     Attributes:
-        symbols: its symbols, of which the last may end it.
+        symbols: its symbols, of which the last may end it; where members write in tokens of their own, the first's.
         ended: whether it does.
-        log_weight: the logarithm of its weight among the texts behind one prompt, not normalised; -inf for weight 0.
+        log_weight: the logarithm of its weight among the texts behind one prompt, not normalised; -inf for weight 0. Of
+            a decoder that searches, the score Σ w_i log P_i(text).
         log_probs: log P_i(text) by each member i, in nats, its end included.
-        text: what the symbols spell.
+        text: what the symbols spell; where members write in tokens of their own, what they agree on.
     """
 
     symbols: tuple[int, ...]
@@ -134,23 +136,32 @@ class Decoder(Frozen, ABC):
         name: the name under which it is asked for: lower-case letters, digits and hyphens.
         summary: one line about it.
         reference: its source: a paper or a web address; empty if there is none.
+        own_tokens: whether each member writes in tokens of its own, as of
+            :class:`softmeet.decoders.own_tokens.OwnTokensDecoder`, and not in symbols that all share.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
+    own_tokens: ClassVar[bool] = False
+
+    @abstractmethod
+    def rows(self, members: int) -> int:
+        """Return how many rows :meth:`decode` needs for each prompt, of so many members."""
 
     @property
-    @abstractmethod
-    def rows(self) -> int:
-        """How many rows :meth:`decode` needs for each prompt."""
+    def ahead(self) -> int:
+        """How many symbols more than the limit allows members may read of a text; by default none."""
+        return 0
 
     @abstractmethod
-    def decode(self, texts: Texts, job: ToWrite) -> list[Decoding]:
+    def decode(self, texts: Any, job: ToWrite) -> list[Decoding]:
         """Write behind each of B prompts.
 
         Args:
-            texts: ``rows`` rows for each prompt, one prompt's after the other's, of which nothing has been written.
+            texts: a :class:`Texts`, with :meth:`rows` rows for each prompt, one prompt's after the other's, of which
+                nothing has been written; with ``own_tokens`` a list of
+                :class:`~softmeet.decoders.own_tokens.OwnTexts`, which have such rows, one for each member.
             job: what is to be written.
         """
 
@@ -160,6 +171,25 @@ class Decoder(Frozen, ABC):
         Raises:
             InvalidInputError: if it cannot; the message says what to choose.
         """
+
+    def require_vocabulary(self, vocabulary: str | None) -> None:
+        """Check that the decoder can be used over a vocabulary, such as "bytes".
+
+        Raises:
+            InvalidInputError: if it cannot, as members have no tokens of their own over it, or say nothing by
+                themselves.
+        """
+        form = UnionForm.parse(vocabulary) if (vocabulary or "").startswith("union") and vocabulary else None
+        if self.own_tokens and (vocabulary == "bytes" or form not in (None, UnionForm())):
+            raise InvalidInputError(
+                f"the decoder {self.name} has members write tokens of their own, and over {vocabulary} they have none: "
+                "load them with vocabulary='union', or in the command --vocabulary union"
+            )
+        if form is not None and form.is_joint:
+            raise InvalidInputError(
+                f"the decoder {self.name} takes what each member says by itself, and {vocabulary} is made of what all "
+                "members say at a step: load them with vocabulary='union', or in the command --vocabulary union"
+            )
 
     def __str__(self) -> str:
         own = self.model_dump(exclude_defaults=True)
@@ -177,7 +207,7 @@ def require_plain(decoder: Decoder, options: Mapping[str, Any]) -> dict[str, Any
     given = {name: x for name, x in options.items() if x is not None and x not in _PLAIN.get(name, ())}
     if wrong := sorted(given.keys() - set(_TAKEN)):
         raise InvalidInputError(
-            f"the decoder {decoder.name} draws whole texts from what members predict, and cannot be used with "
+            f"the decoder {decoder.name} writes whole texts by what members predict, and cannot be used with "
             f"{', '.join(wrong)}: leave it out"
         )
     return given

@@ -47,9 +47,8 @@ class Particles(Decoder):
     summary = "a draw from the ensemble of whole texts, by sequential Monte Carlo"
     reference = "https://arxiv.org/abs/2603.05432"
 
-    @property
-    def rows(self) -> int:
-        """How many texts grow together."""
+    def rows(self, members: int) -> int:
+        """Return how many texts grow together."""
         return self.n
 
     def require(self, settings: Settings) -> None:

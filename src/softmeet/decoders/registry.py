@@ -9,7 +9,11 @@ from softmeet.errors import InvalidInputError
 from softmeet.rules.frozen import unknown
 from softmeet.rules.named import Named
 
-_OWN = {"particles": "softmeet.decoders.particles:Particles"}
+_OWN = {
+    "particles": "softmeet.decoders.particles:Particles",
+    "agreement": "softmeet.decoders.agreement:Agreement",
+    "spans": "softmeet.decoders.spans:Spans",
+}
 
 D = TypeVar("D", bound=type[Decoder])
 
@@ -40,7 +44,7 @@ def decoder_names() -> list[str]:
 
     Example:
         >>> decoder_names()
-        ['particles']
+        ['particles', 'agreement', 'spans']
     """
     return DECODERS.names()
 

@@ -84,11 +84,11 @@ class Population:
 
     def replace(self, rows: Sequence[int], sources: Sequence[int]) -> None:
         """Have each of some rows be a copy of what another row was before."""
-        before, left = list(self._texts), set(sources)
+        before, left = list(self._texts), set(sources) & set(rows)
         for row in set(rows) - left:
             before[row].close()
         for row, source in zip(rows, sources, strict=True):
-            # A text stays itself once; further copies of it are forks.
+            # A text stays itself once, in its own row if that is none of these; further copies of it are forks.
             self._texts[row] = before[source].fork() if source not in left else before[source]
             left.discard(source)
 

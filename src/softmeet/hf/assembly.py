@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from softmeet.hf.chat import ChatTemplates
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.union_form import UnionForm
 from softmeet.hf.union_space import union_space
 from softmeet.members.member import Member
 from softmeet.members.prompting import prefix_of
@@ -17,6 +16,7 @@ from softmeet.members.spelling import Spelling
 from softmeet.members.vocabulary import CommonVocabulary
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
+from softmeet.readers.union_form import UnionForm
 
 
 def assemble(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.decoders.base import Decoder, Decoding, ToWrite, require_plain
+from softmeet.decoders.own_tokens import OwnTexts
 from softmeet.engine.masking import ends_of
 from softmeet.engine.population import Population
 from softmeet.errors import InvalidInputError
@@ -40,6 +42,7 @@ def decoded(
         InvalidInputError: if another option is given, the limit is missing or larger than a member's context, or the
             decoder cannot be used with the rule or a member.
     """
+    decoder.require_vocabulary(model.config.vocabulary)
     given = require_plain(decoder, options)
     most = _limit(model, given)
     settings = model.settings.changed(**{name: given[name] for name in ("weights", "gate") if name in given})
@@ -49,17 +52,21 @@ def decoded(
     call = CallOptions.of(model, {"settings": settings, "own_prompts": inputs.get("own_prompts")})
     decoder.require(call.settings)
     rows = [ids[real.bool()].tolist() for ids, real in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-    longest = min(call.longest(model, len(row) + most, len(row)) - len(row) for row in rows)
+    wanted = most + decoder.ahead
+    longest = min(call.longest(model, len(row) + wanted, len(row)) - len(row) for row in rows)
     room = min([longest, *(own for row in rows if (own := model.room(len(row))) is not None)])
-    if room < most:
+    if room < wanted:
         raise InvalidInputError(
-            f"expected a limit of at most {room}, for which the members' contexts have room, got {most}: lower it"
+            f"expected a limit of at most {max(0, room - decoder.ahead)}, for which the members' contexts have room, "
+            f"got {most}: lower it"
         )
     seed = require_seed(given["seed"]) if "seed" in given else int(torch.randint(1 << 62, ()))
     generator = torch.Generator().manual_seed(seed)
-    texts = Population(begun(model, rows, call), decoder.rows, model.reading)
+    job = ToWrite(len(rows), call.settings, most, frozenset(ends_of(model.generation_config)), generator)
+    if decoder.own_tokens:
+        return _apart(model, decoder, rows, call, job)
+    texts = Population(begun(model, rows, call), decoder.rows(len(model.members)), model.reading)
     try:
-        job = ToWrite(len(rows), call.settings, most, frozenset(ends_of(model.generation_config)), generator)
         found = decoder.decode(texts, job)
     finally:
         texts.close()
@@ -69,6 +76,27 @@ def decoded(
         ))
         for one in found
     ]  # fmt: skip
+
+
+def _apart(
+    model: EnsembleForCausalLM, decoder: Decoder, rows: Sequence[Sequence[int]], call: CallOptions, job: ToWrite
+) -> list[Decoding]:
+    """Have a decoder write by members each of which has tokens of its own.
+
+    Args:
+        model: the ensemble.
+        decoder: the decoder.
+        rows: the tokens of each prompt that members share.
+        call: the options, among them what members read in place of these.
+        job: what is to be written.
+    """
+    each, texts = decoder.rows(len(model.members)), list[OwnTexts]()
+    with ExitStack() as opened:
+        for own in model.alone:
+            population = Population(begun(own, rows, call), each, own.reading)
+            opened.callback(population.close)
+            texts.append(OwnTexts(population, own.tokens))
+        return decoder.decode(texts, replace(job, ends=frozenset(texts[0].tokens.ends)))
 
 
 def _limit(model: EnsembleForCausalLM, given: Mapping[str, Any]) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 
 from softmeet.engine.ask import Members
 from softmeet.heads import SoftmaxHead
+from softmeet.hf.alone import Alone
 from softmeet.members.reader_model import ReaderModel
+from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.trunk import require_cache
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.kinds import others_than_keys_and_values
@@ -43,6 +45,25 @@ class ReadMembers:
             if self.key_of(i) not in found:
                 found[self.key_of(i)] = self.new_reader(i, self.config.members[i], None)
         return [found[self.key_of(i)] for i in range(len(self.members))]
+
+    @cached_property
+    def alone(self) -> list[Alone]:
+        """Each member by itself, over tokens of its own.
+
+        Raises:
+            InvalidInputError: if a member takes no cache.
+            VocabularyMismatchError: if it cannot be read how the tokens of a member are spelled.
+        """
+        every: Any = self
+        return [Alone(every, i, self.own_reader(i), self.own_spelling(i)) for i in range(len(self.members))]
+
+    def own_reader(self, i: int) -> Reader:
+        """Return the reader of member i over its own tokens."""
+        return self.readers_of_members[i]
+
+    def own_spelling(self, i: int) -> Spelling:
+        """Return how the tokens of member i are spelled."""
+        return spelling_of(self.config.members[i], self.tokenizer_of(i))
 
     @property
     def alphabet(self) -> Alphabet:
@@ -99,5 +120,5 @@ class ReadMembers:
 
     def forget_readers(self) -> None:
         """Have readers made anew, as after members were moved or cast."""
-        for name in ("apart", "readers_of_members", "_reading"):
+        for name in ("apart", "readers_of_members", "alone", "_reading"):
             self.__dict__.pop(name, None)

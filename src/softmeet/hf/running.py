@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.engine.combined import of_rows
-from softmeet.engine.continuation import Dropped
+from softmeet.engine.continuation import Dropped, Ensembled
 from softmeet.engine.deferral import Deferral
 from softmeet.engine.gate import joined, read
 from softmeet.errors import InvalidInputError
@@ -153,11 +153,11 @@ class Behind:
     texts: Sequence[Dropped] = ()
 
 
-def begun(model: AnyEnsemble, tokens: Sequence[Sequence[int]], options: CallOptions) -> list[Dropped]:
+def begun(model: Ensembled, tokens: Sequence[Sequence[int]], options: CallOptions) -> list[Dropped]:
     """Make the texts of sequences that begin, with what members read of their own.
 
     Args:
-        model: the ensemble.
+        model: the ensemble, or one of its members by itself.
         tokens: the first tokens of each sequence.
         options: those of the call.
 

@@ -17,6 +17,7 @@ from softmeet.members.heads import replace_weight
 from softmeet.members.member import Member
 from softmeet.members.opaque import Head
 from softmeet.members.prompting import ids_of, prefix_of
+from softmeet.members.spelling import Spelling
 from softmeet.readers.reader import Reader
 from softmeet.readers.union_tokenizer import union_tokenizer
 from softmeet.readers.union_tokens import crossing
@@ -102,6 +103,16 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
     def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
         return super().before(self.space.prompted_as(i), prompt, own)
+
+    def own_reader(self, i: int) -> Reader:
+        """Return the reader of member i over its own tokens."""
+        reader: Any = self.readers_of_members[i]
+        below: Reader = reader.below
+        return below
+
+    def own_spelling(self, i: int) -> Spelling:
+        """Return how the tokens of member i are spelled."""
+        return self.space.spellings[i]
 
     def own_prompt(self, text: str, *, special: bool) -> list[list[int] | None]:
         """Return for each member the tokens as which it reads a prompt: its own prompt or prefix, and the text."""

@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from softmeet.engine.combine import Combiner
 from softmeet.engine.top_union import TopUnion
-from softmeet.hf.union_form import UnionForm
 from softmeet.members.opaque import NoHead
 from softmeet.members.spelling import Spelling
 from softmeet.published.gac import GacUnion
 from softmeet.published.unite import UniteUnion
 from softmeet.readers.reader import Reader
 from softmeet.readers.union_alphabet import Union, UnionAlphabet
+from softmeet.readers.union_form import UnionForm
 from softmeet.readers.union_reader import UnionReader
 from softmeet.readers.union_tokens import SpelledTokens, stand_in
 

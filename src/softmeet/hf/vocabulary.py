@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.engine.unread import AVERAGE, averages
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.union_form import UnionForm
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
+from softmeet.readers.union_form import UnionForm
 from softmeet.rules.gates import Safe, unsure_of
 from softmeet.rules.settings import Settings
 

@@ -142,6 +142,10 @@ class Spelling:
             found += tokens if self.spelled(tokens) == whole else self._longest(whole)
         return found
 
+    def cut_writable(self, text: bytes) -> list[int]:
+        """Cut bytes into tokens as :meth:`cut` does, but for those that no token spells, which are left out."""
+        return self.cut(text.translate(None, self.unwritable))
+
     def _encoded(self, part: str) -> list[int]:
         """Return the ids of the tokenizer's tokens of some characters."""
         if len(part) < _LONG:

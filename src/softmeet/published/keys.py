@@ -40,7 +40,7 @@ class KeyAlphabet:
 
     def encode(self, text: str) -> list[int]:
         """Return the symbols of a text, cut as the first tokenizer cuts it."""
-        return [self.of_token[token] for token in self.first.cut(text.encode().translate(None, self.first.unwritable))]
+        return [self.of_token[token] for token in self.first.cut_writable(text.encode())]
 
     def decode(self, symbols: Sequence[int]) -> bytes:
         """Return the bytes of symbols, none for the last one."""

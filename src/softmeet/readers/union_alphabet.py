@@ -80,7 +80,7 @@ class UnionAlphabet:
 
     def encode(self, text: str) -> list[int]:
         """Return the symbols of a text, cut as the first tokenizer cuts it."""
-        tokens = self.first.cut(text.encode().translate(None, self.first.unwritable))
+        tokens = self.first.cut_writable(text.encode())
         return [self.symbol(self.first.spelled([token])) for token in tokens]
 
     def decode(self, symbols: Sequence[int]) -> bytes:

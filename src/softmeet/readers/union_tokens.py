@@ -62,8 +62,7 @@ class SpelledTokens:
         if symbol in self.ids:
             return self.ids[symbol][:1]
         if symbol not in self._cut:
-            word = self._alphabet.words[symbol].translate(None, self._spelling.unwritable)
-            self._cut[symbol] = tuple(self._spelling.cut(word))
+            self._cut[symbol] = tuple(self._spelling.cut_writable(self._alphabet.words[symbol]))
         return self._cut[symbol]
 
 
@@ -80,7 +79,7 @@ def stand_in(spelling: Spelling, alphabet: UnionAlphabet) -> Callable[[int], int
             return None
         word = alphabet.words[symbol]
         first, longer, _ = spelling.among(word)
-        cut = spelling.cut(word.translate(None, spelling.unwritable)) if first == longer else ()
+        cut = spelling.cut_writable(word) if first == longer else ()
         return alphabet.symbol(spelling.spelled(cut[:1])) if len(cut) else None
 
     return stand
