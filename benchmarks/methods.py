@@ -13,12 +13,17 @@ import typer
 
 from report import show
 from softmeet import Ensemble
+from softmeet.errors import InvalidInputError
 
 PROMPT = "The library was built in the year in which"
 # (the method, its vocabulary, its rule, options of generate)
 METHODS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("GaC, corrected", "union", "prob-mean", {}),
     ("GaC's threshold", "union", "prob-mean", {"gate": "unsure:0.5"}),
+    ("SAFE on GaC", "union", "prob-mean", {"gate": "safe:0.5"}),
+    ("UniTE, corrected", "union:k=10", "prob-mean", {}),
+    ("UniTE as published", "union:k=10:as=unite", "prob-mean", {}),
+    ("GaC as published", "union:as=gac", "prob-mean", {}),
     ("drop over the union", "union", "drop", {}),
     ("CoRE over the union", "union", "core", {}),
     ("pointwise-max over the union", "union", "pointwise-max", {}),
@@ -41,7 +46,11 @@ def main(
     """Print a table: the text, and the time of a token as the first member's tokenizer cuts it."""
     rows, loaded = list[dict[str, Any]](), dict[Any, Any]()
     for name, vocabulary, rule, options in METHODS:
-        ensemble = Ensemble.from_pretrained(members, rule, vocabulary=vocabulary, loaded=loaded)
+        try:
+            ensemble = Ensemble.from_pretrained(members, rule, vocabulary=vocabulary, loaded=loaded)
+        except InvalidInputError as error:
+            typer.echo(f"{name}: {error}", err=True)
+            continue
         limit = {"max_new_tokens": tokens}
         if "decoder" in options and vocabulary == "bytes":
             limit = {"max_bytes": 4 * tokens}
