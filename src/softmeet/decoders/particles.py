@@ -60,9 +60,10 @@ class Particles(Decoder):
         one = torch.ones(1, dtype=torch.float64)
         if settings.rule.aggregate(one[:, None], one) is None:
             names = [rule.name for rule in all_rules() if rule.aggregate(one[:, None], one) is not None]
+            without = "it without its options, or " if settings.rule.name in names else ""
             raise InvalidInputError(
                 f"the decoder particles needs a rule that combines the probabilities of whole texts, which "
-                f"{settings.rule} does not: choose {' or '.join(names)}"
+                f"{settings.rule} does not: choose {without}{' or '.join(names)}"
             )
         against = {
             f"the gate {settings.gate}": that_closes(settings.gate) is not None,
