@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.engine.combined import of_rows
-from softmeet.engine.continuation import Dropped, Ensembled
+from softmeet.engine.continuation import Dropped
 from softmeet.engine.deferral import Deferral
 from softmeet.engine.gate import joined, read
 from softmeet.errors import InvalidInputError
@@ -29,6 +29,7 @@ from softmeet.readers.reader import Predictions, Work
 from softmeet.readers.transformers import States
 
 if TYPE_CHECKING:
+    from softmeet.engine.continuation import Ensembled
     from softmeet.hf.protocol import AnyEnsemble
 
 Kept = slice | Int[Tensor, " k"]
