@@ -110,9 +110,10 @@ def union_distribution(members: Members, states: States, w: Array) -> dict[Key, 
 
 
 def union_feed(member: TinyMember, state: State, u: bytes) -> State:
-    """Append the smallest id that has these bytes, or, where there is none, the member's own tokens for them."""
+    """Append the member's own tokens for these bytes; of several where one id has them, the largest such id."""
     same = [token for token, text in member.tokens.items() if text == u]
-    return state + ((min(same),) if same else tuple(member.encode(u)))
+    cut = tuple(member.encode(u))
+    return state + ((max(same),) if same and len(cut) > 1 else cut)
 
 
 def by_mass(masses: dict[Key, float]) -> list[Key]:

@@ -29,7 +29,7 @@ from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, PieceStreamer, streamed
 from softmeet.hf.unread import reading, refuse_quantised
-from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_vocabulary
+from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
 from softmeet.members import zoo
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable, with_engines
 from softmeet.members.passages import Passage
@@ -106,8 +106,7 @@ class Ensemble:
                 likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code has it.
             prune: over bytes, the least share of probability mass at which a member runs on an alternative
                 tokenization of the text; 0 to run on all of them, 0.01 by default.
-            prefixes: over bytes, for each member the token ids that it reads before every text, such as a prompt of its
-                own; None for those that its tokenizer puts there.
+            prefixes: for each member the token ids that it reads before every text; None for its tokenizer's.
             settings: the fields of :class:`softmeet.Settings`, and options of the rule; the gate of a new ensemble is
                 ``auto`` by default.
 
@@ -133,8 +132,9 @@ class Ensemble:
             before, chosen = saved, saved.settings.changed(**given)
         vocabulary, prune = vocabulary or before.vocabulary, before.prune if prune is None else prune
         require_vocabulary(vocabulary, prune)
+        require_gate(chosen, vocabulary)  # before anything is loaded
         if kind_of(vocabulary) in ("bytes", "union") and not any_average:
-            require_for_bytes(chosen, vocabulary)  # before anything is loaded
+            require_for_bytes(chosen, vocabulary)
         config = EnsembleConfig(
             names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,
             prefixes=before.prefixes if prefixes is None else prefixes,

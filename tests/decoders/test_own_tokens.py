@@ -133,7 +133,7 @@ def test_members_that_cannot_write_so_are_refused(decoder, folders, ensemble, mo
     over_bytes = Ensemble.from_pretrained(folders, "logit-mean", vocabulary="bytes")
     with pytest.raises(InvalidInputError, match=f"{decoder} has members write tokens of their own, and over bytes"):
         over_bytes.decode(PROMPT, decoder, max_bytes=3)
-    for more in ({"do_sample": False}, {"top_k": 5}, {"temperature": 0.5}):
+    for more in ({"num_beams": 2}, {"top_k": 5}, {"temperature": 0.5}):
         with pytest.raises(InvalidInputError, match=f"whole texts .* used with {next(iter(more))}: leave it out"):
             ensemble.decode(PROMPT, decoder, max_new_tokens=3, **more)
     reader = ensemble.model.readers_of_members[1].below
@@ -173,3 +173,50 @@ def test_the_command_refuses_before_it_loads(arguments, message, monkeypatch):
     found = run("generate", "a", *arguments)
     assert found.returncode == 2
     assert message in found.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("decoder", [*DECODERS, "particles"])
+def test_the_command_takes_weights(decoder, folders):
+    """As its help has them, and those that are too few are refused in a sentence."""
+    asked = ("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--decoder", decoder, "--max-new-tokens", "4",
+             "--vocabulary", "union")  # fmt: skip
+    weighed = run(*asked, "--weights", "0.9,0.1", "--seed", "1")
+    assert weighed.returncode == 0, weighed.stderr
+    ensemble = Ensemble.from_pretrained(folders, "logit-mean", vocabulary="union")
+    given = {"max_new_tokens": 4, "weights": [0.9, 0.1], "seed": 1}
+    assert weighed.stdout == f"{ensemble.decode(PROMPT, decoder, **given).text}\n"
+    wrong = run(*asked, "--weights", "0.5")
+    assert (wrong.returncode, "Traceback" in wrong.stderr) == (2, False)
+
+
+def test_what_an_interrupted_search_leaves_is_given_back(ensemble, monkeypatch):
+    """Rows that could not be closed where they were dropped are, before the next search."""
+    readers = {one.readers_of_members[0] for one in ensemble.model.alone}
+    held = {reader: len(reader._rows) for reader in readers}
+
+    def failing(self, *given, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("softmeet.decoders.agreement.Agreement.decode", failing)
+        with pytest.raises(KeyboardInterrupt):
+            ensemble.decode(PROMPT, "agreement:beam=3", max_new_tokens=3)
+    for reader in readers:
+        ensemble.model.garbage.append((reader, reader.open(own=[0])))
+    ensemble.decode(PROMPT, "agreement:beam=3", max_new_tokens=3)
+    assert {reader: len(reader._rows) for reader in readers} == held
+
+
+def test_rows_of_members_that_are_one_model_are_counted_together(folders, monkeypatch):
+    twice = Ensemble.from_pretrained([folders[0], f"{folders[0]}+prompt=In"], "logit-mean", vocabulary="tokens")
+    (reader,) = {one.readers_of_members[0] for one in twice.model.alone}
+    monkeypatch.setattr(reader, "traits", replace(reader.traits, rows=8))
+    with pytest.raises(InvalidInputError, match=r"expected at most 8 texts at once, .* got 10: ask for fewer"):
+        twice.decode(PROMPT, "agreement:beam=5", max_new_tokens=3)
+    assert twice.decode(PROMPT, "agreement:beam=4", max_new_tokens=3).texts
+
+
+def test_a_decoder_that_reads_too_far_ahead_says_so(ensemble):
+    with pytest.raises(InvalidInputError, match="spans:words=64 reads 768 symbols ahead"):
+        ensemble.decode(PROMPT, "spans:words=64", max_new_tokens=1)
+    assert ensemble.generate(PROMPT, decoder="agreement", max_new_tokens=3, do_sample=False)

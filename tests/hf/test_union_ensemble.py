@@ -14,9 +14,9 @@ import torch
 from commands import run
 from serving import http, running, serving_of
 
-from softmeet import Ensemble
+from softmeet import Ensemble, Structure
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
-from softmeet.hf import EnsembleForCausalLM
+from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.prompts import encoded
 from softmeet.hf.union_modeling import UnionEnsembleForCausalLM
 from softmeet.members.spelling import spelling_of
@@ -281,3 +281,37 @@ def test_what_one_member_does_alone_is_refused_where_all_make_the_union_together
     monkeypatch.setattr("softmeet.ensemble.load_members", None)
     with pytest.raises(InvalidInputError, match="lets the first member answer alone"):
         Ensemble.from_pretrained(folders, vocabulary="union:k=3", gate="unsure:0.5")
+
+
+def test_a_letter_is_read_as_its_token_and_not_as_the_byte_that_stands_in_for_it():
+    """A SentencePiece tokenizer has both, the byte first; a trained member hardly knows the byte."""
+    ensemble = Ensemble.from_pretrained("mixed/llama", "prob-mean", vocabulary="union")
+    (reader,), alphabet = ensemble.model.readers_of_members, ensemble.model.alphabet
+    tokenizer, twice = ensemble.model.tokenizer_of(0), 0
+    for symbol, word in enumerate(alphabet.words):
+        twice += len(reader._own.ids[symbol]) > 1
+        (token,) = reader.tokens_of(symbol)
+        if word.isascii() and word.isalnum():
+            assert tokenizer.convert_ids_to_tokens(token) == word.decode()
+    assert twice > 20
+    plain = Ensemble.from_pretrained("mixed/llama", "prob-mean", vocabulary="tokens")
+    given = {"max_new_tokens": 20, "do_sample": False}
+    assert ensemble.generate("Behold", **given) == plain.generate("Behold", **given)
+
+
+def test_a_part_of_an_ensemble_refuses_what_the_whole_refuses(folders, top_unions):
+    with running(serving_of({"union": top_unions[3]})) as url:
+        for settings in ({"gate": "unsure:0.3"}, {"rule": "meet"}):
+            for more in ({}, {"members": top_unions[3].names[:1]}):
+                asked = {"prompt": PROMPT, "max_tokens": 2, "model": "union", "softmeet": {**settings, **more}}
+                assert http.post(f"{url}/v1/completions", json=asked).status_code == 400
+
+
+def test_structures_are_refused_where_the_likeliest_strings_alone_can_follow(top_unions):
+    with pytest.raises(InvalidInputError, match="may need what is not among the likeliest"):
+        top_unions[3].generate(PROMPT, structure=Structure.choice(["yes", "no"]), max_new_tokens=5)
+
+
+def test_parts_share_their_tokenizer(ensemble):
+    config = EnsembleConfig(ensemble.names[1:], "prob-mean", vocabulary="union")
+    assert ensemble.model.part([1], config).tokenizer is ensemble.tokenizer

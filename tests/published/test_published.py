@@ -198,3 +198,42 @@ def test_every_road_writes_the_same(vocabulary, ensembles, folders, tmp_path):
         assert told["choices"][0]["text"] == expected
         alone = http.post(f"{url}/v1/completions", json={**asked, "softmeet": {"members": [ensemble.names[1]]}})
         assert alone.status_code == (200 if vocabulary == GAC else 400)
+
+
+def test_gacs_ends_spell_nothing(ensembles):
+    """Where the first member lacks another's end, its name is no part of the text."""
+    space = ensembles[("gpt2", "llama"), GAC].model.space
+    other = space.keys.index("</s>")
+    assert other in space.alphabet.ends
+    assert space.members[0].read_as(["</s>"]) != [()]
+    assert space.words[other] == b""
+
+
+def test_by_unite_a_text_ends_before_another_members_context_is_full(ensembles):
+    """Though the first one's next token may be several of the other's."""
+    model = ensembles[("gpt2", "llama"), UNITE].model
+    reader, tokenizer = model.readers_of_members[1], model.tokenizer_of(1)
+    texts = [word.decode(errors="replace") for word in model.space.words]
+    wide = max(range(len(texts)), key=lambda k: len(tokenizer(texts[k])["input_ids"]))
+    row = reader.open(own=model.own_prompt(PROMPT, special=True)[0])
+    for _ in range(reader.limit // 3):
+        assert not finished(reader.read([Read(row, [wide] * 3, [3])])).errors
+        if row.full:
+            break
+    assert row.full
+    assert row.length < reader.limit
+    reader.close(row)
+
+
+@pytest.mark.parametrize("more", [{"prefixes": [[5], None]}, {"prompted": True}])
+def test_by_unite_members_have_no_prompts_of_their_own(more, folders, ensembles, monkeypatch):
+    members, given = [folders["gpt2"], folders["llama"]], dict(more)
+    if given.pop("prompted", None):
+        members[1] += "+prompt=In the beginning"
+    monkeypatch.setattr("softmeet.ensemble.load_members", None)
+    with pytest.raises(InvalidInputError, match="every member reads the first one's text, so that prompts"):
+        Ensemble.from_pretrained(members, vocabulary=UNITE, **given)
+    with running(serving_of({"it": ensembles[PAIRS[0], UNITE]})) as url:
+        passages = {"passages": [{"text": "In the days", "score": 1}, {"text": "Lo", "score": 0.5}]}
+        asked = {"prompt": PROMPT, "max_tokens": 2, "model": "it", "softmeet": passages}
+        assert http.post(f"{url}/v1/completions", json=asked).status_code == 400

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from softmeet.cli.flags import Flags, optional
+from softmeet.cli.flags import Flags, checked_settings, optional
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.errors import InvalidInputError
@@ -51,8 +51,7 @@ class DecoderFlags(Flags, panel="Sampling"):
         if against:
             raise InvalidInputError(f"--decoder cannot be used with {', '.join(against)}: leave it out")
         require_plain(found, sampling.arguments())
-        chosen = {name: x for name, x in {**given, "rule": given.get("rule") or _RULE}.items() if x is not None}
-        found.require(Settings.of(chosen))
+        found.require(Settings.of(checked_settings({**given, "rule": given.get("rule") or _RULE})))
         return given
 
     def vocabulary(self, named: str | None) -> str | None:
@@ -94,8 +93,9 @@ class DecoderFlags(Flags, panel="Sampling"):
         """
         from softmeet.decoders.registry import decoder_of
 
-        own_tokens = decoder_of(str(self.decoder)).own_tokens
-        if any_rule and (own_tokens or not ensemble.model.settings.rule.is_average):
+        decoder = decoder_of(str(self.decoder))
+        decoder.require_vocabulary(ensemble.model.config.vocabulary)
+        if any_rule and (decoder.own_tokens or not ensemble.model.settings.rule.is_average):
             ensemble.model.config.rule = _RULE
         options, own = sampling.arguments(), ensemble.model.limit_of_symbols
         if own not in options:

@@ -81,7 +81,8 @@ class WeightedText:
         ended: whether it does.
         log_weight: the logarithm of its weight among the texts behind one prompt, not normalised; -inf for weight 0. Of
             a decoder that searches, the score Σ w_i log P_i(text).
-        log_probs: log P_i(text) by each member i, in nats, its end included.
+        log_probs: log P_i(text) by each member i, in nats, its end included; where members write in tokens of their
+            own, of what each has written, which may be shorter in a text that has not ended.
         text: what the symbols spell; where members write in tokens of their own, what they agree on.
     """
 
@@ -98,7 +99,7 @@ class Decoding:
 
     Attributes:
         texts: all texts, with their weights.
-        chosen: the number of the one that stands for all; None if every weight is 0.
+        chosen: the number of the one that stands for all; None of a decoder that draws, if every weight is 0.
         log_z: the logarithm of the decoder's estimate of what the weights of all possible texts sum to, in nats; None
             of a decoder without one.
     """
@@ -205,6 +206,8 @@ def require_plain(decoder: Decoder, options: Mapping[str, Any]) -> dict[str, Any
         InvalidInputError: if one of them means nothing for whole texts.
     """
     given = {name: x for name, x in options.items() if x is not None and x not in _PLAIN.get(name, ())}
+    if decoder.own_tokens and given.get("do_sample") is False:
+        del given["do_sample"]  # such decoders draw nothing
     if wrong := sorted(given.keys() - set(_TAKEN)):
         raise InvalidInputError(
             f"the decoder {decoder.name} writes whole texts by what members predict, and cannot be used with "

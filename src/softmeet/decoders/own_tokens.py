@@ -112,12 +112,12 @@ class OwnTokensDecoder(Decoder):
                 f"the decoder {self.name} weighs log-probabilities, which {settings.rule} does not: choose the rule "
                 "logit-mean"
             )
-        weights: Any = settings.weights or (0.0,)
+        weights: Any = settings.weights if isinstance(settings.weights, tuple) else ()
         against = {
             f"the gate {settings.gate}": that_closes(settings.gate) is not None,
             "rule_temperature": settings.rule_temperature != 1,
             "plausibility": settings.rule.plausibility > 0,
-            "weights below 0": min(weights) < 0,
+            "weights below 0": min(weights, default=0.0) < 0,
         }
         if wrong := [name for name, given in against.items() if given]:
             raise InvalidInputError(f"the decoder {self.name} cannot be used with {', '.join(wrong)}: leave it out")

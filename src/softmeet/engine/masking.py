@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from softmeet.engine.continuation import Ensembled
 from softmeet.errors import InvalidInputError
 from softmeet.members.token_bytes import token_bytes
 from softmeet.structured.structure import Structure
@@ -98,6 +99,21 @@ class RowMask:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         _require_well(self._matcher)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little", count=self._v).view(np.bool_))
+
+
+def mask_of(structure: Structure, model: Ensembled, generation_config: Any) -> Mask:
+    """Return the mask of a structure over an ensemble's tokens.
+
+    Raises:
+        InvalidInputError: if it cannot be used with them, or what can follow is what members find the likeliest alone.
+    """
+    if model.combiner.joint:
+        raise InvalidInputError(
+            "a structure may need what is not among the likeliest of any member, of which this vocabulary is made: say "
+            "vocabulary='union', or bytes"
+        )
+    assert model.tokenizer is not None
+    return Mask(structure, model.tokenizer, ends_of(generation_config), model.combiner.v)
 
 
 def ends_of(generation_config: Any) -> tuple[int, ...]:

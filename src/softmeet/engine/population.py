@@ -12,6 +12,7 @@ from torch import Tensor
 from softmeet.engine.ask import Members
 from softmeet.engine.continuation import Continuation
 from softmeet.errors import InvalidInputError
+from softmeet.readers.reader import Reader
 
 
 class Population:
@@ -35,11 +36,7 @@ class Population:
         for reader, times in Counter(prompts[0].readers).items():
             if each > 1 and not reader.traits.can_fork:
                 raise reader.cannot("fork rows")
-            if reader.traits.rows is not None and times * self.rows > reader.traits.rows:
-                raise InvalidInputError(
-                    f"expected at most {reader.traits.rows} texts at once, as {reader.name} has so many rows, got "
-                    f"{times * self.rows}"
-                )
+            require_rows(reader, times * self.rows)
         self._prompts: list[Continuation] | None = list(prompts)
         self._texts = list[Continuation](prompts)
         self._start = [len(one.tokens) for one in prompts for _ in range(each)]
@@ -56,7 +53,7 @@ class Population:
         told = self._read(self._prompts)
         self._texts = [text for one in self._prompts for text in (one, *(one.fork() for _ in range(self._each - 1)))]
         self._prompts = None
-        return told.repeat_interleave(self._each, 1)[:, list(rows)]
+        return told[:, [row // self._each for row in rows]]
 
     def _read(self, texts: Sequence[Continuation]) -> Float[Tensor, "n k v"]:
         told, combiner = self._members.read_on(texts), texts[0].model.combiner
@@ -105,3 +102,12 @@ class Population:
         """Have the members forget all texts."""
         for one in self._texts:
             one.close()
+
+
+def require_rows(reader: Reader, count: int) -> None:
+    """Raise InvalidInputError if a reader has fewer rows than so many."""
+    if reader.traits.rows is not None and count > reader.traits.rows:
+        raise InvalidInputError(
+            f"expected at most {reader.traits.rows} texts at once, as {reader.name} has so many rows, got {count}: ask "
+            "for fewer, or behind fewer prompts"
+        )

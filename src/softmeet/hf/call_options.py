@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 
 from softmeet.engine.combined import Combined
 from softmeet.engine.continuation import Continuation
-from softmeet.engine.masking import Mask, Structured, ends_of
+from softmeet.engine.masking import Structured, mask_of
 from softmeet.engine.processors import SomethingLeft
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
@@ -67,7 +67,10 @@ def _before(prefixes: Prefixes, model: AnyEnsemble) -> list[OwnPrompt]:
     """
     n = len(model.members)
     if model.begin is None:
-        raise InvalidInputError("expected no prefixes over tokens, where members share every token of a prompt")
+        why = "where each member's own come with its name or when it is loaded" if model.cuts_alone else ""
+        raise InvalidInputError(
+            f"expected no prefixes for a call, {why or 'as over tokens members share every token of a prompt'}"
+        )
     for own in prefixes:
         if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):
             raise InvalidInputError(
@@ -196,7 +199,7 @@ class CallOptions:
             self._require_plain(config, processors)
         if self.structure is None:
             return LogitsProcessorList([*processors, *last])
-        mask = Mask(self.structure, model.tokenizer, ends_of(config), model.config.vocab_size)
+        mask = mask_of(self.structure, model, config)
         return LogitsProcessorList(
             [Structured(mask, prompt_length), *processors, SomethingLeft(_NOTHING_ALLOWED), *last]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.decoders.base import Decoder, Decoding, ToWrite, require_plain
 from softmeet.decoders.own_tokens import OwnTexts
 from softmeet.engine.masking import ends_of
-from softmeet.engine.population import Population
+from softmeet.engine.population import Population, require_rows
 from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.modeling import EnsembleForCausalLM
@@ -43,6 +44,8 @@ def decoded(
             decoder cannot be used with the rule or a member.
     """
     decoder.require_vocabulary(model.config.vocabulary)
+    # What an earlier text has left behind, as where it was interrupted, takes rows.
+    model.close_dropped()
     given = require_plain(decoder, options)
     most = _limit(model, given)
     settings = model.settings.changed(**{name: given[name] for name in ("weights", "gate") if name in given})
@@ -55,9 +58,14 @@ def decoded(
     wanted = most + decoder.ahead
     longest = min(call.longest(model, len(row) + wanted, len(row)) - len(row) for row in rows)
     room = min([longest, *(own for row in rows if (own := model.room(len(row))) is not None)])
+    if room <= decoder.ahead:
+        raise InvalidInputError(
+            f"the decoder {decoder} reads {decoder.ahead} symbols ahead, and the members' contexts have room for "
+            f"{room}: lower its options, or shorten the prompt"
+        )
     if room < wanted:
         raise InvalidInputError(
-            f"expected a limit of at most {max(0, room - decoder.ahead)}, for which the members' contexts have room, "
+            f"expected a limit of at most {room - decoder.ahead}, for which the members' contexts have room, "
             f"got {most}: lower it"
         )
     seed = require_seed(given["seed"]) if "seed" in given else int(torch.randint(1 << 62, ()))
@@ -91,6 +99,9 @@ def _apart(
         job: what is to be written.
     """
     each, texts = decoder.rows(len(model.members)), list[OwnTexts]()
+    readers = Counter(own.readers_of_members[0] for own in model.alone)
+    for reader, times in readers.items():
+        require_rows(reader, times * each * len(rows))
     with ExitStack() as opened:
         for own in model.alone:
             population = Population(begun(own, rows, call), each, own.reading)

@@ -12,14 +12,13 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.union_space import UnionSpace
-from softmeet.hf.vocabulary import require_for_bytes
+from softmeet.hf.vocabulary import require_for_bytes, require_one_prompt
 from softmeet.members.heads import replace_weight
 from softmeet.members.member import Member
 from softmeet.members.opaque import Head
 from softmeet.members.prompting import ids_of, prefix_of
 from softmeet.members.spelling import Spelling
 from softmeet.readers.reader import Reader
-from softmeet.readers.union_tokenizer import union_tokenizer
 from softmeet.readers.union_tokens import crossing
 from softmeet.rules.settings import Settings
 
@@ -39,7 +38,7 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
 
     Raises:
         UnsupportedHeadError: if the rule needs softmax matrices, which have no rows for the union.
-        InvalidInputError: if there are no members.
+        InvalidInputError: if there are no members, or they have prompts of their own where all read one.
     """
 
     cuts_alone = True
@@ -53,6 +52,7 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
     ) -> None:
         if members is None or space is None:
             raise InvalidInputError("expected loaded members of an ensemble over a union: load it by Ensemble")
+        require_one_prompt(config)
         super().__init__(config, members)
         self._heads, self.space, self._tokenizers = self.combiner.heads, space, list(tokenizers)
         prompts = [prefix_of(Member.parse(name), own) for name, own in zip(config.members, tokenizers, strict=True)]
@@ -65,7 +65,7 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
             own.eos_token_id = ends if len(ends) > 1 else ends[0]
         self.combiner = space.combiner(config.members)
         self.combiner.crossed = crossing(space.words, space.spellings)
-        self.tokenizer = union_tokenizer(space.words)
+        self.tokenizer = space.alphabet.tokenizer
 
     @property
     def member_heads(self) -> list[Head]:

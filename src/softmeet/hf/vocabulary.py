@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.engine.unread import AVERAGE, averages
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.members.member import Member
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
 from softmeet.readers.union_form import UnionForm
@@ -83,6 +84,7 @@ def choose_vocabulary(
             config.vocabulary = "tokens"
             return found
     config.vocabulary = "bytes" if chosen else config.vocabulary
+    require_one_prompt(config)
     if any_average:
         config.rule = OVER_UNION if kind_of(config.vocabulary) == "union" else AVERAGE
     require_for_bytes(config.settings, config.vocabulary)
@@ -99,13 +101,23 @@ def require_for_bytes(settings: Settings, vocabulary: str = "bytes") -> None:
 
     Raises:
         UnsupportedHeadError: if the rule needs the members' softmax matrices, which have no rows for bytes.
-        InvalidInputError: if the gate lets one member answer alone, over a union that all members make together.
+        InvalidInputError: as :func:`require_gate`.
     """
     rule, kind = settings.rule, kind_of(vocabulary)
     if rule.reads_heads:
         raise UnsupportedHeadError(
             f"the rule {rule.name} {_WHY[kind]}: choose {averages()}, or members that share a tokenizer"
         )
+    require_gate(settings, vocabulary)
+
+
+def require_gate(settings: Settings, vocabulary: str) -> None:
+    """Check that the gate of ``settings`` means something over a vocabulary.
+
+    Raises:
+        InvalidInputError: if it does not.
+    """
+    kind = kind_of(vocabulary)
     if kind == "bytes" and isinstance(settings.gate, Safe):
         raise InvalidInputError(
             f"the gate {settings.gate} asks whether members would write tokens across a place, as over bytes they "
@@ -115,6 +127,21 @@ def require_for_bytes(settings: Settings, vocabulary: str = "bytes") -> None:
         raise InvalidInputError(
             f"the gate {settings.gate} lets the first member answer alone, and {vocabulary} is made of what all "
             "members say at a step: leave the gate out, or say vocabulary='union'"
+        )
+
+
+def require_one_prompt(config: EnsembleConfig) -> None:
+    """Check that members have no prompts of their own where all of them read the first one's text.
+
+    Raises:
+        InvalidInputError: if they have.
+    """
+    if kind_of(config.vocabulary) != "union" or UnionForm.parse(config.vocabulary).published != "unite":
+        return
+    if config.prefixes is not None or any(Member.parse(name).prompt is not None for name in config.members):
+        raise InvalidInputError(
+            "by UniTE's code every member reads the first one's text, so that prompts, prefixes and passages of "
+            "members' own mean nothing: leave them out, or say vocabulary='union:k=10'"
         )
 
 

@@ -203,7 +203,7 @@ class GacUnion:
         symbols = [{token: numbers[key] for token, key in some.items()} for some in own]
         names = {*_ENDS, *(tokenizer.eos_token for tokenizer in tokenizers)}
         ends = frozenset({numbers[name] for name in names if name in numbers} | {len(keys)})
-        words = [spellings[0].spelled(ids) for ids in members[0].read_as(keys)]
+        words = [b"" if k in ends else spellings[0].spelled(ids) for k, ids in enumerate(members[0].read_as(keys))]
         return cls(KeyAlphabet(words, ends, spellings[0], symbols[0]), keys, members, symbols, spellings)
 
     @property

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from softmeet.members.spelling import Spelling
+from softmeet.readers.union_tokenizer import union_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,11 @@ class KeyAlphabet:
     def end(self) -> int:
         """The last symbol, which ends a text, or begins one."""
         return len(self.words)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """A tokenizer of the symbols (:func:`softmeet.readers.union_tokenizer.union_tokenizer`)."""
+        return union_tokenizer(self.words)
 
     def encode(self, text: str) -> list[int]:
         """Return the symbols of a text, cut as the first tokenizer cuts it."""

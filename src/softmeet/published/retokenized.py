@@ -138,7 +138,8 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
 
     def _opened_below(self, row: AnothersText, symbols: Sequence[int]) -> Read:
         """Return what the member is to read of a row's text and some symbols behind it, in a row of its own."""
-        first, *rest = self._cut(row.own, (*row.text, *symbols))
+        # Of a text for which there is too little room, what fits is read: the row is full then.
+        first, *rest = self._cut(row.own, (*row.text, *symbols))[: self.below.limit]
         below = self.below.open(rest, (first,))
         return Read(below, rest[below.known :], [len(rest) - below.known])
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from transformers import PreTrainedTokenizerFast
+
 from softmeet.members.spelling import Spelling
 from softmeet.readers.reader import Alphabet
+from softmeet.readers.union_tokenizer import union_tokenizer
 
 
 class Union(Alphabet, Protocol):
@@ -22,6 +25,10 @@ class Union(Alphabet, Protocol):
     @property
     def end(self) -> int:
         """The symbol that ends a text, or begins one."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """A tokenizer of the symbols."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +73,11 @@ class UnionAlphabet:
     def ends(self) -> frozenset[int]:
         """The symbols that end a text: the last one alone."""
         return frozenset({self.end})
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """A tokenizer of the symbols (:func:`softmeet.readers.union_tokenizer.union_tokenizer`)."""
+        return union_tokenizer(self.words)
 
     def symbol(self, word: bytes) -> int:
         """Return the symbol of a byte string that is one.

@@ -30,8 +30,8 @@ class SpelledTokens:
     """The tokens of a member over the byte strings of all members' tokens.
 
     A byte string stands for all tokens that spell it, the end for all that end a text; tokens that spell nothing, such
-    as those of chats, have no symbol. A byte string is read as the first of its tokens or, where there is none, as the
-    tokens into which its tokenizer cuts it.
+    as those of chats, have no symbol. A byte string is read as the tokens into which its tokenizer cuts it; where these
+    are several, and one would do, as the last of those that spell it, which is the one that stands for no single byte.
 
     Args:
         spelling: how the tokens are spelled.
@@ -59,10 +59,9 @@ class SpelledTokens:
         """Return the ids as which the member reads a symbol."""
         if symbol == self._alphabet.end:
             return self._end
-        if symbol in self.ids:
-            return self.ids[symbol][:1]
         if symbol not in self._cut:
-            self._cut[symbol] = tuple(self._spelling.cut_writable(self._alphabet.words[symbol]))
+            cut = tuple(self._spelling.cut_writable(self._alphabet.words[symbol]))
+            self._cut[symbol] = cut if len(cut) == 1 or symbol not in self.ids else self.ids[symbol][-1:]
         return self._cut[symbol]
 
 

@@ -150,7 +150,7 @@ class Safe(Gate):
     It is open where no member's tokenizer writes the token before and the first member's likeliest next one by a token
     across the place; the members' likeliest tokens differ; and the mean of the probabilities that they give to the
     first one's is at most ``threshold``. Elsewhere the first member answers alone. All members run at every place: what
-    is gained is steadiness, no time.
+    is gained is steadiness, hardly time.
 
     The authors' code was not seen: it follows what others tell of the paper (arXiv:2510.15346). There the first member
     drafts five tokens, of which the others look at all; here they look at one. Its sharpening of what is combined is

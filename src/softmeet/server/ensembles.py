@@ -228,7 +228,8 @@ def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCau
         own["gate"] = None  # it may let this member answer alone
     prefixes = config.prefixes and [config.prefixes[k] for k in chosen]
     names = [config.members[k] for k in chosen]
-    part = whole.part(chosen, EnsembleConfig(names, settings=Settings.of(own), prefixes=prefixes))
+    kept: dict[str, Any] = {"vocabulary": config.vocabulary, "prune": config.prune, "prefixes": prefixes}
+    part = whole.part(chosen, EnsembleConfig(names, settings=Settings.of(own), **kept))
     part.generation_config = whole.generation_config
     part.chat = chat_of(whole).of(chosen)
     return part

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from softmeet.server.sequences import Sequence
 
 # In seconds: where a request's several rows take longer to solve, those of other requests do not wait for them.
 _DEAR = 0.02
-# Of how many kinds it is known how long a row takes.
+# Of how many kinds of one ensemble it is known how long a row takes.
 _KNOWN = 256
 # The most bytes, summed over prompts, of several prompts over bytes that are run together.
 _BYTES = 2048
@@ -26,22 +27,31 @@ class Kinds:
     """
 
     def __init__(self, *, alone: bool) -> None:
-        self._alone, self._seconds = alone, OrderedDict[Any, float]()
+        # By model, so that one which nobody needs any more, as of a request's passages, is not kept.
+        self._alone, self._seconds = alone, WeakKeyDictionary[Any, OrderedDict[Any, float]]()
 
     def of(self, s: Sequence) -> Any:
         """Return a sequence's kind, which may change when :meth:`learn` is called."""
         if self._alone:
             return s
         kind, rows = _kind(s), s.request.choices * len(s.request.prompts)
-        is_dear = rows > 1 and rows * self._seconds.get(kind, 0.0) > _DEAR
+        is_dear = rows > 1 and rows * self._known(s).get(_way(s), 0.0) > _DEAR
         return (*kind, id(s.request)) if is_dear else kind
 
     def learn(self, s: Sequence, seconds: float) -> None:
         """Take note that a row of a sequence's kind has just taken so many seconds; long unused kinds are forgotten."""
-        kind = _kind(s)
-        self._seconds[kind] = 0.5 * (self._seconds.pop(kind, seconds) + seconds)
-        if len(self._seconds) > _KNOWN:
-            self._seconds.popitem(last=False)
+        known, way = self._known(s), _way(s)
+        known[way] = 0.5 * (known.pop(way, seconds) + seconds)
+        if len(known) > _KNOWN:
+            known.popitem(last=False)
+
+    def _known(self, s: Sequence) -> OrderedDict[Any, float]:
+        return self._seconds.setdefault(s.combination.model, OrderedDict())
+
+
+def _way(s: Sequence) -> tuple[Any, ...]:
+    """Return how a model is used for a sequence, without the model."""
+    return s.combination.settings, s.request.report is None
 
 
 def _kind(s: Sequence) -> tuple[Any, ...]:

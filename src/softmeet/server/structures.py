@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from softmeet.engine.masking import Mask, ends_of
+from softmeet.engine.masking import Mask, mask_of
 from softmeet.errors import InvalidInputError
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.server.errors import BusyError, RequestError
@@ -66,7 +66,7 @@ class Structures:
 
 def _compiled(make: Callable[[], Structure], model: EnsembleForCausalLM) -> Mask:
     """Make a structure, and compile it over an ensemble's tokens."""
-    return Mask(make(), model.tokenizer, ends_of(model.generation_config), model.config.vocab_size)
+    return mask_of(make(), model, model.generation_config)
 
 
 def _asked(body: Generation) -> tuple[str, Callable[[], Structure]] | None:
