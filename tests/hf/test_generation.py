@@ -212,7 +212,7 @@ def test_a_call_of_the_model_itself_takes_the_same_options(model):
     assert torch.equal(found, expected)
     assert torch.equal(by_settings, expected)
     assert reports.rows == PROMPTS.numel()
-    with pytest.raises(InvalidInputError, match="no prefixes over tokens"):
+    with pytest.raises(InvalidInputError, match="as over tokens members share"):
         model(PROMPTS, prefixes=[[None] * 3] * 2)
 
 
