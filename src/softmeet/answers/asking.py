@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from string import ascii_uppercase
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
 from softmeet.answers import extract
 from softmeet.answers.likelihoods import log_likelihoods
 from softmeet.answers.questions import LIKELIHOODS, Form, Question
@@ -73,15 +78,11 @@ class Asker:
     writing: Writing
     more: dict[str, Any] = field(default_factory=dict)
 
-    def batches(self, questions: Sequence[Question]) -> Iterator[list[Question]]:
-        """Yield the questions that are asked at once, which do not depend on what was answered before."""
-        for start in range(0, len(questions), self.writing.batch):
-            yield list(questions[start : start + self.writing.batch])
-
     def ask(self, questions: Sequence[Question], number: int) -> list[Answered]:
         """Answer a batch of questions, the one of this number."""
         start = time.perf_counter()
-        found = self._chosen(questions) if self.form.how in LIKELIHOODS else self._written(questions, number)
+        chosen = self.form.how in LIKELIHOODS
+        found = list(self._chosen(questions) if chosen else self._written(questions, number))
         seconds = (time.perf_counter() - start) / len(questions)
         return [
             Answered(one.id, answer, right, seconds, tokens, scores)
@@ -113,7 +114,8 @@ class Asker:
             options["seed"] = self.writing.seed + number
         else:
             options["max_new_tokens"] = self.writing.tokens
-            options |= {"stop_strings": list(stops), "tokenizer": self.ensemble.tokenizer} if stops else {}
+            if stops:
+                options["stopping_criteria"] = StoppingCriteriaList([_Stops(self.ensemble.tokenizer, stops)])
             if self.writing.temperature:
                 options |= {"temperature": self.writing.temperature, "seed": self.writing.seed + number}
             else:
@@ -125,6 +127,26 @@ class Asker:
 
     def _count(self, text: str) -> int:
         return len(self.ensemble.model.own_tokens(text)[0])
+
+
+class _Stops(StoppingCriteria):  # type: ignore[misc]
+    """Ends a text once one of some strings is in it.
+
+    Args:
+        tokenizer: the ensemble's.
+        stops: the strings.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops, self._start = tokenizer, stops, -1
+
+    def __call__(self, input_ids: Int[Tensor, "B t"], scores: Any, **kwargs: Any) -> Bool[Tensor, " B"]:
+        """Return which rows have ended; the first call is behind the first token."""
+        if self._start < 0:
+            self._start = input_ids.shape[1] - 1
+        texts = self._tokenizer.batch_decode(input_ids[:, self._start :], skip_special_tokens=True)
+        ended = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _is_right(how: str, text: str, question: Question) -> bool:

@@ -39,12 +39,11 @@ def log_likelihoods(ensemble: Ensemble, prompt: str, options: Sequence[str]) -> 
     pairs = [_symbols(ensemble, prompt, option) for option in options]
     # Where a text changes how the prompt's end is cut, it has a prompt of its own.
     groups = dict[tuple[int, ...], list[int]]()
-    for k, (before, _) in enumerate(pairs):
-        groups.setdefault(tuple(before), []).append(k)
+    for k, (start, _) in enumerate(pairs):
+        groups.setdefault(tuple(start), []).append(k)
     found = [0.0] * len(pairs)
     for before, members in groups.items():
-        told = _behind(ensemble, before, [pairs[k][1] for k in members])
-        for k, own in zip(members, told, strict=True):
+        for k, own in zip(members, _behind(ensemble, before, [pairs[k][1] for k in members]), strict=True):
             found[k] = own
     return found
 

@@ -75,9 +75,9 @@ def _ensemble(text: str, lines: Sequence[str]) -> Subject:
         name, words[0] = given.group()[:-1], words[0][given.end() :]
     own = {key: x for key, equals, x in (word.partition("=") for word in words) if equals and key in _OPTIONS}
     plain = [word for word in words if word.partition("=")[0] not in _OPTIONS]
-    parts: dict[str, dict[str, str]] = {kind: {} for kind in ("loading", "writing")}
-    for key, x in own.items():
-        parts[_OPTIONS[key]][key] = x
+    parts: dict[str, Any] = {
+        kind: {key: x for key, x in own.items() if _OPTIONS[key] == kind} for kind in ("loading", "writing")
+    }
     if len(plain) == 1:
         members = member_names(plain[0])
         if len(members) < 2:

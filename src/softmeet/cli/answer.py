@@ -145,7 +145,8 @@ def _loaded(one: Subject, loaded: dict[Any, Any]) -> Any:
     with working(f"loading {one.name}"):
         from softmeet.ensemble import Ensemble
 
-        return Ensemble.from_pretrained(one.saved or list(one.members), one.rule, loaded=loaded, **one.loading)
+        given: dict[str, Any] = {**one.loading, "loaded": loaded}
+        return Ensemble.from_pretrained(one.saved or list(one.members), one.rule, **given)
 
 
 def _hash(questions: Sequence[Question]) -> str:
