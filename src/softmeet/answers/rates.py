@@ -24,11 +24,11 @@ class Rate:
     high: float
 
 
-def rate(right: Sequence[bool]) -> Rate:
+def rate(right: Sequence[float]) -> Rate:
     """Return the share of questions that were answered rightly, with Wilson's interval.
 
     Args:
-        right: for each question whether it was.
+        right: for each question 1 if it was, else 0.
 
     Example:
         >>> found = rate([True, True, False, True])
@@ -37,12 +37,12 @@ def rate(right: Sequence[bool]) -> Rate:
     """
     from scipy.stats import binomtest
 
-    found = binomtest(sum(right), len(right))
+    found = binomtest(int(sum(right)), len(right))
     interval = found.proportion_ci(0.95, "wilson")
     return Rate(float(found.statistic), float(interval.low), float(interval.high))
 
 
-def difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Rate:
+def difference(ours: Sequence[float], theirs: Sequence[float]) -> Rate:
     """Return the share of ``ours`` minus that of ``theirs`` at the same questions, with Bonett's and Price's interval.
 
     It stays open where both answer alike. Source: Bonett and Price, Adjusted Wald confidence interval for a difference
@@ -55,7 +55,7 @@ def difference(ours: Sequence[bool], theirs: Sequence[bool]) -> Rate:
     return Rate((more - fewer) / n, p - q - half, p - q + half)
 
 
-def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
+def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Return the two-sided exact p-value of McNemar's test that both answer as many questions rightly.
 
     Example:
@@ -68,7 +68,7 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
     return float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0
 
 
-def _apart(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
+def _apart(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
     """Return how many questions only the first answers rightly, and how many only the second."""
     pairs = list(zip(ours, theirs, strict=True))
-    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    return sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
