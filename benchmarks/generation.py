@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +24,7 @@ import typer
 
 from cells import Json, Run
 from report import now, show
+from softmeet.answers.rates import Rate, difference, rate
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.files import as_json
 from softmeet.hf.checkpoint import member_names, saved_config
@@ -34,8 +33,6 @@ from softmeet.rules.settings import parse_rule
 
 TASKS = Path(__file__).parent / "tasks"
 KINDS = ("functions", "copying", "arithmetic", "extraction")
-# The quantile of the normal distribution for 95 %.
-Z = 1.959964
 
 
 class Subject(NamedTuple):
@@ -55,33 +52,6 @@ class Subject(NamedTuple):
             **self._asdict(), "config": config and config.to_json_string(), "batch": batch, "limit": limit,
             "tasks": hashlib.sha256(b"\0".join(files)).hexdigest(),
         }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share, or a difference of shares, with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def rate(passed: Sequence[float]) -> Rate:
-    """The share of questions that were answered rightly, with Wilson's interval."""
-    from scipy.stats import binomtest
-
-    found = binomtest(int(sum(passed)), len(passed))
-    interval = found.proportion_ci(0.95, "wilson")
-    return Rate(found.statistic, interval.low, interval.high)
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Rate:
-    """The share of ``ours`` minus that of ``theirs`` at the same questions, with the interval of Bonett and Price."""
-    n = len(ours)
-    more, fewer = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((ours, theirs), (theirs, ours)))
-    p, q = (more + 1) / (n + 2), (fewer + 1) / (n + 2)
-    half = Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Rate((more - fewer) / n, p - q - half, p - q + half)
 
 
 def subjects(members: Sequence[str], ensembles: Sequence[str]) -> list[Subject]:

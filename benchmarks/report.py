@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import sys
@@ -24,19 +23,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from softmeet.evaluation.record import processor
+
 # Environment variables that hold the paths of the models that pages name so.
 MODELS = ("SMOLLM2", "GEMMA", "QWEN05", "QWEN15")
 
 
 def machine() -> str:
     """The processor, its cores and torch's threads, in a line."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
     threads = torch.get_num_threads()
     how = "one thread, seconds of its processor" if threads == 1 else f"{threads} threads"
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {how}"
+    return f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {how}"
 
 
 def now() -> float:

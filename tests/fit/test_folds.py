@@ -202,7 +202,7 @@ def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     averages = ["logit-mean", "prob-mean", "power-mean"]
-    names = [f"fitted {name}" for name in (*map(str, folders), *averages, *(f"adaptive {name}" for name in averages))]
+    names = [f"fitted {name}" for name in (*map(str, folders), *averages)]
     assert [name for name in facts["rules"] if name.startswith("fitted")] == names
     assert facts["best_baseline"].startswith("fitted ")
     assert facts["rules"]["fitted prob-mean"]["nll"] < facts["rules"]["prob-mean"]["nll"]

@@ -7,16 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from softmeet import __version__
 from softmeet.cli import options, texts
-from softmeet.cli.flags import at_least_one, checked_settings, flag_of, flags, optional
+from softmeet.cli.flags import at_least_one, checked_settings, flag_of, flags, optional, switch
 from softmeet.cli.messages import say
+from softmeet.cli.paper import FORMS, paper_table
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import counted, difference, number, out, print_table
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import parse_choices, under_gates, with_baselines, without_prompt
+from softmeet.evaluation.choices import FITTED, parse_choices, under_gates, with_baselines, without_prompt
+from softmeet.evaluation.labels import labels_of, row_of
+from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
 from softmeet.rules.endings import endings
+from softmeet.rules.frozen import unknown
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import parse_rule
 from softmeet.rules.values import POOLS
@@ -54,12 +60,29 @@ def evaluate(
     ),
     folds: int | None = optional(
         "Also measure every member and average at its best: weights, temperature and order are fitted on all but one "
-        "of N folds of the documents, and judged on that one, in turn; averages also with weights that adapt to each "
-        "document as it goes.",
+        "of N folds of the documents, and judged on that one, in turn.",
         min=2,
         shown="nothing is fitted",
         panel="Rule",
     ),
+    adaptive: bool = switch(
+        "With --folds, also measure averages with weights that adapt to a document as it goes; nothing writes text so.",
+        panel="Rule",
+    ),
+    baseline: str | None = optional(
+        "The member or rule that all rows are compared with, by its name in the table.",
+        shown="the best single member, with its own temperature where temperatures are fitted",
+        panel="Output",
+    ),
+    pairs: bool = switch(
+        "Compare all pairs of rows, with p-values that hold for all of them together (Holm).", panel="Output"
+    ),
+    losses: Path | None = optional(
+        "Write the losses in nats to this Parquet file: a row for each document, a column for each member and rule.",
+        panel="Output",
+    ),
+    by_token: bool = switch("With --losses, a row for each token, or byte over bytes.", "--tokens", panel="Output"),
+    table: str | None = optional("Print a table for a paper and nothing else: latex, csv or markdown.", panel="Output"),
     plots: Path | None = optional("Draw plots, as PNG files, into this folder.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
@@ -69,16 +92,17 @@ def evaluate(
     """Measure how well rules predict a text, beside each member and the averages, with 95 % intervals.
 
     The figures are mean losses in nats per token (over bytes: per byte), perplexity, bits per byte, accuracy and
-    calibration, and each row's difference from the best member or average. Intervals are paired, and clustered by
-    document; few documents are cut into blocks. Give --text or --trace. --trust, --weights and --pool apply to each
-    --rule that does not set them itself.
+    calibration, and each row's difference from the best single member, or from --baseline. Intervals are paired, and
+    clustered by document; few documents are cut into blocks. Give --text or --trace. --trust, --weights and --pool
+    apply to each --rule that does not set them itself.
 
     Example: softmeet evaluate -m wide/gpt2 -m wide/llama --text 'books/*.txt' --rule meet:trust=1 --rule logit-mean
     """
-    require_extra(
-        "evaluate", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace), *["matplotlib"] * bool(plots)
-    )
-    result.require(plots, *(plots.glob("*.png") if plots else ()))
+    arrow, pictures = bool(source.trace or losses), bool(plots)
+    require_extra("evaluate", "eval", "psutil", "scipy", *["pyarrow"] * arrow, *["matplotlib"] * pictures)
+    _require_output(table, losses, by_token=by_token, adaptive=adaptive, folds=folds)
+    result.require(plots, *(plots.glob("*.png") if plots else ()), losses)
+    record = Record()
     found = source.documents()
     settings["rule"] = _require_once(rules or [], settings)
     ensemble = loading.ensemble(options.named(source.members(members)), settings)
@@ -89,17 +113,26 @@ def evaluate(
     gates = gates or ([own.gate] if own.gate and own.gate != "auto" else [])
     parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
     choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
+    from softmeet.evaluation.perplexity import distinct_names
+    from softmeet.evaluation.report import require_row, summary
+
+    names = distinct_names(ensemble)
+    labels = labels_of(names, [*(choice.name for choice in choices), *_fitted(names, folds)])
+    baseline = None if baseline is None else row_of(baseline, labels)
+    if baseline is not None:
+        require_row(baseline, labels)
     from softmeet.evaluation.by_folds import evaluate_by_folds
     from softmeet.evaluation.files import PieceCache
+    from softmeet.evaluation.losses import write_losses
     from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
     from softmeet.evaluation.positions import observe_text
-    from softmeet.evaluation.report import summary
 
     how = {
         "threads": running.threads,
         "choices": [asdict(choice) for choice in choices],
         "ensemble": own.settings.ungated().plain(),
         "folds": folds,
+        **({"adaptive": True} if adaptive else {}),
     }
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | how)
@@ -112,17 +145,38 @@ def evaluate(
             scoring = partial(begin, "evaluating", 0)
             made = evaluate_text(ensemble, found, choices, **where, **source.windowing, begin=scoring)
         elif folds is not None:
-            made = evaluate_by_folds(ensemble, positions, choices, folds, begin, **where)
+            made = evaluate_by_folds(ensemble, positions, choices, folds, begin, adaptive=adaptive, **where)
         else:
             advance = begin("evaluating", 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
-        facts = summary(made) | {"run": {"softmeet": __version__, "rules": how, **pinned}}
-    result.report(facts, show)
+        run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
+        facts = summary(made, baseline=baseline, pairs=pairs) | {"run": run}
+    result.report(facts, show if table is None else lambda facts: typer.echo(paper_table(facts, table), nl=False))
+    if losses is not None:
+        write_losses(losses, made, each=by_token)
+        say(f"losses are in {losses}")
     if plots is not None:
         from softmeet.evaluation.plots import draw
 
         draw(facts, plots)
         say(f"plots are in {plots}")
+
+
+def _require_output(
+    table: str | None, losses: Path | None, *, by_token: bool, adaptive: bool, folds: int | None
+) -> None:
+    """Check flags for what is written, before anything is loaded."""
+    if table not in (None, *FORMS):
+        raise unknown(f"unknown form of a table {table!r}", str(table), list(FORMS))
+    if by_token and losses is None:
+        raise InvalidInputError("--tokens is for --losses FILE, which it writes by token: name a file")
+    if adaptive and folds is None:
+        raise InvalidInputError("--adaptive is about averages that are fitted by folds: give --folds N")
+
+
+def _fitted(members: list[str], folds: int | None) -> list[str]:
+    """Return the names of the rows that folds add."""
+    return [] if folds is None else [FITTED + name for name in (*members, *POOLS, "power-mean")]
 
 
 def _require_once(rules: list[str], settings: dict[str, Any]) -> str | None:
@@ -159,19 +213,20 @@ def show(facts: dict[str, Any]) -> None:
     console, unit = out(), facts["vocabulary"]
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     gated = ["gated"] if any(row["gated"] for row in facts["rules"].values()) else []
+    labels = labels_of(facts["members"], facts["rules"])
     columns = (
         "member or rule", f"nats a {unit[:-1]}", "perplexity", "bits a byte", "top-1 right", "calib. error",
-        *gated, "against the best baseline",
+        *gated, "against the baseline",
     )  # fmt: skip
     sections = [
         [
             (
-                options.short(name) if kind == "members" else name, number(row["nll"], ".4f"),
+                labels[name], number(row["nll"], ".4f"),
                 number(row["perplexity"], ".2f" if row["perplexity"] < 1e6 else ".3g"),
                 "" if row["bits_per_byte"] is None else number(row["bits_per_byte"], ".4f"),
                 f"{row['top1']:.3f}", f"{row['calibration']['error']:.3f}",
                 *(f"{row[key]:.1%}" if row.get(key) else "" for key in gated),
-                _against(name, row, facts["best_baseline"]),
+                _against(name, row, facts["baseline"]),
             )
             for name, row in facts[kind].items()
         ]
@@ -179,26 +234,37 @@ def show(facts: dict[str, Any]) -> None:
     ]  # fmt: skip
     title = f"{facts['tokens']:,} {unit} of {counted(facts['documents'], 'document')}; intervals by {spread}"
     print_table(console, columns, sections, title=title, optional=6 if gated else None)
+    if fitted := {name: row["fitted"] for name, row in facts["rules"].items() if "fitted" in row}:
+        values = [(labels[name], *_settings(own)) for name, own in fitted.items()]
+        print_table(console, ("", "weights", "temperature", "order"), [values], title="fitted on all folds")
+    if "pairs" in facts:
+        print_table(console, ("", "against", "nats", "p", "p (Holm)"), [[
+            (labels[one["first"]], labels[one["second"]], difference(one["delta"], one["ci95"]),
+             number(one["p"], ".2g"), number(one["p_holm"], ".2g"))
+            for one in facts["pairs"]
+        ]], title="all pairs", texts=(0, 1))  # fmt: skip
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):
-            console.print(f"{name}: {note}")
+            console.print(f"{labels[name]}: {note}")
     for caution in _cautions(facts):
         console.print(caution)
     console.print(
-        f"The best baseline is the best of the members and the averages, on this same text. Differences are in nats a "
-        f"{unit[:-1]}, negative is better, with their 95 % intervals. The members disagree by "
+        f"The baseline is {labels.get(facts['baseline'])}. Differences are in nats a {unit[:-1]}, negative is better, "
+        f"with their 95 % intervals. The members disagree by "
         f"{facts['disagreement']:.3f} nats a {unit[:-1]} (Jensen-Shannon). Rules that are solved by steps are exact "
         f"to --tol, 0.001 nats of KL divergence unless another is given."
     )
 
 
-def _against(name: str, row: dict[str, Any], best: str) -> str:
-    """Return a row's difference from the best baseline, with half its 95 % interval, as a table's cell."""
-    if name == best:
-        return "the baseline"
-    if "vs" not in row:
-        return ""
-    return difference(row["vs"]["delta"], row["vs"]["ci95"])
+def _against(name: str, row: dict[str, Any], baseline: str) -> str:
+    """Return a row's difference from the baseline, with half its 95 % interval, as a table's cell."""
+    return "the baseline" if name == baseline else difference(row["against"]["delta"], row["against"]["ci95"])
+
+
+def _settings(own: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the weights, the temperature and the order of a power mean that were fitted, as cells."""
+    order = f"{own['order']:.2f}" if "order" in own else ""
+    return " ".join(f"{x:.2f}" for x in own["weights"]), f"{own['rule_temperature']:.2f}", order
 
 
 def _cautions(facts: dict[str, Any]) -> list[str]:

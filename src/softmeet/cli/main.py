@@ -15,6 +15,7 @@ from rich.text import Text
 
 from softmeet import __version__, freed_memory
 from softmeet.cli.advise import advise
+from softmeet.cli.answer import answer
 from softmeet.cli.check import check
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
@@ -51,6 +52,7 @@ for command in (
     begun(trace),
     begun(evaluate),
     begun(fit),
+    begun(answer),
     serve,
     models,
     methods,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.average import Family
@@ -16,7 +17,8 @@ from softmeet.evaluation.perplexity import evaluate_positions, settings_of
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
 from softmeet.evaluation.scoring import Average
-from softmeet.rules.settings import Settings
+from softmeet.rules.pools import PowerMean
+from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
@@ -28,6 +30,7 @@ def evaluate_by_folds(
     folds: int,
     begin: Begin = lambda description, done, total: lambda count: None,
     *,
+    adaptive: bool = False,
     engine: Engine | None = None,
     cache: PieceCache | None = None,
 ) -> Evaluation:
@@ -43,6 +46,7 @@ def evaluate_by_folds(
         choices: rules, each with changes to the ensemble's settings.
         folds: the number of folds that documents are dealt out to.
         begin: as of :func:`softmeet.evaluation.fit.fit`.
+        adaptive: whether to score averages with weights that adapt to a document, too, which nobody can generate with.
         engine: runs the pieces; None for this process.
         cache: keeps evaluations and scores, and supplies those of an earlier run.
 
@@ -51,14 +55,21 @@ def evaluate_by_folds(
             blocks) than folds.
     """
     plain = _plain_averages(settings_of(ensemble, choices), choices, len(ensemble.names))
-    options = Options(folds=folds, meets=False, adaptive=True, fit_positions=sample_size(ensemble), beside=plain)
-    found = fit(ensemble, positions, options, begin, engine=engine, cache=cache).test
+    options = Options(folds=folds, meets=False, adaptive=adaptive, fit_positions=sample_size(ensemble), beside=plain)
+    fitted = fit(ensemble, positions, options, begin, engine=engine, cache=cache)
+    found = replace(fitted.test, fitted={own.label: _with_order(own.settings) for own in fitted.candidates})
     scored, others = dict(found.choices), [choice for choice in choices if choice.name not in plain]
     if others:
         advance = begin("evaluating", 0, len(positions))
         more = evaluate_positions(ensemble, positions, others, engine=engine, cache=cache, on_progress=advance)
         scored |= more.choices
     return replace(found, choices={choice.name: scored[choice.name] for choice in choices} | scored)
+
+
+def _with_order(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fitted settings, with the order of a power mean by itself."""
+    rule = rule_of(settings["rule"])
+    return {**settings, **({"order": rule.order} if isinstance(rule, PowerMean) else {})}
 
 
 def _plain_averages(settings: Mapping[str, Settings], choices: Sequence[RuleChoice], n: int) -> dict[str, Average]:

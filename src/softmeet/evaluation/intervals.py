@@ -33,11 +33,13 @@ class Difference:
     Attributes:
         mean: the difference; negative if the one that is named first is better.
         low, high: the ends of the interval, from differences by cluster (document or block of text).
+        p: the two-sided p-value of no difference, by Student's t like the interval; NaN if it is unknown.
     """
 
     mean: float
     low: float
     high: float
+    p: float = math.nan
 
     @property
     def excludes_zero(self) -> bool:
@@ -132,8 +134,10 @@ def paired(
     if C < 2:
         return Difference(center, -math.inf, math.inf)
     spread = ((sums - center * sizes) ** 2).sum().item() * C / (C - 1)
-    half = float(student_t.ppf(0.975, C - 1)) * math.sqrt(spread) / sizes.sum().item()
-    return Difference(center, center - half, center + half)
+    error = math.sqrt(spread) / sizes.sum().item()
+    half = float(student_t.ppf(0.975, C - 1)) * error
+    p = 2 * float(student_t.sf(abs(center) / error, C - 1)) if error else float(not center)
+    return Difference(center, center - half, center + half, p)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ def page(judged: Judged, says: str, tables: Sequence[Table], cautions: Sequence[
     """
     plotted = [*judged.averages, *judged.meets]
     choices = {own.name: judged.found.choices[own.label] for own in plotted}
-    facts = summary(replace(judged.found, choices=choices), best=judged.best)
+    facts = summary(replace(judged.found, choices=choices), best=judged.best, baseline=judged.best)
     return Template(files("softmeet.evaluation").joinpath("advice.html").read_text(encoding="utf-8")).substitute(
         says=escape(says),
         cautions="\n".join(f'<p class="caution">{escape(caution)}</p>' for caution in cautions),

@@ -47,11 +47,11 @@ def blank(width: float = 7.0, height: float = 4.5) -> tuple[Any, Any]:
 
 
 def _rivals(facts: dict[str, Any]) -> dict[str, Any]:
-    return {name: rule for name, rule in facts["rules"].items() if name != facts["best_baseline"]}
+    return {name: rule for name, rule in facts["rules"].items() if name != facts["baseline"]}
 
 
 def gain_plot(facts: dict[str, Any]) -> Any:
-    """Draw each rule's gain over the best baseline by disagreement, from figures of :func:`summary`."""
+    """Draw each rule's gain over the baseline by disagreement, from figures of :func:`summary`."""
     figure, axes = blank()
     for name, rule in _rivals(facts).items():
         bins = rule["gain_by_disagreement"]
@@ -60,7 +60,7 @@ def gain_plot(facts: dict[str, Any]) -> Any:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=0.01)
     axes.set_xlabel("disagreement of the members (Jensen-Shannon divergence, nats)")
-    axes.set_ylabel(f"gain over {short(facts['best_baseline'])} (nats per {facts['vocabulary'][:-1]})")
+    axes.set_ylabel(f"gain over {short(facts['baseline'])} (nats per {facts['vocabulary'][:-1]})")
     axes.legend(frameon=False)
     return figure
 
@@ -82,11 +82,11 @@ def _differences(facts: dict[str, Any]) -> Any:
     rivals = _rivals(facts)
     figure, axes = blank(7.0, 1.5 + 0.35 * len(rivals))
     for k, rule in enumerate(rivals.values()):
-        low, high = rule["vs"]["ci95"]
+        low, high = rule["against"]["ci95"]
         axes.plot([low, high], [k, k], color="tab:blue")
-        axes.plot([rule["vs"]["delta"]], [k], "o", color="tab:blue")
+        axes.plot([rule["against"]["delta"]], [k], "o", color="tab:blue")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rivals)), list(rivals))
     axes.invert_yaxis()
-    axes.set_xlabel(f"nats per token against {facts['best_baseline']}, 95 % (left is better)")
+    axes.set_xlabel(f"nats per token against {facts['baseline']}, 95 % (left is better)")
     return figure

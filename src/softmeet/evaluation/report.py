@@ -3,61 +3,78 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import BASELINES, FITTED, UNIFORM
 from softmeet.evaluation.intervals import clusters, paired
+from softmeet.evaluation.pairs import all_pairs
 from softmeet.evaluation.scores import Evaluation, Scores
 
 BINS = 10
 
 
-def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
+def summary(
+    found: Evaluation, best: str | None = None, *, baseline: str | None = None, pairs: bool = False
+) -> dict[str, Any]:
     """Return the figures of an evaluation as a dictionary for JSON, losses in nats per token, or per byte over bytes.
 
-    ``members`` and ``rules`` hold, by name, each one's ``nll`` (mean loss), ``perplexity``, ``bits_per_byte``, ``top1``
-    (accuracy), ``calibration`` and ``vs`` (its mean loss minus that of ``best_baseline``, with its 95 % interval).
-    Rules also have ``passes`` (reads of all heads per position), the numbers of ``fallbacks`` and of each of the
-    ``statuses``, the share of positions ``gated``, ``gain_by_disagreement``, and, if it was measured, ``movement``
+    ``members`` and ``rules`` hold, by name, each one's ``nll`` (mean loss), ``perplexity``, ``bits_per_byte``,
+    ``top1`` (accuracy), ``calibration`` and ``against`` (its mean loss minus that of ``baseline``, with its 95 %
+    interval). What was fitted by folds has the settings that were ``fitted`` on all of the text. Rules also have
+    ``passes`` (reads of all heads per position), the numbers of ``fallbacks`` and of each of the ``statuses``, the
+    share of positions ``gated``, ``gain_by_disagreement``, and, if it was measured, ``movement``
     (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass estimated),
-    ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of ``tokens``,
-    ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and ``best_baseline``:
-    the single member or average of the lowest loss, unless ``best`` names another. It is chosen on the text that it is
-    compared on, so it is, if anything, too good.
+    ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of
+    ``tokens``, ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and
+    ``baseline``: the row of that name, else the single member of the lowest loss, with its own fitted temperature
+    where temperatures are fitted. It is chosen on the text that it is compared on, so it is, if anything, too good.
+    With ``pairs`` all rows are compared (:func:`softmeet.evaluation.pairs.all_pairs`).
+
+    ``best_baseline``, the member or average of the lowest loss unless ``best`` names another, and every row's ``vs``,
+    its difference from that, stand there for one version more.
 
     Raises:
-        InvalidInputError: if there are fewer than two positions.
+        InvalidInputError: if there are fewer than two positions, or no row has the baseline's name.
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
     averages = [name for name in found.choices if name in (*UNIFORM, *BASELINES) or name.startswith(FITTED)]
     baselines = found.members | {name: found.choices[name] for name in averages}
     best = best or min(baselines, key=lambda name: baselines[name].mean)
+    rows = {**found.members, **found.choices}
+    baseline = baseline or best_member(found)
+    require_row(baseline, rows)
 
-    def figures(scores: Scores) -> dict[str, Any]:
-        against = paired(scores.nats, baselines[best].nats, within).figures()
+    def figures(name: str, scores: Scores) -> dict[str, Any]:
+        before = paired(scores.nats, baselines[best].nats, within).figures()
+        against = paired(scores.nats, rows[baseline].nats, within).figures()
+        own = {"fitted": found.fitted[name]} if name in found.fitted else {}
         return {
             "nll": scores.mean,
             "perplexity": math.exp(scores.mean) if scores.mean < 700 else math.inf,
             "bits_per_byte": scores.nats.sum().item() / math.log(2) / bytes_ if bytes_ else None,
             "top1": scores.hit.double().mean().item(),
             "calibration": calibration(scores),
-            "vs": {"baseline": best, **against},
+            "against": {"baseline": baseline, **against},
+            "vs": {"baseline": best, **before},
+            **own,
         }
 
     rules = {}
     for name, scores in found.choices.items():
         rules[name] = {
-            **figures(scores),
+            **figures(name, scores),
             "passes": scores.passes / count,
             "fallbacks": scores.fallbacks,
             "statuses": scores.statuses,
             "gated": scores.gated.double().sum().item() / count,
-            "gain_by_disagreement": gain_by_disagreement(scores, baselines[best], found.disagreement),
+            "gain_by_disagreement": gain_by_disagreement(scores, rows[baseline], found.disagreement),
         }
         if len(scores.movement):
             rules[name]["movement"] = scores.moved().figures()
@@ -67,11 +84,26 @@ def summary(found: Evaluation, best: str | None = None) -> dict[str, Any]:
         "bytes": bytes_,
         "documents": len(found.positions.document.unique()),
         "clusters": {"kind": within.kind, "count": within.count},
-        "members": {name: figures(scores) | _work(scores) for name, scores in found.members.items()},
+        "members": {name: figures(name, scores) | _work(scores) for name, scores in found.members.items()},
         "rules": rules,
+        "baseline": baseline,
         "best_baseline": best,
         "disagreement": found.disagreement.mean().item(),
+        **({"pairs": all_pairs(rows, within)} if pairs else {}),
     }
+
+
+def best_member(found: Evaluation) -> str:
+    """Return the name of the single member of the lowest loss, as it is or with the temperature that was fitted."""
+    fitted = {name: found.choices[name] for member in found.members if (name := FITTED + member) in found.choices}
+    among = {**found.members, **fitted}
+    return min(among, key=lambda name: among[name].mean)
+
+
+def require_row(name: str, rows: Collection[str]) -> None:
+    """Raise InvalidInputError, which lists the names, if no row has this one."""
+    if name not in rows:
+        raise InvalidInputError(f"expected a baseline among {', '.join(rows)}, got {name!r}")
 
 
 def _work(scores: Scores) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,6 +78,7 @@ class Evaluation:
         choices: each choice's scores by :attr:`RuleChoice.name`.
         disagreement: the mean over members i of KL(p̂_i‖m), m the mean of all members' p̂_i, (N,), fp64, in nats.
         vocabulary: ``"tokens"`` or ``"bytes"``, the entries that are predicted.
+        fitted: of choices that were fitted on this text by folds, the settings that were fitted on all of it, by name.
     """
 
     positions: Positions
@@ -84,6 +86,7 @@ class Evaluation:
     choices: dict[str, Scores]
     disagreement: Float[Tensor, " N"]
     vocabulary: str
+    fitted: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def take(self, rows: Int[Tensor, " k"]) -> Evaluation:
         """Return the evaluation at the positions with the indices ``rows``, in that order."""
@@ -98,6 +101,7 @@ class Evaluation:
             {name: some(scores) for name, scores in self.choices.items()},
             self.disagreement[rows],
             self.vocabulary,
+            self.fitted,
         )
 
 

@@ -1,0 +1,55 @@
+"""Answers that are kept in a folder, line by line, so that the same command goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from softmeet import __version__
+from softmeet.answers.asking import Answered
+from softmeet.evaluation.files import write_text
+
+
+class Kept:
+    """The answers of one subject.
+
+    Args:
+        folder: the folder of all; None to keep nothing.
+        settings: everything that the answers depend on, as JSON has it; softmeet's version is added to it.
+
+    Attributes:
+        answers: those of earlier runs, by the question's id.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
+        self.answers, self._file = dict[str, Answered](), None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        told = json.dumps({"version": __version__, **settings}, sort_keys=True)
+        self._file = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
+        if not self._file.exists():
+            write_text(self._file, json.dumps({"settings": json.loads(told)}) + "\n")
+            return
+        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A last line that was cut off is dropped.
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            write_text(self._file, "".join(whole))
+        for line in whole[1:]:
+            one = json.loads(line)
+            self.answers[one["id"]] = Answered(**{**one, "scores": tuple(one["scores"])})
+
+    def keep(self, answers: Sequence[Answered]) -> None:
+        """Write answers down."""
+        if self._file is None:
+            return
+        with self._file.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answers)
+            out.flush()
+            os.fsync(out.fileno())

@@ -1,0 +1,54 @@
+"""What a table of answers says: shares, differences from the best member, and what any member could have had right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from softmeet.answers.asking import Answered
+from softmeet.answers.rates import difference, mcnemar, rate
+from softmeet.answers.subjects import Subject
+
+# The row of questions that one member or another answers rightly.
+ANY = "any member"
+
+
+def figures(subjects: Sequence[Subject], answers: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
+    """Return the figures of all subjects, as JSON has them.
+
+    ``rows`` has for each ``name``, the share that is ``right`` and its 95 % interval ``ci95`` (Wilson), ``seconds`` and
+    ``tokens`` a question, and, of all but the best single member, ``against``: the difference from it at the same
+    questions with its interval (Bonett and Price) and McNemar's exact ``p``. The best member is the best on these very
+    questions, so the baseline is, if anything, too good. Where several members were asked, a row ``any member`` has the
+    questions that one of them answers rightly, which no ensemble is expected to reach.
+    """
+    right = {name: [one.right for one in own] for name, own in answers.items()}
+    alone = [one.name for one in subjects if len(one.members) == 1 and one.name in right]
+    best = max(alone, key=lambda name: sum(right[name]), default=None)
+    rows = [_row(name, right, best) | _costs(answers[name]) for name in right]
+    if len(alone) > 1:
+        right[ANY] = [any(own) for own in zip(*(right[name] for name in alone), strict=True)]
+        rows.append(_row(ANY, right, best))
+    return {"questions": len(next(iter(right.values()))), "best_member": best, "rows": rows}
+
+
+def _row(name: str, right: Mapping[str, Sequence[bool]], best: str | None) -> dict[str, Any]:
+    own = rate(right[name])
+    found: dict[str, Any] = {"name": name, "right": own.mean, "ci95": [own.low, own.high]}
+    if best is not None and name != best:
+        apart = difference(right[name], right[best])
+        found["against"] = {
+            "delta": apart.mean, "ci95": [apart.low, apart.high], "p": mcnemar(right[name], right[best]),
+        }  # fmt: skip
+    return found
+
+
+def _costs(answers: Sequence[Answered]) -> dict[str, Any]:
+    return {"seconds": fmean(one.seconds for one in answers), "tokens": fmean(one.tokens for one in answers)}
+
+
+def lines(answers: Mapping[str, Sequence[Answered]]) -> list[dict[str, Any]]:
+    """Return every answer, with the name of who gave it, as lines of JSON have them."""
+    return [{"name": name, **asdict(one)} for name, own in answers.items() for one in own]

@@ -1,0 +1,99 @@
+"""Who is asked: members alone, and ensembles of them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from softmeet.errors import InvalidInputError
+from softmeet.hf.checkpoint import member_names, saved_config
+from softmeet.members.member import short, titles
+from softmeet.rules.settings import parse_rule
+
+# What an ensemble may have beside members and a rule, and whether it is for loading or for writing.
+_OPTIONS = {"vocabulary": "loading", "gate": "loading", "decoder": "writing"}
+_NAMED = re.compile(r"[^\s=:/]+=")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Who answers.
+
+    Attributes:
+        name: as tables show it.
+        members: lines of text, one for each member.
+        rule: how they are combined; None of a saved ensemble, which has its own.
+        saved: a saved ensemble; None of others.
+        loading, writing: further arguments of ``Ensemble.from_pretrained``, and of ``generate``.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    rule: str | None = None
+    saved: str | None = None
+    loading: dict[str, str] = field(default_factory=dict)
+    writing: dict[str, str] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that its answers depend on, as JSON has it."""
+        config = saved_config(self.saved) if self.saved else None
+        return {**vars(self), "members": list(self.members), "config": config and config.to_json_string()}
+
+
+def subjects(members: Sequence[str], ensembles: Sequence[str]) -> list[Subject]:
+    """Return every member alone, those of ensembles among them, and then the ensembles.
+
+    Args:
+        members: lines of text.
+        ensembles: ``NAME=A B RULE``, members by their names, or by the last part of those in ``members``, and a rule,
+            and maybe ``vocabulary=…``, ``gate=…`` and ``decoder=…``; or ``NAME=SAVED``. ``NAME=`` may be left out.
+
+    Raises:
+        InvalidInputError: if an ensemble has no rule, or an unknown one, or two have one name.
+
+    Example:
+        >>> [one.name for one in subjects(["wide/gpt2", "wide/llama"], ["both=gpt2 llama prob-mean"])]
+        ['wide/gpt2', 'wide/llama', 'both']
+    """
+    lines, found = list(dict.fromkeys(members)), list[Subject]()
+    for text in ensembles:
+        found.append(_ensemble(text, lines))
+        lines += [line for line in found[-1].members if line not in lines]
+    alone = [Subject(title, (line,), "logit-mean") for title, line in zip(titles(lines), lines, strict=True)]
+    names = [one.name for one in alone + found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidInputError(f"expected a name of its own for each, got {twice!r} twice: say -e 'NAME=…'")
+    return alone + found
+
+
+def _ensemble(text: str, lines: Sequence[str]) -> Subject:
+    words, name = shlex.split(text), ""
+    if words and (given := _NAMED.match(words[0])) and given.group()[:-1] not in _OPTIONS:
+        name, words[0] = given.group()[:-1], words[0][given.end() :]
+    own = {key: x for key, equals, x in (word.partition("=") for word in words) if equals and key in _OPTIONS}
+    plain = [word for word in words if word.partition("=")[0] not in _OPTIONS]
+    parts: dict[str, Any] = {
+        kind: {key: x for key, x in own.items() if _OPTIONS[key] == kind} for kind in ("loading", "writing")
+    }
+    if len(plain) == 1:
+        members = member_names(plain[0])
+        if len(members) < 2:
+            raise InvalidInputError(f"expected members and a rule, or a saved ensemble, got {text!r}")
+        return Subject(name or short(plain[0]), tuple(members), saved=plain[0], **parts)
+    *members, rule = plain or [""]
+    parse_rule(rule)
+    meant = [_line(word, lines) for word in members]
+    usual = f"{' + '.join(map(_brief, meant))}, {' '.join([rule, *own.values()])}"
+    return Subject(name or usual, tuple(meant), rule, **parts)
+
+
+def _brief(line: str) -> str:
+    return short(line).rpartition("/")[2]
+
+
+def _line(word: str, lines: Sequence[str]) -> str:
+    """Return the member that a word means: one of ``lines`` by its name, or that of its last part, or another."""
+    return next((line for line in lines if word in (line, short(line), _brief(line), _brief(line).split(".")[0])), word)

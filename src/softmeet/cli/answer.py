@@ -1,0 +1,178 @@
+"""``softmeet answer``: who answers how many questions rightly, members alone and ensembles of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json as writing
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from softmeet import __version__
+from softmeet.answers.questions import HOW, LIKELIHOODS, Form, Question, read_questions, require_fit, usual
+from softmeet.answers.subjects import Subject, subjects
+from softmeet.cli import options
+from softmeet.cli.flags import Flags, argument, at_least_one, flag, flags, optional, switch
+from softmeet.cli.messages import say
+from softmeet.cli.progress import progress, working
+from softmeet.cli.tables import out, print_table
+from softmeet.cli.texts import ResultFlags
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.record import Record
+from softmeet.extras import require_extra
+from softmeet.rules.frozen import unknown
+
+# The most new tokens of an answer, where nothing else is asked for.
+_TOKENS = {"number": 320, "choice": 32, "match": 32}
+
+
+class FormFlags(Flags, panel="Text"):
+    """Flags for how questions are put, and what is before them."""
+
+    how: str | None = optional(
+        "How questions are answered. By likelihood of: option (the sum over its text), option-byte (a byte), "
+        "option-unconditional (less that without the question), letter. In words: number, choice (a letter), match.",
+        shown="option-byte with choices, number if all answers are, else match",
+    )
+    shots: Path | None = optional("A file of questions from which examples are taken, first those of the same subject.")
+    count: int = flag(4, "With --shots, how many examples stand before each question.", min=0)
+    limit: int | None = at_least_one("Ask so many of the questions, evenly spread.", shown="all")
+
+    def read(self, path: Path) -> tuple[list[Question], Form]:
+        """Read the questions, and return them with how they are put.
+
+        Raises:
+            InvalidInputError: if they cannot be answered so, or a file is none of questions.
+            OSError: if a file cannot be read.
+        """
+        every, examples = read_questions(path), read_questions(self.shots) if self.shots else []
+        how = self.how or usual(every)
+        if how not in HOW:
+            raise unknown(f"unknown way to answer {how!r}", how, list(HOW))
+        require_fit([*every, *examples], how)
+        size = len(every)
+        chosen = every if self.limit is None else [every[k * size // self.limit] for k in range(min(size, self.limit))]
+        return chosen, Form(how, tuple(examples), self.count if examples else 0)
+
+
+class WritingFlags(Flags, panel="Sampling"):
+    """Flags for answers in words, and how many are asked for at once."""
+
+    batch: int = flag(8, "How many questions are asked at once.", min=1)
+    max_new_tokens: int | None = at_least_one("The most tokens of an answer in words.", shown="320 for number, else 32")
+    temperature: float = flag(0.0, "The temperature of answers in words; 0 takes the likeliest tokens.", min=0)
+    seed: int = flag(0, "The seed of draws.", min=0)
+    chat: bool = switch("Put questions, for answers in words, by each member's chat template.")
+
+
+@flags()
+def answer(
+    *,
+    questions: Path | None = argument(
+        "A file with a question in each line, JSON: id, question, answer, maybe choices."
+    ),
+    members: options.Members = None,
+    ensembles: list[str] | None = optional(
+        "An ensemble: NAME=A B RULE, members by their names or the last part of those of -m, and maybe "
+        "vocabulary=union, gate=safe or decoder=agreement; or NAME=SAVED. It can be repeated.",
+        "--ensemble",
+        "-e",
+        panel="Members",
+    ),
+    form: FormFlags,
+    words: WritingFlags,
+    answers: Path | None = optional("Write all answers to this file, in lines of JSON.", panel="Output"),
+    result: ResultFlags,
+) -> None:
+    """Ask members and ensembles questions, and say how many they answer rightly, with 95 % intervals.
+
+    Every member is asked alone, too, and each row is set against the best of them, question by question (McNemar's
+    exact test). A last row has the questions that any member answers rightly.
+
+    Example: softmeet answer questions.jsonl -m A -m B -e 'both=A B logit-mean' --shots train.jsonl
+    """
+    record = Record()
+    if questions is None:
+        raise InvalidInputError("expected a file of questions: softmeet answer questions.jsonl -m A -m B")
+    result.require(None, answers)
+    asked, put = form.read(questions)
+    require_extra("answer", "eval", "scipy")
+    who = subjects(options.named(members), ensembles or [])
+    _require_likelihoods(who, put)
+    from softmeet.answers.asking import Answered, Asker, Writing, ask_all
+    from softmeet.answers.kept import Kept
+    from softmeet.answers.results import figures, lines
+
+    how = Writing(
+        words.max_new_tokens or _TOKENS.get(put.how, 0), words.temperature, words.seed, words.chat, words.batch
+    )
+    told = {"form": [put.how, put.count], "writing": asdict(how), "questions": _hash([*asked, *put.shots])}
+    found, loaded = dict[str, list[Answered]](), dict[Any, Any]()
+    with result.stoppable(), progress() as begin:
+        for one in who:
+            kept = Kept(result.resume, {**told, "subject": one.facts()})
+            advance = begin(one.name, len(kept.answers), len(asked))
+
+            def keep(batch: Sequence[Answered], kept: Kept = kept, advance: Any = advance) -> None:
+                kept.keep(batch)
+                advance(len(batch))
+
+            def asker(one: Subject = one) -> Asker:
+                return Asker(_loaded(one, loaded), put, how, dict(one.writing))
+
+            found[one.name] = ask_all(asker, asked, how.batch, kept.answers, keep)
+    run = {"softmeet": __version__, **told, **record.facts([how.seed] if how.temperature else [], 0)}
+    facts = figures(who, found) | {"how": put.how, "run": run}
+    result.report(facts, show)
+    if answers is not None:
+        answers.write_text("".join(f"{writing.dumps(one, ensure_ascii=False)}\n" for one in lines(found)), "utf-8")
+        say(f"answers are in {answers}")
+
+
+def _require_likelihoods(who: Sequence[Subject], form: Form) -> None:
+    """Check, before anything is loaded, that everybody can be asked so."""
+    if form.how not in LIKELIHOODS:
+        return
+    for one in who:
+        if one.loading.get("vocabulary", "").startswith("union") or one.writing:
+            raise InvalidInputError(
+                f"answers by {form.how} need the likelihood of a text, and {one.name} gives none: say --how choice"
+            )
+
+
+def _loaded(one: Subject, loaded: dict[Any, Any]) -> Any:
+    with working(f"loading {one.name}"):
+        from softmeet.ensemble import Ensemble
+
+        given: dict[str, Any] = {**one.loading, "loaded": loaded}
+        return Ensemble.from_pretrained(one.saved or list(one.members), one.rule, **given)
+
+
+def _hash(questions: Sequence[Question]) -> str:
+    return hashlib.sha256(writing.dumps([asdict(one) for one in questions]).encode()).hexdigest()
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print the figures of :func:`softmeet.answers.results.figures`."""
+    console = out()
+    rows = [
+        (
+            options.short(row["name"]) if "/" in row["name"] else row["name"], _percent(row["right"], row["ci95"]),
+            _percent(row["against"]["delta"], row["against"]["ci95"], "+") if "against" in row else "the best member",
+            f"{row['against']['p']:.2g}" if "against" in row else "",
+            f"{row['seconds']:.2f}" if "seconds" in row else "", f"{row['tokens']:.0f}" if "tokens" in row else "",
+        )
+        for row in facts["rows"]
+    ]  # fmt: skip
+    columns = ("", "right, %", "against the best member, %", "p", "s a question", "tokens a question")
+    print_table(console, columns, [rows], title=f"{facts['questions']:,} questions, answered by {facts['how']}")
+    console.print(
+        "Shares have Wilson's 95 % intervals, differences at the same questions Bonett's and Price's, and p is that of "
+        "McNemar's exact test. The best member is the best on these very questions."
+    )
+
+
+def _percent(share: float, interval: Sequence[float], sign: str = "") -> str:
+    mean, low, high = (f"{100 * x:{sign}.0f}" for x in (share, *interval))
+    return f"{mean} [{low}, {high}]"

@@ -1,0 +1,204 @@
+"""``softmeet answer``: likelihoods as the lm-evaluation-harness has them, tables, resumption and refusals."""
+
+from __future__ import annotations
+
+import json
+
+import byte_members
+import pytest
+import tiny
+import torch
+from commands import run
+
+from softmeet import Ensemble
+from softmeet.answers.asking import Answered, Asker, Writing, ask_all
+from softmeet.answers.kept import Kept
+from softmeet.answers.likelihoods import log_likelihoods
+from softmeet.answers.questions import Form, Question, read_questions, require_fit, usual
+from softmeet.answers.subjects import subjects
+from softmeet.errors import InvalidInputError
+
+CHOICES = [
+    {"id": f"q{k}", "question": f"What does the {name} do?", "choices": ["the dog", "a fox jumps", "over", "lazy"],
+     "answer": "ABCD"[k % 4], "subject": "even" if k % 2 else "odd"}
+    for k, name in enumerate(("fox", "dog", "king", "cat", "sun", "moon"))
+]  # fmt: skip
+OPEN = [
+    {"id": k, "question": f"{k} and {k}?", "answer": str(2 * k), "solution": f"{k}+{k}=#### {2 * k}"} for k in (1, 2, 3)
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
+
+
+@pytest.fixture(scope="module")
+def over_bytes(tmp_path_factory):
+    return list(map(str, byte_members.save_two(tmp_path_factory.mktemp("bytes"))))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    for name, rows in (("choices", CHOICES), ("open", OPEN)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.mark.parametrize("members", ["folders", "over_bytes"])
+def test_likelihoods_of_options_are_the_harnesss(members, request):
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    from softmeet.evaluation.harness import harness_model
+
+    names = request.getfixturevalue(members)
+    ensemble = Ensemble.from_pretrained(names, "logit-mean", dtype=torch.float64)
+    prompt, options = "Question: the dog\nAnswer: ", ["the fox jumps", "fox", " over the lazy dog", "q"]
+    asked = [Instance("loglikelihood", {}, (prompt, option), k) for k, option in enumerate(options)]
+    expected = [value for value, _ in harness_model(ensemble).loglikelihood(asked, disable_tqdm=True)]
+    assert log_likelihoods(ensemble, prompt, options) == pytest.approx(expected, abs=1e-4)
+    held = [reader.bytes for reader in ensemble.model.readers_of_members]
+    log_likelihoods(ensemble, prompt, options)
+    assert [reader.bytes for reader in ensemble.model.readers_of_members] == held
+
+
+def test_a_union_has_no_likelihoods(over_bytes):
+    ensemble = Ensemble.from_pretrained(over_bytes, vocabulary="union")
+    with pytest.raises(InvalidInputError, match="can be written in many ways"):
+        log_likelihoods(ensemble, "a", ["b"])
+
+
+def test_prompts_have_examples_of_their_subject_first_and_never_the_question_itself():
+    questions = [
+        Question(one["id"], one["question"], (one["answer"],), tuple(one["choices"]), "", one["subject"])
+        for one in CHOICES
+    ]
+    prompt = Form("letter", questions, 2).prompt(questions[0])
+    parts = prompt.split("\n\n")
+    assert [part.split("\n")[0] for part in parts] == [f"Question: {questions[k].question}" for k in (2, 4, 0)]
+    assert parts[0].endswith("A. the dog\nB. a fox jumps\nC. over\nD. lazy\nAnswer: C")
+    assert parts[-1].endswith("Answer:")
+    assert Form("letter").options(questions[0]) == [" A", " B", " C", " D"]
+    assert Form("option").options(questions[0])[1] == " a fox jumps"
+    assert "A. the dog" not in Form("option-byte", questions, 1).prompt(questions[0])
+
+
+def test_questions_say_what_is_wrong_with_them(tmp_path):
+    for line, message in (
+        ('{"id": 1, "question": "a"}', "line 2 .* KeyError"), ("no json", "line 2"),
+        ('{"id": 0, "question": "a", "answer": "b"}', "'0' again in line 2"),
+        ('{"id": 1, "question": "a", "choices": ["x"], "answer": "B"}', "no letter of 1 choices"),
+    ):  # fmt: skip
+        (tmp_path / "q.jsonl").write_text('{"id": 0, "question": "a", "answer": "b"}\n' + line)
+        with pytest.raises(InvalidInputError, match=message):
+            read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text("\n")
+    with pytest.raises(InvalidInputError, match="is empty"):
+        read_questions(tmp_path / "q.jsonl")
+    with pytest.raises(InvalidInputError, match="need questions with choices, and 1 has none"):
+        require_fit([Question("1", "a", ("b",))], "letter")
+    assert [usual([Question("1", "a", (x,), y)]) for x, y in (("A", ("x",)), ("12", ()), ("12 km", ()))] == [
+        "option-byte", "number", "match",
+    ]  # fmt: skip
+
+
+def test_ensembles_are_named_by_the_last_parts_of_members():
+    found = subjects(["org/a", "/b/c.gguf"], ["pair=a c logit-mean:weights=0.3/0.7 vocabulary=union", "a c prob-mean"])
+    assert [one.name for one in found] == ["org/a", "b/c.gguf", "pair", "a + c.gguf, prob-mean"]
+    assert (found[2].members, found[2].loading) == (("org/a", "/b/c.gguf"), {"vocabulary": "union"})
+    for wrong, message in (("x y norule", "unknown rule"), ("wide/gpt2", "members and a rule, or a saved")):
+        with pytest.raises(InvalidInputError, match=message):
+            subjects(["x", "y"], [wrong])
+    with pytest.raises(InvalidInputError, match="'p' twice"):
+        subjects([], ["p=x y prob-mean", "p=x y logit-mean"])
+
+
+def test_the_table_the_answers_and_the_way_on(folders, files, tmp_path):
+    asked = ["answer", files / "choices.jsonl", *tiny.each("-m", folders), "-e", "both=gpt2 llama prob-mean"]
+    asked += ["--batch", "4", "--resume", tmp_path / "kept"]
+    first = run(*asked, "--json", tmp_path / "a.json", "--answers", tmp_path / "a.jsonl")
+    assert first.returncode == 0, first.stderr
+    facts = json.loads((tmp_path / "a.json").read_text())
+    names = ["/".join(name.split("/")[-2:]) for name in folders]
+    assert [row["name"] for row in facts["rows"]] == [*names, "both", "any member"]
+    assert facts["best_member"] in names
+    assert [("against" in row) for row in facts["rows"]] == [
+        row["name"] != facts["best_member"] for row in facts["rows"]
+    ]
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert len(answers) == 3 * len(CHOICES)
+    for row in facts["rows"][:-1]:
+        own = [one["right"] for one in answers if one["name"] == row["name"]]
+        assert row["right"] == pytest.approx(sum(own) / len(own))
+        assert row["seconds"] > 0
+    assert "McNemar" in first.stdout
+    for kept in (tmp_path / "kept").iterdir():
+        lines = kept.read_text().splitlines(keepends=True)
+        kept.write_text("".join(lines[:6]) + lines[6][:10])  # as a kill in the middle of a line leaves it
+    again = run(*asked, "--json", tmp_path / "b.json", "--answers", tmp_path / "b.jsonl")
+    assert again.returncode == 0, again.stderr
+    strip = [{key: x for key, x in one.items() if key != "seconds"} for one in answers]
+    others = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
+    assert [{key: x for key, x in one.items() if key != "seconds"} for one in others] == strip
+
+
+@pytest.mark.parametrize("drawn", [(), ("--temperature", "0.8", "--seed", "3")])
+def test_answers_in_words_are_judged(folders, files, tmp_path, drawn):
+    asked = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "6", *drawn, "--batch", "2",
+             "-e", "both=gpt2 llama logit-mean", "--answers"]  # fmt: skip
+    for name in ("a", "b"):
+        done = run(*asked, tmp_path / f"{name}.jsonl")
+        assert done.returncode == 0, done.stderr
+    texts = [
+        [json.loads(line)["answer"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in "ab"
+    ]
+    assert texts[0] == texts[1]
+    assert "answered by number" in done.stdout
+
+
+def test_written_answers_end_where_the_next_question_would_begin(folders):
+    ensemble = Ensemble.from_pretrained(folders, "logit-mean")
+    asker = Asker(ensemble, Form("match"), Writing(tokens=12, batch=1))
+    (one,) = asker.ask([Question("1", "the quick brown", ("fox",))], 0)
+    assert "\n" not in one.answer
+    right = ensemble.generate(Form("match").prompt(Question("1", "the quick brown", ("fox",))), max_new_tokens=12,
+                              do_sample=False).partition("\n")[0]  # fmt: skip
+    assert one.answer == right
+
+
+def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):
+    questions = [Question(str(k), "a", ("b",)) for k in range(5)]
+    kept = Kept(tmp_path, {"a": 1})
+    kept.keep([Answered(str(k), "x", True, 0.1, 1) for k in range(3)])
+    asked = []
+
+    class Told:
+        def ask(self, batch, number):
+            asked.append(([one.id for one in batch], number))
+            return [Answered(one.id, "y", False, 0.1, 1) for one in batch]
+
+    known = Kept(tmp_path, {"a": 1})
+    found = ask_all(Told, questions, 2, known.answers, known.keep)
+    assert asked == [(["2", "3"], 1), (["4"], 2)]
+    assert [one.answer for one in found] == ["x", "x", "y", "y", "y"]
+    assert Kept(tmp_path, {"a": 2}).answers == {}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--how", "vote"], "unknown way to answer 'vote'"),
+        (["--how", "number", "-e", "wide/gpt2"], "members and a rule"),
+        (["-e", "both=gpt2 llama prob-mean vocabulary=union"], "need the likelihood of a text, and both gives none"),
+        (["-e", "both=gpt2 llama nothing"], "unknown rule"),
+    ],
+)
+def test_wrong_questions_are_refused_before_anything_is_loaded(more, message, folders, files, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = run("answer", files / "choices.jsonl", *tiny.each("-m", folders), *more)
+    assert done.returncode == 2
+    assert message in done.stderr.replace("\n", " ")

@@ -1,0 +1,71 @@
+"""What answers in words say, against answers made by hand, those among them that other scorers get wrong."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from softmeet.answers.extract import is_number, letter, matches, number
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#### 15", "15"),
+        ("5 + 10 = 15\n#### 15", "15"),
+        ("The answer is 15.", "15"),
+        ("so she has 1,234.50 dollars", "1234.50"),
+        ("The answer is $-3", "-3"),
+        ("first 3, then 4", "4"),
+        ("The answer is 7 because 3 + 4 = 7 and not 8", "7"),
+        ("It is 12. The answer is: twelve", "12"),
+        ("about 0.5%", "0.5"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_numbers(text, expected):
+    assert number(text) == (None if expected is None else Decimal(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("The answer is 5", "15", False),  # one scorer counts it
+        ("The answer is 15", "5", False),
+        ("#### 15.0", "15", True),
+        ("70,000", "70000", True),
+        ("#### -2", "2", False),
+        ("I do not know", "0", False),
+    ],
+)
+def test_a_number_is_right_as_a_number(text, answer, right):
+    assert is_number(text, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", "B"), (" C.", "C"), ("(D)", "D"), ("A", "A"), ("The answer is C", "C"), ("Because of light", None),
+        ("A planet turns, so B", "B"), ("A. Planets turn", "A"), ("It's D", "D"), ("E", None), ("", None),
+        ("A is wrong. The answer is (B).", "B"), ("I'd say C", "C"), ("B or C", "B"),
+    ],
+)  # fmt: skip
+def test_letters(text, expected):
+    assert letter(text, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted", "right"),
+    [
+        (" The Eiffel Tower.\nQuestion: what", ["Eiffel tower"], True),
+        ("Eiffel Towe", ["Eiffel tower"], False),  # another scorer drops a last character
+        ("14 December 1972 UTC", ["December 14, 1972", "14 December 1972 UTC"], True),
+        ("an apple", ["the apple"], True),
+        ("the", [""], False),
+        ("\n\n", ["a"], False),
+    ],
+)
+def test_short_texts(text, accepted, right):
+    assert matches(text, accepted) is right
