@@ -135,6 +135,8 @@ START = """
 import sys
 from pathlib import Path
 from softmeet.cli import main
+
+assert "torch" not in sys.modules and "transformers" not in sys.modules
 from transformers.utils import import_utils
 
 read, calls = import_utils.create_import_structure_from_path, []

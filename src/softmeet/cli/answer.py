@@ -7,11 +7,10 @@ import json as writing
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softmeet import __version__
 from softmeet.answers.questions import HOW, LIKELIHOODS, Form, Question, read_questions, require_fit, usual
-from softmeet.answers.subjects import Subject, subjects
 from softmeet.cli import options
 from softmeet.cli.flags import Flags, argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
@@ -22,6 +21,9 @@ from softmeet.errors import InvalidInputError
 from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
 from softmeet.rules.frozen import unknown
+
+if TYPE_CHECKING:
+    from softmeet.answers.subjects import Subject
 
 # The most new tokens of an answer, where nothing else is asked for.
 _TOKENS = {"number": 320, "choice": 32, "match": 32}
@@ -98,6 +100,8 @@ def answer(
     result.require(None, answers)
     asked, put = form.read(questions)
     require_extra("answer", "eval", "scipy")
+    from softmeet.answers.subjects import subjects
+
     who = subjects(options.named(members), ensembles or [])
     _require_likelihoods(who, put)
     from softmeet.answers.asking import Answered, Asker, Writing, ask_all
