@@ -204,7 +204,7 @@ class GacUnion:
         names = {*_ENDS, *(tokenizer.eos_token for tokenizer in tokenizers)}
         ends = frozenset({numbers[name] for name in names if name in numbers} | {len(keys)})
         words = [b"" if k in ends else spellings[0].spelled(ids) for k, ids in enumerate(members[0].read_as(keys))]
-        return cls(KeyAlphabet(words, ends, spellings[0], symbols[0]), keys, members, symbols, spellings)
+        return cls(KeyAlphabet(words, spellings[0], ends, symbols[0]), keys, members, symbols, spellings)
 
     @property
     def words(self) -> Sequence[bytes]:

@@ -155,7 +155,7 @@ class UniteUnion:
         symbols = {pair: k for k, pair in enumerate(sorted(pairs))}
         of_token = {token: symbols[key, token] for token, key in first.keys.items()}
         words = [spellings[0].spelled([token]) for _, token in symbols]
-        alphabet = KeyAlphabet(words, frozenset({len(words)}), spellings[0], of_token)
+        alphabet = KeyAlphabet(words, spellings[0], frozenset({len(words)}), of_token)
         return cls(alphabet, k, members, symbols, spellings)
 
     @property

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +52,7 @@ class UnionAlphabet:
 
     words: list[bytes]
     first: Spelling
-    spelling: None = None
+    spelling: ClassVar[None] = None
 
     @classmethod
     def of(cls, spellings: Sequence[Spelling]) -> UnionAlphabet:
