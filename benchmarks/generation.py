@@ -3,7 +3,7 @@
 Every member alone, and every ensemble, answers the questions of benchmarks/tasks, greedily, through the
 lm-evaluation-harness, in a process of its own, one after another. Rates have Wilson's 95 % intervals. An ensemble is
 set against the best of its members, question by question, with the interval of Bonett and Price for paired proportions
-(Statistics in Medicine 31, 2012). FUNCTIONS THAT MODELS WRITE ARE RUN, with the limits of benchmarks/tasks/judging.py.
+(Statistics in Medicine 31, 2012). FUNCTIONS THAT MODELS WRITE ARE RUN, with the limits of softmeet/answers/sandbox.py.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ import torch
 from commands import run
 
 from softmeet import Ensemble
-from softmeet.answers.asking import Answered, Asker, Writing, ask_all
+from softmeet.answers.asking import Answered, Asker, Writing, _is_right, ask_all
 from softmeet.answers.kept import Kept
 from softmeet.answers.likelihoods import log_likelihoods
 from softmeet.answers.questions import Form, Question, read_questions, require_fit, usual
 from softmeet.answers.subjects import subjects
+from softmeet.answers.votes import majority, said
 from softmeet.errors import InvalidInputError
 
 CHOICES = [
@@ -202,3 +203,46 @@ def test_wrong_questions_are_refused_before_anything_is_loaded(more, message, fo
     done = run("answer", files / "choices.jsonl", *tiny.each("-m", folders), *more)
     assert done.returncode == 2
     assert message in done.stderr.replace("\n", " ")
+
+
+def test_code_is_run_where_that_is_allowed(folders, tmp_path):
+    beginning = "def double(x):\n"
+    asked = {"id": "c", "question": beginning, "answer": "    return 2 * x\n", "entry_point": "double",
+             "test": "def check(candidate):\n    assert candidate(3) == 6\n"}  # fmt: skip
+    (tmp_path / "code.jsonl").write_text(json.dumps(asked))
+    (question,) = read_questions(tmp_path / "code.jsonl")
+    assert usual([question]) == "code"
+    assert Form("code", [question], 3).prompt(question) == beginning
+    for text, right in (("    return 2 * x\n", True), ("    return x\n", False), ("    import os; os._exit(0)", False)):
+        assert _is_right("code", text, question) is right
+    command = ["answer", tmp_path / "code.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "4"]
+    refused = run(*command)
+    assert (refused.returncode, "allow that by --run-code" in refused.stderr) == (2, True)
+    told = run(*command, "--run-code", "--json", "-")
+    assert told.returncode == 0, told.stderr
+    assert [row["right"] for row in json.loads(told.stdout)["rows"]] == [0, 0, 0]
+
+
+def test_votes_are_of_what_answers_say():
+    questions = [Question("1", "?", ("15",)), Question("2", "?", ("7",))]
+    rounds = [
+        [Answered("1", text, text.endswith("15"), 1.0, 2), Answered("2", other, other == "7", 1.0, 2)]
+        for text, other in (("no idea", "none"), ("#### 14", "none"), ("so 15", "7"), ("15.0, that is 15", "8"))
+    ]
+    found = majority("number", questions, rounds)
+    assert [(one.answer, one.right, one.seconds, one.tokens) for one in found] == [
+        ("so 15", True, 4.0, 8), ("7", True, 4.0, 8),
+    ]  # fmt: skip
+    assert majority("number", questions, [rounds[0]])[0].answer == "no idea"
+    assert said("match", "The Sun.\nx", questions[0]) == said("match", "sun", questions[0])
+
+
+def test_the_best_member_votes_beside_ensembles(folders, files, tmp_path):
+    command = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "3", "--json", "-"]
+    both = ["-e", "both=gpt2 llama logit-mean"]
+    named = [
+        [row["name"] for row in json.loads(run(*command, *more).stdout)["rows"]]
+        for more in ([], [*both, "--votes", "0"], [*both, "--votes", "4"], both)
+    ]
+    assert [sum("votes" in name for name in names) for names in named] == [0, 0, 1, 1]
+    assert named[2][3].endswith(", 4 votes")

@@ -18,6 +18,7 @@ import yaml
 
 import generation
 from softmeet import Ensemble
+from softmeet.answers import sandbox
 from softmeet.errors import InvalidInputError
 from tasks import judging, make
 
@@ -159,7 +160,7 @@ def test_processes_that_code_begins_end_with_it(tmp_path):
 
 
 def test_limits_that_cannot_be_set_are_said(monkeypatch):
-    monkeypatch.setattr(judging, "__file__", str(Path(os.devnull)))
+    monkeypatch.setattr(sandbox, "__file__", str(Path(os.devnull)))
     with pytest.raises(RuntimeError, match="in a process with limits"):
         judging.passes(SAFE, ["f(1) == 2"])
 

@@ -19,7 +19,10 @@ from softmeet.answers.questions import LIKELIHOODS, Form, Question
 from softmeet.ensemble import Ensemble
 
 # What ends an answer in words.
-_STOPS = {"number": ("\n\n", "\nQuestion:"), "choice": ("\n",), "match": ("\n",)}
+_STOPS = {
+    "number": ("\n\n", "\nQuestion:"), "choice": ("\n",), "match": ("\n",),
+    "code": ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,11 @@ def _is_right(how: str, text: str, question: Question) -> bool:
         return extract.is_number(text, question.answer[0])
     if how == "choice":
         return extract.letter(text, len(question.choices)) == question.answer[0]
+    if how == "code":
+        # Its limits are those of Linux, and other answers are judged anywhere.
+        from softmeet.answers.sandbox import passes
+
+        return passes(f"{question.question}{text}\n{question.test}", [f"check({question.entry_point}) is None"])
     return extract.matches(text, question.answer)
 
 

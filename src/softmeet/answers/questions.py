@@ -13,7 +13,7 @@ from softmeet.errors import InvalidInputError
 
 # Answers by the likelihood of options, and answers that are written.
 LIKELIHOODS = ("option", "option-byte", "option-unconditional", "letter")
-WRITTEN = ("number", "choice", "match")
+WRITTEN = ("number", "choice", "match", "code")
 HOW = (*LIKELIHOODS, *WRITTEN)
 
 
@@ -28,6 +28,8 @@ class Question:
         choices: the texts of options, in order; empty if it has none.
         solution: how the answer is found, as examples show it; empty if that is unknown.
         subject: what it is about; empty if that is not said.
+        test, entry_point: of a question that is the beginning of a function in Python, code that defines ``check``, and
+            the name of the function that it is given; else empty.
     """
 
     id: str
@@ -36,6 +38,8 @@ class Question:
     choices: tuple[str, ...] = ()
     solution: str = ""
     subject: str = ""
+    test: str = ""
+    entry_point: str = ""
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -71,12 +75,14 @@ def _question(given: dict[str, Any], line: int) -> Question:
         raise ValueError(f"the answer is {answers}, no letter of {len(choices)} choices")
     return Question(
         str(given.get("id", line)), str(given["question"]), answers, choices, str(given.get("solution") or ""),
-        str(given.get("subject") or ""),
+        str(given.get("subject") or ""), str(given.get("test") or ""), str(given.get("entry_point") or ""),
     )  # fmt: skip
 
 
 def usual(questions: Sequence[Question]) -> str:
-    """Return how questions are usually answered: by the likelihood of options, as numbers, or as short texts."""
+    """Return how questions are usually answered: by the likelihood of options, as code, numbers, or short texts."""
+    if all(one.test for one in questions):
+        return "code"
     if all(one.choices for one in questions):
         return "option-byte"
     numbers = all(len(one.answer) == 1 and one.answer[0].lstrip("-").replace(".", "").isdecimal() for one in questions)
@@ -85,6 +91,8 @@ def usual(questions: Sequence[Question]) -> str:
 
 def require_fit(questions: Sequence[Question], how: str) -> None:
     """Raise InvalidInputError if questions cannot be answered so."""
+    if how == "code" and (without := next((one for one in questions if not (one.test and one.entry_point)), None)):
+        raise InvalidInputError(f"answers by code need questions with test and entry_point, and {without.id} has none")
     needs = how in LIKELIHOODS or how == "choice"
     if needs and (without := next((one for one in questions if not one.choices), None)):
         raise InvalidInputError(
@@ -108,6 +116,8 @@ class Form:
 
     def prompt(self, question: Question) -> str:
         """Return the words to which the answer is written, or an option is put."""
+        if self.how == "code":
+            return question.question
         own = [one for one in self.shots if one.subject == question.subject and one.id != question.id]
         examples = (own or [one for one in self.shots if one.id != question.id])[: self.count]
         parts = [f"{self._asked(one)}{self._shown(one)}" for one in examples]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json as writing
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,15 @@ from softmeet.extras import require_extra
 from softmeet.rules.frozen import unknown
 
 if TYPE_CHECKING:
+    from softmeet.answers.asking import Answered, Asker, Writing
     from softmeet.answers.subjects import Subject
 
 # The most new tokens of an answer, where nothing else is asked for.
-_TOKENS = {"number": 320, "choice": 32, "match": 32}
+_TOKENS = {"number": 320, "choice": 32, "match": 32, "code": 384}
+# The temperature of answers that are voted on (Wang et al., Self-consistency, arXiv:2203.11171).
+_VOTING = 0.7
+# How far apart the seeds of votes are, of which each batch of questions has one.
+_APART = 1_000_003
 
 
 class FormFlags(Flags, panel="Text"):
@@ -34,8 +39,9 @@ class FormFlags(Flags, panel="Text"):
 
     how: str | None = optional(
         "How questions are answered. By likelihood of: option (the sum over its text), option-byte (a byte), "
-        "option-unconditional (less that without the question), letter. In words: number, choice (a letter), match.",
-        shown="option-byte with choices, number if all answers are, else match",
+        "option-unconditional (less that without the question), letter. In words: number, choice (a letter), match, "
+        "code.",
+        shown="option-byte with choices, code with tests, number if all answers are, else match",
     )
     shots: Path | None = optional("A file of questions from which examples are taken, first those of the same subject.")
     count: int = flag(4, "With --shots, how many examples stand before each question.", min=0)
@@ -62,10 +68,19 @@ class WritingFlags(Flags, panel="Sampling"):
     """Flags for answers in words, and how many are asked for at once."""
 
     batch: int = flag(8, "How many questions are asked at once.", min=1)
-    max_new_tokens: int | None = at_least_one("The most tokens of an answer in words.", shown="320 for number, else 32")
+    max_new_tokens: int | None = at_least_one(
+        "The most tokens of an answer in words.", shown="320 for number, 384 for code, else 32"
+    )
     temperature: float = flag(0.0, "The temperature of answers in words; 0 takes the likeliest tokens.", min=0)
     seed: int = flag(0, "The seed of draws.", min=0)
     chat: bool = switch("Put questions, for answers in words, by each member's chat template.")
+    votes: int | None = optional(
+        "Beside ensembles, also ask the best member so many times at temperature 0.7 and take what most answers say; 0 "
+        "leaves that out.",
+        shown="as many as take the time of the dearest ensemble, at least 3",
+        min=0,
+    )
+    run_code: bool = switch("Run the code that members write for --how code, with limits that are no prison.")
 
 
 @flags()
@@ -99,39 +114,85 @@ def answer(
         raise InvalidInputError("expected a file of questions: softmeet answer questions.jsonl -m A -m B")
     result.require(None, answers)
     asked, put = form.read(questions)
+    if put.how == "code" and not words.run_code:
+        raise InvalidInputError("answers by code are judged by running what members write: allow that by --run-code")
     require_extra("answer", "eval", "scipy")
     from softmeet.answers.subjects import subjects
 
     who = subjects(options.named(members), ensembles or [])
     _require_likelihoods(who, put)
-    from softmeet.answers.asking import Answered, Asker, Writing, ask_all
-    from softmeet.answers.kept import Kept
+    from softmeet.answers.asking import Writing
     from softmeet.answers.results import figures, lines
+    from softmeet.answers.votes import VOTED
 
     how = Writing(
         words.max_new_tokens or _TOKENS.get(put.how, 0), words.temperature, words.seed, words.chat, words.batch
     )
     told = {"form": [put.how, put.count], "writing": asdict(how), "questions": _hash([*asked, *put.shots])}
-    found, loaded = dict[str, list[Answered]](), dict[Any, Any]()
     with result.stoppable(), progress() as begin:
-        for one in who:
-            kept = Kept(result.resume, {**told, "subject": one.facts()})
-            advance = begin(one.name, len(kept.answers), len(asked))
-
-            def keep(batch: Sequence[Answered], kept: Kept = kept, advance: Any = advance) -> None:
-                kept.keep(batch)
-                advance(len(batch))
-
-            def asker(one: Subject = one) -> Asker:
-                return Asker(_loaded(one, loaded), put, how, dict(one.writing))
-
-            found[one.name] = ask_all(asker, asked, how.batch, kept.answers, keep)
+        room = _Room(asked, put, told, result.resume, begin, {})
+        found = {one.name: room.ask(one, how, one.name) for one in who}
+        if words.votes != 0 and put.how in VOTED and any(len(one.members) > 1 for one in who):
+            found |= room.voted(who, found, how, words.votes)
     run = {"softmeet": __version__, **told, **record.facts([how.seed] if how.temperature else [], 0)}
     facts = figures(who, found) | {"how": put.how, "run": run}
     result.report(facts, show)
     if answers is not None:
         answers.write_text("".join(f"{writing.dumps(one, ensure_ascii=False)}\n" for one in lines(found)), "utf-8")
         say(f"answers are in {answers}")
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Where everybody is asked the same questions.
+
+    Attributes:
+        asked: the questions.
+        put: how they are put.
+        told: what all answers depend on, as JSON has it.
+        resume: the folder in which they are kept; None for none.
+        begin: begins a piece of work on the terminal.
+        loaded: members that were loaded.
+    """
+
+    asked: Sequence[Question]
+    put: Form
+    told: dict[str, Any]
+    resume: Path | None
+    begin: Callable[[str, int, int | None], Callable[[int], None]]
+    loaded: dict[Any, Any]
+
+    def ask(self, one: Subject, way: Writing, title: str) -> list[Answered]:
+        """Have one subject answer, in this way."""
+        from softmeet.answers.asking import Asker, ask_all
+        from softmeet.answers.kept import Kept
+
+        kept = Kept(self.resume, {**self.told, "writing": asdict(way), "subject": one.facts()})
+        advance = self.begin(title, len(kept.answers), len(self.asked))
+
+        def keep(batch: Sequence[Answered]) -> None:
+            kept.keep(batch)
+            advance(len(batch))
+
+        def asker() -> Asker:
+            return Asker(_loaded(one, self.loaded), self.put, way, dict(one.writing))
+
+        return ask_all(asker, self.asked, way.batch, kept.answers, keep)
+
+    def voted(
+        self, who: Sequence[Subject], found: Mapping[str, Sequence[Answered]], how: Writing, count: int | None
+    ) -> dict[str, list[Answered]]:
+        """Have the best member answer several times, and return what most of its answers say, by a name."""
+        from softmeet.answers.results import figures
+        from softmeet.answers.votes import majority, rounds_for
+
+        name = figures(who, found)["best_member"]
+        best = next(one for one in who if one.name == name)
+        costs = {own: sum(answer.seconds for answer in answers) for own, answers in found.items()}
+        count = count or rounds_for([costs[one.name] for one in who if len(one.members) > 1], costs[name])
+        ways = [replace(how, temperature=_VOTING, seed=how.seed + _APART * (k + 1)) for k in range(count)]
+        rounds = [self.ask(best, way, f"{name}, vote {k + 1} of {count}") for k, way in enumerate(ways)]
+        return {f"{name}, {count} votes": majority(self.put.how, self.asked, rounds)}
 
 
 def _require_likelihoods(who: Sequence[Subject], form: Form) -> None:
