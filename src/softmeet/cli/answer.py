@@ -134,7 +134,7 @@ def answer(
         found = {one.name: room.ask(one, how, one.name) for one in who}
         if words.votes != 0 and put.how in VOTED and any(len(one.members) > 1 for one in who):
             found |= room.voted(who, found, how, words.votes)
-    run = {"softmeet": __version__, **told, **record.facts([how.seed] if how.temperature else [], 0)}
+    run = {"softmeet": __version__, **told, **record.facts([how.seed] if how.temperature else [])}
     facts = figures(who, found) | {"how": put.how, "run": run}
     result.report(facts, show)
     if answers is not None:

@@ -29,20 +29,22 @@ class Record:
     def __init__(self) -> None:
         self._started, self._clock = datetime.now(UTC), time.monotonic()
 
-    def facts(self, seeds: list[int], threads: int) -> dict[str, Any]:
+    def facts(self, seeds: list[int], threads: int | None = None) -> dict[str, Any]:
         """Return the record, as JSON has it.
 
         Args:
             seeds: those of all that was drawn; empty if nothing was.
-            threads: of PyTorch in each worker.
+            threads: of PyTorch in each worker; None for those of this process.
         """
+        import torch
+
         return {
             "command": shlex.join(["softmeet", *sys.argv[1:]]),
             "seeds": seeds,
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
             "processor": processor(),
             "cores": os.cpu_count(),
-            "threads": threads,
+            "threads": threads or torch.get_num_threads(),
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - self._clock, 3),
         }
