@@ -91,7 +91,11 @@ def test_questions_say_what_is_wrong_with_them(tmp_path):
     for line, message in (
         ('{"id": 1, "question": "a"}', "line 2 .* KeyError"), ("no json", "line 2"),
         ('{"id": 0, "question": "a", "answer": "b"}', "'0' again in line 2"),
-        ('{"id": 1, "question": "a", "choices": ["x"], "answer": "B"}', "no letter of 1 choices"),
+        ('{"id": 1, "question": "a", "choices": ["x", "y"], "answer": "C"}', "no letter of 2 choices"),
+        ('{"id": 1, "question": "a", "choices": "xy", "answer": "A"}', "no list of two texts"),
+        ('{"id": 1, "question": "a", "choices": ["x", ""], "answer": "A"}', "no list of two texts"),
+        ('{"id": 1, "question": " ", "answer": "A"}', "is empty"),
+        ('{"id": 1, "question": "a", "answer": []}', "is empty"),
     ):  # fmt: skip
         (tmp_path / "q.jsonl").write_text('{"id": 0, "question": "a", "answer": "b"}\n' + line)
         with pytest.raises(InvalidInputError, match=message):

@@ -70,7 +70,12 @@ def read_questions(path: Path) -> list[Question]:
 def _question(given: dict[str, Any], line: int) -> Question:
     answer = given["answer"]
     answers = tuple(map(str, answer)) if isinstance(answer, list) else (str(answer),)
-    choices = tuple(map(str, given.get("choices") or ()))
+    listed = given.get("choices") or []
+    choices = tuple(map(str, listed))
+    if not isinstance(listed, list) or len(choices) == 1 or not all(map(str.strip, choices)):
+        raise ValueError(f"the choices are {listed!r}, no list of two texts or more")
+    if not str(given["question"]).strip() or not answers or not all(map(str.strip, answers)):
+        raise ValueError("the question or its answer is empty")
     if choices and (len(answers) > 1 or answers[0] not in string.ascii_uppercase[: len(choices)]):
         raise ValueError(f"the answer is {answers}, no letter of {len(choices)} choices")
     return Question(
