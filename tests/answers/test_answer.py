@@ -114,9 +114,13 @@ def test_ensembles_are_named_by_the_last_parts_of_members():
     found = subjects(["org/a", "/b/c.gguf"], ["pair=a c logit-mean:weights=0.3/0.7 vocabulary=union", "a c prob-mean"])
     assert [one.name for one in found] == ["org/a", "b/c.gguf", "pair", "a + c.gguf, prob-mean"]
     assert (found[2].members, found[2].loading) == (("org/a", "/b/c.gguf"), {"vocabulary": "union"})
-    for wrong, message in (("x y norule", "unknown rule"), ("wide/gpt2", "members and a rule, or a saved")):
+    for given, message in (
+        ("x y norule", "expected members and then a rule"),
+        ("same x prob-mean", "which may be"),
+        ("wide/gpt2", "members and a rule, or a saved"),
+    ):
         with pytest.raises(InvalidInputError, match=message):
-            subjects(["x", "y"], [wrong])
+            subjects(["x", "y", "a/same", "b/same"], [given])
     with pytest.raises(InvalidInputError, match="'p' twice"):
         subjects([], ["p=x y prob-mean", "p=x y logit-mean"])
 
@@ -197,9 +201,11 @@ def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):
     ("more", "message"),
     [
         (["--how", "vote"], "unknown way to answer 'vote'"),
-        (["--how", "number", "-e", "wide/gpt2"], "members and a rule"),
+        (["-e", "wide/gpt2"], "members and a rule"),
         (["-e", "both=gpt2 llama prob-mean vocabulary=union"], "need the likelihood of a text, and both gives none"),
-        (["-e", "both=gpt2 llama nothing"], "unknown rule"),
+        (["-e", "both=gpt2 llama nothing"], "expected members and then a rule"),
+        (["--answers", "/nowhere/a.jsonl"], "make /nowhere first"),
+        (["--how", "match"], "are for questions without choices"),
     ],
 )
 def test_wrong_questions_are_refused_before_anything_is_loaded(more, message, folders, files, monkeypatch):

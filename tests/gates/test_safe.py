@@ -72,6 +72,9 @@ def test_over_a_union_nobody_is_asked_where_a_member_would_write_across_the_plac
     expected, crossed = naive(ensemble, PROMPT, 30, 0.3)
     assert crossed
     given = {"max_new_tokens": 30, "do_sample": False}
+    gated = Ensemble.from_pretrained("mixed", vocabulary="union", gate="safe:0.3")
+    for prompt in (PROMPT, "And the king said"):
+        assert gated.next_token(prompt).top[0][0] == gated.generate(prompt, max_new_tokens=1, do_sample=False)
     assert ensemble.generate(PROMPT, gate="safe:0.3", **given) == expected
     assert ensemble.generate(PROMPT, gate="safe:0.3", speculate=2, **given) == expected
     line = run("generate", PROMPT, "-m", "mixed", "--vocabulary", "union", "--gate", "safe:0.3", "--no-do-sample",

@@ -99,7 +99,7 @@ class Asker:
             if self.form.how == "option-unconditional":
                 alone = log_likelihoods(self.ensemble, "Answer:", options)
                 likely = [own - less for own, less in zip(likely, alone, strict=True)]
-            sizes = [len(option.encode()) if self.form.how == "option-byte" else 1 for option in options]
+            sizes = [len(option.strip().encode()) if self.form.how == "option-byte" else 1 for option in options]
             scores = tuple(own / size for own, size in zip(likely, sizes, strict=True))
             best = ascii_uppercase[max(range(len(scores)), key=scores.__getitem__)]
             yield best, best == one.answer[0], self._count(prompt + "".join(options)), scores

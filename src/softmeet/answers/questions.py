@@ -98,6 +98,11 @@ def require_fit(questions: Sequence[Question], how: str) -> None:
     """Raise InvalidInputError if questions cannot be answered so."""
     if how == "code" and (without := next((one for one in questions if not (one.test and one.entry_point)), None)):
         raise InvalidInputError(f"answers by code need questions with test and entry_point, and {without.id} has none")
+    if how in ("number", "match") and (listed := next((one for one in questions if one.choices), None)):
+        raise InvalidInputError(
+            f"answers by {how} are for questions without choices, whose answer is no letter, and {listed.id} has some: "
+            "say another --how, or ask them apart"
+        )
     needs = how in LIKELIHOODS or how == "choice"
     if needs and (without := next((one for one in questions if not one.choices), None)):
         raise InvalidInputError(
@@ -123,8 +128,8 @@ class Form:
         """Return the words to which the answer is written, or an option is put."""
         if self.how == "code":
             return question.question
-        own = [one for one in self.shots if one.subject == question.subject and one.id != question.id]
-        examples = (own or [one for one in self.shots if one.id != question.id])[: self.count]
+        others = [one for one in self.shots if one.question != question.question]
+        examples = ([one for one in others if one.subject == question.subject] or others)[: self.count]
         parts = [f"{self._asked(one)}{self._shown(one)}" for one in examples]
         return "\n\n".join([*parts, self._asked(question)])
 

@@ -52,7 +52,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Rate:
     more, fewer = _apart(ours, theirs)
     p, q = (more + 1) / (n + 2), (fewer + 1) / (n + 2)
     half = _Z * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return Rate((more - fewer) / n, p - q - half, p - q + half)
+    return Rate((more - fewer) / n, max(-1.0, p - q - half), min(1.0, p - q + half))
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:

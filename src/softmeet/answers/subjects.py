@@ -11,6 +11,7 @@ from typing import Any
 from softmeet.errors import InvalidInputError
 from softmeet.hf.checkpoint import member_names, saved_config
 from softmeet.members.member import short, titles
+from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import parse_rule
 
 # What an ensemble may have beside members and a rule, and whether it is for loading or for writing.
@@ -84,6 +85,11 @@ def _ensemble(text: str, lines: Sequence[str]) -> Subject:
             raise InvalidInputError(f"expected members and a rule, or a saved ensemble, got {text!r}")
         return Subject(name or short(plain[0]), tuple(members), saved=plain[0], **parts)
     *members, rule = plain or [""]
+    if rule.partition(":")[0] not in rule_names():
+        raise InvalidInputError(
+            f"expected members and then a rule, one of {', '.join(rule_names())}, maybe with vocabulary=, gate= or "
+            f"decoder= behind it, got {text!r}"
+        )
     parse_rule(rule)
     meant = [_line(word, lines) for word in members]
     usual = f"{' + '.join(map(_brief, meant))}, {' '.join([rule, *own.values()])}"
@@ -95,5 +101,15 @@ def _brief(line: str) -> str:
 
 
 def _line(word: str, lines: Sequence[str]) -> str:
-    """Return the member that a word means: one of ``lines`` by its name, or that of its last part, or another."""
-    return next((line for line in lines if word in (line, short(line), _brief(line), _brief(line).split(".")[0])), word)
+    """Return the member that a word means: one of ``lines`` by its name, or that of its last part, or another.
+
+    Raises:
+        InvalidInputError: if it means several.
+    """
+    for names in (lambda line: (line, short(line)), lambda line: (_brief(line), _brief(line).split(".")[0])):
+        meant = [line for line in lines if word in names(line)]
+        if len(meant) > 1:
+            raise InvalidInputError(f"expected a name of one member, got {word!r}, which may be {' or '.join(meant)}")
+        if meant:
+            return meant[0]
+    return word

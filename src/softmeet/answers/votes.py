@@ -47,17 +47,3 @@ def majority(how: str, questions: Sequence[Question], rounds: Sequence[Sequence[
         seconds, tokens = sum(own.seconds for own in answers), sum(own.tokens for own in answers)
         found.append(Answered(one.id, one.answer, one.right, seconds, tokens))
     return found
-
-
-def rounds_for(costs: Sequence[float], best: float) -> int:
-    """Return how many answers the best member gives in the time of the dearest ensemble: as many as fit, at least 3.
-
-    Args:
-        costs: the seconds that ensembles take for a question.
-        best: those that the best member takes.
-
-    Example:
-        >>> rounds_for([0.9, 4.2], 1.0), rounds_for([0.9], 1.0)
-        (4, 3)
-    """
-    return max(3, round(max(costs) / best)) if best else 3

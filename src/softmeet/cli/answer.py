@@ -16,7 +16,7 @@ from softmeet.cli.flags import Flags, argument, at_least_one, flag, flags, optio
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress, working
 from softmeet.cli.tables import out, print_table
-from softmeet.cli.texts import ResultFlags
+from softmeet.cli.texts import ResultFlags, require_places
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
@@ -32,6 +32,8 @@ _TOKENS = {"number": 320, "choice": 32, "match": 32, "code": 384}
 _VOTING = 0.7
 # How far apart the seeds of votes are, of which each batch of questions has one.
 _APART = 1_000_003
+# The fewest and the most votes, where nobody says how many.
+_FEWEST, _MOST = 3, 64
 
 
 class FormFlags(Flags, panel="Text"):
@@ -77,7 +79,7 @@ class WritingFlags(Flags, panel="Sampling"):
     votes: int | None = optional(
         "Beside ensembles, also ask the best member so many times at temperature 0.7 and take what most answers say; 0 "
         "leaves that out.",
-        shown="as many as take the time of the dearest ensemble, at least 3",
+        shown="as many as take the time of the dearest ensemble, from 3 to 64",
         min=0,
     )
     run_code: bool = switch("Run the code that members write for --how code, with limits that are no prison.")
@@ -113,6 +115,9 @@ def answer(
     if questions is None:
         raise InvalidInputError("expected a file of questions: softmeet answer questions.jsonl -m A -m B")
     result.require(None, answers)
+    require_places(answers)
+    if answers is not None and answers.resolve() in (questions.resolve(), result.as_json and result.as_json.resolve()):
+        raise InvalidInputError(f"expected a file of its own for --answers, got {answers}, which is another's")
     asked, put = form.read(questions)
     if put.how == "code" and not words.run_code:
         raise InvalidInputError("answers by code are judged by running what members write: allow that by --run-code")
@@ -184,15 +189,22 @@ class _Room:
     ) -> dict[str, list[Answered]]:
         """Have the best member answer several times, and return what most of its answers say, by a name."""
         from softmeet.answers.results import figures
-        from softmeet.answers.votes import majority, rounds_for
+        from softmeet.answers.votes import majority
 
         name = figures(who, found)["best_member"]
         best = next(one for one in who if one.name == name)
-        costs = {own: sum(answer.seconds for answer in answers) for own, answers in found.items()}
-        count = count or rounds_for([costs[one.name] for one in who if len(one.members) > 1], costs[name])
-        ways = [replace(how, temperature=_VOTING, seed=how.seed + _APART * (k + 1)) for k in range(count)]
-        rounds = [self.ask(best, way, f"{name}, vote {k + 1} of {count}") for k, way in enumerate(ways)]
-        return {f"{name}, {count} votes": majority(self.put.how, self.asked, rounds)}
+        dearest = max(_seconds(found[one.name]) for one in who if len(one.members) > 1)
+        rounds: list[list[Answered]] = []
+        spent = 0.0
+        while len(rounds) < (count or _FEWEST) or (count is None and spent < dearest and len(rounds) < _MOST):
+            way = replace(how, temperature=_VOTING, seed=how.seed + _APART * (len(rounds) + 1))
+            rounds.append(self.ask(best, way, f"{name}, vote {len(rounds) + 1}"))
+            spent += _seconds(rounds[-1])
+        return {f"{name}, {len(rounds)} votes": majority(self.put.how, self.asked, rounds)}
+
+
+def _seconds(answers: Sequence[Answered]) -> float:
+    return sum(one.seconds for one in answers)
 
 
 def _require_likelihoods(who: Sequence[Subject], form: Form) -> None:

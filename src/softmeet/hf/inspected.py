@@ -14,6 +14,7 @@ from softmeet.hf.prompts import encoded, states_behind
 from softmeet.hf.report import NextToken, TokenReport, TokenReports
 from softmeet.hf.vocabulary import require_unicode
 from softmeet.readers.byte_alphabet import shown_byte
+from softmeet.rules.problem import TokensBefore
 
 
 def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, top: int) -> NextToken:
@@ -24,8 +25,10 @@ def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, t
         named = shown_byte if model.over_bytes else lambda i: tokenizer.decode([i])
         return [(named(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
-    hidden = states_behind(model, encoded(model, tokenizer, [text]))
-    log_probs, solution = model.combiner.solve_rows(hidden, resolved(model, model.settings))
+    inputs = encoded(model, tokenizer, [text])
+    hidden = states_behind(model, inputs)
+    before = TokensBefore.of(inputs["input_ids"][:, -1], tokenizer)
+    log_probs, solution = model.combiner.solve_rows(hidden, resolved(model, model.settings), before=before)
     members = {name: likeliest(own[0]) for name, own in zip(model.config.members, log_probs, strict=True)}
     return NextToken(likeliest(solution.log_probs[0]), members, solution)
 
