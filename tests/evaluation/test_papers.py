@@ -57,7 +57,8 @@ def test_the_baseline_is_the_best_single_member_at_its_own_temperature(told, fol
     for row in rows.values():
         assert row["against"]["baseline"] == facts["baseline"]
         assert row["against"]["delta"] == pytest.approx(row["nll"] - rows[facts["baseline"]]["nll"])
-    assert f"The baseline is {'fitted ' * facts['baseline'].startswith('fitted ')}" in shown
+    label = "fitted " * facts["baseline"].startswith("fitted ") + "/".join(facts["baseline"].split("/")[-2:])
+    assert f"The baseline is {label}." in shown
     assert not any("adaptive" in name for name in rows)
 
 

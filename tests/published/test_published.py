@@ -206,14 +206,14 @@ def test_gacs_ends_spell_nothing(ensembles):
     other = space.keys.index("</s>")
     assert other in space.alphabet.ends
     assert space.members[0].read_as(["</s>"]) != [()]
-    assert space.words[other] == b""
+    assert space.alphabet.words[other] == b""
 
 
 def test_by_unite_a_text_ends_before_another_members_context_is_full(ensembles):
     """Though the first one's next token may be several of the other's."""
     model = ensembles[("gpt2", "llama"), UNITE].model
     reader, tokenizer = model.readers_of_members[1], model.tokenizer_of(1)
-    texts = [word.decode(errors="replace") for word in model.space.words]
+    texts = [word.decode(errors="replace") for word in model.space.alphabet.words]
     wide = max(range(len(texts)), key=lambda k: len(tokenizer(texts[k])["input_ids"]))
     row = reader.open(own=model.own_prompt(PROMPT, special=True)[0])
     for _ in range(reader.limit // 3):

@@ -46,7 +46,7 @@ class Kept:
             self.answers[one["id"]] = Answered(**{**one, "scores": tuple(one["scores"])})
 
     def keep(self, answers: Sequence[Answered]) -> None:
-        """Write answers down."""
+        """Write answers behind those that are kept, and wait until they are on the disk."""
         if self._file is None:
             return
         with self._file.open("a", encoding="utf-8") as out:

@@ -180,7 +180,7 @@ class Decoder(Frozen, ABC):
             InvalidInputError: if it cannot, as members have no tokens of their own over it, or say nothing by
                 themselves.
         """
-        form = UnionForm.parse(vocabulary) if (vocabulary or "").startswith("union") and vocabulary else None
+        form = UnionForm.parse(vocabulary) if vocabulary and vocabulary.startswith("union") else None
         if self.own_tokens and (vocabulary == "bytes" or form not in (None, UnionForm())):
             raise InvalidInputError(
                 f"the decoder {self.name} has members write tokens of their own, and over {vocabulary} they have none: "

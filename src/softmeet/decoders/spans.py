@@ -136,7 +136,7 @@ class _Written:
         return number
 
     def found(self, weights: Sequence[float], first: OwnTexts) -> Decoding:
-        """Return the text."""
+        """Return the text that was written, with its log-probability by each member."""
         score = sum(w * own for w, own in zip(weights, self.log_probs, strict=True) if w)
         symbols = (*self._tokens, *first.tokens.ends[:1]) if self.ended else tuple(self._tokens)
         text = self._text.decode(errors="replace")

@@ -64,7 +64,7 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
             own.bos_token_id = own.pad_token_id = space.alphabet.end
             own.eos_token_id = ends if len(ends) > 1 else ends[0]
         self.combiner = space.combiner(config.members)
-        self.combiner.crossed = crossing(space.words, space.spellings)
+        self.combiner.crossed = crossing(space.alphabet.words, space.spellings)
         self.tokenizer = space.alphabet.tokenizer
 
     @property

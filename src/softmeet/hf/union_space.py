@@ -26,11 +26,7 @@ class UnionSpace(Protocol):
 
     @property
     def alphabet(self) -> Union:
-        """The symbols."""
-
-    @property
-    def words(self) -> Sequence[bytes]:
-        """What each symbol but the last, the end, spells; two may spell the same."""
+        """The symbols that members share, and what each of them spells."""
 
     @property
     def spellings(self) -> Sequence[Spelling]:
@@ -65,11 +61,6 @@ class SpelledUnion:
     spellings: Sequence[Spelling]
     alphabet: UnionAlphabet
     k: int | None = None
-
-    @property
-    def words(self) -> Sequence[bytes]:
-        """What the symbols spell."""
-        return self.alphabet.words
 
     @classmethod
     def of(cls, spellings: Sequence[Spelling], k: int | None) -> SpelledUnion:

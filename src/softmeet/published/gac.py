@@ -117,16 +117,13 @@ class GacMember:
             else:
                 left.append(k)
         for before in self._before:
-            alone = self._cut([before])[0]
-            for k, cut in zip(left, self._cut([before + keys[k] for k in left]), strict=True):
+            alone = cut_each(self.tokenizer, [before])[0]
+            for k, cut in zip(left, cut_each(self.tokenizer, [before + keys[k] for k in left]), strict=True):
                 if cut[: len(alone)] == alone and len(cut) > len(alone):
                     found[k] = tuple(cut[len(alone) :])
             left = [k for k in left if k not in found]
-        found |= {k: tuple(cut) for k, cut in zip(left, self._cut([keys[k] for k in left]), strict=True)}
+        found |= {k: tuple(cut) for k, cut in zip(left, cut_each(self.tokenizer, [keys[k] for k in left]), strict=True)}
         return [found[k] for k in range(len(keys))]
-
-    def _cut(self, texts: list[str]) -> list[list[int]]:
-        return cut_each(self.tokenizer, texts)
 
 
 def _of_letters(token: str) -> str:
@@ -205,11 +202,6 @@ class GacUnion:
         ends = frozenset({numbers[name] for name in names if name in numbers} | {len(keys)})
         words = [b"" if k in ends else spellings[0].spelled(ids) for k, ids in enumerate(members[0].read_as(keys))]
         return cls(KeyAlphabet(words, spellings[0], ends, symbols[0]), keys, members, symbols, spellings)
-
-    @property
-    def words(self) -> Sequence[bytes]:
-        """What the symbols spell."""
-        return self.alphabet.words
 
     def key_of(self, i: int) -> Spelling:
         """Return how the member's tokens are spelled."""

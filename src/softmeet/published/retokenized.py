@@ -88,7 +88,7 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
         return self._opened(AnothersText(tuple(own) or self._start, self.below.limit))
 
     def close(self, row: Row) -> None:
-        """Give a row up."""
+        """Give a row up; the member has no row of its own that stays open for it."""
         self._rows.pop(self._mine(row))
 
     def _copied(self, row: AnothersText) -> AnothersText:

@@ -158,11 +158,6 @@ class UniteUnion:
         alphabet = KeyAlphabet(words, spellings[0], frozenset({len(words)}), of_token)
         return cls(alphabet, k, members, symbols, spellings)
 
-    @property
-    def words(self) -> Sequence[bytes]:
-        """What the symbols spell."""
-        return self.alphabet.words
-
     def key_of(self, i: int) -> tuple[Spelling, bool]:
         """Return how the member's tokens are spelled, and whether it is the first."""
         return self.spellings[i], not i

@@ -27,8 +27,12 @@ class Union(Alphabet, Protocol):
         """The symbol that ends a text, or begins one."""
 
     @property
+    def words(self) -> Sequence[bytes]:
+        """What each symbol but the last, the end, spells; two may spell the same."""
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """A tokenizer of the symbols."""
+        """A tokenizer that turns the symbols into text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class UnionAlphabet:
         b'In the beginning'
     """
 
-    words: list[bytes]
+    words: Sequence[bytes]
     first: Spelling
     spelling: ClassVar[None] = None
 
