@@ -13,7 +13,7 @@ from commands import run
 from softmeet import Ensemble
 from softmeet.answers.asking import Answered, Asker, Writing, _is_right, ask_all
 from softmeet.answers.kept import Kept
-from softmeet.answers.likelihoods import log_likelihoods
+from softmeet.answers.likelihoods import text_likelihoods
 from softmeet.answers.questions import Form, Question, read_questions, require_fit, usual
 from softmeet.answers.subjects import subjects
 from softmeet.answers.votes import majority, said
@@ -60,16 +60,17 @@ def test_likelihoods_of_options_are_the_harnesss(members, request):
     prompt, options = "Question: the dog\nAnswer: ", ["the fox jumps", "fox", " over the lazy dog", "q"]
     asked = [Instance("loglikelihood", {}, (prompt, option), k) for k, option in enumerate(options)]
     expected = [value for value, _ in harness_model(ensemble).loglikelihood(asked, disable_tqdm=True)]
-    assert log_likelihoods(ensemble, prompt, options) == pytest.approx(expected, abs=1e-4)
+    found = text_likelihoods(ensemble, prompt, options)
+    assert [one.log_prob for one in found] == pytest.approx(expected, abs=1e-4)
     held = [reader.bytes for reader in ensemble.model.readers_of_members]
-    log_likelihoods(ensemble, prompt, options)
+    text_likelihoods(ensemble, prompt, options)
     assert [reader.bytes for reader in ensemble.model.readers_of_members] == held
 
 
 def test_a_union_has_no_likelihoods(over_bytes):
     ensemble = Ensemble.from_pretrained(over_bytes, vocabulary="union")
     with pytest.raises(InvalidInputError, match="can be written in many ways"):
-        log_likelihoods(ensemble, "a", ["b"])
+        text_likelihoods(ensemble, "a", ["b"])
 
 
 def test_prompts_have_examples_of_their_subject_first_and_never_the_question_itself():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import mannwhitneyu, norm
 
-from softmeet.answers.rates import mcnemar, rate
+from softmeet.answers.rates import auroc, mcnemar, rate
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (3, 10), (57, 200)])
@@ -29,3 +30,20 @@ def test_mcnemars_p_value_sums_all_outcomes_as_unlikely(more, fewer):
     likely = every.count(more)
     expected = sum(1 for one in every if every.count(one) <= likely) / len(every)
     assert mcnemar(ours, theirs) == pytest.approx(expected)
+
+
+def test_the_area_is_mann_whitneys_and_its_interval_holds_it_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        wrong = draw.random(120) < 0.4
+        doubts = np.round(draw.normal(size=120) + wrong, 1)
+        found = auroc(doubts, wrong)
+        u = mannwhitneyu(doubts[wrong], doubts[~wrong]).statistic
+        assert found.mean == pytest.approx(u / (wrong.sum() * (~wrong).sum()))
+        held += found.low <= norm.cdf(1 / math.sqrt(2)) <= found.high
+    assert 0.92 <= held / 400 <= 0.98
+    assert auroc([1.0, 2.0, 3.0], [True, False, False]) is None
+    whole = auroc([3.0, 4.0, 1.0, 2.0], [True, True, False, False])
+    assert whole.mean == 1
+    assert 0 < whole.low < 1

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from softmeet.answers import extract
-from softmeet.answers.likelihoods import log_likelihoods
+from softmeet.answers.doubt import Doubt, Watch, of_options
+from softmeet.answers.likelihoods import text_likelihoods
 from softmeet.answers.questions import LIKELIHOODS, Form, Question
 from softmeet.ensemble import Ensemble
+from softmeet.errors import InvalidInputError
+from softmeet.evaluation.likelihoods import Likelihood
 
 # What ends an answer in words.
 _STOPS = {
@@ -55,6 +58,7 @@ class Answered:
         seconds: how long it took, its share of a batch.
         tokens: how many tokens were read or written for it, as the first member has them.
         scores: of each option, what they are compared by; empty of an answer in words.
+        doubt: how sure it is; None of what a decoder writes.
     """
 
     id: str
@@ -63,6 +67,7 @@ class Answered:
     seconds: float
     tokens: int
     scores: tuple[float, ...] = ()
+    doubt: Doubt | None = None
 
 
 @dataclass(frozen=True)
@@ -85,51 +90,67 @@ class Asker:
         """Answer a batch of questions, the one of this number."""
         start = time.perf_counter()
         chosen = self.form.how in LIKELIHOODS
-        found = list(self._chosen(questions) if chosen else self._written(questions, number))
-        seconds = (time.perf_counter() - start) / len(questions)
-        return [
-            Answered(one.id, answer, right, seconds, tokens, scores)
-            for one, (answer, right, tokens, scores) in zip(questions, found, strict=True)
-        ]
+        try:
+            found = list(map(self._chosen, questions)) if chosen else self._written(questions, number)
+        except InvalidInputError as error:
+            those = ", ".join(one.id for one in questions)
+            raise InvalidInputError(f"{error} (among the questions {those})") from error
+        return [replace(one, seconds=(time.perf_counter() - start) / len(questions)) for one in found]
 
-    def _chosen(self, questions: Sequence[Question]) -> Iterator[tuple[str, bool, int, tuple[float, ...]]]:
-        for one in questions:
-            prompt, options = self.form.prompt(one), self.form.options(one)
-            likely = log_likelihoods(self.ensemble, prompt, options)
-            if self.form.how == "option-unconditional":
-                alone = log_likelihoods(self.ensemble, "Answer:", options)
-                likely = [own - less for own, less in zip(likely, alone, strict=True)]
-            sizes = [len(option.strip().encode()) if self.form.how == "option-byte" else 1 for option in options]
-            scores = tuple(own / size for own, size in zip(likely, sizes, strict=True))
-            best = ascii_uppercase[max(range(len(scores)), key=scores.__getitem__)]
-            yield best, best == one.answer[0], self._count(prompt + "".join(options)), scores
+    def _chosen(self, question: Question) -> Answered:
+        prompt, options = self.form.prompt(question), self.form.options(question)
+        # Of the ensemble, and of each member: the log-probability of each option.
+        likely = _table(text_likelihoods(self.ensemble, prompt, options))
+        if self.form.how == "option-unconditional":
+            likely -= _table(text_likelihoods(self.ensemble, "Answer:", options))
+        if self.form.how == "option-byte":
+            likely /= torch.tensor([len(option.strip().encode()) for option in options])
+        ours, *members = likely.tolist()
+        best = ascii_uppercase[max(range(len(ours)), key=ours.__getitem__)]
+        count = self._count(prompt + "".join(options))
+        return Answered(question.id, best, best == question.answer[0], 0.0, count, tuple(ours),
+                        of_options(ours, members))  # fmt: skip
 
-    def _written(
-        self, questions: Sequence[Question], number: int
-    ) -> Iterator[tuple[str, bool, int, tuple[float, ...]]]:
-        model, prompts = self.ensemble.model, [self.form.prompt(one) for one in questions]
+    def _written(self, questions: Sequence[Question], number: int) -> list[Answered]:
+        prompts = [self.form.prompt(one) for one in questions]
         told: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if self.writing.chat else list(prompts)
         stops = () if self.writing.chat else _STOPS[self.form.how]
-        options: dict[str, Any] = dict(self.more)
-        if "decoder" in options:
-            own = model.limit_of_symbols
-            options[own] = self.writing.tokens * (1 if own == "max_new_tokens" else model.symbols_of_token)
-            options["seed"] = self.writing.seed + number
-        else:
-            options["max_new_tokens"] = self.writing.tokens
-            if stops:
-                options["stopping_criteria"] = StoppingCriteriaList([_Stops(self.ensemble.tokenizer, stops)])
-            if self.writing.temperature:
-                options |= {"temperature": self.writing.temperature, "seed": self.writing.seed + number}
-            else:
-                options["do_sample"] = False
-        for one, text in zip(questions, self.ensemble.generate(told, **options), strict=True):
-            for stop in stops:
-                text = text.partition(stop)[0]
-            yield text, _is_right(self.form.how, text, one), self._count(text), ()
+        watch = None if "decoder" in self.more else Watch()
+        texts = self.ensemble.generate(told, **(self._drawn(watch, stops, number) if watch else self._decoded(number)))
+        doubts: list[Doubt | None] = [*watch.doubts()] if watch else [None] * len(texts)
+        for stop in stops:
+            texts = [text.partition(stop)[0] for text in texts]
+        return [
+            Answered(one.id, text, _is_right(self.form.how, text, one), 0.0, self._count(text), (), doubt)
+            for one, text, doubt in zip(questions, texts, doubts, strict=True)
+        ]
+
+    def _drawn(self, watch: Watch, stops: Sequence[str], number: int) -> dict[str, Any]:
+        """Return the options of ``generate`` for texts that are written token by token."""
+        writing, ends = self.writing, [watch.tokens]
+        ends += [_Stops(self.ensemble.tokenizer, stops)] if stops else []
+        chosen = {"temperature": writing.temperature, "seed": writing.seed + number}
+        return {
+            **self.more, "max_new_tokens": writing.tokens, "recorder": watch,
+            "logits_processor": LogitsProcessorList([watch.scores]), "stopping_criteria": StoppingCriteriaList(ends),
+            **(chosen if writing.temperature else {"do_sample": False}),
+        }  # fmt: skip
+
+    def _decoded(self, number: int) -> dict[str, Any]:
+        """Return the options of ``generate`` for texts that a decoder writes."""
+        model = self.ensemble.model
+        own = model.limit_of_symbols
+        count = self.writing.tokens * (1 if own == "max_new_tokens" else model.symbols_of_token)
+        return {**self.more, own: count, "seed": self.writing.seed + number}
 
     def _count(self, text: str) -> int:
-        return len(self.ensemble.model.own_tokens(text)[0])
+        """Return how many tokens a text has, without those that begin every text."""
+        own = self.ensemble.model.own_tokens
+        return len(own(text)[0]) - len(own("")[0])
+
+
+def _table(found: Sequence[Likelihood]) -> Float[Tensor, "n options"]:
+    return torch.tensor([[one.log_prob, *one.members] for one in found], dtype=torch.float64).T
 
 
 class _Stops(StoppingCriteria):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from typing import Any
 
 from softmeet import __version__
 from softmeet.answers.asking import Answered
+from softmeet.answers.doubt import Doubt
 from softmeet.evaluation.files import write_text
 
 
@@ -43,7 +44,8 @@ class Kept:
             write_text(self._file, "".join(whole))
         for line in whole[1:]:
             one = json.loads(line)
-            self.answers[one["id"]] = Answered(**{**one, "scores": tuple(one["scores"])})
+            doubt = one["doubt"] and Doubt(**one["doubt"])
+            self.answers[one["id"]] = Answered(**{**one, "scores": tuple(one["scores"]), "doubt": doubt})
 
     def keep(self, answers: Sequence[Answered]) -> None:
         """Write answers behind those that are kept, and wait until they are on the disk."""

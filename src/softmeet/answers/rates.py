@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 # The quantile of the normal distribution for 95 %.
 _Z = 1.959964
 
@@ -66,6 +68,36 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
     more, fewer = _apart(ours, theirs)
     return float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0
+
+
+def auroc(doubts: Sequence[float], wrong: Sequence[bool]) -> Rate | None:
+    """Return how well doubts tell wrong answers from right ones: the area under the ROC curve, with its interval.
+
+    That is the probability that of a wrong and a right answer the wrong one is doubted more, equal doubts counting
+    half; 0.5 is chance. The interval is DeLong's, on the scale of logits, of (U + ½) / (m n + 1).
+
+    Source: DeLong, DeLong and Clarke-Pearson, Comparing the areas under two or more correlated receiver operating
+    characteristic curves, Biometrics 44, 1988.
+
+    Returns:
+        None if fewer than two answers are wrong, or right.
+
+    Example:
+        >>> round(auroc([3.0, 1.0, 2.0, 0.5], [True, False, True, False]).mean, 2)
+        1.0
+    """
+    own, bad = np.asarray(doubts, float), np.asarray(wrong, bool)
+    m, n = int(bad.sum()), int((~bad).sum())
+    if min(m, n) < 2:
+        return None
+    apart = own[bad][:, None] - own[~bad]
+    above = (apart > 0) + 0.5 * (apart == 0)
+    area = above.mean()
+    variance = above.mean(1).var(ddof=1) / m + above.mean(0).var(ddof=1) / n
+    inner = (above.sum() + 0.5) / (m * n + 1)
+    middle, half = math.log(inner / (1 - inner)), _Z * math.sqrt(variance) / (inner * (1 - inner))
+    low, high = (1 / (1 + math.exp(-x)) for x in (middle - half, middle + half))
+    return Rate(float(area), min(low, area), max(high, area))
 
 
 def _apart(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from softmeet.answers.asking import Answered
-from softmeet.answers.rates import difference, mcnemar, rate
+from softmeet.answers.rates import auroc, difference, mcnemar, rate
 from softmeet.answers.subjects import Subject
 
 # The row of questions that one member or another answers rightly.
@@ -22,16 +22,29 @@ def figures(subjects: Sequence[Subject], answers: Mapping[str, Sequence[Answered
     ``tokens`` a question, and, of all but the best single member, ``against``: the difference from it at the same
     questions with its interval (Bonett and Price) and McNemar's exact ``p``. The best member is the best on these very
     questions, so the baseline is, if anything, too good. Where several members were asked, a row ``any member`` has the
-    questions that one of them answers rightly, which no ensemble is expected to reach.
+    questions that one of them answers rightly, which no ensemble is expected to reach. ``doubt`` has for each measure
+    of :class:`softmeet.answers.doubt.Doubt` the area under the ROC curve for knowing that an answer is wrong
+    (:func:`softmeet.answers.rates.auroc`).
     """
     right = {name: [one.right for one in own] for name, own in answers.items()}
-    alone = [one.name for one in subjects if len(one.members) == 1 and one.name in right]
+    alone = [one.name for one in subjects if one.is_member and one.name in right]
     best = max(alone, key=lambda name: sum(right[name]), default=None)
-    rows = [_row(name, right, best) | _costs(answers[name]) for name in right]
+    rows = [_row(name, right, best) | _costs(answers[name]) | _doubts(answers[name]) for name in right]
     if len(alone) > 1:
         right[ANY] = [any(own) for own in zip(*(right[name] for name in alone), strict=True)]
         rows.append(_row(ANY, right, best))
     return {"questions": len(next(iter(right.values()))), "best_member": best, "rows": rows}
+
+
+def _doubts(answers: Sequence[Answered]) -> dict[str, Any]:
+    """Return, by the name of each measure of doubt, how well it tells wrong answers from right ones."""
+    told = [(one.doubt.measures(), not one.right) for one in answers if one.doubt is not None]
+    found = {
+        name: auroc([own[name] for own, _ in told], [wrong for _, wrong in told])
+        for name in (told[0][0] if told else ())
+        if all(name in own for own, _ in told)
+    }
+    return {"doubt": {name: {"auroc": x.mean, "ci95": [x.low, x.high]} for name, x in found.items() if x is not None}}
 
 
 def _row(name: str, right: Mapping[str, Sequence[bool]], best: str | None) -> dict[str, Any]:

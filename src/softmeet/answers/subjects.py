@@ -10,7 +10,8 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.checkpoint import member_names, saved_config
-from softmeet.members.member import short, titles
+from softmeet.members.member import Member, short, titles
+from softmeet.members.native import with_hash
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import parse_rule
 
@@ -29,6 +30,7 @@ class Subject:
         rule: how they are combined; None of a saved ensemble, which has its own.
         saved: a saved ensemble; None of others.
         loading, writing: further arguments of ``Ensemble.from_pretrained``, and of ``generate``.
+        instead: whether it is a model that could be run in place of all others, and is no member.
     """
 
     name: str
@@ -37,20 +39,29 @@ class Subject:
     saved: str | None = None
     loading: dict[str, str] = field(default_factory=dict)
     writing: dict[str, str] = field(default_factory=dict)
+    instead: bool = False
+
+    @property
+    def is_member(self) -> bool:
+        """Whether it is one member alone."""
+        return len(self.members) == 1 and not self.instead
 
     def facts(self) -> dict[str, Any]:
         """Return all that its answers depend on, as JSON has it."""
         config = saved_config(self.saved) if self.saved else None
-        return {**vars(self), "members": list(self.members), "config": config and config.to_json_string()}
+        # With the words of prompts that are files, and with files' hashes.
+        members = [str(with_hash(Member.of(line))) for line in self.members]
+        return {**vars(self), "members": members, "config": config and config.to_json_string()}
 
 
-def subjects(members: Sequence[str], ensembles: Sequence[str]) -> list[Subject]:
-    """Return every member alone, those of ensembles among them, and then the ensembles.
+def subjects(members: Sequence[str], ensembles: Sequence[str], instead: Sequence[str] = ()) -> list[Subject]:
+    """Return every member alone, those of ensembles among them, then the ensembles, and models in place of all.
 
     Args:
         members: lines of text.
         ensembles: ``NAME=A B RULE``, members by their names, or by the last part of those in ``members``, and a rule,
             and maybe ``vocabulary=…``, ``gate=…`` and ``decoder=…``; or ``NAME=SAVED``. ``NAME=`` may be left out.
+        instead: lines of text of models that could be run in place of the members, and are none.
 
     Raises:
         InvalidInputError: if an ensemble has no rule, or an unknown one, or two have one name.
@@ -64,6 +75,7 @@ def subjects(members: Sequence[str], ensembles: Sequence[str]) -> list[Subject]:
         found.append(_ensemble(text, lines))
         lines += [line for line in found[-1].members if line not in lines]
     alone = [Subject(title, (line,), "logit-mean") for title, line in zip(titles(lines), lines, strict=True)]
+    found += [Subject(f"instead: {short(line)}", (line,), "logit-mean", instead=True) for line in instead]
     names = [one.name for one in alone + found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InvalidInputError(f"expected a name of its own for each, got {twice!r} twice: say -e 'NAME=…'")

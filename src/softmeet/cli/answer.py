@@ -99,6 +99,13 @@ def answer(
         "-e",
         panel="Members",
     ),
+    instead: list[str] | None = optional(
+        "A single model that you could run in place of the members, such as the next larger one: it is asked, too, but "
+        "is no member. It can be repeated.",
+        "--instead",
+        metavar="NAME",
+        panel="Members",
+    ),
     form: FormFlags,
     words: WritingFlags,
     answers: Path | None = optional("Write all answers to this file, in lines of JSON.", panel="Output"),
@@ -124,7 +131,7 @@ def answer(
     require_extra("answer", "eval", "scipy")
     from softmeet.answers.subjects import subjects
 
-    who = subjects(options.named(members), ensembles or [])
+    who = subjects(options.named(members), ensembles or [], instead or [])
     _require_likelihoods(who, put)
     from softmeet.answers.asking import Writing
     from softmeet.answers.results import figures, lines
@@ -235,7 +242,7 @@ def show(facts: dict[str, Any]) -> None:
     console = out()
     rows = [
         (
-            options.short(row["name"]) if "/" in row["name"] else row["name"], _percent(row["right"], row["ci95"]),
+            _shown(row), _percent(row["right"], row["ci95"]),
             _percent(row["against"]["delta"], row["against"]["ci95"], "+") if "against" in row else "the best member",
             f"{row['against']['p']:.2g}" if "against" in row else "",
             f"{row['seconds']:.2f}" if "seconds" in row else "", f"{row['tokens']:.0f}" if "tokens" in row else "",
@@ -248,6 +255,19 @@ def show(facts: dict[str, Any]) -> None:
         "Shares have Wilson's 95 % intervals, differences at the same questions Bonett's and Price's, and p is that of "
         "McNemar's exact test. The best member is the best on these very questions."
     )
+    doubts = [row for row in facts["rows"] if row.get("doubt")]
+    if doubts:
+        names = list(dict.fromkeys(name for row in doubts for name in row["doubt"]))
+        cells = [[_shown(row), *(_area(row["doubt"].get(name)) for name in names)] for row in doubts]
+        print_table(console, ["", *names], [cells], title="How well doubt tells wrong answers from right ones (AUROC)")
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return options.short(row["name"]) if "/" in row["name"] else str(row["name"])
+
+
+def _area(found: dict[str, Any] | None) -> str:
+    return "" if found is None else "{:.2f} [{:.2f}, {:.2f}]".format(found["auroc"], *found["ci95"])
 
 
 def _percent(share: float, interval: Sequence[float], sign: str = "") -> str:

@@ -6,20 +6,22 @@ From a shell, with the harness's own options::
 
 This runs ``lm_eval`` in a process in which ensembles are known. In Python, use :func:`harness_model`. Over tokens the
 ensemble solves every position, padding included, in chunks of bounded memory, but the harness holds the
-log-probabilities of a whole batch, (B, t, v) floats. Over bytes each text is read by itself, and only the positions of
-its continuation are solved.
+log-probabilities of a whole batch, (B, t, v) floats. Over bytes, and where a member is a GGUF file or another reader,
+each text is read by itself, and only the positions of its continuation are solved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import softmeet.hf  # noqa: F401 - so that the Auto classes know ensembles
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation import byte_harness
+from softmeet.evaluation.likelihoods import likelihoods
 from softmeet.extras import install_line
 from softmeet.hf.checkpoint import saved_config
+from softmeet.members.reader_model import ReaderModel
 
 try:
     from lm_eval.api.registry import register_model
@@ -67,15 +69,26 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         """Score requests, (cache key or None, context, continuation) each: (log-probability, whether greedy)."""
-        if self.model.symbols_of_token == 1:
+        found: Iterator[tuple[float, bool]]
+        if self.model.symbols_of_token > 1:
+            found = byte_harness.log_likelihoods(self.model, [(before, after) for _, before, after in requests])
+        elif any(isinstance(member, ReaderModel) for member in self.model.members):
+            # A reader tells logits where it is asked alone, and the harness would ask it everywhere.
+            each = likelihoods(self.model, (self._fitting(before, after) for _, before, after in requests))
+            found = ((one.log_prob, one.greedy) for one in each)
+        else:
             return super()._loglikelihood_tokens(requests, disable_tqdm, **options)  # type: ignore[no-any-return]
-        found = byte_harness.log_likelihoods(self.model, [(before, after) for _, before, after in requests])
         shown, answers = tqdm(found, total=len(requests), disable=disable_tqdm or self.rank != 0), []
         for (key, _, _), answer in zip(requests, shown, strict=True):
             answers.append(answer)
             if key is not None:  # a window of a rolling log-likelihood has none
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return answers
+
+    def _fitting(self, before: Sequence[int], after: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """Leave out as many of a context's first tokens as do not fit with its continuation, as the harness does."""
+        over = len(before) + len(after) - 1 - self.max_length
+        return before[max(0, min(over, len(before) - 1)) :], after
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue the context of each request, in batches of those with the same options."""
