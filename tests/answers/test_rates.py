@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu, norm
 
-from softmeet.answers.rates import auroc, mcnemar, rate
+from softmeet.answers.rates import auroc, mcnemar, predicted, rate
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (3, 10), (57, 200)])
@@ -47,3 +47,13 @@ def test_the_area_is_mann_whitneys_and_its_interval_holds_it_as_often_as_it_says
     whole = auroc([3.0, 4.0, 1.0, 2.0], [True, True, False, False])
     assert whole.mean == 1
     assert 0 < whole.low < 1
+
+
+def test_other_questions_fall_where_they_are_predicted():
+    draw = np.random.default_rng(1)
+    held = 0
+    for _ in range(500):
+        share = draw.random()
+        low, high = predicted(draw.random(50) < share)
+        held += low <= (draw.random(50) < share).mean() <= high
+    assert 0.93 <= held / 500 <= 0.99

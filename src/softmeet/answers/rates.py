@@ -44,6 +44,22 @@ def rate(right: Sequence[float]) -> Rate:
     return Rate(float(found.statistic), float(interval.low), float(interval.high))
 
 
+def predicted(right: Sequence[float]) -> tuple[float, float]:
+    """Return between which shares that of as many other questions of the same kind lies, with a probability of 95 %.
+
+    These are quantiles of the beta-binomial distribution that follows from Jeffreys' prior.
+
+    Example:
+        >>> predicted([True] * 60 + [False] * 40)
+        (0.47, 0.73)
+    """
+    from scipy.stats import betabinom
+
+    k, n = sum(right), len(right)
+    low, high = betabinom(n, k + 0.5, n - k + 0.5).ppf([0.025, 0.975])
+    return float(low / n), float(high / n)
+
+
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Rate:
     """Return the share of ``ours`` minus that of ``theirs`` at the same questions, with Bonett's and Price's interval.
 

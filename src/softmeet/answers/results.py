@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from softmeet.answers.asking import Answered
-from softmeet.answers.rates import auroc, difference, mcnemar, rate
+from softmeet.answers.rates import auroc, difference, mcnemar, predicted, rate
 from softmeet.answers.subjects import Subject
 
 # The row of questions that one member or another answers rightly.
@@ -18,12 +18,13 @@ ANY = "any member"
 def figures(subjects: Sequence[Subject], answers: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
     """Return the figures of all subjects, as JSON has them.
 
-    ``rows`` has for each ``name``, the share that is ``right`` and its 95 % interval ``ci95`` (Wilson), ``seconds`` and
-    ``tokens`` a question, and, of all but the best single member, ``against``: the difference from it at the same
-    questions with its interval (Bonett and Price) and McNemar's exact ``p``. The best member is the best on these very
-    questions, so the baseline is, if anything, too good. Where several members were asked, a row ``any member`` has the
-    questions that one of them answers rightly, which no ensemble is expected to reach. ``doubt`` has for each measure
-    of :class:`softmeet.answers.doubt.Doubt` the area under the ROC curve for knowing that an answer is wrong
+    ``rows`` has for each ``name``, the share that is ``right``, its 95 % interval ``ci95`` (Wilson) and that of as many
+    other questions, ``predicted95``, ``seconds`` and ``tokens`` a question, and, of all but the best single member,
+    ``against``: the difference from it at the same questions with its interval (Bonett and Price) and McNemar's exact
+    ``p``. The best member is the best on these very questions, so the baseline is, if anything, too good. Where several
+    members were asked, a row ``any member`` has the questions that one of them answers rightly, which no ensemble is
+    expected to reach. ``doubt`` has for each measure of :class:`softmeet.answers.doubt.Doubt` the area under the ROC
+    curve for knowing that an answer is wrong
     (:func:`softmeet.answers.rates.auroc`).
     """
     right = {name: [one.right for one in own] for name, own in answers.items()}
@@ -49,7 +50,12 @@ def _doubts(answers: Sequence[Answered]) -> dict[str, Any]:
 
 def _row(name: str, right: Mapping[str, Sequence[bool]], best: str | None) -> dict[str, Any]:
     own = rate(right[name])
-    found: dict[str, Any] = {"name": name, "right": own.mean, "ci95": [own.low, own.high]}
+    found: dict[str, Any] = {
+        "name": name,
+        "right": own.mean,
+        "ci95": [own.low, own.high],
+        "predicted95": [*predicted(right[name])],
+    }
     if best is not None and name != best:
         apart = difference(right[name], right[best])
         found["against"] = {

