@@ -15,6 +15,7 @@ from softmeet.answers.asking import Answered, Asker, Writing, _is_right, ask_all
 from softmeet.answers.kept import Kept
 from softmeet.answers.likelihoods import text_likelihoods
 from softmeet.answers.questions import Form, Question, read_questions, require_fit, usual
+from softmeet.answers.results import figures
 from softmeet.answers.subjects import subjects
 from softmeet.answers.votes import majority, said
 from softmeet.errors import InvalidInputError
@@ -122,8 +123,18 @@ def test_ensembles_are_named_by_the_last_parts_of_members():
     ):
         with pytest.raises(InvalidInputError, match=message):
             subjects(["x", "y", "a/same", "b/same"], [given])
+    assert [one.name for one in subjects(["mixed"], [], ["wide/neox"])] == [
+        "mixed/gpt2", "mixed/llama", "instead: wide/neox",
+    ]  # fmt: skip
     with pytest.raises(InvalidInputError, match="'p' twice"):
         subjects([], ["p=x y prob-mean", "p=x y logit-mean"])
+
+
+def test_a_saved_ensemble_is_asked_beside_its_members(tmp_path):
+    Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], "prob-mean").save_pretrained(tmp_path / "two")
+    found = subjects([str(tmp_path / "two")], [])
+    assert [one.is_member for one in found] == [True, True, False]
+    assert found[2].saved == str(tmp_path / "two")
 
 
 def test_the_table_the_answers_and_the_way_on(folders, files, tmp_path):
@@ -177,6 +188,28 @@ def test_written_answers_end_where_the_next_question_would_begin(folders):
     right = ensemble.generate(Form("match").prompt(Question("1", "the quick brown", ("fox",))), max_new_tokens=12,
                               do_sample=False).partition("\n")[0]  # fmt: skip
     assert one.answer == right
+
+
+def test_a_model_in_place_of_all_is_neither_the_best_member_nor_any(folders):
+    who = subjects([folders[0]], ["both=" + " ".join([*folders, "prob-mean"])], [folders[1]])
+    right = {"gpt2": (True, False), "llama": (False, False), "both": (True, True), "instead": (True, True)}
+    told = {
+        one.name: [
+            Answered(str(k), "x", own, 1.0, 1) for k, own in enumerate(right[one.name.split(":")[0].split("/")[-1]])
+        ]
+        for one in who
+    }
+    facts = figures(who, told)
+    assert facts["best_member"] == who[0].name
+    assert facts["rows"][-1]["right"] == 0.5
+    assert [row["name"] for row in facts["rows"]][3].startswith("instead: ")
+
+
+def test_a_question_that_is_too_long_is_named(folders):
+    ensemble = Ensemble.from_pretrained(folders, "logit-mean")
+    long = Question("the long one", "the dog " * 5000, ("A",), ("a", "b"))
+    with pytest.raises(InvalidInputError, match="among the questions the long one"):
+        Asker(ensemble, Form("option"), Writing()).ask([long], 0)
 
 
 def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):

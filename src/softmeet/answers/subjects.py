@@ -6,12 +6,15 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.checkpoint import member_names, saved_config
 from softmeet.members.member import Member, short, titles
 from softmeet.members.native import with_hash
+from softmeet.members.zoo import expand
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import parse_rule
 
@@ -58,7 +61,7 @@ def subjects(members: Sequence[str], ensembles: Sequence[str], instead: Sequence
     """Return every member alone, those of ensembles among them, then the ensembles, and models in place of all.
 
     Args:
-        members: lines of text.
+        members: lines of text; a family is all its members, and of a saved ensemble these and the ensemble are asked.
         ensembles: ``NAME=A B RULE``, members by their names, or by the last part of those in ``members``, and a rule,
             and maybe ``vocabulary=…``, ``gate=…`` and ``decoder=…``; or ``NAME=SAVED``. ``NAME=`` may be left out.
         instead: lines of text of models that could be run in place of the members, and are none.
@@ -70,8 +73,10 @@ def subjects(members: Sequence[str], ensembles: Sequence[str], instead: Sequence
         >>> [one.name for one in subjects(["wide/gpt2", "wide/llama"], ["both=gpt2 llama prob-mean"])]
         ['wide/gpt2', 'wide/llama', 'both']
     """
-    lines, found = list(dict.fromkeys(members)), list[Subject]()
-    for text in ensembles:
+    saved = [line for line in members if Path(line).is_dir() and saved_config(line)]
+    named = [member_names(line) if line in saved else expand(line) for line in members]
+    lines, found = list(dict.fromkeys(chain.from_iterable(named))), list[Subject]()
+    for text in [*saved, *ensembles]:
         found.append(_ensemble(text, lines))
         lines += [line for line in found[-1].members if line not in lines]
     alone = [Subject(title, (line,), "logit-mean") for title, line in zip(titles(lines), lines, strict=True)]
