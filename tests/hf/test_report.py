@@ -99,3 +99,18 @@ def test_inspect_needs_two_tokens(members):
     done = run("inspect", "h", *members)
     assert done.returncode == 2
     assert done.stderr.startswith("error: expected a text of at least two tokens")
+
+
+@torch.inference_mode()
+def test_reports_of_a_batch_in_which_one_sequence_ends_first(model):
+    def first_ends(ids, scores, **more):
+        return torch.tensor([ids.shape[1] >= 5, False][-len(ids) :])
+
+    shared = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together, alone = TokenReports(), TokenReports()
+    new = model.generate(PROMPTS, recorder=together, stopping_criteria=[first_ends], **shared)[:, 3:].tolist()
+    model.generate(PROMPTS[1:], recorder=alone, **shared)
+    first, second = together.of([new[0][:2], new[1]], rows=2)
+    (expected,) = alone.of([new[1]], rows=1)
+    assert len(first) == 2
+    assert [one.log_prob for one in second] == pytest.approx([one.log_prob for one in expected])

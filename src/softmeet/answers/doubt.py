@@ -72,25 +72,27 @@ class Watch(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self.scores, self.tokens = _Scores(self), _Tokens(self)
-        self._apart, self._last = list[Tensor](), torch.zeros(0, 0)
+        self._last = torch.zeros(0, 0)
+        # How far the members disagree at the rows of the pass that is under way, by row.
+        self._apart = dict[int, float]()
         # By the number of columns before a token: of each row (log-probability, entropy, disagreement).
         self._found = dict[int, Float[Tensor, "B 3"]]()
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
         """Keep how far the members disagree at the rows of one pass."""
         super().add(solution, log_probs)
-        if len(log_probs) > 1:
-            self._apart.append(disagreement(log_probs))
+        rows = log_probs.shape[1]
+        apart = disagreement(log_probs).tolist() if len(log_probs) > 1 else [math.nan] * rows
+        start = len(self._apart)
+        self._apart |= dict(zip(self.came(rows) or range(start, start + rows), apart, strict=True))
 
     def look(self, column: int, log_p: Float[Tensor, "B v"]) -> None:
-        """Keep the distributions from which the tokens of a column are chosen; rows of zeros belong to ended texts."""
-        going, found = log_p.any(-1).cpu(), torch.full((len(log_p), 3), math.nan, dtype=torch.float64)
+        """Keep the distributions from which the tokens of a column are chosen, of the texts that go on."""
+        rows, found = list(self._apart), torch.full((len(log_p), 3), math.nan, dtype=torch.float64)
         self._last = log_p.log_softmax(-1)
-        found[going, 1] = _entropy(self._last).double().cpu()[going]
-        if self._apart:
-            apart, self._apart = torch.cat(self._apart), []
-            found[going, 2] = apart[going] if len(apart) == len(going) else apart
-        self._found[column] = found
+        found[rows, 1] = _entropy(self._last).double().cpu()[rows]
+        found[rows, 2] = torch.tensor(list(self._apart.values()), dtype=torch.float64)
+        self._found[column], self._apart = found, {}
 
     def settle(self, column: int, chosen: Int[Tensor, " B"]) -> None:
         """Keep the log-probabilities of the tokens of a column."""
@@ -101,7 +103,6 @@ class Watch(Recorder):
     def doubts(self) -> list[Doubt]:
         """Return how sure each text of the batch is."""
         every = torch.stack([self._found[column] for column in sorted(self._found)], 1)
-        every[every[..., 0].isnan()] = math.nan  # a draft that nothing was chosen behind
         return [
             Doubt(log_prob, entropy, None if math.isnan(apart) else apart)
             for log_prob, entropy, apart in every.nanmean(1).tolist()

@@ -67,6 +67,7 @@ class Recorder:
         gate: the work that the gate saved.
         disagreement: (n,), each member's ``Solution.disagreement`` in nats, summed over the rows at which it ran; no
             elements before the first row.
+        coming: the numbers of the sequences of which the next rows are, where ``generate`` says so: those that go on.
     """
 
     rows: int = 0
@@ -77,6 +78,13 @@ class Recorder:
     largest_gap: float = 0.0
     gate: Savings = field(default_factory=Savings)
     disagreement: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
+    coming: list[int] = field(default_factory=list)
+
+    def came(self, rows: int) -> list[int]:
+        """Take from ``coming`` of which sequences so many rows are; none where nobody said so."""
+        found = self.coming[:rows]
+        del self.coming[:rows]
+        return found
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
         """Add the rows of one solution to all counts; ``forward`` calls it once for each chunk of rows that it solves.

@@ -223,6 +223,8 @@ class Steps:
         live = self.live
         require_context(self._model.config, self._before + self.written.ids.shape[1])
         texts = self.texts if len(live) == len(self.texts) else [self.texts[k] for k in live]
+        if self._options.recorder is not None:
+            self._options.recorder.coming = list(live)
         self.settle(live, self._ours(texts))
 
     def settle(self, live: Sequence[int], ours: Float[Tensor, "b v"]) -> None:
@@ -332,6 +334,7 @@ class Drafting(MemberTurns):
         """Choose the next token of each sequence, and record its place; return whether all go on."""
         recorder = self._options.recorder
         if recorder is not None and found.solution is not None and found.members is not None:
+            recorder.coming = list(self._live)
             recorder.add(found.solution, found.members)  # of this place alone
         self._steps.settle(self._live, found.ours[rows])
         return self._steps.live == self._live

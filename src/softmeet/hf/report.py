@@ -7,6 +7,7 @@ of positions in a batch, v that of tokens.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -224,10 +225,14 @@ class TokenReports(Recorder):
         super().__init__()
         self.top = top
         self._kept: list[tuple[Solution, Float[Tensor, "n B v"], int]] = []
+        # The numbers of the positions of each sequence of a batch.
+        self._of = defaultdict[int, list[int]](list)
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
         """Count the rows of a solution of B positions, and keep it with the members' log-probabilities, (n, B, v)."""
         super().add(solution, log_probs)
+        for row, sequence in enumerate(self.came(solution.status.numel())):
+            self._of[sequence].append(len(self._kept) + row)
         self._kept += [(solution, log_probs, row) for row in range(solution.status.numel())]
 
     def of(
@@ -247,7 +252,8 @@ class TokenReports(Recorder):
         found = []
         for s, tokens in enumerate(generated):
             sources = [s] * len(tokens) if beam_indices is None else beam_indices[s].tolist()
-            found.append([self.at(t * rows + sources[t], token) for t, token in enumerate(tokens)])
+            places = self._of.get(s) or [t * rows + sources[t] for t in range(len(tokens))]
+            found.append([self.at(place, token) for place, token in zip(places, tokens, strict=False)])
         return found
 
     def at(self, index: int, token: int) -> TokenReport:
