@@ -36,6 +36,7 @@ class Asked:
         members: those who are asked alone.
         ensembles: those of ``-e``.
         instead: larger models beside them.
+        limit: how many questions of the test are asked, evenly spread; None for all.
     """
 
     pilot: str
@@ -44,6 +45,7 @@ class Asked:
     members: tuple[str, ...]
     ensembles: tuple[str, ...]
     instead: tuple[str, ...] = ()
+    limit: int | None = None
 
 
 _QWEN = ("QWEN05", "QWEN15")
@@ -64,6 +66,15 @@ SETS = {
         ("logit-mean=SMOLLM2 GEMMA logit-mean", "prob-mean=SMOLLM2 GEMMA prob-mean"), ("QWEN05",),
     ),
     "HumanEval": Asked("humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", _QWEN, _PAIR),
+    "HumanEval, other tokenizers": Asked(
+        "humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", ("GEMMA", "QWEN05"), (
+            "bytes=GEMMA QWEN05 logit-mean vocabulary=bytes",
+            "bytes-1-to-4=GEMMA QWEN05 logit-mean:weights=0.2/0.8 vocabulary=bytes",
+            "GaC=GEMMA QWEN05 prob-mean vocabulary=union:as=gac",
+            "UniTE=GEMMA QWEN05 prob-mean vocabulary=union:k=10:as=unite",
+            "ABE=GEMMA QWEN05 logit-mean vocabulary=union decoder=agreement:beam=5",
+        ), ("QWEN15",), 60,
+    ),
     "MMLU, letters": Asked("mmlu_validation.jsonl", "mmlu_test_200.jsonl", "--how letter", _QWEN, _PAIR),
     "GSM8K": Asked("gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat", _QWEN, _PAIR[:2]),
     "PIQA, three": Asked(
@@ -110,8 +121,8 @@ def ask(name: str, stage: str, data: Path, work: Path) -> dict[str, Any]:
         for model in MODELS:
             text = text.replace(model, os.environ.get(model, model))
         words += ["-e", text]
-    if stage == "pilot":
-        words += ["--limit", str(PILOT)]
+    limit = PILOT if stage == "pilot" else own.limit
+    words += ["--limit", str(limit)] if limit else []
     command = [sys.executable, "-m", "softmeet", "answer", str(questions), *words, "--resume", str(work / "kept")]
     subprocess.run([*command, "--force", "--json", f"{out}.json", "--answers", f"{out}.jsonl"], check=True)
     return dict(json.loads(Path(f"{out}.json").read_text(encoding="utf-8")))
