@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from warnings import catch_warnings, simplefilter
 
 import pytest
@@ -49,3 +50,20 @@ def process(*arguments, stdin="", program=("-m", "softmeet"), **environment):
     )  # fmt: skip
     done.stderr = re.sub(r"^loading.*: \d+ s\n", "", done.stderr, flags=re.MULTILINE)
     return done
+
+
+def stages(monkeypatch, *modules):
+    """What modules of the command line will tell of their progress: (name, total, the counts by which it advanced)."""
+    found = []
+
+    @contextmanager
+    def progress():
+        def begin(name, done, total):
+            found.append((name, total, []))
+            return found[-1][2].append
+
+        yield begin
+
+    for name in modules:
+        monkeypatch.setattr(importlib.import_module(f"softmeet.cli.{name}"), "progress", progress)
+    return found

@@ -6,12 +6,14 @@ import io
 import json
 import re
 import time
+from functools import partial
 
 import pytest
 import tiny
 import yaml
 from commands import run
 from rich.console import Console
+from rich.progress import Progress
 from typer.main import get_command
 
 from softmeet import Ensemble, Status
@@ -284,6 +286,19 @@ def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch):
     ), lines
     assert any(re.fullmatch(r"loading a: \d+ s", line) for line in lines)
     assert any(re.fullmatch(r"loading b: \d+ s", line) for line in lines)
+
+
+def test_the_time_left_is_told_of_pieces_that_take_minutes(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress_module, "Progress", partial(Progress, get_time=lambda: now[0]))
+    with progress_module._shown() as bars:
+        task = bars.add_task("reading the text, in bytes", total=1_000)
+        assert progress_module._line(bars.tasks[0]) == "reading the text, in bytes: 0 of 1,000 after 0 s"
+        for count in (500, 100, 100):  # what was stored comes first, and says nothing of the speed
+            bars.advance(task, count)
+            now[0] += 100
+        line = "reading the text, in bytes: 700 of 1,000 after 300 s, about 0:05:00 left"
+        assert progress_module._line(bars.tasks[0]) == line
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "out"], ["trace", "out"], ["check"]])

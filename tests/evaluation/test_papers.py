@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import run, stages
 from pyarrow import parquet
 from scipy import stats
 
+from softmeet.cli.paper import paper_table
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters, paired
 from softmeet.evaluation.pairs import holm
 
@@ -154,6 +156,104 @@ def test_tables_for_papers_stand_alone(form, folders, tmp_path):
         assert done.stdout.startswith("|  | nats/token | bits/byte | top-1 | against prob-mean |\n| --- | ---: |")
         assert "\n| prob-mean | " in done.stdout
     assert "The baseline is" not in done.stdout
+
+
+def tables(facts, form):
+    """The tables for a paper, as rows of cells: a first row of heads, and no rules."""
+    found = []
+    for table in paper_table(facts, form).split("\n\n"):
+        lines = [line for line in table.splitlines() if line.startswith("| ") or line.endswith(r" \\")]
+        sign = "|" if form == "markdown" else "&"
+        rows = [[cell.strip() for cell in line.removesuffix(r"\\").strip("|").split(sign)] for line in lines]
+        found.append([row for row in rows if row[0] != "---"])
+    return found
+
+
+@pytest.mark.parametrize("form", ["latex", "markdown"])
+def test_a_table_has_columns_for_what_was_fitted_and_no_others(form, told, folders):
+    facts = told[0]
+    head, *rows = tables(facts, form)[0]
+    assert head[5:] == ["weights", "temperature", "order"]
+    assert {len(row) for row in rows} == {8}
+    ordered = {row[0]: row[7] for row in rows if row[7]}
+    assert ordered == {"fitted power-mean": f"{facts['rules']['fitted power-mean']['fitted']['order']:.2f}"}
+    few = facts | {"baseline": str(folders[0]), "pairs": []}
+    few["rules"] = {name: row for name, row in facts["rules"].items() if "power" not in name}
+    assert tables(few, form)[0][0][5:] == ["weights", "temperature"]
+    few["rules"] = {"prob-mean": facts["rules"]["prob-mean"]}
+    assert len(tables(few, form)[0][0]) == 5
+
+
+@pytest.mark.parametrize("form", ["latex", "markdown"])
+def test_all_pairs_are_a_second_table(form, told):
+    facts = told[0]
+    first, (head, *rows) = tables(facts, form)
+    assert head == ["", "against", "nats/token", "p", "p (Holm)"]
+    assert len(rows) == len(facts["pairs"])
+    assert {name for row in rows for name in row[:2]} == {row[0] for row in first[1:]}
+    signs = {"$-$": "-", r" \times 10^{-": "e-", "}$": "", r"$\pm$": "±", "$": ""} if form == "latex" else {}
+    for row, own in zip(rows, facts["pairs"], strict=True):
+        for sign, plain in signs.items():
+            row[2:] = [cell.replace(sign, plain) for cell in row[2:]]
+        assert float(row[2].split()[0]) == pytest.approx(own["delta"], abs=1e-4)
+        assert [float(cell) for cell in row[3:]] == pytest.approx([own["p"], own["p_holm"]], rel=0.06)
+    assert len(tables({name: own for name, own in facts.items() if name != "pairs"}, form)) == 1
+
+
+def test_csv_is_one_table_also_with_pairs(told):
+    facts = told[0]
+    rows = list(csv.reader(io.StringIO(paper_table(facts, "csv"))))
+    assert len(rows) == 1 + len(facts["members"]) + len(facts["rules"])
+    assert {len(row) for row in rows} == {10}
+
+
+def test_powers_and_infinities_are_latexs():
+    row = {"nll": math.inf, "bits_per_byte": math.inf, "top1": 0.0, "against": {"delta": 0.0, "ci95": [0.0, 0.0]}}
+    pair = {"first": "a", "second": "b", "delta": -math.inf, "ci95": [-math.inf, math.inf], "p": 3e-5, "p_holm": 6e-11}
+    facts = {"members": {"a": row, "b": row}, "rules": {}, "baseline": "a", "vocabulary": "tokens", "pairs": [pair]}
+    shown = paper_table(facts, "latex")
+    assert r"a & $\infty$ & $\infty$ & 0.000 & 0 \\" in shown
+    assert r"a & b & $-$$\infty$ & $3 \times 10^{-5}$ & $6 \times 10^{-11}$ \\" in shown
+
+
+def test_what_was_stored_is_told_first_and_at_once(tmp_path):
+    """So that the time left is estimated from what this run does."""
+
+    def made(count):
+        done = []
+        pieces = PieceCache(tmp_path, {}).map(
+            None, "double", lambda x: {"x": torch.tensor([2 * x])}, range(count), lambda x: (x,), done.append
+        )
+        assert [own["x"].item() for own in pieces] == [2 * x for x in range(count)]
+        return done
+
+    assert made(2) == [[], [0], [1]]
+    assert made(4) == [[0, 1], [2], [3]]
+
+
+@pytest.mark.parametrize("unit", ["tokens", "bytes"])
+def test_what_reads_text_says_how_much_of_it_is_read(unit, folders, tmp_path, monkeypatch):
+    texts, over = tmp_path / "*.txt", ["--vocabulary", unit]
+    for k, text in enumerate(TEXTS[:2]):
+        (tmp_path / f"{k}.txt").write_text(text)
+    members = tiny.each("-m", folders if unit == "tokens" else ["wide/gpt2", "wide/llama"])
+    found = stages(monkeypatch, "evaluate", "texts")
+    assert run("trace", tmp_path / "trace", *members, "-t", texts, *over, "--shard", 8).returncode == 0
+    asked = ["--rule", "power-mean", "--folds", 2, "--adaptive", "--json", tmp_path / "out.json"]
+    done = run("evaluate", "--trace", tmp_path / "trace", *over, *asked)
+    assert done.returncode == 0, done.stderr
+    read = {name: (total, counts) for name, total, counts in found if not name.startswith("fitting ")}
+    does = ["reading the trace", "scoring averages", "scoring averages of adaptive weights", "evaluating"]
+    assert list(read) == [f"{name}, in {unit}" for name in does]
+    size = json.loads((tmp_path / "out.json").read_text())["tokens"]
+    assert {(total, sum(counts)) for total, counts in read.values()} == {(size, size)}
+    assert all(total is None for name, total, _ in found if name.startswith("fitting "))
+    found.clear()
+    for more in ([], ["--folds", 2]):
+        assert run("evaluate", *members, "-t", texts, *over, "--rule", "prob-mean", *more).returncode == 0
+    first = [f"{name}, in {unit}" for name in ("evaluating", "reading the text")]
+    assert [name for name, _, _ in found if name in first] == first
+    assert all((total, sum(counts)) == (size, size) for name, total, counts in found if name in first)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from commands import stages
 from texts import documents
 from typer.testing import CliRunner
 
@@ -270,7 +271,10 @@ def test_a_budget_is_spread_over_documents(members):
 
 
 def test_members_write_a_text_of_their_own(members):
-    texts = own_documents(members, 200)
+    told = []
+    texts = own_documents(members, 200, lambda *what: told.append(what) or told.append)
+    assert (told[0], sum(told[1:])) == (("the members write a text, in tokens", 0, 200), 200)
+    assert set(told[1:]) == {5}
     assert len(texts) == 10
     assert texts == own_documents(members, 200)
     assert len({own.text for own in texts}) == 10
@@ -288,7 +292,8 @@ def command(*words):
     return CliRunner().invoke(app, ["advise", *map(str, words)])
 
 
-def test_the_command(folders, texts, tmp_path):
+def test_the_command(folders, texts, tmp_path, monkeypatch):
+    told = stages(monkeypatch, "advise")
     asked = [*folders, "-t", texts, "--folds", 2, "--instead", folders[0]]
     done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
     assert done.exit_code == 0, done.output
@@ -296,6 +301,12 @@ def test_the_command(folders, texts, tmp_path):
     assert facts["verdict"] in ("single", "average", "meet", "gate")
     assert {"rule", "weights", "gain", "interval", "cost_ratio", "says"} <= facts.keys()
     assert facts["alternatives"][0]["bits_per_byte"] == pytest.approx(facts["members"][0]["bits_per_byte"], rel=1e-3)
+    read = {name: (total, sum(counts)) for name, total, counts in told if total is not None}
+    parts = (facts["tokens"], facts["movement"]["positions"], facts["tokens"], facts["tokens"])
+    does = ("reading the text", "comparing meet with its average", "scoring averages", "scoring meet")
+    assert read == {f"{name}, in tokens": (size, size) for name, size in zip(does, parts, strict=True)} | {
+        f"reading the text by {short(str(folders[0]))}, in tokens": (facts["tokens"], facts["tokens"])
+    }
     shown = " ".join(done.output.split())
     assert "instead: " in shown
     assert "are few" in shown

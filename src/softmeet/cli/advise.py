@@ -75,18 +75,16 @@ def advise(
 
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if documents is None:
-            begin("the members write a text", 0, None)
-            found = advising.own_documents(ensemble, source.tokens)
+            found = advising.own_documents(ensemble, source.tokens, begin)
         else:
             found = advising.within_budget(ensemble, documents, source.most)
         settings = {"bos": source.bos, "folds": folds, "threads": running.threads}
         kept = PieceCache(result.resume, texts.pinned(ensemble, found) | settings)
-        reading = partial(begin, "running the members", 0)
+        reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
         positions = observe_text(ensemble, found, bos=source.bos, engine=engine, cache=kept, begin=reading)
         advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
         for name in instead or ():
-            begin(f"reading the text by {options.short(name)}", 0, None)
-            advice.alternatives.append(advising.alternative(name, found, loading.arguments(), bos=source.bos))
+            advice.alternatives.append(advising.alternative(name, found, loading.arguments(), begin, bos=source.bos))
     facts = figures(advice) | {"own_text": documents is None}
     result.report(facts, show)
     if html is not None:

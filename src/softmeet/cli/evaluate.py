@@ -134,20 +134,22 @@ def evaluate(
         "folds": folds,
         **({"adaptive": True} if adaptive else {}),
     }
+    scoring = f"evaluating, in {ensemble.model.config.vocabulary}"
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | how)
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         where: dict[str, Any] = {"engine": engine, "cache": kept}
         if positions is None and folds is not None:
-            reading = partial(begin, "running the members", 0)
+            reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
             positions = observe_text(ensemble, found, **where, **source.windowing, begin=reading)
         if positions is None:
-            scoring = partial(begin, "evaluating", 0)
-            made = evaluate_text(ensemble, found, choices, **where, **source.windowing, begin=scoring)
+            made = evaluate_text(
+                ensemble, found, choices, **where, **source.windowing, begin=partial(begin, scoring, 0)
+            )
         elif folds is not None:
             made = evaluate_by_folds(ensemble, positions, choices, folds, begin, adaptive=adaptive, **where)
         else:
-            advance = begin("evaluating", 0, len(positions))
+            advance = begin(scoring, 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
         facts = summary(made, baseline=baseline, pairs=pairs) | {"run": run}

@@ -119,7 +119,7 @@ def fit(
     ensemble.model.combiner.banded_heads(fitting.bands)  # made here, so that workers share them
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if positions is None:
-            reading = partial(begin, "running the members", 0)
+            reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
             positions = observe_text(ensemble, found, **source.windowing, engine=engine, cache=kept, begin=reading)
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)

@@ -4,44 +4,47 @@ from __future__ import annotations
 
 import csv
 import io
-import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from softmeet.cli.tables import difference, number
 from softmeet.evaluation.labels import labels_of
 
 FORMS = ("latex", "csv", "markdown")
 # What LaTeX reads as something else.
 _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "∞": r"$\infty$",
 }  # fmt: skip
+# Columns of what was fitted, by its names in the figures.
+_FITTED = {"weights": "weights", "rule_temperature": "temperature", "order": "order"}
 
 
 def paper_table(facts: dict[str, Any], form: str) -> str:
-    """Return the figures of an evaluation as a table.
+    """Return the figures of an evaluation as a table, and all pairs, if they were compared, as a second one.
 
     Args:
         facts: those of :func:`softmeet.evaluation.report.summary`.
-        form: one of ``FORMS``. CSV has numbers in full, in columns of their own; the others are rounded for print.
+        form: one of ``FORMS``. CSV has numbers in full, in columns of their own, and no pairs, as programs that read it
+            expect one table; the others are rounded for print.
     """
     labels, rows = labels_of(facts["members"], facts["rules"]), {**facts["members"], **facts["rules"]}
     if form == "csv":
         written = io.StringIO()
         writer = csv.writer(written, lineterminator="\n")
-        writer.writerow(
-            ["name", "nats", "bits_per_byte", "top1", "delta", "low", "high", "weights", "temperature", "order"]
-        )
+        writer.writerow(["name", "nats", "bits_per_byte", "top1", "delta", "low", "high", *_FITTED.values()])
         writer.writerows([labels[name], *_in_full(row)] for name, row in rows.items())
         return written.getvalue()
-    fitted = any("fitted" in row for row in rows.values())
-    head = ["", f"nats/{facts['vocabulary'][:-1]}", "bits/byte", "top-1", f"against {labels[facts['baseline']]}"]
-    head += ["weights", "temperature"] if fitted else []
-    cells = [
-        [labels[name], *_rounded(row, is_baseline=name == facts["baseline"], fitted=fitted)]
-        for name, row in rows.items()
-    ]
-    return _latex(head, cells, len(facts["members"])) if form == "latex" else _markdown(head, cells)
+    made = _latex if form == "latex" else _markdown
+    fitted = [key for key in _FITTED if any(key in row.get("fitted", ()) for row in rows.values())]
+    nats, baseline = f"nats/{facts['vocabulary'][:-1]}", facts["baseline"]
+    head = ["", nats, "bits/byte", "top-1", f"against {labels[baseline]}", *(_FITTED[key] for key in fitted)]
+    cells = [[labels[name], *_rounded(row, fitted, is_baseline=name == baseline)] for name, row in rows.items()]
+    found = made(head, cells, 1, len(facts["members"]))
+    if "pairs" in facts:
+        found += "\n" + made(["", "against", nats, "p", "p (Holm)"], [_pair(own, labels) for own in facts["pairs"]], 2)
+    return found
 
 
 def _in_full(row: dict[str, Any]) -> list[Any]:
@@ -54,23 +57,23 @@ def _in_full(row: dict[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _rounded(row: dict[str, Any], *, is_baseline: bool, fitted: bool) -> list[str]:
-    low, high = row["against"]["ci95"]
-    half = f" ± {(high - low) / 2:.4f}" if math.isfinite(high - low) else ""
-    against = "0" if is_baseline else f"{row['against']['delta']:+.4f}{half}"
-    bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-    found = [f"{row['nll']:.4f}", bits, f"{row['top1']:.3f}", against]
-    if fitted:
-        own = row.get("fitted", {})
-        found.append(" / ".join(f"{x:.2f}" for x in own.get("weights", ())))
-        found.append(f"{own['rule_temperature']:.2f}" if "rule_temperature" in own else "")
-    return found
+def _rounded(row: dict[str, Any], fitted: Sequence[str], *, is_baseline: bool) -> list[str]:
+    against = "0" if is_baseline else difference(row["against"]["delta"], row["against"]["ci95"])
+    bits = "" if row["bits_per_byte"] is None else number(row["bits_per_byte"], ".4f")
+    own = [row.get("fitted", {}).get(key, []) for key in fitted]
+    settings = [" / ".join(f"{x:.2f}" for x in (values if isinstance(values, list) else [values])) for values in own]
+    return [number(row["nll"], ".4f"), bits, f"{row['top1']:.3f}", against, *settings]
 
 
-def _latex(head: Sequence[str], rows: Sequence[Sequence[str]], members: int) -> str:
+def _pair(own: dict[str, Any], labels: dict[str, str]) -> list[str]:
+    names = [labels[own[key]] for key in ("first", "second")]
+    return [*names, difference(own["delta"], own["ci95"]), *(number(own[key], ".2g") for key in ("p", "p_holm"))]
+
+
+def _latex(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int, members: int = 0) -> str:
     lines = [
         r"% needs \usepackage{booktabs}",
-        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+        rf"\begin{{tabular}}{{{'l' * texts}{'r' * (len(head) - texts)}}}",
         r"\toprule",
         _line(head),
     ]
@@ -86,10 +89,10 @@ def _line(cells: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     plain = "".join(_SPECIAL.get(sign, sign) for sign in text)
-    number = plain.replace("±", r"$\pm$")
-    return number.replace("-", r"$-$", 1) if number[:1] == "-" and number[1:2].isdigit() else number
+    power = re.sub(r"^([\d.]+)e-0*(\d+)$", r"$\1 \\times 10^{-\2}$", plain)
+    return re.sub(r"^-(?=[\d$])", r"$-$", power)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]], texts: int, _: int = 0) -> str:
+    rule = ["---"] * texts + ["---:"] * (len(head) - texts)
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |\n" for row in (head, rule, *rows))

@@ -23,6 +23,8 @@ from softmeet.cli.messages import err, say
 
 # Seconds between two lines.
 EVERY = 10.0
+# Seconds from which speed is estimated: a piece of work may take minutes.
+_PERIOD = 3600.0
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def working(name: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def _shown(*columns: ProgressColumn) -> Iterator[Progress]:
     """Show rich's bars of these columns on a terminal; elsewhere print a line for each unfinished task now and then."""
-    bars = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+    bars = Progress(*columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=_PERIOD)
     ended = threading.Event()
 
     def print_lines() -> None:
@@ -78,8 +80,8 @@ def _shown(*columns: ProgressColumn) -> Iterator[Progress]:
 
 
 def _line(task: Task) -> str:
-    """Return a sentence on a task, such as ``fitting meet: 420 of 2,000, about 0:03:10 left``."""
-    if not task.completed:
+    """Return a sentence on a task, such as ``reading, in bytes: 420 of 2,000 after 50 s, about 0:03:10 left``."""
+    if not (task.completed or task.total):
         return f"{task.description}: {task.elapsed or 0:.0f} s"
     total = f" of {int(task.total):,}" if task.total else ""
     left = f", about {timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""

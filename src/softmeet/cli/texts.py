@@ -14,6 +14,7 @@ import typer
 
 from softmeet.cli.flags import Flags, at_least_one, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
+from softmeet.cli.progress import progress
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document, decode_utf8, read_documents
 
@@ -141,7 +142,9 @@ class SourceFlags(TextFlags):
             )
         opened = Trace.open(self.trace)
         opened.require(ensemble)
-        positions, left_out = opened.read_whole(say)
+        with progress() as begin:
+            reading = f"reading the trace, in {ensemble.model.config.vocabulary}"
+            positions, left_out = opened.read_whole(say, begin(reading, 0, sum(opened.facts["shards"])))
         # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
         return positions.take(slice(self.max_tokens)), own | {"source": opened.key} | damaged

@@ -43,6 +43,7 @@ def trace(
     ensemble = loading.ensemble(options.named(members))
     from softmeet.evaluation.trace import record
 
+    tracing = f"reading the text, in {ensemble.model.config.vocabulary}"
     kept = stoppable(f"whole shards stay in {out}; the same command goes on from there")
     with kept, running.start(ensemble) as engine, progress() as begin:
         bars: list[Any] = []
@@ -54,7 +55,7 @@ def trace(
             dtype=store,  # type: ignore[arg-type]  # checked there
             shard_size=shard,
             engine=engine,
-            on_start=lambda done, total: bars.append(begin("tracing", done, total)),
+            on_start=lambda done, total: bars.append(begin(tracing, done, total)),
             on_progress=lambda count: bars[0](count),
             on_damage=say,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,9 @@ _DECAYS, _TEMPERATURES = (0.8, 0.9, 0.95, 0.98, 0.99), (0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 def adaptive_averages(
-    text: Text, found: Evaluation, fold: Int[Tensor, " N"], refits: Sequence[Sequence[Candidate]]
-) -> dict[str, Scores]:
+    text: Text, found: Evaluation, fold: Int[Tensor, " N"], refits: Sequence[Sequence[Candidate]],
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> dict[str, Scores]:  # fmt: skip
     """Score each fitted average with weights that begin at its own in every document, and adapt.
 
     The adaptation is chosen on the other folds, by the loss of the probability mean, for which the targets'
@@ -31,6 +32,7 @@ def adaptive_averages(
         found: scores of the members there.
         fold: of each position, (N,), int64.
         refits: the candidates that were fitted without each fold.
+        on_progress: called with the number of positions that are done.
 
     Returns:
         The scores by label, ``fitted adaptive NAME``.
@@ -49,7 +51,7 @@ def adaptive_averages(
             prior = torch.tensor(own.average[1].weights, dtype=nats.dtype)
             chosen = _chosen(past, prior / prior.sum(), nats, fold != k)
             here[:, fold == k] = _weights(past, prior / prior.sum(), chosen)[:, fold == k]
-    return text.weighted_scores(averages, weights, "adaptive")
+    return text.weighted_scores(averages, weights, "adaptive", on_progress)
 
 
 def _weights(past: Mapping[float, Tensor], prior: Tensor, how: Adaptation) -> Float[Tensor, "n N"]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
 from softmeet.heads import SoftmaxHead
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.members.member import short
 from softmeet.rules.values import POOLS
 from softmeet.scaling.base import Engine
 
@@ -65,24 +67,33 @@ def within_budget(ensemble: Ensemble, documents: Sequence[Document], most: int |
     return [replace(document, text=document.text.encode()[:share].decode(errors="ignore")) for document in documents]
 
 
-def own_documents(ensemble: Ensemble, tokens: int) -> list[Document]:
+def own_documents(
+    ensemble: Ensemble, tokens: int, begin: Begin = lambda description, done, total: lambda count: None
+) -> list[Document]:
     """Return texts that the members write, each as much, by themselves, with fixed seeds.
 
     Args:
         ensemble: the members.
         tokens: about how many tokens (over bytes: bytes) to write in all.
+        begin: as of :func:`softmeet.evaluation.fit.fit`.
     """
     names, found = ensemble.names, list[Document]()
     each = math.ceil(tokens / (_ROWS * len(names)))
+    advance = begin(f"the members write a text, in {ensemble.model.config.vocabulary}", 0, each * _ROWS * len(names))
+
+    def goes_on(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        advance(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     for i in range(len(names)):
         alone = part(ensemble, [i], {"rule": POOLS[0], "weights": [1.0]})
-        made = written([_BEGINNING] * _ROWS, alone, each, seed=i, top_k=0)
+        made = written([_BEGINNING] * _ROWS, alone, each, seed=i, top_k=0, stopping_criteria=[goes_on])
         found += [Document(f"{names[i]} {k + 1}", _BEGINNING + text) for k, text in enumerate(made)]
     return found
 
 
 def meet_beside_pool(
-    ensemble: Ensemble, positions: Positions, engine: Engine | None = None, cache: PieceCache | None = None
+    ensemble: Ensemble, positions: Positions, begin: Begin, engine: Engine | None, cache: PieceCache | None
 ) -> Evaluation | None:
     """Score ``meet`` and its pool, with the ensemble's settings, at some positions evenly spread over a text.
 
@@ -96,7 +107,9 @@ def meet_beside_pool(
     many = min(len(positions), _COMPARED, max(_COMPARED_LEAST, _COMPARED_ELEMENTS // model.config.vocab_size))
     few = positions.take(torch.arange(many) * len(positions) // many)
     choices = [RuleChoice("meet", settings), RuleChoice(POOLS[0], settings | {"rule": POOLS[0]})]
-    return evaluate_positions(ensemble, few, choices, engine=engine, cache=cache, stage="movement")
+    advance = begin("comparing meet with its average, in tokens", 0, many)
+    where: dict[str, Any] = {"engine": engine, "cache": cache, "stage": "movement"}
+    return evaluate_positions(ensemble, few, choices, **where, on_progress=advance)
 
 
 @dataclass(frozen=True)
@@ -116,20 +129,26 @@ class Alternative:
     time: float
 
 
-def alternative(name: str, documents: Sequence[Document], loading: Mapping[str, Any], *, bos: bool) -> Alternative:
+def alternative(
+    name: str, documents: Sequence[Document], loading: Mapping[str, Any], begin: Begin, *, bos: bool
+) -> Alternative:
     """Load one model, read a text by it, and measure how long it takes to write a byte.
 
     Args:
         name: the model's, as a member is named.
         documents: the text.
         loading: keyword arguments of ``Ensemble.from_pretrained``.
+        begin: as of :func:`softmeet.evaluation.fit.fit`.
         bos: whether documents begin with the token for the beginning of a text.
 
     Raises:
         CheckpointError: if it cannot be loaded.
     """
+    begin(f"loading {short(name)}", 0, None)
     ensemble = Ensemble.from_pretrained([name], POOLS[0], **loading)
-    found = evaluate_text(ensemble, documents, [], bos=bos)
+    reading = f"reading the text by {short(name)}, in {ensemble.model.config.vocabulary}"
+    found = evaluate_text(ensemble, documents, [], bos=bos, begin=partial(begin, reading, 0))
+    begin(f"measuring what {short(name)} costs", 0, None)
     (scores,), each = found.members.values(), Clusters(found.positions.document, "documents")
     ((run, rate),) = member_runs(ensemble, documents[0].text)
     return Alternative(
@@ -236,9 +255,8 @@ def advise(
     Raises:
         InvalidInputError: if the text has fewer documents (or blocks) than folds.
     """
-    begin("comparing meet with its average", 0, None)
     start = time.perf_counter()
-    compared = meet_beside_pool(ensemble, positions, engine, cache)
+    compared = meet_beside_pool(ensemble, positions, begin, engine, cache)
     seconds = (time.perf_counter() - start) / max(1, 0 if compared is None else len(compared.positions))
     # Kept, as a run that goes on does not solve them again.
     afforded = (cache or PieceCache()).get("afforded", lambda: {"": torch.tensor(_SECONDS / seconds)})[""].item()

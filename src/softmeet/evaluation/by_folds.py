@@ -60,7 +60,7 @@ def evaluate_by_folds(
     found = replace(fitted.test, fitted={own.label: _with_order(own.settings) for own in fitted.candidates})
     scored, others = dict(found.choices), [choice for choice in choices if choice.name not in plain]
     if others:
-        advance = begin("evaluating", 0, len(positions))
+        advance = begin(f"evaluating, in {ensemble.model.config.vocabulary}", 0, len(positions))
         more = evaluate_positions(ensemble, positions, others, engine=engine, cache=cache, on_progress=advance)
         scored |= more.choices
     return replace(found, choices={choice.name: scored[choice.name] for choice in choices} | scored)

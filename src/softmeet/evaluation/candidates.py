@@ -138,6 +138,10 @@ class Fitter:
     engine: Engine
     cache: PieceCache
 
+    def reads(self, what: str, total: int) -> Callable[[int], None]:
+        """Begin a stage that goes once over ``total`` tokens or bytes, which its name says; return how it advances."""
+        return self.begin(f"{what}, in {self.ensemble.model.config.vocabulary}", 0, total)
+
     def candidates(
         self, part: SplitPart, text: Text, without: int | None = None, start: Sequence[Candidate] = ()
     ) -> tuple[list[Candidate], list[Premise]]:

@@ -249,7 +249,7 @@ class PieceCache:
         function: Callable[..., Tensors],
         pieces: Sequence[P],
         arguments: Callable[[P], tuple[Any, ...]],
-        on_done: Callable[[P], None] = lambda piece: None,
+        on_done: Callable[[Sequence[P]], None] = lambda pieces: None,
     ) -> list[Tensors]:
         """Return ``function(*arguments(piece))`` for every piece, in order; stored results are not computed again.
 
@@ -260,8 +260,9 @@ class PieceCache:
             pieces: the pieces of the work, in every run the same ones in the same order.
             arguments: a function, called in this process with a piece whose result is not stored, that returns the
                 tuple of arguments of its call; these have to be picklable if the engine uses other processes.
-            on_done: called in this process, once with each piece: first with those whose results are stored, then with
-                each other one after its result has been stored, in the order in which they finish.
+            on_done: called in this process with pieces that are done: first with those whose results are stored,
+                perhaps none, all at once, so that no speed is taken from them; then with each other one after its
+                result has been stored, in the order in which they finish.
 
         Raises:
             TraceError: if the disk is full.
@@ -269,14 +270,13 @@ class PieceCache:
         """
         names = [f"{stage}-{k:06d}" for k in range(len(pieces))]
         found = {k: stored for k, name in enumerate(names) if (stored := self._read(name)) is not None}
-        for k in found:
-            on_done(pieces[k])
+        on_done([pieces[k] for k in found])
         missing = [k for k in range(len(pieces)) if k not in found]
         for place, made in (engine or LocalEngine()).map(function, (arguments(pieces[k]) for k in missing)):
             k = missing[place]
             found[k] = made
             self._write(names[k], made)
-            on_done(pieces[k])
+            on_done([pieces[k]])
         return [found[k] for k in range(len(pieces))]
 
     def _path(self, name: str) -> Path | None:

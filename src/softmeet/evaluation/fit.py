@@ -165,10 +165,11 @@ def _scored_by_folds(
     """
     beside = fitter.options.beside
     averages = [{**beside, **{own.label: own.average for own in some if own.average is not None}} for some in refits]
-    advance = fitter.begin("scoring averages", 0, len(whole.positions))
+    advance = fitter.reads("scoring averages", len(whole.positions))
     found = text.scores(distinct_names(fitter.ensemble), averages, advance)
     if fitter.options.adaptive:
-        found = replace(found, choices=found.choices | adaptive_averages(text, found, fold, refits))
+        advance = fitter.reads("scoring averages of adaptive weights", len(whole.positions))
+        found = replace(found, choices=found.choices | adaptive_averages(text, found, fold, refits, advance))
     found = found.take(rows)
     if not (rules := [[own for own in some if own.average is None] for some in refits])[0]:
         return found
@@ -189,7 +190,7 @@ def _two_best(candidates: Sequence[Candidate], scored: Evaluation) -> tuple[Cand
 def _scored(fitter: Fitter, name: str, positions: Positions, candidates: Sequence[Candidate]) -> Evaluation:
     """Score candidates on a part, one number of bands at a time, so that another fit can reuse the scores."""
     counts = [candidate.settings.get("bands", 1) for candidate in candidates]
-    advance = fitter.begin(f"scoring the {name} part", 0, len(positions) * len(set(counts)))
+    advance = fitter.reads(f"scoring the {name} part", len(positions) * len(set(counts)))
     scored = []
     for bands in sorted(set(counts)):
         some = [candidate for candidate, count in zip(candidates, counts, strict=True) if count == bands]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, chain, count, pairwise
 from typing import Any, Unpack
 
 import torch
@@ -83,7 +83,7 @@ def evaluate_text(
         choices: rules, each with changes to the ensemble's settings.
         engine: runs the pieces; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished.
-        begin: called once with the number of positions; returns a function, called with that of each finished piece.
+        begin: as of :func:`softmeet.evaluation.positions.observe_text`.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in
             :class:`softmeet.evaluation.positions.Windowing`.
 
@@ -97,7 +97,7 @@ def evaluate_text(
     advance = begin(sum(len(t.sizes) for t in tokens))
     found = (cache or PieceCache()).map(
         engine, "evaluate", _observe_and_score, groups, lambda group: (ensemble, group, choices),
-        lambda group: advance(sum(map(len, group))),
+        lambda done: advance(sum(map(len, chain.from_iterable(done)))),
     )  # fmt: skip
     return _as_evaluation(ensemble, choices, found, [t.name for t in tokens])
 
@@ -121,7 +121,8 @@ def evaluate_positions(
         engine: runs the pieces; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished.
         stage: the beginning of these pieces' names in the cache.
-        on_progress: called with the number of positions of each finished piece.
+        on_progress: called with the number of positions that are done, as what ``begin`` of :func:`evaluate_text`
+            returns.
 
     Raises:
         InvalidInputError, UnsupportedHeadError: as in :func:`evaluate`; or if no document is longer than a ``prompt``.
@@ -132,7 +133,7 @@ def evaluate_positions(
     found = (cache or PieceCache()).map(
         # Rows are copied, for the same alignment in memory, on which products' last bits depend, in every process.
         engine, stage, _score_piece, pieces, lambda rows: (ensemble, positions.take(rows), choices),
-        lambda rows: on_progress(len(rows)),
+        lambda done: on_progress(sum(map(len, done))),
     )  # fmt: skip
     return replace(_as_evaluation(ensemble, choices, found, positions.names), positions=positions)
 

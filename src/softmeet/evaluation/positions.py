@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TypedDict, Unpack
 
 import torch
@@ -319,7 +319,7 @@ def observe_text(
         engine: runs the members, a piece of about 256 positions in each call; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished; None to keep nothing.
         begin: called in this process with the number of positions; returns a function that is called with the number
-            of positions of each piece: first of those that the cache supplies, then of each other one when it is done.
+            of positions that are done: first those that the cache supplies, then of each piece when it is done.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :class:`Windowing`.
 
     Raises:
@@ -330,7 +330,7 @@ def observe_text(
     advance = begin(sum(len(t.sizes) for t in tokens))
     found = (cache or PieceCache()).map(
         engine, "observe", _observe_piece, groups, lambda group: (ensemble, group),
-        lambda group: advance(sum(map(len, group))),
+        lambda done: advance(sum(map(len, chain.from_iterable(done)))),
     )  # fmt: skip
     return from_tensors(join_tensors(found), [t.name for t in tokens])
 

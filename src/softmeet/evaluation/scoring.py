@@ -238,7 +238,7 @@ class Text:
         Args:
             members: the members' names.
             averages: by name, those that are scored at the positions of each fold, the same names for all.
-            on_progress: called with the number of positions of each finished piece.
+            on_progress: called with the number of positions that are done.
         """
         whole = self._map(self._stage, Piece.scores, lambda k: (list(averages[self._fold[k]].values()),), on_progress)
         scored = _named(whole, [*members, *averages[0]])
@@ -253,30 +253,33 @@ class Text:
         )
 
     def weighted_scores(
-        self, averages: Sequence[Mapping[str, Average]], weights: Mapping[str, Float[Tensor, "n N"]], stage: str
-    ) -> dict[str, Scores]:
+        self, averages: Sequence[Mapping[str, Average]], weights: Mapping[str, Float[Tensor, "n N"]], stage: str,
+        on_progress: Callable[[int], None] = lambda positions: None,
+    ) -> dict[str, Scores]:  # fmt: skip
         """Score averages with weights of their own at each position.
 
         Args:
             averages: by name, those that are scored at the positions of each fold, the same names for all.
             weights: by name, the members' weights of every average at each position.
             stage: the beginning of these scores' names in the cache.
+            on_progress: called with the number of positions that are done.
         """
         names = list(averages[0])
         whole = self._map(
             stage, Piece.scores,
             lambda k: (list(averages[self._fold[k]].values()), [weights[name][:, self._rows[k]] for name in names]),
+            on_progress,
         )  # fmt: skip
         return _named(whole, names)
 
     def _map(
         self, stage: str, score: Callable[..., Tensors], arguments: Callable[[int], tuple[Any, ...]],
-        on_progress: Callable[[int], None] = lambda positions: None,
+        on_progress: Callable[[int], None],
     ) -> Tensors:  # fmt: skip
         """Score every piece; return the scores in the order of the text."""
         pieces = self._cache.map(
             self._engine, stage, score, range(len(self._rows)), lambda k: (self._pieces[k], *arguments(k)),
-            lambda k: on_progress(len(self._rows[k])),
+            lambda done: on_progress(sum(len(self._rows[k]) for k in done)),
         )  # fmt: skip
         back = torch.cat(self._rows).argsort()
         return {name: values[back] for name, values in join_tensors(pieces).items()}

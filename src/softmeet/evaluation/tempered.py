@@ -54,7 +54,8 @@ def tempered_meets(
             name, family = f"{DEFAULT}:trust={trust:g}", Family(Layout(1), members=(i,))
             fitted[-1].append(fits.fit(name, family, baseline=False, cheaper=1, **named))
     averages = [{c.label: c.average for c in some if c.average is not None} for some in fitted[1:]]
-    return fitted, dict(text.scores([f"{trust:g}" for trust in trusts], averages).choices)
+    advance = fitter.reads(f"scoring {DEFAULT}", len(positions))
+    return fitted, dict(text.scores([f"{trust:g}" for trust in trusts], averages, advance).choices)
 
 
 def _settings(candidates: Sequence[Candidate], trusts: Sequence[float], n: int) -> list[dict[str, Any]]:

@@ -153,11 +153,14 @@ class Trace:
         """
         return self.read_whole(on_damage or (lambda sentence: warnings.warn(sentence, stacklevel=4)))[0]
 
-    def read_whole(self, on_damage: Callable[[str], None]) -> tuple[Positions, list[int]]:
+    def read_whole(
+        self, on_damage: Callable[[str], None], on_progress: Callable[[int], None] = lambda positions: None
+    ) -> tuple[Positions, list[int]]:
         """Read the positions of all intact shards, in order, hidden states in fp32, and list the other shards.
 
         Args:
             on_damage: called with a sentence for each shard that is missing or damaged.
+            on_progress: called after each shard with the number of its positions.
 
         Returns:
             (the positions; the numbers, from 0, of the missing or damaged shards).
@@ -166,8 +169,10 @@ class Trace:
             TraceError: if no shard is intact.
         """
         says = "its {:,} positions are left out; softmeet trace, run as before, makes it again"
-        sizes = self.facts["shards"]
-        found = {k: self.read_if_whole(k, on_damage, says.format(size)) for k, size in enumerate(sizes)}
+        found = dict[int, Positions | None]()
+        for k, size in enumerate(self.facts["shards"]):
+            found[k] = self.read_if_whole(k, on_damage, says.format(size))
+            on_progress(size)
         parts = [part for part in found.values() if part is not None]
         if not parts:
             raise TraceError(f"no shard of {self.folder} is whole: run softmeet trace as before")
