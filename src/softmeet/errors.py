@@ -31,6 +31,10 @@ class InvalidInputError(SoftmeetError, ValueError):
     """The error for an argument of the wrong shape, sign, length or value."""
 
 
+class ContextError(InvalidInputError):
+    """The error for a prompt that does not fit into a member's context."""
+
+
 class NonFiniteError(InvalidInputError):
     """The error for a member whose log-probabilities or logits hold NaN or +inf, or are all -inf in a row."""
 

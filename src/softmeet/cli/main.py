@@ -16,6 +16,7 @@ from rich.text import Text
 from softmeet import __version__, freed_memory
 from softmeet.cli.advise import advise
 from softmeet.cli.answer import answer
+from softmeet.cli.chat import chat
 from softmeet.cli.check import check
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 begun = stoppable("nothing was begun")
 for command in (
+    chat,
     generate,
     inspect,
     check,
