@@ -33,7 +33,7 @@ class Commands(TyperGroup):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the commands, and then the group's own options, to click's ``formatter``."""
-        rows = [(name, _first_sentence(command.help), "") for name, command in self.commands.items()]
+        rows = [(name, _first_sentence(command.help), "") for name, command in self.commands.items() if not command.hidden]
         formatter.write(f"\nCommands:\n{_two_columns(rows, formatter.width)}")
         rows = [(spelling(p), sentence(p), default(p)) for _, own in grouped(self.get_params(ctx)) for p in own]
         formatter.write(f"\nOptions:\n{_two_columns(rows, formatter.width)}")
