@@ -31,8 +31,10 @@ _COMMANDS = {
     **dict.fromkeys(("pull", "download"), "a model of the hub is fetched when it is first named by -m"),
     **dict.fromkeys(("complete", "completion", "prompt"), "it is softmeet generate"),
     **dict.fromkeys(("server", "start"), "it is softmeet serve"),
-    **dict.fromkeys(("eval", "lm-eval", "lm_eval", "benchmark", "bench"), "texts are judged by softmeet evaluate, answers "
-                    "to questions by softmeet answer"),
+    **dict.fromkeys(
+        ("eval", "lm-eval", "lm_eval", "benchmark", "bench"),
+        "texts are judged by softmeet evaluate, answers to questions by softmeet answer",
+    ),
     **dict.fromkeys(("show", "info"), "what members are is shown by softmeet check"),
 }  # fmt: skip
 _EXTRA = "members are named by -m, and an option is repeated for each value, -m A -m B"
