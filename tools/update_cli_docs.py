@@ -36,10 +36,10 @@ def page() -> str:
     root: Any = get_command(app)
     rows = [
         f"| {command.help.splitlines()[0].partition('.')[0]} | [`softmeet {name}`](#softmeet-{name}) |"
-        for name, command in root.commands.items()
+        for name, command in root.visible.items()
     ]
     introduction = INTRODUCTION.format(commands="\n".join(rows))
-    return "\n".join([introduction, *_parts(root.commands)])
+    return "\n".join([introduction, *_parts(root.visible)])
 
 
 def _parts(commands: dict[str, Any]) -> Iterator[str]:

@@ -397,4 +397,4 @@ class Ensemble:
         """
         streamer = DisagreementStreamer(self.tokenizer, recorder)
         arguments = arguments_of(self.model, self.tokenizer, [text], seed, streamer.passes, options)
-        yield from streamed(self.model, streamer, arguments)
+        yield from ((piece, sum(nats)) for piece, nats in streamed(self.model, streamer, arguments))

@@ -6,6 +6,7 @@
     ├── InvalidInputError (ValueError)    an argument has the wrong shape, sign, length or value
     │   ├── NonFiniteError                NaN or +inf in one member's log-probabilities
     │   ├── DisjointSupportError          no token has positive probability under every member
+    │   ├── ContextError                  a prompt does not fit into a member's context
     │   ├── VocabularyMismatchError       the members' tokenizers differ, or cannot be read as bytes
     │   └── TraceError                    a trace is damaged, of other members, or does not fit the disk
     ├── CheckpointError (OSError)         a member cannot be loaded
@@ -21,6 +22,7 @@ Each message names the expected and the actual value, and a remedy.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class SoftmeetError(Exception):
@@ -29,6 +31,10 @@ class SoftmeetError(Exception):
 
 class InvalidInputError(SoftmeetError, ValueError):
     """The error for an argument of the wrong shape, sign, length or value."""
+
+
+class ContextError(InvalidInputError):
+    """The error for a prompt that does not fit into a member's context."""
 
 
 class NonFiniteError(InvalidInputError):
@@ -90,3 +96,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     near = get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]}? " if near else ""
+
+
+def cannot_load(name: str | Path, why: str) -> CheckpointError:
+    """Return the error that says why a member, or an adapter of one, cannot be loaded."""
+    return CheckpointError(f"cannot load {name}: {why}")

@@ -20,8 +20,8 @@ from softmeet.errors import InvalidInputError
 from softmeet.server import prompts as prompts_module
 from softmeet.server import serving as served_module
 from softmeet.server.app import create_app
-from softmeet.server.ensembles import named
 from softmeet.server.limits import Limits
+from softmeet.server.naming import named
 from softmeet.server.security import Protection
 
 ROOT = Path(__file__).parents[2]

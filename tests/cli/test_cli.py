@@ -94,7 +94,7 @@ def test_an_error_is_one_line_and_exit_code_2(arguments, message):
 def test_an_error_in_a_process_of_its_own():
     done = process("config", "nothing")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: unknown command 'nothing': expected one of generate, inspect")
+    assert done.stderr.startswith("error: unknown command 'nothing': expected one of chat, generate, inspect")
     assert len(done.stderr.splitlines()) == 1
 
 

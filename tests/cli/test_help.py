@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("width", [60, 80])
 def test_help_fits_any_width_and_cuts_no_name(width):
     for words, command in commands():
-        shown = run(*words, "--help", columns=width).stdout
+        shown = run(*words, "--help-all" if len(command.params) > 12 else "--help", columns=width).stdout
         assert max(map(len, shown.splitlines())) <= width
         assert "…" not in shown.replace("[default: …]", "")
         titles = [line[:-1] for line in shown.splitlines() if re.fullmatch(r"[A-Z].*:", line)]
@@ -52,6 +52,13 @@ def test_help_fits_any_width_and_cuts_no_name(width):
         for parameter in command.params:
             if not getattr(parameter, "hidden", False):
                 assert spelling(parameter).split()[0].strip(",") in shown
+
+
+def test_help_is_a_screen_and_says_where_the_rest_is():
+    for words, command in commands():
+        shown = run(*words, "--help", columns=80).stdout.splitlines()
+        assert len(shown) <= 40, words
+        assert any("--help-all" in line for line in shown) or len(command.params) <= 12
 
 
 def test_every_option_has_a_sentence():

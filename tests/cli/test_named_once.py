@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
-from softmeet.server.ensembles import named
+from softmeet.server.naming import named
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,12 @@ from softmeet.server.ensembles import named
         ("generate x --metric raw", "it is an option of a rule, --rule NAME:metric=…"),
         ("generate x --slack=0.1", "it is an option of a rule, --rule NAME:slack=…"),
         ("generate x --vertex", "it is an option of a rule, --rule NAME:vertex=…"),
+        ("generate x --model A", "members are named by -m, or --member;"),
+        ("generate x --temp 0.5", ": it is --temperature;"),
+        ("generate x -n 5", "it is --max-new-tokens"),
+        ("serve wide --ctx-size 100", "file.gguf+context=N"),
+        ("eval -t x", "answers to questions by softmeet answer"),
+        ("pull org/a", "fetched when it is first named"),
         ("serve narrow,wide", "say -m narrow -m wide"),
         ("serve both=narrow,wide", "say -m both=narrow -m both=wide"),
         ("serve narrow --allow rule,trust", "expected --allow as some of rule, trust"),
@@ -69,12 +75,13 @@ def test_a_rule_may_hold_every_setting(members):
         assert by_text[key] == by_flags[key]
 
 
-def test_a_setting_is_named_once(members):
+def test_a_setting_is_named_once(members, monkeypatch):
     """On the command line it is an error, before anything is loaded; over a file the command line wins."""
-    done = generated(["-m", "not/there"], "--rule", "meet:trust=1", "--trust", 2)
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = generated(["-m", "wide/gpt2"], "--rule", "meet:trust=1", "--trust", 2)
     assert isinstance(done.exception, InvalidInputError)
     assert "trust is named twice, in the rule 'meet:trust=1'" in str(done.exception)
-    command = ["evaluate", "-m", "not/there", "-t", __file__, "--rule", "meet:tol=1e-5", "--tol", "1e-4"]
+    command = ["evaluate", "-m", "wide/gpt2", "-t", __file__, "--rule", "meet:tol=1e-5", "--tol", "1e-4"]
     done = CliRunner().invoke(app, command)
     assert "tol is named twice, in the rule 'meet:tol=1e-5' and by --tol" in str(done.exception)
 
@@ -99,13 +106,15 @@ def test_the_command_line_overrules_a_file(members, tmp_path):
         (["--tol", "0"], "tol to be greater than 0"),
     ],
 )
-def test_a_bad_setting_is_refused_before_anything_is_loaded(words, message):
-    done = generated(["-m", "not/there"], *words)
+def test_a_bad_setting_is_refused_before_anything_is_loaded(words, message, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = generated(["-m", "wide/gpt2"], *words)
     assert isinstance(done.exception, InvalidInputError)
     assert message in str(done.exception)
 
 
 def test_what_is_served_is_named():
+    assert list(named(["a/mine", "b/mine", "c/other"])) == ["a/mine", "b/mine", "other"]
     assert named([], ["a", "b"]) == {"default": ["a", "b"]}
     both = named(["saved"], ["small=org/a", "small=org/b", "c+adapter=org/lora", "./x=y"])
     assert both == {"small": ["org/a", "org/b"], "default": ["c+adapter=org/lora", "./x=y"], "saved": ["saved"]}

@@ -62,7 +62,14 @@ def test_characters_stay_whole_with_the_largest_figure_of_their_bytes():
         streamer.passes.add(SimpleNamespace(disagreement=torch.tensor([[k % 3], [torch.nan]])), torch.zeros(0))
         streamer.put(torch.tensor([byte]))
     streamer.end()
-    assert list(streamer) == [("a", 0.0), ("é", 2.0), ("€", 2.0), ("\n", 0.0), ("b", 1.0), ("�", 2.0)]
+    assert [(text, sum(nats)) for text, nats in streamer] == [
+        ("a", 0.0),
+        ("é", 2.0),
+        ("€", 2.0),
+        ("\n", 0.0),
+        ("b", 1.0),
+        ("�", 2.0),
+    ]
 
 
 def test_a_stream_that_is_left_stops_the_generation(ensemble):

@@ -25,7 +25,7 @@ def config(
 
     Example: softmeet config evaluate > my.yaml
     """
-    commands: dict[str, Any] = context.parent.command.commands  # type: ignore[union-attr]
+    commands: dict[str, Any] = context.parent.command.visible  # type: ignore[union-attr]
     if command not in commands:
         raise unknown(f"unknown command {command!r}", command, list(commands))
     target = commands[command]

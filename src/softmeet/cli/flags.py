@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from softmeet.cli.gone import today
-from softmeet.cli.help import GroupedHelp, grouped, spelling
+from softmeet.cli.help import ALL, GroupedHelp, grouped, spelling
 from softmeet.errors import InvalidInputError
 from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import rule_names
@@ -107,9 +107,11 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
                 every.append(_parameter(p.name, p.annotation, p.default))
         about = "A YAML file of options, as softmeet config prints it; options on the command line win."
         every.append(_parameter("config", Path | None, optional(about, is_eager=True, callback=_apply)))
+        whole = switch("Show all options, and all about them.", panel="Output", is_eager=True, callback=_show_all)
+        every.append(_parameter("help_all", bool, whole))
 
         @wraps(command)
-        def run(config: Path | None = None, **values: Any) -> Any:
+        def run(config: Path | None = None, help_all: bool = False, **values: Any) -> Any:
             made = {
                 name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
             }
@@ -228,6 +230,14 @@ def _read(name: str, value: Any) -> Any:
     return numbers[0] if len(numbers) == 1 and name == "trust" else numbers
 
 
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    """Print help with all options, and exit; this is typer's callback of ``--help-all``."""
+    if wanted:
+        context.meta[ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 def _apply(context: typer.Context, parameter: Any, path: Path | None) -> Path | None:
     """Make a file's values the defaults of the command's options; this is typer's callback of ``--config``."""
     if path is not None:
@@ -263,7 +273,7 @@ def parameters_of(command: Any) -> dict[str, str]:
     return {
         flag.removeprefix("--").replace("-", "_"): str(parameter.name)
         for parameter in command.params
-        if parameter.name not in ("config", "help")
+        if parameter.name not in ("config", "help", "help_all")
         for flag in parameter.opts
         if flag.startswith("--")
     }

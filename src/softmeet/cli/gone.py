@@ -1,24 +1,66 @@
-"""What commands and spellings that are gone are today, for a user who types one of them."""
+"""What words that are gone, and those of other programs, are here, for a user who types one of them."""
 
 from __future__ import annotations
 
-# The beginning of the message that such words get, and what is said behind it.
-_TODAY = {
-    "no such command 'study'": "it is python benchmarks/study.py in a clone of softmeet",
-    "got unexpected extra argument": "members are named by -m, and an option is repeated for each value, -m A -m B",
-} | {
-    f"no such option: --{option}": f"it is an option of a rule, --rule NAME:{option}=…"
-    for option in ("metric", "slack", "vertex")
+import re
+
+_OF_A_RULE = "it is an option of a rule, --rule NAME:{}=…"
+_OF_A_FILE = "it is said behind a GGUF file: file.gguf+{}=N"
+_MEMBER, _TOKENS = "members are named by -m, or --member", "it is --max-new-tokens"
+# By an option's name, without its dashes. Words are those of ollama, llama.cpp, vLLM, llm and lm-eval.
+_OPTIONS = {
+    **{name: _OF_A_RULE.format(name) for name in ("metric", "slack", "vertex")},
+    **dict.fromkeys(("model", "models", "hf-repo", "hf", "model-path", "pretrained"), _MEMBER),
+    **dict.fromkeys(("n", "n-predict", "predict", "num-predict", "max-tokens", "max-gen-toks", "tokens"), _TOKENS),
+    **dict.fromkeys(("temp", "t"), "it is --temperature"),
+    **dict.fromkeys(("p", "prompt"), "the prompt is an argument: softmeet generate 'And the king said' -m A"),
+    **dict.fromkeys(("sys", "system-prompt", "system-prompt-file"), "it is --system, with --chat"),
+    **dict.fromkeys(("c", "ctx-size", "num-ctx", "max-model-len", "n-ctx"), _OF_A_FILE.format("context")),
+    **dict.fromkeys(("ngl", "n-gpu-layers", "gpu-layers", "num-gpu"), _OF_A_FILE.format("gpu_layers")),
+    **dict.fromkeys(("i", "interactive", "cnv", "conversation"), "conversations are softmeet chat A B"),
+    **dict.fromkeys(("tensor-parallel-size", "tp", "gpu", "main-gpu"), "where members go is --device"),
+    **dict.fromkeys(("repeat-penalty", "presence-penalty"), "it is --repetition-penalty"),
+    **dict.fromkeys(("num-fewshot",), "it is --count"),
+    **dict.fromkeys(("tasks",), "it is --task"),
+    **dict.fromkeys(("output-path", "output", "o"), "results are written by --json FILE"),
+    **dict.fromkeys(("samples",), "so many of several things are asked for by --limit"),
 }
+_COMMANDS = {
+    "study": "it is python benchmarks/study.py in a clone of softmeet",
+    **dict.fromkeys(("list", "ls", "ps"), "the models of this machine are listed by softmeet models"),
+    **dict.fromkeys(("pull", "download"), "a model of the hub is fetched when it is first named by -m"),
+    **dict.fromkeys(("complete", "completion", "prompt"), "it is softmeet generate"),
+    **dict.fromkeys(("server", "start"), "it is softmeet serve"),
+    **dict.fromkeys(
+        ("eval", "lm-eval", "lm_eval", "benchmark", "bench"),
+        "texts are judged by softmeet evaluate, answers to questions by softmeet answer",
+    ),
+    **dict.fromkeys(("show", "info"), "what members are is shown by softmeet check"),
+}  # fmt: skip
+_EXTRA = "members are named by -m, and an option is repeated for each value, -m A -m B"
 
 
 def today(message: str) -> str:
-    """Return what a form that is gone is today, as the end of the message that it gets; empty if it was none.
+    """Return what a word that is none here is called, as the end of the message that it gets; empty if nobody knows.
 
     Args:
         message: what was wrong with the words of a command, as click says it, without a capital at its beginning.
 
     >>> today("no such command 'study'")
     ': it is python benchmarks/study.py in a clone of softmeet'
+    >>> today("no such option: --temp (Possible options: --gate)")
+    ': it is --temperature'
     """
-    return next((f": {what}" for before, what in _TODAY.items() if message.startswith(before)), "")
+    if message.startswith("got unexpected extra argument"):
+        return f": {_EXTRA}"
+    for form, table in ((r"no such option: --?([\w-]+)", _OPTIONS), (r"no such command '([\w-]+)'", _COMMANDS)):
+        if (found := re.match(form, message)) and found.group(1) in table:
+            return f": {table[found.group(1)]}"
+    return ""
+
+
+def said(message: str) -> str:
+    """Return what was wrong with the words of a command, with what is meant in place of words that look alike."""
+    meant = today(message)
+    # Behind the word stand those that click finds like it, which may mean anything.
+    return f"{re.split(r' [(]Possible options|[.] Did you mean', message)[0] if meant else message}{meant}"

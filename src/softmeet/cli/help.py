@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
@@ -16,24 +17,55 @@ PANELS = (
     "Limits", "Output", "Engine", "Advanced",
 )  # fmt: skip
 _NAMES = 26
+# The parameters that --help shows of a command that has many; --help-all shows all of them.
+_COMMON = {
+    "named", "prompts", "questions", "out", "members", "ensembles", "rule", "rules", "weights", "vocabulary",
+    "system", "colors", "max_new_tokens", "chat", "temperature", "seed", "text", "top", "html", "plan", "instead",
+    "saved", "trace", "baseline", "as_json", "how", "shots", "limit", "answers", "task", "host", "port", "ui",
+    "api_key", "api_keys", "help_all",
+}  # fmt: skip
+_MANY = 12
+# Where --help-all is noted, in what click keeps of a call.
+ALL = "softmeet.help_all"
 
 
 class GroupedHelp(TyperCommand):
     """A command of typer whose help shows its options by group (``rich_help_panel``)."""
 
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write what the command does; of one with many options the first paragraph and the example."""
+        parts = str(self.help or "").split("\n\n")
+        kept = [parts[0], *(part for part in parts[1:] if part.startswith("Example"))] if self._is_brief(ctx) else parts
+        for part in kept:
+            formatter.write("\n")
+            with formatter.indentation():
+                formatter.write_text(part)
+
+    def _is_brief(self, ctx: Any) -> bool:
+        return len(self.get_params(ctx)) > _MANY and not ctx.meta.get(ALL)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write all groups of options to click's ``formatter``."""
-        for title, own in grouped(self.get_params(ctx)):
-            rows = [(spelling(p), sentence(p), default(p)) for p in own]
+        """Write the groups of options to click's ``formatter``; of many options those that most people use."""
+        every, brief = self.get_params(ctx), self._is_brief(ctx)
+        shown = [p for p in every if p.name in _COMMON] if brief else every
+        for title, own in grouped(shown):
+            rows = [(spelling(p), _first_part(sentence(p)) if brief else sentence(p), default(p)) for p in own]
             formatter.write(f"\n{title}:\n{_two_columns(rows, formatter.width)}")
 
 
 class Commands(TyperGroup):
     """A group of typer whose help shows each command with the whole first sentence of its help."""
 
+    @property
+    def visible(self) -> dict[str, Any]:
+        """The commands that help shows, by name."""
+        return {name: command for name, command in self.commands.items() if not command.hidden}
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the commands, and then the group's own options, to click's ``formatter``."""
-        rows = [(name, _first_sentence(command.help), "") for name, command in self.commands.items()]
+        rows = [
+            (name, _first_sentence(command.help), "") for name, command in self.commands.items() if not command.hidden
+        ]
         formatter.write(f"\nCommands:\n{_two_columns(rows, formatter.width)}")
         rows = [(spelling(p), sentence(p), default(p)) for _, own in grouped(self.get_params(ctx)) for p in own]
         formatter.write(f"\nOptions:\n{_two_columns(rows, formatter.width)}")
@@ -77,6 +109,11 @@ def _panel(parameter: Any) -> str:
 
 def _first_sentence(text: str | None) -> str:
     return " ".join((text or "").split("\n\n")[0].split())
+
+
+def _first_part(text: str) -> str:
+    """Return the first sentence, up to a sign after which it says more."""
+    return re.split(r"(?<=[^.])[.;:] |[.]$", text)[0]
 
 
 def _two_columns(rows: Iterable[tuple[str, str, str]], width: int) -> str:

@@ -16,13 +16,14 @@ from rich.text import Text
 from softmeet import __version__, freed_memory
 from softmeet.cli.advise import advise
 from softmeet.cli.answer import answer
+from softmeet.cli.chat import chat
 from softmeet.cli.check import check
 from softmeet.cli.config import config
 from softmeet.cli.evaluate import evaluate
 from softmeet.cli.fit import fit
 from softmeet.cli.flags import Command
 from softmeet.cli.generate import generate
-from softmeet.cli.gone import today
+from softmeet.cli.gone import said
 from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
 from softmeet.cli.messages import STOPPED, UNREAD, err, stoppable
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 begun = stoppable("nothing was begun")
 for command in (
+    chat,
     generate,
     inspect,
     check,
@@ -59,6 +61,7 @@ for command in (
     config,
 ):
     app.command(cls=Command)(command)
+app.command("run", cls=Command, hidden=True)(chat)
 
 
 def _version(wanted: bool) -> None:
@@ -154,7 +157,7 @@ def _misused(error: Any) -> int:
     path = error.ctx.command_path if getattr(error, "ctx", None) else "softmeet"
     message = error.format_message().rstrip(".")
     message = f"{message[:1].lower()}{message[1:]}"
-    return _fail(f"{message}{today(message)}; see {path} --help")
+    return _fail(f"{said(message)}; see {path} --help")
 
 
 def _fail(message: str) -> int:

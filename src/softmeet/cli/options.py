@@ -13,6 +13,7 @@ from softmeet.cli.progress import working
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 from softmeet.members.member import short as short
+from softmeet.members.names import require_there
 from softmeet.members.zoo import DEFAULT as DEFAULT
 from softmeet.rules.frozen import unknown
 from softmeet.startup import quick_imports, uncollected
@@ -168,6 +169,7 @@ class LoadingFlags(Flags, panel="Members"):
                 "--vocabulary union is for generate and serve: over it a text can be written in many ways, so that "
                 "none can be scored; say --vocabulary bytes"
             )
+        require_there(members or ())
         with working("loading softmeet"), uncollected():
             given = checked_settings(settings or {})
             with quick_imports():

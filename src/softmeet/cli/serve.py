@@ -9,6 +9,7 @@ import socket
 import threading
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.members.names import require_there
+from softmeet.server.naming import named
 from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
@@ -43,6 +46,11 @@ class AccessFlags(Flags, panel="Address and access"):
 
     host: str = flag("127.0.0.1", "The address to listen on.")
     port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535)
+    api_key: list[str] | None = optional(
+        "An API key, one of which every request then needs; it can be repeated. Others on this machine can see it in "
+        "the list of processes, and --api-keys keeps it from them.",
+        metavar="KEY",
+    )
     api_keys: Path | None = optional(
         "A file of API keys, one on each line; every request then needs one.",
         shown=f"the keys in ${_KEYS}, between commas; else none is needed",
@@ -163,22 +171,23 @@ def serve(
     """
     require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
     require_extra("the page (--ui)", "ui", *["gradio"] * bool(access.ui))
-    host, keys, local = access.host, _keys(access.api_keys), _is_local(access.host)
+    host, keys, local = access.host, (*_keys(access.api_keys), *(access.api_key or ())), _is_local(access.host)
     if not (keys or local or access.open_to_all):
         raise InvalidInputError(
-            f"refused to listen on {host} without keys: give --api-keys FILE or ${_KEYS}, or say --open"
+            f"refused to listen on {host} without keys: give --api-key KEY, --api-keys FILE or ${_KEYS}, or say --open"
         )
     _check_engine(running, ui=bool(access.ui))
-    allowed = _allowed(access.allow)
+    allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
+    require_there(chain.from_iterable(asked.values()))
     with listening(host, access.port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
         with uncollected(), quick_imports():
-            from softmeet.server.ensembles import load, named
+            from softmeet.server.ensembles import load
             from softmeet.server.limits import Limits
             from softmeet.server.security import Protection
             from softmeet.server.serving import ServerSettings, Serving
 
-        given, asked = checked_settings(settings), named(ensembles or [], members or [])
+        given = checked_settings(settings)
         hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
         protocol = ServerSettings(
             limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),

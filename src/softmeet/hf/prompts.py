@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from softmeet.errors import InvalidInputError
+from softmeet.errors import ContextError, InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.chat import Messages, chat_of, is_chat
 from softmeet.hf.contexts import OwnPrompt
@@ -57,7 +57,7 @@ def encoded(
     if not all(rows):
         raise InvalidInputError(f"expected a prompt of at least one token, got {list(prompts)!r}")
     if limit is not None and length >= limit:
-        raise InvalidInputError(
+        raise ContextError(
             f"expected a prompt shorter than the shortest member's context of {limit} tokens, got {length}: "
             "shorten the prompt"
         )
@@ -139,13 +139,13 @@ def require_room(model: EnsembleForCausalLM, own: Sequence[Sequence[int] | None]
     """Check that each member's own tokens leave room for at least one more in its context.
 
     Raises:
-        InvalidInputError: if they do not; the message names the member.
+        ContextError: if they do not; the message names the member.
     """
     members = model.contexts.members
     for i, (member, ids) in enumerate(zip(members, own or (), strict=own is not None)):
         alone = [None] * i + [ids] + [None] * (len(members) - i - 1)
         if ids is not None and not model.contexts.room(alone):
-            raise InvalidInputError(
+            raise ContextError(
                 f"expected a prompt that, as {member.title} reads it, is shorter than its context, got {len(ids)} "
                 "tokens: shorten it, or the member's own"
             )

@@ -98,15 +98,15 @@ class PassDisagreement(Recorder):
 
     def __init__(self, other: Recorder) -> None:
         super().__init__(gate=other.gate)
-        self._other, self._passes = other, deque[list[float]]()
+        self._other, self._passes = other, deque[list[list[float]]]()
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
-        """Keep the members' disagreement at the rows of one pass, summed over the members that ran, in nats."""
+        """Keep each member's disagreement at the rows of one pass, in nats; 0 where it did not run."""
         self._other.add(solution, log_probs)
-        self._passes.append(solution.disagreement.nan_to_num(0.0).flatten(1).sum(0).tolist())
+        self._passes.append(solution.disagreement.nan_to_num(0.0).flatten(1).T.tolist())
 
-    def take(self, count: int) -> list[float]:
-        """Return the disagreement, in nats, at the first ``count`` rows of the oldest pass kept, and forget that pass.
+    def take(self, count: int) -> list[list[float]]:
+        """Return each member's disagreement at the first ``count`` rows of the oldest pass kept, and forget that pass.
 
         Each pass draws at least one token; assisted decoding draws several, and refuses the rows after them.
         """
@@ -114,9 +114,9 @@ class PassDisagreement(Recorder):
 
 
 class DisagreementStreamer(PieceStreamer):
-    """A streamer that gives (new text, how far the members disagree at its tokens, in nats).
+    """A streamer that gives (new text, each member's disagreement there, in nats).
 
-    A piece's disagreement is the largest one of its tokens, summed over the members that ran.
+    A piece's figures are those of its token at which the members that ran disagree most.
 
     Args:
         tokenizer: decodes the tokens.
@@ -128,7 +128,8 @@ class DisagreementStreamer(PieceStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recorder: Recorder | None = None) -> None:
         super().__init__(tokenizer)
-        self.passes, self._largest, self._next = PassDisagreement(recorder or Recorder()), 0.0, deque[float]()
+        self.passes, self._next = PassDisagreement(recorder or Recorder()), deque[list[float]]()
+        self._largest: list[float] = []
         self._silent = frozenset(tokenizer.all_special_ids)
 
     def put(self, value: Tensor) -> None:
@@ -136,12 +137,12 @@ class DisagreementStreamer(PieceStreamer):
         if not self.next_tokens_are_prompt:
             tokens = value.flatten().tolist()
             pairs = zip(tokens, self.passes.take(len(tokens)), strict=True)
-            self._next += [0.0 if token in self._silent else nats for token, nats in pairs]
+            self._next += [[] if token in self._silent else nats for token, nats in pairs]
         super().put(value)
 
     def give(self, text: str) -> None:
-        """Hand over the text that has become certain by one token, with the largest figure since the last."""
-        self._largest = max(self._largest, self._next.popleft() if self._next else 0.0)
+        """Hand over the text that has become certain by one token, with the largest figures since the last."""
+        self._largest = max(self._largest, self._next.popleft() if self._next else [], key=sum)
         if text:
             self.text_queue.put((text, self._largest))
-            self._largest = 0.0
+            self._largest = []

@@ -18,11 +18,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, cannot_load
 from softmeet.extras import install_line
 from softmeet.members.names import find_adapter
 from softmeet.members.quantized import beside
-from softmeet.members.refused import cannot_load
 
 # The two matrices of a low-rank adapter, whose sizes are those of the layer that they change.
 _INPUT, _OUTPUT = ".lora_A.weight", ".lora_B.weight"

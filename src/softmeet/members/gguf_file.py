@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from softmeet.members.refused import cannot_load
+from softmeet.errors import cannot_load
 
 # Of each type of tensors, by its number: (how many weights are in a block, how many bytes it has).
 _BLOCKS = {

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet.errors import cannot_load
 from softmeet.extras import require_extra
 from softmeet.heads import SoftmaxHead
 from softmeet.members.gguf_file import GgufFile
-from softmeet.members.refused import cannot_load
 
 _NAMES, _BIAS = ("output.weight", "token_embd.weight"), "output.bias"
 # Types of weights by how llama.cpp rounds what they are multiplied by, ggml's type traits: in blocks of 32 and of 256.

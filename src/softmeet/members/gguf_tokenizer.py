@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
+from softmeet.errors import cannot_load
 from softmeet.members.derived import derived, folder_for
 from softmeet.members.gguf_file import GgufFile, read_gguf
-from softmeet.members.refused import cannot_load
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # SentencePiece's space; and how texts are split where a whole word that is a token is one, whatever is merged.

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, cannot_load
 from softmeet.members import names as known
 from softmeet.members import quantized, refused, zoo
 from softmeet.members.adapters import adapted, require_adapter
@@ -320,7 +320,7 @@ def _load(
     if info["missing_keys"] or info["mismatched_keys"]:
         absent = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         said = f"{len(absent)} weights are missing or misshapen (first: {absent[0]}): fetch it again"
-        raise refused.cannot_load(name, said)
+        raise cannot_load(name, said)
     quantized.ready(model, name, base.quantization)
     with refused.named_in_errors(name, where):
         return (model if placement else model.to("cpu" if device is None else device)).eval()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -23,11 +24,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from softmeet.errors import CheckpointError, nearest
+from softmeet.errors import CheckpointError, cannot_load, nearest
 from softmeet.members import zoo
 from softmeet.members.gguf_file import begins_as_gguf
 from softmeet.members.member import Member
-from softmeet.members.refused import cannot_load
 from softmeet.members.registered import is_registered, not_registered
 
 # For so long after a question that got no answer, members that are in the local cache are taken from there unasked.
@@ -89,6 +89,19 @@ def _no_hub_id(place: str) -> str | None:
     if get_close_matches(place, zoo.FAMILIES, cutoff=0.75):
         return f"{nearest(place, zoo.FAMILIES)}there is no folder of that name"
     return None
+
+
+def require_there(lines: Iterable[str]) -> None:
+    """Check that members are there, families' among them, which takes less time than to load what loads them.
+
+    Raises:
+        CheckpointError: as of :func:`find`.
+        InvalidInputError: if a line of text is none of a member.
+    """
+    for line in lines:
+        for member in map(Member.of, zoo.expand(line)):
+            if not is_registered(member):
+                find(member)
 
 
 def find_adapter(name: str) -> Path:

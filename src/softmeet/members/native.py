@@ -18,12 +18,11 @@ from weakref import WeakValueDictionary
 
 from huggingface_hub import hf_hub_download
 
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, cannot_load
 from softmeet.extras import install_line
 from softmeet.members import llama_library, names
 from softmeet.members.gguf_file import begins_as_gguf, fingerprint
 from softmeet.members.member import Member
-from softmeet.members.refused import cannot_load
 from softmeet.members.registered import GROUP, is_registered, registered_reader
 
 TRANSFORMERS, LLAMA = "transformers", "llama.cpp"

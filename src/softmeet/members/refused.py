@@ -15,7 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from softmeet.errors import CheckpointError
+from softmeet.errors import CheckpointError, cannot_load
 from softmeet.extras import install_line
 
 _TOKENIZERS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
@@ -52,11 +52,6 @@ _SAID = (
     (r"(?i)out of memory|(can't|cannot) allocate memory",
      "there is not enough memory on the device: choose another, a dtype such as bfloat16, or device='auto'"),
 )  # fmt: skip
-
-
-def cannot_load(name: str | Path, why: str) -> CheckpointError:
-    """Return the error that says why a member, or an adapter of one, cannot be loaded."""
-    return CheckpointError(f"cannot load {name}: {why}")
 
 
 @contextmanager

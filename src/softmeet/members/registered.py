@@ -11,11 +11,8 @@ from importlib.metadata import entry_points
 from typing import Any
 from weakref import WeakValueDictionary
 
-from transformers import PreTrainedTokenizerBase
-
-from softmeet.errors import InvalidInputError, SoftmeetError, nearest
+from softmeet.errors import InvalidInputError, SoftmeetError, cannot_load, nearest
 from softmeet.members.member import Member
-from softmeet.members.refused import cannot_load
 
 GROUP = "softmeet.readers"
 # What softmeet uses of a reader.
@@ -106,6 +103,8 @@ def _require_reader(line: str, found: Any) -> None:
         raise cannot_load(line, f"expected a number of symbols as its reader's limit, got {got}")
     if found.traits.known is not None or found.traits.predictions is not None:
         raise cannot_load(line, "expected a reader that tells every symbol at every place, as rules need them")
+    from transformers import PreTrainedTokenizerBase
+
     if not isinstance(getattr(found.alphabet, "tokenizer", None), PreTrainedTokenizerBase):
         remedy = "let its alphabet be a softmeet.readers.token_alphabet.TokenAlphabet with a tokenizer"
         raise cannot_load(line, f"expected the tokens of a tokenizer as its reader's symbols: {remedy}")

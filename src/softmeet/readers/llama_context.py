@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.errors import CheckpointError, InvalidInputError, cannot_load
 from softmeet.members.gguf_file import GgufFile
 from softmeet.members.gguf_head import rounded
 from softmeet.members.llama_library import Library, library
-from softmeet.members.refused import cannot_load
 
 # Rows and cells with which a cache begins, and the most rows that llama.cpp has.
 _ROWS, _CELLS, MOST_ROWS = 16, 4096, 256

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from softmeet.ensemble import Ensemble
@@ -18,15 +16,11 @@ from softmeet.hf.chat import chat_of
 from softmeet.hf.retrieval import with_passages
 from softmeet.members.member import titles
 from softmeet.members.passages import PASSAGE_RULE, Passage
-from softmeet.members.zoo import DEFAULT
 from softmeet.rules.gates import Disagreement, that_closes
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError, absent
 from softmeet.server.schemas import CHANGES, Extension
 from softmeet.server.sequences import Combination, unused
-
-# NAME= before a member. A member's own name may hold an equals sign, but only after a plus sign.
-_PREFIX = re.compile(r"([\w.-]+)=")
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,12 +244,12 @@ class Ensembles:
         return iter(self._by_name.values())
 
     def find(self, name: str | None) -> Served:
-        """Return the ensemble with this name, or the first one if ``name`` is None.
+        """Return the ensemble with this name, or the first one if ``name`` is None, or "default" and no ensemble's.
 
         Raises:
             RequestError: if there is no ensemble with this name (status 404).
         """
-        if name is None:
+        if name is None or (name == "default" and name not in self._by_name):
             return next(iter(self))
         if name not in self._by_name:
             raise RequestError(
@@ -263,49 +257,6 @@ class Ensembles:
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
         return self._by_name[name]
-
-
-def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Read the ensembles named on a command line, as a dict from each ensemble's name to the names of its members.
-
-    Args:
-        given: saved ensembles and bundled families, each as ``NAME=PATH``, or as ``PATH`` alone, whose last two parts
-            are then the name.
-        members: single members: ``MEMBER`` belongs to the ensemble ``default``, ``NAME=MEMBER`` to the ensemble
-            ``NAME``.
-
-    Returns:
-        {name: [a saved ensemble or family]}, then {name: members}; ``{"default": ["wide"]}`` if nothing is named.
-
-    Raises:
-        InvalidInputError: if two ensembles have the same name, or members are joined by commas, as they were until 0.3.
-
-    >>> named(["narrow", "big=folder/wide"])
-    {'narrow': ['narrow'], 'big': ['folder/wide']}
-    >>> named([], ["gpt2", "other=distilgpt2", "opt"])
-    {'default': ['gpt2', 'opt'], 'other': ['distilgpt2']}
-    """
-    joined: dict[str, list[str]] = {}
-    for text in members:
-        prefix = _PREFIX.match(text)
-        name = prefix.group(1) if prefix else "default"
-        joined.setdefault(name, []).append(text[prefix.end() :] if prefix else text)
-    found: dict[str, list[str]] = {}
-    for text in given:
-        prefix = _PREFIX.match(text)
-        parts = text[prefix.end() :] if prefix else text
-        name = prefix.group(1) if prefix else "/".join(Path(parts).parts[-2:])
-        if first := found.get(name, joined.get(name)):
-            together = " ".join(f"-m {name}={part}" for part in [*first, parts])
-            raise InvalidInputError(
-                f"expected a name for each ensemble, got {name!r} twice: say {together} to combine these models, or "
-                "give each a name of its own, as NAME=…"
-            )
-        if "," in parts and "+" not in parts and not Path(parts).exists():
-            today = " ".join(f"-m {prefix.group() if prefix else ''}{part}" for part in parts.split(","))
-            raise InvalidInputError(f"expected one ensemble, got members joined by commas: say {today}")
-        found[name] = [parts]
-    return found | joined or {"default": [DEFAULT]}
 
 
 def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = None, **settings: Any) -> Ensembles:

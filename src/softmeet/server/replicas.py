@@ -29,9 +29,10 @@ with paused_collection(), quick_imports(), warnings.catch_warnings():
 
     from softmeet.server.app import create_app
     from softmeet.server.asgi import run
-    from softmeet.server.ensembles import load, named
+    from softmeet.server.ensembles import load
     from softmeet.server.errors import InternalError
     from softmeet.server.front import front_of
+    from softmeet.server.naming import named
     from softmeet.server.security import Protection
     from softmeet.server.serving import ServerSettings, Serving
 

@@ -1,0 +1,72 @@
+"""``softmeet chat``: what is said is remembered, and forgotten where a context is full."""
+
+from __future__ import annotations
+
+import pytest
+from commands import run
+
+from softmeet.cli.chat import Conversation
+from softmeet.errors import ContextError
+
+BOTH = ["chat", "wide/gpt2", "wide/llama", "--max-new-tokens", "6", "--seed", "1"]
+
+
+def told(room=100):
+    """A conversation in which each answer repeats how many turns came before, and how many turns fit."""
+    forgotten = []
+
+    def write(turns):
+        if len(turns) > room:
+            raise ContextError("too long")
+        yield from ((f"{len(turns)}", [0.1, 0.2]), (" turns", [0.2, 0.1]))
+
+    return Conversation(write, "be terse", forgotten.append), forgotten
+
+
+def test_answers_are_remembered_and_a_message_of_the_system_begins_anew():
+    talk, _ = told()
+    assert ["".join(piece for piece, _ in talk.answer(text)) for text in ("a", "b")] == ["2 turns", "4 turns"]
+    assert [turn["role"] for turn in talk.turns] == ["system", "user", "assistant", "user", "assistant"]
+    talk.clear()
+    assert talk.turns == [{"role": "system", "content": "be terse"}]
+    talk.begin(None)
+    assert talk.turns == []
+
+
+def test_an_answer_that_is_left_off_counts_and_one_without_a_word_does_not():
+    talk, _ = told()
+    pieces = talk.answer("a")
+    assert next(pieces)[0] == "2"
+    pieces.close()
+    assert talk.turns[-1] == {"role": "assistant", "content": "2"}
+    talk, _ = told(room=1)
+    with pytest.raises(ContextError):
+        list(talk.answer("a"))
+    assert talk.turns == [{"role": "system", "content": "be terse"}]
+
+
+def test_the_first_turns_are_forgotten_where_a_context_is_full():
+    talk, forgotten = told(room=4)
+    for text in "abc":
+        list(talk.answer(text))
+    assert forgotten == [2]
+    assert [turn["content"] for turn in talk.turns] == ["be terse", "b", "4 turns", "c", "4 turns"]
+
+
+def test_a_conversation_on_the_command_line():
+    done = run(*BOTH, stdin="And the king said\n/nothing\n/clear\nIn the beginning\n/bye\nnever read\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().split("\n")) >= 2
+    assert "/nothing is nothing that can be typed here" in done.stderr
+    assert "wide/gpt2, wide/llama: no chat template of their own" in done.stderr
+    again = run(*BOTH, stdin="And the king said\n/clear\nIn the beginning\n")
+    assert again.stdout == done.stdout
+    coloured = run(*BOTH, "--colors", stdin="And the king said\n/clear\nIn the beginning\n")
+    assert coloured.stdout.endswith(done.stdout)
+
+
+def test_what_does_not_fit_is_said_and_the_conversation_goes_on():
+    done = run(*BOTH, stdin=f"{'king ' * 3000}\nAnd the king said\n")
+    assert done.returncode == 0, done.stderr
+    assert "context" in done.stderr
+    assert done.stdout.strip()
