@@ -51,7 +51,7 @@ def predicted(right: Sequence[float]) -> tuple[float, float]:
 
     Example:
         >>> predicted([True] * 60 + [False] * 40)
-        (0.47, 0.73)
+        (0.46, 0.73)
     """
     from scipy.stats import betabinom
 

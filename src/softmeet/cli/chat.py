@@ -183,7 +183,7 @@ def _take_templates(ensemble: Ensemble) -> None:
 def _asked() -> str | None:
     """Return the next line that is typed; None at the end."""
     try:
-        while not (text := input(">>> " if sys.stdin.isatty() else "").strip()):
+        while not (text := input("> " if sys.stdin.isatty() else "").strip()):
             continue
     except (EOFError, KeyboardInterrupt):
         return None
