@@ -6,6 +6,7 @@ import functools
 import json
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -18,7 +19,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
-from softmeet.evaluation.costs import milliseconds
+from softmeet.evaluation.costs import Others, milliseconds
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters
@@ -26,7 +27,7 @@ from softmeet.evaluation.judged import Judged
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.save import save
-from softmeet.evaluation.verdict import figures
+from softmeet.evaluation.verdict import figures, plainly
 from softmeet.members.member import short
 
 N, DOCUMENTS = 1000, 20
@@ -172,6 +173,38 @@ def test_a_gate_is_advised_where_a_cheap_member_is_sure(members):
     # A gate before the dear one saves too little.
     dear = judged_by(members, {"members": [two, one], "averages": averages}, confidence[::-1], (1.0, 40.0))
     assert dear.chosen()[0] == "average"
+
+
+def test_the_first_line_says_what_to_do_and_whether_it_is_worth_it(members):
+    one, two, averages = 2.0 + noise(0), 2.0 + noise(1), 1.9 + noise(0)
+    judged = judged_by(members, {"members": [one, two], "averages": averages})
+    verdict, candidate, nats, gated = judged.chosen()
+    assert verdict == "average"
+    said = [plainly(Advice(judged, verdict, candidate, nats, gated, time)) for time in (0.9, 1.2, 1.9)]
+    best = short(judged.best)
+    assert said[0] == f"Combine them: 4.0 % fewer bits than {best} alone, in no more time."
+    assert said[1].startswith(f"Combine them: 4.0 % fewer bits than {best} alone for 20 % more time, more than")
+    assert said[2].startswith(f"4.0 % fewer bits than {best} alone for 90 % more time: keep {best}, or take a larger")
+    busy = Advice(judged, verdict, candidate, nats, gated, 1.0, busy=0.5)
+    assert "Other programs took 50% of the processors" in figures(busy)["cautions"][-1]
+    assert not any("Other programs" in said for said in figures(replace(busy, busy=0.01))["cautions"])
+
+
+def test_what_others_take_is_what_is_busy_and_not_our_own(monkeypatch):
+    from collections import namedtuple
+
+    import psutil
+
+    every, ours = namedtuple("every", "user nice system idle"), namedtuple("ours", "user system")
+    now = {"every": every(10.0, 0.0, 0.0, 90.0), "ours": ours(5.0, 1.0)}
+    process = SimpleNamespace(cpu_times=lambda: now["ours"], children=lambda recursive: [])
+    monkeypatch.setattr(psutil, "cpu_times", lambda: now["every"])
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    others = Others()
+    now |= {"every": every(16.0, 0.0, 0.0, 94.0), "ours": ours(7.0, 1.0)}
+    assert others.share() == pytest.approx(0.4)
+    now["ours"] = ours(99.0, 0.0)
+    assert others.share() == 0.0
 
 
 def test_a_gate_puts_its_member_first(members):

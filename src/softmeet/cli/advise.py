@@ -109,18 +109,19 @@ def _save(advice: Any, facts: dict[str, Any], folder: Path) -> None:
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print the figures of ``softmeet advise`` on stdout: a table of members, one of candidates, and the verdict.
+    """Print the figures of ``softmeet advise`` on stdout: what to do, tables of members and candidates, and how.
 
     Args:
         facts: the figures, as :func:`softmeet.evaluation.verdict.figures` returns them.
     """
     console = out()
+    console.print(facts["plainly"], style="bold")
     for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4)), strict=True):
         print_table(console, columns, [rows], title=title, texts=wide)
     console.print(differences(facts))
     for caution in cautions(facts):
         console.print(caution, style="yellow", highlight=False)
-    console.print(facts["says"], style="bold")
+    console.print(facts["says"])
 
 
 def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:

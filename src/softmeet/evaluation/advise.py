@@ -14,7 +14,7 @@ import torch
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.candidates import Begin, Candidate, Options, sample_size
 from softmeet.evaluation.choices import RuleChoice
-from softmeet.evaluation.costs import ensemble_run, member_runs, milliseconds, written
+from softmeet.evaluation.costs import Others, ensemble_run, member_runs, milliseconds, written
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Fitted, fit
@@ -167,6 +167,7 @@ class Advice:
         nats: the losses that judge it, (N,); None for a single member without any ensemble.
         gated: the gate, for the verdict ``gate``.
         time: the milliseconds that a byte takes by what is advised.
+        busy: the share of the processors that other programs took while times were measured.
         alternatives: single models that could take the ensemble's place.
     """
 
@@ -176,6 +177,7 @@ class Advice:
     nats: torch.Tensor | None
     gated: Gated | None
     time: float
+    busy: float = 0.0
     alternatives: list[Alternative] = field(default_factory=list)
 
     @property
@@ -271,7 +273,7 @@ def advise(
     )
     fitted = fit(ensemble, positions, options, begin, engine=engine, cache=cache)
     begin("measuring what members cost", 0, None)
-    text = max((document.text for document in documents), key=len)
+    text, others = max((document.text for document in documents), key=len), Others()
     runs = member_runs(ensemble, text)
     times = [ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in runs]), runs, strict=True)]
     too_long = _SECONDS / afforded * len(_TRUSTS) * len(positions) if moved and not meets else None
@@ -283,4 +285,5 @@ def advise(
         both = [runs[judged.names.index(judged.best)], ensemble_run(found.ensemble, text)]
         alone, ours = (ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in both]), both, strict=True))
         found.time *= ours / alone if alone > 0 else 1.0
+    found.busy = others.share()
     return found

@@ -20,6 +20,28 @@ _SHORT, _LONG, _PROMPT = 4, 20, 100
 _REPEATS = 4
 
 
+class Others:
+    """What other programs take of the processors, from when this is made."""
+
+    def __init__(self) -> None:
+        self._before = self._times()
+
+    @staticmethod
+    def _times() -> tuple[float, float]:
+        """Return the seconds that all processors were busy, and those that they had."""
+        import psutil
+
+        every, own = psutil.cpu_times(), psutil.Process()
+        ours = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
+        idle = every.idle + getattr(every, "iowait", 0.0)
+        return sum(every[:8]) - idle - sum(x.user + x.system for x in ours), sum(every[:8])
+
+    def share(self) -> float:
+        """Return the share of all processors' time that others have taken, from 0 to 1."""
+        busy, had = (after - before for after, before in zip(self._times(), self._before, strict=True))
+        return min(1.0, max(0.0, busy / had)) if had > 0 else 0.0
+
+
 def milliseconds(runs: Sequence[Callable[[int], Any]], repeats: int = _REPEATS) -> list[float]:
     """Measure the milliseconds that each of several generators takes for one more token.
 
