@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from browser import PATIENCE, needs_chromium
 from playwright.sync_api import expect
-from serving import http, running, serving_of, tiny_ensemble
+from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
 from typer.testing import CliRunner
 
 from softmeet.server.security import Protection
@@ -247,3 +247,24 @@ def test_the_page_keeps_the_texts_of_few_visitors(narrow):
     blocks = ui.page(serving_of({"default": narrow}, ui=True))
     assert blocks.state_session_capacity == 32
     assert blocks._queue.max_size == 32
+
+
+@pytest.fixture(scope="module")
+def chatting():
+    ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)
+    with running(serving_of({"default": ensemble}, ui=True)) as found:
+        yield found
+
+
+def test_a_conversation_remembers_what_was_said(browser, chatting):
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"{chatting}/ui")
+    box = page.locator("textarea[data-testid=textbox]").first
+    for text, count in (("And the king said", 1), ("In the beginning", 2)):
+        box.fill(text)
+        box.press("Enter")
+        expect(page.locator("#chatbot .bot.message")).to_have_count(count, timeout=PATIENCE)
+    expect(page.locator("#chatbot .user.message")).to_have_count(2)
+    page.screenshot(path=SHOTS / "chat.png")
+    page.close()

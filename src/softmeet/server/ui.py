@@ -31,6 +31,7 @@ from softmeet.server.refusals import refusal
 from softmeet.server.schemas import CompletionRequest, Extension
 from softmeet.server.sequences import unused
 from softmeet.server.serving import Serving
+from softmeet.server.ui_chat import conversation, is_for_chats
 from softmeet.server.ui_html import LEGEND, Report, alert, details_of, resource, text_of
 
 _log = logging.getLogger("softmeet.server")
@@ -137,68 +138,77 @@ def page(serving: Serving) -> gr.Blocks:
         serving: the ensembles and the batcher that the page generates with, in this process; the batcher has to be
             started before the page is used, as the lifespan of :func:`softmeet.server.app.create_app` does.
     """
-    first, choose = serving.ensembles.find(None), resource("page.js")
-    own = _controls(first)
-    free = {name: name in serving.settings.allowed for name in own}
     with gr.Blocks(title="softmeet: look inside", analytics_enabled=False) as blocks:
         blocks.state_session_capacity = _SESSIONS
         gr.HTML(_TITLE, elem_classes="head")
-        with gr.Row():
-            with gr.Column(scale=3):
-                prompt = gr.Textbox(_EXAMPLE, label="Prompt", lines=4, max_lines=12, elem_id="prompt")
-            with gr.Column(scale=2, min_width=260):
-                names = [s.name for s in serving.ensembles]
-                name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
-                members = gr.CheckboxGroup(
-                    own["members"],
-                    value=own["members"],
-                    label="Members",
-                    interactive=free["members"],
-                    elem_id="members",
-                )
-        with gr.Row():
-            rules = _rules(first)
-            rule = gr.Dropdown(rules, value=own["rule"], label="Rule", interactive=free["rule"], elem_id="rule")
-            other = gr.Dropdown(
-                [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
-            )
-            most = max(min(4, serving.settings.max_trust), own["trust"])
-            trust = gr.Slider(0, most, own["trust"], step=0.05, label="Trust", interactive=free["trust"])
-        with gr.Accordion("Sampling", open=False), gr.Row():
-            contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
-            longest = min(200, serving.settings.max_tokens, *contexts)
-            length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
-            temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
-            seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
-        with gr.Row():
-            go = gr.Button("Generate", variant="primary", elem_id="go", scale=4)
-            stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
-        trouble = gr.HTML(elem_id="trouble", visible=False)
-        gr.HTML(LEGEND)
-        with gr.Row(equal_height=True):
-            left = gr.HTML(elem_id="left", elem_classes="panel", js_on_load=choose, min_height=150)
-            right = gr.HTML(elem_id="right", elem_classes="panel", js_on_load=choose, visible=False)
-        details = gr.HTML(_HINT, elem_id="details", elem_classes="panel")
-        sides = gr.State([])
-
-        async def run(*given: Any) -> AsyncIterator[Any]:
-            async for picture in _pictures(serving, *given):
-                yield picture
-
-        inputs = [prompt, name, members, rule, other, trust, length, temperature, seed]
-        outputs = [left, right, details, trouble, sides]
-        started = gr.on(
-            [go.click, prompt.submit], run, inputs, outputs, concurrency_limit=None, show_progress="hidden",
-            trigger_mode="once",
-        )  # fmt: skip
-        stop.click(None, cancels=[started])
-        for k, side in enumerate((left, right)):
-            side.click(_choosing(k), [sides], [details], show_progress="hidden", concurrency_limit=None, queue=False)
-        name.change(
-            lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, other, trust], queue=False
-        )
+        with gr.Tabs(selected="chat" if is_for_chats(serving) else "inside"):
+            with gr.Tab("Chat", id="chat"):
+                conversation(serving)
+            with gr.Tab("Look inside", id="inside"):
+                _inside(serving)
     blocks.queue(max_size=_RUNS)
     return blocks
+
+
+def _inside(serving: Serving) -> None:
+    """Add a text whose tokens can be looked behind to the Gradio blocks that are being built."""
+    first, choose = serving.ensembles.find(None), resource("page.js")
+    own = _controls(first)
+    free = {name: name in serving.settings.allowed for name in own}
+    with gr.Row():
+        with gr.Column(scale=3):
+            prompt = gr.Textbox(_EXAMPLE, label="Prompt", lines=4, max_lines=12, elem_id="prompt")
+        with gr.Column(scale=2, min_width=260):
+            names = [s.name for s in serving.ensembles]
+            name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
+            members = gr.CheckboxGroup(
+                own["members"],
+                value=own["members"],
+                label="Members",
+                interactive=free["members"],
+                elem_id="members",
+            )
+    with gr.Row():
+        rules = _rules(first)
+        rule = gr.Dropdown(rules, value=own["rule"], label="Rule", interactive=free["rule"], elem_id="rule")
+        other = gr.Dropdown(
+            [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
+        )
+        most = max(min(4, serving.settings.max_trust), own["trust"])
+        trust = gr.Slider(0, most, own["trust"], step=0.05, label="Trust", interactive=free["trust"])
+    with gr.Accordion("Sampling", open=False), gr.Row():
+        contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
+        longest = min(200, serving.settings.max_tokens, *contexts)
+        length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
+        temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
+        seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
+    with gr.Row():
+        go = gr.Button("Generate", variant="primary", elem_id="go", scale=4)
+        stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
+    trouble = gr.HTML(elem_id="trouble", visible=False)
+    gr.HTML(LEGEND)
+    with gr.Row(equal_height=True):
+        left = gr.HTML(elem_id="left", elem_classes="panel", js_on_load=choose, min_height=150)
+        right = gr.HTML(elem_id="right", elem_classes="panel", js_on_load=choose, visible=False)
+    details = gr.HTML(_HINT, elem_id="details", elem_classes="panel")
+    sides = gr.State([])
+
+    async def run(*given: Any) -> AsyncIterator[Any]:
+        async for picture in _pictures(serving, *given):
+            yield picture
+
+    inputs = [prompt, name, members, rule, other, trust, length, temperature, seed]
+    outputs = [left, right, details, trouble, sides]
+    started = gr.on(
+        [go.click, prompt.submit], run, inputs, outputs, concurrency_limit=None, show_progress="hidden",
+        trigger_mode="once",
+    )  # fmt: skip
+    stop.click(None, cancels=[started])
+    for k, side in enumerate((left, right)):
+        side.click(_choosing(k), [sides], [details], show_progress="hidden", concurrency_limit=None, queue=False)
+    name.change(
+        lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, other, trust], queue=False
+    )
 
 
 def _controls(served: Served) -> dict[str, Any]:

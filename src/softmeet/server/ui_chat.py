@@ -1,0 +1,103 @@
+"""The page's conversation: what a visitor says, and what the ensemble answers."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import gradio as gr
+from pydantic import ValidationError
+
+from softmeet.errors import SoftmeetError
+from softmeet.hf.chat import chat_of
+from softmeet.server.answer import AnswerStream
+from softmeet.server.errors import RequestError
+from softmeet.server.refusals import refusal
+from softmeet.server.schemas import ChatRequest
+from softmeet.server.sequences import GenerationRequest
+from softmeet.server.serving import Serving
+
+# Seconds between two updates of an answer, and the most tokens of one.
+_FRAME, _LONGEST = 0.1, 2048
+
+
+def is_for_chats(serving: Serving) -> bool:
+    """Return whether all members of the first ensemble have a chat template of their own."""
+    chat = chat_of(serving.ensembles.find(None).ensemble.model)
+    return not (chat.missing or chat.plainly)
+
+
+def conversation(serving: Serving) -> None:
+    """Add a conversation with a server's ensembles to the Gradio blocks that are being built.
+
+    Args:
+        serving: the ensembles and the batcher that answers, in this process.
+    """
+    names = [s.name for s in serving.ensembles]
+    longest = min(_LONGEST, serving.settings.max_tokens)
+    own = [
+        gr.Dropdown(names, value=names[0], label="Ensemble", visible=len(names) > 1, render=False),
+        gr.Textbox(label="System message", lines=2, render=False, elem_id="system"),
+        gr.Slider(1, longest, min(512, longest), step=1, label="Most tokens of an answer", render=False),
+        gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", render=False),
+    ]
+
+    async def answer(text: str, history: list[Any], *chosen: Any) -> AsyncIterator[str]:
+        async for told in _answers(serving, text, history, *chosen):
+            yield told
+
+    gr.ChatInterface(
+        answer, additional_inputs=own, additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
+        chatbot=gr.Chatbot(elem_id="chatbot", height=480, render=False), concurrency_limit=None,
+        api_visibility="private", flagging_mode="never", analytics_enabled=False, show_progress="hidden",
+    )  # fmt: skip
+
+
+def turns(history: Sequence[Any], system: str, text: str) -> list[dict[str, str]]:
+    """Return a conversation as the API has it, from Gradio's history and a new message."""
+    before = [{"role": "system", "content": system}] if system.strip() else []
+    said = [{"role": one["role"], "content": _words(one["content"])} for one in history]
+    return [*before, *(one for one in said if one["content"]), {"role": "user", "content": text}]
+
+
+def _words(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+
+
+async def _prepared(serving: Serving, given: dict[str, Any], told: list[dict[str, str]]) -> GenerationRequest:
+    """Return a request for an answer; where a context is full, the first turns are left out."""
+    while True:
+        try:
+            return await serving.prepare(ChatRequest.model_validate({**given, "messages": told}))
+        except RequestError as error:
+            first = sum(one["role"] == "system" for one in told)
+            if error.code != "context_length_exceeded" or len(told) - first < 3:
+                raise
+            told = told[:first] + told[first + 2 :]
+
+
+async def _answers(
+    serving: Serving, text: str, history: list[Any], name: str, system: str, longest: float, temperature: float
+) -> AsyncIterator[str]:
+    """Yield an answer as far as it has come, some times a second."""
+    given = {"model": name, "max_tokens": int(longest), "temperature": float(temperature)}
+    given["seed"] = secrets.randbits(32)
+    stream, said, shown = None, "", 0.0
+    try:
+        stream = AnswerStream(serving.batcher, await _prepared(serving, given, turns(history, system, text)))
+        async for delta in stream.deltas():
+            said += delta.text
+            if time.monotonic() - shown > _FRAME:
+                shown = time.monotonic()
+                yield said
+        yield said
+    except (SoftmeetError, ValidationError) as error:
+        found = refusal(error.errors()) if isinstance(error, ValidationError) else error
+        raise gr.Error(str(found), print_exception=False) from None
+    finally:
+        if stream is not None:
+            stream.cancel()
