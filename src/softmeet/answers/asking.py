@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,8 +55,8 @@ class Answered:
         id: of the question.
         answer: what was chosen or written.
         right: whether it is right.
-        seconds: how long it took, its share of a batch.
-        tokens: how many tokens were read or written for it, as the first member has them.
+        seconds: how long it took, its share of a batch; 0 if nobody knows.
+        tokens: how many tokens were read or written for it, as the first member has them; 0 if nobody knows.
         scores: of each option, what they are compared by; empty of an answer in words.
         doubt: how sure it is; None of what a decoder writes.
     """
@@ -64,8 +64,8 @@ class Answered:
     id: str
     answer: str
     right: bool
-    seconds: float
-    tokens: int
+    seconds: float = 0.0
+    tokens: int = 0
     scores: tuple[float, ...] = ()
     doubt: Doubt | None = None
 
@@ -107,7 +107,7 @@ class Asker:
             likely /= torch.tensor([len(option.strip().encode()) for option in options])
         ours, *members = likely.tolist()
         best = ascii_uppercase[max(range(len(ours)), key=ours.__getitem__)]
-        count = self._count(prompt + "".join(options))
+        count = count_tokens(self.ensemble, prompt + "".join(options))
         return Answered(question.id, best, best == question.answer[0], 0.0, count, tuple(ours),
                         of_options(ours, members))  # fmt: skip
 
@@ -121,7 +121,9 @@ class Asker:
         for stop in stops:
             texts = [text.partition(stop)[0] for text in texts]
         return [
-            Answered(one.id, text, _is_right(self.form.how, text, one), 0.0, self._count(text), (), doubt)
+            Answered(
+                one.id, text, _is_right(self.form.how, text, one), 0.0, count_tokens(self.ensemble, text), (), doubt
+            )
             for one, text, doubt in zip(questions, texts, doubts, strict=True)
         ]
 
@@ -143,10 +145,11 @@ class Asker:
         count = self.writing.tokens * (1 if own == "max_new_tokens" else model.symbols_of_token)
         return {**self.more, own: count, "seed": self.writing.seed + number}
 
-    def _count(self, text: str) -> int:
-        """Return how many tokens a text has, without those that begin every text."""
-        own = self.ensemble.model.own_tokens
-        return len(own(text)[0]) - len(own("")[0])
+
+def count_tokens(ensemble: Ensemble, text: str) -> int:
+    """Return how many tokens a text has, as the first member has them, without those that begin every text."""
+    own = ensemble.model.own_tokens
+    return len(own(text)[0]) - len(own("")[0])
 
 
 def _table(found: Sequence[Likelihood]) -> Float[Tensor, "n options"]:
@@ -186,9 +189,24 @@ def _is_right(how: str, text: str, question: Question) -> bool:
     return extract.matches(text, question.answer)
 
 
+class Asked(Protocol):
+    """Whatever can be asked: it has an id of its own."""
+
+    @property
+    def id(self) -> str:
+        """Its name, which nothing else that is asked has."""
+
+
+class Answering(Protocol):
+    """Whoever answers."""
+
+    def ask(self, questions: Sequence[Any], number: int) -> list[Answered]:
+        """Answer a batch of questions, the one of this number."""
+
+
 def ask_all(
-    asker: Callable[[], Asker],
-    questions: Sequence[Question],
+    asker: Callable[[], Answering],
+    questions: Sequence[Asked],
     size: int,
     known: dict[str, Answered],
     keep: Callable[[Sequence[Answered]], None],

@@ -7,10 +7,11 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from softmeet.errors import InvalidInputError
 
+T = TypeVar("T")
 # Answers by the likelihood of options, and answers that are written.
 LIKELIHOODS = ("option", "option-byte", "option-unconditional", "letter")
 WRITTEN = ("number", "choice", "match", "code")
@@ -82,6 +83,18 @@ def _question(given: dict[str, Any], line: int) -> Question:
         str(given.get("id", line)), str(given["question"]), answers, choices, str(given.get("solution") or ""),
         str(given.get("subject") or ""), str(given.get("test") or ""), str(given.get("entry_point") or ""),
     )  # fmt: skip
+
+
+def spread(every: Sequence[T], limit: int | None) -> list[T]:
+    """Return so many of some things, evenly spread; all of them if ``limit`` is None or more than there are.
+
+    Example:
+        >>> spread("abcdef", 3), spread("ab", 5)
+        (['a', 'c', 'e'], ['a', 'b'])
+    """
+    size = len(every)
+    count = size if limit is None else min(size, limit)
+    return [every[k * size // count] for k in range(count)]
 
 
 def usual(questions: Sequence[Question]) -> str:
