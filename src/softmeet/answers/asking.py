@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
 from typing import Any, Protocol
@@ -89,20 +90,19 @@ class Asker:
     def ask(self, questions: Sequence[Question], number: int) -> list[Answered]:
         """Answer a batch of questions, the one of this number."""
         start = time.perf_counter()
-        chosen = self.form.how in LIKELIHOODS
-        try:
-            found = list(map(self._chosen, questions)) if chosen else self._written(questions, number)
-        except InvalidInputError as error:
-            those = ", ".join(one.id for one in questions)
-            raise InvalidInputError(f"{error} (among the questions {those})") from error
+        if self.form.how in LIKELIHOODS:
+            found = [self._chosen(one) for one in questions]
+        else:
+            found = self._written(questions, number)
         return [replace(one, seconds=(time.perf_counter() - start) / len(questions)) for one in found]
 
     def _chosen(self, question: Question) -> Answered:
         prompt, options = self.form.prompt(question), self.form.options(question)
         # Of the ensemble, and of each member: the log-probability of each option.
-        likely = _table(text_likelihoods(self.ensemble, prompt, options))
-        if self.form.how == "option-unconditional":
-            likely -= _table(text_likelihoods(self.ensemble, "Answer:", options))
+        with _naming([question]):
+            likely = _table(text_likelihoods(self.ensemble, prompt, options))
+            if self.form.how == "option-unconditional":
+                likely -= _table(text_likelihoods(self.ensemble, "Answer:", options))
         if self.form.how == "option-byte":
             likely /= torch.tensor([len(option.strip().encode()) for option in options])
         ours, *members = likely.tolist()
@@ -116,7 +116,9 @@ class Asker:
         told: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if self.writing.chat else list(prompts)
         stops = () if self.writing.chat else _STOPS[self.form.how]
         watch = None if "decoder" in self.more else Watch()
-        texts = self.ensemble.generate(told, **(self._drawn(watch, stops, number) if watch else self._decoded(number)))
+        given = self._drawn(watch, stops, number) if watch else self._decoded(number)
+        with _naming(questions):
+            texts = self.ensemble.generate(told, **given)
         doubts: list[Doubt | None] = [*watch.doubts()] if watch else [None] * len(texts)
         for stop in stops:
             texts = [text.partition(stop)[0] for text in texts]
@@ -144,6 +146,16 @@ class Asker:
         own = model.limit_of_symbols
         count = self.writing.tokens * (1 if own == "max_new_tokens" else model.symbols_of_token)
         return {**self.more, own: count, "seed": self.writing.seed + number}
+
+
+@contextmanager
+def _naming(questions: Sequence[Question]) -> Iterator[None]:
+    """Enter a context in which errors say which questions were asked."""
+    try:
+        yield
+    except InvalidInputError as error:
+        those = ", ".join(one.id for one in questions)
+        raise InvalidInputError(f"{error} ({'the question' if len(questions) == 1 else 'among'} {those})") from error
 
 
 def count_tokens(ensemble: Ensemble, text: str) -> int:

@@ -16,6 +16,8 @@ T = TypeVar("T")
 LIKELIHOODS = ("option", "option-byte", "option-unconditional", "letter")
 WRITTEN = ("number", "choice", "match", "code")
 HOW = (*LIKELIHOODS, *WRITTEN)
+# The most new tokens of an answer in words, where nothing else is asked for.
+TOKENS = {"number": 320, "choice": 32, "match": 32, "code": 384}
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,15 @@ class Form:
             return question.question
         others = [one for one in self.shots if one.question != question.question]
         examples = ([one for one in others if one.subject == question.subject] or others)[: self.count]
-        parts = [f"{self._asked(one)}{self._shown(one)}" for one in examples]
-        return "\n\n".join([*parts, self._asked(question)])
+        return "\n\n".join([*map(self.with_answer, examples), self._asked(question)])
+
+    def with_answer(self, question: Question) -> str:
+        """Return a question with its right answer, as examples show it."""
+        return (
+            question.question + question.answer[0]
+            if self.how == "code"
+            else (f"{self._asked(question)}{self._shown(question)}")
+        )
 
     def _asked(self, question: Question) -> str:
         listed = self.how in ("letter", "choice")

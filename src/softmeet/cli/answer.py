@@ -12,24 +12,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmeet import __version__
-from softmeet.answers.questions import HOW, LIKELIHOODS, Form, Question, read_questions, require_fit, spread, usual
+from softmeet.answers.questions import (
+    HOW,
+    LIKELIHOODS,
+    TOKENS,
+    Form,
+    Question,
+    read_questions,
+    require_fit,
+    spread,
+    usual,
+)
 from softmeet.cli import options
+from softmeet.cli.answer_tables import show
 from softmeet.cli.flags import Flags, argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress, working
-from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import ResultFlags, require_places
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
+from softmeet.members.names import require_there
 from softmeet.rules.frozen import unknown
 
 if TYPE_CHECKING:
     from softmeet.answers.asking import Answered, Answering, Asked, Writing
     from softmeet.answers.subjects import Subject
 
-# The most new tokens of an answer, where nothing else is asked for.
-_TOKENS = {"number": 320, "choice": 32, "match": 32, "code": 384}
 # How many examples stand before a question of a file.
 _SHOTS = 4
 
@@ -164,7 +173,9 @@ def answer(
 def _who(members: list[str] | None, ensembles: list[str] | None, instead: list[str] | None) -> list[Subject]:
     from softmeet.answers.subjects import subjects
 
-    return subjects(options.named(members), ensembles or [], instead or [])
+    found = subjects(options.named(members), ensembles or [], instead or [])
+    require_there(dict.fromkeys(line for one in found for line in one.members))
+    return found
 
 
 def _require_none(what: str, given: Mapping[str, Any]) -> None:
@@ -220,13 +231,16 @@ def _file(
     if put.how == "code" and not words.run_code:
         raise InvalidInputError("answers by code are judged by running what members write: allow that by --run-code")
     require_extra("answer", "eval", "scipy")
+    if put.how in LIKELIHOODS:
+        written = {"--max-new-tokens": words.max_new_tokens, "--temperature": words.temperature, "--chat": words.chat}
+        _require_none(f"answers by {put.how}, which are not written", written | {"--votes": words.votes})
     subjects = who()
     _require_likelihoods(subjects, f"answers by {put.how} need", put.how in LIKELIHOODS)
     from softmeet.answers.asking import Asker, Writing
     from softmeet.answers.votes import VOTED
 
     way = Writing(
-        words.max_new_tokens or _TOKENS.get(put.how, 0), words.temperature, words.seed, words.chat, words.batch
+        words.max_new_tokens or TOKENS.get(put.how, 0), words.temperature, words.seed, words.chat, words.batch
     )
     told = {"form": [put.how, put.count], "questions": _hash([*asked, *put.shots])}
 
@@ -329,48 +343,3 @@ def _loaded(one: Subject, loaded: dict[Any, Any]) -> Any:
 
 def _hash(questions: Sequence[Question]) -> str:
     return hashlib.sha256(writing.dumps([asdict(one) for one in questions]).encode()).hexdigest()
-
-
-def show(facts: dict[str, Any]) -> None:
-    """Print the figures of :func:`softmeet.answers.results.figures`."""
-    console, told = out(), any("seconds" in row for row in facts["rows"])
-    rows = [
-        (
-            _shown(row), _percent(row["right"], row["ci95"]),
-            _percent(row["against"]["delta"], row["against"]["ci95"], "+") if "against" in row else "the best member",
-            f"{row['against']['p']:.2g}" if "against" in row else "",
-            f"{row['seconds']:.2f}" if "seconds" in row else "", f"{row['tokens']:.0f}" if "tokens" in row else "",
-        )[: None if told else 4]
-        for row in facts["rows"]
-    ]  # fmt: skip
-    columns = ("", "right, %", "against the best member, %", "p", "s a question", "tokens a question")
-    print_table(console, columns if told else columns[:4], [rows], title=_title(facts))
-    console.print(
-        "Shares have Wilson's 95 % intervals, differences at the same questions Bonett's and Price's, and p is that of "
-        "McNemar's exact test. The best member is the best on these very questions."
-    )
-    doubts = [row for row in facts["rows"] if row.get("doubt")]
-    if doubts:
-        names = list(dict.fromkeys(name for row in doubts for name in row["doubt"]))
-        cells = [[_shown(row), *(_area(row["doubt"].get(name)) for name in names)] for row in doubts]
-        print_table(console, ["", *names], [cells], title="How well doubt tells wrong answers from right ones (AUROC)")
-
-
-def _title(facts: dict[str, Any]) -> str:
-    if "metrics" not in facts:
-        return f"{facts['questions']:,} questions, answered by {facts['how']}"
-    tasks, metrics = list(facts["metrics"]), ", ".join(dict.fromkeys(facts["metrics"].values()))
-    return f"{facts['questions']:,} questions of {tasks[0] if len(tasks) == 1 else f'{len(tasks)} tasks'}, by {metrics}"
-
-
-def _shown(row: dict[str, Any]) -> str:
-    return options.short(row["name"]) if "/" in row["name"] else str(row["name"])
-
-
-def _area(found: dict[str, Any] | None) -> str:
-    return "" if found is None else "{:.2f} [{:.2f}, {:.2f}]".format(found["auroc"], *found["ci95"])
-
-
-def _percent(share: float, interval: Sequence[float], sign: str = "") -> str:
-    mean, low, high = (f"{100 * x:{sign}.0f}" for x in (share, *interval))
-    return f"{mean} [{low}, {high}]"
