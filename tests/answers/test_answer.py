@@ -199,7 +199,7 @@ def test_a_model_in_place_of_all_is_neither_the_best_member_nor_any(folders):
         ]
         for one in who
     }
-    facts = figures(who, told)
+    facts = figures([one.name for one in who if one.is_member], told)
     assert facts["best_member"] == who[0].name
     assert facts["rows"][-1]["right"] == 0.5
     assert [row["name"] for row in facts["rows"]][3].startswith("instead: ")
@@ -208,7 +208,7 @@ def test_a_model_in_place_of_all_is_neither_the_best_member_nor_any(folders):
 def test_a_question_that_is_too_long_is_named(folders):
     ensemble = Ensemble.from_pretrained(folders, "logit-mean")
     long = Question("the long one", "the dog " * 5000, ("A",), ("a", "b"))
-    with pytest.raises(InvalidInputError, match="among the questions the long one"):
+    with pytest.raises(InvalidInputError, match="the question the long one"):
         Asker(ensemble, Form("option"), Writing()).ask([long], 0)
 
 
@@ -240,6 +240,9 @@ def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):
         (["-e", "both=gpt2 llama nothing"], "expected members and then a rule"),
         (["--answers", "/nowhere/a.jsonl"], "make /nowhere first"),
         (["--how", "match"], "are for questions without choices"),
+        (["--chat"], "--chat does not go with answers by option-byte, which are not written"),
+        (["--votes", "3"], "--votes does not go with answers by option-byte"),
+        (["-m", "no/where.gguf"], "cannot load no/where.gguf"),
     ],
 )
 def test_wrong_questions_are_refused_before_anything_is_loaded(more, message, folders, files, monkeypatch):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -55,8 +56,8 @@ class Answered:
         id: of the question.
         answer: what was chosen or written.
         right: whether it is right.
-        seconds: how long it took, its share of a batch.
-        tokens: how many tokens were read or written for it, as the first member has them.
+        seconds: how long it took, its share of a batch; 0 if nobody knows.
+        tokens: how many tokens were read or written for it, as the first member has them; 0 if nobody knows.
         scores: of each option, what they are compared by; empty of an answer in words.
         doubt: how sure it is; None of what a decoder writes.
     """
@@ -64,8 +65,8 @@ class Answered:
     id: str
     answer: str
     right: bool
-    seconds: float
-    tokens: int
+    seconds: float = 0.0
+    tokens: int = 0
     scores: tuple[float, ...] = ()
     doubt: Doubt | None = None
 
@@ -89,25 +90,24 @@ class Asker:
     def ask(self, questions: Sequence[Question], number: int) -> list[Answered]:
         """Answer a batch of questions, the one of this number."""
         start = time.perf_counter()
-        chosen = self.form.how in LIKELIHOODS
-        try:
-            found = list(map(self._chosen, questions)) if chosen else self._written(questions, number)
-        except InvalidInputError as error:
-            those = ", ".join(one.id for one in questions)
-            raise InvalidInputError(f"{error} (among the questions {those})") from error
+        if self.form.how in LIKELIHOODS:
+            found = [self._chosen(one) for one in questions]
+        else:
+            found = self._written(questions, number)
         return [replace(one, seconds=(time.perf_counter() - start) / len(questions)) for one in found]
 
     def _chosen(self, question: Question) -> Answered:
         prompt, options = self.form.prompt(question), self.form.options(question)
         # Of the ensemble, and of each member: the log-probability of each option.
-        likely = _table(text_likelihoods(self.ensemble, prompt, options))
-        if self.form.how == "option-unconditional":
-            likely -= _table(text_likelihoods(self.ensemble, "Answer:", options))
+        with _naming([question]):
+            likely = _table(text_likelihoods(self.ensemble, prompt, options))
+            if self.form.how == "option-unconditional":
+                likely -= _table(text_likelihoods(self.ensemble, "Answer:", options))
         if self.form.how == "option-byte":
             likely /= torch.tensor([len(option.strip().encode()) for option in options])
         ours, *members = likely.tolist()
         best = ascii_uppercase[max(range(len(ours)), key=ours.__getitem__)]
-        count = self._count(prompt + "".join(options))
+        count = count_tokens(self.ensemble, prompt + "".join(options))
         return Answered(question.id, best, best == question.answer[0], 0.0, count, tuple(ours),
                         of_options(ours, members))  # fmt: skip
 
@@ -116,12 +116,16 @@ class Asker:
         told: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if self.writing.chat else list(prompts)
         stops = () if self.writing.chat else _STOPS[self.form.how]
         watch = None if "decoder" in self.more else Watch()
-        texts = self.ensemble.generate(told, **(self._drawn(watch, stops, number) if watch else self._decoded(number)))
+        given = self._drawn(watch, stops, number) if watch else self._decoded(number)
+        with _naming(questions):
+            texts = self.ensemble.generate(told, **given)
         doubts: list[Doubt | None] = [*watch.doubts()] if watch else [None] * len(texts)
         for stop in stops:
             texts = [text.partition(stop)[0] for text in texts]
         return [
-            Answered(one.id, text, _is_right(self.form.how, text, one), 0.0, self._count(text), (), doubt)
+            Answered(
+                one.id, text, _is_right(self.form.how, text, one), 0.0, count_tokens(self.ensemble, text), (), doubt
+            )
             for one, text, doubt in zip(questions, texts, doubts, strict=True)
         ]
 
@@ -143,10 +147,21 @@ class Asker:
         count = self.writing.tokens * (1 if own == "max_new_tokens" else model.symbols_of_token)
         return {**self.more, own: count, "seed": self.writing.seed + number}
 
-    def _count(self, text: str) -> int:
-        """Return how many tokens a text has, without those that begin every text."""
-        own = self.ensemble.model.own_tokens
-        return len(own(text)[0]) - len(own("")[0])
+
+@contextmanager
+def _naming(questions: Sequence[Question]) -> Iterator[None]:
+    """Enter a context in which errors say which questions were asked."""
+    try:
+        yield
+    except InvalidInputError as error:
+        those = ", ".join(one.id for one in questions)
+        raise InvalidInputError(f"{error} ({'the question' if len(questions) == 1 else 'among'} {those})") from error
+
+
+def count_tokens(ensemble: Ensemble, text: str) -> int:
+    """Return how many tokens a text has, as the first member has them, without those that begin every text."""
+    own = ensemble.model.own_tokens
+    return len(own(text)[0]) - len(own("")[0])
 
 
 def _table(found: Sequence[Likelihood]) -> Float[Tensor, "n options"]:
@@ -186,9 +201,24 @@ def _is_right(how: str, text: str, question: Question) -> bool:
     return extract.matches(text, question.answer)
 
 
+class Asked(Protocol):
+    """Whatever can be asked: it has an id of its own."""
+
+    @property
+    def id(self) -> str:
+        """Its name, which nothing else that is asked has."""
+
+
+class Answering(Protocol):
+    """Whoever answers."""
+
+    def ask(self, questions: Sequence[Any], number: int) -> list[Answered]:
+        """Answer a batch of questions, the one of this number."""
+
+
 def ask_all(
-    asker: Callable[[], Asker],
-    questions: Sequence[Question],
+    asker: Callable[[], Answering],
+    questions: Sequence[Asked],
     size: int,
     known: dict[str, Answered],
     keep: Callable[[Sequence[Answered]], None],

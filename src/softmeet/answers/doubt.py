@@ -56,7 +56,8 @@ def of_options(ours: Sequence[float], members: Sequence[Sequence[float]]) -> Dou
 
 
 def _entropy(log_p: Float[Tensor, "*B v"]) -> Float[Tensor, "*B"]:
-    return torch.special.entr(log_p.exp()).sum(-1)
+    entropy: Tensor = torch.special.entr(log_p.exp()).sum(-1)
+    return entropy
 
 
 class Watch(Recorder):

@@ -7,14 +7,17 @@ import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from softmeet.errors import InvalidInputError
 
+T = TypeVar("T")
 # Answers by the likelihood of options, and answers that are written.
 LIKELIHOODS = ("option", "option-byte", "option-unconditional", "letter")
 WRITTEN = ("number", "choice", "match", "code")
 HOW = (*LIKELIHOODS, *WRITTEN)
+# The most new tokens of an answer in words, where nothing else is asked for.
+TOKENS = {"number": 320, "choice": 32, "match": 32, "code": 384}
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,18 @@ def _question(given: dict[str, Any], line: int) -> Question:
     )  # fmt: skip
 
 
+def spread(every: Sequence[T], limit: int | None) -> list[T]:
+    """Return so many of some things, evenly spread; all of them if ``limit`` is None or more than there are.
+
+    Example:
+        >>> spread("abcdef", 3), spread("ab", 5)
+        (['a', 'c', 'e'], ['a', 'b'])
+    """
+    size = len(every)
+    count = size if limit is None else min(size, limit)
+    return [every[k * size // count] for k in range(count)]
+
+
 def usual(questions: Sequence[Question]) -> str:
     """Return how questions are usually answered: by the likelihood of options, as code, numbers, or short texts."""
     if all(one.test for one in questions):
@@ -130,8 +145,15 @@ class Form:
             return question.question
         others = [one for one in self.shots if one.question != question.question]
         examples = ([one for one in others if one.subject == question.subject] or others)[: self.count]
-        parts = [f"{self._asked(one)}{self._shown(one)}" for one in examples]
-        return "\n\n".join([*parts, self._asked(question)])
+        return "\n\n".join([*map(self.with_answer, examples), self._asked(question)])
+
+    def with_answer(self, question: Question) -> str:
+        """Return a question with its right answer, as examples show it."""
+        return (
+            question.question + question.answer[0]
+            if self.how == "code"
+            else (f"{self._asked(question)}{self._shown(question)}")
+        )
 
     def _asked(self, question: Question) -> str:
         listed = self.how in ("letter", "choice")

@@ -9,26 +9,28 @@ from typing import Any
 
 from softmeet.answers.asking import Answered
 from softmeet.answers.rates import auroc, difference, mcnemar, predicted, rate
-from softmeet.answers.subjects import Subject
 
 # The row of questions that one member or another answers rightly.
 ANY = "any member"
 
 
-def figures(subjects: Sequence[Subject], answers: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
-    """Return the figures of all subjects, as JSON has them.
+def figures(members: Sequence[str], answers: Mapping[str, Sequence[Answered]]) -> dict[str, Any]:
+    """Return the figures of all who answered, as JSON has them.
 
     ``rows`` has for each ``name``, the share that is ``right``, its 95 % interval ``ci95`` (Wilson) and that of as many
-    other questions, ``predicted95``, ``seconds`` and ``tokens`` a question, and, of all but the best single member,
-    ``against``: the difference from it at the same questions with its interval (Bonett and Price) and McNemar's exact
-    ``p``. The best member is the best on these very questions, so the baseline is, if anything, too good. Where several
-    members were asked, a row ``any member`` has the questions that one of them answers rightly, which no ensemble is
-    expected to reach. ``doubt`` has for each measure of :class:`softmeet.answers.doubt.Doubt` the area under the ROC
-    curve for knowing that an answer is wrong
-    (:func:`softmeet.answers.rates.auroc`).
+    other questions, ``predicted95``, ``seconds`` and ``tokens`` a question where they are known, and, of all but the
+    best single member, ``against``: the difference from it at the same questions with its interval (Bonett and Price)
+    and McNemar's exact ``p``. The best member is the best on these very questions, so the baseline is, if anything, too
+    good. Where several members were asked, a row ``any member`` has the questions that one of them answers rightly,
+    which no ensemble is expected to reach. ``doubt`` has for each measure of :class:`softmeet.answers.doubt.Doubt` the
+    area under the ROC curve for knowing that an answer is wrong (:func:`softmeet.answers.rates.auroc`).
+
+    Args:
+        members: the names of those who are single members.
+        answers: by name the answers to the same questions, in the same order.
     """
     right = {name: [one.right for one in own] for name, own in answers.items()}
-    alone = [one.name for one in subjects if one.is_member and one.name in right]
+    alone = [name for name in members if name in right]
     best = max(alone, key=lambda name: sum(right[name]), default=None)
     rows = [_row(name, right, best) | _costs(answers[name]) | _doubts(answers[name]) for name in right]
     if len(alone) > 1:
@@ -65,6 +67,8 @@ def _row(name: str, right: Mapping[str, Sequence[bool]], best: str | None) -> di
 
 
 def _costs(answers: Sequence[Answered]) -> dict[str, Any]:
+    if not any(one.seconds for one in answers):
+        return {}
     return {"seconds": fmean(one.seconds for one in answers), "tokens": fmean(one.tokens for one in answers)}
 
 

@@ -7,11 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from softmeet.cli import options, texts
+from softmeet.answers.questions import Form
+from softmeet.cli import answer_tables, options, texts
+from softmeet.cli.answer import FormFlags
 from softmeet.cli.flags import argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, counted, difference, out, print_table
+from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 
 
@@ -37,6 +40,12 @@ def advise(
     named: list[str] | None = argument("The members, as -m takes them.", metavar="MEMBER..."),
     members: options.Members = None,
     source: AdvisedTextFlags,
+    questions: Path | None = optional(
+        "A file of questions, as softmeet answer takes it: right answers are then told beside bits, and without --text "
+        "the questions with their answers are the text.",
+        panel="Text",
+    ),
+    form: FormFlags,
     instead: list[str] | None = optional(
         "A single model that you could run in place of the members; what the same compute buys in it is measured. It "
         "can be repeated.",
@@ -68,11 +77,16 @@ def advise(
         require_ensemble_folder(saved)
     result.require(saved, html, saved and saved / "config.json")
     documents = source.documents() if source.text else None
+    asked, put = form.read(questions) if questions else ([], Form(""))
+    if put.how == "code":
+        raise InvalidInputError("advise runs no code that members write: ask such questions by softmeet answer")
     ensemble = loading.ensemble(options.named([*(named or ()), *(members or ())]))
+    from softmeet.answers.advised import documents_of, right_answers
     from softmeet.evaluation import advise as advising
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.verdict import figures
 
+    documents = documents_of(asked, put) if asked and documents is None else documents
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if documents is None:
             found = advising.own_documents(ensemble, source.tokens, begin)
@@ -85,7 +99,8 @@ def advise(
         advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
         for name in instead or ():
             advice.alternatives.append(advising.alternative(name, found, loading.arguments(), begin, bos=source.bos))
-    facts = figures(advice) | {"own_text": documents is None}
+        right = right_answers(advice, asked, put, {**loading.arguments(), "vocabulary": None}, begin) if asked else None
+    facts = figures(advice) | {"own_text": documents is None, "answers": right}
     result.report(facts, show)
     if html is not None:
         from softmeet.evaluation.page import page
@@ -122,6 +137,8 @@ def show(facts: dict[str, Any]) -> None:
     for caution in cautions(facts):
         console.print(caution, style="yellow", highlight=False)
     console.print(facts["says"])
+    if facts["answers"]:
+        answer_tables.show(facts["answers"])
 
 
 def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:

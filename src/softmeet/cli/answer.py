@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json as writing
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softmeet import __version__
-from softmeet.answers.questions import HOW, LIKELIHOODS, Form, Question, read_questions, require_fit, usual
+from softmeet.answers.questions import (
+    HOW,
+    LIKELIHOODS,
+    TOKENS,
+    Form,
+    Question,
+    read_questions,
+    require_fit,
+    spread,
+    usual,
+)
 from softmeet.cli import options
+from softmeet.cli.answer_tables import show
 from softmeet.cli.flags import Flags, argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress, working
-from softmeet.cli.tables import out, print_table
 from softmeet.cli.texts import ResultFlags, require_places
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
+from softmeet.members.names import require_there
 from softmeet.rules.frozen import unknown
 
 if TYPE_CHECKING:
-    from softmeet.answers.asking import Answered, Asker, Writing
+    from softmeet.answers.asking import Answered, Answering, Asked, Writing
     from softmeet.answers.subjects import Subject
 
-# The most new tokens of an answer, where nothing else is asked for.
-_TOKENS = {"number": 320, "choice": 32, "match": 32, "code": 384}
-# The temperature of answers that are voted on (Wang et al., Self-consistency, arXiv:2203.11171).
-_VOTING = 0.7
-# How far apart the seeds of votes are, of which each batch of questions has one.
-_APART = 1_000_003
-# The fewest and the most votes, where nobody says how many.
-_FEWEST, _MOST = 3, 64
+# How many examples stand before a question of a file.
+_SHOTS = 4
 
 
 class FormFlags(Flags, panel="Text"):
@@ -46,7 +53,11 @@ class FormFlags(Flags, panel="Text"):
         shown="option-byte with choices, code with tests, number if all answers are, else match",
     )
     shots: Path | None = optional("A file of questions from which examples are taken, first those of the same subject.")
-    count: int = flag(4, "With --shots, how many examples stand before each question.", min=0)
+    count: int | None = optional(
+        "With --shots, or in a task, how many examples stand before each question.",
+        shown="4; of a task its own number",
+        min=0,
+    )
     limit: int | None = at_least_one("Ask so many of the questions, evenly spread.", shown="all")
 
     def read(self, path: Path) -> tuple[list[Question], Form]:
@@ -61,9 +72,25 @@ class FormFlags(Flags, panel="Text"):
         if how not in HOW:
             raise unknown(f"unknown way to answer {how!r}", how, list(HOW))
         require_fit([*every, *examples], how)
-        size = len(every)
-        chosen = every if self.limit is None else [every[k * size // self.limit] for k in range(min(size, self.limit))]
-        return chosen, Form(how, tuple(examples), self.count if examples else 0)
+        count = _SHOTS if self.count is None else self.count
+        return spread(every, self.limit), Form(how, tuple(examples), count if examples else 0)
+
+
+class HarnessFlags(Flags, panel="Text"):
+    """Flags for tasks of the lm-evaluation-harness, and for what it has written."""
+
+    task: str | None = optional(
+        "Ask a task of the lm-evaluation-harness, or all tasks of a group, by its name: one that comes with the "
+        "harness, or of the folder of tasks in YAML that stands in place of QUESTIONS."
+    )
+    metric: str | None = optional(
+        "By which metric, of values 0 and 1, answers to a task are right: NAME or NAME,FILTER.",
+        shown="the first of acc_norm, acc and exact_match, else another",
+    )
+    from_lm_eval: list[Path] | None = optional(
+        "Ask nobody, but compare what lm_eval --log_samples --output_path OUT has written: OUT, a model's folder in "
+        "it, or a file samples_TASK_DATE.jsonl. It can be repeated."
+    )
 
 
 class WritingFlags(Flags, panel="Sampling"):
@@ -89,7 +116,8 @@ class WritingFlags(Flags, panel="Sampling"):
 def answer(
     *,
     questions: Path | None = argument(
-        "A file with a question in each line, JSON: id, question, answer, maybe choices."
+        "A file with a question in each line, JSON: id, question, answer, maybe choices. Or a folder of tasks of the "
+        "lm-evaluation-harness."
     ),
     members: options.Members = None,
     ensembles: list[str] | None = optional(
@@ -107,6 +135,7 @@ def answer(
         panel="Members",
     ),
     form: FormFlags,
+    harness: HarnessFlags,
     words: WritingFlags,
     answers: Path | None = optional("Write all answers to this file, in lines of JSON.", panel="Output"),
     result: ResultFlags,
@@ -119,109 +148,188 @@ def answer(
     Example: softmeet answer questions.jsonl -m A -m B -e 'both=A B logit-mean' --shots train.jsonl
     """
     record = Record()
-    if questions is None:
-        raise InvalidInputError("expected a file of questions: softmeet answer questions.jsonl -m A -m B")
     result.require(None, answers)
     require_places(answers)
-    if answers is not None and answers.resolve() in (questions.resolve(), result.as_json and result.as_json.resolve()):
+    if answers is not None and answers.resolve() in [path.resolve() for path in (questions, result.as_json) if path]:
         raise InvalidInputError(f"expected a file of its own for --answers, got {answers}, which is another's")
+    who = partial(_who, members, ensembles, instead)
+    if harness.from_lm_eval:
+        _require_none("--from-lm-eval, which asks nobody", {"-m": members, "-e": ensembles, "--instead": instead})
+        found = _compared(questions, harness, form, words, result)
+    else:
+        is_task = harness.task or (questions is not None and questions.is_dir())
+        asked = _task if is_task else _file
+        found = _asked(asked(questions, form, harness, words, who), words.votes, result)
+    figures = found.facts | {"run": {"softmeet": __version__, **found.told, **record.facts(found.seeds)}}
+    result.report(figures, show)
+    if answers is not None:
+        from softmeet.answers.results import lines
+
+        each = (f"{writing.dumps(one, ensure_ascii=False)}\n" for one in lines(found.answers))
+        answers.write_text("".join(each), "utf-8")
+        say(f"answers are in {answers}")
+
+
+def _who(members: list[str] | None, ensembles: list[str] | None, instead: list[str] | None) -> list[Subject]:
+    from softmeet.answers.subjects import subjects
+
+    found = subjects(options.named(members), ensembles or [], instead or [])
+    require_there(dict.fromkeys(line for one in found for line in one.members))
+    return found
+
+
+def _require_none(what: str, given: Mapping[str, Any]) -> None:
+    if stray := next((name for name, value in given.items() if value), None):
+        raise InvalidInputError(f"{stray} does not go with {what}: leave it out")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is asked of whom, and how.
+
+    Attributes:
+        asked: the questions.
+        who: everybody who is asked.
+        way: how answers are written.
+        told: what answers depend on beside these two, as JSON has it.
+        facts: what a table's reader has to know of it, as JSON has it.
+        answering: returns a loaded ensemble as one who answers.
+        voting: the way to answer, if there are votes on it.
+    """
+
+    asked: Sequence[Asked]
+    who: Sequence[Subject]
+    way: Writing
+    told: dict[str, Any]
+    facts: dict[str, Any]
+    answering: Callable[[Any, Writing, Subject], Answering]
+    voting: str | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What has come of it: figures and answers, what they depend on, and seeds."""
+
+    facts: dict[str, Any]
+    answers: Mapping[str, Sequence[Answered]]
+    told: dict[str, Any]
+    seeds: list[int]
+
+
+def _file(
+    questions: Path | None,
+    form: FormFlags,
+    harness: HarnessFlags,
+    words: WritingFlags,
+    who: Callable[[], list[Subject]],
+) -> _Work:
+    """Read a file of questions."""
+    if questions is None:
+        raise InvalidInputError("expected a file of questions: softmeet answer questions.jsonl -m A -m B")
+    _require_none("a file of questions", {"--metric": harness.metric})
     asked, put = form.read(questions)
     if put.how == "code" and not words.run_code:
         raise InvalidInputError("answers by code are judged by running what members write: allow that by --run-code")
     require_extra("answer", "eval", "scipy")
-    from softmeet.answers.subjects import subjects
-
-    who = subjects(options.named(members), ensembles or [], instead or [])
-    _require_likelihoods(who, put)
-    from softmeet.answers.asking import Writing
-    from softmeet.answers.results import figures, lines
+    if put.how in LIKELIHOODS:
+        written = {"--max-new-tokens": words.max_new_tokens, "--temperature": words.temperature, "--chat": words.chat}
+        _require_none(f"answers by {put.how}, which are not written", written | {"--votes": words.votes})
+    subjects = who()
+    _require_likelihoods(subjects, f"answers by {put.how} need", put.how in LIKELIHOODS)
+    from softmeet.answers.asking import Asker, Writing
     from softmeet.answers.votes import VOTED
 
-    how = Writing(
-        words.max_new_tokens or _TOKENS.get(put.how, 0), words.temperature, words.seed, words.chat, words.batch
+    way = Writing(
+        words.max_new_tokens or TOKENS.get(put.how, 0), words.temperature, words.seed, words.chat, words.batch
     )
-    told = {"form": [put.how, put.count], "writing": asdict(how), "questions": _hash([*asked, *put.shots])}
+    told = {"form": [put.how, put.count], "questions": _hash([*asked, *put.shots])}
+
+    def answering(ensemble: Any, way: Writing, one: Subject) -> Asker:
+        return Asker(ensemble, put, way, dict(one.writing))
+
+    return _Work(asked, subjects, way, told, {"how": put.how}, answering, put.how if put.how in VOTED else None)
+
+
+def _task(
+    folder: Path | None, form: FormFlags, harness: HarnessFlags, words: WritingFlags, who: Callable[[], list[Subject]]
+) -> _Work:
+    """Find a task of the harness, and its data."""
+    if folder is not None and not folder.is_dir():
+        raise InvalidInputError(f"expected a file of questions or --task, got both: {folder} is no folder of tasks")
+    own = {"--max-new-tokens": words.max_new_tokens, "--temperature": words.temperature, "--votes": words.votes}
+    _require_none("a task, which says itself how it is asked", {"--how": form.how, "--shots": form.shots, **own})
+    require_extra("answer", "eval", "scipy")
+    require_extra("a task", "lm-eval", "lm_eval")
+    subjects = who()
+    _require_likelihoods(subjects, "tasks of the lm-evaluation-harness need")
+    with working("reading the task"):
+        from softmeet.answers.asking import Writing
+        from softmeet.answers.harness import TaskAsker, find_tasks, require_one_template
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        tasks = find_tasks(harness.task, folder, count=form.count, metric=harness.metric, run_code=words.run_code)
+        for one in subjects if words.chat else ():
+            require_one_template(one.members)
+    asked = tasks.questions(form.limit)
+    told = {"metrics": tasks.written(), "questions": tasks.hash(asked)}
+    way = Writing(0, 0.0, words.seed, words.chat, words.batch)
+
+    def answering(ensemble: Any, way: Writing, one: Subject) -> TaskAsker:
+        return TaskAsker(ensemble, tasks, way)
+
+    return _Work(asked, subjects, way, told, {"how": "lm-eval", "metrics": tasks.written()}, answering)
+
+
+def _asked(work: _Work, votes: int | None, result: ResultFlags) -> _Found:
+    """Ask everybody."""
+    from softmeet.answers.results import figures
+    from softmeet.answers.room import Room
+
+    told, loaded = {**work.told, "writing": asdict(work.way)}, dict[Any, Any]()
+
+    def answering(one: Subject, way: Writing) -> Answering:
+        return work.answering(_loaded(one, loaded), way, one)
+
     with result.stoppable(), progress() as begin:
-        room = _Room(asked, put, told, result.resume, begin, {})
-        found = {one.name: room.ask(one, how, one.name) for one in who}
-        if words.votes != 0 and put.how in VOTED and any(len(one.members) > 1 for one in who):
-            found |= room.voted(who, found, how, words.votes)
-    run = {"softmeet": __version__, **told, **record.facts([how.seed] if how.temperature else [])}
-    facts = figures(who, found) | {"how": put.how, "run": run}
-    result.report(facts, show)
-    if answers is not None:
-        answers.write_text("".join(f"{writing.dumps(one, ensure_ascii=False)}\n" for one in lines(found)), "utf-8")
-        say(f"answers are in {answers}")
+        room = Room(work.asked, told, answering, result.resume, begin)
+        found = {one.name: room.ask(one, work.way, one.name) for one in work.who}
+        if votes != 0 and work.voting and any(len(one.members) > 1 for one in work.who):
+            found |= room.voted(work.who, found, work.way, work.voting, votes)
+    facts = figures([one.name for one in work.who if one.is_member], found) | work.facts
+    drawn = work.way.temperature or (work.voting is None and "metrics" in work.facts)
+    return _Found(facts, found, told, [work.way.seed] if drawn else [])
 
 
-@dataclass(frozen=True)
-class _Room:
-    """Where everybody is asked the same questions.
+def _compared(
+    questions: Path | None, harness: HarnessFlags, form: FormFlags, words: WritingFlags, result: ResultFlags
+) -> _Found:
+    """Read what the harness has written."""
+    asked = {"QUESTIONS": questions, "--task": harness.task, "--how": form.how, "--shots": form.shots}
+    later = {"--count": form.count, "--chat": words.chat, "--votes": words.votes, "--resume": result.resume}
+    _require_none("--from-lm-eval, which asks nobody", asked | later)
+    require_extra("answer", "eval", "scipy")
+    from softmeet.answers.results import figures
+    from softmeet.answers.samples import compare
 
-    Attributes:
-        asked: the questions.
-        put: how they are put.
-        told: what all answers depend on, as JSON has it.
-        resume: the folder in which they are kept; None for none.
-        begin: begins a piece of work on the terminal.
-        loaded: members that were loaded.
-    """
-
-    asked: Sequence[Question]
-    put: Form
-    told: dict[str, Any]
-    resume: Path | None
-    begin: Callable[[str, int, int | None], Callable[[int], None]]
-    loaded: dict[Any, Any]
-
-    def ask(self, one: Subject, way: Writing, title: str) -> list[Answered]:
-        """Have one subject answer, in this way."""
-        from softmeet.answers.asking import Asker, ask_all
-        from softmeet.answers.kept import Kept
-
-        kept = Kept(self.resume, {**self.told, "writing": asdict(way), "subject": one.facts()})
-        advance = self.begin(title, len(kept.answers), len(self.asked))
-
-        def keep(batch: Sequence[Answered]) -> None:
-            kept.keep(batch)
-            advance(len(batch))
-
-        def asker() -> Asker:
-            return Asker(_loaded(one, self.loaded), self.put, way, dict(one.writing))
-
-        return ask_all(asker, self.asked, way.batch, kept.answers, keep)
-
-    def voted(
-        self, who: Sequence[Subject], found: Mapping[str, Sequence[Answered]], how: Writing, count: int | None
-    ) -> dict[str, list[Answered]]:
-        """Have the best member answer several times, and return what most of its answers say, by a name."""
-        from softmeet.answers.results import figures
-        from softmeet.answers.votes import majority
-
-        name = figures(who, found)["best_member"]
-        best = next(one for one in who if one.name == name)
-        dearest = max(_seconds(found[one.name]) for one in who if len(one.members) > 1)
-        rounds: list[list[Answered]] = []
-        spent = 0.0
-        while len(rounds) < (count or _FEWEST) or (count is None and spent < dearest and len(rounds) < _MOST):
-            way = replace(how, temperature=_VOTING, seed=how.seed + _APART * (len(rounds) + 1))
-            rounds.append(self.ask(best, way, f"{name}, vote {len(rounds) + 1}"))
-            spent += _seconds(rounds[-1])
-        return {f"{name}, {len(rounds)} votes": majority(self.put.how, self.asked, rounds)}
+    paths = harness.from_lm_eval or []
+    found = compare(paths, harness.metric, form.limit)
+    if found.left_out:
+        say(f"questions that not all were asked are left out: {found.left_out:,}")
+    if found.reworded:
+        say(
+            "questions that were put to some in other words, as where examples or chat templates differ: "
+            f"{found.reworded:,}"
+        )
+    facts = {"how": "lm-eval", "metrics": found.metrics, "left_out": found.left_out, "reworded": found.reworded}
+    return _Found(figures(list(found.answers), found.answers) | facts, found.answers, {"paths": [*map(str, paths)]}, [])
 
 
-def _seconds(answers: Sequence[Answered]) -> float:
-    return sum(one.seconds for one in answers)
-
-
-def _require_likelihoods(who: Sequence[Subject], form: Form) -> None:
+def _require_likelihoods(who: Sequence[Subject], what: str, needed: bool = True) -> None:
     """Check, before anything is loaded, that everybody can be asked so."""
-    if form.how not in LIKELIHOODS:
-        return
-    for one in who:
+    for one in who if needed else ():
         if one.loading.get("vocabulary", "").startswith("union") or one.writing:
             raise InvalidInputError(
-                f"answers by {form.how} need the likelihood of a text, and {one.name} gives none: say --how choice"
+                f"{what} the likelihood of a text, and {one.name} gives none: ask a file of questions, by --how choice"
             )
 
 
@@ -235,41 +343,3 @@ def _loaded(one: Subject, loaded: dict[Any, Any]) -> Any:
 
 def _hash(questions: Sequence[Question]) -> str:
     return hashlib.sha256(writing.dumps([asdict(one) for one in questions]).encode()).hexdigest()
-
-
-def show(facts: dict[str, Any]) -> None:
-    """Print the figures of :func:`softmeet.answers.results.figures`."""
-    console = out()
-    rows = [
-        (
-            _shown(row), _percent(row["right"], row["ci95"]),
-            _percent(row["against"]["delta"], row["against"]["ci95"], "+") if "against" in row else "the best member",
-            f"{row['against']['p']:.2g}" if "against" in row else "",
-            f"{row['seconds']:.2f}" if "seconds" in row else "", f"{row['tokens']:.0f}" if "tokens" in row else "",
-        )
-        for row in facts["rows"]
-    ]  # fmt: skip
-    columns = ("", "right, %", "against the best member, %", "p", "s a question", "tokens a question")
-    print_table(console, columns, [rows], title=f"{facts['questions']:,} questions, answered by {facts['how']}")
-    console.print(
-        "Shares have Wilson's 95 % intervals, differences at the same questions Bonett's and Price's, and p is that of "
-        "McNemar's exact test. The best member is the best on these very questions."
-    )
-    doubts = [row for row in facts["rows"] if row.get("doubt")]
-    if doubts:
-        names = list(dict.fromkeys(name for row in doubts for name in row["doubt"]))
-        cells = [[_shown(row), *(_area(row["doubt"].get(name)) for name in names)] for row in doubts]
-        print_table(console, ["", *names], [cells], title="How well doubt tells wrong answers from right ones (AUROC)")
-
-
-def _shown(row: dict[str, Any]) -> str:
-    return options.short(row["name"]) if "/" in row["name"] else str(row["name"])
-
-
-def _area(found: dict[str, Any] | None) -> str:
-    return "" if found is None else "{:.2f} [{:.2f}, {:.2f}]".format(found["auroc"], *found["ci95"])
-
-
-def _percent(share: float, interval: Sequence[float], sign: str = "") -> str:
-    mean, low, high = (f"{100 * x:{sign}.0f}" for x in (share, *interval))
-    return f"{mean} [{low}, {high}]"

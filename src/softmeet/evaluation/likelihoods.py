@@ -49,21 +49,21 @@ def likelihoods(model: Any, pairs: Iterable[tuple[Sequence[int], Sequence[int]]]
 
 
 def _behind(model: Any, before: Sequence[int], texts: Sequence[Sequence[int]]) -> list[Likelihood]:
-    states = [
-        _read(model.readers_of_members[i], *model.before(i, before, ()), before, texts)
-        for i in range(len(model.members))
-    ]
+    states = list[Tensor]()
+    for i in range(len(model.members)):
+        own, skipped = model.before(i, before, ())
+        states.append(_read(model.readers_of_members[i], own, skipped, before, texts))
     every, found, start = torch.tensor([symbol for text in texts for symbol in text]), list[Tensor](), 0
     for members, solution in model.combiner.solve_in_chunks(states, resolved(model, model.settings)):
         told = torch.cat([solution.log_probs[None].to(members.dtype), members])
         targets = every[start : start + told.shape[1]].to(told.device)
-        own = told.gather(-1, targets.expand(len(told), -1)[..., None]).squeeze(-1).double()
-        found.append(torch.cat([own, (solution.log_probs.argmax(-1) == targets)[None]]).cpu())
+        likely = told.gather(-1, targets.expand(len(told), -1)[..., None]).squeeze(-1).double()
+        found.append(torch.cat([likely, (solution.log_probs.argmax(-1) == targets)[None]]).cpu())
         start += told.shape[1]
     sizes = [len(text) for text in texts]
     return [
-        Likelihood(float(own[0].sum()), bool(own[-1].all()), tuple(own[1:-1].sum(-1).tolist()))
-        for own in torch.cat(found, -1).split(sizes, -1)
+        Likelihood(float(one[0].sum()), bool(one[-1].all()), tuple(one[1:-1].sum(-1).tolist()))
+        for one in torch.cat(found, -1).split(sizes, -1)
     ]
 
 
