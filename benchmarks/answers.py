@@ -58,12 +58,15 @@ _FOUR = "four-prompts=QWEN15+prompt={work}/0.txt QWEN15+prompt={work}/1.txt QWEN
 _LETTERS = "--how letter --shots {data}/arc_challenge_validation.jsonl --count 4"
 SETS = {
     "ARC-C, letters": Asked(
-        "arc_challenge_validation.jsonl", "arc_challenge_test_200.jsonl", _LETTERS, _QWEN,
-        (*_PAIR, _FOUR + "QWEN15+prompt={work}/3.txt logit-mean"),
+        "arc_challenge_validation.jsonl", "arc_challenge_test_200.jsonl", _LETTERS, _QWEN, _PAIR,
     ),
     "PIQA": Asked(
         "piqa_200.jsonl", "piqa_300.jsonl", "--how option-byte", ("SMOLLM2", "GEMMA"),
         ("logit-mean=SMOLLM2 GEMMA logit-mean", "prob-mean=SMOLLM2 GEMMA prob-mean"), ("QWEN05",),
+    ),
+    "ARC-C, four sets of shots": Asked(
+        "arc_challenge_validation.jsonl", "arc_challenge_test_200.jsonl", "--how letter", (),
+        (_FOUR + "QWEN15+prompt={work}/3.txt logit-mean",), limit=100,
     ),
     "HumanEval": Asked("humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", _QWEN, _PAIR),
     "HumanEval, other tokenizers": Asked(
