@@ -96,7 +96,7 @@ class Architecture:
         examples: checkpoints of it that people know.
         brings: what its head has beside W, as the tiny configuration has it.
         refused: by the key of a column, why it is refused.
-        gguf: the cell of the column of GGUF files.
+        gguf: whether GGUF files of it are read: tested, untried or refused.
         real: which real weights were tried; empty for none.
     """
 
@@ -106,18 +106,17 @@ class Architecture:
     examples: str = ""
     brings: str = ""
     refused: Mapping[str, Refusal] = field(default_factory=dict)
-    gguf: str = "refused: transformers reads none"
+    gguf: str = "refused"
     real: str = ""
 
     def config(self) -> PreTrainedConfig:
         """Return the tiny configuration."""
         return AutoConfig.for_model(self.kind, **self.options)
 
-    def cell(self, column: Column) -> str:
-        """Return a cell of the table."""
-        if column.key in self.refused:
-            return f"refused: {self.refused[column.key].why}"
-        return f"tested: {self.brings}" if column.key == "head" and self.brings else "tested"
+    def label(self) -> str:
+        """Return its name as the page's list has it, with its kind and the checkpoints that people know."""
+        known = "" if self.examples in ("", self.name) else f": {self.examples}"
+        return f"{self.name} (`{self.kind}`{known})"
 
 
 _ALIBI = {"bytes": Refusal("ALiBi counts columns, not positions", "cannot be read by bytes")}
@@ -134,16 +133,6 @@ _WITHOUT_CACHE = {
 }  # fmt: skip
 _READ, _READ_BY_TESTS = "untried", "tested"
 _OWN = "bundled models"
-
-_GGUF = (
-    "a file of 32-bit weights that the test writes gives the model's own logits, and one of 8-bit weights (Q8_0) "
-    "logits near them. Where it says untried, transformers 5.24 has a reader that no test uses. Files of Qwen2.5-Coder "
-    "with 4-bit weights were read by hand, for [these figures](../theory/answers.md)"
-)
-_REAL = (
-    "which trained weights were run, by us: those that come with softmeet are run by the tests, the others gave the "
-    "figures of [vocabularies](../guides/vocabularies.md) and [answers](../theory/answers.md)"
-)
 
 ARCHITECTURES = (
     Architecture("GPT-2", "gpt2", _OLD, "GPT-2, DistilGPT-2", gguf=_READ, real=_OWN),
@@ -245,20 +234,45 @@ def page() -> str:
 
 
 def table() -> str:
-    """What the page says of each architecture: counts, a row for each, and the meanings of the columns."""
+    """What the page says: the counts, which architectures pass everything, what the others are refused, and why."""
     counts = [sum(one.key not in a.refused for a in ARCHITECTURES) for one in COLUMNS]
     count = ", ".join(f"{one.title} {n}" for one, n in zip(COLUMNS, counts, strict=True))
-    heads = ["architecture", "such as", *(one.title for one in COLUMNS), "GGUF", "real weights"]
-    rows = [
-        [f"{a.name} (`{a.kind}`)", a.examples, *map(a.cell, COLUMNS), a.gguf, a.real or "untried"]
-        for a in ARCHITECTURES
-    ]
-    meanings = [[one.title, one.meaning] for one in COLUMNS]
-    meanings += [["GGUF", _GGUF], ["real weights", _REAL]]
+    passing = "; ".join(a.label() for a in ARCHITECTURES if not a.refused)
+    refused: dict[str, list[str]] = {}
+    for a in ARCHITECTURES:
+        if a.refused:
+            refused.setdefault(_refusals(a), []).append(a.label())
+    rows = [["; ".join(labels), why] for why, labels in refused.items()]
     return (
-        f"Of {len(ARCHITECTURES)} architectures, so many passed: {count}.\n\n{_rows(heads, rows)}\n"
-        f"{_rows(['column', 'what is tested'], meanings)}\n"
+        f"Of {len(ARCHITECTURES)} architectures, so many pass: {count}.\n\n**These pass everything:** {passing}.\n\n"
+        f"**These are refused in part:**\n\n{_rows(['architectures', 'refused'], rows)}\n"
+        f"Heads have, beside W, {_grouped('brings')}.\n\n"
+        f"GGUF files: tested for {_named(gguf='tested')}; transformers 5.24 has a reader that no test uses for "
+        f"{_named(gguf='untried')}; it has none for the others.\n\n"
+        f"Trained weights that were run: {_grouped('real')}.\n\n"
+        f"{_rows(['column', 'what is tested'], [[one.title, one.meaning] for one in COLUMNS])}\n"
     )
+
+
+def _refusals(architecture: Architecture) -> str:
+    """Why an architecture is refused, and in which columns: those of one reason together."""
+    titles = {one.key: one.title for one in COLUMNS}
+    reasons: dict[str, list[str]] = {}
+    for key, refusal in architecture.refused.items():
+        reasons.setdefault(refusal.why, []).append(titles[key])
+    return "; ".join(f"{', '.join(found)}: {why}" for why, found in reasons.items())
+
+
+def _named(**wanted: str) -> str:
+    """The names of all architectures with these attributes."""
+    named = (a for a in ARCHITECTURES if all(getattr(a, key) == value for key, value in wanted.items()))
+    return ", ".join(a.name.replace(",", "") for a in named)
+
+
+def _grouped(attribute: str) -> str:
+    """Each value of an attribute with the names of the architectures that have it."""
+    values = dict.fromkeys(getattr(a, attribute) for a in ARCHITECTURES if getattr(a, attribute))
+    return "; ".join(f"{value}: {_named(**{attribute: value})}" for value in values)
 
 
 def _rows(heads: list[str], rows: list[list[str]]) -> str:
