@@ -15,7 +15,7 @@ from softmeet.hf.chat import chat_of
 from softmeet.server.answer import AnswerStream
 from softmeet.server.errors import RequestError
 from softmeet.server.refusals import refusal
-from softmeet.server.schemas import ChatRequest
+from softmeet.server.schemas import ChatRequest, Extension
 from softmeet.server.sequences import GenerationRequest
 from softmeet.server.serving import Serving
 
@@ -36,7 +36,9 @@ def conversation(serving: Serving) -> None:
         serving: the ensembles and the batcher that answers, in this process.
     """
     names = [s.name for s in serving.ensembles]
-    longest = min(_LONGEST, serving.settings.max_tokens)
+    # Half of a context is for what is asked.
+    rooms = [served.combination(Extension(), ()).room(0) // 2 for served in serving.ensembles]
+    longest = min(_LONGEST, serving.settings.max_tokens, *rooms)
     own = [
         gr.Dropdown(names, value=names[0], label="Ensemble", visible=len(names) > 1, render=False),
         gr.Textbox(label="System message", lines=2, render=False, elem_id="system"),
@@ -48,16 +50,17 @@ def conversation(serving: Serving) -> None:
         async for told in _answers(serving, text, history, *chosen):
             yield told
 
+    shown = gr.Chatbot(elem_id="chatbot", height=480, show_label=False, buttons=["copy"], render=False)
     gr.ChatInterface(
-        answer, additional_inputs=own, additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
-        chatbot=gr.Chatbot(elem_id="chatbot", height=480, render=False), concurrency_limit=None,
-        api_visibility="private", flagging_mode="never", analytics_enabled=False, show_progress="hidden",
+        answer, chatbot=shown, additional_inputs=own, concurrency_limit=None, api_visibility="private",
+        additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False), flagging_mode="never",
+        analytics_enabled=False, show_progress="hidden",
     )  # fmt: skip
 
 
-def turns(history: Sequence[Any], system: str, text: str) -> list[dict[str, str]]:
+def turns(history: Sequence[Any], system: str | None, text: str) -> list[dict[str, str]]:
     """Return a conversation as the API has it, from Gradio's history and a new message."""
-    before = [{"role": "system", "content": system}] if system.strip() else []
+    before = [{"role": "system", "content": system}] if (system or "").strip() else []
     said = [{"role": one["role"], "content": _words(one["content"])} for one in history]
     return [*before, *(one for one in said if one["content"]), {"role": "user", "content": text}]
 
@@ -81,7 +84,7 @@ async def _prepared(serving: Serving, given: dict[str, Any], told: list[dict[str
 
 
 async def _answers(
-    serving: Serving, text: str, history: list[Any], name: str, system: str, longest: float, temperature: float
+    serving: Serving, text: str, history: list[Any], name: str, system: str | None, longest: float, temperature: float
 ) -> AsyncIterator[str]:
     """Yield an answer as far as it has come, some times a second."""
     given = {"model": name, "max_tokens": int(longest), "temperature": float(temperature)}
