@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _OF_A_RULE = "it is an option of a rule, --rule NAME:{}=…"
 _OF_A_FILE = "it is said behind a GGUF file: file.gguf+{}=N"
@@ -59,8 +60,19 @@ def today(message: str) -> str:
     return ""
 
 
-def said(message: str) -> str:
-    """Return what was wrong with the words of a command, with what is meant in place of words that look alike."""
+def said(message: str, words: Sequence[str] = ()) -> str:
+    """Return what was wrong with the words of a command, with what is meant in place of words that look alike.
+
+    Args:
+        message: as of :func:`today`.
+        words: those of the command line.
+    """
+    # Of -ngl click says that there is no -n.
+    short = re.match(r"no such option: -(\w)$", message)
+    begun = f"-{short.group(1)}" if short else "--"
+    for word in words:
+        if word.startswith(begun) and word[1:] in _OPTIONS:
+            message = f"no such option: {word}"
     meant = today(message)
     # Behind the word stand those that click finds like it, which may mean anything.
     return f"{re.split(r' [(]Possible options|[.] Did you mean', message)[0] if meant else message}{meant}"

@@ -80,7 +80,7 @@ def grouped(parameters: Iterable[Any]) -> list[tuple[str, list[Any]]]:
 def spelling(parameter: Any) -> str:
     """Return how a parameter is typed, such as ``-m, --member TEXT``, ``--ui/--no-ui`` or ``[PROMPTS]...``."""
     if parameter.param_type_name == "argument":
-        name = parameter.name.upper() + "..." * (parameter.nargs == -1)
+        name = parameter.metavar or parameter.name.upper() + "..." * (parameter.nargs == -1)
         return name if parameter.required else f"[{name}]"
     names = "/".join([", ".join(sorted(parameter.opts, key=len)), *parameter.secondary_opts])
     return names if parameter.is_flag else f"{names} {parameter.metavar or 'TEXT'}"

@@ -157,7 +157,7 @@ def _misused(error: Any) -> int:
     path = error.ctx.command_path if getattr(error, "ctx", None) else "softmeet"
     message = error.format_message().rstrip(".")
     message = f"{message[:1].lower()}{message[1:]}"
-    return _fail(f"{said(message)}; see {path} --help")
+    return _fail(f"{said(message, sys.argv)}; see {path} --help")
 
 
 def _fail(message: str) -> int:
