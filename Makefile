@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo docs figures test test-slow soak bench check format lint clean
+.PHONY: install demo docs figures test test-slow soak bench check format lint clean
+
+install: $(VENV)/.local ## Install softmeet, GGUF files, the server and its page into .venv.
 
 demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundled members.
 	@echo "loading softmeet and torch"
@@ -74,6 +76,12 @@ define install
 while kill -0 $$pip 2>/dev/null; do printf .; sleep 3; done; echo; wait $$pip
 @touch $@
 endef
+
+# torch for CUDA has some GB: without such a GPU, that for CPUs is tried first.
+$(VENV)/.local: pyproject.toml zoo/pyproject.toml | $(BIN)/python
+	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --retries 0 --timeout 10 \
+	  --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || true
+	$(call install,local,--no-compile)
 
 # Compiling all of every package would take half of the time; Python compiles what the demo imports when it first does.
 $(VENV)/.demo: pyproject.toml zoo/pyproject.toml | $(BIN)/python

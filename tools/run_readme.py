@@ -1,15 +1,15 @@
 """Run the README's shell commands as printed, from a fresh clone, without network: python tools/run_readme.py FOLDER.
 
-The first command, which clones, is replaced with a clone of this repository into FOLDER, which is left there. Models
-of the Hub are stood in for by bundled ones, put into a cache of their own. ``softmeet serve`` is asked for its models,
-and then stopped. ``make test`` is left to those who run this.
+The first command, which clones, is replaced with a clone of this repository into FOLDER, which is left there; what is
+said behind ``&&`` holds for the commands after it. Bundled models stand in for its GGUF files. ``softmeet chat`` is
+told a line, and ``softmeet serve`` is asked for its models, and then stopped. ``make test`` is left to those who run
+this.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -18,8 +18,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SERVER = "http://127.0.0.1:8000"
-# The models of the Hub that the README names; the two members of the bundled family mixed stand in for them.
-FROM_THE_HUB = ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-Coder-0.5B")
+# The GGUF files that the README names, and the bundled models that stand in for them.
+FILES = {"a.gguf": "mixed/gpt2", "b.gguf": "mixed/llama"}
+_WRITE = """
+import sys
+sys.path.insert(0, "tests")
+import gguf_files
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from softmeet.members.zoo import locate
+model, tokenizer = (kind.from_pretrained(locate(sys.argv[1])) for kind in (AutoModelForCausalLM, AutoTokenizer))
+gguf_files.write(sys.argv[2], model, tokenizer)
+"""
 
 
 def commands(page: str) -> list[str]:
@@ -29,14 +38,11 @@ def commands(page: str) -> list[str]:
     return [re.sub(r"\s+# .*", "", line) for line in lines]
 
 
-def stand_in(cache: Path) -> None:
-    """Put the stand-ins where the Hub's client looks for models that it has fetched before."""
-    members = sorted(path.parent for path in (ROOT / "zoo" / "softmeet_zoo" / "mixed").glob("*/config.json"))
-    for name, member in zip(FROM_THE_HUB, members, strict=True):
-        repository, commit = cache / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
-        shutil.copytree(member, repository / "snapshots" / commit)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(commit)
+def stand_in(folder: Path, environment: dict[str, str]) -> None:
+    """Write the stand-ins for GGUF files, by the clone's own environment."""
+    for file, member in FILES.items():
+        command = [str(folder / ".venv" / "bin" / "python"), "-c", _WRITE, member, file]
+        subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
 def serve(script: str, environment: dict[str, str]) -> None:
@@ -65,21 +71,27 @@ def main(folder: Path) -> None:
     if not clone.startswith("git clone "):
         raise SystemExit(f"expected the README's first command to clone, got {clone}")
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    stand_in(folder.with_name(f"{folder.name}-hub"))
     left_out = ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     environment["PATH"] = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if ".venv" not in p)
     environment |= {"HF_HOME": str(folder.with_name(f"{folder.name}-hub")), "HF_HUB_OFFLINE": "1"}
     before = [f"cd {folder}"]
+    (folder / "mine.txt").write_text((folder / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     for command in others:
         print(f"\n$ {command}", flush=True)
         started = time.monotonic()
-        if command.startswith(". "):  # holds for the commands after it
-            before.append(command)
-        elif command.startswith("softmeet serve"):
-            serve("\n".join([*before, f"exec {command}"]), environment)
-        elif command != "make test":
-            subprocess.run(["bash", "-euc", "\n".join([*before, command])], env=environment, check=True)
+        does, _, after = command.partition(" && ")
+        if does.startswith("softmeet serve"):
+            serve("\n".join([*before, f"exec {does}"]), environment)
+        elif does != "make test":
+            script = "\n".join([*before, does])
+            subprocess.run(
+                ["bash", "-euc", script], env=environment, check=True, input="And the king said\n", text=True
+            )
+        if after:  # holds for the commands after it
+            before.append(after)
+        if does == "make install":
+            stand_in(folder, environment)
         print(f"({time.monotonic() - started:.0f} s)", flush=True)
 
 

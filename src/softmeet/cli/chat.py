@@ -28,7 +28,7 @@ Piece = tuple[str, list[float]]
 # What answers are drawn with, unless it is said otherwise.
 _TEMPERATURE, _TOKENS = 0.7, 1024
 # The colours of members, in order, by --colors.
-_COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
+COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
 
 class Conversation:
@@ -71,7 +71,7 @@ class Conversation:
         self.turns.append({"role": "user", "content": text})
         said = ""
         try:
-            for piece, nats in self._written():
+            for piece, nats in self._answered():
                 said += piece
                 yield piece, nats
         except BaseException:
@@ -82,7 +82,7 @@ class Conversation:
             if said:
                 self.turns.append({"role": "assistant", "content": said})
 
-    def _written(self) -> Iterator[Piece]:
+    def _answered(self) -> Iterator[Piece]:
         forgotten = 0
         while True:
             try:
@@ -140,11 +140,11 @@ def chat(
     ensemble = loading.ensemble(every or None, settings, to_write=True)
     _take_templates(ensemble)
     talk = Conversation(
-        partial(_written, ensemble, sampling.arguments(), colors), system,
+        partial(written, ensemble, sampling.arguments(), colors), system,
         lambda count: say(f"the first {count} turns no longer fit into a member's context, and are forgotten"),
     )  # fmt: skip
     if colors:
-        shown = zip(_COLORS, ensemble.names, strict=False)
+        shown = zip(COLORS, ensemble.names, strict=False)
         out().print(Text.assemble(*((f"{options.short(name)}  ", color) for color, name in shown)))
     if sys.stdin.isatty():
         say("/help says what can be typed")
@@ -154,7 +154,7 @@ def chat(
             _print_answer(talk, text, colors=colors)
 
 
-def _written(ensemble: Ensemble, arguments: dict[str, Any], colors: bool, turns: Any) -> Iterator[Piece]:
+def written(ensemble: Ensemble, arguments: dict[str, Any], colors: bool, turns: Any) -> Iterator[Piece]:
     """Stream an answer to turns, with what each member makes of it where colours are asked for."""
     if not colors:
         yield from ((piece, []) for piece in ensemble.stream(turns, **arguments))
@@ -211,7 +211,7 @@ def _print_answer(talk: Conversation, text: str, *, colors: bool) -> None:
     console, pieces = out(), talk.answer(text)
     try:
         for piece, nats in pieces:
-            nearest = _COLORS[nats.index(min(nats)) % len(_COLORS)] if colors and nats else ""
+            nearest = COLORS[nats.index(min(nats)) % len(COLORS)] if colors and nats else ""
             console.print(Text(piece, style=nearest), end="", soft_wrap=True)
             console.file.flush()
     except KeyboardInterrupt:
