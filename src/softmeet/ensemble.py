@@ -28,6 +28,7 @@ from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible
 from softmeet.hf.streaming import DisagreementStreamer, PieceStreamer, streamed
+from softmeet.hf.unequal import warn_of_unequal
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
 from softmeet.members import zoo
@@ -88,8 +89,7 @@ class Ensemble:
         Args:
             members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
                 adapter, a prompt and so on behind it, or as a :class:`softmeet.Member`; or one saved ensemble.
-            rule: a name, with options as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`; ``meet``
-                by default.
+            rule: ``meet`` by default; a name, as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
             dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.
             device: None for CPU, a device, ``"auto"`` to let accelerate decide, or a dict with a device, ``"cpu"`` or
                 ``"disk"`` for each module by name; one for all members or one each. Members on different devices run at
@@ -99,13 +99,12 @@ class Ensemble:
             on_progress: called with each member's name before the member is loaded.
             loaded: a dict, at first empty, to pass to several calls, which add members to it and load none twice.
             vocabulary: ``"tokens"`` to combine distributions over tokens, for members with the same tokenizer up to
-                padding and added tokens; ``"bytes"`` over bytes; ``"auto"``, the default, for bytes if tokenizers
-                differ, which is logged. Over bytes the rule must be an average,
-                ``logit-mean`` by default, and ``max_new_tokens`` counts the first member's tokens. ``"union"`` for the
-                union of their tokens, to write alone, by ``prob-mean`` by default, ``"union:k=10"`` for each one's ten
-                likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code has it.
-            prune: over bytes, the least share of probability mass at which a member runs on an alternative
-                tokenization of the text; 0 to run on all of them, 0.01 by default.
+                padding and added tokens; ``"bytes"`` over bytes, by ``logit-mean`` unless a rule that reads no heads is
+                named, where ``max_new_tokens`` counts the first member's tokens; ``"auto"``, the default, for bytes if
+                tokenizers differ, which is logged; ``"union"`` for the union of their tokens, to write alone, by
+                ``prob-mean`` by default, ``"union:k=10"`` for each one's ten likeliest; ``"union:as=gac"`` and
+                ``"union:k=10:as=unite"`` as their authors' code has it.
+            prune: over bytes, the least share of probability mass, by default 0.01, at which another tokenization runs.
             prefixes: for each member the token ids that it reads before every text; None for its tokenizer's.
             settings: the fields of :class:`softmeet.Settings`, and options of the rule; the gate of a new ensemble is
                 ``auto`` by default.
@@ -114,8 +113,7 @@ class Ensemble:
             InvalidInputError: if a setting is wrong, or no member is named.
             CheckpointError: if a member cannot be loaded.
             VocabularyMismatchError: if the tokenizers differ; over bytes, if one of them cannot be read by bytes.
-            UnsupportedHeadError: if the rule reads heads, and a member's cannot be read, as quantised ones, or the
-                ensemble is over bytes.
+            UnsupportedHeadError: if the rule reads heads, and one is quantised, or the ensemble is over bytes.
 
         Example:
             >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
@@ -148,6 +146,8 @@ class Ensemble:
             names, **loading, offload_folder=offload_folder, on_progress=on_progress,
             on_loaded=reading(config, any_average=any_average), loaded=loaded,
         )  # fmt: skip
+        if saved is None:
+            warn_of_unequal(names, models, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
         return cls(model, model.tokenizer)
 

@@ -100,6 +100,7 @@ class LlamaModel:
         v: the number of tokens.
         can_crop: whether a text can be taken back, as of models without recurrent layers.
         bytes: of all weights.
+        parameters: the number of all weights.
 
     Raises:
         CheckpointError: if llama.cpp is not installed, or cannot load the file.
@@ -124,6 +125,7 @@ class LlamaModel:
         self._vocabulary, self._ends = vocabulary, call.llama_vocab_is_eog
         self.can_crop = not (call.llama_model_is_recurrent(found) or call.llama_model_is_hybrid(found))
         self.bytes = int(call.llama_model_size(found))
+        self.parameters = int(call.llama_model_n_params(found))
         self._unpacks = file.is_of_k_quants and not options.use_extra_bufts and not gpu_layers
 
     def ends(self, among: Iterable[int]) -> frozenset[int]:

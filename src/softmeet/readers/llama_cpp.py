@@ -79,7 +79,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             bound=_COARSE if self.file.is_quantised else 1e-3, rows=MOST_ROWS, places=("cpu",), cost=self._model.bytes,
             row_cost=_ROW_COST,
         )  # fmt: skip
-        self._cells = LlamaContext(self._model, self._context)
+        self._cells, self.parameters = LlamaContext(self._model, self._context), self._model.parameters
         self._free = list(range(self._cells.rows))
         self._prefixes = PrefixCache[tuple[int, ...]](_KEPT, weakly(self._forget))
         self._kept = dict[tuple[int, ...], int]()

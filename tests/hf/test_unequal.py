@@ -1,0 +1,43 @@
+"""A warning where members of different size get equal weights."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from softmeet import Ensemble
+from softmeet.hf import unequal
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two members, the first with some more parameters than the second."""
+    folder = tmp_path_factory.mktemp("members")
+    found = [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+    sizes = [unequal.parameters(Ensemble.from_pretrained([str(one)], "logit-mean").model.members[0]) for one in found]
+    return [str(one) for _, one in sorted(zip(sizes, found, strict=True), reverse=True)], max(sizes) / min(sizes)
+
+
+@pytest.mark.parametrize(
+    ("given", "tiny_size", "ratio", "warned"),
+    [({}, 1, 1.0, True), ({"weights": [0.7, 0.3]}, 1, 1.0, False), ({}, 10**9, 1.0, False), ({}, 1, 1.01, False)],
+)
+def test_equal_weights_of_unequal_members_are_warned_of(given, tiny_size, ratio, warned, folders, monkeypatch, caplog):
+    names, apart = folders
+    monkeypatch.setattr(unequal, "_TINY", tiny_size)
+    monkeypatch.setattr(unequal, "_RATIO", apart * ratio)
+    ensemble = Ensemble.from_pretrained(names, "logit-mean", **given)
+    said = [record.getMessage() for record in caplog.records if "equal weights" in record.getMessage()]
+    assert len(said) == warned
+    assert all(f"gpt2 has {apart:.1f} times" in one or f"llama has {apart:.1f} times" in one for one in said)
+    assert ensemble.names == names
+
+
+def test_a_saved_ensemble_and_the_bundled_ones_are_not_warned_of(folders, tmp_path, monkeypatch, caplog):
+    Ensemble.from_pretrained("wide", "logit-mean")
+    monkeypatch.setattr(unequal, "_TINY", 1)
+    monkeypatch.setattr(unequal, "_RATIO", 1.0)
+    Ensemble.from_pretrained(folders[0], "logit-mean").save_pretrained(tmp_path / "saved")
+    caplog.clear()
+    Ensemble.from_pretrained(tmp_path / "saved")
+    assert not any("equal weights" in record.getMessage() for record in caplog.records)
