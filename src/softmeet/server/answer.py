@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from softmeet.engine.text import Pieces
+from softmeet.errors import SoftmeetError
 from softmeet.server.batcher import Batcher
 from softmeet.server.sequences import Event, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
 
@@ -104,6 +105,12 @@ class ChoiceDelta:
     scored: list[Token] | None = None
     finish: str | None = None
     stopped: str | int | None = None
+
+    def join(self, delta: ChoiceDelta) -> None:
+        """Append what follows of the same choice."""
+        self.text, self.tokens = self.text + delta.text, self.tokens + delta.tokens
+        self.finish, self.stopped = delta.finish, delta.stopped
+        self.scored = self.scored if delta.scored is None else delta.scored
 
 
 class AnswerStream:
@@ -202,10 +209,27 @@ class AnswerStream:
         """
         found = [ChoiceDelta(k) for k in range(len(self._sequences))]
         async for delta in self.deltas():
-            choice = found[delta.index]
-            choice.text += delta.text
-            choice.tokens += delta.tokens
-            choice.finish, choice.stopped = delta.finish, delta.stopped
-            if delta.scored is not None:
-                choice.scored = delta.scored
+            found[delta.index].join(delta)
         return found
+
+    async def parts(self, seconds: float) -> AsyncIterator[ChoiceDelta]:
+        """Yield what :meth:`deltas` does, but at most one part of a choice in so many seconds: what comes is joined.
+
+        Raises:
+            SoftmeetError: as of :meth:`deltas`.
+        """
+        held, sent = dict[int, ChoiceDelta](), dict[int, float]()
+        try:
+            async for delta in self.deltas():
+                if delta.index in held:
+                    held[delta.index].join(delta)
+                else:
+                    held[delta.index] = delta
+                now = time.monotonic()
+                if held[delta.index].finish is not None or now - sent.get(delta.index, -seconds) >= seconds:
+                    sent[delta.index] = now
+                    yield held.pop(delta.index)
+        except SoftmeetError:
+            for rest in held.values():
+                yield rest
+            raise

@@ -36,6 +36,8 @@ from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 # /v1/embeddings and the like are other things than /v1/completions, however alike they are spelled.
 _LIKE = 0.75
+# Over bytes, seconds between two chunks of a choice in a stream.
+_PAUSE = 0.05
 _NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --engine ray"
 router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUSES})
 
@@ -224,7 +226,8 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
         # Nothing is sent, not even an empty part, before there is something: a relay may still send an error instead.
         if first := reply.begun():
             yield first
-        async for delta in answer.deltas():
+        asked = answer.request.combination
+        async for delta in answer.parts(0.0 if asked.symbols_are_tokens else _PAUSE):
             # A prompt's scores may be long, and so may all log-probabilities together.
             write = partial(reply.written, delta)
             if text := write() if delta.scored is None else await TURNS_AT_LOCK.written(write):
