@@ -70,9 +70,7 @@ def test_a_stream_over_bytes_joins_what_comes_soon(monkeypatch):
     monkeypatch.setattr(app, "_PAUSE", 1e9)
     given = {"model": "default", "prompt": "And the king", "max_tokens": 12, "stream": True, "temperature": 0}
     with running(serving_of({"default": Ensemble.from_pretrained("mixed")})) as url:
-        lines = [
-            line[6:] for line in http.post(f"{url}/v1/completions", json=given).text.split("\n") if line[:6] == "data: "
-        ]
+        sent = http.post(f"{url}/v1/completions", json=given).text.split("\n")
         whole = http.post(f"{url}/v1/completions", json=given | {"stream": False}).json()["choices"][0]["text"]
     lines = [line.removeprefix("data: ") for line in sent if line.startswith("data: ")]
     texts = [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
