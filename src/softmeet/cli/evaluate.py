@@ -153,6 +153,8 @@ def evaluate(
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
         facts = summary(made, baseline=baseline, pairs=pairs) | {"run": run}
+    if pairs and table == "csv" and result.as_json is None:
+        say("a CSV table has no pairs: --json FILE, --table latex and --table markdown do")
     result.report(facts, show if table is None else lambda facts: typer.echo(paper_table(facts, table), nl=False))
     if losses is not None:
         write_losses(losses, made, each=by_token)
