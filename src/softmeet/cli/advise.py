@@ -136,7 +136,8 @@ def show(facts: dict[str, Any]) -> None:
     console.print(differences(facts))
     for caution in cautions(facts):
         console.print(caution, style="yellow", highlight=False)
-    console.print(facts["says"])
+    rather = facts["worth_it"] or facts["verdict"] == "single"
+    console.print(facts["says"] if rather else f"To combine them all the same: {facts['says']}")
     if facts["answers"]:
         answer_tables.show(facts["answers"])
 

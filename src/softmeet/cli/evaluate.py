@@ -153,9 +153,7 @@ def evaluate(
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
         facts = summary(made, baseline=baseline, pairs=pairs) | {"run": run}
-    if pairs and table == "csv" and result.as_json is None:
-        say("a CSV table has no pairs: --json FILE, --table latex and --table markdown do")
-    result.report(facts, show if table is None else lambda facts: typer.echo(paper_table(facts, table), nl=False))
+    result.report(facts, show if table is None else partial(_print_paper, table))
     if losses is not None:
         write_losses(losses, made, each=by_token)
         say(f"losses are in {losses}")
@@ -206,6 +204,13 @@ def _require_once(rules: list[str], settings: dict[str, Any]) -> str | None:
         own.append(str(parsed))
         checked_settings({**settings, **named, "rule": own[-1]})
     return own[0] if own else None
+
+
+def _print_paper(form: str, facts: dict[str, Any]) -> None:
+    """Print figures as a table for a paper."""
+    if form == "csv" and "pairs" in facts:
+        say("a CSV table has no pairs: --json FILE, --table latex and --table markdown do")
+    typer.echo(paper_table(facts, form), nl=False)
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -11,9 +11,11 @@ from softmeet.evaluation.intervals import Difference
 from softmeet.evaluation.judged import Judged
 from softmeet.members.member import short
 
-# How many percent fewer bits a larger model of one kind gives for one percent more time: Qwen2.5-Coder 1.5B beside 0.5B
-# on prose and code (docs/reference/results.md: 0.695 and 0.741 to 0.804 and 0.843 bits a byte, 85 ms a byte to 34).
-_FAIR = 0.085
+# A larger model of one kind takes so many times the bits for so many times the time: Qwen2.5-Coder 1.5B beside 0.5B on
+# prose and code (docs/reference/results.md: 0.695 and 0.741 to 0.804 and 0.843 bits a byte, 85 ms a byte to 34).
+_LARGER_BITS, _LARGER_TIME = 0.872, 2.5
+# The ratio of times below which they count as the same.
+_SAME = 1.01
 # The share of the processors from which on others make measured times longer.
 _BUSY = 0.1
 
@@ -25,10 +27,10 @@ def figures(advice: Advice) -> dict[str, Any]:
     are advised, None if a model that is no member is. ``gain`` is what they gain over the best member, with the 95 %
     ``interval``, on documents that took no part in fitting or choosing (for ``single``: what the best ensemble would
     gain); ``cost_ratio`` is the time of a byte over that of the best member; ``plainly`` says in a sentence what to do
-    and whether it is worth it, ``says`` with which settings. ``members`` has each one's ``bits_per_byte`` and
-    ``ms_per_byte``, and how often it ``knows_better`` than all others; ``candidates`` each fit's settings,
-    ``bits_per_byte``, ``gain`` and ``interval``. ``movement`` says how far ``meet`` moves the average, ``alternatives``
-    what single models make of the same text, ``cautions`` what may mislead.
+    and whether it is worth it beside a larger model, as ``worth_it`` has it, ``says`` with which settings. ``members``
+    has each one's ``bits_per_byte`` and ``ms_per_byte``, and how often it ``knows_better`` than all others;
+    ``candidates`` each fit's settings, ``bits_per_byte``, ``gain`` and ``interval``. ``movement`` says how far ``meet``
+    moves the average, ``alternatives`` what single models make of the same text, ``cautions`` what may mislead.
     """
     judged, found = advice.judged, advice.judged.found
     gain = None if advice.nats is None else judged.gain(advice.nats)
@@ -43,6 +45,7 @@ def figures(advice: Advice) -> dict[str, Any]:
         **_gained(gain),
         "cost_ratio": (instead[0].time if instead else advice.time) / best if best else None,
         "plainly": plainly(advice),
+        "worth_it": is_worth_it(advice),
         "says": says(advice),
         "best_member": judged.best,
         "members": [
@@ -113,25 +116,43 @@ def _meet(judged: Judged) -> dict[str, Any] | None:
     return {"fitted": False, **_gained(judged.unfitted_gain(compared))}
 
 
+def _larger(ratio: float) -> float:
+    """Return how many percent fewer bits a larger model gives for so many times the time."""
+    kept: float = _LARGER_BITS ** (math.log(ratio) / math.log(_LARGER_TIME))
+    return 100 * (1 - kept)
+
+
+def _gain_and_time(advice: Advice) -> tuple[float, float]:
+    """Return how many percent fewer bits what is advised needs than the best member, and the ratio of their times."""
+    judged = advice.judged
+    gain = 0.0 if advice.nats is None else judged.gain(advice.nats).mean
+    return 100 * gain / judged.bits(judged.base), advice.time / judged.times[judged.names.index(judged.best)]
+
+
+def is_worth_it(advice: Advice) -> bool:
+    """Return whether an ensemble is advised that gains more than a larger model does for such a time."""
+    if advice.verdict == "single" or advice.instead():
+        return False
+    fewer, ratio = _gain_and_time(advice)
+    return ratio < _SAME or fewer >= _larger(ratio)
+
+
 def plainly(advice: Advice) -> str:
     """Return what to do, and whether it is worth it, in a sentence without a term of the field."""
-    judged, best = advice.judged, short(advice.judged.best)
+    best = short(advice.judged.best)
     if instead := advice.instead():
         return f"Use {short(instead[0].name)} alone: it predicts the text better, in no more time."
     if advice.nats is None:
         return f"Use {best}: there is one model."
-    gain, time = judged.gain(advice.nats), judged.times[judged.names.index(judged.best)]
-    fewer, longer = 100 * gain.mean / judged.bits(judged.base), 100 * (advice.time / time - 1)
     if advice.verdict == "single":
         return f"Use {best} alone: no way to combine the models is shown to predict the text better."
-    if longer < 1:
+    fewer, ratio = _gain_and_time(advice)
+    if ratio < _SAME:
         return f"Combine them: {fewer:.1f} % fewer bits than {best} alone, in no more time."
-    found = f"{fewer:.1f} % fewer bits than {best} alone for {longer:.0f} % more time"
-    if fewer < _FAIR * longer:
-        return (
-            f"{found}: keep {best}, or take a larger model, which gives about {_FAIR * longer:.0f} % for such a time."
-        )
-    return f"Combine them: {found}, more than a larger model gives for such a time."
+    found = f"{fewer:.1f} % fewer bits than {best} alone for {100 * (ratio - 1):.0f} % more time"
+    if is_worth_it(advice):
+        return f"Combine them: {found}, more than a larger model gives for such a time."
+    return f"{found}: keep {best}, or take a larger model, which gives about {_larger(ratio):.0f} % for such a time."
 
 
 def says(advice: Advice) -> str:
