@@ -142,7 +142,7 @@ def test_a_wrong_name_path_or_method_gets_the_right_one(url):
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_an_address_that_cannot_be_had_is_said_before_anything_is_loaded(monkeypatch, engine):
-    monkeypatch.setattr(loading, "named", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("went on"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run("serve", "--port", port, "--engine", engine)

@@ -119,7 +119,7 @@ def test_metadata():
     assert "transformers>=5.24,<6" in project["dependencies"]
     assert not [d for d in project["dependencies"] if "==" in d]
     every = project["optional-dependencies"]
-    extras = set(every) - {"all", "bench", "demo", "docs", "test", "dev", "zoo"}
+    extras = set(every) - {"all", "bench", "demo", "docs", "local", "test", "dev", "zoo"}
     assert every["all"] == [f"softmeet[{','.join(sorted(extras))}]"]
     # pip would look for it on an index in vain: `pip install -e '.[all]'` has to work in a clone.
     assert [name for name in every if "zoo" in "".join(every[name])] == ["zoo"]
