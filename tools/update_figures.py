@@ -35,7 +35,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "paper/paper.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+_OTHERS = ("README.md", "CONTRIBUTING.md", "paper/paper.md")
+PAGES = [*(ROOT / name for name in _OTHERS), *sorted((ROOT / "docs").rglob("*.md"))]
 # What benchmarks/report.py writes into every result.
 NEEDED = ("title", "command", "date", "machine", "rows")
 
