@@ -63,7 +63,7 @@ SETS = {
     ),
     "PIQA": Asked(
         "piqa_200.jsonl", "piqa_300.jsonl", "--how option-byte", ("SMOLLM2", "GEMMA"),
-        ("logit-mean=SMOLLM2 GEMMA logit-mean", "prob-mean=SMOLLM2 GEMMA prob-mean"), ("QWEN05",),
+        ("logit-mean=SMOLLM2 GEMMA logit-mean",), ("QWEN05",),
     ),
     "ARC-C, four sets of shots": Asked(
         "arc_challenge_validation.jsonl", "arc_challenge_test_200.jsonl", "--how letter", (),
