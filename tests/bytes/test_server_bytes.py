@@ -29,6 +29,7 @@ from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
+from softmeet.server.texts import cut
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
 
@@ -341,3 +342,46 @@ def test_short_prompts_are_read_together_and_long_ones_apart():
         assert [len(group) for group in groups] == expected
     assert len(prompts_together([of(40, Combined(symbols_are_tokens=True)) for _ in range(3)], alone=False)) == 3
     assert len(prompts_together([of(40) for _ in range(3)], alone=True)) == 3
+
+
+@pytest.fixture(scope="module")
+def talking():
+    """An ensemble whose members have a chat template, and the address of a server of it."""
+    found = Ensemble.from_pretrained("mixed")
+    with running(serving_of({"default": found})) as url:
+        yield found, url
+
+
+def test_log_probabilities_of_a_chat_are_of_the_first_members_tokens_unless_bytes_are_asked_for(talking):
+    ensemble, url = talking
+    body = {"messages": [{"role": "user", "content": "the king"}], "max_tokens": 9, "seed": 3, "logprobs": True,
+            "top_logprobs": 2, "logit_bias": {"256": -100}}  # fmt: skip
+    asked = {**body, "softmeet": {"byte_logprobs": True}}
+    told = [http.post(f"{url}/v1/chat/completions", json=one).json() for one in (body, asked)]
+    assert all("choices" in one for one in told), told
+    grouped, single = (one["choices"][0] for one in told)
+    text, spelling = grouped["message"]["content"].encode(), ensemble.model.readers[0].spelling
+    assert single["message"]["content"].encode() == text
+    entries, each = grouped["logprobs"]["content"], single["logprobs"]["content"]
+    tokens = [spelling.spelled([token]) for token in spelling.encode(text)]
+    tokens[0] = tokens[0].removeprefix(spelling.dummy)
+    assert [bytes(one["bytes"]) for one in entries] == [token for token in tokens if token]
+    assert len(entries) < len(each) == len(text)
+    assert [len(one["top_logprobs"]) for one in each] == [2] * len(each)
+    at = 0
+    for one in entries:
+        own = each[at : at + len(one["bytes"])]
+        assert one["logprob"] == pytest.approx(sum(x["logprob"] for x in own))
+        assert one["top_logprobs"] == [{key: one[key] for key in ("token", "logprob", "bytes")}]
+        at += len(own)
+    with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
+        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
+    shown = [x for chunk in chunks for one in chunk["choices"] for x in (one["logprobs"] or {"content": []})["content"]]
+    assert b"".join(bytes(x["bytes"]) for x in shown) == text
+
+
+def test_what_a_tokenizer_cannot_spell_is_cut_into_bytes(ensemble):
+    spelling = ensemble.model.readers[0].spelling
+    assert sum(cut([*b"the \xff\xfe king", 256], spelling)) == 12
+    assert cut([256, *b"a", 256], spelling)[0] == 1
+    assert cut([], spelling) == []

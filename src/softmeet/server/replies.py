@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 from uuid import uuid4
 
@@ -20,7 +21,7 @@ from softmeet.server.errors import described
 from softmeet.server.events import LAST_EVENT, event
 from softmeet.server.schemas import CompletionRequest, Generation
 from softmeet.server.sequences import GenerationRequest, Token
-from softmeet.server.texts import Places, token_texts
+from softmeet.server.texts import Places, cut, shown_bytes, token_texts
 
 # The log-probability that OpenAI writes for probability zero, since JSON has no -inf.
 _IMPOSSIBLE = -9999.0
@@ -325,12 +326,26 @@ class ChatReply(Reply):
         return super().document(choices, tokens) | self._prompt_log_probs(choices[0])
 
     def entries(self, tokens: list[Token]) -> list[dict[str, Any]]:
-        """Return tokens as OpenAI's chat format has them, each with the most probable ones beside it."""
-        return [
-            self._entry(t.token, t.log_prob)
-            | {"top_logprobs": [self._entry(j, x) for j, x in t.top[: self.body.listed]]}
-            for t in tokens
-        ]
+        """Return tokens as OpenAI's chat format has them, each with the most probable ones beside it.
+
+        Over bytes an entry is a token of the first member's tokenizer, with the probability of its bytes one after the
+        other, unless bytes are asked for; in a stream it is cut from what one chunk has. Nothing stands beside it.
+        """
+        spelling = self.asked.combination.alphabet.spelling
+        if spelling is None or (self.body.softmeet and self.body.softmeet.byte_logprobs):
+            return [
+                self._entry(t.token, t.log_prob)
+                | {"top_logprobs": [self._entry(j, x) for j, x in t.top[: self.body.listed]]}
+                for t in tokens
+            ]
+        rest = iter(tokens)
+        return [self._group([*islice(rest, count)]) for count in cut([t.token for t in tokens], spelling)]
+
+    def _group(self, tokens: list[Token]) -> dict[str, Any]:
+        own = b"".join(self.texts.bytes_of(t.token) for t in tokens)
+        log_prob = sum(t.log_prob or 0.0 for t in tokens)
+        entry = {"token": shown_bytes(own), "logprob": _finite_nats(log_prob), "bytes": list(own)}
+        return entry | {"top_logprobs": [dict(entry)] if self.body.listed else []}
 
     def _entry(self, token: int, log_prob: float | None) -> dict[str, Any]:
         """Return one token as OpenAI's chat format has it: text, log-probability in nats and bytes."""

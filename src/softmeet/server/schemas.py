@@ -97,6 +97,7 @@ class Extension(Strict):
     )
     report: Listed | None = _optional("Report every token, and list so many of each distribution.")
     max_bytes: Positive | None = _optional("Over bytes, the most bytes of a choice.")
+    byte_logprobs: bool | None = _optional("Over bytes, list log-probabilities of a chat by byte, not by token.")
     top_k: TopK | None = None
     min_p: MinP | None = None
     repetition_penalty: Repetition | None = None

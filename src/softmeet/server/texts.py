@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from softmeet.engine.text import REPLACEMENT, Pieces
+from softmeet.members.spelling import Spelling
 from softmeet.members.token_bytes import token_bytes
+
+# Symbols below are bytes.
+_BYTES = 256
+
+
+def shown_bytes(own: bytes) -> str:
+    r"""Return bytes as text; those that are no text in OpenAI's form, ``bytes:\xf0\x9f``."""
+    try:
+        return own.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+
+
+def cut(symbols: Sequence[int], spelling: Spelling) -> list[int]:
+    """Cut symbols over bytes where a tokenizer cuts their text, and return the lengths of the parts.
+
+    An end of a text is a part of its own, and so is each byte of what the tokenizer cannot spell.
+
+    Args:
+        symbols: bytes, 0 to 255, and ends.
+        spelling: of the tokenizer.
+    """
+    found = list[int]()
+    for is_text, group in groupby(symbols, lambda symbol: symbol < _BYTES):
+        own = list(group)
+        lengths = [spelling.length(token) for token in spelling.encode(bytes(own))] if is_text else []
+        if lengths:
+            lengths[0] -= len(spelling.dummy)
+        whole = sum(lengths) == len(own) and min(lengths, default=0) >= 0
+        found += [length for length in lengths if length] if whole else [1] * len(own)
+    return found
 
 
 class TokenTexts:
@@ -32,11 +66,7 @@ class TokenTexts:
 
     def text_of(self, token: int) -> str:
         r"""Return a token's text; of one that is no text by itself, its bytes in OpenAI's form, ``bytes:\xf0\x9f``."""
-        own = self.bytes_of(token)
-        try:
-            return own.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own)
+        return shown_bytes(self.bytes_of(token))
 
 
 @lru_cache(maxsize=64)
