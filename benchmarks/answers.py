@@ -19,9 +19,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from report import MODELS, by_variable, show
+from report import MODELS, show
 from softmeet.answers.questions import Form, Question, read_questions
 from softmeet.answers.results import ANY
+from softmeet.members.member import short
 
 # How many questions are asked of those on which methods may be chosen.
 PILOT = 60
@@ -179,10 +180,18 @@ def main(
         drawn(rows, plot)
 
 
+def _named(who: str) -> str:
+    """A row's name with the variable of each model in place of the last parts of its path."""
+    for model in MODELS:
+        if os.environ.get(model):
+            who = who.replace(short(os.environ[model]), model)
+    return who
+
+
 def _row(name: str, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     against, doubt = row.get("against"), row.get("doubt", {})
     return {
-        "set": name, "questions": found["questions"], "who": by_variable(row["name"]), "right": row["right"],
+        "set": name, "questions": found["questions"], "who": _named(row["name"]), "right": row["right"],
         "low": row["ci95"][0], "high": row["ci95"][1],
         "predicted low": row["predicted95"][0], "predicted high": row["predicted95"][1],
         "against the best member": against and against["delta"], "from": against and against["ci95"][0],
