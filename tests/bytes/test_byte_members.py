@@ -29,6 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from softmeet.errors import InvalidInputError, VocabularyMismatchError
 from softmeet.members.spelling import spelling_of
+from softmeet.readers.bytes import nodes
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
 from softmeet.readers.reader import Given, Reader
@@ -235,6 +236,47 @@ def test_any_reader_of_tokens_that_forks_and_crops_is_read_by_bytes(pruning):
         assert np.allclose(np.exp(found), np.exp(expected), atol=1e-9)
         assert ours.work.calls == theirs.work.calls
         assert step_by_step(plain, text) == pytest.approx(step_by_step(member, text), abs=1e-9)
+
+
+class Few(Plain):
+    """A reader of few rows, which refuses more."""
+
+    def __init__(self, below, rows):
+        super().__init__(below, rows=rows)
+        self.opened, self.most = 0, 0
+
+    def _counted(self, rows):
+        self.opened += len(rows)
+        self.most = max(self.most, self.opened)
+        assert self.opened <= self.traits.rows
+        return rows
+
+    def open(self, text=(), own=(), *, reuse=True):
+        return self._counted([super().open(text, own, reuse=reuse)])[0]
+
+    def fork(self, row, count=1, length=None):
+        return self._counted(super().fork(row, count, length))
+
+    def close(self, row):
+        self.opened -= 1
+        super().close(row)
+
+
+def test_a_reader_of_few_rows_reads_long_texts_and_goes_on(monkeypatch):
+    """Rows of many tokenizations are given up, and read again where a text goes on behind them."""
+    monkeypatch.setattr(nodes, "_SPARE", 3)
+    spelling = spelling_of("plain", byte_tokenizers.KINDS["llama"]())
+    few = Few(member_of("llama", Pruning()).reader, 8)
+    scarce, plenty = ByteMember(few, spelling, Pruning()), ByteMember(Plain(few.below), spelling, Pruning())
+    text = b"the other there, then he threw the rest here"
+    (ours, found, _), (theirs, expected, _) = scarce.score(text), plenty.score(text)
+    assert np.allclose(np.exp(found), np.exp(expected), atol=1e-9)
+    for more in (b" and", b"re", b"s of the"):
+        ours, theirs = scarce.follow(ours, more), plenty.follow(theirs, more)
+        assert torch.allclose(scarce.log_probs([ours]), plenty.log_probs([theirs]), atol=1e-9)
+    (ours,), (theirs,) = scarce.advance([ours], [ord("e")]), plenty.advance([theirs], [ord("e")])
+    assert torch.allclose(scarce.log_probs([ours]), plenty.log_probs([theirs]), atol=1e-9)
+    assert few.most > 4
 
 
 @pytest.mark.parametrize("can", [{"can_fork": False}, {"can_crop": False}])

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from softmeet.readers.reader import Predictions, Read, Reader, Row, Work, finished
 
+# So many of a reader's rows are left for one call, where it cannot open any number.
+_SPARE = 64
+
 
 class Node:
     """A sequence of tokens that a reader has read, in a row that is closed when nothing refers to the node any more.
@@ -19,15 +22,20 @@ class Node:
         row: the node's own.
         before: how many of the tokens are the member's own before the text, which are no symbols of the row.
         tokens: the ids of all tokens.
+        parent: the tokens from which it was forked; None of one that was read from its beginning.
+
+    Attributes:
+        row: the row; None if it was given up for others, and is read anew where it is forked.
     """
 
-    def __init__(self, rows: Rows, row: Row, before: int, tokens: tuple[int, ...]) -> None:
-        self.row, self.before, self.tokens = row, before, tokens
+    def __init__(self, rows: Rows, row: Row, before: int, tokens: tuple[int, ...], parent: Path | None = None) -> None:
+        self.row: Row | None = row
+        self.before, self.tokens, self.parent = before, tokens, parent
         self._rows = rows
 
     def __del__(self) -> None:
         """Give the row up, but for the end of the interpreter, when what closes it may be gone."""
-        if not is_finalizing():
+        if self.row is not None and not is_finalizing():
             self._rows.leave(self.row)
 
 
@@ -90,6 +98,8 @@ class Rows:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._lock, self._left = Lock(), deque[Row]()
+        # How many rows nodes have.
+        self._held = 0
 
     def __reduce__(self) -> tuple[type[Rows], tuple[Reader]]:
         """Leave the lock out of copies."""
@@ -103,11 +113,15 @@ class Rows:
     def _close_left(self) -> None:
         while self._left and self._lock.acquire(blocking=False):
             try:
-                self.reader.close(self._left.popleft())
+                self._close(self._left.popleft())
             except IndexError:  # another thread was faster
                 pass
             finally:
                 self._lock.release()
+
+    def _close(self, row: Row) -> None:
+        self.reader.close(row)
+        self._held -= 1
 
     def begin(self, before: Sequence[int], tokens: Sequence[int], at: Sequence[int]) -> tuple[list[Next], Work]:
         """Read tokens in a row of their own.
@@ -122,28 +136,57 @@ class Rows:
         """
         with self._lock:
             node = Node(self, self.reader.open(own=before), len(before), (*before, *tokens))
+            self._held += 1
             ((found,), work) = self._read([node], [Chain(Path(node, len(before)), tokens, at)])
         self._close_left()
         return found, work
 
     def run(self, chains: Sequence[Chain]) -> tuple[list[list[Next]], Work]:
-        """Run chains of tokens, each in a fork of the row of its path, in one call of the reader.
+        """Run chains of tokens, each in a fork of the row of its path, in one call of the reader where rows suffice.
+
+        Of a reader that can open few rows, those of many chains, as of a long text, are given up as soon as they were
+        read; a chain behind one of them reads its tokens again.
 
         Returns:
             (for each chain its predictions, the cost).
         """
-        nodes = list[Node]()
+        most = self.reader.traits.rows
         with self._lock:
-            for path, tokens, _ in chains:
-                node, before = path.node, path.node.before
-                (row,) = self.reader.fork(node.row, 1, path.length - before)
-                nodes.append(Node(self, row, before, (*path.tokens, *tokens)))
-            found = self._read(nodes, chains)
+            crowded = most is not None and self._held + len(chains) > most - _SPARE
+            step = _SPARE if crowded else max(1, len(chains))
+            found, work = list[list[Next]](), Work()
+            for start in range(0, len(chains), step):
+                some = chains[start : start + step]
+                nodes = [
+                    Node(self, self._fork(path), path.node.before, (*path.tokens, *tokens), path)
+                    for path, tokens, _ in some
+                ]
+                told, cost = self._read(nodes, some)
+                found, work = found + told, work.and_(cost.calls, cost.tokens, cost.dropped)
+                for node in nodes if crowded else ():
+                    self._close(node.row)  # type: ignore[arg-type]
+                    node.row = None
         self._close_left()
-        return found
+        return found, work
+
+    def _fork(self, path: Path) -> Row:
+        """Open a row in which the tokens of a path have been read."""
+        node, parent = path.node, path.node.parent
+        if node.row is not None or parent is None:
+            (row,) = self.reader.fork(node.row, 1, path.length - node.before)  # type: ignore[arg-type]
+            self._held += 1
+            return row
+        row = self._fork(Path(parent.node, min(parent.length, path.length)))
+        if rest := path.tokens[parent.length :]:
+            for error in finished(self.reader.read([Read(row, rest, ())])).errors.values():
+                raise error
+        return row
 
     def _read(self, nodes: Sequence[Node], chains: Sequence[Chain]) -> tuple[list[list[Next]], Work]:
-        asked = [Read(node.row, chain.tokens, chain.at) for node, chain in zip(nodes, chains, strict=True)]
+        asked = [
+            Read(node.row, chain.tokens, chain.at)  # type: ignore[arg-type]
+            for node, chain in zip(nodes, chains, strict=True)
+        ]
         told = finished(self.reader.read(asked))
         for error in told.errors.values():
             raise error
