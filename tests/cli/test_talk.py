@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from commands import run
 
-from softmeet.cli.chat import Conversation
+from softmeet.cli.chat import Conversation, _asked
 from softmeet.errors import ContextError
 
 BOTH = ["chat", "wide/gpt2", "wide/llama", "--max-new-tokens", "6", "--seed", "1"]
@@ -63,6 +63,25 @@ def test_a_conversation_on_the_command_line():
     assert again.stdout == done.stdout
     coloured = run(*BOTH, "--colors", stdin="And the king said\n/clear\nIn the beginning\n")
     assert coloured.stdout.endswith(done.stdout)
+
+
+def test_words_in_place_of_a_model_are_refused(monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = run("run", "wide/gpt2", "Why is the sky blue?")
+    assert done.returncode == 2
+    assert "answer once by softmeet generate 'Why is the sky blue?' --chat" in " ".join(done.stderr.split())
+
+
+def test_ctrl_c_without_an_answer_ends_nothing(monkeypatch, capsys):
+    typed = iter([KeyboardInterrupt, "hello", EOFError])
+
+    def type_in(prompt):
+        if isinstance(word := next(typed), str):
+            return word
+        raise word
+
+    monkeypatch.setattr("builtins.input", type_in)
+    assert (_asked(), _asked()) == ("hello", None)
 
 
 def test_what_does_not_fit_is_said_and_the_conversation_goes_on():

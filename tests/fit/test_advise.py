@@ -183,8 +183,15 @@ def test_the_first_line_says_what_to_do_and_whether_it_is_worth_it(members):
     said = [plainly(Advice(judged, verdict, candidate, nats, gated, time)) for time in (0.9, 1.2, 1.9)]
     best = short(judged.best)
     assert said[0] == f"Combine them: 4.0 % fewer bits than {best} alone, in no more time."
-    assert said[1].startswith(f"Combine them: 4.0 % fewer bits than {best} alone for 20 % more time, more than")
+    assert said[1].startswith(f"Combine them: 4.0 % fewer bits than {best} alone for 20 % more time, more than larger")
     assert said[2].startswith(f"4.0 % fewer bits than {best} alone for 90 % more time: keep {best}, or take a larger")
+    each = Clusters(judged.found.positions.document, "documents")
+    other = Alternative("other/model", 0.8 * each.sums(judged.base), each.sums(judged.bytes), 1.3)
+    named = Advice(judged, verdict, candidate, nats, gated, 1.2, alternatives=[other])
+    assert plainly(named).startswith("Use other/model alone: 16.7 % fewer bits than all together, for +8 % time")
+    assert not figures(named)["worth_it"]
+    named.alternatives = [replace(other, time=9.0)]
+    assert plainly(named) == said[1]
     busy = Advice(judged, verdict, candidate, nats, gated, 1.0, busy=0.5)
     assert "Other programs took 50% of the processors" in figures(busy)["cautions"][-1]
     assert not any("Other programs" in said for said in figures(replace(busy, busy=0.01))["cautions"])

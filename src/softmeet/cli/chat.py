@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -23,7 +25,7 @@ _HELP = """\
 /system TEXT  begin anew, with this as the system's message; without TEXT, without one
 /clear        forget what was said
 /bye          end; so does Ctrl-D
-Ctrl-C ends an answer, and the program while there is none."""
+Ctrl-C ends an answer."""
 Piece = tuple[str, list[float]]
 # What answers are drawn with, unless it is said otherwise.
 _TEMPERATURE, _TOKENS = 0.7, 1024
@@ -134,6 +136,11 @@ def chat(
     Example: softmeet chat a.gguf b.gguf
     """
     every = [*(named or ()), *(members or ())]
+    if said := next((word for word in every if " " in word and "+" not in word and not Path(word).exists()), None):
+        raise InvalidInputError(
+            f"expected models alone, got {said!r}: type it once the chat has begun, or answer once by softmeet "
+            f"generate {shlex.quote(said)} --chat -m MODEL"
+        )
     loading.refuse_over_union([], ["--one-member"] if sampling.one_member else [])
     if colors and sampling.one_member:
         raise InvalidInputError("--colors needs what all members say: leave out --one-member")
@@ -175,19 +182,23 @@ def _take_templates(ensemble: Ensemble) -> None:
         take_plain(ensemble.model)
     if plainly := chat_of(ensemble.model).plainly:
         say(
-            f"{', '.join(map(options.short, plainly))}: no chat template of their own, so these may not be made for "
-            "conversations; a plain one is used"
+            f"{', '.join(map(options.short, plainly))}: no chat template of their own, so these are hardly made for "
+            "conversations, and answers may make no sense: take chat (instruct) models; a plain template is used"
         )
 
 
 def _asked() -> str | None:
     """Return the next line that is typed; None at the end."""
-    try:
-        while not (text := input("> " if sys.stdin.isatty() else "").strip()):
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            say("/bye or Ctrl-D ends the program")
             continue
-    except (EOFError, KeyboardInterrupt):
-        return None
-    return None if text in ("/bye", "/exit", "/quit") else text
+        if text:
+            return None if text in ("/bye", "/exit", "/quit") else text
 
 
 def _told(talk: Conversation, text: str) -> bool:
@@ -195,8 +206,13 @@ def _told(talk: Conversation, text: str) -> bool:
     word, _, rest = text.partition(" ")
     if word == "/system":
         talk.begin(rest.strip() or None)
+        say(
+            "begun anew"
+            + (", with this message of the system" if rest.strip() else ", without a message of the system")
+        )
     elif word == "/clear":
         talk.clear()
+        say("what was said is forgotten")
     elif word in ("/help", "/?"):
         say(_HELP)
     elif word.startswith("/") and word[1:].isalpha():

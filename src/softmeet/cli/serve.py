@@ -182,6 +182,7 @@ def serve(
     with listening(host, access.port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
         with uncollected(), quick_imports():
+            from softmeet.hf.chat import chat_of
             from softmeet.server.ensembles import load
             from softmeet.server.limits import Limits
             from softmeet.server.security import Protection
@@ -230,6 +231,7 @@ def serve(
             torch.set_num_threads(running.threads)
         served = load(asked, partial(loading.ensemble, settings=settings, to_write=True))
         _note_single([s.name for s in served if len(s.names) == 1], asked)
+        _note_plain({s.name: chat_of(s.ensemble.model).missing for s in served}, plain=plain_chat)
         from softmeet.server.process import run
 
         url, names = url_to_open(host, port_of(sockets)), ", ".join(s.name for s in served)
@@ -308,6 +310,14 @@ def _note_single(names: list[str], asked: dict[str, list[str]]) -> None:
     if len(names) > 1:
         together = " ".join(f"-m {asked[name][0]}" for name in names)
         say(f"{' and '.join(names)} are single models, each served alone: to combine them into one, say {together}")
+
+
+def _note_plain(missing: dict[str, list[str]], *, plain: bool) -> None:
+    """Say on stderr, of each ensemble by name, which members have no chat template, unless they take a plain one."""
+    for name, members in missing.items():
+        if members and not plain:
+            who = ", ".join(map(options.short, members))
+            say(f"{name} answers no chats, as there is no chat template of {who}: --plain-chat gives a plain one")
 
 
 def _announce(what: str, url: str, *, page: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from softmeet.evaluation.advise import Advice
+from softmeet.evaluation.advise import Advice, Alternative
 from softmeet.evaluation.candidates import Candidate
 from softmeet.evaluation.intervals import Difference
 from softmeet.evaluation.judged import Judged
@@ -134,7 +134,23 @@ def is_worth_it(advice: Advice) -> bool:
     if advice.verdict == "single" or advice.instead():
         return False
     fewer, ratio = _gain_and_time(advice)
-    return ratio < _SAME or fewer >= _larger(ratio)
+    return _rather(advice) is None and (ratio < _SAME or fewer >= _larger(ratio))
+
+
+def judged_bits(advice: Advice) -> float:
+    """Return the bits a byte of what is advised."""
+    return advice.judged.bits(advice.judged.base if advice.nats is None else advice.nats)
+
+
+def _rather(advice: Advice) -> Alternative | None:
+    """Return the model that gains the most over what is advised, if it gains more than a larger one does elsewhere."""
+    ours = judged_bits(advice)
+    better = [
+        own for own in advice.alternatives
+        if advice.against(own).low > 0
+        and 100 * advice.against(own).mean / ours >= _larger(max(own.time / advice.time, 1.0))
+    ]  # fmt: skip
+    return max(better, key=lambda own: advice.against(own).mean, default=None)
 
 
 def plainly(advice: Advice) -> str:
@@ -147,11 +163,15 @@ def plainly(advice: Advice) -> str:
     if advice.verdict == "single":
         return f"Use {best} alone: no way to combine the models is shown to predict the text better."
     fewer, ratio = _gain_and_time(advice)
+    if rather := _rather(advice):
+        than = 100 * advice.against(rather).mean / judged_bits(advice)
+        longer = 100 * (rather.time / advice.time - 1)
+        return f"Use {short(rather.name)} alone: {than:.1f} % fewer bits than all together, for {longer:+.0f} % time."
     if ratio < _SAME:
         return f"Combine them: {fewer:.1f} % fewer bits than {best} alone, in no more time."
     found = f"{fewer:.1f} % fewer bits than {best} alone for {100 * (ratio - 1):.0f} % more time"
     if is_worth_it(advice):
-        return f"Combine them: {found}, more than a larger model gives for such a time."
+        return f"Combine them: {found}, more than larger models have given; --instead MODEL compares one of yours."
     return f"{found}: keep {best}, or take a larger model, which gives about {_larger(ratio):.0f} % for such a time."
 
 

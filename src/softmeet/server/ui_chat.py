@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -50,6 +51,8 @@ def conversation(serving: Serving) -> None:
         async for told in _answers(serving, text, history, *chosen):
             yield told
 
+    each = (f"{s.name}: {' and '.join(s.names)}" for s in serving.ensembles)
+    gr.HTML(f"<p>{escape('; '.join(each))}</p>")
     shown = gr.Chatbot(elem_id="chatbot", height=480, show_label=False, buttons=["copy"], render=False)
     gr.ChatInterface(
         answer, chatbot=shown, additional_inputs=own, concurrency_limit=None, api_visibility="private",
