@@ -60,7 +60,7 @@ def not_registered(source: str) -> str:
     name = source.partition(":")[0]
     return (
         f"{nearest(name, [*_installed(), *_registered])}no package here has readers called {name!r}: install the one "
-        "that has, or call softmeet.register_reader"
+        "that has, or call softmeet.register_reader; files of ollama are named by softmeet models"
     )
 
 
