@@ -27,7 +27,7 @@ from softmeet.hf.prompts import Prompt, encoded
 from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible
-from softmeet.hf.streaming import DisagreementStreamer, PieceStreamer, streamed
+from softmeet.hf.streaming import PieceStreamer, by_member, streamed
 from softmeet.hf.unequal import warn_of_unequal
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
@@ -395,6 +395,5 @@ class Ensemble:
             >>> next(ensemble.stream_with_disagreement("In the beginning", do_sample=False))
             (' of', 0.28...)
         """
-        streamer = DisagreementStreamer(self.tokenizer, recorder)
-        arguments = arguments_of(self.model, self.tokenizer, [text], seed, streamer.passes, options)
-        yield from ((piece, sum(nats)) for piece, nats in streamed(self.model, streamer, arguments))
+        told = by_member(self.model, self.tokenizer, text, seed=seed, recorder=recorder, **options)
+        yield from ((piece, sum(nats, 0.0)) for piece, nats in told)

@@ -153,6 +153,39 @@ assert sys.modules["transformers.utils"].is_scipy_available()
 """
 
 
+MISSING = """
+import sys
+from softmeet.cli import main
+
+try:
+    main.main()
+except SystemExit as end:
+    assert end.code == 2, end.code
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "x", "-m"],
+        ["chat"],
+        ["serve", "-m"],
+        ["advise", "wide/gpt2"],
+        ["answer", "@", "-m"],
+        ["evaluate", "-t", "@", "-m"],
+        ["inspect", "x", "-m"],
+        ["check", "-m"],
+    ],
+)
+def test_a_member_that_is_not_there_is_refused_before_torch_is_imported(words, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"id": 1, "question": "a?", "answer": "b"}')
+    given = [str(tmp_path / "q.jsonl") if word == "@" else word for word in words]
+    done = process(*given, tmp_path / "none.gguf", program=("-c", MISSING))
+    assert "none.gguf: there is no such file" in done.stderr.replace("\n", "")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_start_is_quick_and_texts_are_utf8_in_any_locale(members):
     """It imports nothing that no command needs, and reads the folder of models once.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from commands import run
 
-from softmeet.cli.chat import Conversation, _asked
+from softmeet import Ensemble
+from softmeet.cli.chat import Conversation, _asked, written
 from softmeet.errors import ContextError
 
 BOTH = ["chat", "wide/gpt2", "wide/llama", "--max-new-tokens", "6", "--seed", "1"]
@@ -63,6 +64,16 @@ def test_a_conversation_on_the_command_line():
     assert again.stdout == done.stdout
     coloured = run(*BOTH, "--colors", stdin="And the king said\n/clear\nIn the beginning\n")
     assert coloured.stdout.endswith(done.stdout)
+
+
+def test_with_colours_each_piece_comes_with_every_members_figure():
+    ensemble, turns = Ensemble.from_pretrained("mixed"), [{"role": "user", "content": "And the king said"}]
+    given = {"do_sample": False, "max_new_tokens": 6}
+    coloured, plain = (list(written(ensemble, given, colors, turns)) for colors in (True, False))
+    assert "".join(text for text, _ in coloured) == "".join(text for text, _ in plain)
+    assert {len(nats) for _, nats in coloured} == {2}
+    assert {nats.index(min(nats)) for _, nats in coloured} == {0, 1}
+    assert {tuple(nats) for _, nats in plain} == {()}
 
 
 def test_words_in_place_of_a_model_are_refused(monkeypatch):

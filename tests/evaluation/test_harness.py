@@ -234,3 +234,31 @@ def test_a_member_by_its_name_is_an_ensemble_of_one():
 
     found, theirs = EnsembleLM(pretrained="mixed/gpt2", device="cpu"), Ensemble.from_pretrained(["mixed/gpt2"])
     assert (found.model.config.members, found.model.over_bytes) == (theirs.model.config.members, False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_a_file_log_probabilities_are_the_harnesss_and_asked_for_where_they_are_wanted(tmp_path, monkeypatch):
+    import gguf_files
+    from lm_eval.api.instance import Instance
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from softmeet.evaluation.harness import harness_model
+    from softmeet.members.zoo import locate
+    from softmeet.readers.llama_cpp import LlamaReader
+
+    model, tokenizer = (kind.from_pretrained(locate("mixed/gpt2")) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    gguf_files.write(tmp_path / "a.gguf", model, tokenizer)
+    ours, theirs = (Ensemble.from_pretrained([name], "logit-mean") for name in (str(tmp_path / "a.gguf"), "mixed/gpt2"))
+    question = "And the king said unto his"
+    asked = [(question, " daughter"), (question, " s"), ("", "In the beginning"), (question * 9, " ships and kings")]
+    requests = [Instance("loglikelihood", {}, pair, k) for k, pair in enumerate(asked)]
+    expected = harness_model(theirs, max_length=40).loglikelihood(requests, disable_tqdm=True)
+    places, read = [], LlamaReader.read
+    monkeypatch.setattr(
+        LlamaReader, "read", lambda self, some: places.extend(len(x.at) for x in some) or read(self, some)
+    )
+    found = harness_model(ours, max_length=40).loglikelihood(requests, disable_tqdm=True)
+    assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=2e-3)
+    assert [bool(greedy) for _, greedy in found] == [bool(greedy) for _, greedy in expected]
+    wanted = [len(tokenizer(after, add_special_tokens=False)["input_ids"]) for _, after in asked]
+    assert 0 < sum(places) <= sum(wanted) < 40

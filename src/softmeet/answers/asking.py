@@ -210,7 +210,7 @@ class Asked(Protocol):
 
 
 class Answering(Protocol):
-    """Whoever answers."""
+    """One member or an ensemble that is asked: questions of a file in some form, or those of a task."""
 
     def ask(self, questions: Sequence[Any], number: int) -> list[Answered]:
         """Answer a batch of questions, the one of this number."""

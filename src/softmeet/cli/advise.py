@@ -16,6 +16,7 @@ from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, counted, difference, out, print_table
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.members.names import require_there
 
 
 class AdvisedTextFlags(texts.DocumentFlags):
@@ -70,6 +71,8 @@ def advise(
 
     Example: softmeet advise wide/gpt2 wide/llama --text 'books/*.txt' --save my-ensemble
     """
+    every = options.named([*(named or ()), *(members or ())])
+    require_there([*every, *(instead or ())])
     from softmeet.evaluation.files import PieceCache, require_ensemble_folder
 
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
@@ -80,7 +83,7 @@ def advise(
     asked, put = form.read(questions) if questions else ([], Form(""))
     if put.how == "code":
         raise InvalidInputError("advise runs no code that members write: ask such questions by softmeet answer")
-    ensemble = loading.ensemble(options.named([*(named or ()), *(members or ())]))
+    ensemble = loading.ensemble(every)
     from softmeet.answers.advised import documents_of, right_answers
     from softmeet.evaluation import advise as advising
     from softmeet.evaluation.positions import observe_text

@@ -171,9 +171,11 @@ def answer(
 
 
 def _who(members: list[str] | None, ensembles: list[str] | None, instead: list[str] | None) -> list[Subject]:
+    named = options.named(members)
+    require_there([*named, *(instead or ())])
     from softmeet.answers.subjects import subjects
 
-    found = subjects(options.named(members), ensembles or [], instead or [])
+    found = subjects(named, ensembles or [], instead or [])
     require_there(dict.fromkeys(line for one in found for line in one.members))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,8 @@ def chat(
         out().print(Text.assemble(*((f"{options.short(name)}  ", color) for color, name in shown)))
     if sys.stdin.isatty():
         say("/help says what can be typed")
-        import readline  # noqa: F401 - input() then edits lines, and remembers them
+        with suppress(ImportError):  # as on Windows
+            import readline  # noqa: F401 - input() then edits lines, and remembers them
     while (text := _asked()) is not None:
         if not _told(talk, text):
             _print_answer(talk, text, colors=colors)
@@ -166,12 +168,9 @@ def written(ensemble: Ensemble, arguments: dict[str, Any], colors: bool, turns: 
     if not colors:
         yield from ((piece, []) for piece in ensemble.stream(turns, **arguments))
         return
-    from softmeet.hf.arguments import arguments_of
-    from softmeet.hf.streaming import DisagreementStreamer, streamed
+    from softmeet.hf.streaming import by_member
 
-    streamer, own = DisagreementStreamer(ensemble.tokenizer), dict(arguments)
-    given = arguments_of(ensemble.model, ensemble.tokenizer, [turns], own.pop("seed", None), streamer.passes, own)
-    yield from streamed(ensemble.model, streamer, given)
+    yield from by_member(ensemble.model, ensemble.tokenizer, turns, **arguments)
 
 
 def _take_templates(ensemble: Ensemble) -> None:

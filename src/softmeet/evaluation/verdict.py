@@ -137,14 +137,14 @@ def is_worth_it(advice: Advice) -> bool:
     return _rather(advice) is None and (ratio < _SAME or fewer >= _larger(ratio))
 
 
-def judged_bits(advice: Advice) -> float:
+def _bits_of_advice(advice: Advice) -> float:
     """Return the bits a byte of what is advised."""
     return advice.judged.bits(advice.judged.base if advice.nats is None else advice.nats)
 
 
 def _rather(advice: Advice) -> Alternative | None:
     """Return the model that gains the most over what is advised, if it gains more than a larger one does elsewhere."""
-    ours = judged_bits(advice)
+    ours = _bits_of_advice(advice)
     better = [
         own for own in advice.alternatives
         if advice.against(own).low > 0
@@ -164,7 +164,7 @@ def plainly(advice: Advice) -> str:
         return f"Use {best} alone: no way to combine the models is shown to predict the text better."
     fewer, ratio = _gain_and_time(advice)
     if rather := _rather(advice):
-        than = 100 * advice.against(rather).mean / judged_bits(advice)
+        than = 100 * advice.against(rather).mean / _bits_of_advice(advice)
         longer = 100 * (rather.time / advice.time - 1)
         return f"Use {short(rather.name)} alone: {than:.1f} % fewer bits than all together, for {longer:+.0f} % time."
     if ratio < _SAME:

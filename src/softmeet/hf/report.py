@@ -253,7 +253,7 @@ class TokenReports(Recorder):
         for s, tokens in enumerate(generated):
             sources = [s] * len(tokens) if beam_indices is None else beam_indices[s].tolist()
             places = self._of.get(s) or [t * rows + sources[t] for t in range(len(tokens))]
-            found.append([self.at(place, token) for place, token in zip(places, tokens, strict=False)])
+            found.append([self.at(places[t], token) for t, token in enumerate(tokens)])
         return found
 
     def at(self, index: int, token: int) -> TokenReport:

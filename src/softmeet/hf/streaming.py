@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIter
 
 from softmeet.engine.recorder import Recorder
 from softmeet.engine.text import Pieces
+from softmeet.hf.arguments import arguments_of
+from softmeet.hf.prompts import Prompt
 from softmeet.rules.solution import Solution
 
 if TYPE_CHECKING:
@@ -146,3 +148,24 @@ class DisagreementStreamer(PieceStreamer):
         if text:
             self.text_queue.put((text, self._largest))
             self._largest = []
+
+
+def by_member(
+    model: EnsembleForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Prompt,
+    *,
+    seed: int | None = None,
+    recorder: Recorder | None = None,
+    **options: Any,
+) -> Iterator[tuple[str, list[float]]]:
+    """Continue a prompt, and yield (new text, each member's disagreement there in nats, none for special tokens).
+
+    Args:
+        model: the ensemble.
+        tokenizer: its tokenizer.
+        text, seed, recorder, options: as of ``Ensemble.stream``.
+    """
+    streamer = DisagreementStreamer(tokenizer, recorder)
+    arguments = arguments_of(model, tokenizer, [text], seed, streamer.passes, options)
+    yield from streamed(model, streamer, arguments)

@@ -157,30 +157,34 @@ class Rows:
             found, work = list[list[Next]](), Work()
             for start in range(0, len(chains), step):
                 some = chains[start : start + step]
-                nodes = [
-                    Node(self, self._fork(path), path.node.before, (*path.tokens, *tokens), path)
-                    for path, tokens, _ in some
-                ]
+                nodes = list[Node]()
+                for path, tokens, _ in some:
+                    row, again = self._fork(path)
+                    nodes.append(Node(self, row, path.node.before, (*path.tokens, *tokens), path))
+                    work = work.and_(again.calls, again.tokens)
                 told, cost = self._read(nodes, some)
-                found, work = found + told, work.and_(cost.calls, cost.tokens, cost.dropped)
+                found, work = found + told, work.and_(cost.calls, cost.tokens)
                 for node in nodes if crowded else ():
                     self._close(node.row)  # type: ignore[arg-type]
                     node.row = None
         self._close_left()
         return found, work
 
-    def _fork(self, path: Path) -> Row:
-        """Open a row in which the tokens of a path have been read."""
+    def _fork(self, path: Path) -> tuple[Row, Work]:
+        """Open a row in which the tokens of a path have been read; return it, and the cost of reading some again."""
         node, parent = path.node, path.node.parent
         if node.row is not None or parent is None:
             (row,) = self.reader.fork(node.row, 1, path.length - node.before)  # type: ignore[arg-type]
             self._held += 1
-            return row
-        row = self._fork(Path(parent.node, min(parent.length, path.length)))
+            return row, Work()
+        row, work = self._fork(Path(parent.node, min(parent.length, path.length)))
         if rest := path.tokens[parent.length :]:
-            for error in finished(self.reader.read([Read(row, rest, ())])).errors.values():
+            told = finished(self.reader.read([Read(row, rest, ())]))
+            for error in told.errors.values():
+                self._close(row)
                 raise error
-        return row
+            work = work.and_(told.work.calls, told.work.tokens)
+        return row, work
 
     def _read(self, nodes: Sequence[Node], chains: Sequence[Chain]) -> tuple[list[list[Next]], Work]:
         asked = [
