@@ -70,7 +70,7 @@ SETS = {
         "arc_challenge_validation.jsonl", "arc_challenge_test_200.jsonl", "--how letter", (),
         (_FOUR + "QWEN15+prompt={work}/3.txt logit-mean",), limit=100,
     ),
-    "HumanEval": Asked("humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", _QWEN, _PAIR),
+    "HumanEval": Asked("humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", _QWEN, _PAIR[:2]),
     "HumanEval, other tokenizers": Asked(
         "humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", ("GEMMA", "QWEN05"), (
             "bytes=GEMMA QWEN05 logit-mean vocabulary=bytes",
@@ -80,8 +80,10 @@ SETS = {
             "ABE=GEMMA QWEN05 logit-mean vocabulary=union decoder=agreement:beam=5",
         ), ("QWEN15",), 60,
     ),
-    "MMLU, letters": Asked("mmlu_validation.jsonl", "mmlu_test_200.jsonl", "--how letter", _QWEN, _PAIR),
-    "GSM8K": Asked("gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat", _QWEN, _PAIR[:2]),
+    "MMLU, letters": Asked("mmlu_validation.jsonl", "mmlu_test_200.jsonl", "--how letter", _QWEN, _PAIR[:2]),
+    "GSM8K": Asked(
+        "gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat", _QWEN, _PAIR[1:2], limit=100,
+    ),
     "PIQA, three": Asked(
         "piqa_200.jsonl", "piqa_300.jsonl", "--how option-byte", ("SMOLLM2", "GEMMA", "QWEN05"),
         ("logit-mean=SMOLLM2 GEMMA QWEN05 logit-mean",), ("QWEN15",),

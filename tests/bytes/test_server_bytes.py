@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +31,7 @@ from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
-from softmeet.server.texts import cut
+from softmeet.server.texts import Cutting, cut
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
 
@@ -377,7 +379,22 @@ def test_log_probabilities_of_a_chat_are_of_the_first_members_tokens_unless_byte
     with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
         chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
     shown = [x for chunk in chunks for one in chunk["choices"] for x in (one["logprobs"] or {"content": []})["content"]]
-    assert b"".join(bytes(x["bytes"]) for x in shown) == text
+    assert shown == entries
+
+
+def test_tokens_are_cut_alike_while_they_come(ensemble):
+    text, rng = "The king  said:\n\tgo unto\u00a0 \u00e9l  and Jerusalem's 12 gates , \u2014 lo!".encode(), random.Random(0)
+    for reader in ensemble.model.readers:
+        whole = cut([*text, 256], reader.spelling)
+        for _ in range(30):
+            ends = sorted(rng.sample(range(len(text)), 6))
+            cutting, found = Cutting(reader.spelling), list[list[int]]()
+            for start, end in pairwise([0, *ends, len(text)]):
+                found += cutting.push([*text[start:end]], last=False)
+            assert len(found) > len(whole) // 2
+            found += cutting.push([256], last=True)
+            assert list(map(len, found)) == whole
+            assert list(chain.from_iterable(found)) == [*range(len(text) + 1)]
 
 
 def test_what_a_tokenizer_cannot_spell_is_cut_into_bytes(ensemble):

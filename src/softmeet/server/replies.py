@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 from uuid import uuid4
 
@@ -21,7 +20,7 @@ from softmeet.server.errors import described
 from softmeet.server.events import LAST_EVENT, event
 from softmeet.server.schemas import CompletionRequest, Generation
 from softmeet.server.sequences import GenerationRequest, Token
-from softmeet.server.texts import Places, cut, shown_bytes, token_texts
+from softmeet.server.texts import Cutting, Places, shown_bytes, token_texts
 
 # The log-probability that OpenAI writes for probability zero, since JSON has no -inf.
 _IMPOSSIBLE = -9999.0
@@ -61,6 +60,7 @@ class Reply(ABC):
         self._common = {"id": self.prefix + uuid4().hex, "created": int(time.time()), "model": asked.model}
         self._begun: set[int] = set()
         self._places: dict[int, Places] = {}
+        self._cut: dict[int, tuple[Cutting, list[Token]]] = {}
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
         self._statuses = defaultdict[int, Counter[str]](Counter)
         # Of each choice, the symbols so far that count.
@@ -319,27 +319,29 @@ class ChatReply(Reply):
         """Return an entry for each token, with the most probable ones beside it; None unless they are asked for."""
         if self.body.listed is None:
             return None
-        return {"content": self.entries(delta.tokens), "refusal": None}
+        return {"content": self.entries(delta), "refusal": None}
 
     def document(self, choices: list[ChoiceDelta], tokens: int) -> dict[str, Any]:
         """Return the whole answer as :meth:`Reply.document` does, with the field ``prompt_logprobs`` beside choices."""
         return super().document(choices, tokens) | self._prompt_log_probs(choices[0])
 
-    def entries(self, tokens: list[Token]) -> list[dict[str, Any]]:
-        """Return tokens as OpenAI's chat format has them, each with the most probable ones beside it.
+    def entries(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Return new tokens as OpenAI's chat format has them, each with the most probable ones beside it.
 
         Over bytes an entry is a token of the first member's tokenizer, with the probability of its bytes one after the
-        other, unless bytes are asked for; in a stream it is cut from what one chunk has. Nothing stands beside it.
+        other, unless bytes are asked for; nothing stands beside it. In a stream it comes once its end is certain.
         """
         spelling = self.asked.combination.alphabet.spelling
         if spelling is None or (self.body.softmeet and self.body.softmeet.byte_logprobs):
             return [
                 self._entry(t.token, t.log_prob)
                 | {"top_logprobs": [self._entry(j, x) for j, x in t.top[: self.body.listed]]}
-                for t in tokens
+                for t in delta.tokens
             ]
-        rest = iter(tokens)
-        return [self._group([*islice(rest, count)]) for count in cut([t.token for t in tokens], spelling)]
+        cutting, written = self._cut.setdefault(delta.index, (Cutting(spelling), []))
+        written += delta.tokens
+        found = cutting.push([t.token for t in delta.tokens], last=delta.finish is not None)
+        return [self._group([written[k] for k in places]) for places in found]
 
     def _group(self, tokens: list[Token]) -> dict[str, Any]:
         own = b"".join(self.texts.bytes_of(t.token) for t in tokens)

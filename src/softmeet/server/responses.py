@@ -150,7 +150,7 @@ class ResponsesReply(ChatReply):
         """
         (self._whole,) = choices
         self.note(self._whole)
-        self._said, self._log_probs_said = self.ours(self._whole), self._listed(self._whole.tokens)
+        self._said, self._log_probs_said = self.ours(self._whole), self._listed(self._whole)
         return self._response(_status(self._whole), [self._message(_status(self._whole))], tokens)
 
     def begun(self) -> str:
@@ -168,7 +168,7 @@ class ResponsesReply(ChatReply):
         self.note(delta)
         self._whole.text += delta.text
         self._whole.finish = delta.finish
-        log_probs = self._listed(delta.tokens)
+        log_probs = self._listed(delta)
         self._log_probs_said += log_probs
         said = self.ours(delta)
         self._said |= {name: found for name, found in said.items() if name != "tokens"}
@@ -209,9 +209,9 @@ class ResponsesReply(ChatReply):
         found = {"type": "output_text", "text": self._whole.text, "annotations": []}
         return found if self.body.listed is None else found | {"logprobs": self._log_probs_said}
 
-    def _listed(self, tokens: list[Token]) -> list[dict[str, Any]]:
-        """Return tokens with their log-probabilities; none if they are not asked for."""
-        return [] if self.body.listed is None else self.entries(tokens)
+    def _listed(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Return new tokens with their log-probabilities; none if they are not asked for."""
+        return [] if self.body.listed is None else self.entries(delta)
 
     def _message(self, status: str) -> dict[str, Any]:
         """Return the answer's one message, with all text so far."""

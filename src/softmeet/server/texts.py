@@ -5,15 +5,15 @@ from __future__ import annotations
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 from softmeet.engine.text import REPLACEMENT, Pieces
 from softmeet.members.spelling import Spelling
 from softmeet.members.token_bytes import token_bytes
 
-# Symbols below are bytes.
-_BYTES = 256
+# Symbols below are bytes; those between these two are characters that are seen.
+_BYTES, _SPACE, _ASCII = 256, 32, 127
 
 
 def shown_bytes(own: bytes) -> str:
@@ -42,6 +42,42 @@ def cut(symbols: Sequence[int], spelling: Spelling) -> list[int]:
         whole = sum(lengths) == len(own) and min(lengths, default=0) >= 0
         found += [length for length in lengths if length] if whole else [1] * len(own)
     return found
+
+
+class Cutting:
+    """Cuts symbols over bytes into a tokenizer's tokens while they come, as :func:`cut` does once all are known.
+
+    What stands behind the newest space between two words may still be cut otherwise, and waits.
+
+    Args:
+        spelling: of the tokenizer.
+    """
+
+    def __init__(self, spelling: Spelling) -> None:
+        self._spelling, self._symbols, self._given = spelling, list[int](), 0
+
+    def push(self, symbols: Sequence[int], *, last: bool) -> list[list[int]]:
+        """Add symbols, and return the places, from 0, of those in each token that has become certain.
+
+        Args:
+            symbols: bytes, 0 to 255, and ends.
+            last: whether no others follow, so that nothing waits.
+        """
+        self._symbols += symbols
+        certain, before = len(self._symbols) if last else self._newest_space(), self._given
+        ends = accumulate(cut(self._symbols[:certain], self._spelling)) if certain > before else []
+        new = [end for end in ends if end > before]
+        self._given = new[-1] if new else before
+        return [[*range(start, end)] for start, end in pairwise([before, *new])]
+
+    def _newest_space(self) -> int:
+        """Return the place of the newest space at which the text is cut whatever follows, 0 if there is none."""
+        each = ((k, self._symbols[k - 1]) for k in range(len(self._symbols) - 1, self._given, -1))
+        return next((k for k, before in each if self._symbols[k] == _SPACE and self._is_cut_behind(before)), 0)
+
+    def _is_cut_behind(self, symbol: int) -> bool:
+        is_seen = _SPACE < symbol < _ASCII
+        return is_seen and bytes([symbol, _SPACE]) not in self._spelling.inner_spaces
 
 
 class TokenTexts:
