@@ -383,7 +383,8 @@ def test_log_probabilities_of_a_chat_are_of_the_first_members_tokens_unless_byte
 
 
 def test_tokens_are_cut_alike_while_they_come(ensemble):
-    text, rng = "The king  said:\n\tgo unto\u00a0 \u00e9l  and Jerusalem's 12 gates , \u2014 lo!".encode(), random.Random(0)
+    text = "The king  said:\n\tgo unto\u00a0 \u00e9l  and Jerusalem's 12 gates , \u2014 lo!".encode()
+    rng = random.Random(0)
     for reader in ensemble.model.readers:
         whole = cut([*text, 256], reader.spelling)
         for _ in range(30):

@@ -18,7 +18,7 @@ from softmeet.server.errors import RequestError, described
 from softmeet.server.events import event
 from softmeet.server.replies import ChatReply
 from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Positive, ResponseFormat, Strict, Word
-from softmeet.server.sequences import GenerationRequest, Token
+from softmeet.server.sequences import GenerationRequest
 
 
 class Part(Strict):
