@@ -261,3 +261,11 @@ def test_models_that_are_served_each_alone_are_told_of(monkeypatch, tmp_path):
 
 def test_the_first_ensemble_is_the_first_argument():
     assert list(named(["wide", "narrow"], ["my=a", "my=b"])) == ["wide", "narrow", "my"]
+
+
+def test_files_alone_are_one_ensemble(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.gguf").touch()
+    assert named(["a.gguf", "wide", "b.gguf"], ["c"]) == {"wide": ["wide"], "default": ["a.gguf", "b.gguf", "c"]}
+    assert named(["one=a.gguf", "b.gguf"]) == {"one": ["a.gguf"], "default": ["b.gguf"]}

@@ -63,7 +63,7 @@ def advise(
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Say whether members are worth combining: use one alone, average them, use meet, or put a gate before them.
+    """Say, from a text of yours, whether models are worth combining, how, and what it costs.
 
     It fits averages, and meet where it differs from them, on some of the documents and judges them on the others, and
     measures what each member and the ensemble cost. Give text like that which you will use them on, and on which no

@@ -140,7 +140,7 @@ def answer(
     answers: Path | None = optional("Write all answers to this file, in lines of JSON.", panel="Output"),
     result: ResultFlags,
 ) -> None:
-    """Ask members and ensembles questions, and say how many they answer rightly, with 95 % intervals.
+    """Ask models questions, alone and together, and count right answers, with 95 % intervals.
 
     Every member is asked alone, too, and each row is set against the best of them, question by question (McNemar's
     exact test). A last row has the questions that any member answers rightly.

@@ -124,7 +124,7 @@ class TalkFlags(SamplingFlags, panel="Sampling"):
 @flags()
 def chat(
     *,
-    named: list[str] | None = argument("The members, as -m takes them.", metavar="MEMBER..."),
+    named: list[str] | None = argument("Two models or more, as -m takes them.", metavar="MEMBER..."),
     members: options.Members = None,
     system: str | None = optional("The system's message before the conversation.", panel="Text"),
     colors: bool = switch("Colour each word by the member that would have said it most likely.", panel="Output"),
@@ -132,7 +132,7 @@ def chat(
     loading: options.LoadingFlags,
     **settings: Any,
 ) -> None:
-    """Talk with several models as one; /help says what else can be typed.
+    """Talk with several models as one (or: softmeet run); /help says what can be typed.
 
     Example: softmeet chat a.gguf b.gguf
     """

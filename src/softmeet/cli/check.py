@@ -56,7 +56,7 @@ def check(
     as_json: bool = switch("Print one JSON document on stdout.", "--json", panel="Output"),
     **settings: Any,
 ) -> None:
-    """Compare members: vocabularies, output layers (heads) and how far these overlap, and memory.
+    """Say which tokens models share, what else they have in common, and how much memory they take.
 
     With --text, it also tests whether each member's errors look like those of a narrow head. Whether members are worth
     combining is what softmeet advise says.

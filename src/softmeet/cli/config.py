@@ -21,7 +21,9 @@ def config(
         Path | None, typer.Option(metavar="PATH", help="Show this file's values in place of the defaults.")
     ] = None,
 ) -> None:
-    """Print a command's options as a YAML file for --config, with defaults; options without a default are comments.
+    """Print a command's options as a YAML file, to change and to give with --config.
+
+    Options without a default are comments.
 
     Example: softmeet config evaluate > my.yaml
     """

@@ -89,7 +89,7 @@ def evaluate(
     running: options.EngineFlags,
     **settings: Any,
 ) -> None:
-    """Measure how well rules predict a text, beside each member and the averages, with 95 % intervals.
+    """Measure how well models, and ways to mix them, predict a text, with 95 % intervals.
 
     The figures are mean losses in nats per token (over bytes: per byte), perplexity, bits per byte, accuracy and
     calibration, and each row's difference from the best single member, or from --baseline. Intervals are paired, and

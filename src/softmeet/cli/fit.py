@@ -88,7 +88,7 @@ def fit(
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Learn weights, temperature and trusts from a text, and save the best average, or a rule that is better.
+    """Learn from a text how much each model should count, and save the best mix.
 
     The documents are divided into three parts. On the first, the averages and meet are fitted (weights, trusts, and a
     temperature of the result); on the second, the best of them and of each --rule is chosen; on the third, that one is

@@ -21,7 +21,7 @@ _NAMES = 26
 _COMMON = {
     "named", "prompts", "questions", "out", "members", "ensembles", "rule", "rules", "weights", "vocabulary",
     "system", "colors", "max_new_tokens", "chat", "temperature", "seed", "text", "top", "html", "plan", "instead",
-    "saved", "trace", "baseline", "as_json", "how", "shots", "task", "host", "port", "ui",
+    "saved", "trace", "baseline", "folds", "table", "as_json", "how", "shots", "task", "host", "port", "ui",
     "api_key", "api_keys", "help_all",
 }  # fmt: skip
 _MANY = 12

@@ -47,7 +47,7 @@ def inspect(
     shown: PageFlags,
     **settings: Any,
 ) -> None:
-    """Show how probable each member and the ensemble found every token of a text, and what the rule changed most.
+    """Show how probable each model, and all together, found every token of a text, and where the mix changed most.
 
     Example: softmeet inspect "And the king said unto his daughter" -m narrow --html page.html
     """

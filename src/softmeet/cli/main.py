@@ -37,9 +37,9 @@ from softmeet.errors import SoftmeetError
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(
     cls=Commands,
-    help="Sample from several language models, the members of an ensemble, as one. A rule, by default meet, combines "
-    "their predictions. Without -m, small bundled models are used. For a first try: softmeet generate 'And the "
-    "king said'. For the options of a command: softmeet COMMAND --help.",
+    help="Run several language models as one: what each of them expects next is mixed, and every token is drawn from "
+    "the mix. For a first try: softmeet chat a.gguf b.gguf, or softmeet generate 'And the king said', which takes "
+    "small bundled models. For the options of a command: softmeet COMMAND --help.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -31,7 +31,9 @@ GATES = {
 
 
 def methods(json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False) -> None:
-    """List the vocabularies, rules, gates and decoders, of which a method is one each, with their sources.
+    """List the ways to mix models, published ones among them, with their sources.
+
+    A method is a vocabulary, a rule, a gate and a decoder.
 
     Example: softmeet methods
     """

@@ -24,15 +24,23 @@ if TYPE_CHECKING:
 
 DEFAULT_CLUSTER = "$RAY_ADDRESS, else a new one on this machine"
 _MEMBERS = (
-    "A model: a hub id, a folder, a GGUF file, a bundled model such as wide/gpt2, or NAME:REST for a reader that a "
-    "package brings; repeat it for each member. Behind it, +key=value may say how it is loaded and what it reads: "
-    "prompt (a text or a file), adapter, quantization, dtype, device, of a GGUF file engine, context, gpu_layers and "
-    "hash, subfolder, file, name. Or, alone, a bundled family (wide; narrow, with very narrow heads; mixed, with two "
-    "tokenizers) or the folder of a saved ensemble, whose settings then take the place of the defaults shown here."
+    "A model: a GGUF file, a folder, a name of the Hugging Face Hub, or a bundled model such as wide/gpt2; repeat it "
+    "for each member. NAME:REST is a reader that a package brings. Behind it, +key=value may say how it is loaded and "
+    "what it reads: prompt (a text or a file), adapter, quantization, dtype, device, of a GGUF file engine, context, "
+    "gpu_layers and hash, subfolder, file, name. Or, alone, a bundled family (wide; narrow, with very narrow heads; "
+    "mixed, with two tokenizers) or the folder of a saved ensemble, whose settings then take the place of the defaults "
+    "shown here."
 )
 Members = Annotated[
     list[str] | None,
-    typer.Option("--member", "-m", help=_MEMBERS, show_default=DEFAULT, metavar="NAME", rich_help_panel="Members"),
+    typer.Option(
+        "--member",
+        "-m",
+        help=_MEMBERS,
+        show_default=f"{DEFAULT}, small bundled models",
+        metavar="NAME",
+        rich_help_panel="Members",
+    ),
 ]
 
 
@@ -92,10 +100,10 @@ class LoadingFlags(Flags, panel="Members"):
         "Run the Python code that comes with a checkpoint; only for checkpoints that you trust."
     )
     vocabulary: str | None = optional(
-        "What the members are combined over. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
-        "only. union: the union of their tokens, to write alone; union:k=10: of the ten likeliest of each. auto: bytes "
-        "where tokenizers differ, else tokens.",
-        shown="auto",
+        "Whether models are mixed token by token or byte by byte. tokens: they must share a tokenizer. bytes: any "
+        "tokenizers, averages only. union: the union of their tokens, to write alone; union:k=10: of the ten likeliest "
+        "of each. auto: bytes where tokenizers differ, else tokens.",
+        shown="auto: bytes where they have different tokens",
     )
     prune: float | None = optional(
         "Over bytes, ignore ways to tokenize the text that hold less than this share of a member's probability. A "

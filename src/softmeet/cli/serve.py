@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
-    "Folders of saved ensembles, or bundled families, to serve; NAME=ENSEMBLE serves one under that name, else it goes "
-    "by its own."
+    "GGUF files, which are served as one; or folders of saved ensembles, or bundled families. NAME=ENSEMBLE serves one "
+    "under that name, else it goes by its own."
 )
 _MEMBERS = (
     "MODEL adds a member to the ensemble named default, NAME=MODEL to the ensemble NAME. MODEL is a hub id, a folder, "
@@ -153,7 +153,7 @@ class RunFlags(Flags, panel="Engine"):
 @flags()
 def serve(
     *,
-    ensembles: list[str] | None = argument(_ENSEMBLES, shown="the family wide, named default"),
+    ensembles: list[str] | None = argument(_ENSEMBLES, shown="small bundled models, the family wide, named default"),
     members: list[str] | None = optional(
         _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
     ),
@@ -165,9 +165,9 @@ def serve(
     loading: options.LoadingFlags,
     **settings: Any,
 ) -> None:
-    """Serve ensembles behind an OpenAI-compatible API, with a page at /ui that shows what the members predict.
+    """Serve models as one behind an OpenAI-compatible API, with a page at /ui for chats and for what each one expects.
 
-    Example: softmeet serve -m my-model-a -m my-model-b --port 8000
+    Example: softmeet serve a.gguf b.gguf --port 8000
     """
     require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
     require_extra("the page (--ui)", "ui", *["gradio"] * bool(access.ui))

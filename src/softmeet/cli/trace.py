@@ -28,10 +28,10 @@ def trace(
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Run every member over a text once and store its hidden states, for softmeet evaluate and softmeet fit.
+    """Run models over a text once, and keep what they made of it for softmeet evaluate and softmeet fit.
 
-    For each predicted token, as many numbers are stored as the widths of all members' heads add up to: for widths 896
-    and 1536, 2432 numbers, about 10 kB.
+    For each predicted token its hidden states are stored, as many numbers as the widths of all members' heads add up
+    to: for widths 896 and 1536, 2432 numbers, about 10 kB.
 
     Example: softmeet trace my-trace -m wide/gpt2 -m wide/llama --text 'books/*.txt'
     """

@@ -18,7 +18,7 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
 
     Args:
         given: saved ensembles and bundled families, each as ``NAME=PATH``, or as ``PATH`` alone, whose last part is
-            then the name, or of two that are alike the last two parts.
+            then the name, or of two that are alike the last two parts; a file alone is a member of ``default``.
         members: single members: ``MEMBER`` belongs to the ensemble ``default``, ``NAME=MEMBER`` to the ensemble
             ``NAME``.
 
@@ -34,12 +34,13 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
     {'default': ['gpt2', 'opt'], 'other': ['distilgpt2']}
     """
     joined: dict[str, list[str]] = {}
-    for text in members:
+    files = [text for text in given if not _PREFIX.match(text) and Path(text).is_file()]
+    for text in (*files, *members):
         prefix = _PREFIX.match(text)
         name = prefix.group(1) if prefix else "default"
         joined.setdefault(name, []).append(text[prefix.end() :] if prefix else text)
     found: dict[str, list[str]] = {}
-    for text in given:
+    for text in (text for text in given if text not in files):
         prefix = _PREFIX.match(text)
         parts = text[prefix.end() :] if prefix else text
         name = prefix.group(1) if prefix else _last(parts, [other for other in given if other != text])

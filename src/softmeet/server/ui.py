@@ -44,6 +44,11 @@ _SESSIONS, _RUNS = 32, 32
 _HEAD = '<link rel="icon" href="data:,">'
 _TITLE = "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>"
 _ALONE = "nothing"
+_INSIDE = (
+    "<p>Type how a text begins, and press Generate: the models write on as one, token by token (a token is a piece of a "
+    "word, or a byte). Colour shows where they expected different tokens. Choose one to see what each expected there, "
+    "and what the mix made of it. Disagreement and surprise are in nats; one is 1.44 bits.</p>"
+)
 _HINT = "<p>Choose a token, with the pointer or with the arrow keys and Enter, to see what was behind it.</p>"
 _EXAMPLE = "And the king said unto his daughter,"
 
@@ -153,6 +158,7 @@ def page(serving: Serving) -> gr.Blocks:
 def _inside(serving: Serving) -> None:
     """Add a text whose tokens can be looked behind to the Gradio blocks that are being built."""
     first, choose = serving.ensembles.find(None), resource("page.js")
+    gr.HTML(_INSIDE)
     own = _controls(first)
     free = {name: name in serving.settings.allowed for name in own}
     with gr.Row():
@@ -170,12 +176,14 @@ def _inside(serving: Serving) -> None:
             )
     with gr.Row():
         rules = _rules(first)
-        rule = gr.Dropdown(rules, value=own["rule"], label="Rule", interactive=free["rule"], elem_id="rule")
+        rule = gr.Dropdown(
+            rules, value=own["rule"], label="Rule: how they are mixed", interactive=free["rule"], elem_id="rule"
+        )
         other = gr.Dropdown(
             [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
         )
         most = max(min(4, serving.settings.max_trust), own["trust"])
-        trust = gr.Slider(0, most, own["trust"], step=0.05, label="Trust", interactive=free["trust"])
+        trust = gr.Slider(0, most, own["trust"], step=0.05, label="Trust: how far meet moves the average", interactive=free["trust"])
     with gr.Accordion("Sampling", open=False), gr.Row():
         contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
         longest = min(200, serving.settings.max_tokens, *contexts)

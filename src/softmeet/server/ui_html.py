@@ -21,7 +21,7 @@ from softmeet.solvers.base import Status
 Report = dict[str, Any]
 
 LEGEND = (
-    '<p class="legend"><span>members agree</span><i aria-hidden="true"></i><span>corrected by ½ nat or more in all'
+    '<p class="legend"><span>models agree</span><i aria-hidden="true"></i><span>disagree by ½ nat or more in all'
     "</span></p>"
 )
 
@@ -60,7 +60,9 @@ def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool, lin
 
 
 def summary(tokens: Sequence[Report]) -> str:
-    """Return a line with a text's means per token: disagreement and negative log-probability in nats, and head passes.
+    """Return a line with a text's means per token: disagreement, surprise in nats, and reads of all heads if there are.
+
+    The surprise is the negative log-probability.
 
     Args:
         tokens: the tokens' reports, as ``TokenReport.spelled`` returns them, gated tokens included; if there are none,
@@ -72,10 +74,8 @@ def summary(tokens: Sequence[Report]) -> str:
     bound = "at most " if all(all(t["disagreement_is_bound"]) for t in tokens) else ""
     passes, nats = fmean(t["num_passes"] for t in tokens), -fmean(t["log_prob"] for t in tokens)
     unit = tokens[0].get("unit", "token")
-    return (
-        f"{len(tokens)} {unit}s · disagreement {bound}{disagreement:.3f} nats a {unit} · {nats:.2f} nats a {unit} · "
-        f"{passes:.1f} reads of all heads a {unit}"
-    )
+    said = f"{len(tokens)} {unit}s · disagreement {bound}{disagreement:.3f} nats a {unit} · surprise {nats:.2f}"
+    return said + (f" · {passes:.1f} reads of all output layers" if passes else "")
 
 
 def details_of(token: Report, members: Sequence[str], rule: str) -> str:
@@ -96,11 +96,12 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         members, token["member_top"], token["member_log_probs"], token["disagreement"], token["disagreement_is_bound"],
         strict=True,
     ):  # fmt: skip
-        corrected = f"corrected by {'at most ' if bound else ''}{nats:.4f} nats"
+        corrected = f"disagrees by {'at most ' if bound else ''}{nats:.4f} nats"
         cards.append(("", name, rows, own, corrected if rows else "not asked: the gate was closed"))
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
     sure = sure if math.isfinite(token["gap"]) else "how near is unknown"
-    figures = f"{Status[token['status']]}, {sure}, {token['num_passes']:.1f} reads of all heads"
+    passes = f", {token['num_passes']:.1f} reads of all output layers" if token["num_passes"] else ""
+    figures = f"{Status[token['status']]}, {sure}{passes}"
     figures = "the gate was closed, so the rule was not computed" if token.get("gated") else figures
     moved = any(before != after for _, before, after in token["moved"])
     moves = list(zip(token["moved"], token["pushes"], strict=True)) if moved else []
