@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.engine.unread import AVERAGE, averages
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.members.member import Member
+from softmeet.members.member import Member, short
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
 from softmeet.readers.union_form import UnionForm
@@ -91,8 +91,11 @@ def choose_vocabulary(
     pairs = list(zip(config.members, tokenizers, strict=True))
     spellings = [spelling_of(name, own) for name, own in pairs]
     if chosen:
-        members = ", ".join(f"{name} ({len(own):,})" for name, own in pairs)
-        _log.warning("combined over bytes, as these have different tokens; limits count the first one's: %s", members)
+        first, others = short(config.members[0]), ", ".join(map(short, config.members[1:]))
+        _log.warning(
+            "mixed byte by byte, as %s and %s have different tokens; limits on tokens count those of %s",
+            first, others, first,
+        )  # fmt: skip
     return spellings
 
 

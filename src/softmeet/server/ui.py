@@ -45,8 +45,8 @@ _HEAD = '<link rel="icon" href="data:,">'
 _TITLE = "<h1>softmeet</h1><p>Several language models, sampled as one. Watch where they agree.</p>"
 _ALONE = "nothing"
 _INSIDE = (
-    "<p>Type how a text begins, and press Generate: the models write on as one, token by token (a token is a piece of a "
-    "word, or a byte). Colour shows where they expected different tokens. Choose one to see what each expected there, "
+    "<p>Type how a text begins, and press Generate: the models write on as one, token by token (a token is a piece of "
+    "a word, or a byte). Colour shows where they expected different tokens. Choose one to see what each expected there, "
     "and what the mix made of it. Disagreement and surprise are in nats; one is 1.44 bits.</p>"
 )
 _HINT = "<p>Choose a token, with the pointer or with the arrow keys and Enter, to see what was behind it.</p>"
@@ -183,7 +183,9 @@ def _inside(serving: Serving) -> None:
             [_ALONE, *rules], value=_ALONE, label="Compare with", interactive=free["rule"], elem_id="other"
         )
         most = max(min(4, serving.settings.max_trust), own["trust"])
-        trust = gr.Slider(0, most, own["trust"], step=0.05, label="Trust: how far meet moves the average", interactive=free["trust"])
+        trust = gr.Slider(
+            0, most, own["trust"], step=0.05, label="Trust: how far meet moves it", interactive=free["trust"]
+        )
     with gr.Accordion("Sampling", open=False), gr.Row():
         contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
         longest = min(200, serving.settings.max_tokens, *contexts)
