@@ -38,12 +38,12 @@ class AdvisedTextFlags(texts.DocumentFlags):
 @flags()
 def advise(
     *,
-    named: list[str] | None = argument("The members, as -m takes them.", metavar="MEMBER..."),
+    named: list[str] | None = argument("Two models or more, as -m takes them.", metavar="MODEL..."),
     members: options.Members = None,
     source: AdvisedTextFlags,
     questions: Path | None = optional(
-        "A file of questions, as softmeet answer takes it: right answers are then told beside bits, and without --text "
-        "the questions with their answers are the text.",
+        "A file of questions with their answers, as softmeet answer takes it: right answers are then told beside bits, "
+        "and without --text the questions with their answers are the text.",
         panel="Text",
     ),
     form: FormFlags,
@@ -57,7 +57,7 @@ def advise(
     folds: int = flag(
         5, "Into how many folds documents are dealt; what is fitted without one is judged on it.", min=2, panel="Fit"
     ),
-    saved: Path | None = optional("Save what is advised as an ensemble in this folder.", "--save", panel="Output"),
+    saved: Path | None = optional("Save what is advised in this folder, as an ensemble.", "--save", panel="Output"),
     html: Path | None = optional("Write a self-contained HTML page with plots to this path.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,
@@ -134,6 +134,7 @@ def show(facts: dict[str, Any]) -> None:
     """
     console = out()
     console.print(facts["plainly"], style="bold")
+    console.print(_MEANT)
     for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4)), strict=True):
         print_table(console, columns, [rows], title=title, texts=wide)
     console.print(differences(facts))
@@ -143,6 +144,13 @@ def show(facts: dict[str, Any]) -> None:
     console.print(facts["says"] if rather else f"To combine them all the same: {facts['says']}")
     if facts["answers"]:
         answer_tables.show(facts["answers"])
+
+
+_MEANT = (
+    "Bits say how hard each byte of the text was to predict: fewer are better. A gain is bits saved, ± a 95 % "
+    "interval: one that is wider than the gain itself may be chance. Weights say how much each model counts, in the "
+    "models' order."
+)
 
 
 def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:

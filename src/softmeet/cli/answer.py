@@ -47,12 +47,15 @@ class FormFlags(Flags, panel="Text"):
     """Flags for how questions are put, and what is before them."""
 
     how: str | None = optional(
-        "How questions are answered. By likelihood of: option (the sum over its text), option-byte (a byte), "
+        "How questions are answered. Without it: option-byte with choices, code with tests, number if all answers are, "
+        "else match. By likelihood of: option (the sum over its text), option-byte (a byte), "
         "option-unconditional (less that without the question), letter. In words: number, choice (a letter), match, "
         "code.",
-        shown="option-byte with choices, code with tests, number if all answers are, else match",
+        shown="by what answers there are",
     )
-    shots: Path | None = optional("A file of questions from which examples are taken, first those of the same subject.")
+    shots: Path | None = optional(
+        "A file of questions with answers, as examples. First those of the same subject are taken."
+    )
     count: int | None = optional(
         "With --shots, or in a task, how many examples stand before each question.",
         shown="4; of a task its own number",
@@ -125,14 +128,14 @@ def answer(
         "vocabulary=union, gate=safe or decoder=agreement; or NAME=SAVED. It can be repeated.",
         "--ensemble",
         "-e",
-        panel="Members",
+        panel="Models",
     ),
     instead: list[str] | None = optional(
         "A single model that you could run in place of the members, such as the next larger one: it is asked, too, but "
         "is no member. It can be repeated.",
         "--instead",
         metavar="NAME",
-        panel="Members",
+        panel="Models",
     ),
     form: FormFlags,
     harness: HarnessFlags,
@@ -140,7 +143,7 @@ def answer(
     answers: Path | None = optional("Write all answers to this file, in lines of JSON.", panel="Output"),
     result: ResultFlags,
 ) -> None:
-    """Ask models questions, alone and together, and count right answers, with 95 % intervals.
+    """Ask models questions, alone and together, and count right answers, with margins of error.
 
     Every member is asked alone, too, and each row is set against the best of them, question by question (McNemar's
     exact test). A last row has the questions that any member answers rightly.

@@ -109,9 +109,7 @@ class TalkFlags(SamplingFlags, panel="Sampling"):
     """Flags for how answers are drawn: cooler than other texts, as chats are elsewhere."""
 
     max_new_tokens: int | None = at_least_one("The most tokens of an answer.", shown="1024")
-    temperature: float | None = optional(
-        "Divide log-probabilities by X before drawing; 0 always takes the likeliest.", min=0, shown="0.7"
-    )
+    temperature: float | None = optional("Higher is more random; 0 always takes the likeliest.", min=0, shown="0.7")
 
     def arguments(self) -> dict[str, Any]:
         """Return the flags as keyword arguments of ``Ensemble.stream``."""
@@ -124,10 +122,12 @@ class TalkFlags(SamplingFlags, panel="Sampling"):
 @flags()
 def chat(
     *,
-    named: list[str] | None = argument("Two models or more, as -m takes them.", metavar="MEMBER..."),
+    named: list[str] | None = argument(
+        "Two models or more: files, folders or names, as -m takes them.", metavar="MODEL..."
+    ),
     members: options.Members = None,
     system: str | None = optional("The system's message before the conversation.", panel="Text"),
-    colors: bool = switch("Colour each word by the member that would have said it most likely.", panel="Output"),
+    colors: bool = switch("Colour each word by the model likeliest to say it.", panel="Output"),
     sampling: TalkFlags,
     loading: options.LoadingFlags,
     **settings: Any,

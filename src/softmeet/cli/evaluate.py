@@ -43,31 +43,31 @@ def evaluate(
     members: options.Members = None,
     source: texts.SourceFlags,
     rules: list[str] | None = optional(
-        _RULE, "--rule", shown="a saved ensemble's, else meet; over bytes the averages", panel="Rule"
+        _RULE, "--rule", shown="a saved ensemble's, else meet; over bytes the averages", panel="Mixing"
     ),
     gates: list[str] | None = optional(
         "Measure every rule twice: without a gate, and with this one, such as unsure:0.5 (softmeet generate --help "
         "has all forms); it can be repeated.",
         "--gate",
         shown="none, or a saved ensemble's own unless that is auto",
-        panel="Rule",
+        panel="Mixing",
     ),
     prompt_weights: int | None = at_least_one(
         "Also measure logit-mean with weights that are chosen for each document by how well each member predicts its "
         "first N tokens.",
         shown="off",
-        panel="Rule",
+        panel="Mixing",
     ),
     folds: int | None = optional(
         "Also measure every member and average at its best: weights, temperature and order are fitted on all but one "
         "of N folds of the documents, and judged on that one, in turn.",
         min=2,
         shown="nothing is fitted",
-        panel="Rule",
+        panel="Mixing",
     ),
     adaptive: bool = switch(
         "With --folds, also measure averages with weights that adapt to a document as it goes; nothing writes text so.",
-        panel="Rule",
+        panel="Mixing",
     ),
     baseline: str | None = optional(
         "The member or rule that all rows are compared with, by its name in the table.",
@@ -89,7 +89,7 @@ def evaluate(
     running: options.EngineFlags,
     **settings: Any,
 ) -> None:
-    """Measure how well models, and ways to mix them, predict a text, with 95 % intervals.
+    """Measure how well models, and ways to mix them, predict a text, with margins of error.
 
     The figures are mean losses in nats per token (over bytes: per byte), perplexity, bits per byte, accuracy and
     calibration, and each row's difference from the best single member, or from --baseline. Intervals are paired, and

@@ -184,7 +184,7 @@ def _setting(name: str) -> inspect.Parameter:
         f" The rules, explained in docs/guides/choosing-a-rule.md: {', '.join(rule_names())}." if name == "rule" else ""
     )
     shown = _SHOWN.get(name, str(setting.get_default() or "") or False)
-    panel = "Rule" if name in _OF_THE_RULE else "Advanced"
+    panel = "Mixing" if name in _OF_THE_RULE else "Advanced"
     option = optional(f"{setting.description}{about}", flag_of(name), shown=shown, panel=panel)
     return _parameter(name, (kinds[0] if kinds else str) | None, option)
 

@@ -60,7 +60,7 @@ class PromptFlags(Flags, panel="Text"):
         return [[*before, {"role": "user", "content": text}] for text in texts] if self.chat else list(texts)
 
 
-class PassageFlags(Flags, panel="Members"):
+class PassageFlags(Flags, panel="Models"):
     """Flags for retrieved passages, behind each of which every member reads the prompts."""
 
     passages: Path | None = optional(
@@ -100,7 +100,7 @@ class ShownFlags(Flags, panel="Output"):
     color: bool = switch(
         "On a terminal, colour the text of a single prompt by how far the members had to be corrected."
     )
-    as_json: bool = switch("Print the texts and figures as one JSON document on stdout, once all is done.", "--json")
+    as_json: bool = switch("Print texts and numbers as one JSON document on stdout, once all is done.", "--json")
     summary: bool | None = optional(
         "Print on stderr each member's weight, how far it had to be corrected (its disagreement, KL divergence in "
         "nats), and the speed.",
@@ -133,14 +133,14 @@ def generate(
     sampling: SamplingFlags,
     shape: StructureFlags,
     prompt_weights: bool = switch(
-        "Weigh the members by how well each predicts the prompt, in place of --weights.", panel="Rule"
+        "Weigh the members by how well each predicts the prompt, in place of --weights.", panel="Mixing"
     ),
     token_seconds: float | None = optional(
         "The most seconds that the rule may take for a token, of all prompts together; then the best distribution "
         "found is used, and counted as BUDGET in the summary.",
         min=0,
         shown="no limit",
-        panel="Rule",
+        panel="Mixing",
     ),
     whole: DecoderFlags,
     reproducible: bool = switch(

@@ -47,7 +47,7 @@ def inspect(
     shown: PageFlags,
     **settings: Any,
 ) -> None:
-    """Show how probable each model, and all together, found every token of a text, and where the mix changed most.
+    """Show how likely each model, and all together, thought every token of a text, and what mixing changed.
 
     Example: softmeet inspect "And the king said unto his daughter" -m narrow --html page.html
     """

@@ -18,7 +18,7 @@ def models(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
-    """List GGUF files on this machine: those of ollama, LM Studio, llama.cpp and the Hub's cache.
+    """List GGUF files on this machine: those of ollama, LM Studio, llama.cpp and Hugging Face's cache.
 
     Files with the same letter under tokens have the same tokens, and are combined over tokens; others are combined over
     bytes. Those for chat have a template for it.

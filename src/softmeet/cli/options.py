@@ -27,9 +27,9 @@ _MEMBERS = (
     "A model: a GGUF file, a folder, a name of the Hugging Face Hub, or a bundled model such as wide/gpt2; repeat it "
     "for each member. NAME:REST is a reader that a package brings. Behind it, +key=value may say how it is loaded and "
     "what it reads: prompt (a text or a file), adapter, quantization, dtype, device, of a GGUF file engine, context, "
-    "gpu_layers and hash, subfolder, file, name. Or, alone, a bundled family (wide; narrow, with very narrow heads; "
-    "mixed, with two tokenizers) or the folder of a saved ensemble, whose settings then take the place of the defaults "
-    "shown here."
+    "gpu_layers and hash, subfolder, file, name. Or, alone, a bundled family (wide, the default; narrow, with very "
+    "narrow heads; mixed, with two tokenizers) or the folder of a saved ensemble, whose settings then take the place "
+    "of the defaults shown here."
 )
 Members = Annotated[
     list[str] | None,
@@ -37,9 +37,9 @@ Members = Annotated[
         "--member",
         "-m",
         help=_MEMBERS,
-        show_default=f"{DEFAULT}, small bundled models",
+        show_default="small bundled models",
         metavar="NAME",
-        rich_help_panel="Members",
+        rich_help_panel="Models",
     ),
 ]
 
@@ -83,7 +83,7 @@ def placement(given: list[str] | None) -> Any:
     return found
 
 
-class LoadingFlags(Flags, panel="Members"):
+class LoadingFlags(Flags, panel="Models"):
     """Flags for how and where members are loaded, and whether they are combined over tokens or bytes."""
 
     dtype: str | None = optional(
@@ -100,10 +100,10 @@ class LoadingFlags(Flags, panel="Members"):
         "Run the Python code that comes with a checkpoint; only for checkpoints that you trust."
     )
     vocabulary: str | None = optional(
-        "Whether models are mixed token by token or byte by byte. tokens: they must share a tokenizer. bytes: any "
-        "tokenizers, averages only. union: the union of their tokens, to write alone; union:k=10: of the ten likeliest "
+        "Mix models over tokens, bytes or union. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
+        "only. union: the union of their tokens, to write alone; union:k=10: of the ten likeliest "
         "of each. auto: bytes where tokenizers differ, else tokens.",
-        shown="auto: bytes where they have different tokens",
+        shown="auto",
     )
     prune: float | None = optional(
         "Over bytes, ignore ways to tokenize the text that hold less than this share of a member's probability. A "

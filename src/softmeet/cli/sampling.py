@@ -40,11 +40,10 @@ class SamplingFlags(Flags, panel="Sampling"):
         "--max-new-bytes",
         shown="no limit",
     )
-    seed: int | None = optional("An integer that makes the draws repeatable; without it, each run differs.", min=0)
+    seed: int | None = optional("The same integer gives the same texts again; without it, each run differs.", min=0)
     do_sample: bool = flag(True, "Draw each token at random; --no-do-sample always takes the likeliest.")
     temperature: float | None = optional(
-        "Divide log-probabilities by X before drawing: below 1, likely tokens are drawn more often; 0 always "
-            "takes the likeliest.",
+        "Higher is more random; 0 always takes the likeliest. Log-probabilities are divided by X before drawing.",
         min=0, shown="1",
     )  # fmt: skip
     top_k: int = flag(0, "Draw from the N likeliest tokens only; 0 for all.", min=0)

@@ -35,7 +35,7 @@ _ENSEMBLES = (
     "under that name, else it goes by its own."
 )
 _MEMBERS = (
-    "MODEL adds a member to the ensemble named default, NAME=MODEL to the ensemble NAME. MODEL is a hub id, a folder, "
+    "A model of the mix that clients call default; NAME=MODEL is one of the mix NAME. MODEL is a hub id, a folder, "
     "a GGUF file, a bundled model or NAME:REST for a package's reader; repeat it for each member."
 )
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -47,8 +47,8 @@ class AccessFlags(Flags, panel="Address and access"):
     host: str = flag("127.0.0.1", "The address to listen on.")
     port: int = flag(8000, "The port to listen on; 0 takes a free one.", min=0, max=65535)
     api_key: list[str] | None = optional(
-        "An API key, one of which every request then needs; it can be repeated. Others on this machine can see it in "
-        "the list of processes, and --api-keys keeps it from them.",
+        "A key that requests then need; it can be repeated, and any of them will do. Others on this machine can see it "
+        "in the list of processes, and --api-keys keeps it from them.",
         metavar="KEY",
     )
     api_keys: Path | None = optional(
@@ -153,14 +153,14 @@ class RunFlags(Flags, panel="Engine"):
 @flags()
 def serve(
     *,
-    ensembles: list[str] | None = argument(_ENSEMBLES, shown="small bundled models, the family wide, named default"),
+    ensembles: list[str] | None = argument(_ENSEMBLES, metavar="MODELS...", shown="small bundled models"),
     members: list[str] | None = optional(
-        _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Members"
+        _MEMBERS, "--member", "-m", shown=False, metavar="[NAME=]MODEL", panel="Models"
     ),
     access: AccessFlags,
     limits: LimitFlags,
     access_log: bool = switch("Log a line for every request, leaving out keys and prompts.", panel="Output"),
-    plain_chat: bool = switch("Chat by a plain template with members that have none of their own.", panel="Members"),
+    plain_chat: bool = switch("Chat by a plain template with members that have none of their own.", panel="Models"),
     running: RunFlags,
     loading: options.LoadingFlags,
     **settings: Any,

@@ -57,8 +57,8 @@ class Settings(SettingValues):
     """
 
     rule: Annotated[Rule, BeforeValidator(_rule)] = Field(default=DEFAULT, validate_default=True)
-    """How the models are mixed: the name of a rule, as softmeet methods lists them. Options follow it after colons, as
-    in meet:trust=1/0.3:pool=prob-mean, with slashes between the numbers of several members; an option is given here or
+    """How the models are mixed (softmeet methods lists the ways). Options follow the name after colons, as in
+    meet:trust=1/0.3:pool=prob-mean, with slashes between the numbers of several members; an option is given here or
     by its own flag, not by both.
     """
     gate: Annotated[Any, BeforeValidator(_gate)] = None

@@ -85,7 +85,7 @@ class SettingValues(Frozen):
     same as under its own prediction.
     """
     weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = None
-    """How much each model counts, its weight, as in 0.3,0.7; the weights have to sum to 1. By default they are equal.
+    """How much each model counts, in their order, as in 0.3,0.7 (all the same if left out). These weights sum to 1.
     For the rule logit-mean they may be below 0, as in 1.5,-0.5.
     """
     pool: Pool = "logit-mean"

@@ -46,8 +46,8 @@ _TITLE = "<h1>softmeet</h1><p>Several language models, sampled as one. Watch whe
 _ALONE = "nothing"
 _INSIDE = (
     "<p>Type how a text begins, and press Generate: the models write on as one, token by token (a token is a piece of "
-    "a word, or a byte). Colour shows where they expected different tokens. Choose one to see what each expected there, "
-    "and what the mix made of it. Disagreement and surprise are in nats; one is 1.44 bits.</p>"
+    "a word, or a byte). Colour shows where they expected different tokens. Choose one to see what each expected "
+    "there, and what the mix made of it. Disagreement and surprise are in nats; one is 1.44 bits.</p>"
 )
 _HINT = "<p>Choose a token, with the pointer or with the arrow keys and Enter, to see what was behind it.</p>"
 _EXAMPLE = "And the king said unto his daughter,"
