@@ -73,7 +73,7 @@ def test_every_option_has_a_sentence():
 def test_defaults_are_shown():
     by_name = {p.name: default(p) for p in dict(commands())["generate",].params}
     assert by_name["max_new_tokens"] == "100"
-    assert by_name["members"] == "wide, small bundled models"
+    assert by_name["members"] == "small bundled models"
     assert by_name["top_p"] == "1"
     assert by_name["trust_remote_code"] == ""
 
