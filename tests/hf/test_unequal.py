@@ -31,6 +31,9 @@ def test_equal_weights_of_unequal_members_are_warned_of(given, tiny_size, ratio,
     assert len(said) == warned
     assert all(f"gpt2 has {apart:.1f} times" in one or f"llama has {apart:.1f} times" in one for one in said)
     assert ensemble.names == names
+    with unequal.unwarned():
+        Ensemble.from_pretrained(names, "logit-mean", **given)
+    assert sum("equal weights" in record.getMessage() for record in caplog.records) == warned
 
 
 def test_a_saved_ensemble_and_the_bundled_ones_are_not_warned_of(folders, tmp_path, monkeypatch, caplog):

@@ -289,7 +289,7 @@ def test_without_a_rule_the_average_is_taken_and_said(told, quantised_folder, mo
         monkeypatch.setattr("softmeet.members.quantized.method_of_head", lambda config: None)
     ensemble = Ensemble.from_pretrained(quantised_folder)
     assert ensemble.model.config.rule == "logit-mean"
-    assert "combined by logit-mean: the head (output layer) of" in caplog.text
+    assert "mixed by logit-mean, as the output layer (head) of" in caplog.text
     assert isinstance(ensemble.model.member_heads[1], OpaqueHead)
 
 

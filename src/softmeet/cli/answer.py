@@ -341,9 +341,11 @@ def _require_likelihoods(who: Sequence[Subject], what: str, needed: bool = True)
 def _loaded(one: Subject, loaded: dict[Any, Any]) -> Any:
     with working(f"loading {one.name}"):
         from softmeet.ensemble import Ensemble
+        from softmeet.hf.unequal import unwarned
 
         given: dict[str, Any] = {**one.loading, "loaded": loaded}
-        return Ensemble.from_pretrained(one.saved or list(one.members), one.rule, **given)
+        with unwarned():
+            return Ensemble.from_pretrained(one.saved or list(one.members), one.rule, **given)
 
 
 def _hash(questions: Sequence[Question]) -> str:

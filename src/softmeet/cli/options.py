@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -184,13 +185,14 @@ class LoadingFlags(Flags, panel="Models"):
                 from transformers.utils import logging
 
                 from softmeet.ensemble import Ensemble
+                from softmeet.hf.unequal import unwarned
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
         arguments = self.arguments()
         if rather and (self.vocabulary == "auto" or (self.vocabulary is None and not is_saved(members))):
             arguments["vocabulary"] = rather
-        with working("loading") as show:
+        with working("loading") as show, nullcontext() if to_write else unwarned():
             found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
                 on_progress=lambda name: show(f"loading {short(name)}"),

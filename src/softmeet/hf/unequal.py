@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
@@ -11,9 +12,19 @@ from softmeet.members.member import short
 from softmeet.members.reader_model import ReaderModel
 from softmeet.rules.settings import Settings
 
-_log = logging.getLogger("softmeet")
+_log = logging.getLogger("softmeet.weights")
 # A larger model has more than so many times the parameters of a smaller one. Of tiny models most are embeddings.
 _RATIO, _TINY = 2.0, 10_000_000
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Enter a context without the warning, for what measures how good members are."""
+    before, _log.disabled = _log.disabled, True
+    try:
+        yield
+    finally:
+        _log.disabled = before
 
 
 def parameters(model: PreTrainedModel) -> int | None:

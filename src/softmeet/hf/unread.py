@@ -56,4 +56,4 @@ def _settle(config: EnsembleConfig, name: str, why: str, remedy: str, any_averag
     if not any_average or reader_of(config.settings.changed(rule=AVERAGE)) is not None:
         raise unreadable(reader, name, why, remedy)
     config.rule = AVERAGE
-    _log.warning("combined by %s: the head (output layer) of %s %s", AVERAGE, short(name), why)
+    _log.warning("mixed by %s, as the output layer (head) of %s %s", AVERAGE, short(name), why)
