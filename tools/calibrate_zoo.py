@@ -11,7 +11,8 @@ import torch
 import typer
 
 from softmeet import Ensemble
-from softmeet.hf.calibrated import calibrate, key_of, members_hash
+from softmeet.hf.calibrated import calibrate, key_of
+from softmeet.hf.remembered import members_hash
 from softmeet.members import zoo
 
 TRUSTS = (0.1, 0.3, 1.0, 2.0)

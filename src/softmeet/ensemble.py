@@ -146,9 +146,9 @@ class Ensemble:
             names, **loading, offload_folder=offload_folder, on_progress=on_progress,
             on_loaded=reading(config, any_average=any_average), loaded=loaded,
         )  # fmt: skip
-        if saved is None:
-            warn_of_unequal(names, models, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
+        if saved is None and chosen.weights is None:
+            warn_of_unequal(model)
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -7,6 +7,7 @@ import tiny
 
 from softmeet import Ensemble
 from softmeet.hf import unequal
+from softmeet.members.member import short
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,38 @@ def test_equal_weights_of_unequal_members_are_warned_of(given, tiny_size, ratio,
     with unequal.unwarned():
         Ensemble.from_pretrained(names, "logit-mean", **given)
     assert sum("equal weights" in record.getMessage() for record in caplog.records) == warned
+
+
+WORSE = (
+    "worse than {0} alone by 0.020 ± 0.010 bits a byte, as softmeet advise measured on 8,148 bytes: weights of "
+    "0.83,0.17"
+)
+
+
+@pytest.mark.parametrize(
+    ("gain", "margin", "rule", "warned"),
+    [
+        (-0.02, 0.01, "logit-mean", WORSE),
+        (-0.02, 0.03, "logit-mean", None),
+        (0.01, 0.005, "logit-mean", None),
+        (-0.02, 0.01, "prob-mean", "has {1:.1f} times"),
+    ],
+)
+def test_what_was_measured_goes_before_sizes(gain, margin, rule, warned, folders, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path))
+    names, apart = folders
+    monkeypatch.setattr(unequal, "_TINY", 1)
+    monkeypatch.setattr(unequal, "_RATIO", 1.0)
+    with unequal.unwarned():
+        model = Ensemble.from_pretrained(names, rule).model
+    found = unequal.Measured(gain=gain, margin=margin, best=0, bytes=8148, weights=[0.83, 0.17])
+    unequal.remember_equal(model, found)
+    Ensemble.from_pretrained(names, rule)
+    said = [record.getMessage() for record in caplog.records if "equal weights" in record.getMessage()]
+    assert len(said) == (warned is not None)
+    assert all(str(warned).format(short(names[0]), apart) in one for one in said)
+    Ensemble.from_pretrained(names[::-1], rule, weights=[0.5, 0.5])
+    assert len([record for record in caplog.records if "equal weights" in record.getMessage()]) == len(said)
 
 
 def test_a_saved_ensemble_and_the_bundled_ones_are_not_warned_of(folders, tmp_path, monkeypatch, caplog):

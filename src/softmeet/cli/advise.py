@@ -111,8 +111,23 @@ def advise(
         shown = (facts["says"], tables(facts), cautions(facts), differences(facts))
         html.write_text(page(advice.judged, *shown), encoding="utf-8")
         say(f"written to {html}")
+    if (equal := advice.equal) is not None:
+        _remember(advice, equal)
     if saved is not None:
         _save(advice, facts, saved)
+
+
+def _remember(advice: Any, equal: Any) -> None:
+    """Keep what equal weights gain, so that members are not mixed so without a word where that loses."""
+    from softmeet.hf.unequal import Measured, remember_equal
+
+    judged = advice.judged
+    (fitted,) = (own for own in judged.averages if own.name == "logit-mean")
+    margin, best = (equal.high - equal.low) / 2, judged.names.index(judged.best)
+    found = Measured(
+        gain=equal.mean, margin=margin, best=best, bytes=int(judged.bytes.sum()), weights=fitted.settings["weights"]
+    )
+    remember_equal(judged.ensemble.model, found)
 
 
 def _save(advice: Any, facts: dict[str, Any], folder: Path) -> None:
@@ -191,6 +206,9 @@ _OWN_TEXT = (
 def differences(facts: dict[str, Any]) -> str:
     """Return sentences on how far the members, and ``meet`` and its average, differ."""
     said = [f"The members disagree by {facts['disagreement']:.3f} nats a {facts['vocabulary'][:-1]} (Jensen-Shannon)."]
+    if facts["equal_weights"]["gain"] is not None:
+        equal = facts["equal_weights"]
+        said.append(f"With equal weights, the default, the gain is {difference(equal['gain'], equal['interval'])}.")
     if facts["movement"]:
         said.append(f"At trust 0.3 {facts['movement']['says']}")
     if facts["meet"]:

@@ -9,24 +9,20 @@ three places: in the ensemble's configuration, which checkpoints and replicas ha
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from softmeet.hf.remembered import file_of, keep, known, members_hash
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.members.identity import body_hash
-from softmeet.members.member import Member
 from softmeet.rules.gates import PredictedMovement
 from softmeet.rules.movement import Movement
 from softmeet.rules.settings import Settings, rule_of
@@ -41,6 +37,8 @@ _POSITIONS, _AT_ONCE, _SECONDS = 64, 16, 120.0
 _TOL = 1e-3
 # Nats; movements below this are of no interest.
 _SMALL = 1e-5
+# Where factors are kept, by members and settings (:func:`key_of`).
+_FILE = "movement.json"
 # The prompt and the seed of the text that an ensemble samples.
 _PROMPT, _SEED = "The", 0
 # The settings that the factor depends on, beside the members.
@@ -61,7 +59,7 @@ def resolved(model: AnyEnsemble, settings: Settings, *, may_calibrate: bool = Tr
         model: the ensemble, over tokens or bytes; the factor is added to ``movement`` of its configuration.
         settings: the settings to complete, for the ensemble's members (:meth:`Settings.for_members`).
         may_calibrate: whether to measure a factor that is kept nowhere, which takes as long as generating 64 tokens,
-            and to write it to :func:`cache_file`.
+            and to keep it (:mod:`softmeet.hf.remembered`).
     """
     gate = settings.gate
     if not isinstance(gate, PredictedMovement) or gate.factor is not None:
@@ -98,10 +96,10 @@ def moves_pool(settings: Settings) -> bool:
 def _kept(model: AnyEnsemble, own: str) -> float | None:
     """Look up the factor of the key ``own`` in the file of the bundled families, then in this machine's."""
     who, bundled = members_hash(model), zoo.installed()
-    for file in ([bundled / "movement.json"] if bundled else []) + [cache_file()]:
-        known = _read(file).get(who, {})
-        if own in known:
-            return float(known[own])
+    for file in ([bundled / _FILE] if bundled else []) + [file_of(_FILE)]:
+        found = known(file).get(who, {})
+        if own in found:
+            return float(found[own])
     return None
 
 
@@ -113,12 +111,6 @@ def key_of(settings: Settings) -> str:
     """
     plain = settings.plain()
     return json.dumps({name: plain[name] for name in _SETTINGS}, sort_keys=True)
-
-
-def members_hash(model: AnyEnsemble) -> str:
-    """Compute the SHA-256, in hexadecimal, of a sample of each member's weights and of its prompt, in their order."""
-    prompts = [Member.parse(name).prompt or "" for name in model.config.members]
-    return hashlib.sha256("".join([*map(body_hash, model.members), *prompts]).encode()).hexdigest()
 
 
 def _calibrated(model: AnyEnsemble, settings: Settings, own: str) -> float | None:
@@ -138,7 +130,7 @@ def _calibrated(model: AnyEnsemble, settings: Settings, own: str) -> float | Non
             _SECONDS,
         )
     else:
-        _keep(cache_file(), members_hash(model), own, factor)
+        keep(file_of(_FILE), members_hash(model), own, factor)
     return factor
 
 
@@ -170,38 +162,6 @@ def calibrate(model: AnyEnsemble, settings: Settings) -> float | None:
             return None
         moved, free = moved + found.forward.sum().item(), free + found.free.sum().item()
     return moved / max(free, 1e-300) if free else None
-
-
-def cache_file() -> Path:
-    """Return the path of the JSON file in which this machine keeps the measured factors of the gate ``movement``.
-
-    They are kept by members (:func:`members_hash`) and settings (:func:`key_of`). The file is ``movement.json`` in
-    ``$SOFTMEET_CACHE`` or, without that, in ``softmeet`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / "movement.json"
-
-
-def _read(file: Path) -> dict[str, dict[str, float]]:
-    """Read factors by members' hash and settings' key; return an empty dict if the file is missing or damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _keep(file: Path, who: str, own: str, factor: float) -> None:
-    """Add a factor to the file; if the file cannot be written, the factor will be measured anew next time."""
-    known = _read(file)
-    known.setdefault(who, {})[own] = factor
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(file)
-    except OSError:
-        _log.debug("could not write %s", file)
 
 
 @torch.inference_mode()

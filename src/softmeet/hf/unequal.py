@@ -1,20 +1,45 @@
-"""A word of warning where members of different strength get equal weights."""
+"""A word of warning where equal weights are worse than a member alone: by what was measured, else by members' sizes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypedDict
 
 from transformers import PreTrainedModel
 
+from softmeet.engine.unread import AVERAGE
+from softmeet.hf.remembered import file_of, keep, known, members_hash
 from softmeet.members.member import short
 from softmeet.members.reader_model import ReaderModel
-from softmeet.rules.settings import Settings
+
+if TYPE_CHECKING:
+    from softmeet.hf.protocol import AnyEnsemble
 
 _log = logging.getLogger("softmeet.weights")
 # A larger model has more than so many times the parameters of a smaller one. Of tiny models most are embeddings.
 _RATIO, _TINY = 2.0, 10_000_000
+# Where measurements are kept, and under which key.
+_FILE, _EQUAL = "weights.json", "equal"
+
+
+class Measured(TypedDict):
+    """What ``logit-mean`` with equal weights gains over the best member alone, on some text.
+
+    Attributes:
+        gain: in bits a byte, below 0 for a loss.
+        margin: half of its 95 % interval.
+        best: the number of the best member.
+        bytes: of the text.
+        weights: those that were fitted to it.
+    """
+
+    gain: float
+    margin: float
+    best: int
+    bytes: int
+    weights: Sequence[float]
 
 
 @contextmanager
@@ -27,6 +52,11 @@ def unwarned() -> Iterator[None]:
         _log.disabled = before
 
 
+def remember_equal(model: AnyEnsemble, found: Measured) -> None:
+    """Keep what equal weights of an ensemble's members were measured to gain, for :func:`warn_of_unequal`."""
+    keep(file_of(_FILE), members_hash(model), _EQUAL, found)
+
+
 def parameters(model: PreTrainedModel) -> int | None:
     """Return the number of a member's parameters; None of a reader that does not tell it."""
     if isinstance(model, ReaderModel):
@@ -35,18 +65,30 @@ def parameters(model: PreTrainedModel) -> int | None:
     return int(sum(parameter.numel() for parameter in model.parameters()))
 
 
-def warn_of_unequal(names: Sequence[str], models: Sequence[PreTrainedModel], settings: Settings) -> None:
-    """Log a warning if no weights are given and one member has more than twice the parameters of another.
+def warn_of_unequal(model: AnyEnsemble) -> None:
+    """Log a warning if the equal weights of an ensemble were measured to be worse than a member alone.
 
-    An average with equal weights loses to the better member where members differ by more than 0.06 bits a byte
-    (docs/reference/results.md), which models of so different sizes mostly do.
+    Where nothing was measured (:func:`remember_equal`), it is logged if one member has more than twice the parameters
+    of another: an average with equal weights loses to the better member where members differ by more than 0.06 bits a
+    byte (docs/reference/results.md), which models of so different sizes mostly do.
     """
-    sizes = {name: size for name, model in zip(names, models, strict=True) if (size := parameters(model))}
-    large, small = (pick(sizes, key=sizes.__getitem__, default="") for pick in (max, min))
-    if settings.weights is not None or not sizes or sizes[large] < max(_TINY, _RATIO * sizes[small]):
+    if len(model.members) == 1:
         return
-    _log.warning(
-        "equal weights, but %s has %.1f times the parameters of %s: such a mix is mostly worse than the larger model "
-        "alone; softmeet advise says it of your text, and weights (--weights) settle it",
-        short(large), sizes[large] / sizes[small], short(small),
-    )  # fmt: skip
+    names, file = list(map(short, model.config.members)), file_of(_FILE)
+    is_average = model.settings.rule.name == AVERAGE and file.exists()
+    if found := known(file).get(members_hash(model), {}).get(_EQUAL) if is_average else None:
+        if found["gain"] + found["margin"] < 0:
+            _log.warning(
+                "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as softmeet advise measured on %s "
+                "bytes: weights of %s (--weights) were fitted to these", names[found["best"]], -found["gain"],
+                found["margin"], f"{found['bytes']:,}", ",".join(f"{weight:.2f}" for weight in found["weights"]),
+            )  # fmt: skip
+        return
+    sizes = {name: size for name, one in zip(names, model.members, strict=True) if (size := parameters(one))}
+    large, small = (pick(sizes, key=sizes.__getitem__, default="") for pick in (max, min))
+    if sizes and sizes[large] >= max(_TINY, _RATIO * sizes[small]):
+        _log.warning(
+            "equal weights, but %s has %.1f times the parameters of %s: such a mix is mostly worse than the larger "
+            "model alone; softmeet advise says it of your text, and weights (--weights) settle it",
+            large, sizes[large] / sizes[small], small,
+        )  # fmt: skip
