@@ -21,7 +21,7 @@ from roads import Asked, generate, together, transformers
 from worlds import World
 
 from softmeet import noise
-from softmeet.hf import sampling
+from softmeet.engine import draw
 
 FILE = Path(__file__).with_name("golden.json")
 # By how much the token that is chosen is ahead of the second one, in double precision and in single.
@@ -68,7 +68,7 @@ class _Margins(tf.LogitsProcessor):
         def noisy(*given: Any) -> torch.Tensor:
             return self.add(original(*given))
 
-        with mock.patch.object(noise, "noisy", noisy), mock.patch.object(sampling, "noisy", noisy):
+        with mock.patch.object(noise, "noisy", noisy), mock.patch.object(draw, "noisy", noisy):
             yield
 
 
