@@ -28,7 +28,7 @@ from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible
 from softmeet.hf.streaming import PieceStreamer, by_member, streamed
-from softmeet.hf.unequal import warn_of_unequal
+from softmeet.hf.unequal import unsized, warn_of_unequal, weigh
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
 from softmeet.members import zoo
@@ -134,7 +134,7 @@ class Ensemble:
         if kind_of(vocabulary) in ("bytes", "union") and not any_average:
             require_for_bytes(chosen, vocabulary)
         config = EnsembleConfig(
-            names, settings=chosen, vocabulary=vocabulary, prune=prune, movement=before.movement,
+            names, settings=unsized(chosen), vocabulary=vocabulary, prune=prune, movement=before.movement,
             prefixes=before.prefixes if prefixes is None else prefixes,
         )  # fmt: skip
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -146,6 +146,7 @@ class Ensemble:
             names, **loading, offload_folder=offload_folder, on_progress=on_progress,
             on_loaded=reading(config, any_average=any_average), loaded=loaded,
         )  # fmt: skip
+        weigh(config, models, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
         if saved is None and chosen.weights is None:
             warn_of_unequal(model)

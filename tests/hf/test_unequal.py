@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny
+from typer.testing import CliRunner
 
 from softmeet import Ensemble
+from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError
 from softmeet.hf import unequal
 from softmeet.members.member import short
+from softmeet.rules.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,31 @@ def test_what_was_measured_goes_before_sizes(gain, margin, rule, warned, folders
     assert all(str(warned).format(short(names[0]), apart) in one for one in said)
     Ensemble.from_pretrained(names[::-1], rule, weights=[0.5, 0.5])
     assert len([record for record in caplog.records if "equal weights" in record.getMessage()]) == len(said)
+
+
+def test_weights_by_size(folders, tmp_path, monkeypatch, caplog):
+    names, apart = folders
+    monkeypatch.setattr(unequal, "_TINY", 1)
+    monkeypatch.setattr(unequal, "_RATIO", 1.0)
+    wanted = pytest.approx([apart / (1 + apart), 1 / (1 + apart)])
+    found = Ensemble.from_pretrained(names, "logit-mean", weights="auto")
+    assert found.model.config.weights == wanted
+    assert Ensemble.from_pretrained(names, "prob-mean:weights=auto").model.config.weights == wanted
+    assert not any("equal weights" in record.getMessage() for record in caplog.records)
+    with unequal.unwarned():
+        Ensemble.from_pretrained(names, "logit-mean").save_pretrained(tmp_path / "saved")
+    again = Ensemble.from_pretrained(tmp_path / "saved", weights="auto")
+    assert again.model.config.weights == wanted
+    told = ["generate", "a", *tiny.each("-m", names), "--weights", "auto", "--json", "--max-new-tokens", "2"]
+    facts = json.loads(CliRunner().invoke(app, told, catch_exceptions=False).stdout)
+    assert [member["weight"] for member in facts["members"]] == wanted
+    monkeypatch.setattr(unequal, "parameters", lambda model: None)
+    with pytest.raises(InvalidInputError, match="does not tell how many parameters"):
+        Ensemble.from_pretrained(names, "logit-mean", weights="auto")
+    with pytest.raises(InvalidInputError, match="expected weights as numbers here, got 'auto'"):
+        Settings.of({"weights": "auto"}).for_members(2)
+    with pytest.raises(InvalidInputError, match="a number or a list of numbers, got 'size'"):
+        Settings.of({"weights": "size"})
 
 
 def test_a_saved_ensemble_and_the_bundled_ones_are_not_warned_of(folders, tmp_path, monkeypatch, caplog):

@@ -18,6 +18,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import Settings, parse_rule
+from softmeet.rules.values import BY_SIZE
 
 C = TypeVar("C", bound=Callable[..., Any])
 # Settings without a flag: their values come from a fit.
@@ -218,7 +219,7 @@ def _read(name: str, value: Any) -> Any:
 
     A single number stays a number for ``trust`` (``0.3`` → 0.3), and becomes a list for ``weights``.
     """
-    if not isinstance(value, str) or not takes(Settings.model_fields[name], tuple):
+    if not isinstance(value, str) or value == BY_SIZE or not takes(Settings.model_fields[name], tuple):
         return value
     try:
         numbers = [float(part) for part in value.split(",")]

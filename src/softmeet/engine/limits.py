@@ -4,8 +4,8 @@ Where symbols are tokens, that is their number. Over bytes it is the number that
 the answer alone. There a further character may join the tokens before it, so that a text has as many tokens as it had
 at most behind any of its characters. An answer ends before the first character with which these would be more than it
 may have and, if that character goes on with a word, before the word, unless nothing else was written or the word began
-more than sixteen tokens before the limit. Bytes that are no character count as the tokenizer cuts them, and a symbol 256
-that does not end the text as a token.
+more than sixteen tokens before the limit. Bytes that are no character count as the tokenizer cuts them, and a symbol
+256 that does not end the text as a token.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def with_passages(
     chosen = [i for i in range(len(model.config.members)) for _ in passages]
     members = reading([Member.parse(name) for name in model.config.members], passages)
     given = dict(own) | {
-        "weights": [weight * share for weight in own.weights for share in shares],  # type: ignore[union-attr]
+        "weights": [weight * share for weight in own.member_weights for share in shares],
         "trust": [rho for i in chosen for rho in own.trusts()[i]],
     }
     if rule is not None:

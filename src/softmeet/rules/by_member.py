@@ -26,6 +26,10 @@ def checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
     >>> checked_weights([1.5, -0.5], 2, free=False)
     (1.5, -0.5)
     """
+    if isinstance(weights, str):
+        raise InvalidInputError(
+            f"expected weights as numbers here, got {weights!r}, which go by members' sizes: say so as they are loaded"
+        )
     values = (1 / max(n, 1),) * n if weights is None else (weights,) if isinstance(weights, float) else tuple(weights)
     if len(values) != n:
         raise InvalidInputError(f"expected one weight per member, {n} in all, got {len(values)}: {list(values)}")

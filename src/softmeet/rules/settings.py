@@ -18,7 +18,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.rules.base import Rule
 from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import DEFAULT, all_rules, require_own_name, rule_class
-from softmeet.rules.values import SHORT, SettingValues
+from softmeet.rules.values import BY_SIZE, SHORT, SettingValues
 
 # A colon between options, unlike the one inside gate=unsure:0.5.
 _COLON = re.compile(r":(?![\d.])")
@@ -124,7 +124,8 @@ class Settings(SettingValues):
         if not changes:
             return self
         found = Settings(**{**dict(self), **_resolved(changes, self.rule)})
-        return found if self.weights is None else found.for_members(len(self.weights))  # type: ignore[arg-type]
+        is_for_some = isinstance(self.weights, tuple) and found.weights != BY_SIZE
+        return found.for_members(len(self.weights)) if is_for_some else found  # type: ignore[arg-type]
 
 
 def rule_of(text: str) -> Rule:
@@ -184,7 +185,9 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
 
 
 def _listed(value: str, text: str) -> Any:
-    """Parse a number, or several with slashes between them, into a float or a tuple of floats."""
+    """Parse a number, or several with slashes between them, into a float or a tuple of floats; ``auto`` stays."""
+    if value == BY_SIZE:
+        return value
     try:
         numbers = tuple(float(part) for part in value.split("/"))
     except ValueError:

@@ -20,6 +20,8 @@ OnInfeasible = Literal["meet", "raise"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
 # Small enough to cost little if members err beyond their narrow heads; `softmeet fit` chooses better ones from text.
 DEFAULT_TRUST = 0.3
+# Weights that go by members' sizes, which are known once an ensemble is loaded.
+BY_SIZE = "auto"
 # Short names that a rule's text may use for fields.
 SHORT = {"temperature": "rule_temperature"}
 
@@ -42,6 +44,10 @@ def _numbers(value: Any) -> Any:
     # A single number in an array serves every member, as a bare one does; in a list it is the list of one member.
     bare = array.ndim == 0 or (array.size == 1 and not isinstance(value, list | tuple))
     return float(array.reshape(-1)[0]) if bare else tuple(array.tolist())
+
+
+def _weights(value: Any) -> Any:
+    return value if isinstance(value, str) and value == BY_SIZE else _numbers(value)
 
 
 def _count(value: Any) -> Any:
@@ -84,9 +90,9 @@ class SettingValues(Frozen):
     at all; inf is full agreement, within tol: the mean of the rows of each member's head (output layer) is then the
     same as under its own prediction.
     """
-    weights: Annotated[tuple[float, ...] | float | None, BeforeValidator(_numbers)] = None
-    """How much each model counts, in their order, as in 0.3,0.7 (all the same if left out). These weights sum to 1.
-    For the rule logit-mean they may be below 0, as in 1.5,-0.5.
+    weights: Annotated[tuple[float, ...] | float | Literal["auto"] | None, BeforeValidator(_weights)] = None
+    """How much each model counts, in their order, as in 0.3,0.7, or auto for by its size (all the same if left out).
+    These weights sum to 1. auto counts parameters. For the rule logit-mean weights may be below 0, as in 1.5,-0.5.
     """
     pool: Pool = "logit-mean"
     """The average that a rule starts from: logit-mean (of logits) or prob-mean (of probabilities)."""
@@ -126,8 +132,9 @@ class SettingValues(Frozen):
         bands of its member; or n · ``bands`` numbers.
 
         Raises:
-            InvalidInputError: if the number of weights or trusts does not fit; or a weight is not finite, none is
-                positive, they sum to 0, or, without ``free_weights``, they do not sum to 1 within 10⁻⁶.
+            InvalidInputError: if weights are ``"auto"``, or their number or that of trusts does not fit; or a weight is
+                not finite, none is positive, they sum to 0, or, without ``free_weights``, they do not sum to 1 within
+                10⁻⁶.
         """
         weights = checked_weights(self.weights, n, free=self.free_weights)
         return self.model_copy(update={"weights": weights, "trust": checked_trust(self.trust, n, self.bands)})
