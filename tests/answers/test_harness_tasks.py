@@ -14,6 +14,7 @@ from commands import process, run
 pytest.importorskip("lm_eval")
 
 from softmeet import Ensemble
+from softmeet.answers import rates
 from softmeet.answers.questions import spread
 from softmeet.answers.samples import answered, choose_by, compare
 from softmeet.errors import InvalidInputError
@@ -173,7 +174,8 @@ def test_answers_that_are_kept_are_right_by_their_metric(folders, tasks, tmp_pat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_lm_eval_wrote_gives_the_table_of_asking(folders, tasks, saved, tmp_path):
+def test_what_lm_eval_wrote_gives_the_table_of_asking(folders, tasks, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "_FEWEST", 2)
     for metric in ((), ("--metric", "acc")):
         named = "own_choice" if metric else "own_both"
         live = facts_of(tasks, "--task", named, *tiny.each("-m", folders), *metric, "--batch", "5")

@@ -43,8 +43,8 @@ def test_the_area_is_mann_whitneys_and_its_interval_holds_it_as_often_as_it_says
         assert found.mean == pytest.approx(u / (wrong.sum() * (~wrong).sum()))
         held += found.low <= norm.cdf(1 / math.sqrt(2)) <= found.high
     assert 0.92 <= held / 400 <= 0.98
-    assert auroc([1.0, 2.0, 3.0], [True, False, False]) is None
-    whole = auroc([3.0, 4.0, 1.0, 2.0], [True, True, False, False])
+    assert auroc([*range(19)], [True] * 10 + [False] * 9) is None
+    whole = auroc([*range(10, 20), *range(10)], [True] * 10 + [False] * 10)
     assert whole.mean == 1
     assert 0 < whole.low < 1
 

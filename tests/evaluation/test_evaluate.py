@@ -229,6 +229,7 @@ def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     a, b = json.loads(traced.stdout), json.loads(direct.stdout)
     assert a["rules"]["meet:trust=0/1"]["nll"] == pytest.approx(b["rules"]["meet:trust=0/1"]["nll"], abs=1e-6)
     assert a["bytes"] == b["bytes"]
+    assert a["run"]["window"] == b["run"]["window"] == 9
     done = run("evaluate", "--trace", tmp_path / "t", *tiny.each("-m", folders[::-1]))
     assert done.returncode == 2
     assert "in its place stands" in done.stderr

@@ -149,7 +149,10 @@ def test_tables_for_papers_stand_alone(form, folders, tmp_path):
     assert done.returncode == 0, done.stderr
     if form == "latex":
         lines = done.stdout.splitlines()
-        assert (lines[1], lines[-1]) == (r"\begin{tabular}{lrrrr}", r"\end{tabular}")
+        notes = [line for line in lines if line.startswith("% ")]
+        assert notes[0].endswith("tokens of 1 document; losses in nats, less is better")
+        assert "95 % intervals" in notes[1]
+        assert (lines[len(notes)], lines[-1]) == (r"\begin{tabular}{lrrrr}", r"\end{tabular}")
         assert all(line.endswith(r"\\") for line in lines if "&" in line)
         assert r"$\pm$" in done.stdout
     else:
@@ -210,7 +213,8 @@ def test_csv_is_one_table_also_with_pairs(told):
 def test_powers_and_infinities_are_latexs():
     row = {"nll": math.inf, "bits_per_byte": math.inf, "top1": 0.0, "against": {"delta": 0.0, "ci95": [0.0, 0.0]}}
     pair = {"first": "a", "second": "b", "delta": -math.inf, "ci95": [-math.inf, math.inf], "p": 3e-5, "p_holm": 6e-11}
-    facts = {"members": {"a": row, "b": row}, "rules": {}, "baseline": "a", "vocabulary": "tokens", "pairs": [pair]}
+    facts = {"members": {"a": row, "b": row}, "rules": {}, "baseline": "a", "vocabulary": "tokens", "pairs": [pair],
+             "tokens": 5, "documents": 1, "clusters": {"count": 3, "kind": "blocks"}}  # fmt: skip
     shown = paper_table(facts, "latex")
     assert r"a & $\infty$ & $\infty$ & 0.000 & 0 \\" in shown
     assert r"a & b & $-$$\infty$ & $3 \times 10^{-5}$ & $6 \times 10^{-11}$ \\" in shown

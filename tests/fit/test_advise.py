@@ -196,6 +196,11 @@ def test_the_first_line_says_what_to_do_and_whether_it_is_worth_it(members):
     assert said[0] == f"Combine them: 4.0 % fewer bits than {best} alone, in no more time."
     assert said[1].startswith(f"Combine them: 4.0 % fewer bits than {best} alone for 20 % more time, more than larger")
     assert said[2].startswith(f"4.0 % fewer bits than {best} alone for 90 % more time: keep {best}, or take a larger")
+    slower = replace(
+        judged,
+        times=[time * (1 + (name != judged.best)) for name, time in zip(judged.names, judged.times, strict=True)],
+    )
+    assert plainly(Advice(slower, verdict, candidate, nats, gated, 1.9)).endswith(f"90 % more time: keep {best}.")
     each = Clusters(judged.found.positions.document, "documents")
     other = Alternative("other/model", 0.8 * each.sums(judged.base), each.sums(judged.bytes), 1.3)
     named = Advice(judged, verdict, candidate, nats, gated, 1.2, alternatives=[other])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 # The quantile of the normal distribution for 95 %.
+# Of fewer wrong or right answers an area under the curve tells nothing.
+_FEWEST = 10
 _Z = 1.959964
 
 
@@ -96,15 +98,15 @@ def auroc(doubts: Sequence[float], wrong: Sequence[bool]) -> Rate | None:
     characteristic curves, Biometrics 44, 1988.
 
     Returns:
-        None if fewer than two answers are wrong, or right.
+        None if fewer than ten answers are wrong, or right, of which an interval would say too much.
 
     Example:
-        >>> round(auroc([3.0, 1.0, 2.0, 0.5], [True, False, True, False]).mean, 2)
-        1.0
+        >>> round(auroc([*range(10), *range(5, 15)], [False] * 10 + [True] * 10).mean, 3)
+        0.875
     """
     own, bad = np.asarray(doubts, float), np.asarray(wrong, bool)
     m, n = int(bad.sum()), int((~bad).sum())
-    if min(m, n) < 2:
+    if min(m, n) < _FEWEST:
         return None
     apart = own[bad][:, None] - own[~bad]
     above = (apart > 0) + 0.5 * (apart == 0)

@@ -119,14 +119,16 @@ def advise(
 
 def _remember(advice: Any, equal: Any) -> None:
     """Keep what equal weights gain, so that members are not mixed so without a word where that loses."""
+    from softmeet.evaluation.verdict import is_worth_it, plainly
     from softmeet.hf.unequal import Measured, remember_equal
 
     judged = advice.judged
     (fitted,) = (own for own in judged.averages if own.name == "logit-mean")
     margin, best = (equal.high - equal.low) / 2, judged.names.index(judged.best)
     found = Measured(
-        gain=equal.mean, margin=margin, best=best, bytes=int(judged.bytes.sum()), weights=fitted.settings["weights"]
-    )
+        gain=equal.mean, margin=margin, best=best, bytes=int(judged.bytes.sum()), weights=fitted.settings["weights"],
+        said="" if is_worth_it(advice) else plainly(advice),
+    )  # fmt: skip
     remember_equal(judged.ensemble.model, found)
 
 
@@ -138,7 +140,8 @@ def _save(advice: Any, facts: dict[str, Any], folder: Path) -> None:
         say(f"nothing is saved in {folder}: what is advised is a single model")
         return
     save(advice.ensemble, advice.fitted, folder, facts["says"])
-    say(f"saved in {folder}")
+    alone, worth_it = facts["verdict"] == "single", facts["worth_it"]
+    say(f"saved in {folder}: {'the model alone' if alone else 'the mix' if worth_it else 'the mix all the same'}")
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -164,7 +167,7 @@ def show(facts: dict[str, Any]) -> None:
 _MEANT = (
     "Bits say how hard each byte of the text was to predict: fewer are better. A gain is bits saved, ± a 95 % "
     "interval: one that is wider than the gain itself may be chance. Weights say how much each model counts, in the "
-    "models' order."
+    "models' order. All this is of predicting the text; who answers questions better is counted by softmeet answer."
 )
 
 

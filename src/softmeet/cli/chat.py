@@ -127,7 +127,7 @@ def chat(
     ),
     members: options.Members = None,
     system: str | None = optional("The system's message before the conversation.", panel="Text"),
-    colors: bool = switch("Colour each word by the model likeliest to say it.", panel="Output"),
+    colors: bool = switch("Colour text by the model likeliest to say it.", panel="Output"),
     sampling: TalkFlags,
     loading: options.LoadingFlags,
     **settings: Any,

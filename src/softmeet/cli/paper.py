@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from softmeet.cli.tables import difference, number
+from softmeet.cli.tables import counted, difference, number
 from softmeet.evaluation.labels import labels_of
 
 FORMS = ("latex", "csv", "markdown")
@@ -37,14 +37,31 @@ def paper_table(facts: dict[str, Any], form: str) -> str:
         writer.writerows([labels[name], *_in_full(row)] for name, row in rows.items())
         return written.getvalue()
     made = _latex if form == "latex" else _markdown
+    said = _notes(facts) if form == "latex" else ""
     fitted = [key for key in _FITTED if any(key in row.get("fitted", ()) for row in rows.values())]
     nats, baseline = f"nats/{facts['vocabulary'][:-1]}", facts["baseline"]
     head = ["", nats, "bits/byte", "top-1", f"against {labels[baseline]}", *(_FITTED[key] for key in fitted)]
     cells = [[labels[name], *_rounded(row, fitted, is_baseline=name == baseline)] for name, row in rows.items()]
-    found = made(head, cells, 1, len(facts["members"]))
+    found = said + made(head, cells, 1, len(facts["members"]))
     if "pairs" in facts:
         found += "\n" + made(["", "against", nats, "p", "p (Holm)"], [_pair(own, labels) for own in facts["pairs"]], 2)
     return found
+
+
+def _notes(facts: dict[str, Any]) -> str:
+    """Return comments of LaTeX on what the figures are."""
+    unit, spread = facts["vocabulary"], f"{facts['clusters']['count']} {facts['clusters']['kind']}"
+    said = [
+        f"{facts['tokens']:,} {unit} of {counted(facts['documents'], 'document')}; losses in nats, less is better",
+        f"differences with half their 95 % intervals: paired, clustered by {spread}; below 0 is better",
+    ]
+    if any("fitted" in row for row in facts["rules"].values()):
+        said.append(
+            "fitted: losses by folds that took no part; weights, temperature and order as fitted on all of them"
+        )
+    if "pairs" in facts:
+        said.append("p: of the paired t statistic, clustered likewise; all pairs are in Holm's correction")
+    return "".join(f"% {line}\n" for line in said)
 
 
 def _in_full(row: dict[str, Any]) -> list[Any]:

@@ -147,7 +147,8 @@ class SourceFlags(TextFlags):
             positions, left_out = opened.read_whole(say, begin(reading, 0, sum(opened.facts["shards"])))
         # Part of the key, since pieces are numbered by the positions that were read.
         damaged = {"shards left out": left_out} if left_out else {}
-        return positions.take(slice(self.max_tokens)), own | {"source": opened.key} | damaged
+        own |= {name: opened.facts[name] for name in ("window", "stride", "bos")} | {"source": opened.key}
+        return positions.take(slice(self.max_tokens)), own | damaged
 
 
 def pinned(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, Any]:

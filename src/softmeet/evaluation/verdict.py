@@ -174,6 +174,8 @@ def plainly(advice: Advice) -> str:
     found = f"{fewer:.1f} % fewer bits than {best} alone for {100 * (ratio - 1):.0f} % more time"
     if is_worth_it(advice):
         return f"Combine them: {found}, more than larger models have given; --instead MODEL compares one of yours."
+    if advice.judged.times[advice.judged.names.index(advice.judged.best)] < max(advice.judged.times):
+        return f"{found}: keep {best}."
     return f"{found}: keep {best}, or take a larger model, which gives about {_larger(ratio):.0f} % for such a time."
 
 

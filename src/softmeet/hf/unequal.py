@@ -14,8 +14,9 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.remembered import file_of, keep, known, members_hash
 from softmeet.members.member import short
 from softmeet.members.reader_model import ReaderModel
+from softmeet.rules.pools import PowerMean
 from softmeet.rules.settings import Settings
-from softmeet.rules.values import BY_SIZE
+from softmeet.rules.values import BY_SIZE, POOLS
 
 if TYPE_CHECKING:
     from softmeet.hf.configuration import EnsembleConfig
@@ -37,6 +38,7 @@ class Measured(TypedDict):
         best: the number of the best member.
         bytes: of the text.
         weights: those that were fitted to it.
+        said: what was advised if that is not to mix them, else an empty text.
     """
 
     gain: float
@@ -44,6 +46,7 @@ class Measured(TypedDict):
     best: int
     bytes: int
     weights: Sequence[float]
+    said: str
 
 
 @contextmanager
@@ -106,10 +109,11 @@ def warn_of_unequal(model: AnyEnsemble) -> None:
     of another: an average with equal weights loses to the better member where members differ by more than 0.06 bits a
     byte (docs/reference/results.md), which models of so different sizes mostly do.
     """
-    if len(model.members) == 1:
+    rule = model.settings.rule
+    if len(model.members) == 1 or not (rule.name in (*POOLS, PowerMean.name) or rule.tilts_pool):
         return
     names, file = list(map(short, model.config.members)), file_of(_FILE)
-    is_average = model.settings.rule.name == AVERAGE and file.exists()
+    is_average = rule.name == AVERAGE and file.exists()
     if found := known(file).get(members_hash(model), {}).get(_EQUAL) if is_average else None:
         if found["gain"] + found["margin"] < 0:
             _log.warning(
@@ -117,6 +121,8 @@ def warn_of_unequal(model: AnyEnsemble) -> None:
                 "bytes: weights of %s (--weights) were fitted to these", names[found["best"]], -found["gain"],
                 found["margin"], f"{found['bytes']:,}", ",".join(f"{weight:.2f}" for weight in found["weights"]),
             )  # fmt: skip
+        elif found["said"]:
+            _log.warning("softmeet advise said of these, on %s bytes: %s", f"{found['bytes']:,}", found["said"])
         return
     sizes = {name: size for name, one in zip(names, model.members, strict=True) if (size := parameters(one))}
     large, small = (pick(sizes, key=sizes.__getitem__, default="") for pick in (max, min))

@@ -56,4 +56,6 @@ def _settle(config: EnsembleConfig, name: str, why: str, remedy: str, any_averag
     if not any_average or reader_of(config.settings.changed(rule=AVERAGE)) is not None:
         raise unreadable(reader, name, why, remedy)
     config.rule = AVERAGE
+    if len(config.members) == 1:
+        return
     _log.warning("mixed by %s, as the output layer (head) of %s %s", AVERAGE, short(name), why)

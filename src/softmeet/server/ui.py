@@ -184,7 +184,13 @@ def _inside(serving: Serving) -> None:
         )
         most = max(min(4, serving.settings.max_trust), own["trust"])
         trust = gr.Slider(
-            0, most, own["trust"], step=0.05, label="Trust: how far meet moves it", interactive=free["trust"]
+            0,
+            most,
+            own["trust"],
+            step=0.05,
+            label="Trust: how far meet moves it",
+            interactive=free["trust"],
+            visible=_has_trust(rules),
         )
     with gr.Accordion("Sampling", open=False), gr.Row():
         contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
@@ -235,6 +241,10 @@ def _rules(served: Served) -> list[str]:
     return list(dict.fromkeys([*every, served.ensemble.model.config.rule]))
 
 
+def _has_trust(rules: list[str]) -> bool:
+    return any("trust" not in unused(rule_of(name)) for name in rules)
+
+
 def _changed(served: Served) -> tuple[Any, Any, Any, Any]:
     """Return the new values of the controls for members, both rules and trust after an ensemble was chosen."""
     new, rules = _controls(served), _rules(served)
@@ -242,7 +252,7 @@ def _changed(served: Served) -> tuple[Any, Any, Any, Any]:
         gr.CheckboxGroup(new["members"], value=new["members"]),
         gr.Dropdown(rules, value=new["rule"]),
         gr.Dropdown([_ALONE, *rules], value=_ALONE),
-        new["trust"],
+        gr.Slider(value=new["trust"], visible=_has_trust(rules)),
     )
 
 

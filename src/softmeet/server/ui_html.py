@@ -74,8 +74,8 @@ def summary(tokens: Sequence[Report]) -> str:
     bound = "at most " if all(all(t["disagreement_is_bound"]) for t in tokens) else ""
     passes, nats = fmean(t["num_passes"] for t in tokens), -fmean(t["log_prob"] for t in tokens)
     unit = tokens[0].get("unit", "token")
-    said = f"{len(tokens)} {unit}s · disagreement {bound}{disagreement:.3f} nats a {unit} · surprise {nats:.2f}"
-    return said + (f" · {passes:.1f} reads of all output layers" if passes else "")
+    said = f"{len(tokens)} {unit}s · on average: disagreement {bound}{disagreement:.3f} nats, surprise {nats:.2f}"
+    return said + (f", {passes:.1f} reads of all output layers" if passes else "")
 
 
 def details_of(token: Report, members: Sequence[str], rule: str) -> str:
@@ -100,8 +100,9 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         cards.append(("", name, rows, own, corrected if rows else "not asked: the gate was closed"))
     sure = f"within {token['gap']:.1e} nats of the optimum" + (", certified" if token["gap_is_certified"] else "")
     sure = sure if math.isfinite(token["gap"]) else "how near is unknown"
-    passes = f", {token['num_passes']:.1f} reads of all output layers" if token["num_passes"] else ""
-    figures = f"{Status[token['status']]}, {sure}{passes}"
+    # An average is computed, not solved.
+    figures = f"{Status[token['status']]}, {sure}, {token['num_passes']:.1f} reads of all output layers"
+    figures = figures if token["num_passes"] else ""
     figures = "the gate was closed, so the rule was not computed" if token.get("gated") else figures
     moved = any(before != after for _, before, after in token["moved"])
     moves = list(zip(token["moved"], token["pushes"], strict=True)) if moved else []
