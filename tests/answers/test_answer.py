@@ -18,6 +18,7 @@ from softmeet.answers.questions import Form, Question, read_questions, require_f
 from softmeet.answers.results import figures
 from softmeet.answers.subjects import subjects
 from softmeet.answers.votes import majority, said
+from softmeet.cli.answer import _who
 from softmeet.errors import InvalidInputError
 
 CHOICES = [
@@ -229,6 +230,11 @@ def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):
     assert [one.answer for one in found] == ["x", "x", "y", "y", "y"]
     assert Kept(tmp_path, {"a": 2}).answers == {}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_beside_named_ensembles_no_others_are_asked(folders):
+    found = _who(None, [f"both={folders[0]} {folders[1]} prob-mean"], None)
+    assert [one.is_member for one in found] == [True, True, False]
 
 
 @pytest.mark.parametrize(

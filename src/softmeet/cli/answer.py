@@ -174,7 +174,7 @@ def answer(
 
 
 def _who(members: list[str] | None, ensembles: list[str] | None, instead: list[str] | None) -> list[Subject]:
-    named = options.named(members)
+    named = members or [] if ensembles else options.named(members)
     require_there([*named, *(instead or ())])
     from softmeet.answers.subjects import subjects
 
