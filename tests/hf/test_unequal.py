@@ -16,6 +16,12 @@ from softmeet.members.member import short
 from softmeet.rules.settings import Settings
 
 
+@pytest.fixture(autouse=True)
+def _nothing_measured(tmp_path, monkeypatch):
+    """Other tests advise on members like these."""
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two members, the first with some more parameters than the second."""
@@ -60,8 +66,7 @@ WORSE = (
         (-0.02, 0.01, "pointwise-min", "", None),
     ],
 )
-def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, folders, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path))
+def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, folders, monkeypatch, caplog):
     names, apart = folders
     monkeypatch.setattr(unequal, "_TINY", 1)
     monkeypatch.setattr(unequal, "_RATIO", 1.0)
