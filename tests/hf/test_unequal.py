@@ -12,6 +12,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.hf import unequal
+from softmeet.hf.remembered import file_of, members_hash
 from softmeet.members.member import short
 from softmeet.rules.settings import Settings
 
@@ -80,6 +81,16 @@ def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, f
     assert all(str(warned).format(short(names[0]), apart) in one for one in told)
     Ensemble.from_pretrained(names[::-1], rule, weights=[0.5, 0.5])
     assert len([record for record in caplog.records if record.name == "softmeet.weights"]) == len(told)
+
+
+@pytest.mark.parametrize("kept", ["[1]", '{"x": 1}', '{"WHO": 3}', '{"WHO": {"equal": {"gain": -1}}}'])
+def test_what_is_kept_and_damaged_is_not_there(kept, folders, tmp_path, caplog):
+    with unequal.unwarned():
+        model = Ensemble.from_pretrained(folders[0], "logit-mean").model
+    file_of("weights.json").parent.mkdir()
+    file_of("weights.json").write_text(kept.replace("WHO", members_hash(model)))
+    Ensemble.from_pretrained(folders[0], "logit-mean")
+    assert not [record for record in caplog.records if record.name == "softmeet.weights"]
 
 
 def test_weights_by_size(folders, tmp_path, monkeypatch, caplog):

@@ -18,6 +18,7 @@ from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import llama_library
 from softmeet.members.gguf_file import GgufFile, StoredTensor, fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
+from softmeet.members.identity import body_hash
 from softmeet.members.reader_model import ReaderModel
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError
 from softmeet.readers.llama_cpp import LlamaReader
@@ -250,6 +251,17 @@ def test_a_head_that_a_rule_reads_makes_the_librarys_logits(bits, made):
         hidden = torch.randn(4, head.d)
         apart = head.logits(hidden) - head.logits(torch.from_numpy(rounded(hidden.numpy(), kind)))
         assert apart.abs().max() > 1e-2
+
+
+def test_a_file_is_known_by_what_it_holds_and_not_by_its_name(made, tmp_path, monkeypatch):
+    found = {}
+    for folder, kind in (("one", "qwen2"), ("other", "llama")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(made(kind)[0], tmp_path / folder / "m.gguf")
+        monkeypatch.chdir(tmp_path / folder)
+        for name in ("m.gguf", str(tmp_path / folder / "m.gguf")):
+            found[folder, name == "m.gguf"] = body_hash(Ensemble.from_pretrained([name], "logit-mean").model.members[0])
+    assert found["one", True] == found["one", False] != found["other", True] == found["other", False]
 
 
 def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):

@@ -8,6 +8,7 @@ import pytest
 from serving import TEMPLATE, serving_of, tiny_ensemble
 
 from softmeet.server.errors import RequestError
+from softmeet.server.ui import _has_trust
 from softmeet.server.ui_chat import _prepared, is_for_chats, turns
 
 SAID = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}, {"role": "assistant", "content": "the fox"}]
@@ -40,3 +41,8 @@ def test_the_first_turns_are_left_out_where_a_context_is_full():
 
 def test_members_without_templates_are_for_texts():
     assert not is_for_chats(serving_of({"default": tiny_ensemble("gpt2", "llama", rule="logit-mean")}))
+
+
+def test_trust_is_shown_where_a_rule_has_any():
+    assert _has_trust(["logit-mean", "meet"])
+    assert not _has_trust(["logit-mean", "prob-mean", "pointwise-min"])

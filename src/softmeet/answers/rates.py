@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# The quantile of the normal distribution for 95 %.
 # Of fewer wrong or right answers an area under the curve tells nothing.
 _FEWEST = 10
+# The quantile of the normal distribution for 95 %.
 _Z = 1.959964
 
 

@@ -24,7 +24,7 @@ def figures(advice: Advice) -> dict[str, Any]:
     """Return what is advised, and why, as a dictionary for JSON; losses and gains are in bits a byte.
 
     ``verdict`` is ``single``, ``average``, ``meet`` or ``gate``; ``rule``, ``weights`` and ``settings`` are those that
-    are advised, None if a model that is no member is. ``equal_weights`` has what these gain over the best member;
+    are advised, None if a model that is no member is. ``equal_weights`` has what equal ones gain over the best member;
     ``gain`` is what they gain over the best member, with the 95 % ``interval``, on documents that took no part in
     fitting or choosing (for ``single``: what the best ensemble would gain); ``cost_ratio`` is the time of a byte over
     that of the best member; ``plainly`` says in a sentence what to do and whether it is worth it beside a larger model,

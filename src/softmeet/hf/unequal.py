@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from transformers import PreTrainedModel
 
@@ -64,6 +64,15 @@ def remember_equal(model: AnyEnsemble, found: Measured) -> None:
     keep(file_of(_FILE), members_hash(model), _EQUAL, found)
 
 
+def _measured(model: AnyEnsemble) -> Measured | None:
+    """Return what is kept of an ensemble's members; None if there is nothing, or nothing of this form."""
+    file = file_of(_FILE)
+    own = known(file).get(members_hash(model)) if file.exists() else None
+    found: Any = own.get(_EQUAL) if isinstance(own, dict) else None
+    is_whole = isinstance(found, dict) and found.keys() == Measured.__annotations__.keys()
+    return found if is_whole else None
+
+
 def parameters(model: PreTrainedModel) -> int | None:
     """Return the number of a member's parameters; None of a reader that does not tell it."""
     if isinstance(model, ReaderModel):
@@ -112,9 +121,8 @@ def warn_of_unequal(model: AnyEnsemble) -> None:
     rule = model.settings.rule
     if len(model.members) == 1 or not (rule.name in (*POOLS, PowerMean.name) or rule.tilts_pool):
         return
-    names, file = list(map(short, model.config.members)), file_of(_FILE)
-    is_average = rule.name == AVERAGE and file.exists()
-    if found := known(file).get(members_hash(model), {}).get(_EQUAL) if is_average else None:
+    names = list(map(short, model.config.members))
+    if found := _measured(model) if rule.name == AVERAGE else None:
         if found["gain"] + found["margin"] < 0:
             _log.warning(
                 "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as softmeet advise measured on %s "

@@ -142,6 +142,16 @@ def with_hash(member: Member) -> Member:
     return replace(member, hash=fingerprint(path_of(member))) if is_native(member) else member
 
 
+def identity_of(member: Member) -> str:
+    """Return a text that is the same for the same reader: of a GGUF file its contents, not its path, and how it is run.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+    """
+    said = str(member.base)
+    return f"{fingerprint(path_of(member))}{said.removeprefix(member.checkpoint)}" if is_native(member) else said
+
+
 def require_hash(member: Member) -> None:
     """Check that a member's file is the one whose hash is behind it, if one is.
 

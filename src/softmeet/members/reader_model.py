@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.member import Member
-from softmeet.members.native import is_native, reader_of
+from softmeet.members.native import identity_of, is_native, reader_of
 from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.members.placement import LOGITS, let_give_logits
 
@@ -29,7 +29,8 @@ _LLAMA = (
 class ReaderModel(PreTrainedModel, GenerationMixin):
     """A reader as a causal language model, which reads each text anew; decoding uses the reader itself.
 
-    Its one parameter tells it from other members, as weights tell models: it is made of the member's line of text.
+    Its one parameter tells it from other members, as weights tell models: it is made of a GGUF file's contents, or of
+    the member's line of text.
 
     Args:
         member: the member, of which :func:`softmeet.members.native.has_reader` is true.
@@ -60,7 +61,7 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
             eos_token_id=sorted(reader.alphabet.ends) or None,
         )  # fmt: skip
         super().__init__(config)
-        mark = hashlib.sha256(str(member.base).encode()).digest()
+        mark = hashlib.sha256(identity_of(member).encode()).digest()
         self.mark = nn.Parameter(torch.tensor(list(mark), dtype=torch.float32), requires_grad=False)
         self.reader, self._member = reader, member.base
         self.assets: Path | None = getattr(reader, "assets", None)
