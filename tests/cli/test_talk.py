@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+
 import pytest
 from commands import run
 
 from softmeet import Ensemble
-from softmeet.cli.chat import Conversation, _asked, written
-from softmeet.errors import ContextError
+from softmeet.cli.chat import Conversation, _asked, _while_typing, written
+from softmeet.errors import CheckpointError, ContextError
 
 BOTH = ["chat", "wide/gpt2", "wide/llama", "--max-new-tokens", "6", "--seed", "1"]
 
@@ -93,6 +97,40 @@ def test_ctrl_c_without_an_answer_ends_nothing(monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", type_in)
     assert (_asked(), _asked()) == ("hello", None)
+
+
+def test_models_are_loaded_while_the_first_line_is_typed(monkeypatch, capsys):
+    typed = threading.Event()
+
+    def type_in(prompt):
+        typed.set()
+        return "hello"
+
+    def load():
+        sys.stderr.write("a warning")
+        assert typed.wait(20)
+        return "an ensemble"
+
+    monkeypatch.setattr("builtins.input", type_in)
+    assert _while_typing(load) == ("an ensemble", "hello")
+    assert "a warning" in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_loaded_end_the_typing(monkeypatch, capsys):
+    typing = threading.Event()
+
+    def load():
+        assert typing.wait(20)
+        raise CheckpointError("no model")
+
+    def type_in(prompt):
+        typing.set()
+        time.sleep(20)
+        pytest.fail("nobody came")
+
+    monkeypatch.setattr("builtins.input", type_in)
+    with pytest.raises(CheckpointError, match="no model"):
+        _while_typing(load)
 
 
 def test_what_does_not_fit_is_said_and_the_conversation_goes_on():

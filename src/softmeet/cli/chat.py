@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
+import io
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import typer
 from rich.text import Text
 
 from softmeet.cli import options
@@ -18,6 +24,7 @@ from softmeet.cli.messages import say
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.cli.tables import out
 from softmeet.errors import ContextError, InvalidInputError
+from softmeet.members.names import require_there
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -145,7 +152,16 @@ def chat(
     loading.refuse_over_union([], ["--one-member"] if sampling.one_member else [])
     if colors and sampling.one_member:
         raise InvalidInputError("--colors needs what all members say: leave out --one-member")
-    ensemble = loading.ensemble(every or None, settings, to_write=True)
+    typing, text = sys.stdin.isatty(), None
+    load = partial(loading.ensemble, every or None, settings, to_write=True, shown=not typing)
+    if typing:
+        require_there(every)
+        say("/help says what can be typed")
+        with suppress(ImportError):  # as on Windows
+            import readline  # noqa: F401 - input() then edits lines, and remembers them
+        ensemble, text = _while_typing(load)
+    else:
+        ensemble = load()
     _take_templates(ensemble)
     talk = Conversation(
         partial(written, ensemble, sampling.arguments(), colors), system,
@@ -154,13 +170,48 @@ def chat(
     if colors:
         shown = zip(COLORS, ensemble.names, strict=False)
         out().print(Text.assemble(*((f"{options.short(name)}  ", color) for color, name in shown)))
-    if sys.stdin.isatty():
-        say("/help says what can be typed")
-        with suppress(ImportError):  # as on Windows
-            import readline  # noqa: F401 - input() then edits lines, and remembers them
-    while (text := _asked()) is not None:
+    while (text := text or _asked()) is not None:
         if not _told(talk, text):
             _print_answer(talk, text, colors=colors)
+        text = None
+
+
+def _while_typing(load: Callable[[], Ensemble]) -> tuple[Ensemble, str]:
+    """Load while the first line is typed, and return both; what is said of loading comes after the line.
+
+    Raises:
+        Exception: as loading raises, at once, whatever has been typed.
+        typer.Exit: if nothing more is to be typed.
+    """
+
+    def failed() -> bool:
+        return task.done() and task.exception() is not None
+
+    terminal, said = sys.stderr, io.StringIO()
+    try:
+        with ThreadPoolExecutor(1) as pool, redirect_stderr(said):
+            task = pool.submit(load)
+            task.add_done_callback(lambda task: _interrupt() if task.exception() else None)
+            text = _asked(failed)
+            if text is None:
+                raise typer.Exit
+            if not task.done():
+                print("still loading", file=terminal)
+            return task.result(), text
+    except KeyboardInterrupt:
+        if failed():
+            task.result()
+        raise
+    finally:
+        terminal.write(said.getvalue())
+
+
+def _interrupt() -> None:
+    """Have the main thread leave off waiting for a line."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def written(ensemble: Ensemble, arguments: dict[str, Any], colors: bool, turns: Any) -> Iterator[Piece]:
@@ -186,14 +237,20 @@ def _take_templates(ensemble: Ensemble) -> None:
         )
 
 
-def _asked() -> str | None:
-    """Return the next line that is typed; None at the end."""
+def _asked(stopped: Callable[[], bool] = lambda: False) -> str | None:
+    """Return the next line that is typed; None at the end.
+
+    Raises:
+        KeyboardInterrupt: if it comes when ``stopped`` says so; else Ctrl-C ends nothing.
+    """
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return None
         except KeyboardInterrupt:
+            if stopped():
+                raise
             say("/bye or Ctrl-D ends the program")
             continue
         if text:

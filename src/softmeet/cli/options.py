@@ -155,6 +155,7 @@ class LoadingFlags(Flags, panel="Models"):
         *,
         to_write: bool = False,
         rather: str | None = None,
+        shown: bool = True,
         **more: Any,
     ) -> Ensemble:
         """Load an ensemble, with progress on stderr and without transformers' own messages.
@@ -166,6 +167,7 @@ class LoadingFlags(Flags, panel="Models"):
             to_write: whether it only writes texts, and scores none.
             rather: the vocabulary where it is to be chosen, by no flag and no saved ensemble; None to let the members'
                 tokenizers choose.
+            shown: whether progress is shown.
             more: further keyword arguments of ``Ensemble.from_pretrained``, except ``on_progress``.
 
         Raises:
@@ -179,7 +181,7 @@ class LoadingFlags(Flags, panel="Models"):
                 "none can be scored; say --vocabulary bytes"
             )
         require_there(members or ())
-        with working("loading softmeet"), uncollected():
+        with working("loading softmeet", shown=shown), uncollected():
             given = checked_settings(settings or {})
             with quick_imports():
                 from transformers.utils import logging
@@ -192,7 +194,7 @@ class LoadingFlags(Flags, panel="Models"):
         arguments = self.arguments()
         if rather and (self.vocabulary == "auto" or (self.vocabulary is None and not is_saved(members))):
             arguments["vocabulary"] = rather
-        with working("loading") as show, nullcontext() if to_write else unwarned():
+        with working("loading", shown=shown) as show, nullcontext() if to_write else unwarned():
             found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
                 on_progress=lambda name: show(f"loading {short(name)}"),

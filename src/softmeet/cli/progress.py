@@ -47,12 +47,19 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
 
 
 @contextmanager
-def working(name: str) -> Iterator[Callable[[str], None]]:
+def working(name: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
     """Show that uncounted work goes on while the context lasts: its name and the time that it has taken.
+
+    Args:
+        name: the work's.
+        shown: whether it is shown.
 
     Yields:
         a function that changes the name.
     """
+    if not shown:
+        yield lambda text: None
+        return
     with _shown(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bars:
         task = bars.add_task(name, total=None)
         yield lambda text: bars.update(task, description=text)
