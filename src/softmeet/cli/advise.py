@@ -48,16 +48,16 @@ def advise(
     ),
     form: FormFlags,
     instead: list[str] | None = optional(
-        "A single model that you could run in place of the members; what the same compute buys in it is measured. It "
+        "A single model that you could run in place of them; what the same compute buys in it is measured. It "
         "can be repeated.",
         "--instead",
         metavar="NAME",
-        panel="Fit",
+        panel="Finding weights",
     ),
     folds: int = flag(
-        5, "Into how many folds documents are dealt; what is fitted without one is judged on it.", min=2, panel="Fit"
+        5, "The number of parts (folds) of the text; what is fitted without one is judged on it.", min=2, panel="Finding weights"
     ),
-    saved: Path | None = optional("Save what is advised in this folder, as an ensemble.", "--save", panel="Output"),
+    saved: Path | None = optional("Save the mix that is advised in this folder.", "--save", panel="Output"),
     html: Path | None = optional("Write a self-contained HTML page with plots to this path.", panel="Output"),
     result: texts.ResultFlags,
     loading: options.LoadingFlags,

@@ -51,7 +51,7 @@ class FormFlags(Flags, panel="Text"):
         "else match. By likelihood of: option (the sum over its text), option-byte (a byte), "
         "option-unconditional (less that without the question), letter. In words: number, choice (a letter), match, "
         "code.",
-        shown="by what answers there are",
+        shown="by what the file has",
     )
     shots: Path | None = optional(
         "A file of questions with answers, as examples. First those of the same subject are taken."

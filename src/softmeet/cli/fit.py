@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from softmeet.evaluation.candidates import Options
 
 
-class FitFlags(Flags, panel="Fit"):
+class FitFlags(Flags, panel="Finding weights"):
     """Flags for the rules and settings that a fit tries, and for how much text it fits, chooses and judges them by."""
 
     rules: list[str] | None = optional(

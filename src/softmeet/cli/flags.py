@@ -26,7 +26,7 @@ _WITHOUT_FLAG = ("bands", "rule_temperature")
 # The settings of the rule that most users need; help lists the others with advanced options.
 _OF_THE_RULE = ("rule", "trust", "weights", "pool", "gate")
 # Defaults that are not the field's own: these commands make ensembles, which may be over bytes and have a gate.
-_SHOWN = {"rule": "meet; over bytes logit-mean", "gate": "auto"}
+_SHOWN = {"rule": "meet, or logit-mean by bytes", "gate": "auto"}
 # What stands for a flag's value in help, by the name of its type.
 _VALUES = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
 

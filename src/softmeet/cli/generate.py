@@ -152,7 +152,7 @@ def generate(
     shown: ShownFlags,
     **settings: Any,
 ) -> None:
-    """Continue texts by several models as one; with one text, it is printed as it is drawn.
+    """Continue texts by several models as one; with one text, it is printed as it comes.
 
     Example: softmeet generate "And the king said" -m wide/gpt2 -m wide/llama --seed 1
     """

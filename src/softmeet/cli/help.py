@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 # Help shows a command's groups of options in this order.
 PANELS = (
-    "Arguments", "Models", "Text", "Mixing", "Fit", "Sampling", "Structure", "Plan", "Address and access",
+    "Arguments", "Models", "Text", "Mixing", "Finding weights", "Sampling", "Structure", "Plan", "Address and access",
     "Limits", "Output", "Engine", "Advanced",
 )  # fmt: skip
 _NAMES = 26

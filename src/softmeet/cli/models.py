@@ -20,7 +20,7 @@ def models(
 ) -> None:
     """List GGUF files on this machine: those of ollama, LM Studio, llama.cpp and Hugging Face's cache.
 
-    Files with the same letter under tokens have the same tokens, and are combined over tokens; others are combined over
+    Files with the same letter in the column "tokens" have the same tokens, and are mixed by tokens; others are mixed by
     bytes. Those for chat have a template for it.
 
     Example: softmeet models
@@ -57,5 +57,5 @@ def models(
     first = next((one for one in found if letters.count(one.tokens) > 1), None)
     pair = [one.path for one in found if one.said and (first is None or one.tokens == first.tokens)][:2]
     if len(pair) == 2:
-        console.print("Models of one letter are combined over tokens, others over bytes, as in:")
+        console.print("Models of one letter are mixed by tokens, others by bytes, as in:")
         typer.echo(f"softmeet serve -m pair={pair[0]} -m pair={pair[1]}")

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CLUSTER = "$RAY_ADDRESS, else a new one on this machine"
 _MEMBERS = (
-    "A model: a GGUF file, a folder, a name of the Hugging Face Hub, or a bundled model such as wide/gpt2; repeat it "
-    "for each member. NAME:REST is a reader that a package brings. Behind it, +key=value may say how it is loaded and "
+    "A file, folder or name of the Hugging Face Hub: a GGUF file, a checkpoint, or a bundled model such as wide/gpt2; "
+    "repeat it for each member. NAME:REST is a reader that a package brings. Behind it, +key=value may say how it is loaded and "
     "what it reads: prompt (a text or a file), adapter, quantization, dtype, device, of a GGUF file engine, context, "
     "gpu_layers and hash, subfolder, file, name. Or, alone, a bundled family (wide, the default; narrow, with very "
     "narrow heads; mixed, with two tokenizers) or the folder of a saved ensemble, whose settings then take the place "
@@ -101,7 +101,7 @@ class LoadingFlags(Flags, panel="Models"):
         "Run the Python code that comes with a checkpoint; only for checkpoints that you trust."
     )
     vocabulary: str | None = optional(
-        "Mix models over tokens, bytes or union. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
+        "Mix models by tokens, bytes or union. tokens: they must share a tokenizer. bytes: any tokenizers, averages "
         "only. union: the union of their tokens, to write alone; union:k=10: of the ten likeliest "
         "of each. auto: bytes where tokenizers differ, else tokens.",
         shown="auto",

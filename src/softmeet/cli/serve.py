@@ -35,7 +35,7 @@ _ENSEMBLES = (
     "under that name, else it goes by its own."
 )
 _MEMBERS = (
-    "A model of the mix that clients call default; NAME=MODEL is one of the mix NAME. MODEL is a hub id, a folder, "
+    "One of the models that clients call default, all as one; NAME=MODEL is one of those called NAME. MODEL is a hub id, a folder, "
     "a GGUF file, a bundled model or NAME:REST for a package's reader; repeat it for each member."
 )
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -68,7 +68,7 @@ class AccessFlags(Flags, panel="Address and access"):
     cors: list[str] | None = optional(
         "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
-    ui: bool | None = optional("Serve the page at /ui.", shown="if gradio is installed (the extra ui)")
+    ui: bool | None = optional("Serve the page at /ui.", shown="if gradio is installed")
 
 
 class LimitFlags(Flags, panel="Limits"):

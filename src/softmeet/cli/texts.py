@@ -164,7 +164,7 @@ class ResultFlags(Flags, panel="Output"):
     """Flags for where figures are written, and where finished pieces of work are kept until the command has ended."""
 
     as_json: Path | None = optional(
-        "Write the figures as JSON to this file, or with - to stdout; infinite values become null.", "--json"
+        "Write the numbers as JSON to this file, or with - to stdout; infinite values become null.", "--json"
     )
     resume: Path | None = optional("Save progress in this folder; the same command resumes from it.")
     force: bool = switch("Overwrite output files that exist.")

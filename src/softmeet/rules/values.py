@@ -91,7 +91,7 @@ class SettingValues(Frozen):
     same as under its own prediction.
     """
     weights: Annotated[tuple[float, ...] | float | Literal["auto"] | None, BeforeValidator(_weights)] = None
-    """How much each model counts, in their order, as in 0.3,0.7, or auto for by its size (all the same if left out).
+    """How much each model counts, in their order, as in 0.3,0.7, or auto, by size (all the same if left out).
     These weights sum to 1. auto counts parameters. For the rule logit-mean weights may be below 0, as in 1.5,-0.5.
     """
     pool: Pool = "logit-mean"
