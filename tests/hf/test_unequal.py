@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.hf import unequal
-from softmeet.hf.remembered import file_of, members_hash
+from softmeet.hf.remembered import file_of, known, members_hash
 from softmeet.members.member import short
 from softmeet.rules.settings import Settings
 
@@ -73,7 +74,9 @@ def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, f
     monkeypatch.setattr(unequal, "_RATIO", 1.0)
     with unequal.unwarned():
         model = Ensemble.from_pretrained(names, rule).model
-    found = unequal.Measured(gain=gain, margin=margin, best=0, bytes=8148, weights=[0.83, 0.17], said=said)
+    found = unequal.Measured(
+        gain=gain, margin=margin, best=0, bytes=8148, weights=[0.83, 0.17], said=said, by="softmeet advise"
+    )
     unequal.remember_equal(model, found)
     Ensemble.from_pretrained(names, rule)
     told = [record.getMessage() for record in caplog.records if record.name == "softmeet.weights"]
@@ -81,6 +84,35 @@ def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, f
     assert all(str(warned).format(short(names[0]), apart) in one for one in told)
     Ensemble.from_pretrained(names[::-1], rule, weights=[0.5, 0.5])
     assert len([record for record in caplog.records if record.name == "softmeet.weights"]) == len(told)
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "OUT", "--bands", "1"]])
+def test_evaluate_and_fit_keep_what_they_measure_of_equal_weights(command, folders, tmp_path):
+    chooser = random.Random(1)
+    for k in range(9):
+        (tmp_path / f"{k}.txt").write_text("".join(chooser.choices("abc \n", k=300)))
+    told = [word.replace("OUT", str(tmp_path / "out")) for word in command]
+    told += [*tiny.each("-m", folders[0]), "-t", str(tmp_path / "*.txt"), "--json", "-"]
+    facts = json.loads(CliRunner().invoke(app, told, catch_exceptions=False).stdout)
+    with unequal.unwarned():
+        model = Ensemble.from_pretrained(folders[0], "logit-mean").model
+    kept = known(file_of("weights.json"))[members_hash(model)]["equal"]
+    assert kept["by"] == f"softmeet {command[0]}"
+    assert len(kept["weights"]) == (2 if command[0] == "fit" else 0)
+    if command[0] == "evaluate":
+        rows = [row["bits_per_byte"] for row in facts["members"].values()]
+        assert kept["gain"] == pytest.approx(min(rows) - facts["rules"]["logit-mean"]["bits_per_byte"])
+        assert kept["best"] == rows.index(min(rows))
+        assert kept["bytes"] == 9 * 299
+
+
+def test_what_was_measured_on_more_text_stays(folders):
+    with unequal.unwarned():
+        model = Ensemble.from_pretrained(folders[0], "logit-mean").model
+    for size in (100, 90, 110):
+        measured = {"gain": 0.1, "margin": 0.1, "best": 0, "bytes": size, "weights": [], "said": ""}
+        unequal.remember_equal(model, unequal.Measured(**measured, by="softmeet evaluate"))
+        assert known(file_of("weights.json"))[members_hash(model)]["equal"]["bytes"] == max(size, 100)
 
 
 @pytest.mark.parametrize("kept", ["[1]", '{"x": 1}', '{"WHO": 3}', '{"WHO": {"equal": {"gain": -1}}}'])

@@ -55,7 +55,10 @@ def advise(
         panel="Finding weights",
     ),
     folds: int = flag(
-        5, "The number of parts (folds) of the text; what is fitted without one is judged on it.", min=2, panel="Finding weights"
+        5,
+        "The number of parts (folds) of the text; what is fitted without one is judged on it.",
+        min=2,
+        panel="Finding weights",
     ),
     saved: Path | None = optional("Save the mix that is advised in this folder.", "--save", panel="Output"),
     html: Path | None = optional("Write a self-contained HTML page with plots to this path.", panel="Output"),
@@ -86,8 +89,9 @@ def advise(
     ensemble = loading.ensemble(every)
     from softmeet.answers.advised import documents_of, right_answers
     from softmeet.evaluation import advise as advising
+    from softmeet.evaluation.equal import remember
     from softmeet.evaluation.positions import observe_text
-    from softmeet.evaluation.verdict import figures
+    from softmeet.evaluation.verdict import figures, is_worth_it, plainly
 
     documents = documents_of(asked, put) if asked and documents is None else documents
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
@@ -111,25 +115,12 @@ def advise(
         shown = (facts["says"], tables(facts), cautions(facts), differences(facts))
         html.write_text(page(advice.judged, *shown), encoding="utf-8")
         say(f"written to {html}")
-    if (equal := advice.equal) is not None:
-        _remember(advice, equal)
+    if advice.equal is not None:
+        (fitted,) = (own for own in advice.judged.averages if own.name == "logit-mean")
+        told = "" if is_worth_it(advice) else plainly(advice)
+        remember(ensemble, advice.equal, "softmeet advise", fitted.settings["weights"], told)
     if saved is not None:
         _save(advice, facts, saved)
-
-
-def _remember(advice: Any, equal: Any) -> None:
-    """Keep what equal weights gain, so that members are not mixed so without a word where that loses."""
-    from softmeet.evaluation.verdict import is_worth_it, plainly
-    from softmeet.hf.unequal import Measured, remember_equal
-
-    judged = advice.judged
-    (fitted,) = (own for own in judged.averages if own.name == "logit-mean")
-    margin, best = (equal.high - equal.low) / 2, judged.names.index(judged.best)
-    found = Measured(
-        gain=equal.mean, margin=margin, best=best, bytes=int(judged.bytes.sum()), weights=fitted.settings["weights"],
-        said="" if is_worth_it(advice) else plainly(advice),
-    )  # fmt: skip
-    remember_equal(judged.ensemble.model, found)
 
 
 def _save(advice: Any, facts: dict[str, Any], folder: Path) -> None:

@@ -122,6 +122,7 @@ def evaluate(
     if baseline is not None:
         require_row(baseline, labels)
     from softmeet.evaluation.by_folds import evaluate_by_folds
+    from softmeet.evaluation.equal import remember_evaluated
     from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.losses import write_losses
     from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
@@ -153,6 +154,7 @@ def evaluate(
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
         facts = summary(made, baseline=baseline, pairs=pairs) | {"run": run}
+    remember_evaluated(ensemble, made)
     result.report(facts, show if table is None else partial(_print_paper, table))
     if losses is not None:
         write_losses(losses, made, each=by_token)

@@ -105,6 +105,7 @@ def fit(
         parse_rule(rule)
     found = source.documents()
     ensemble = loading.ensemble(options.named(source.members(members)))
+    from softmeet.evaluation.equal import remember_fitted
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import figures, save
@@ -122,6 +123,7 @@ def fit(
             reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
             positions = observe_text(ensemble, found, **source.windowing, engine=engine, cache=kept, begin=reading)
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
+        remember_fitted(ensemble, fitted, engine, kept)
     facts = figures(fitted)
     try:
         result.report(facts, _show)

@@ -16,9 +16,10 @@ from softmeet.evaluation.candidates import Begin, Candidate, Options, sample_siz
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.costs import Others, ensemble_run, member_runs, milliseconds, written
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.equal import Equal, evaluate_equal, spread_rows
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Fitted, fit
-from softmeet.evaluation.intervals import Clusters, Difference, clusters, paired
+from softmeet.evaluation.intervals import Clusters, Difference, paired
 from softmeet.evaluation.judged import Gated, Judged
 from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import Positions
@@ -40,8 +41,6 @@ _BEGINNING, _ROWS = "The", 5
 # and at how many positions.
 _COMPARED, _COMPARED_LEAST, _COMPARED_ELEMENTS = 96, 32, 4_000_000
 _UNMOVED, _TRUSTS, _TRIED = 0.005, (0.3, 1.0), 6000
-# So many log-probabilities of a member tell what equal weights gain.
-_EQUAL_ELEMENTS = 100_000_000
 # If the solver takes long, ``meet`` is tried at as many positions as take so many seconds, and not at all if these are
 # fewer than so many.
 _SECONDS, _FEWEST = 100.0, 500
@@ -114,18 +113,6 @@ def meet_beside_pool(
     return evaluate_positions(ensemble, few, choices, **where, on_progress=advance)
 
 
-def equal_weights(ensemble: Ensemble, judged: Judged, engine: Engine | None, cache: PieceCache | None) -> Difference:
-    """Return what ``logit-mean`` with equal weights gains over the best member, in bits a byte, at some positions."""
-    positions, names = judged.fitted.parts["test"].positions, ensemble.names
-    many = min(len(positions), _EQUAL_ELEMENTS // ensemble.model.config.vocab_size)
-    rows = torch.arange(many) * len(positions) // many
-    even = {"rule": POOLS[0], "weights": [1 / len(names)] * len(names), "rule_temperature": 1.0}
-    few, choices = positions.take(rows), [RuleChoice("equal", even)]
-    found = evaluate_positions(ensemble, few, choices, engine=engine, cache=cache, stage="equal").choices["equal"]
-    within = clusters(few.document)
-    return paired(judged.base[rows] / math.log(2), found.nats / math.log(2), within, few.sizes)
-
-
 @dataclass(frozen=True)
 class Alternative:
     """One model in place of an ensemble: what it makes of the same text in its own tokens.
@@ -183,7 +170,7 @@ class Advice:
         time: the milliseconds that a byte takes by what is advised.
         busy: the share of the processors that other programs took while times were measured.
         alternatives: single models that could take the ensemble's place.
-        equal: what an average with equal weights gains over the best member, in bits a byte; None of a single member.
+        equal: what an average with equal weights gains over the best member; None of a single member.
     """
 
     judged: Judged
@@ -194,7 +181,7 @@ class Advice:
     time: float
     busy: float = 0.0
     alternatives: list[Alternative] = field(default_factory=list)
-    equal: Difference | None = None
+    equal: Equal | None = None
 
     @property
     def fitted(self) -> Fitted:
@@ -296,7 +283,10 @@ def advise(
     judged = Judged(ensemble, fitted, times, compared, too_long)
     found = Advice(judged, *judged.chosen(), time=times[judged.names.index(judged.best)])
     if len(ensemble.names) > 1:
-        found.equal = equal_weights(ensemble, judged, engine, cache)
+        whole = fitted.parts["test"].positions
+        rows = spread_rows(ensemble, whole)
+        even = evaluate_equal(ensemble, whole.take(rows), engine, cache)
+        found.equal = Equal.of(even, "equal", judged.base[rows], judged.names.index(judged.best))
     if found.verdict != "single":
         begin("measuring what the ensemble costs", 0, None)
         # Side by side with the best member, so that the ratio can be relied on where the machine has slowed down.

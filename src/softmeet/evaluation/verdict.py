@@ -45,7 +45,7 @@ def figures(advice: Advice) -> dict[str, Any]:
         "members_in_order": None if instead else advice.ensemble.names,
         **_gained(gain),
         "cost_ratio": (instead[0].time if instead else advice.time) / best if best else None,
-        "equal_weights": _gained(advice.equal),
+        "equal_weights": _gained(advice.equal.gain if advice.equal else None),
         "plainly": plainly(advice),
         "worth_it": is_worth_it(advice),
         "says": says(advice),

@@ -39,6 +39,7 @@ class Measured(TypedDict):
         bytes: of the text.
         weights: those that were fitted to it.
         said: what was advised if that is not to mix them, else an empty text.
+        by: the command that measured it.
     """
 
     gain: float
@@ -47,6 +48,7 @@ class Measured(TypedDict):
     bytes: int
     weights: Sequence[float]
     said: str
+    by: str
 
 
 @contextmanager
@@ -60,8 +62,13 @@ def unwarned() -> Iterator[None]:
 
 
 def remember_equal(model: AnyEnsemble, found: Measured) -> None:
-    """Keep what equal weights of an ensemble's members were measured to gain, for :func:`warn_of_unequal`."""
-    keep(file_of(_FILE), members_hash(model), _EQUAL, found)
+    """Keep what equal weights of an ensemble's members were measured to gain, for :func:`warn_of_unequal`.
+
+    What was measured on more text stays.
+    """
+    before = _measured(model)
+    if before is None or before["bytes"] <= found["bytes"]:
+        keep(file_of(_FILE), members_hash(model), _EQUAL, found)
 
 
 def _measured(model: AnyEnsemble) -> Measured | None:
@@ -125,9 +132,10 @@ def warn_of_unequal(model: AnyEnsemble) -> None:
     if found := _measured(model) if rule.name == AVERAGE else None:
         if found["gain"] + found["margin"] < 0:
             _log.warning(
-                "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as softmeet advise measured on %s "
-                "bytes: weights of %s (--weights) were fitted to these", names[found["best"]], -found["gain"],
-                found["margin"], f"{found['bytes']:,}", ",".join(f"{weight:.2f}" for weight in found["weights"]),
+                "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as %s measured on %s bytes: %s",
+                names[found["best"]], -found["gain"], found["margin"], found["by"], f"{found['bytes']:,}",
+                f"weights of {','.join(f'{weight:.2f}' for weight in found['weights'])} were fitted to it (--weights)"
+                if found["weights"] else "--weights auto counts models by size",
             )  # fmt: skip
         elif found["said"]:
             _log.warning("softmeet advise said of these, on %s bytes: %s", f"{found['bytes']:,}", found["said"])
