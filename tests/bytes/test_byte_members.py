@@ -279,6 +279,39 @@ def test_a_reader_of_few_rows_reads_long_texts_and_goes_on(monkeypatch):
     assert few.most > 4
 
 
+TOLD = [
+    b"the other there, then he threw the rest here and there",
+    b"he then rested there, other than the hens here too",
+]
+
+
+def read_on(member, rows):
+    """Read texts byte by byte, side by side; returns the last predictions."""
+    readings = [member.begin(b"") for _ in TOLD]
+    for symbols in zip(*TOLD, strict=False):
+        readings = member.advance(readings, symbols)
+        rows.append(member.reader.opened)
+    return member.log_probs(readings)
+
+
+def test_a_text_that_goes_on_gives_up_the_rows_of_its_beginning():
+    rows = []
+    read_on(ByteMember(Few(member_of("llama", Pruning()).reader, 500), member_of("llama").spelling, Pruning()), rows)
+    assert max(rows[-10:]) <= max(rows[10:20]) + 4
+    assert max(rows) < 40
+
+
+def test_where_rows_are_few_little_is_read_again(monkeypatch):
+    monkeypatch.setattr(nodes, "_SPARE", 2)
+    below, spelling = member_of("llama", Pruning()).reader, member_of("llama").spelling
+    scarce, plenty = (ByteMember(Few(below, rows), spelling, Pruning()) for rows in (8, 500))
+    found, expected = (read_on(member, []) for member in (scarce, plenty))
+    assert torch.allclose(found, expected, atol=1e-9)
+    assert scarce.reader.most <= 8 < plenty.reader.most
+    assert plenty.spent.calls < scarce.spent.calls < 2 * plenty.spent.calls
+    assert plenty.spent.tokens < scarce.spent.tokens < 2 * plenty.spent.tokens
+
+
 @pytest.mark.parametrize("can", [{"can_fork": False}, {"can_crop": False}])
 def test_readers_that_cannot_fork_or_crop_are_refused(can):
     member = member_of("gpt2")

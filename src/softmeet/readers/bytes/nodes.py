@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from sys import is_finalizing
 from threading import Lock
 from typing import NamedTuple
+from weakref import WeakSet
 
 from softmeet.readers.reader import Predictions, Read, Reader, Row, Work, finished
 
@@ -22,15 +23,15 @@ class Node:
         row: the node's own.
         before: how many of the tokens are the member's own before the text, which are no symbols of the row.
         tokens: the ids of all tokens.
-        parent: the tokens from which it was forked; None of one that was read from its beginning.
 
     Attributes:
         row: the row; None if it was given up for others, and is read anew where it is forked.
+        used: the number of the last call in which it was made or forked.
     """
 
-    def __init__(self, rows: Rows, row: Row, before: int, tokens: tuple[int, ...], parent: Path | None = None) -> None:
+    def __init__(self, rows: Rows, row: Row, before: int, tokens: tuple[int, ...], used: int) -> None:
         self.row: Row | None = row
-        self.before, self.tokens, self.parent = before, tokens, parent
+        self.before, self.tokens, self.used = before, tokens, used
         self._rows = rows
 
     def __del__(self) -> None:
@@ -91,6 +92,9 @@ class Next(NamedTuple):
 class Rows:
     """The rows of a reader that nodes own; calls from several threads wait for each other.
 
+    Of a reader that can open few rows, those are given up that have not been used for longest. What goes on behind one
+    of them is read again, from where the open row that begins most alike parts from it.
+
     Args:
         reader: a reader of tokens that can fork and crop.
     """
@@ -98,6 +102,7 @@ class Rows:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._lock, self._left = Lock(), deque[Row]()
+        self._nodes, self._calls = WeakSet[Node](), 0
         # How many rows nodes have.
         self._held = 0
 
@@ -135,8 +140,10 @@ class Rows:
             (the predictions, the cost).
         """
         with self._lock:
-            node = Node(self, self.reader.open(own=before), len(before), (*before, *tokens))
+            self._calls += 1
+            self._make_room(1, frozenset())
             self._held += 1
+            node = self._made(self.reader.open(own=before), len(before), (*before, *tokens))
             ((found,), work) = self._read([node], [Chain(Path(node, len(before)), tokens, at)])
         self._close_left()
         return found, work
@@ -144,47 +151,84 @@ class Rows:
     def run(self, chains: Sequence[Chain]) -> tuple[list[list[Next]], Work]:
         """Run chains of tokens, each in a fork of the row of its path, in one call of the reader where rows suffice.
 
-        Of a reader that can open few rows, those of many chains, as of a long text, are given up as soon as they were
-        read; a chain behind one of them reads its tokens again.
+        Where they do not, as of a long text, the rows of all chains but the last are given up when they were read.
 
         Returns:
             (for each chain its predictions, the cost).
         """
-        most = self.reader.traits.rows
         with self._lock:
-            crowded = most is not None and self._held + len(chains) > most - _SPARE
-            step = _SPARE if crowded else max(1, len(chains))
+            self._calls += 1
+            step = max(1, len(chains)) if self._has_room(len(chains)) else _SPARE
             found, work = list[list[Next]](), Work()
             for start in range(0, len(chains), step):
                 some = chains[start : start + step]
+                for path, _, _ in some:
+                    path.node.used = self._calls
+                self._make_room(len(some), {path.node for path, _, _ in some})
                 nodes = list[Node]()
                 for path, tokens, _ in some:
                     row, again = self._fork(path)
-                    nodes.append(Node(self, row, path.node.before, (*path.tokens, *tokens), path))
+                    nodes.append(self._made(row, path.node.before, (*path.tokens, *tokens)))
                     work = work.and_(again.calls, again.tokens)
                 told, cost = self._read(nodes, some)
                 found, work = found + told, work.and_(cost.calls, cost.tokens)
-                for node in nodes if crowded else ():
-                    self._close(node.row)  # type: ignore[arg-type]
-                    node.row = None
+                for node in nodes if start + step < len(chains) else ():
+                    self._give_up(node)
         self._close_left()
         return found, work
 
+    def _made(self, row: Row, before: int, tokens: tuple[int, ...]) -> Node:
+        node = Node(self, row, before, tokens, self._calls)
+        self._nodes.add(node)
+        return node
+
+    def _has_room(self, count: int) -> bool:
+        most = self.reader.traits.rows
+        return most is None or self._held + count <= most - _SPARE
+
+    def _make_room(self, count: int, needed: Collection[Node]) -> None:
+        """Give up rows, but those that are needed, until there is room for ``count`` more, or no other is left."""
+        while self._left:
+            self._close(self._left.popleft())
+        if not self._has_room(count):
+            for node in sorted(self._nodes, key=lambda node: node.used):
+                if node.row is not None and node not in needed and not self._has_room(count):
+                    self._give_up(node)
+
+    def _give_up(self, node: Node) -> None:
+        if node.row is not None:
+            self._close(node.row)
+            node.row = None
+
     def _fork(self, path: Path) -> tuple[Row, Work]:
         """Open a row in which the tokens of a path have been read; return it, and the cost of reading some again."""
-        node, parent = path.node, path.node.parent
-        if node.row is not None or parent is None:
-            (row,) = self.reader.fork(node.row, 1, path.length - node.before)  # type: ignore[arg-type]
-            self._held += 1
+        tokens, before = path.tokens, path.node.before
+        source, length = (path.node, path.length) if path.node.row is not None else self._nearest(tokens, before)
+        if source is None:
+            row = self.reader.open(tokens[before:], own=tokens[:before])
+            length = before + row.known
+        else:
+            (row,) = self.reader.fork(source.row, 1, length - before)  # type: ignore[arg-type]
+        self._held += 1
+        if length == len(tokens):
             return row, Work()
-        row, work = self._fork(Path(parent.node, min(parent.length, path.length)))
-        if rest := path.tokens[parent.length :]:
-            told = finished(self.reader.read([Read(row, rest, ())]))
-            for error in told.errors.values():
-                self._close(row)
-                raise error
-            work = work.and_(told.work.calls, told.work.tokens)
-        return row, work
+        told = finished(self.reader.read([Read(row, tokens[length:], ())]))
+        for error in told.errors.values():
+            self._close(row)
+            raise error
+        return row, told.work
+
+    def _nearest(self, tokens: tuple[int, ...], before: int) -> tuple[Node | None, int]:
+        """Return the node with a row whose tokens begin most like others, and how many tokens are alike; maybe none."""
+        found, most = None, before
+        for node in self._nodes:
+            if node.row is not None and node.before == before:
+                read = min(before + node.row.length, len(tokens))
+                pairs = enumerate(zip(node.tokens[:read], tokens, strict=False))
+                alike = next((k for k, (ours, theirs) in pairs if ours != theirs), read)
+                if alike > most or (found is None and alike == before):
+                    found, most = node, alike
+        return found, most
 
     def _read(self, nodes: Sequence[Node], chains: Sequence[Chain]) -> tuple[list[list[Next]], Work]:
         asked = [
