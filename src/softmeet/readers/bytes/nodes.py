@@ -142,8 +142,9 @@ class Rows:
         with self._lock:
             self._calls += 1
             self._make_room(1, frozenset())
+            row = self.reader.open(own=before)
             self._held += 1
-            node = self._made(self.reader.open(own=before), len(before), (*before, *tokens))
+            node = self._made(row, len(before), (*before, *tokens))
             ((found,), work) = self._read([node], [Chain(Path(node, len(before)), tokens, at)])
         self._close_left()
         return found, work
