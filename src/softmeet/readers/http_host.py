@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import finalize
@@ -55,12 +56,10 @@ class Host:
                 f"expected an address without a name and a key, which would be shown, got {_safe(url)}: put the key "
                 f"into the environment variable {KEY}"
             )
-        made: Callable[..., http.client.HTTPConnection] = (
-            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        )
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connect: Callable[[], http.client.HTTPConnection] = partial(kind, host, port, timeout=seconds)
         self.base, self._seconds, self._idle = parts.path.rstrip("/"), seconds, deque[http.client.HTTPConnection]()
         finalize(self, _close, self._idle)
-        self._connect = lambda: made(host, port, timeout=seconds)
 
     def get(self, path: str) -> Any:
         """Return the JSON behind a path.

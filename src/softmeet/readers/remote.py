@@ -184,7 +184,7 @@ class RemoteReader(StatelessReader):
         found = _Partial(Given(self.next_logits([(*own.own, *own.text[:at])]), [1]))
         best = found.logits().topk(min(top, self._top or top))
         expected = [
-            (str(self.alphabet.tokenizer.decode([token])), nats)  # type: ignore[union-attr]
+            (self.alphabet.decode([token]).decode(errors="replace"), nats)
             for token, nats in zip(best.indices[0].tolist(), best.values[0].tolist(), strict=True)
         ]
         details = {
@@ -228,7 +228,7 @@ class RemoteReader(StatelessReader):
 class _Partial(Predictions):
     """Predictions that know some tokens, with the most that any other can have."""
 
-    def __init__(self, found: Given) -> None:
+    def __init__(self, found: Predictions) -> None:
         super().__init__(found.counts, found.errors, found.work)
         self._found = found.logits()
         known = ~self._found.isneginf()
