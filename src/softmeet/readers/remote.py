@@ -141,8 +141,16 @@ class RemoteReader(StatelessReader):
         CheckpointError: if the server does not answer as it should.
 
     Example:
-        >>> RemoteReader("a server", protocol, tokenizer, top=100).traits.known  # doctest: +SKIP
-        100
+        >>> from softmeet.readers.byte_tokenizer import byte_tokenizer
+        >>> class Fixed(Protocol):
+        ...     def likeliest(self, text, top):
+        ...         return {0: -0.1, 1: -3.0}
+        ...     def limit(self):
+        ...         return 64
+        >>> reader = RemoteReader("fixed", Fixed(None, None), byte_tokenizer(), top=2)
+        >>> found = reader.read_whole([[1]], [[1]])
+        >>> round(found.dropped.item(), 3), round(found.bounds().item(), 2)
+        (0.045, -3.09)
     """
 
     def __init__(
