@@ -7,7 +7,7 @@ import math
 import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -262,6 +262,28 @@ def test_a_server_that_is_slow_or_endless_is_given_up(alone, folders, monkeypatc
         monkeypatch.setattr(http_host, "_MOST", 10)
         with pytest.raises(http_host.HostError, match="answers with more than"):
             host.get("/models")
+
+
+def test_an_answer_that_comes_drop_by_drop_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+
+        def drip():
+            with suppress(OSError):
+                connection = server.accept()[0]
+                with connection:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+                    for _ in range(100):
+                        connection.sendall(b"x")
+                        time.sleep(0.1)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        host, start = http_host.Host(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=1), time.monotonic()
+        with pytest.raises(http_host.HostError, match="has not answered within 1 s"):
+            host.get("/models")
+        assert time.monotonic() - start < 8
+        thread.join()
 
 
 def test_a_server_that_comes_back_gives_the_same_answer_and_one_that_dies_fails_its_texts_alone(

@@ -103,7 +103,7 @@ class Host:
         try:
             connection.request(method, self.base + path, body, headers)
             answer, content = connection.getresponse(), bytearray()
-            while piece := answer.read(_PIECE):
+            while piece := answer.read1(_PIECE):
                 content += piece
                 if time.monotonic() > deadline:
                     raise TimeoutError
