@@ -24,6 +24,7 @@ from softmeet.hf.call_options import CallOptions
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts, OwnPrompt
 from softmeet.hf.decoding import decode, decodes, is_to_speculate
+from softmeet.hf.partial import require_all, require_known
 from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, combined_behind, read_once
@@ -256,6 +257,7 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     def require(self, settings: Settings) -> None:
         """Raise the error of a rule or setting that these members cannot be combined by (:meth:`Combiner.require`)."""
         self.combiner.require(settings)
+        require_known(settings, self.config.members, self.members)
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError if the ensemble is over bytes; the message names ``what``, such as "evaluation"."""
@@ -266,6 +268,7 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
 
     def require_likelihood(self, what: str) -> None:
         """Raise InvalidInputError if a text has no one likelihood; the message names ``what`` needs it."""
+        require_all(what, self.config.members, self.members)
 
     @property
     def device(self) -> torch.device:

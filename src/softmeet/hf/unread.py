@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from softmeet.engine.unread import AVERAGE, reader_of, unreadable
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.partial import LINEAR, known_of, require_known
 from softmeet.members.heads import head_of
 from softmeet.members.member import short
 from softmeet.members.opaque import OpaqueHead
@@ -40,6 +41,10 @@ def reading(config: EnsembleConfig, *, any_average: bool = False) -> Callable[[s
     """
 
     def check(name: str, model: PreTrainedModel) -> None:
+        if (known := known_of(model)) is not None and any_average and config.rule != LINEAR:
+            config.rule = LINEAR
+            _log.warning("mixed by %s, as %s tells the %s likeliest tokens alone", LINEAR, short(name), known)
+        require_known(config.settings, [name], [model])
         # Of a GGUF file's head, that a rule reads it has to be said.
         if isinstance(model, ReaderModel) and reader_of(config.settings) is not None and not any_average:
             model.open_head()

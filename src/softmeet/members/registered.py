@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,6 +18,8 @@ from softmeet.members.member import Member
 GROUP = "softmeet.readers"
 # What softmeet uses of a reader.
 _PARTS = ("name", "alphabet", "limit", "traits", "bytes", "open", "read", "close")
+# What stands behind a member for its factory, if that takes it.
+_OPTIONS = ("tokenizer", "top")
 _registered: dict[str, Callable[[str], Any]] = {}
 _made: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
@@ -71,18 +74,22 @@ def registered_reader(member: Member) -> Any:
         InvalidInputError: if the member has a field that only checkpoints have, such as a dtype.
         CheckpointError: if the factory fails, or what it returns is no reader, or has no tokenizer.
     """
-    line = member.source
-    if wrong := sorted(set(member.base.changes()) | ({"adapter"} if member.adapter else set())):
+    line, given = member.source, member.base.changes()
+    name, _, rest = line.partition(":")
+    try:
+        factory = _registered[name] if name in _registered else _installed()[name].load()
+        taken = {key: given.pop(key) for key in _OPTIONS if key in given and key in signature(factory).parameters}
+    except Exception as error:
+        raise cannot_load(line, f"its factory cannot be imported: {error}") from error
+    if wrong := sorted(set(given) | ({"adapter"} if member.adapter else set())):
         raise InvalidInputError(
             f"expected nothing but a prompt and a name behind {line}, which is no checkpoint, got {wrong[0]}: leave "
             "it out"
         )
-    if (known := _made.get(line)) is not None:
+    if (known := _made.get(str(member.base))) is not None:
         return known
-    name, _, rest = line.partition(":")
     try:
-        factory = _registered[name] if name in _registered else _installed()[name].load()
-        found = factory(rest)
+        found = factory(rest, **taken)
     except SoftmeetError:
         raise
     except Exception as error:
@@ -90,7 +97,7 @@ def registered_reader(member: Member) -> Any:
     _require_reader(line, found)
     # Whoever has the tokenizer keeps the reader, so that a member is not made once for each.
     vars(found.alphabet.tokenizer)["_softmeet_reader"] = found
-    _made[line] = found
+    _made[str(member.base)] = found
     return found
 
 
@@ -101,8 +108,8 @@ def _require_reader(line: str, found: Any) -> None:
     if not (isinstance(found.limit, int) and found.limit > 1):
         got = f"{found.limit!r}: say 2**30 if there is none"
         raise cannot_load(line, f"expected a number of symbols as its reader's limit, got {got}")
-    if found.traits.known is not None or found.traits.predictions is not None:
-        raise cannot_load(line, "expected a reader that tells every symbol at every place, as rules need them")
+    if found.traits.predictions is not None:
+        raise cannot_load(line, "expected a reader that tells of every place, as decoding needs them")
     from transformers import PreTrainedTokenizerBase
 
     if not isinstance(getattr(found.alphabet, "tokenizer", None), PreTrainedTokenizerBase):

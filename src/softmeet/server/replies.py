@@ -275,7 +275,7 @@ class CompletionReply(Reply):
         before, after = Places(tokenizer, special=True), self._places[delta.index]
         offsets = [before.push(t.token) for t in scored] + [after.push(t.token) for t in delta.tokens]
         return {
-            "tokens": [self.texts.text_of(t.token) for t in rows],
+            "tokens": [self._name(t.token) for t in rows],
             "token_logprobs": [_finite_nats(t.log_prob) for t in rows],
             "top_logprobs": [None if t.log_prob is None else self._top(t) for t in rows],
             "text_offset": offsets,
@@ -283,11 +283,16 @@ class CompletionReply(Reply):
 
     def _top(self, token: Token) -> dict[str, float | None]:
         """Return log-probabilities in nats by the text of the most probable tokens and of the token itself."""
-        # Two tokens may have the same bytes, whose text is the key here; the more probable one is kept.
+        # Two tokens may have the same bytes, whose text is the key unless ids are; the more probable one is kept.
         found: dict[str, float | None] = {}
         for j, x in [*token.top[: self.body.listed], (token.token, token.log_prob)]:
-            found.setdefault(self.texts.text_of(j), _finite_nats(x))
+            found.setdefault(self._name(j), _finite_nats(x))
         return found
+
+    def _name(self, token: int) -> str:
+        """Return what a token is called: its text, or ``token_id:N`` if that is asked for, as vLLM has it."""
+        by_id = getattr(self.body, "return_tokens_as_token_ids", None)
+        return f"token_id:{token}" if by_id else self.texts.text_of(token)
 
 
 class ChatReply(Reply):

@@ -13,6 +13,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Listed = Annotated[int, Field(ge=0, le=20)]
+# More than any vocabulary has.
+_ALL = 1 << 30
 # How large a trust may be is the server's to say.
 Rho = Annotated[float, Field(ge=0)] | Literal["inf"]
 Word = Annotated[str, Field(max_length=200)]
@@ -213,7 +215,8 @@ class CompletionRequest(_Choices):
     """
 
     prompt: str | Texts | Ids | Lists
-    logprobs: Listed | None = None
+    logprobs: Annotated[int, Field(ge=-1, le=20)] | None = _optional("-1 lists all tokens.")
+    return_tokens_as_token_ids: bool | None = _optional("List a token as token_id:N, not by its text.")
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = _optional(
         "Draw so many; answer with the n of the highest log-probability per token."
@@ -223,7 +226,7 @@ class CompletionRequest(_Choices):
     @property
     def listed(self) -> int | None:
         """The field ``logprobs``: how many tokens to list at each token of the answer."""
-        return self.logprobs
+        return _ALL if self.logprobs == -1 else self.logprobs
 
 
 class TextPart(Strict):

@@ -222,7 +222,7 @@ class Serving:
             prompts.check_prompt(prompt, combination, limit, read)
             if not combination.symbols_are_tokens:
                 await self.on_tokenizer(size, prompts.check_spelled, prompt, combination, read)
-        top, longest = _most_listed(body), _symbols(limit, ours, combination)
+        top, longest = _most_listed(body, combination.model.config.vocab_size), _symbols(limit, ours, combination)
         tokens = body.drawn * sum(longest + score_prompt * len(prompt) for prompt in found)
         _check_listed(tokens, combination, (top or 0) + (ours.report or 0) * (len(combination.names) + 2))
         sampling = _sampling(body, ours, combination.model.config.vocab_size)
@@ -278,10 +278,10 @@ def _check_together(body: Generation, limit: int, unit: str) -> None:
         )
 
 
-def _most_listed(body: Generation) -> int | None:
-    """Return how many tokens are listed at most at a token, of the answer or of a prompt; None if none is described."""
+def _most_listed(body: Generation, v: int) -> int | None:
+    """Return how many of v tokens are listed at most at one of the answer or of a prompt; None if none is described."""
     asked = [body.listed, body.prompt_listed, 0 if body.drawn > body.choices else None]
-    return max((count for count in asked if count is not None), default=None)
+    return max((min(count, v) for count in asked if count is not None), default=None)
 
 
 def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> None:

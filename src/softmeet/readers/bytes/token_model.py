@@ -68,6 +68,12 @@ class TokenModel:
                 f"tokenizers are read over bytes, which {reader.name} cannot: keep a state for each symbol, or choose "
                 "members with its tokens"
             )
+        if reader.traits.known is not None:
+            raise InvalidInputError(
+                f"expected members that tell every token, as over bytes all that begin alike are summed, and "
+                f"{reader.name} tells the {reader.traits.known} likeliest alone: ask for all by +top=all, where the "
+                "server tells them, or choose members with its tokens"
+            )
         self._tells = reader.head is None
         self.head: Any = head_of(model) if isinstance(model, ReaderModel) else reader.head
         self.ends = sorted(reader.alphabet.ends | ({spelling.end} if spelling.end is not None else set()))

@@ -1,0 +1,152 @@
+"""A host that is asked by JSON over HTTP, patiently but not for ever, and never elsewhere than where it was named."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import finalize
+
+from softmeet.errors import InvalidInputError
+
+# The environment variable that holds the key for hosts that ask for one.
+KEY = "SOFTMEET_MEMBER_KEY"
+# How often a question is asked that got no answer, and the seconds before it is asked for the second time.
+_TRIES, _PAUSE = 3, 0.5
+# The most bytes of an answer, and how many are read at once.
+_MOST, _PIECE = 256 << 20, 1 << 16
+# Answers by which a host says that it cannot now.
+_LATER = (429, 500, 502, 503, 504)
+
+
+class HostError(Exception):
+    """What a host did in place of answering, as the end of a sentence that begins with its name."""
+
+
+class Host:
+    """A host, asked from any number of threads, by connections that are kept for the next question.
+
+    A question that gets no answer, or one that says that there is none now, is asked three times. Redirects are not
+    followed. The key in ``$SOFTMEET_MEMBER_KEY``, if there is one, is sent as a bearer token, and is never shown.
+
+    Args:
+        url: of http or https, such as ``http://127.0.0.1:8000/v1``, below which paths are asked.
+        seconds: how long an answer may take.
+
+    Raises:
+        InvalidInputError: if the address has no host, or more than a host, a port and a path.
+    """
+
+    def __init__(self, url: str, seconds: float = 120.0) -> None:
+        parts = urlsplit(url)
+        try:
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise InvalidInputError(f"expected the address of a server, got {_safe(url)}: {error}") from error
+        if parts.scheme not in ("http", "https") or not host or parts.query:
+            raise InvalidInputError(f"expected an address such as http://127.0.0.1:8000/v1, got {_safe(url)}")
+        if "@" in parts.netloc:
+            raise InvalidInputError(
+                f"expected an address without a name and a key, which would be shown, got {_safe(url)}: put the key "
+                f"into the environment variable {KEY}"
+            )
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connect: Callable[[], http.client.HTTPConnection] = partial(kind, host, port, timeout=seconds)
+        self.base, self._seconds, self._idle = parts.path.rstrip("/"), seconds, deque[http.client.HTTPConnection]()
+        finalize(self, _close, self._idle)
+
+    def get(self, path: str) -> Any:
+        """Return the JSON behind a path.
+
+        Raises:
+            HostError: if there is none.
+        """
+        return self._asked("GET", path, None)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Return the JSON that is answered to a body of JSON.
+
+        Raises:
+            HostError: if there is none.
+        """
+        return self._asked("POST", path, json.dumps(body).encode())
+
+    def _asked(self, method: str, path: str, body: bytes | None) -> Any:
+        for again in reversed(range(_TRIES)):
+            try:
+                status, kind, answer = self._answer(method, path, body)
+                if status not in _LATER or not again:
+                    return _read(status, kind, answer)
+            except TimeoutError as error:
+                raise HostError(f"has not answered within {self._seconds:g} s") from error
+            except (OSError, http.client.HTTPException) as error:
+                if not again:
+                    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                    raise HostError(f"does not answer ({why}): start the server, or check the address") from error
+            time.sleep(_PAUSE * 2 ** (_TRIES - 1 - again))
+        raise AssertionError
+
+    def _answer(self, method: str, path: str, body: bytes | None) -> tuple[int, str, bytes]:
+        """Ask once; returns (status, kind of content, content)."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        key, deadline = os.environ.get(KEY), time.monotonic() + self._seconds
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        try:
+            connection.request(method, self.base + path, body, headers)
+            answer, content = connection.getresponse(), bytearray()
+            while piece := answer.read1(_PIECE):
+                content += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if len(content) > _MOST:
+                    raise HostError(f"answers with more than {_MOST >> 20} MiB")
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.append(connection)
+        return answer.status, answer.getheader("content-type") or "", bytes(content)
+
+
+def _close(connections: deque[http.client.HTTPConnection]) -> None:
+    for connection in connections:
+        connection.close()
+
+
+def _read(status: int, kind: str, answer: bytes) -> Any:
+    """Return an answer's JSON.
+
+    Raises:
+        HostError: if it has none, or the status is no success.
+    """
+    if 300 <= status < 400:
+        raise HostError("sends on to another address, which is not asked: name that address")
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        if status < 300:
+            raise HostError(
+                f"answers with {kind or 'no kind of content'} in place of JSON: check the address"
+            ) from None
+        found = None
+    if status < 300:
+        return found
+    if status in (401, 403):
+        raise HostError(f"refuses the key: put the right one into the environment variable {KEY}")
+    said = found.get("error", found) if isinstance(found, dict) else found
+    said = said.get("message", said) if isinstance(said, dict) else said
+    raise HostError(f"answers with status {status}" + (f": {str(said)[:300]}" if said else ""))
+
+
+def _safe(url: str) -> str:
+    """Return an address without what stands before an @, which may be a key."""
+    start, slashes, rest = url.partition("//")
+    return f"{start}{slashes}{rest.rpartition('@')[2]}"[:200]
