@@ -112,6 +112,8 @@ class Host:
         except BaseException:
             connection.close()
             raise
+        # Which reading in pieces does not do, though another question needs it.
+        answer.close()
         self._idle.append(connection)
         return answer.status, answer.getheader("content-type") or "", bytes(content)
 
