@@ -43,6 +43,7 @@ def stub(answer):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def _answer(self):
             body = self.rfile.read(int(self.headers.get("content-length") or 0))
