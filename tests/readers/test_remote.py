@@ -150,7 +150,7 @@ def test_what_a_partial_member_is_combined_by(alone, folders, caplog):
         names = [member(url, folders, "12"), folders[1]]
         found = Ensemble.from_pretrained(names)
         assert found.model.config.rule == "prob-mean"
-        assert "tells the 12 likeliest tokens alone" in caplog.text
+        assert f"as {url[7:]}/v1 tells the 12 likeliest tokens alone" in caplog.text
         mixed = found.next_token(PROMPT, top=64)
         exact = Ensemble.from_pretrained(folders, "prob-mean").next_token(PROMPT, top=64)
         left = 1 - sum(p for _, p in Ensemble.from_pretrained(folders[:1]).next_token(PROMPT, top=12).top)

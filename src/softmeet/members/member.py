@@ -181,7 +181,7 @@ class Member:
         """
         if self.name is not None:
             return self.name
-        base = "/".join(Path(self.source).parts[-2:])
+        base = "/".join(Path(self.source.rpartition("://")[2]).parts[-2:])
         more = [self.file, self.subfolder, self.adapter and "/".join(Path(self.adapter).parts[-2:]), self.quantization]
         return "+".join([base, *filter(None, more), *(["prompt"] if self.prompt is not None else [])])
 
