@@ -76,9 +76,13 @@ SETS = {
             "bytes=GEMMA QWEN05 logit-mean vocabulary=bytes",
             "bytes-1-to-4=GEMMA QWEN05 logit-mean:weights=0.2/0.8 vocabulary=bytes",
             "GaC=GEMMA QWEN05 prob-mean vocabulary=union:as=gac",
+        ), ("QWEN15",), 60,
+    ),
+    "HumanEval, UniTE and ABE": Asked(
+        "humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", ("GEMMA", "QWEN05"), (
             "UniTE=GEMMA QWEN05 prob-mean vocabulary=union:k=10:as=unite",
             "ABE=GEMMA QWEN05 logit-mean vocabulary=union decoder=agreement:beam=5",
-        ), ("QWEN15",), 60,
+        ), (), 60,
     ),
     "MMLU, letters": Asked("mmlu_validation.jsonl", "mmlu_test_200.jsonl", "--how letter", _QWEN, _PAIR[:2]),
     "GSM8K": Asked(

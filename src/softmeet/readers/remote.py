@@ -150,7 +150,7 @@ class RemoteReader(StatelessReader):
         >>> reader = RemoteReader("fixed", Fixed(None, None), byte_tokenizer(), top=2)
         >>> found = reader.read_whole([[1]], [[1]])
         >>> round(found.dropped.item(), 3), round(found.bounds().item(), 2)
-        (0.045, -3.09)
+        (0.045, -3.05)
     """
 
     def __init__(
