@@ -48,7 +48,7 @@ def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, mon
     assert letters["broken"] == ""
     assert [row["model"] for row in found if row["chat"]] == ["hub"]
     shown = CliRunner().invoke(app, ["models"]).stdout
-    assert "combined over tokens" in shown
+    assert "mixed by tokens" in shown
     paths = [row["path"] for row in found if row["model"] in ("lm", "qwen:0.5b")]
     assert f"softmeet serve -m pair={paths[0]} -m pair={paths[1]}" in shown
     blob = next(row["path"] for row in found if row["from"] == "ollama")

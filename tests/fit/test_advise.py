@@ -350,6 +350,7 @@ def command(*words):
 
 def test_the_command(folders, texts, tmp_path, monkeypatch):
     told = stages(monkeypatch, "advise")
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
     asked = [*folders, "-t", texts, "--folds", 2, "--instead", folders[0]]
     done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
     assert done.exit_code == 0, done.output

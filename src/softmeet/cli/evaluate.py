@@ -154,8 +154,8 @@ def evaluate(
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
         facts = summary(made, baseline=baseline, pairs=pairs) | {"run": run}
-    remember_evaluated(ensemble, made)
     result.report(facts, show if table is None else partial(_print_paper, table))
+    remember_evaluated(ensemble, made)
     if losses is not None:
         write_losses(losses, made, each=by_token)
         say(f"losses are in {losses}")

@@ -123,7 +123,6 @@ def fit(
             reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
             positions = observe_text(ensemble, found, **source.windowing, engine=engine, cache=kept, begin=reading)
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
-        remember_fitted(ensemble, fitted, engine, kept)
     facts = figures(fitted)
     try:
         result.report(facts, _show)
@@ -131,6 +130,7 @@ def fit(
         save(ensemble, fitted, out)
     if facts["caution"]:
         say(facts["caution"])
+    remember_fitted(ensemble, fitted)
     if result.as_json != Path("-"):
         typer.echo(f"saved in {out}; the settings of the other candidates are in its fit.json")
 

@@ -55,7 +55,7 @@ class Equal:
             base = losses[best]
         ours, theirs = (nats / math.log(2) for nats in (made.choices[name].nats, base))
         positions = made.positions
-        gain = paired(theirs, ours, clusters(positions.document), positions.sizes)
+        gain = paired(theirs, ours, clusters(positions.document), positions.sizes.double())
         return cls(gain, best, int(positions.sizes.sum()))
 
 
@@ -100,10 +100,10 @@ def remember_evaluated(ensemble: Ensemble, made: Evaluation) -> None:
         remember(ensemble, Equal.of(made, even), "softmeet evaluate")
 
 
-def remember_fitted(ensemble: Ensemble, fitted: Fitted, engine: Engine | None, cache: PieceCache | None) -> None:
+def remember_fitted(ensemble: Ensemble, fitted: Fitted) -> None:
     """Measure equal weights where a fit judges its candidates, and keep that, if there are several members."""
     if len(ensemble.names) > 1:
         whole = fitted.parts["test"].positions
-        even = evaluate_equal(ensemble, whole.take(spread_rows(ensemble, whole)), engine, cache)
+        even = evaluate_equal(ensemble, whole.take(spread_rows(ensemble, whole)))
         (own,) = (candidate for candidate in fitted.candidates if candidate.name == POOLS[0])
         remember(ensemble, Equal.of(even, "equal"), "softmeet fit", own.settings["weights"])

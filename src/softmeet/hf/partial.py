@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel
 
@@ -21,7 +21,7 @@ def known_of(model: PreTrainedModel) -> int | None:
     return known
 
 
-def require_known(settings: Settings, names: Sequence[str], models: Sequence[PreTrainedModel]) -> None:
+def require_known(settings: Settings, names: Sequence[str], models: Iterable[PreTrainedModel]) -> None:
     """Check that members which tell some tokens alone are combined by ``prob-mean``.
 
     What such a member does not tell is left out of its distribution, and the rest is taken for the whole.
@@ -38,7 +38,7 @@ def require_known(settings: Settings, names: Sequence[str], models: Sequence[Pre
             )
 
 
-def require_all(what: str, names: Sequence[str], models: Sequence[PreTrainedModel]) -> None:
+def require_all(what: str, names: Sequence[str], models: Iterable[PreTrainedModel]) -> None:
     """Check that every member tells every token, which ``what`` needs.
 
     Raises:
