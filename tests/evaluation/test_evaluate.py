@@ -21,12 +21,14 @@ from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation import files, plots
 from softmeet.evaluation.choices import RuleChoice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
+from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import clusters, paired
 from softmeet.evaluation.perplexity import evaluate, evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import calibration, gain_by_disagreement, summary
 from softmeet.evaluation.scores import Scores
 from softmeet.members.weighting import perplexity_weights
+from softmeet.scaling.local import LocalEngine
 
 pytestmark = pytest.mark.checked
 
@@ -42,6 +44,24 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ensemble(folders):
     return Ensemble.from_pretrained(folders)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_within_a_long_text_is_told_member_by_member(ensemble, tmp_path, workers):
+    told, window, cache = [], 24, PieceCache(tmp_path / "kept", {"a": 1})
+
+    def begin(total):
+        told.append([total])
+        return told[-1].append
+
+    for _ in range(2):
+        with LocalEngine(workers) as engine:
+            observe_text(ensemble, [Document("d", WORDS * 3)], engine=engine, cache=cache, window=window, begin=begin)
+    (total, kept, *counts), (_, *again) = told
+    assert kept == 0
+    assert sum(counts) == total
+    assert max(counts) <= -(-window // len(ensemble.names))
+    assert again == [total]
 
 
 def test_one_member_has_transformers_own_loss(ensemble):

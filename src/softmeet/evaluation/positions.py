@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, chain
 from typing import TypedDict, Unpack
 
@@ -27,6 +28,7 @@ from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
 from softmeet.hf.running import read_once
 from softmeet.readers.reader import Predictions
 from softmeet.scaling.base import Engine
+from softmeet.scaling.local import LocalEngine
 
 # About how many positions a piece has: enough to be worth sending to a worker, few enough to lose if a run is stopped.
 PIECE = 256
@@ -273,25 +275,33 @@ def join(parts: Sequence[Positions], names: list[str]) -> Positions:
 
 
 @torch.no_grad()  # not inference mode: a fit's graph may hold these tensors
-def observe(ensemble: Ensemble, read: Sequence[Window]) -> Positions:
+def observe(
+    ensemble: Ensemble, read: Sequence[Window], advance: Callable[[int], object] = lambda count: None
+) -> Positions:
     """Run every member over some windows, one window at a time, and keep its hidden states.
 
     Args:
         ensemble: the members.
         read: at least one window, as :func:`windows` yields them or as a group of :func:`grouped`.
+        advance: called when a member has read a window, with its share of the window's positions.
 
     Returns:
         The predicted positions of all windows, in order, on the ensemble's device; ``names`` is empty.
     """
-    parts = []
+    parts, n = [], len(ensemble.names)
     for window in read:
         ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window), None)
-        told = read_once(ensemble.model, ids[None, :-1])
+        told = read_once(ensemble.model, ids[None, :-1], partial(_advanced, advance, len(window), n))
         hidden = [one.states()[predicted] for one in told]
         costs = [own[predicted] for own in map(_costs, told) if len(own)]
         document, sizes = torch.full_like(ids[predicted], window.document), window.sizes.to(ids.device)
         parts.append(Positions(hidden, ids[predicted], document, sizes, [], costs))
     return join(parts, [])
+
+
+def _advanced(advance: Callable[[int], object], count: int, n: int, member: int) -> None:
+    """Call ``advance`` with the share of one of n members in ``count`` positions; all shares sum to ``count``."""
+    advance(count * (member + 1) // n - count * member // n)
 
 
 def _costs(told: Predictions) -> Float[Tensor, "_ 3"]:
@@ -319,7 +329,8 @@ def observe_text(
         engine: runs the members, a piece of about 256 positions in each call; None for this process.
         cache: keeps finished pieces, and supplies those that an earlier run finished; None to keep nothing.
         begin: called in this process with the number of positions; returns a function that is called with the number
-            of positions that are done: first those that the cache supplies, then of each piece when it is done.
+            of positions that are done: first those that the cache supplies, then of each piece when it is done, or in
+            this process of each window when a member has read it, in any thread.
         windowing: ``window``, ``stride``, ``bos``, ``max_tokens`` and ``max_per_document``, as in :class:`Windowing`.
 
     Raises:
@@ -327,13 +338,20 @@ def observe_text(
     """
     tokens, window, stride = cut(ensemble, documents, **windowing)
     groups = grouped(tokens, window, stride, PIECE, by_document=False)
-    advance = begin(sum(len(t.sizes) for t in tokens))
+    advance, here = begin(sum(len(t.sizes) for t in tokens)), engine is None or isinstance(engine, LocalEngine)
+    of_cache = True
+
+    def done(some: Sequence[Sequence[Window]]) -> None:
+        nonlocal of_cache
+        if of_cache or not here:
+            advance(sum(map(len, chain.from_iterable(some))))
+        of_cache = False
+
     found = (cache or PieceCache()).map(
-        engine, "observe", _observe_piece, groups, lambda group: (ensemble, group),
-        lambda done: advance(sum(map(len, chain.from_iterable(done)))),
-    )  # fmt: skip
+        engine, "observe", _observe_piece, groups, lambda group: (ensemble, group, *[advance] * here), done
+    )
     return from_tensors(join_tensors(found), [t.name for t in tokens])
 
 
-def _observe_piece(ensemble: Ensemble, read: Sequence[Window]) -> Tensors:
-    return observe(ensemble, read).tensors()
+def _observe_piece(ensemble: Ensemble, read: Sequence[Window], *advance: Callable[[int], object]) -> Tensors:
+    return observe(ensemble, read, *advance).tensors()

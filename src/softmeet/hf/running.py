@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -186,7 +186,9 @@ def rereads(model: AnyEnsemble) -> bool:
     return not all(map(takes_cache, model.members))
 
 
-def read_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"]) -> list[Predictions]:
+def read_once(
+    model: AnyEnsemble, input_ids: Int[Tensor, "1 t"], on_read: Callable[[int], None] = lambda member: None
+) -> list[Predictions]:
     """Have every member read one text, as to score it; returns what each predicts behind each of its t tokens.
 
     Nothing that is kept of texts is shared, so that several threads may do so at the same time.
@@ -194,6 +196,7 @@ def read_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"]) -> list[Predict
     Args:
         model: the ensemble.
         input_ids: (1, t), the text; over bytes a first symbol 256 begins it, and its first byte is predicted, too.
+        on_read: called with the number of each member when it has read.
 
     Raises:
         InvalidInputError: if the text exceeds a member's context, or a member has a template.
@@ -203,7 +206,13 @@ def read_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"]) -> list[Predict
     require_context(model.config, input_ids.shape[1])
     model.contexts.require_no_template()
     tokens, anew = input_ids[0].tolist(), rereads(model)
-    return model.each(lambda i: _read_once(model, i, tokens, anew=anew), range(len(model.members)))
+
+    def read(i: int) -> Predictions:
+        found = _read_once(model, i, tokens, anew=anew)
+        on_read(i)
+        return found
+
+    return model.each(read, range(len(model.members)))
 
 
 def _read_once(model: AnyEnsemble, i: int, tokens: list[int], *, anew: bool) -> Predictions:
