@@ -114,7 +114,7 @@ def test_what_servers_tell(protocol, alone, folders):
     with stub(speaking(protocol, alone)) as url:
         for top in ("all", "12"):
             reader = remote.at(f"{url}/v1#{MODEL}", folders[0], top)
-            assert (reader.limit, reader.traits.known) == (64, None if top == "all" else 12)
+            assert (reader.limit, reader.traits.known) == (63, None if top == "all" else 12)
             check_reader(reader)
             text = random_texts(reader)[0]
             found = finished(reader.read([Read(reader.open(), text, range(1, len(text) + 1))]))
@@ -142,7 +142,9 @@ def test_softmeets_own_server_gives_the_local_ensembles_texts(alone, folders):
         both = Ensemble.from_pretrained([member(url, folders, "all"), folders[1]], "prob-mean")
         for how in ({}, {"do_sample": True, "seed": 3, "temperature": 1.3}):
             assert both.generate(PROMPT, max_new_tokens=16, **how) == local.generate(PROMPT, max_new_tokens=16, **how)
-        check_reader(both.model.members[0].reader)
+        reader = both.model.members[0].reader
+        assert reader.limit == alone.model.config.max_position_embeddings - 1
+        check_reader(reader)
 
 
 def test_what_a_partial_member_is_combined_by(alone, folders, caplog):
@@ -172,6 +174,8 @@ def test_over_a_union_and_bytes():
             Ensemble.from_pretrained(some, vocabulary="union:k=10") for some in (names, ["wide/gpt2", "wide/llama"])
         )
         assert found.generate("And the king", max_new_tokens=8) == local.generate("And the king", max_new_tokens=8)
+        with pytest.raises(InvalidInputError, match="the rule logit-mean needs the probability of every token"):
+            found.model.require(found.model.settings.changed(rule="logit-mean"))
         with pytest.raises(InvalidInputError, match="expected members that tell every token, as over bytes"):
             Ensemble.from_pretrained(names, "prob-mean", vocabulary="bytes")
 
@@ -306,6 +310,19 @@ def test_a_server_that_comes_back_gives_the_same_answer_and_one_that_dies_fails_
             both.generate(PROMPT, max_new_tokens=6)
         left.clear()
         assert both.generate(PROMPT, max_new_tokens=6) == expected
+
+
+def test_connections_that_were_cut_off_are_not_tried_one_by_one(alone, monkeypatch):
+    monkeypatch.setattr(http_host, "_PAUSE", 0.0)
+    with stub(speaking("vllm", alone)) as url:
+        host = http_host.Host(f"{url}/v1")
+        for _ in range(5):
+            cut = host._connect()
+            cut.connect()
+            cut.sock.shutdown(socket.SHUT_RDWR)
+            host._idle.append(cut)
+        assert host.get("/models")["data"]
+        assert len(host._idle) == 1
 
 
 def test_the_key_is_sent_and_never_shown(alone, folders, monkeypatch):

@@ -11,6 +11,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.partial import require_known
 from softmeet.hf.union_space import UnionSpace
 from softmeet.hf.vocabulary import require_for_bytes, require_one_prompt
 from softmeet.members.heads import replace_weight
@@ -128,6 +129,7 @@ class UnionEnsembleForCausalLM(EnsembleForCausalLM):
     def require(self, settings: Settings) -> None:
         """Raise the errors of :func:`softmeet.hf.vocabulary.require_for_bytes`, whose reasons hold here, too."""
         require_for_bytes(settings, self.config.vocabulary)
+        require_known(settings, self.config.members, self.members)
 
     def require_tokens(self, what: str) -> None:
         """Raise InvalidInputError, which says that ``what``, such as "evaluation", is for other ensembles."""

@@ -8,6 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +33,7 @@ class HostError(Exception):
 class Host:
     """A host, asked from any number of threads, by connections that are kept for the next question.
 
-    A question that gets no answer, or one that says that there is none now, is asked three times. Redirects are not
+    A question whose connection fails, or that the host cannot answer now, is asked three times. Redirects are not
     followed. The key in ``$SOFTMEET_MEMBER_KEY``, if there is one, is sent as a bearer token, and is never shown.
 
     Args:
@@ -86,6 +87,10 @@ class Host:
             except TimeoutError as error:
                 raise HostError(f"has not answered within {self._seconds:g} s") from error
             except (OSError, http.client.HTTPException) as error:
+                # Those that were kept have most likely been cut off, too.
+                with suppress(IndexError):  # other threads may empty it, too
+                    while True:
+                        self._idle.pop().close()
                 if not again:
                     why = getattr(error, "strerror", None) or str(error) or type(error).__name__
                     raise HostError(f"does not answer ({why}): start the server, or check the address") from error

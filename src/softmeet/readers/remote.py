@@ -69,7 +69,7 @@ class Completions(Protocol):
     """``/completions`` of OpenAI's form with tokens by id, as vLLM and softmeet serve it."""
 
     def likeliest(self, text: Sequence[int], top: int | None) -> Told:
-        """Return the likeliest tokens."""
+        """Return log-probabilities by id of the likeliest tokens behind a text, as of :meth:`Protocol.likeliest`."""
         asked = {
             "model": self.model, "prompt": list(text), "max_tokens": 1, "temperature": 0,
             "logprobs": -1 if top is None else top, "return_tokens_as_token_ids": True,
@@ -83,7 +83,7 @@ class Completions(Protocol):
             raise HostError("answers without log-probabilities") from error
 
     def limit(self) -> int | None:
-        """Return ``max_model_len`` of the model, which vLLM tells."""
+        """Return how long the model's texts may be, as vLLM and softmeet tell it, with room for the token asked for."""
         found = self.host.get("/models")
         try:
             models = {one["id"]: one for one in found["data"]}
@@ -92,15 +92,16 @@ class Completions(Protocol):
         self.model = self.model or next(iter(models), None)
         if self.model not in models:
             raise HostError(f"has no model {self.model}: it has {', '.join(models)[:200] or 'none'}")
-        most = models[self.model].get("max_model_len")
-        return most if isinstance(most, int) else None
+        own = models[self.model]
+        most = own.get("max_model_len") or (own.get("softmeet") or {}).get("context")
+        return most - 1 if isinstance(most, int) else None
 
 
 class LlamaServer(Protocol):
     """``/completion`` of llama.cpp's server, which tells any number of tokens and keeps what it has read."""
 
     def likeliest(self, text: Sequence[int], top: int | None) -> Told:
-        """Return the likeliest tokens."""
+        """Return log-probabilities by id of the likeliest tokens behind a text, as of :meth:`Protocol.likeliest`."""
         count = _EVERY if top is None else top
         asked = {"prompt": list(text), "n_predict": 1, "n_probs": count, "cache_prompt": True, "temperature": -1.0}
         found = self.host.post("/completion", asked)
@@ -111,9 +112,9 @@ class LlamaServer(Protocol):
             raise HostError("answers without log-probabilities") from error
 
     def limit(self) -> int | None:
-        """Return the room that each text has."""
+        """Return the room that each text has, with that for the token asked for."""
         try:
-            return int(self.host.get("/props")["default_generation_settings"]["n_ctx"])
+            return int(self.host.get("/props")["default_generation_settings"]["n_ctx"]) - 1
         except (KeyError, TypeError, ValueError) as error:
             raise HostError("does not tell how long texts may be") from error
 
