@@ -58,7 +58,9 @@ def test_a_response_is_what_a_chat_answers(client):
     )
     assert found.softmeet["seed"] == 3
     assert found.output[0].softmeet["statuses"] == expected.softmeet["statuses"]
-    assert (found.store, found.previous_response_id, found.temperature) == (False, None, 1.0)
+    assert (found.store, found.previous_response_id, found.temperature) == (False, None, 0.7)
+    assert chat(client, user, temperature=0.7).message.content == expected.message.content
+    assert chat(client, user, temperature=1).message.content != expected.message.content
     colder = ask(client, temperature=0.5, top_p=0.8, extra={"top_k": 9}, instructions="abc", metadata={"a": "b"})
     system = {"role": "system", "content": "abc"}
     options = {"temperature": 0.5, "top_p": 0.8, "extra_body": {"top_k": 9}}

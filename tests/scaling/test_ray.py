@@ -29,7 +29,7 @@ from softmeet.evaluation.choices import parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Options, fit
-from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
+from softmeet.evaluation.perplexity import distinct_names, evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import summary
 from softmeet.evaluation.save import figures
@@ -321,11 +321,17 @@ def test_a_fit_goes_on_where_it_stopped(ensemble, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     averages = {"logit-mean", "prob-mean", "power-mean"}
     assert {path.name.rpartition("-")[0] for path in before} == {"member-0", "member-1", *averages}
-    advanced = []
-    begin = lambda description, done, total: lambda count: advanced.append(description)  # noqa: E731
+    begun, advanced = [], []
+
+    def begin(description, done, total):
+        begun.append(description)
+        return lambda count: advanced.append(description)
+
     assert figures(fit(ensemble, positions, options, begin, cache=PieceCache(tmp_path, {}))) == whole
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert not {"fitting member 0", *(f"fitting {name}" for name in averages)} & set(advanced)
+    fits = {f"fitting {name}" for name in (*distinct_names(ensemble), *averages)}
+    assert fits < set(begun)
+    assert not fits & set(advanced)
     with pytest.raises(InvalidInputError, match="pieces of a command with other settings"):
         PieceCache(tmp_path, {"trust": 1})
 

@@ -35,8 +35,8 @@ _HELP = """\
 /bye          end; so does Ctrl-D
 Ctrl-C ends an answer."""
 Piece = tuple[str, list[float]]
-# What answers are drawn with, unless it is said otherwise.
-_TEMPERATURE, _TOKENS = 0.7, 1024
+# The most tokens of an answer, unless it is said otherwise.
+_TOKENS = 1024
 # The colours of members, in order, by --colors.
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
@@ -123,7 +123,9 @@ class TalkFlags(SamplingFlags, panel="Sampling"):
         cool = self.temperature is None and self.do_sample and not self.one_member
         bounded = not (self.max_new_tokens or self.max_bytes)
         own = {"max_new_tokens": _TOKENS} if bounded else {}
-        return super().arguments() | ({"temperature": _TEMPERATURE} if cool else {}) | own
+        from softmeet.hf.chat import TEMPERATURE
+
+        return super().arguments() | ({"temperature": TEMPERATURE} if cool else {}) | own
 
 
 @flags()

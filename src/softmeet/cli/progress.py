@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,6 +28,18 @@ EVERY = 10.0
 _PERIOD = 3600.0
 
 
+class _IfTotal(ProgressColumn):
+    """A column of rich's, which is empty where work has no known total: there is nothing to be counted."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        """Return what the column shows of a task."""
+        return "" if task.total is None else self._column(task)
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None]]]:
     """Show the progress of counted work while the context lasts: its name, number, total and the time left.
@@ -35,7 +48,8 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
         a function of (name, number done, total number, None if unknown) that begins a piece of work, and ends the one
         before; it returns a function of one number, by which each call of it advances the work.
     """
-    with _shown(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bars:
+    counted = (_IfTotal(MofNCompleteColumn()), _IfTotal(TimeRemainingColumn()))
+    with _shown(TextColumn("{task.description}"), BarColumn(), *counted) as bars:
 
         def begin(name: str, done: int, total: int | None) -> Callable[[int], None]:
             for before in bars.tasks:  # which has ended, perhaps before its total, as fits do that converge

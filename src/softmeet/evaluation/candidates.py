@@ -254,18 +254,18 @@ class Averages:
             name: the candidate's name.
             family: the averages.
             start: the values to begin at; None for those of an earlier fit of that name, or else equal weights.
-            piece: names the fit instead of ``name``.
+            piece: names what is kept of the fit, instead of ``name``.
             baseline: whether the candidate is a baseline.
             cheaper: how many times the evaluations of a ``meet`` it gets at the most.
             named: settings of the candidate in place of the fitted ones, or beside them.
         """
         n = family.layout.n
         start = start or self.begun.get(name, Values((1 / n,) * n))
-        piece = (piece or name) + suffix_of(self.without)
+        piece, suffix = piece or name, suffix_of(self.without)
         evaluations = self.fitter.options.evaluations * cheaper
-        advance = self.fitter.begin(f"fitting {piece}", 0, None)
+        advance = self.fitter.begin(f"fitting {name}{suffix}", 0, None)
         values, loss, count = self.text.fit(
-            family, start, evaluations, piece, without=self.without, on_progress=advance
+            family, start, evaluations, piece + suffix, without=self.without, on_progress=advance
         )
         rule = str(PowerMean(order=values.order)) if family.layout.ordered else POOLS[int(family.order)]
         settings = self.fitter.settings(rule, values) | named

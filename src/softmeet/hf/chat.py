@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Each turn on a line of its own, behind its role: what a model without a template may make something of.
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 Messages = Sequence[Mapping[str, str]]
+# At which temperature a conversation is answered unless it is said otherwise: at 1 small models babble.
+TEMPERATURE = 0.7
 
 
 def is_chat(given: object) -> bool:

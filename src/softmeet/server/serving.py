@@ -19,7 +19,7 @@ from softmeet.engine.draw import Sampling
 from softmeet.engine.limits import AnswerLength
 from softmeet.errors import SoftmeetError
 from softmeet.hf import EnsembleForCausalLM
-from softmeet.hf.chat import chat_of, take_plain
+from softmeet.hf.chat import TEMPERATURE, chat_of, take_plain
 from softmeet.hf.prompts import encoded, states_behind
 from softmeet.server import prompts
 from softmeet.server.batcher import Batcher
@@ -343,7 +343,7 @@ def _symbols(tokens: int, ours: Extension, combination: Combination) -> int:
 
 
 def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
-    """Return the sampling options that a request gives; a seed is drawn if it gives none.
+    """Return the sampling options that a request gives; a conversation has a temperature, and a seed is drawn else.
 
     Args:
         body: the request, whose fields have the names of :class:`Sampling`'s where they mean the same.
@@ -360,7 +360,8 @@ def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
                 f"expected token ids below {vocabulary:,} in {field_name}, got {absent[0]}", param=field_name
             )
     names = Sampling.__dataclass_fields__
-    given = {name: x for source in (ours, body) for name, x in source if name in names and x is not None}
+    given = {} if isinstance(body, CompletionRequest) else {"temperature": TEMPERATURE}
+    given |= {name: x for source in (ours, body) for name, x in source if name in names and x is not None}
     # vLLM has -1, too, for all tokens.
     top_k = max(given.get("top_k", 0), 0)
     changes = {"logit_bias": biases, "top_k": top_k, "is_seeded": "seed" in given}

@@ -12,7 +12,7 @@ import gradio as gr
 from pydantic import ValidationError
 
 from softmeet.errors import SoftmeetError
-from softmeet.hf.chat import chat_of
+from softmeet.hf.chat import TEMPERATURE, chat_of
 from softmeet.server.answer import AnswerStream
 from softmeet.server.errors import RequestError
 from softmeet.server.refusals import refusal
@@ -44,7 +44,7 @@ def conversation(serving: Serving) -> None:
         gr.Dropdown(names, value=names[0], label="Ensemble", visible=len(names) > 1, render=False),
         gr.Textbox(label="System message", lines=2, render=False, elem_id="system"),
         gr.Slider(1, longest, min(512, longest), step=1, label="Most tokens of an answer", render=False),
-        gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", render=False),
+        gr.Slider(0, 2, TEMPERATURE, step=0.05, label="Temperature", render=False),
     ]
 
     async def answer(text: str, history: list[Any], *chosen: Any) -> AsyncIterator[str]:
