@@ -16,8 +16,11 @@ from softmeet.engine.combine import Combiner
 from softmeet.errors import InvalidInputError
 from softmeet.members.opaque import NoHead
 from softmeet.members.vocabulary import common_vocabulary, token_support
-from softmeet.readers.reader import Read, Row, finished
+from softmeet.readers.reader import Read, Reader, Row, finished
 from softmeet.rules.settings import Settings
+
+# The most tokens of earlier prompts that each model keeps for prompts that begin alike.
+_KEPT = 8192
 
 
 @dataclass(eq=False)
@@ -33,6 +36,12 @@ class Text:
     settings: Settings
     bias: dict[int, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether vLLM's own model has all the weight, so that no other one need read."""
+        weights = self.settings.weights
+        return self.settings.rule.is_average and isinstance(weights, tuple) and not any(weights[1:])
 
 
 class Others:
@@ -51,7 +60,11 @@ class Others:
 
     def __init__(self, members: Sequence[str], own: str, tokenizer: Any, v: int, texts: int, tokens: int) -> None:
         ensemble = Ensemble.from_pretrained(list(members), vocabulary="tokens")
-        self.readers = ensemble.model.readers_of_members
+        made = dict[Any, Reader]()
+        for i, name in enumerate(members):
+            key = ensemble.model.key_of(i)
+            made[key] = made[key] if key in made else ensemble.model.new_reader(i, name, _KEPT)
+        self.readers = [made[ensemble.model.key_of(i)] for i in range(len(members))]
         names, heads = [own, *members], [NoHead(v), *(NoHead(reader.alphabet.size) for reader in self.readers)]
         common = common_vocabulary(names[:2], [tokenizer, ensemble.tokenizer])
         self._combiner = Combiner(names, heads, token_support(common.ids, names, heads))
@@ -96,15 +109,21 @@ class Others:
         biased = [(k, torch.tensor([*one.bias]), torch.tensor([*one.bias.values()])) for k, one in enumerate(texts)]
         for k, ids, bias in biased:
             own[k, ids.long()] -= bias
-        states = [own, *self._read(texts, tokens)]
-        found, alike = torch.empty_like(own), defaultdict[Settings, list[int]](list)
+        alike, mixed = defaultdict[Settings, list[int]](list), list[int]()
+        found = own.clone()
         for k, one in enumerate(texts):
-            alike[one.settings].append(k)
-        for settings, some in alike.items():
-            few = [one[some] for one in states]
-            told = self._combiner.quickly(few, settings)
+            if one.is_alone:
+                found[k] = (own[k] / one.settings.rule_temperature).log_softmax(-1)
+            else:
+                alike[one.settings].append(len(mixed))
+                mixed.append(k)
+        others = self._read([texts[k] for k in mixed], [tokens[k] for k in mixed]) if mixed else []
+        for settings, few in alike.items():
+            some = [mixed[k] for k in few]
+            states = [own[some], *(one[few] for one in others)]
+            told = self._combiner.quickly(states, settings)
             if told is None:
-                told = self._combiner.solve_rows(few, settings, proved=False)[1].log_probs
+                told = self._combiner.solve_rows(states, settings, proved=False)[1].log_probs
             found[some] = told[:, : self._v].to(found.dtype)
         found.masked_fill_(own.isneginf(), -torch.inf)
         for k, ids, bias in biased:
