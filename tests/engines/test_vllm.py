@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed: the mixture in
 OWN, OTHER, CONTEXT = "wide/gpt2", "wide/llama", 192
 # How near the two best tokens have to be for either to be written.
 TIE = 1e-3
-WORDS = "the king and his people came unto land of Egypt to make a covenant with Moses before all children Israel".split()
+WORDS = Path(zoo.locate(OWN), "README.md").read_text(encoding="utf-8").split()[:300]
 RULES = ["logit-mean", "prob-mean", "power-mean:order=0.5"]
 
 
@@ -73,7 +74,7 @@ def log_probs(ensemble, ids, settings):
 
 
 def require_greedy(ensemble, prompt, answer, settings):
-    """Check that an answer takes the mixture's likeliest token everywhere, or one that is as likely but for rounding."""
+    """Check that an answer takes the mixture's likeliest token everywhere, or one as likely but for rounding."""
     scores = log_probs(ensemble, [*prompt, *answer], settings)[len(prompt) - 1 : -1].exp()
     taken = scores.gather(1, torch.tensor(answer)[:, None])[:, 0]
     assert bool((scores.max(1).values - taken < TIE).all()), (prompt, answer)
@@ -117,7 +118,9 @@ def test_texts_that_arrive_one_by_one(engine, ensemble):
 def test_probabilities_are_the_mixtures_everywhere(engine, ensemble):
     draw, worst = random.Random(3), 0.0
     some = [asked(draw, 20) for _ in range(6)]
-    params = [vllm.SamplingParams(temperature=1, max_tokens=24, logprobs=-1, seed=5, extra_args=own) for _, own, _ in some]
+    params = [
+        vllm.SamplingParams(temperature=1, max_tokens=24, logprobs=-1, seed=5, extra_args=own) for _, own, _ in some
+    ]
     for one, (_, _, settings) in zip(engine.generate([p for p, _, _ in some], params), some, strict=True):
         answer = one.outputs[0]
         scores = log_probs(ensemble, [*one.prompt_token_ids, *answer.token_ids], settings)
@@ -125,8 +128,7 @@ def test_probabilities_are_the_mixtures_everywhere(engine, ensemble):
             own = torch.full_like(scores[0], -torch.inf)
             own[list(told)] = torch.tensor([entry.logprob for entry in told.values()], dtype=own.dtype)
             worst = max(worst, 0.5 * (own.exp() - scores[place].exp()).abs().sum().item())
-    print(f"largest total variation: {worst:.1e}")
-    assert 0 < worst <= 1e-3
+    assert 0 < worst <= 1e-3, worst
 
 
 def test_seeds_choices_and_prefixes(engine, ensemble):
@@ -143,7 +145,9 @@ def test_a_thousand_requests(engine, ensemble):
     draw = random.Random(1)
     kinds = [asked(draw, 12) for _ in range(40)]
     some = [draw.choice(kinds) for _ in range(1000)]
-    params = [vllm.SamplingParams(temperature=0, max_tokens=draw.randrange(1, 12), extra_args=own) for _, own, _ in some]
+    params = [
+        vllm.SamplingParams(temperature=0, max_tokens=draw.randrange(1, 12), extra_args=own) for _, own, _ in some
+    ]
     checked = set()
     for one, (_, _, settings) in zip(engine.generate([p for p, _, _ in some], params), some, strict=True):
         answer = tuple(one.outputs[0].token_ids)
@@ -157,7 +161,9 @@ def test_texts_that_are_preempted_go_on(ensemble):
     engine, draw = loaded(num_gpu_blocks_override=20), random.Random(9)
     try:
         some = [asked(draw, 10) for _ in range(16)]
-        params = [vllm.SamplingParams(temperature=0, max_tokens=70, ignore_eos=True, extra_args=own) for _, own, _ in some]
+        params = [
+            vllm.SamplingParams(temperature=0, max_tokens=70, ignore_eos=True, extra_args=own) for _, own, _ in some
+        ]
         found = engine.generate([prompt for prompt, _, _ in some], params)
         counts = {one.name: one.value for one in engine.get_metrics() if hasattr(one, "value")}
     finally:
@@ -262,5 +268,3 @@ def test_a_server_that_cannot_mix_does_not_start(more, variables, said):
     assert running.returncode != 0
     assert said in told
     assert "Loading safetensors" not in told, "its model was loaded before"
-
-

@@ -1,4 +1,4 @@
-"""softmeet's logits processor for vLLM, driven as vLLM's model runners drive one, by a stub of what it takes of vLLM."""
+"""softmeet's logits processor for vLLM, driven as vLLM's model runners drive one, by a stub of what it imports."""
 
 import random
 import sys

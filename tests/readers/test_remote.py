@@ -188,9 +188,11 @@ def test_over_a_union_and_bytes():
 
 
 def test_a_server_over_bytes_is_no_member():
-    with running(serving_of({"m": Ensemble.from_pretrained("mixed", "logit-mean")})) as url:
-        with pytest.raises(CheckpointError, match="mixes over bytes, and tells no tokens: serve members of one tokenizer"):
-            remote.at(f"{url}/v1#m", "mixed/gpt2", None)
+    with (
+        running(serving_of({"m": Ensemble.from_pretrained("mixed", "logit-mean")})) as url,
+        pytest.raises(CheckpointError, match="mixes over bytes, and tells no tokens: serve members of one tokenizer"),
+    ):
+        remote.at(f"{url}/v1#m", "mixed/gpt2", None)
 
 
 def told(kind, value):

@@ -1,4 +1,4 @@
-"""What is asked of a server's mixture: by whoever starts it, in the environment, and by a request, in ``vllm_xargs``."""
+"""What is asked of a mixture: by whoever starts the server, in the environment, and by requests, in ``vllm_xargs``."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ except ImportError:  # a vLLM without a second runner
         pass
 
 
-class Mixture(LogitsProcessor, _Second):  # type: ignore[misc]
+class Mixture(LogitsProcessor, _Second):
     """Mixes the logits of vLLM's model with those of other models, text by text.
 
     vLLM makes one of it in each engine, with other arguments in its first and its second model runner. Without
@@ -84,11 +84,10 @@ class Mixture(LogitsProcessor, _Second):  # type: ignore[misc]
                 raise ValueError("expected prompts of token ids, as other models have no use for vLLM's embeddings")
             self._texts[place] = self._text(params), prompt, answer
         for one, other, how in update.moved:
-            moved, there = self._texts.pop(one, None), self._texts.pop(other, None)
-            if how is MoveDirectionality.SWAP and there is not None:
-                self._texts[one] = there
-            elif there is not None:
-                self._others.close(there[0])
+            moved = self._texts.pop(one, None)
+            if how is MoveDirectionality.SWAP and other in self._texts:
+                self._texts[one] = self._texts.pop(other)
+            self._give_up(other)
             if moved is not None:
                 self._texts[other] = moved
 

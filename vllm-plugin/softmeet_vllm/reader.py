@@ -60,8 +60,8 @@ class _Request:
 class VllmReader(StatelessReader):
     """A checkpoint that vLLM runs, as a member.
 
-    Every text that goes on by one token goes on in vLLM's batch; others are asked for anew, of which vLLM's prefix cache
-    knows the beginnings.
+    Every text that goes on by one token goes on in vLLM's batch; others are asked for anew, and its prefix cache knows
+    how they begin.
 
     Args:
         path: the checkpoint, a folder or a name on the Hub.
@@ -104,7 +104,7 @@ class VllmReader(StatelessReader):
 
         key = secrets.token_bytes(16)
         folder = mkdtemp(prefix="softmeet-")
-        listener = Listener(os.path.join(folder, "step"), "AF_UNIX", authkey=key)
+        listener = Listener(f"{folder}/step", "AF_UNIX", authkey=key)
         given: dict[str, Any] = {"max_model_len": context or _most(path)}
         if current_platform.is_cpu():
             given["block_size"] = 32  # vLLM's own there is 128, and its cache shares whole blocks
@@ -168,14 +168,13 @@ class VllmReader(StatelessReader):
             raise InvalidInputError(f"expected a token to predict from, but {self.name} puts none before a text")
         asked = [tuple(text) for text in texts]
         live, wanted, begun = self._live, dict[tuple[int, ...], _Request](), dict[tuple[int, ...], _Request]()
-        for text in dict.fromkeys(asked):
-            if text in live:
-                wanted[text] = live[text]
-        for text in dict.fromkeys(asked):
-            if text not in wanted and (text[:-1] in live) and live[text[:-1]] not in wanted.values():
-                wanted[text] = request = live[text[:-1]]
-                request.taken, request.told = text[-1], None
-            elif text not in wanted:
+        wanted |= {text: live[text] for text in asked if text in live}
+        for text in [text for text in dict.fromkeys(asked) if text not in wanted]:
+            before = live.get(text[:-1])
+            if before is not None and before not in wanted.values():
+                before.taken, before.told = text[-1], None
+                wanted[text] = before
+            else:
                 wanted[text] = begun[text] = _Request(next(self._numbers))
         self._live = wanted
         try:
@@ -192,19 +191,7 @@ class VllmReader(StatelessReader):
         """Have vLLM go on behind what it has told, if there is anything, and hear what follows then."""
         by_number = {request.number: request for request in wanted}
         if self._standing:
-            strays, tokens = list[int](), list[int]()
-            for number in self._standing:
-                request = by_number.get(number)
-                if request is None or request.taken is None:
-                    # It cannot wait for the others of the batch: when it is wanted again, it begins anew.
-                    strays.append(number)
-                    tokens.append(0)
-                    if request is not None:
-                        request.number = _OVER
-                else:
-                    tokens.append(request.taken)
-                    request.taken = None
-            self._answer(tokens, strays)
+            self._go_on(by_number)
         while not self._processor.poll(_PATIENCE):
             if self._failed is not None or self._engine.errored:
                 raise ReaderError(f"{self.name} failed in vLLM: {self._failed or 'it has ended'}") from self._failed
@@ -213,6 +200,22 @@ class VllmReader(StatelessReader):
         for number, logits in zip(self._standing, told, strict=True):
             if (request := by_number.get(number)) is not None and request.told is None:
                 request.told = torch.from_numpy(logits.copy())
+
+    def _go_on(self, by_number: Mapping[int, _Request]) -> None:
+        """Tell vLLM's batch which tokens it takes; what nobody has a token for ends."""
+        ended, tokens = list[int](), list[int]()
+        for number in self._standing:
+            request = by_number.get(number)
+            if request is not None and request.taken is not None:
+                tokens.append(request.taken)
+                request.taken = None
+                continue
+            # It cannot wait for the others of the batch: when it is wanted again, it begins anew.
+            tokens.append(0)
+            ended.append(number)
+            if request is not None:
+                request.number = _OVER
+        self._answer(tokens, ended)
 
     async def _begin(self, begun: Mapping[tuple[int, ...], _Request]) -> None:
         """Have vLLM begin some texts, together."""
@@ -232,7 +235,6 @@ class VllmReader(StatelessReader):
             task.add_done_callback(self._tasks.discard)
         # On their way before what stands still is told to go on, so that they join its batch.
         await asyncio.sleep(_SENT)
-
 
     async def _write(self, prompt: Any, params: Any, number: int) -> None:
         """Have vLLM write a text to its end, which nobody reads."""

@@ -11,7 +11,6 @@ import os
 from multiprocessing.connection import Client
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
@@ -21,7 +20,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 ADDRESS, NUMBER = "SOFTMEET_STEP", "step_of_softmeet"
 
 
-class Step(LogitsProcessor):  # type: ignore[misc]
+class Step(LogitsProcessor):
     """Hands out the logits behind every text of the batch, and has vLLM take the token that comes back for it.
 
     vLLM makes it, in the process that runs the model.
@@ -38,7 +37,6 @@ class Step(LogitsProcessor):  # type: ignore[misc]
 
     def update_state(self, update: BatchUpdate | None) -> None:
         """Follow the texts of vLLM's batch."""
-
         process_dict_updates(self._texts, update, lambda params, prompt, answer: (params.extra_args or {}).get(NUMBER))
 
     def apply(self, logits: Tensor) -> Tensor:
@@ -48,7 +46,7 @@ class Step(LogitsProcessor):  # type: ignore[misc]
             return logits
         try:
             self._reader.send([self._texts[place] for place in places])
-            self._reader.send_bytes(np.ascontiguousarray(logits[places].float().cpu().numpy()))
+            self._reader.send_bytes(logits[places].float().cpu().numpy().tobytes())
             taken = self._reader.recv()
         except (EOFError, OSError):  # the reader has gone, and vLLM is about to be ended
             taken = [0] * len(places)

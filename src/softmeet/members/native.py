@@ -68,9 +68,7 @@ def with_engine(member: Member, *, changed: bool = False) -> Member:
         CheckpointError: if llama.cpp or vLLM is named, and not installed.
     """
     if member.engine == VLLM:
-        member = replace(member, source=f"{VLLM}:{member.source}", engine=None)
-        if not is_registered(member):
-            raise cannot_load(member.title, "no vLLM runs here: install softmeet-vllm, in an environment of vLLM's")
+        return _by_vllm(member)
     if is_registered(member):
         return member
     others = [key for key in _OTHERS if getattr(member, key) is not None]
@@ -89,6 +87,13 @@ def with_engine(member: Member, *, changed: bool = False) -> Member:
             )
         return replace(member, engine=TRANSFORMERS)
     return replace(member, engine=LLAMA)
+
+
+def _by_vllm(member: Member) -> Member:
+    found = replace(member, source=f"{VLLM}:{member.source}", engine=None)
+    if not is_registered(found):
+        raise cannot_load(member.title, "vLLM does not run here: install softmeet-vllm into an environment that has it")
+    return found
 
 
 def _require_sensible(member: Member, others: Sequence[str]) -> None:

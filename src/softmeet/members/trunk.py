@@ -45,7 +45,10 @@ class Trunk:
         self._place, self._target, self._whole = home(model), head_device(model), gives_logits(model)
         self._run: Any = body(model)
         parameters = signature(self._run.forward).parameters
-        self._keeps, self._cache = self._whole and "logits_to_keep" in parameters, "cache" if "cache" in parameters else CACHE
+        self._keeps, self._cache = (
+            self._whole and "logits_to_keep" in parameters,
+            "cache" if "cache" in parameters else CACHE,
+        )
 
     def __call__(
         self, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any
