@@ -235,6 +235,15 @@ def test_without_members_nothing_is_mixed(processor, monkeypatch):
         processor.Mixture.validate_params(Params({"softmeet_weights": [1, 0]}))
 
 
+def test_a_text_of_vllms_model_alone_is_read_by_no_other(processor, alone):
+    mixture, ids = processor.Mixture(config(), "cpu", False), [10, 20, 30]
+    own = Params({"softmeet_weights": [1, 0], "softmeet_temperature": 0.5})
+    mixture.update_state(Update(2, [], [(0, own, ids, []), (1, Params(), ids, [])], []))
+    found = mixture.apply(torch.stack([behind(alone, ids)] * 2))
+    torch.testing.assert_close(found[0], (2 * behind(alone, ids)).log_softmax(-1))
+    assert [len(reader._rows) for reader in mixture._others.readers] == [1]
+
+
 def test_contexts_and_rows_have_to_be_enough(processor, monkeypatch):
     with pytest.raises(InvalidInputError, match="start it with --max-model-len 256"):
         processor.Mixture(config(max_model_len=4096), "cpu", False)
@@ -273,7 +282,9 @@ def test_configurations_are_checked_when_they_are_made(processor, monkeypatch):
     module.VllmConfig = VllmConfig
     monkeypatch.setitem(sys.modules, "vllm.config", module)
     start.register()
+    checked = VllmConfig.__post_init__
     start.register()
+    assert VllmConfig.__post_init__ is checked
     with pytest.raises(InvalidInputError, match="vLLM drops the mixture"):
         VllmConfig()
     monkeypatch.delenv("SOFTMEET_MEMBERS")

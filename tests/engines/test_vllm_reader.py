@@ -145,6 +145,7 @@ def test_texts_that_go_on_together_stay_in_the_batch(started):
     begun, steps = engine.begun, engine.steps
     for token in range(20):
         finished(reader.read([Read(row, [token], [1]) for row in rows]))
+    finished(reader.read([Read(row, [], [0]) for row in rows]))  # which is known
     assert (engine.begun, engine.steps) == (begun, steps + 20)
     for row in rows:
         reader.close(row)
