@@ -86,11 +86,11 @@ def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, f
     assert len([record for record in caplog.records if record.name == "softmeet.weights"]) == len(told)
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "OUT", "--bands", "1"]])
+@pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "OUT", "--bands", "1", "--meet-tokens", "40"]])
 def test_evaluate_and_fit_keep_what_they_measure_of_equal_weights(command, folders, tmp_path):
     chooser = random.Random(1)
     for k in range(9):
-        (tmp_path / f"{k}.txt").write_text("".join(chooser.choices("abc \n", k=300)))
+        (tmp_path / f"{k}.txt").write_text("".join(chooser.choices("abc \n", k=120)))
     told = [word.replace("OUT", str(tmp_path / "out")) for word in command]
     told += [*tiny.each("-m", folders[0]), "-t", str(tmp_path / "*.txt"), "--json", "-"]
     facts = json.loads(CliRunner().invoke(app, told, catch_exceptions=False).stdout)
@@ -103,7 +103,7 @@ def test_evaluate_and_fit_keep_what_they_measure_of_equal_weights(command, folde
         rows = [row["bits_per_byte"] for row in facts["members"].values()]
         assert kept["gain"] == pytest.approx(min(rows) - facts["rules"]["logit-mean"]["bits_per_byte"])
         assert kept["best"] == rows.index(min(rows))
-        assert kept["bytes"] == 9 * 299
+        assert kept["bytes"] == 9 * 119
 
 
 def test_what_was_measured_on_more_text_stays(folders):

@@ -93,6 +93,23 @@ def test_gac_chooses_and_feeds_what_its_code_does(pair, weights, ensembles):
     assert len(chosen) > 3
 
 
+def test_what_stays_of_a_text_that_is_cut_anew_is_not_read_again(ensembles, monkeypatch):
+    ensemble = ensembles[("gpt2", "llama"), UNITE]
+    _, reader = ensemble.model.readers_of_members
+    read, counts = reader.below.read, []
+
+    def counted(asked):
+        counts.append(sum(len(one.symbols) for one in asked))
+        return read(asked)
+
+    monkeypatch.setattr(reader.below, "read", counted)
+    prompts = [PROMPT + " unto the people", "And it came to pass in the days"]
+    ensemble.generate(prompts, max_new_tokens=24, do_sample=False)
+    assert len(counts) == 24
+    assert sum(counts[1:]) < 4 * 23 * 2, counts
+    assert not reader.below._rows
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_gac_reads_keys_as_its_code_does(pair, ensembles):
     """Every member every key, also those that it lacks, the names of bytes and ends."""

@@ -275,7 +275,7 @@ def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):
 @pytest.mark.parametrize(
     ("behind", "said"),
     [
-        ("+engine=vllm", "expected the engine transformers or llama.cpp"),
+        ("+engine=onnx", "expected the engine transformers, llama.cpp or vllm"),
         ("+engine=llama.cpp+dtype=bfloat16", "got +dtype"),
         ("+context=0", "expected a number behind .* got +context=0"),
         ("+context=many", "got +context=many"),

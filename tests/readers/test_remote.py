@@ -8,7 +8,9 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import tiny
@@ -22,6 +24,8 @@ from softmeet.readers.reader import Read, finished
 from softmeet.testing import check_reader, random_texts
 
 PROMPT = "And the king"
+# What vLLM 0.32 and llama.cpp's server answered, the latter about SmolLM2, to two tokens.
+RECORDED = json.loads(Path(__file__).with_name("recorded.json").read_text(encoding="utf-8"))
 MODEL = "org/model"
 
 
@@ -72,8 +76,8 @@ def stub(answer):
 
 
 def speaking(protocol, alone, change=lambda path, found: found):
-    """What answers as a server of a protocol does, with what ``change`` makes of it."""
-    model = alone.model.members[0]
+    """What answers as a server of a protocol did when it was recorded, with the members' figures, and ``change``."""
+    recorded, model = deepcopy(RECORDED[protocol]), alone.model.members[0]
 
     def likeliest(text, count):
         with torch.inference_mode():
@@ -82,21 +86,24 @@ def speaking(protocol, alone, change=lambda path, found: found):
 
     def answer(method, path, body, headers):
         if path == "/props" and protocol == "llama.cpp":
-            found = {"default_generation_settings": {"n_ctx": 64}}
+            found = recorded[path]
+            found["default_generation_settings"]["n_ctx"] = 64
         elif path == "/completion" and protocol == "llama.cpp":
             told = [
                 {"id": k, "token": "x", "bytes": [], "logprob": x}
                 for k, x in likeliest(body["prompt"], body["n_probs"])
             ]
-            found = {"content": "x", "completion_probabilities": [told[0] | {"top_logprobs": told}]}
+            found = recorded[path] | {"completion_probabilities": [told[0] | {"top_logprobs": told}]}
         elif path == "/v1/models" and protocol == "vllm":
-            found = {"object": "list", "data": [{"id": MODEL, "object": "model", "max_model_len": 64}]}
+            found = recorded[path]
+            found["data"][0] |= {"id": MODEL, "max_model_len": 64}
         elif path == "/v1/completions" and protocol == "vllm":
             count = 64 if body["logprobs"] == -1 else body["logprobs"]
             assert body["return_tokens_as_token_ids"]
             assert body["max_tokens"] == 1
             told = {f"token_id:{k}": x for k, x in likeliest(body["prompt"], count)}
-            found = {"choices": [{"index": 0, "text": "x", "logprobs": {"top_logprobs": [told]}}]}
+            found = recorded[path]
+            found["choices"][0]["logprobs"]["top_logprobs"] = [told]
         else:
             return 404, "application/json", '{"error": {"message": "no such path"}}'
         found = change(path, found)
@@ -178,6 +185,14 @@ def test_over_a_union_and_bytes():
             found.model.require(found.model.settings.changed(rule="logit-mean"))
         with pytest.raises(InvalidInputError, match="expected members that tell every token, as over bytes"):
             Ensemble.from_pretrained(names, "prob-mean", vocabulary="bytes")
+
+
+def test_a_server_over_bytes_is_no_member():
+    with (
+        running(serving_of({"m": Ensemble.from_pretrained("mixed", "logit-mean")})) as url,
+        pytest.raises(CheckpointError, match="mixes over bytes, and tells no tokens: serve members of one tokenizer"),
+    ):
+        remote.at(f"{url}/v1#m", "mixed/gpt2", None)
 
 
 def told(kind, value):

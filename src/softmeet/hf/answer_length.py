@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from softmeet.engine.limits import AnswerLength
 from softmeet.errors import InvalidInputError
+from softmeet.members.trunk import CACHE
 from softmeet.readers.reader import Alphabet
 
 
@@ -146,6 +147,6 @@ def _without_last(found: Any, count: int) -> Any:
     for name in ("scores", "logits") if count else ():
         if (steps := found.get(name)) is not None:
             found[name] = steps[:-count]
-    if count and found.get("cache") is not None:
-        found.cache.crop(-count)
+    if count and found.get(CACHE) is not None:
+        found[CACHE].crop(-count)
     return found

@@ -32,6 +32,7 @@ from softmeet.hf.refused import checked_length, require_context
 from softmeet.hf.running import NewTokens, end_full, require_read
 from softmeet.hf.written import Written
 from softmeet.members.quantized import rounds_coarsely
+from softmeet.members.trunk import CACHE
 
 if TYPE_CHECKING:
     from softmeet.hf.protocol import AnyEnsemble
@@ -138,7 +139,7 @@ def decode(
             transformers' own loop gets them.
         synced_gpus: is False.
     """
-    config, cache = generation_config, model_kwargs.get("cache")
+    config, cache = generation_config, model_kwargs.get(CACHE)
     unseeded = config.do_sample and model_kwargs["call_options"].row_sampler is None
     noise = Noise.unseeded(len(input_ids)) if unseeded else None
     written = Written(input_ids, logits_processor, noise, stopping_criteria, config, streamer)
@@ -150,7 +151,8 @@ def decode(
         streamer.end()
     if not config.return_dict_in_generate:
         return written.ids
-    return GenerateDecoderOnlyOutput(sequences=written.ids, scores=written.scores, logits=written.logits, cache=cache)
+    kept = {"sequences": written.ids, "scores": written.scores, "logits": written.logits, CACHE: cache}
+    return GenerateDecoderOnlyOutput(**kept)
 
 
 def _reread(model: AnyEnsemble, written: Written, given: dict[str, Any]) -> None:
@@ -165,7 +167,7 @@ def _read_on(
     model: AnyEnsemble, written: Written, processors: LogitsProcessorList, config: Any, given: dict[str, Any]
 ) -> None:
     """Choose tokens where members keep what they have read in a cache."""
-    options, cache, before = given["call_options"], given["cache"], written.ids
+    options, cache, before = given["call_options"], given[CACHE], written.ids
     known = cache.columns, [len(one.tokens) for one in cache.texts]
     shared = {"attention_mask": given.get("attention_mask"), "position_ids": given.get("position_ids")}
     mask, width = shared["attention_mask"], getattr(config, "_mask_length", -1)

@@ -32,6 +32,7 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head
 from softmeet.members.placement import Device, each_in_a_thread, whereabouts
+from softmeet.members.trunk import CACHE
 from softmeet.members.vocabulary import CommonVocabulary, token_ids, token_support
 from softmeet.readers.reader import Reader, Row, Work
 from softmeet.rules.gates import Gate, parse_gate
@@ -129,6 +130,7 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
             InvalidInputError: if an option is not valid, or ``input_ids`` is None or exceeds the shortest context.
         """
         options = call_options or CallOptions.of(self, kwargs)
+        cache = kwargs.get("past_key_values") if cache is None else cache
         if use_cache and cache is None:
             cache = self.new_cache()
         input_ids = checked_length(self.config, input_ids, cache)
@@ -138,7 +140,7 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=log_probs, cache=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: cache})
 
     def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k.
@@ -178,9 +180,9 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Put a new ensemble cache into ``model_kwargs``, unless there is one or ``use_cache`` is off."""
-        refuse_other_caches(generation_config, model_kwargs.get("cache"))
-        if model_kwargs.get("cache") is None and generation_config.use_cache:
-            model_kwargs["cache"] = self.new_cache()
+        refuse_other_caches(generation_config, model_kwargs.get(CACHE))
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache:
+            model_kwargs[CACHE] = self.new_cache()
 
     def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: int, **kwargs: Any) -> Any:
         """Put the call's structure before transformers' own processors, its row sampler after, and bound its length."""

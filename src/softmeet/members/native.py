@@ -25,7 +25,7 @@ from softmeet.members.gguf_file import begins_as_gguf, fingerprint
 from softmeet.members.member import Member
 from softmeet.members.registered import GROUP, is_registered, registered_reader
 
-TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
+TRANSFORMERS, LLAMA, VLLM = "transformers", "llama.cpp", "vllm"
 # The name of the readers that llama.cpp runs, among those that packages have.
 _NAME = "gguf"
 # What llama.cpp alone has for a member, and transformers alone.
@@ -65,8 +65,12 @@ def with_engine(member: Member, *, changed: bool = False) -> Member:
 
     Raises:
         InvalidInputError: if the engine is unknown, or llama.cpp is named for something else than a plain GGUF file.
-        CheckpointError: if llama.cpp is named, and not installed.
+        CheckpointError: if llama.cpp or vLLM is named, and not installed.
     """
+    if member.engine == VLLM:
+        return _by_vllm(member)
+    if is_registered(member):
+        return member
     others = [key for key in _OTHERS if getattr(member, key) is not None]
     _require_sensible(member, others)
     if member.engine == LLAMA:
@@ -85,6 +89,13 @@ def with_engine(member: Member, *, changed: bool = False) -> Member:
     return replace(member, engine=LLAMA)
 
 
+def _by_vllm(member: Member) -> Member:
+    found = replace(member, source=f"{VLLM}:{member.source}", engine=None)
+    if not is_registered(found):
+        raise cannot_load(member.title, "vLLM does not run here: install softmeet-vllm into an environment that has it")
+    return found
+
+
 def _require_sensible(member: Member, others: Sequence[str]) -> None:
     """Check that an engine, and what llama.cpp alone has, stand behind a member that has them.
 
@@ -97,7 +108,8 @@ def _require_sensible(member: Member, others: Sequence[str]) -> None:
     """
     if member.engine not in (None, TRANSFORMERS, LLAMA):
         got = f"got {member.engine!r}"
-        raise InvalidInputError(f"expected the engine {TRANSFORMERS} or {LLAMA} of {member.title}, {got}")
+        known = f"{TRANSFORMERS}, {LLAMA} or {VLLM}"
+        raise InvalidInputError(f"expected the engine {known} of {member.title}, {got}")
     if member.engine == LLAMA and (others or not is_gguf(member)):
         got = f"+{others[0]}" if others else f"{member.source}, which is none"
         raise InvalidInputError(

@@ -19,7 +19,7 @@ GROUP = "softmeet.readers"
 # What softmeet uses of a reader.
 _PARTS = ("name", "alphabet", "limit", "traits", "bytes", "open", "read", "close")
 # What stands behind a member for its factory, if that takes it.
-_OPTIONS = ("tokenizer", "top")
+_OPTIONS = ("tokenizer", "top", "context", "dtype")
 _registered: dict[str, Callable[[str], Any]] = {}
 _made: WeakValueDictionary[str, Any] = WeakValueDictionary()
 

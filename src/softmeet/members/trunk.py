@@ -9,12 +9,15 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.placement import body, gives_logits, head_device, home
 from softmeet.products import MOST, few_rows
 
 _ALL = slice(None)
+# What transformers calls a cache; before 5.20, ``past_key_values``.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def last_hidden(
@@ -41,7 +44,11 @@ class Trunk:
     def __init__(self, model: PreTrainedModel) -> None:
         self._place, self._target, self._whole = home(model), head_device(model), gives_logits(model)
         self._run: Any = body(model)
-        self._keeps = self._whole and "logits_to_keep" in signature(self._run.forward).parameters
+        parameters = signature(self._run.forward).parameters
+        self._keeps, self._cache = (
+            self._whole and "logits_to_keep" in parameters,
+            "cache" if "cache" in parameters else CACHE,
+        )
 
     def __call__(
         self, input_ids: Int[Tensor, "B t"], kept: slice | Int[Tensor, " k"] = _ALL, **options: Any
@@ -51,6 +58,8 @@ class Trunk:
         for name, x in options.items():
             if isinstance(x, Tensor):
                 options[name] = x.to(place)
+        if "cache" in options:
+            options[self._cache] = options.pop("cache")
         if self._keeps and kept is not _ALL:
             options["logits_to_keep"] = -(kept.start or 0) if isinstance(kept, slice) else kept.to(place)
             kept = _ALL
@@ -66,7 +75,7 @@ def takes_cache(model: PreTrainedModel) -> bool:
     """Return whether a model takes a cache of transformers; some leave it aside in silence, and would lose the text."""
     parameters = signature(body(model).forward).parameters
     # Those that hand everything on to another module name nothing.
-    return "cache" in parameters or "input_ids" not in parameters
+    return not {CACHE, "cache"}.isdisjoint(parameters) or "input_ids" not in parameters
 
 
 def require_cache(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, takewhile
+from operator import eq
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -27,12 +28,16 @@ class AnothersText(Row):
         text: the symbols.
         most: how many tokens there is room for.
         tokens: how many tokens the newest text was.
+        below: the member's row, in which the newest text was read; None if there is none.
+        read: the tokens that were read there, the first of the text among them.
     """
 
     own: tuple[int, ...]
     most: int
     text: tuple[int, ...] = ()
     tokens: int = 0
+    below: Row | None = None
+    read: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -88,11 +93,18 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
         return self._opened(AnothersText(tuple(own) or self._start, self.below.limit))
 
     def close(self, row: Row) -> None:
-        """Give a row up; the member has no row of its own that stays open for it."""
-        self._rows.pop(self._mine(row))
+        """Give a row up, with the member's own."""
+        one = self._mine(row)
+        self._rows.pop(one)
+        self._close_below(one)
+
+    def _close_below(self, row: AnothersText) -> None:
+        if row.below is not None:
+            self.below.close(row.below)
+            row.below = None
 
     def _copied(self, row: AnothersText) -> AnothersText:
-        return replace(row)
+        return replace(row, below=None)
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""
@@ -112,29 +124,62 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
 
     def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
-        rows, errors, opened = self._each_once(asked), dict[int, SoftmeetError](), list[tuple[int, Read]]()
+        rows, errors, below = self._each_once(asked), dict[int, SoftmeetError](), list[tuple[int, Read]]()
+        temporary = list[Row]()
         try:
             for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
                 try:
-                    self._check(row, one.symbols)
-                    for place in one.at:
-                        opened.append((k, self._opened_below(row, one.symbols[:place])))
+                    below += [(k, read) for read in self._below(row, one, temporary)]
                 except SoftmeetError as error:
                     errors[k] = error
-            told = yield from self.below.read([below for k, below in opened if k not in errors])
+            told = yield from self.below.read([read for _, read in below])
+        except BaseException:
+            for row in rows:
+                self._close_below(row)
+            raise
         finally:
-            for _, below in opened:
-                self.below.close(below.row)
-        numbers = [k for k, _ in opened if k not in errors]
+            for own in temporary:
+                self.below.close(own)
+        numbers = [k for k, _ in below]
         errors |= {numbers[j]: error for j, error in told.errors.items()}
+        self._settle(rows, asked, errors)
         starts = accumulate(told.counts, initial=0)
         which = [start for k, start in zip(numbers, starts, strict=False) if k not in errors]
-        for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
-            if k not in errors and one.keep:
-                row.text = (*row.text, *one.symbols)
-                row.tokens = len(self._cut(row.own, row.text))
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
         return self._over.over(told, torch.tensor(which, dtype=torch.long), counts, errors)
+
+    def _settle(self, rows: Sequence[AnothersText], asked: Sequence[Read], errors: Container[int]) -> None:
+        """Note of rows what was read in them, and give up the member's rows of those that failed."""
+        for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
+            if k in errors:
+                self._close_below(row)
+            elif one.keep:
+                row.text = (*row.text, *one.symbols)
+                row.tokens = len(self._cut(row.own, row.text))
+
+    def _below(self, row: AnothersText, one: Read, temporary: list[Row]) -> list[Read]:
+        """Return what the member is to read for one read of a row; rows that are opened for it alone are added."""
+        self._check(row, one.symbols)
+        if self.below.traits.can_crop and one.keep and list(one.at) == [len(one.symbols)]:
+            return [self._goes_on(row, one.symbols)]
+        found = list[Read]()
+        for place in one.at:
+            found.append(self._opened_below(row, one.symbols[:place]))
+            temporary.append(found[-1].row)
+        return found
+
+    def _goes_on(self, row: AnothersText, symbols: Sequence[int]) -> Read:
+        """Return what the member is to read of a row's text in the row that is held for it, behind what stays so."""
+        every = self._cut(row.own, (*row.text, *symbols))[: self.below.limit]
+        if row.read[:1] != tuple(every[:1]):
+            self._close_below(row)
+        if row.below is None:
+            row.below = self.below.open(every[1:], every[:1])
+            row.read = tuple(every[: 1 + row.below.known])
+        same = sum(1 for _ in takewhile(bool, map(eq, row.read, every)))
+        self.below.crop(row.below, same - 1)
+        row.read = tuple(every)
+        return Read(row.below, every[same:], [len(every) - same])
 
     def _opened_below(self, row: AnothersText, symbols: Sequence[int]) -> Read:
         """Return what the member is to read of a row's text and some symbols behind it, in a row of its own."""

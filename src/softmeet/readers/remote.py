@@ -93,7 +93,10 @@ class Completions(Protocol):
         if self.model not in models:
             raise HostError(f"has no model {self.model}: it has {', '.join(models)[:200] or 'none'}")
         own = models[self.model]
-        most = own.get("max_model_len") or (own.get("softmeet") or {}).get("context")
+        ours = own.get("softmeet") or {}
+        if (vocabulary := ours.get("vocabulary", "tokens")) != "tokens":
+            raise HostError(f"mixes over {vocabulary}, and tells no tokens: serve members of one tokenizer there")
+        most = own.get("max_model_len") or ours.get("context")
         return most - 1 if isinstance(most, int) else None
 
 

@@ -122,6 +122,7 @@ def _model(served: Served) -> dict[str, Any]:
     facts = {
         "members": list(served.names),
         **served.combination(Extension(), ()).shown(),
+        "vocabulary": served.ensemble.model.config.vocabulary,
         "context": getattr(served.ensemble.model.config, "max_position_embeddings", None),
     }
     facts.setdefault("gate", None)

@@ -360,7 +360,7 @@ def _sampling(body: Generation, ours: Extension, vocabulary: int) -> Sampling:
                 f"expected token ids below {vocabulary:,} in {field_name}, got {absent[0]}", param=field_name
             )
     names = Sampling.__dataclass_fields__
-    given = {} if isinstance(body, CompletionRequest) else {"temperature": TEMPERATURE}
+    given: dict[str, Any] = {} if isinstance(body, CompletionRequest) else {"temperature": TEMPERATURE}
     given |= {name: x for source in (ours, body) for name, x in source if name in names and x is not None}
     # vLLM has -1, too, for all tokens.
     top_k = max(given.get("top_k", 0), 0)
