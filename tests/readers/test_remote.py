@@ -19,6 +19,7 @@ from serving import running, serving_of
 
 from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError, ReaderError
+from softmeet.hf import TokenReports
 from softmeet.readers import http_host, remote
 from softmeet.readers.reader import Read, finished
 from softmeet.testing import check_reader, random_texts
@@ -165,6 +166,12 @@ def test_what_a_partial_member_is_combined_by(alone, folders, caplog):
         left = 1 - sum(p for _, p in Ensemble.from_pretrained(folders[:1]).next_token(PROMPT, top=12).top)
         apart = sum(abs(p - dict(exact.top)[token]) for token, p in mixed.top) / 2
         assert 0 < apart <= left / 2 + 1e-6
+        reports = TokenReports(top=3)
+        found.generate(PROMPT, max_new_tokens=1, do_sample=False, recorder=reports)
+        report = reports.at(0, 5)
+        assert report.unseen == pytest.approx([left, 0], abs=1e-5)
+        best = Ensemble.from_pretrained(folders[:1]).next_token(PROMPT, top=3).top
+        assert [math.exp(x) for _, x in report.member_top[0]] == pytest.approx([p for _, p in best], abs=1e-5)
         for rule in ("logit-mean", "meet", "power-mean"):
             with pytest.raises(InvalidInputError, match=f"{rule[:5]}.* needs the probability of every token"):
                 Ensemble.from_pretrained(names, rule)

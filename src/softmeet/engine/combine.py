@@ -22,7 +22,7 @@ from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadEr
 from softmeet.heads import SoftmaxHead
 from softmeet.members.bands import bands
 from softmeet.members.heads import one_head
-from softmeet.members.opaque import Head
+from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.rules.combine import product_dtype, solve
 from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem, TokensBefore
@@ -171,8 +171,16 @@ class Combiner:
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
         solution = self.combine_rows(logits, logits, settings, hidden=hidden, proved=proved, before=before)
-        log_probs = solution.problem.log_p[:: settings.bands]
+        log_probs = self._as_told(solution.problem.log_p[:: settings.bands], logits)
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
+
+    def _as_told(self, log_probs: Scores, logits: Scores) -> Scores:
+        """Return members' log-probabilities, with the sum that they have where a member tells some tokens alone."""
+        told = [i for i, head in enumerate(self.heads) if isinstance(head, OpaqueHead) and head.known is not None]
+        if told:
+            log_probs = log_probs.clone()
+            log_probs[told] += logits[told].logsumexp(-1, keepdim=True).clamp_max(0).to(log_probs)
+        return log_probs
 
     def own_logits(self, hidden: Hidden, deferral: Deferral | None = None) -> Scores:
         """Compute the members' logits, (n, B, v), fp32 or fp64, from their last hidden states, (B, d_i) for member i.

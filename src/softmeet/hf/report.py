@@ -54,6 +54,8 @@ class TokenReport:
         member_log_probs: its log-probability by each member, in the members' order, as in the other lists.
         top: the ensemble's most probable tokens, as (id, log-probability), the most probable first.
         member_top: the same for each member: its own most probable tokens.
+        unseen: for each member the probability of all tokens that it does not tell, which are left out of the mix: 0
+            but for a model behind a server.
         moved: the tokens j with the largest |p_j - q_j|, p the ensemble's distribution and q the pool, as (id, log q_j,
             log p_j), the largest first. If ``gated``, nothing was moved: arbitrary tokens as (id, log p_j, log p_j).
         pushes: ``pushes[k][i]`` is member i's contribution push_ij, by its dual variables, to the change of token j,
@@ -76,6 +78,7 @@ class TokenReport:
     member_log_probs: list[float]
     top: list[tuple[int, float]]
     member_top: list[list[tuple[int, float]]]
+    unseen: list[float]
     moved: list[tuple[int, float, float]]
     pushes: list[list[float]]
     disagreement: list[float]
@@ -133,6 +136,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         member_log_probs=log_probs[:, row, token].tolist(),
         top=most_probable(ours, top),
         member_top=[[] if member[token].isnan() else most_probable(member, top) for member in log_probs[:, row]],
+        unseen=(-torch.expm1(log_probs[:, row].logsumexp(-1))).clamp_min(0).abs().tolist(),
         moved=list(zip(change, pool[change].tolist(), ours[change].tolist(), strict=True)),
         pushes=_pushes(solution, row, change),
         disagreement=solution.disagreement[:, row].tolist(),

@@ -34,6 +34,7 @@ class OpaqueHead:
         remedy: what would make it readable, a clause for messages; empty if nothing does.
         scale: a factor on the layer's output.
         soft_cap: c > 0 of the soft-cap c·tanh(x / c), or None for no soft-cap.
+        known: how many tokens the model tells of each place, the others having -inf; None for all.
     """
 
     model: PreTrainedModel
@@ -43,6 +44,7 @@ class OpaqueHead:
     remedy: str = ""
     scale: float = 1.0
     soft_cap: float | None = None
+    known: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -19,7 +19,7 @@ from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.members.placement import LOGITS, let_give_logits
 
 # Why a head cannot be read, for messages.
-_READER = ("is not there: it is a reader, which tells logits alone",)
+_READER = ("is not there: it is a reader, which tells logits alone", "")
 _LLAMA = (
     "is a GGUF file's, which is read only if a rule that reads it is named on loading",
     "load the ensemble by such a rule",
@@ -66,7 +66,8 @@ class ReaderModel(PreTrainedModel, GenerationMixin):
         self.reader, self._member = reader, member.base
         self.assets: Path | None = getattr(reader, "assets", None)
         let_give_logits(self)
-        self.head: Head = OpaqueHead(self, v, v, *(_LLAMA if is_native(member) else _READER))
+        why, remedy = _LLAMA if is_native(member) else _READER
+        self.head: Head = OpaqueHead(self, v, v, why, remedy, known=reader.traits.known)
         if head is not None:
             self._open(head)
 

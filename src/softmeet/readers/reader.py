@@ -237,8 +237,10 @@ class Given(Predictions):
         return super().hidden(places) if self._hidden is None else self._hidden[places]
 
     def states(self) -> Float[Tensor, "k _"]:
-        """Return hidden states, or log-probabilities where there are none."""
-        return self.log_probs() if self._hidden is None else self._hidden
+        """Return hidden states, or log-probabilities where there are none; they sum to less where some are unknown."""
+        if self._hidden is not None:
+            return self._hidden
+        return self.log_probs() if self._most is None else self._found
 
     def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return logits at some places."""
