@@ -45,6 +45,7 @@ class Params:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    prompt_logprobs: int | None = None
 
 
 @pytest.fixture
@@ -65,10 +66,14 @@ def processor(monkeypatch):
 def config(**model):
     folder = str(zoo.locate(OWN))
     own = {"model": folder, "tokenizer": folder, "max_model_len": 64, "logprobs_mode": "processed_logprobs"}
+    own |= {"enable_prompt_embeds": False, "is_multimodal_model": False}
     return SimpleNamespace(
         model_config=SimpleNamespace(**own | model, get_vocab_size=lambda: V),
-        scheduler_config=SimpleNamespace(max_num_seqs=8, async_scheduling=True), speculative_config=None,
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1), use_v2_model_runner=False,
+        scheduler_config=SimpleNamespace(max_num_seqs=8, async_scheduling=False), speculative_config=None,
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, pipeline_parallel_size=1, distributed_executor_backend="mp",
+            data_parallel_backend="mp",
+        ), use_v2_model_runner=False,
     )  # fmt: skip
 
 
@@ -192,11 +197,19 @@ def test_the_second_runner_has_rows_by_slots(processor, ensemble, alone):
         context = SimpleNamespace(expanded_idx_mapping=torch.tensor(slots), pos=places)
         found = mixture.apply(logits, context)
         for row, slot in zip(found, slots, strict=True):
-            torch.testing.assert_close(row, behind(ensemble, texts[slot]), atol=1e-3, rtol=0)
+            torch.testing.assert_close(row.log_softmax(-1), behind(ensemble, texts[slot]), atol=1e-3, rtol=0)
             tokens[slot, len(texts[slot])] = int(row.argmax())
             texts[slot].append(int(row.argmax()))
     assert mixture.add_request(2, Params())
     assert [len(reader._rows) for reader in mixture._others.readers] == [1]
+    only = SimpleNamespace(expanded_idx_mapping=torch.tensor([2]), pos=torch.tensor([1]))
+    for _ in range(66):
+        mixture.apply(torch.zeros(1, V), only)
+    (reader,) = mixture._others.readers
+    assert len(reader._rows) == 1, "the text of slot 0 is gone, and its row is kept"
+    again = SimpleNamespace(expanded_idx_mapping=torch.tensor([0]), pos=torch.tensor([len(texts[0]) - 1]))
+    found = mixture.apply(behind(alone, texts[0])[None].clone(), again)
+    torch.testing.assert_close(found[0].log_softmax(-1), behind(ensemble, texts[0]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +233,9 @@ def test_options_of_vllm_that_would_mean_one_model_are_refused(processor, monkey
     check(Params(min_tokens=3, repetition_penalty=1.2, logit_bias={1: 2.0}))
     with pytest.raises(ValueError, match="min_tokens forbids tokens before models are mixed, which the rule prob-mean"):
         check(Params({"softmeet_rule": "prob-mean"}, min_tokens=3))
+    with pytest.raises(ValueError, match="prompt_logprobs, of which echo with logprobs is made, are those of vLLM's"):
+        check(Params(prompt_logprobs=1))
+    check(Params({"softmeet_weights": [1, 0]}, prompt_logprobs=1))
     monkeypatch.setattr(start, "second_runner", True)
     with pytest.raises(ValueError, match="repetition_penalty changes the logits of one model before the mixture"):
         check(Params(repetition_penalty=1.2))
@@ -240,8 +256,35 @@ def test_a_text_of_vllms_model_alone_is_read_by_no_other(processor, alone):
     own = Params({"softmeet_weights": [1, 0], "softmeet_temperature": 0.5})
     mixture.update_state(Update(2, [], [(0, own, ids, []), (1, Params(), ids, [])], []))
     found = mixture.apply(torch.stack([behind(alone, ids)] * 2))
-    torch.testing.assert_close(found[0], (2 * behind(alone, ids)).log_softmax(-1))
+    torch.testing.assert_close(found[0].log_softmax(-1), (2 * behind(alone, ids)).log_softmax(-1))
     assert [len(reader._rows) for reader in mixture._others.readers] == [1]
+
+
+def test_a_text_that_cannot_be_read_ends_alone(processor, ensemble, alone, monkeypatch, caplog):
+    mixture, ids = processor.Mixture(config(), "cpu", False), [10, 20, 30]
+    end = mixture._others._end
+    mixture.update_state(Update(3, [], [(k, Params(), own, []) for k, own in enumerate(([5, V], ids, ids))], []))
+    logits = torch.stack([behind(alone, ids)] * 3)
+    logits[2, :] = -torch.inf
+    logits[2, 4090:] = 0.0
+    monkeypatch.setattr(mixture._others._combiner, "support", torch.arange(V) < 4090)
+    for _ in range(2):
+        found = mixture.apply(logits.clone())
+        for row in (found[0], found[2]):
+            assert row.argmax() == end
+            assert row.isneginf().sum() == V - 1
+        torch.testing.assert_close(found[1].log_softmax(-1)[:4090].exp().sum(), torch.tensor(1.0))
+    said = [record.getMessage() for record in caplog.records if record.name == "vllm.softmeet"]
+    assert len(said) == 2
+    assert f"expected symbols of {OTHER} below 4,096, got 4096" in " ".join(said)
+    assert [len(reader._rows) for reader in mixture._others.readers] == [1]
+
+
+def test_penalties_that_look_at_signs_are_those_of_logits(processor, alone):
+    mixture, ids = processor.Mixture(config(), "cpu", False), [10, 20, 30]
+    mixture.update_state(Update(1, [], [(0, Params(), ids, [])], []))
+    own = behind(alone, ids)[None] + 12.5
+    assert mixture.apply(own.clone()).logsumexp(-1).item() == pytest.approx(12.5, abs=1e-3)
 
 
 def test_contexts_and_rows_have_to_be_enough(processor, monkeypatch):
@@ -251,6 +294,9 @@ def test_contexts_and_rows_have_to_be_enough(processor, monkeypatch):
 
 def test_what_cannot_be_mixed_is_refused_at_the_start(processor, monkeypatch):
     good = config()
+    good.scheduler_config.async_scheduling = True
+    with pytest.raises(InvalidInputError, match="without asynchronous scheduling, which its plugin softmeet"):
+        processor.Mixture(good, "cpu", False)
     start.check(good)
     assert good.scheduler_config.async_scheduling is False
     drafts = config()
@@ -261,6 +307,16 @@ def test_what_cannot_be_mixed_is_refused_at_the_start(processor, monkeypatch):
     split.parallel_config.tensor_parallel_size = 2
     with pytest.raises(InvalidInputError, match="expected --tensor-parallel-size 1"):
         start.check(split)
+    ray = config()
+    ray.parallel_config.data_parallel_backend = "ray"
+    with pytest.raises(InvalidInputError, match="which vLLM does not send through Ray"):
+        start.check(ray)
+    for name, said in (
+        ("enable_prompt_embeds", "--enable-prompt-embeds"),
+        ("is_multimodal_model", "a model of images"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"expected prompts of tokens alone.* got {said}"):
+            start.check(config(**{name: True}))
     monkeypatch.setenv("SOFTMEET_MEMBERS", "mixed/llama")
     with pytest.raises(VocabularyMismatchError, match="expected members with one vocabulary"):
         start.check(config())

@@ -84,6 +84,17 @@ def _settings(rule: str, n: int, given: tuple[tuple[str, Any], ...]) -> Settings
     return settings
 
 
+def is_alone(settings: Settings) -> bool:
+    """Return whether vLLM's own model has all the weight, so that no other one need read.
+
+    Example:
+        >>> is_alone(Mixed(("b",)).settings({"softmeet_weights": [1, 0]}))
+        True
+    """
+    weights = settings.weights
+    return settings.rule.is_average and isinstance(weights, tuple) and not any(weights[1:])
+
+
 def require_possible(settings: Settings, params: Any, *, after_penalties: bool) -> None:
     """Check that vLLM's own options of a request keep their meaning in a mixture.
 
@@ -105,6 +116,11 @@ def require_possible(settings: Settings, params: Any, *, after_penalties: bool) 
         raise InvalidInputError(
             f"{named[0]} forbids tokens before models are mixed, which the rule {settings.rule.name} would not know "
             f"the probability of: leave it out, or choose softmeet_rule={_KEEPS_ZEROS}"
+        )
+    if params.prompt_logprobs is not None and not (is_alone(settings) and settings.rule_temperature == 1):
+        raise InvalidInputError(
+            "prompt_logprobs, of which echo with logprobs is made, are those of vLLM's model alone: leave them out, or "
+            "give it all the weight by softmeet_weights"
         )
     changes = {
         "logit_bias": params.logit_bias, "presence_penalty": params.presence_penalty,

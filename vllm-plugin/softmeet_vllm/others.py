@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from softmeet import Ensemble
 from softmeet.engine.combine import Combiner
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.members.opaque import NoHead
 from softmeet.members.vocabulary import common_vocabulary, token_support
 from softmeet.readers.reader import Read, Reader, Row, finished
 from softmeet.rules.settings import Settings
+from softmeet_vllm.asked import is_alone
 
+_log = logging.getLogger("vllm.softmeet")
 # The most tokens of earlier prompts that each model keeps for prompts that begin alike.
 _KEPT = 8192
 
@@ -31,17 +34,18 @@ class Text:
         settings: how it is mixed.
         bias: vLLM's ``logit_bias``, which is added to the logits of vLLM's model before they are mixed.
         rows: each other model's row; empty until it is read.
+        is_over: whether it ends, as a model could not read it.
     """
 
     settings: Settings
     bias: dict[int, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    is_over: bool = False
 
     @property
     def is_alone(self) -> bool:
         """Whether vLLM's own model has all the weight, so that no other one need read."""
-        weights = self.settings.weights
-        return self.settings.rule.is_average and isinstance(weights, tuple) and not any(weights[1:])
+        return is_alone(self.settings)
 
 
 class Others:
@@ -68,7 +72,7 @@ class Others:
         names, heads = [own, *members], [NoHead(v), *(NoHead(reader.alphabet.size) for reader in self.readers)]
         common = common_vocabulary(names[:2], [tokenizer, ensemble.tokenizer])
         self._combiner = Combiner(names, heads, token_support(common.ids, names, heads))
-        self._v = v
+        self._v, self._end = v, tokenizer.eos_token_id or 0
         for name, reader in zip(members, self.readers, strict=True):
             if reader.traits.known is not None:
                 raise InvalidInputError(f"expected models that tell all their tokens beside vLLM's, got {name}")
@@ -93,56 +97,88 @@ class Others:
     def mix(
         self, logits: Float[Tensor, "k v"], texts: Sequence[Text], tokens: Sequence[Sequence[int]]
     ) -> Float[Tensor, "k v"]:
-        """Return the mixture's log-probabilities of what follows each of k texts, in nats, fp32, on the logits' device.
+        """Return the mixture's logits of what follows each of k texts, in nats, fp32, on the logits' device.
 
-        Tokens that vLLM has forbidden, whose logits are -inf, stay so, and biases are added to the mixture.
+        They have the sum of vLLM's model, whose penalties look at signs. Tokens that vLLM has forbidden, whose logits
+        are -inf, stay so, and biases are added to the mixture. A text that a model cannot read ends, and the log says
+        why: whatever was raised here would end all texts.
 
         Args:
             logits: those of vLLM's own model, (k, v), fp32.
             texts: the texts.
             tokens: all tokens of each, prompt and answer.
-
-        Raises:
-            SoftmeetError: if a model cannot read a text.
         """
         own = logits.to("cpu", torch.float32)
         biased = [(k, torch.tensor([*one.bias]), torch.tensor([*one.bias.values()])) for k, one in enumerate(texts)]
         for k, ids, bias in biased:
             own[k, ids.long()] -= bias
-        alike, mixed = defaultdict[Settings, list[int]](list), list[int]()
-        found = own.clone()
-        for k, one in enumerate(texts):
-            if one.is_alone:
-                found[k] = (own[k] / one.settings.rule_temperature).log_softmax(-1)
-            else:
-                alike[one.settings].append(len(mixed))
-                mixed.append(k)
-        others = self._read([texts[k] for k in mixed], [tokens[k] for k in mixed]) if mixed else []
-        for settings, few in alike.items():
-            some = [mixed[k] for k in few]
-            states = [own[some], *(one[few] for one in others)]
-            told = self._combiner.quickly(states, settings)
-            if told is None:
-                told = self._combiner.solve_rows(states, settings, proved=False)[1].log_probs
-            found[some] = told[:, : self._v].to(found.dtype)
+        found = torch.stack([_tempered(own[k], one.settings.rule_temperature) for k, one in enumerate(texts)])
+        mixed = [k for k, one in enumerate(texts) if not one.is_alone and not one.is_over]
+        told, errors = self._read({k: (texts[k], tokens[k]) for k in mixed})
+        alike = defaultdict[Settings, list[int]](list)
+        for k in told:
+            alike[texts[k].settings].append(k)
+        for settings, some in alike.items():
+            if self._combined(own, told, some, settings, found) is not None:
+                each = {k: self._combined(own, told, [k], settings, found) for k in some}
+                errors |= {k: error for k, error in each.items() if error is not None}
         found.masked_fill_(own.isneginf(), -torch.inf)
         for k, ids, bias in biased:
             found[k, ids.long()] += bias
+        for k, error in errors.items():
+            _log.error("a text ends, as it cannot be mixed: %s", error)
+            self.close(texts[k])
+            texts[k].is_over = True
+        over = [k for k, one in enumerate(texts) if one.is_over]
+        found[over] = -torch.inf
+        found[over, self._end] = 0.0
         return found.to(logits.device)
 
-    def _read(self, texts: Sequence[Text], tokens: Sequence[Sequence[int]]) -> list[Float[Tensor, "k _"]]:
-        """Have each model read what is new to it, of all texts in one call, and return its logits behind each."""
-        for one, ids in zip(texts, tokens, strict=True):
-            if not one.rows:
-                one.rows = [reader.open(ids) for reader in self.readers]
-        found = []
+    def _combined(
+        self, own: Tensor, told: Mapping[int, Sequence[Tensor]], some: Sequence[int], settings: Settings, found: Tensor
+    ) -> SoftmeetError | None:
+        """Combine the models behind some texts, into ``found``; return why that cannot be."""
+        states = [own[list(some)], *(torch.stack(one) for one in zip(*(told[k] for k in some), strict=True))]
+        try:
+            mixture = self._combiner.quickly(states, settings)
+            if mixture is None:
+                mixture = self._combiner.solve_rows(states, settings, proved=False)[1].log_probs
+        except SoftmeetError as error:
+            return error
+        found[list(some)] = (mixture[:, : self._v] + states[0].logsumexp(-1, keepdim=True)).to(found.dtype)
+        return None
+
+    def _read(
+        self, asked: Mapping[int, tuple[Text, Sequence[int]]]
+    ) -> tuple[dict[int, list[Tensor]], dict[int, SoftmeetError]]:
+        """Have each model read what is new to it, of all texts in one call.
+
+        Returns:
+            (by the text's number, what each model says follows it, its logits; why other texts cannot be read).
+        """
+        found, errors = dict[int, list[Tensor]](), dict[int, SoftmeetError]()
+        for k, (one, ids) in asked.items():
+            try:
+                one.rows = one.rows or [reader.open(ids) for reader in self.readers]
+                found[k] = []
+            except SoftmeetError as error:
+                errors[k] = error
         for i, reader in enumerate(self.readers):
-            asked = []
-            for one, ids in zip(texts, tokens, strict=True):
-                new = list(ids[one.rows[i].length :])
-                asked.append(Read(one.rows[i], new, [len(new)]))
-            told = finished(reader.read(asked))
-            for error in told.errors.values():
-                raise error
-            found.append(told.logits().float())
-        return found
+            new = {k: list(ids[one.rows[i].length :]) for k, (one, ids) in asked.items() if k in found}
+            numbers = [*new]
+            told = finished(reader.read([Read(asked[k][0].rows[i], new[k], [len(new[k])]) for k in numbers]))
+            errors |= {numbers[j]: error for j, error in told.errors.items()}
+            logits = iter(told.logits().float())
+            for j, k in enumerate(numbers):
+                if j in told.errors:
+                    del found[k]
+                else:
+                    found[k].append(next(logits))
+        return found, errors
+
+
+def _tempered(logits: Float[Tensor, " v"], temperature: float) -> Float[Tensor, " v"]:
+    """Return one model's logits at a temperature, up to a constant; at 1, as they are."""
+    if temperature == 1:
+        return logits.clone()
+    return ((logits - logits.amax()).double() / temperature).to(logits.dtype)

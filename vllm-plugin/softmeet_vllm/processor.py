@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from softmeet.errors import SoftmeetError
+from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.members.huggingface import load_tokenizers
 from softmeet_vllm import start
 from softmeet_vllm.asked import Mixed, require_possible
@@ -20,6 +20,10 @@ except ImportError:  # a vLLM without a second runner
 
     class _Second:  # type: ignore[no-redef]
         pass
+
+
+# After how many steps without it a text's rows are given up, where vLLM does not say that it has ended.
+_ABSENT = 64
 
 
 class Mixture(LogitsProcessor, _Second):
@@ -39,7 +43,15 @@ class Mixture(LogitsProcessor, _Second):
         # By the place in vLLM's batch (of the second runner, by the slot of the request): the text, and its tokens.
         self._texts = dict[int, tuple[Text, list[int], list[int]]]()
         self._others: Others | None = None
+        # Of the second runner, which does not say that a text has ended: in which call each slot was seen last.
+        self._calls, self._seen = 0, dict[int, int]()
         if self._mixed.members:
+            start.require_engine(config)
+            if config.scheduler_config.async_scheduling:
+                raise InvalidInputError(
+                    "expected vLLM without asynchronous scheduling, which its plugin softmeet switches off: name that "
+                    "in VLLM_PLUGINS, too"
+                )
             model, scheduler = config.model_config, config.scheduler_config
             (tokenizer,) = load_tokenizers([model.tokenizer])
             self._others = Others(
@@ -133,5 +145,11 @@ class Mixture(LogitsProcessor, _Second):
         lengths = (context.pos + 1).tolist()
         for row, (slot, length) in enumerate(zip(context.expanded_idx_mapping.tolist(), lengths, strict=True)):
             if slot in self._texts:
+                self._seen[slot] = self._calls
                 found.append((row, self._texts[slot][0], ids[slot, :length].tolist()))
+        self._calls += 1
+        for slot in [slot for slot, seen in self._seen.items() if self._calls - seen > _ABSENT]:
+            # Should it come back, it is read anew.
+            self._others.close(self._texts[slot][0])  # type: ignore[union-attr]
+            del self._seen[slot]
         return found

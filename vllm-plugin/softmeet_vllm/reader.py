@@ -37,7 +37,7 @@ _SENT = 0.002
 _OVER = -1
 # Seconds between two looks at whether vLLM lives.
 _PATIENCE = 2.0
-_TIMEOUT = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
+_TIMEOUT, _SECOND = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "VLLM_USE_V2_MODEL_RUNNER"
 # Largest mean KL in nats between predictions of a text alone and among others, in half precision.
 _COARSE = 0.05
 
@@ -113,9 +113,9 @@ class VllmReader(StatelessReader):
             enable_prefix_caching=True, enable_chunked_prefill=False, async_scheduling=False, disable_log_stats=True,
             **given,
         )  # fmt: skip
-        before = {name: os.environ.pop(name, None) for name in (MEMBERS, _TIMEOUT)}
+        before = {name: os.environ.pop(name, None) for name in (MEMBERS, _TIMEOUT, _SECOND)}
         # A step takes as long as whoever takes tokens lets it wait.
-        os.environ |= {ADDRESS: json.dumps([listener.address, key.hex()]), _TIMEOUT: str(1 << 30)}
+        os.environ |= {ADDRESS: json.dumps([listener.address, key.hex()]), _TIMEOUT: str(1 << 30), _SECOND: "0"}
         connected: Future[Connection] = Future()
         Thread(target=lambda: connected.set_result(listener.accept()), daemon=True).start()
         try:
@@ -124,7 +124,7 @@ class VllmReader(StatelessReader):
         finally:
             listener.close()
             rmtree(folder, ignore_errors=True)
-            for name in (ADDRESS, _TIMEOUT):
+            for name in (ADDRESS, _TIMEOUT, _SECOND):
                 os.environ.pop(name)
             os.environ |= {name: value for name, value in before.items() if value is not None}
 
@@ -194,7 +194,8 @@ class VllmReader(StatelessReader):
             self._go_on(by_number)
         while not self._processor.poll(_PATIENCE):
             if self._failed is not None or self._engine.errored:
-                raise ReaderError(f"{self.name} failed in vLLM: {self._failed or 'it has ended'}") from self._failed
+                why, self._failed = self._failed, None
+                raise ReaderError(f"{self.name} failed in vLLM: {why or 'it has ended'}") from why
         self._standing = self._processor.recv()
         told = np.frombuffer(self._processor.recv_bytes(), np.float32).reshape(len(self._standing), -1)
         for number, logits in zip(self._standing, told, strict=True):

@@ -43,8 +43,30 @@ def check(config: Any) -> None:
     global second_runner
     if config.model_config is None:
         return
-    mixed, parallel = Mixed.of(), config.parallel_config
+    mixed = Mixed.of()
     mixed.settings()
+    require_engine(config)
+    # vLLM would not tell the newest token in time.
+    config.scheduler_config.async_scheduling = False
+    _require_one_tokenizer(mixed, config.model_config)
+    if config.model_config.logprobs_mode.startswith("raw"):
+        _log.warning(
+            "log-probabilities of answers are those of %s alone: start vLLM with --logprobs-mode processed_logprobs "
+            "for those of the mixture", config.model_config.model,
+        )  # fmt: skip
+    second_runner = bool(getattr(config, "use_v2_model_runner", False))
+
+
+def require_engine(config: Any) -> None:
+    """Refuse engines in which the other models would be absent, or read something else than the text.
+
+    Args:
+        config: vLLM's ``VllmConfig``.
+
+    Raises:
+        InvalidInputError: if the engine is such a one.
+    """
+    parallel, model = config.parallel_config, config.model_config
     if config.speculative_config is not None:
         raise InvalidInputError(
             f"vLLM drops the mixture where it speculates: start it without --speculative-config, or without {MEMBERS}"
@@ -56,16 +78,14 @@ def check(config: Any) -> None:
                 f"expected {flag} 1, as the other models are in one of vLLM's workers alone, got {count}: use "
                 f"--data-parallel-size, which mixes in each engine, or start vLLM without {MEMBERS}"
             )
-    if config.scheduler_config.async_scheduling:
-        # vLLM would not tell the newest token in time.
-        config.scheduler_config.async_scheduling = False
-    _require_one_tokenizer(mixed, config.model_config)
-    if config.model_config.logprobs_mode.startswith("raw"):
-        _log.warning(
-            "log-probabilities of answers are those of %s alone: start vLLM with --logprobs-mode processed_logprobs "
-            "for those of the mixture", config.model_config.model,
-        )  # fmt: skip
-    second_runner = bool(getattr(config, "use_v2_model_runner", False))
+    if "ray" in (parallel.distributed_executor_backend, parallel.data_parallel_backend):
+        raise InvalidInputError(
+            f"expected workers that have {MEMBERS} in their environment, which vLLM does not send through Ray: use its "
+            "backend mp"
+        )
+    if model.enable_prompt_embeds or model.is_multimodal_model:
+        got = "--enable-prompt-embeds" if model.enable_prompt_embeds else "a model of images or sounds"
+        raise InvalidInputError(f"expected prompts of tokens alone, which other models can read, got {got}")
 
 
 def _require_one_tokenizer(mixed: Mixed, model: Any) -> None:
