@@ -142,7 +142,8 @@ def test_chat_uses_the_tokenizers_template(client, ensembles):
         {"role": "assistant", "content": [{"type": "text", "text": "yes"}]},
     ]
     options = {"model": "chatty", "messages": messages, "seed": 4, "max_completion_tokens": 9}
-    expected = ensembles["chatty"].generate("u:hello!a:yes!a:", seed=4, max_new_tokens=9, do_sample=True, top_k=0)
+    how = {"seed": 4, "max_new_tokens": 9, "temperature": 0.7, "do_sample": True, "top_k": 0}
+    expected = ensembles["chatty"].generate("u:hello!a:yes!a:", **how)
     whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
     assert whole.choices[0].message.content == expected
     assert whole.choices[0].message.role == "assistant"

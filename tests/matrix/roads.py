@@ -320,7 +320,8 @@ def body(asked: Asked, limit: str = "max_tokens") -> dict[str, Any]:
     if case.unit == "bytes":
         ours["max_bytes"] = asked.length  # which is no more than so many tokens
     found |= {"softmeet": {name: own for name, own in ours.items() if own is not None}}
-    found |= {"seed": asked.seed} if case.drawn else {"temperature": 0}
+    # Chats and responses have a temperature of their own where none is named, and completions 1.
+    found |= {"seed": asked.seed, "temperature": 1} if case.drawn else {"temperature": 0}
     if case.sampling == "tempered":
         found |= TEMPERED
     if case.sampling == "biased":
