@@ -277,7 +277,7 @@ class Servers:
 
     def __init__(self, worlds: dict[str, World]) -> None:
         self._worlds, self._stack = worlds, contextlib.ExitStack()
-        self._client = self._stack.enter_context(httpx.Client(timeout=300))
+        self._client = httpx.Client(timeout=300)
         self._started: dict[str, tuple[Any, str]] = {}
 
     def of(self, case: Case) -> tuple[Any, str]:
@@ -308,7 +308,8 @@ class Servers:
         return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
     def close(self) -> None:
-        """Stop all servers."""
+        """Stop all servers, when nobody is connected any more."""
+        self._client.close()
         self._stack.close()
 
 
