@@ -16,7 +16,7 @@ from softmeet.members.placement import body, gives_logits, head_device, home
 from softmeet.products import MOST, few_rows
 
 _ALL = slice(None)
-# What transformers calls a cache; before 5.20, ``past_key_values``.
+# What transformers calls a cache; 5.19, which vLLM 0.32 asks for, has ``past_key_values``.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
