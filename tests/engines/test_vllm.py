@@ -1,6 +1,6 @@
 """softmeet inside vLLM itself, where that is installed; elsewhere these tests are skipped, and say so.
 
-``pytest tests/engines/test_vllm.py`` in an environment of vLLM's CPU build, 0.32, took three to seven minutes beside other work.
+``pytest tests/engines/test_vllm.py`` takes three to seven minutes in an environment of vLLM's CPU build, 0.32.
 """
 
 import json

@@ -260,6 +260,23 @@ def test_a_text_of_vllms_model_alone_is_read_by_no_other(processor, alone):
     assert [len(reader._rows) for reader in mixture._others.readers] == [1]
 
 
+def test_what_was_read_of_a_prompt_is_not_read_again(processor, alone, monkeypatch):
+    mixture, ids = processor.Mixture(config(), "cpu", False), list(range(10, 40))
+    (reader,) = mixture._others.readers
+    read, counts = reader.read, []
+
+    def counted(asked):
+        counts.append(sum(len(one.symbols) for one in asked))
+        return read(asked)
+
+    monkeypatch.setattr(reader, "read", counted)
+    for k, prompt in enumerate((ids, [*ids, 50, 51])):
+        mixture.update_state(Update(1, [0] * k, [(0, Params(), prompt, [])], []))
+        mixture.apply(behind(alone, prompt)[None].clone())
+    assert counts[0] == 30
+    assert counts[1] <= 3, "an ended text's prompt was kept for nothing"
+
+
 def test_a_text_that_cannot_be_read_ends_alone(processor, ensemble, alone, monkeypatch, caplog):
     mixture, ids = processor.Mixture(config(), "cpu", False), [10, 20, 30]
     end = mixture._others._end
