@@ -8,6 +8,7 @@ what else was drawn, or in which order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
@@ -35,6 +36,15 @@ def require_seed(seed: int) -> int:
     if not -_BITS // 2 <= seed < _BITS:
         raise InvalidInputError(f"expected a seed of 64 bits, from -2**63 to 2**64 - 1, got {seed}")
     return int(seed) % _BITS
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Return a generator for a seed, as :func:`require_seed` returns it.
+
+    torch's on a CPU takes 32 bits of one: of a larger seed it gets those of a hash.
+    """
+    mixed = int.from_bytes(hashlib.sha256(seed.to_bytes(8, "little")).digest()[:4], "little")
+    return torch.Generator().manual_seed(mixed if seed >> 32 else seed)
 
 
 # What was drafted is soon drawn again, for the rule. A vector over 150,000 tokens takes 1.2 MB.

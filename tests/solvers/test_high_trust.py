@@ -130,3 +130,31 @@ def test_where_members_are_unlike_a_row_is_solved_or_near_or_the_pool(rows, trus
             assert status == Status.NOT_CONVERGED
             near = ours.gap_is_certified[k] and ours.gap[k] <= 2.0
             assert near or torch.equal(ours.log_probs[k], pool[k])
+
+
+def hostile(kind, size, trust, seed):
+    """(log-probabilities, (n, v); heads) of members that are sure of unlike tokens."""
+    rng = np.random.default_rng(seed)
+    heads = [rng.standard_normal((size[1], int(d))) for d in rng.integers(1, 12, size[0])]
+    if kind == "nearly one direction":
+        heads = [W[:, :1] + 1e-4 * W for W in heads]
+    if kind == "twice the same tokens":
+        heads = [np.concatenate([W[: size[1] // 2]] * 2) for W in heads]
+    if kind == "few long rows":
+        heads = [W * np.exp(2 * rng.standard_normal((size[1], 1))) for W in heads]
+    logits = [W @ rng.standard_normal(W.shape[1]) for W in heads]
+    scaled = [60 * x / np.abs(x).max() for x in logits]
+    return np.array([x - logsumexp(x) for x in scaled]), heads, (trust,) * size[0]
+
+
+@pytest.mark.parametrize(("size", "trust"), [((8, 60), 60.0), ((4, 200), 7.35)])
+@pytest.mark.parametrize("kind", ["any", "nearly one direction", "twice the same tokens", "few long rows"])
+def test_rows_that_a_plain_newton_solves_are_solved(kind, size, trust):
+    log_p, heads, trusts = hostile(kind, size, trust, 2)
+    ours = softmeet.combine(torch.tensor(log_p)[:, None], [torch.tensor(W) for W in heads], trust=trust)
+    log_q = log_p.mean(0) - logsumexp(log_p.mean(0))
+    _, least, _ = damped_newton(log_q, log_p, heads, trusts)
+    assert ours.status == Status.OPTIMAL
+    assert ours.gap_is_certified
+    # The plain one, too, may end early, by rounding: no dual value is above the optimum.
+    assert ours.objective.item() >= -least - TOL

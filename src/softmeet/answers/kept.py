@@ -13,7 +13,7 @@ from typing import Any
 from softmeet import __version__
 from softmeet.answers.asking import Answered
 from softmeet.answers.doubt import Doubt
-from softmeet.evaluation.files import write_text
+from softmeet.evaluation.files import turn_at, write_text
 
 
 class Kept:
@@ -34,14 +34,14 @@ class Kept:
         folder.mkdir(parents=True, exist_ok=True)
         told = json.dumps({"version": __version__, **settings}, sort_keys=True)
         self._file = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
-        if not self._file.exists():
-            write_text(self._file, json.dumps({"settings": json.loads(told)}) + "\n")
-            return
-        lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A last line that was cut off is dropped.
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            write_text(self._file, "".join(whole))
+        with turn_at(folder):
+            if not self._file.exists():
+                write_text(self._file, json.dumps({"settings": json.loads(told)}) + "\n")
+            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A last line that was cut off is dropped.
+            whole = [line for line in lines if line.endswith("\n")]
+            if len(whole) < len(lines):
+                write_text(self._file, "".join(whole))
         for line in whole[1:]:
             one = json.loads(line)
             doubt = one["doubt"] and Doubt(**one["doubt"])
@@ -51,7 +51,7 @@ class Kept:
         """Write answers behind those that are kept, and wait until they are on the disk."""
         if self._file is None:
             return
-        with self._file.open("a", encoding="utf-8") as out:
+        with turn_at(self._file.parent), self._file.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answers)
             out.flush()
             os.fsync(out.fileno())

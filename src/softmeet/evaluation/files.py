@@ -1,7 +1,7 @@
 """Files that appear under their names only when they are complete, and a store of a long command's results so far.
 
 The results of an evaluation or a fit are files of tensors, one for each piece of work, in a folder that also holds the
-settings they depend on, so that a command that was stopped can continue.
+settings they depend on, so that a command that was stopped can continue. Several processes may use one folder.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +35,33 @@ Tensors = dict[str, Tensor]
 # Bytes of the checksum at the end of each file.
 _DIGEST = 32
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Seconds after which what nobody has written to, and nobody has finished, is of a process that was killed.
+_ABANDONED = 3600.0
+
+
+@contextmanager
+def turn_at(folder: Path) -> Iterator[None]:
+    """Enter a context that one process at a time is in, for a folder that exists; the others wait. Not on Windows."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+def _unfinished(path: Path) -> Path:
+    """Return a path beside ``path`` that no other process has; remove those that processes have left there."""
+    for old in path.parent.glob(".*.unfinished"):
+        with suppress(OSError):
+            if old.name.startswith(f".{path.name}.") and time.time() - old.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -47,7 +77,7 @@ def write_atomically(path: Path, write: Any) -> None:
         Exception: any other one that ``write`` raises. After either no partial file is left, and an existing file is
             unchanged.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _unfinished(path)
     try:
         with _room_for(path):
             with unfinished.open("wb") as file:
@@ -94,15 +124,15 @@ def replace_together(folder: Path) -> Iterator[Path]:
         TraceError: if the disk is full.
     """
     folder = folder.resolve()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = _unfinished(folder)
     try:
         with _room_for(folder):
             unfinished.mkdir(parents=True)
             yield unfinished
             folder.mkdir(exist_ok=True)
-            for path in sorted(unfinished.iterdir()):
-                path.replace(folder / path.name)
+            with turn_at(folder):
+                for path in sorted(unfinished.iterdir()):
+                    path.replace(folder / path.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -142,15 +172,23 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
         settings: everything that the folder's contents depend on, as JSON allows it.
 
     Raises:
-        InvalidInputError: if ``settings.json`` is there and holds other settings; the message names them.
+        InvalidInputError: if ``settings.json`` is there and is damaged, or holds other settings; the message names them.
         TraceError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, now = folder / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists():
-        write_text(path, json.dumps(settings, indent=1) + "\n")
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
+    with turn_at(folder):
+        if not path.exists():
+            write_text(path, json.dumps(settings, indent=1) + "\n")
+            return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict):
+        raise InvalidInputError(
+            f"{path} is damaged: it holds no settings as softmeet writes them; choose another folder"
+        )
     if differ := sorted(key for key in there.keys() | now.keys() if there.get(key) != now.get(key)):
         shown = ", ".join(f"{key}: {_short(there.get(key))} there, {_short(now.get(key))} here" for key in differ)
         raise InvalidInputError(f"{folder} holds {what} with other settings ({shown}): choose another folder")
@@ -166,7 +204,7 @@ def require_ensemble_folder(folder: Path) -> None:
         return
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("model_type") != "softmeet":
         raise InvalidInputError(
@@ -192,6 +230,8 @@ def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
 class PieceCache:
     """A store of the results of finished pieces of work, tensors by name, as one file each in a folder.
 
+    A file that was copied or renamed from another piece's, or is of other settings, counts as missing.
+
     Args:
         folder: made if there is none; None to store nothing.
         settings: everything that the pieces depend on, as JSON allows it; softmeet's version is added to it.
@@ -201,9 +241,10 @@ class PieceCache:
     """
 
     def __init__(self, folder: Path | None = None, settings: dict[str, Any] | None = None) -> None:
-        self._folder = folder
+        self._folder, own = folder, {"version": __version__, **(settings or {})}
+        self._key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).digest()
         if folder is not None:
-            claim(folder, "pieces of a command", {"version": __version__, **(settings or {})})
+            claim(folder, "pieces of a command", own)
 
     def get(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
         """Return the stored piece ``name``; if it is missing or damaged, compute and store it.
@@ -288,9 +329,12 @@ class PieceCache:
             return None
         data = path.read_bytes()
         data, digest = data[:-_DIGEST], data[-_DIGEST:]
-        return safetensors.torch.load(data) if hashlib.sha256(data).digest() == digest else None
+        return safetensors.torch.load(data) if self._digest(name, data) == digest else None
 
     def _write(self, name: str, found: Tensors) -> None:
         if (path := self._path(name)) is not None:
             data = safetensors.torch.save({key: value.contiguous() for key, value in found.items()})
-            write_atomically(path, lambda file: file.write(data + hashlib.sha256(data).digest()))
+            write_atomically(path, lambda file: file.write(data + self._digest(name, data)))
+
+    def _digest(self, name: str, data: bytes) -> bytes:
+        return hashlib.sha256(self._key + hashlib.sha256(name.encode()).digest() + data).digest()

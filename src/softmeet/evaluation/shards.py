@@ -2,7 +2,7 @@
 
 Columns are ``document``, ``target`` and ``bytes`` (int32), and ``hidden_i`` for member i, a list of floats: a hidden
 state and, of members whose reading has costs, these behind it. Pages have checksums. The file's metadata has the key of
-its trace and a hash of all columns, since Parquet has no checksum of the footer, which says where the columns are.
+its shard and a hash of all columns, since Parquet has no checksum of the footer, which says where the columns are.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def write_shard(path: Path, positions: Positions, dtype: torch.dtype, key: str) 
         path: the file, which is replaced if it exists.
         positions: the positions, with hidden states, in whatever dtype and on whatever device.
         dtype: of the hidden states on disk, fp32 or fp16.
-        key: the identity of the trace, :attr:`Trace.key`.
+        key: what proves which shard it is, :meth:`Trace.shard_key`.
 
     Raises:
         TraceError: if the disk is full.
@@ -60,7 +60,7 @@ def read_shard(
 
     Args:
         path: the file.
-        key: the identity that the shard has to have, :attr:`Trace.key`.
+        key: the proof that the shard has to have, :meth:`Trace.shard_key`.
         names: the documents' names, which become ``names`` of the positions.
         count: the number of positions that the shard has to have.
         widths: the number of columns of each member.
@@ -79,7 +79,7 @@ def read_shard(
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise TraceError(f"{path} is damaged ({reason})") from error
     if metadata.get(_KEY) != key.encode():
-        raise TraceError(f"{path} is of another trace")
+        raise TraceError(f"{path} is of another trace, or another shard of this one")
     if table.schema != _schema(widths, dtype) or len(table) != count:
         raise TraceError(f"{path} is damaged (its columns are not those of its trace)")
     if metadata.get(_HASH, (found := _hash(table))) != found:

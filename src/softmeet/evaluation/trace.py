@@ -22,14 +22,14 @@ from pydantic import BaseModel, PositiveInt, TypeAdapter
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, TraceError
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.files import write_atomically, write_text
+from softmeet.evaluation.files import turn_at, write_atomically, write_text
 from softmeet.evaluation.positions import Positions, TokenizedDocument, Windowing, cut, grouped, join, observe
 from softmeet.heads import SoftmaxHead
 from softmeet.members.identity import body_hash
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
-FORMAT = 1
+FORMAT = 2
 Dtype = Literal["float32", "float16"]
 _CHUNK = 64
 # Columns of a member that leaves out probability mass behind those of its hidden states.
@@ -100,8 +100,12 @@ class Trace:
 
     @property
     def key(self) -> str:
-        """The SHA-256 of :attr:`facts`, in hexadecimal; every shard holds it, as proof that it belongs to the trace."""
+        """The SHA-256 of :attr:`facts`, in hexadecimal."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+
+    def shard_key(self, k: int) -> str:
+        """Return what shard ``k`` holds as proof that it is that one, and of this trace."""
+        return f"{self.key}-{k}"
 
     def shard(self, k: int) -> Path:
         """Return the path of shard ``k``, counted from 0, whether the file exists or not."""
@@ -193,7 +197,7 @@ class Trace:
         dtype = getattr(torch, self.facts["dtype"])
         try:
             costs = _COSTS * ("prune" in self.facts)
-            return read_shard(self.shard(k), self.key, names, self.facts["shards"][k], widths, dtype, costs)
+            return read_shard(self.shard(k), self.shard_key(k), names, self.facts["shards"][k], widths, dtype, costs)
         except TraceError as error:
             on_damage(f"{error}: {says}")
             return None
@@ -278,7 +282,7 @@ def record(
         on_progress(len(positions))
         if dtype == "float16":
             _note_error(ensemble, trace, k, positions)
-        write_shard(trace.shard(k), positions, getattr(torch, dtype), trace.key)
+        write_shard(trace.shard(k), positions, getattr(torch, dtype), trace.shard_key(k))
     return trace
 
 
@@ -289,8 +293,12 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
     for member in facts["members"]:
         if Path(member["name"]).exists():
             member["name"] = str(Path(member["name"]).absolute())
-    if path.exists():
-        there = Trace.open(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with turn_at(folder):
+        there = Trace.open(folder) if path.exists() else None
+        if there is None:
+            write_text(path, json.dumps(facts, indent=1))
+    if there is not None:
         own, found = (x | {"members": [m | {"name": ""} for m in x["members"]]} for x in (facts, there.facts))
         differing = sorted((key for key in own if own[key] != found.get(key)), key=lambda key: (key == "members", key))
         if differing:
@@ -298,8 +306,6 @@ def _prepare(folder: Path, facts: dict[str, Any]) -> Trace:
                 f"{folder} holds another trace (it differs in {', '.join(differing)}): name another folder or remove it"
             )
         return there
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(facts, indent=1))
     return Trace(folder, facts)
 
 
@@ -321,8 +327,9 @@ def _note_error(ensemble: Ensemble, trace: Trace, k: int, positions: Positions) 
         error = (exact - found).masked_fill(exact == found, 0.0).abs()  # over bytes both may be -inf
         largest, total = max(largest, error.max().item()), total + error.sum().item() / len(error)
     path = trace.folder / "float16.json"
-    known = _float16_errors(path) | {k: _Float16Error(largest=largest, sum=total, positions=len(positions))}
-    write_atomically(path, lambda file: file.write(_ERRORS.dump_json(dict(sorted(known.items())))))
+    with turn_at(trace.folder):
+        known = _float16_errors(path) | {k: _Float16Error(largest=largest, sum=total, positions=len(positions))}
+        write_atomically(path, lambda file: file.write(_ERRORS.dump_json(dict(sorted(known.items())))))
 
 
 def _float16_errors(path: Path) -> dict[int, _Float16Error]:

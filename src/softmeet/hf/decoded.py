@@ -20,7 +20,7 @@ from softmeet.hf.call_options import CallOptions
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.prompts import Prompt, encoded
 from softmeet.hf.running import begun, rereads
-from softmeet.noise import require_seed
+from softmeet.noise import generator_of, require_seed
 
 
 def decoded(
@@ -69,7 +69,7 @@ def decoded(
             f"got {most}: lower it"
         )
     seed = require_seed(given["seed"]) if "seed" in given else int(torch.randint(1 << 62, ()))
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     job = ToWrite(len(rows), call.settings, most, frozenset(ends_of(model.generation_config)), generator)
     if decoder.own_tokens:
         return _apart(model, decoder, rows, call, job)

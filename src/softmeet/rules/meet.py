@@ -151,8 +151,10 @@ def _answer(problem: Problem, projection: Projection, trusted: list[int], state:
     late = unproved | (state.pool_bound < state.gap) | vacuous | (state.value > 0)
     late &= unfinished(state.status) & projection.pool_may_answer
     gap = torch.where(late, state.pool_bound, state.gap)
-    # The pool itself, to the last bit.
+    # The pool itself, to the last bit; f is 0 there, which rounding may have raised.
     by_pool = state.by_pool | late
+    risen = by_pool & (state.value > 0)
+    state.nu, state.value = state.nu.masked_fill(risen[:, None], 0.0), state.value.masked_fill(risen, 0.0)
     found = closed_form(problem, torch.where(by_pool[:, None], problem.log_pool, state.log_p), -state.value)
     own = kl(state.log_r, projection.log_p)
     for k, i in enumerate(trusted):

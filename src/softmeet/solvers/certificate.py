@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.solvers import tuning
-from softmeet.solvers.leftover import carried, moment_prices, residual_slack, token_prices
+from softmeet.solvers.leftover import ROUNDING, carried, moment_prices, residual_slack, token_prices
 from softmeet.solvers.linalg import add_ridge, held, some
 from softmeet.solvers.projection import Projection
 
@@ -150,7 +150,10 @@ def restricted_gap_bound(
         bounds, broken = zip(*(layer.bound(s) for layer in layers), strict=True)
         e = H @ s - g
         if not any(broken):
-            return float(sum(bounds) + _made_up(here, (log_p, log_r), tokens, rows, (e, s, gradient)))
+            changes = [layer.change for layer in layers[1:]]
+            # Masses add up to 1, and what they miss it by is rounding, too.
+            noise = torch.finfo(e.dtype).eps * float(1 + H.norm() * s.norm() + g.norm())
+            return float(sum(bounds) + _made_up(here, (log_p, log_r), tokens, rows, changes, (e, s, gradient), noise))
     return math.inf
 
 
@@ -159,7 +162,9 @@ def _made_up(
     point: tuple[Float[Tensor, " v"], Float[Tensor, "n v"]],
     tokens: Int[Tensor, " k"],
     rows: list[Float[Tensor, "k _"]],
+    changes: list[Float[Tensor, " k"]],
     system: tuple[Float[Tensor, " D"], Float[Tensor, " D"], Float[Tensor, " D"]],
+    noise: float,
 ) -> Float[Tensor, ""]:
     """Return :func:`residual_slack` of a problem with one row, by masses on some ``tokens`` where that has no price.
 
@@ -167,19 +172,52 @@ def _made_up(
         problem: the relaxed I-projection of that row alone.
         point: (log p, log r_i) at the dual point, in nats, fp64.
         tokens, rows: the tokens' ids, and their rows of every whitened head, (k, rank), fp64.
+        changes: by how much each r_i changes there, as a share.
         system: (e, s, gradient) as of :func:`residual_slack`.
+        noise: how long the rounding of e may be.
     """
     log_p, log_r = (part[None] for part in point)
     e, s, gradient = (part[None] for part in system)
     slack = residual_slack(problem, (log_p, log_r), e, s, gradient)
     if slack.isfinite() or math.inf in problem.trust:
         return slack[0]
-    parts, zero = e.split(problem.widths, dim=-1), torch.zeros_like(slack)
-    costs = [
-        carried(X[None], (part / alpha, zero), *token_prices(problem, i, (log_p, log_r), tokens[None]))
-        for i, (X, part, alpha) in enumerate(zip(rows, parts, problem.alpha, strict=True))
-    ]
+    costs, mass = [], log_r[0, :, tokens].exp()
+    # H s - g is what the corrected members have too much of.
+    for i, part in enumerate((-e).split(problem.widths, dim=-1)):
+        X, wanted = rows[i][None], part / problem.alpha[i]
+        cost = carried(X, (wanted, torch.zeros_like(slack)), *token_prices(problem, i, (log_p, log_r), tokens[None]))
+        alone = _by_itself(X, mass[i][None], changes[i][None], wanted, noise / float(problem.alpha[i]))
+        costs.append(torch.minimum(cost, problem.price[i] * alone))
     return torch.stack(costs).sum()
+
+
+def _by_itself(
+    X: Float[Tensor, "b k d"],
+    mass: Float[Tensor, "b k"],
+    change: Float[Tensor, "b k"],
+    e: Float[Tensor, "b d"],
+    noise: float = 0.0,
+) -> Float[Tensor, " b"]:
+    """Bound the cost, per unit of its price, of a member's making up a difference of moments by itself; (b,), in nats.
+
+    It needs no token on which the others have mass. From r(1 + y) a member goes to r(1 + y + w) with Σ r w x = e and
+    Σ r w = 0; as divergences are convex, that costs at most Σ r w log(1 + y + w). Inf if there is no such w, up to the
+    rounding of ``e``.
+
+    Args:
+        X: the tokens' rows x of the member's head.
+        mass: its probabilities r of those tokens.
+        change: y, -1 or more.
+        e: the difference.
+        noise: how long its rounding may be, which is not made up: a member with mass on few tokens could not.
+    """
+    e = torch.where(e.norm(dim=-1, keepdim=True) <= noise, 0.0, e)
+    w, left, lost = _taken_up(X, mass, e, -0.5 * (1 + change))
+    moved = mass.double() * w
+    cost = torch.special.xlogy(moved, 1 + change.double() + w).sum(-1)
+    proved = (left.norm(dim=-1) <= (ROUNDING * e.double().norm(dim=-1)).clamp_min(noise)) & cost.isfinite()
+    proved &= lost.abs() <= ROUNDING * moved.abs().sum(-1)
+    return torch.where(proved, cost.clamp_min(0), torch.inf)
 
 
 def _solved(H: Float[Tensor, "D D"], g: Float[Tensor, " D"], gradient: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
@@ -230,6 +268,9 @@ def repaired_gap_bound(
                 one = rows[k : k + 1]
                 costs = token_prices(problem, i, (point[0][one], point[1][one]), ids[k : k + 1])
                 slack[one] = carried(X[k : k + 1], (left[k : k + 1], lost[k : k + 1]), *costs)
+                if slack[one].isinf() and lost[k].abs() <= ROUNDING:
+                    here = whole[one].gather(-1, ids[k : k + 1])
+                    slack[one] = problem.price[i] * _by_itself(X[k : k + 1], mass[k : k + 1], here, left[k : k + 1])
         bound = bound + problem.price[i] * (r[:, i] * phi(whole.clamp_min(-1))).sum(-1) + slack.nan_to_num(torch.inf)
     return bound
 
@@ -289,7 +330,7 @@ class _Share:
         rows: the tokens' rows a: all α_i a_ij side by side for p, -γ_i a_ij for r_i.
         price: the factor of its divergence: 1 for p, ρ_i for r_i.
         place: the slice of s that belongs to these rows.
-        dropped: the mask of tokens that get probability 0, set by :meth:`bound`.
+        dropped: the mask of tokens that get probability 0, and change: all tokens' changes, both set by :meth:`bound`.
     """
 
     def __init__(self, mass: Float[Tensor, " k"], rows: Float[Tensor, "k d"], price: float, place: slice) -> None:
@@ -318,4 +359,5 @@ class _Share:
         x = self.lost.sum() / self.kept.sum() - self.centred @ s[self.place]
         cost, broken = _terms(self.kept, x)
         self.dropped = self.dropped | broken
+        self.change = torch.where(self.dropped, -1.0, x)
         return self.price * float(cost + self.lost.sum()), bool(broken.any())

@@ -4,7 +4,7 @@ Symbols are those of :mod:`softmeet.solvers.projection`. A step reads all heads 
 scores of a direction. That is found by conjugate gradients on a model of the Hessian in which heavy tokens have their
 curvature exactly, and all others together that of an average token (:mod:`softmeet.solvers.direction`). Then f is
 minimised over that direction and the last step, each split by member. A poor direction costs a step and nothing else: f
-never rises. If a bound on the gap may end a row, a third read computes it. Nothing is sampled, and all rows of a batch
+never rises, up to what rounding has hidden until scores are read anew. If a bound on the gap may end a row, a third read computes it. Nothing is sampled, and all rows of a batch
 share the same products.
 """
 
@@ -29,7 +29,7 @@ from softmeet.solvers.projection import Point, Projection
 # A restricted bound needs a system of all D columns: it is tried once the estimated gap is this share of ``tol``.
 _TINY = 0.1
 # The most Newton steps for the coefficients of a step's directions, and the most times that one is shortened.
-_COEFFICIENT_STEPS, _SHORTENED = 6, 12
+_COEFFICIENT_STEPS, _SHORTENED = 6, 40
 # That Newton's method ends once its next step promises less than this share of the fall of f so far.
 _ENOUGH = 0.02
 # The share of ``tol`` by which drift of the scores may move f before they are read again, where a bound is wanted.

@@ -24,7 +24,7 @@ from softmeet.solvers.linalg import add_ridge
 from softmeet.solvers.projection import Projection
 
 # A residual up to this share is rounding; one up to this share may be estimated; the most solutions of a system.
-_ROUNDING, _ESTIMATED, _REFINED = 1e-9, 1e-7, 3
+ROUNDING, _ESTIMATED, _REFINED = 1e-9, 1e-7, 3
 
 
 def moment_prices(
@@ -114,5 +114,5 @@ def carried(
         u = u + (centred @ torch.cholesky_solve(left[..., None], factor))[..., 0]
         left = e - (u[:, None] @ X)[:, 0]
     cost = torch.where(u > 0, u * up, 0.0).sum(-1) - torch.where(u < 0, u * down, 0.0).sum(-1)
-    proved = (failed == 0) & (left.norm(dim=-1) <= _ROUNDING * size) & cost.isfinite()
+    proved = (failed == 0) & (left.norm(dim=-1) <= ROUNDING * size) & cost.isfinite()
     return torch.where(proved, cost, torch.inf)

@@ -10,6 +10,9 @@ from softmeet.solvers.dual import DualState, iterate
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
+# How many times as many steps a last attempt may take.
+_BOLD = 2
+
 
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
     """Minimise the dual function of every row until its gap is at most ``problem.tol``; return the final state.
@@ -20,21 +23,28 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
 
     Args:
         problem: the batch of relaxed I-projections, such as :meth:`softmeet.rules.problem.Problem.projection` returns.
-        max_steps: the most steps of a row; the second attempt of ``rescue`` may take as many again. ``steps`` and
-            ``passes`` of the state are the sums over both attempts.
+        max_steps: the most steps of a row; attempts of ``rescue`` may take as many again, and bold ones twice as many.
+            ``steps`` and ``passes`` of the state are the sums over all attempts.
         certify: whether dense steps must prove the gap of a row; if False, an estimate ends it. The full Hessian proves
             the gap in any case, at no cost.
-        rescue: whether rows that dense steps leave NOT_CONVERGED are solved again with the full Hessian, unless v D²
-            (v tokens, D dual variables) exceeds ``tuning.HESSIAN_AS_RESCUE`` or the time is over. The second result
-            replaces the first if it is OPTIMAL or has no larger dual value.
+        rescue: whether rows that are NOT_CONVERGED are solved again with the full Hessian, and then by its bold steps
+            (:class:`DualNewton`), unless v D² (v tokens, D dual variables) exceeds ``tuning.HESSIAN_AS_RESCUE`` or the
+            time is over. A further result replaces one if it is OPTIMAL or has no larger dual value.
     """
-    if full_hessian_pays(problem):
-        return iterate(DualNewton(), problem, max_steps)
-    state = dense(problem, max_steps, certify=certify).plain()
+    small = full_hessian_pays(problem)
+    state = iterate(DualNewton(), problem, max_steps) if small else dense(problem, max_steps, certify=certify).plain()
+    if rescue and _cost(problem) <= tuning.HESSIAN_AS_RESCUE:
+        for bold in (True,) if small else (False, True):
+            state = _again(problem, state, DualNewton(bold), _BOLD * max_steps if bold else max_steps)
+    return state
+
+
+def _again(problem: Projection, state: DualState, solver: DualNewton, max_steps: int) -> DualState:
+    """Solve rows that are NOT_CONVERGED again from the pool, unless the time is over; keep the better of both."""
     late = (state.status == Status.NOT_CONVERGED).nonzero().squeeze(-1)
-    if not rescue or not len(late) or _cost(problem) > tuning.HESSIAN_AS_RESCUE or time_is_over():
+    if not len(late) or time_is_over():
         return state
-    again = iterate(DualNewton(), problem.take(late), max_steps)
+    again = iterate(solver, problem.take(late), max_steps)
     again.steps += state.steps[late]
     again.passes += state.passes[late]
     better = (again.status == Status.OPTIMAL) | (again.value <= state.value[late])

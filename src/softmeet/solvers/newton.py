@@ -11,6 +11,8 @@ the new point, so a row that it ends needs no further Hessian.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -39,12 +41,19 @@ _HALVINGS, _DOUBLINGS = 40, 20
 Solved = tuple[Float[Tensor, "B n v"], Float[Tensor, "B D"]]
 
 
+@dataclass(frozen=True)
 class DualNewton(Solver[DualState]):
     """Newton's method on the dual function with its full Hessian, for small heads or precise answers.
 
     A step costs v D² multiplications per row (v tokens, D dual variables) and two passes over all heads; the module
     docstring describes it.
+
+    Args:
+        bold: whether a step that had to be shortened is lengthened again for as long as f falls. Most rows of members
+            that are sure of unlike tokens need far fewer steps so; a few, of very unequal trusts, never converge.
     """
+
+    bold: bool = False
 
     def init(self, problem: Projection) -> DualState:
         """Return the state at ν = 0, at which the answer is the pool and no head has been read.
@@ -74,7 +83,7 @@ class DualNewton(Solver[DualState]):
         reads = problem.passes()
         residual = self.aim(problem, state)
         y = problem.scores(state.direction)
-        after = _moved(problem, state, y)
+        after = _moved(problem, state, y, bold=self.bold)
         near = pool_is_near(problem, after)
         if not near.all():
             self._judge(problem, state, after, (y, residual))
@@ -165,19 +174,20 @@ def _certified(
     return bound, problem.rounding(p, r, after.z[rows], after.nu[rows])
 
 
-def _moved(problem: Projection, state: DualState, y: Float[Tensor, "B n v"]) -> DualState:
+def _moved(problem: Projection, state: DualState, y: Float[Tensor, "B n v"], *, bold: bool) -> DualState:
     """Return the state after a step along ``state.direction``, whose scores are ``y``, long enough to lower f.
 
-    The length is 1 if Armijo's condition holds there, else shorter; it is longer if f is nearly straight.
+    The length is 1 if Armijo's condition holds there, else shorter, or if ``bold`` the longest of its doubles to which
+    f falls; it is longer than 1 if f is nearly straight.
     """
     there, slope = Point.at(problem, state.z + y), (state.gradient * state.direction).sum(-1)
     t = torch.ones_like(slope)
     failed = ~(there.value <= state.value + _ARMIJO * slope)
     straight = ~failed & (slope < 0) & (there.slope(problem, y) < _STRAIGHT * slope)
-    for which, search in ((failed, _shorter), (straight, _longer)):
+    for which, search in ((failed, _shorter), (straight | (failed & bold), _longer)):
         if which.any():
             rows = which.nonzero().squeeze(-1)
-            t[rows] = search(problem.take(rows), state.take(rows), y[rows], slope[rows])
+            t[rows] = search(problem.take(rows), state.take(rows), y[rows], slope[rows], t[rows])
     if (t != 1).any():
         rows = (t != 1).nonzero().squeeze(-1)
         moved = state.z[rows] + t[rows, None, None] * y[rows]
@@ -186,9 +196,9 @@ def _moved(problem: Projection, state: DualState, y: Float[Tensor, "B n v"]) -> 
 
 
 def _shorter(
-    problem: Projection, state: DualState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+    problem: Projection, state: DualState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"], t: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Return step lengths below 1 by halving until Armijo's condition holds; 0 if f never falls. Reads no head."""
+    """Return step lengths below ``t`` by halving until Armijo's condition holds; 0 if f never falls. Reads no head."""
 
     def value(t: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         return problem.dual(state.z + t[:, None, None] * y)
@@ -196,17 +206,16 @@ def _shorter(
     def worse(t: Float[Tensor, " B"]) -> Bool[Tensor, " B"]:
         return ~(value(t) <= state.value + _ARMIJO * t * slope)
 
-    t = torch.minimum(torch.full_like(slope, 0.5), 4 * _safe_step(problem, y))
+    t = torch.minimum(0.5 * t, 4 * _safe_step(problem, y))
     t, failed = backtrack(worse, t, 0.5, _HALVINGS, wait=True)
     return torch.where(value(t) <= state.value, t, 0.0) if failed.any() else t
 
 
 def _longer(
-    problem: Projection, state: DualState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"]
+    problem: Projection, state: DualState, y: Float[Tensor, "B n v"], slope: Float[Tensor, " B"], t: Float[Tensor, " B"]
 ) -> Float[Tensor, " B"]:
-    """Return step lengths of 1 or more by doubling while f falls and Armijo's condition holds. Reads no head."""
-    t = torch.ones_like(slope)
-    value, going = problem.dual(state.z + y), torch.ones_like(state.done)
+    """Return step lengths of ``t`` or more by doubling while f falls and Armijo's condition holds. Reads no head."""
+    value, going = problem.dual(state.z + t[:, None, None] * y), torch.ones_like(state.done)
     for _ in range(_DOUBLINGS):
         further = problem.dual(state.z + 2 * t[:, None, None] * y)
         going = going & (further < value) & (further <= state.value + _ARMIJO * 2 * t * slope)

@@ -30,6 +30,9 @@ SYMBOLS = 257
 END = 256
 Masses = np.ndarray[Any, np.dtype[np.float64]]
 Answers = Sequence[tuple["Open", "NextTokenProbs"]]
+# What stands for a probability of 0 where covers are weighed: a byte to which a member gives none may come all the same,
+# by another one, and some cover has to continue then. As predictions it is 0.
+LEAST = float(np.finfo(np.float32).tiny)
 # Estimates of what follows a token mix what usually follows its last byte, with this weight, with the probabilities of
 # the token's own place.
 _TYPICAL = 0.75
@@ -54,6 +57,12 @@ def by_symbol(symbols: np.ndarray[Any, np.dtype[np.uint8]], masses: Masses) -> M
     return np.bincount(symbols, masses, SYMBOLS).astype(np.float64, copy=False)
 
 
+def _told(probs: Masses) -> Masses:
+    """Return probabilities with 0 where ``LEAST`` stands for it, unless it does everywhere."""
+    positive = probs > LEAST
+    return np.where(positive, probs, 0.0) if positive.any() else probs
+
+
 @dataclass(frozen=True)
 class Pruning:
     """Which tokenizations of a text are followed by running the model on their tokens.
@@ -76,9 +85,10 @@ class NextTokenProbs:
     Attributes:
         path: the sequence, with the member's own tokens before the text.
         place: the number of the text's bytes that they spell.
-        tokens: (m,), the probability of each of the m tokens in the order of ``Spelling.words``; with the end's,
-            ``root[256]``, they sum to 1.
-        root: (257,), the probability of each first byte of the next token, and at 256 that of the end.
+        tokens: (m,), the probability of each of the m tokens in the order of ``Spelling.words``, at least ``LEAST``;
+            with the end's, ``root[256]``, they sum to 1.
+        root: (257,), the probability of each first byte of the next token, and at 256 that of the end; ``LEAST`` stands
+            for a probability of 0, and 0 is that of a byte with which no token begins.
     """
 
     path: Path
@@ -89,10 +99,12 @@ class NextTokenProbs:
     def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
         """Sum the probabilities of the tokens ``longer`` to ``end - 1`` by their byte at index ``length``, (257,) fp64.
 
-        The tokens are given by number (index in ``spelling.words``) and have more than ``length`` bytes.
+        The tokens are given by number (index in ``spelling.words``) and have more than ``length`` bytes. Those of
+        probability 0 count as such, unless all are.
         """
         some = slice(longer, end)
-        return by_symbol(spelling.flat[spelling.offsets[:-1][some] + length], self.tokens[some])
+        probs = _told(self.tokens[some])
+        return by_symbol(spelling.flat[spelling.offsets[:-1][some] + length], probs)
 
     def total(self, longer: int, end: int) -> float:
         """Return the sum of the probabilities of the tokens whose numbers are ``longer`` to ``end - 1``."""
@@ -159,7 +171,7 @@ class Cover(NamedTuple):
     def masses(self, spelling: Spelling) -> Masses:
         """Split ``mass`` by the next symbol, (257,) fp64 that sum to ``mass``: bytes 0 to 255, then the text's end."""
         if not self.rest:
-            return self.weight * self.probs.root
+            return self.weight * _told(self.probs.root)
         return self.weight * self.probs.masses(spelling, len(self.rest), self.longer, self.end)
 
     def times(self, x: float) -> Cover:

@@ -18,15 +18,13 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.opaque import Head
 from softmeet.members.reader_model import ReaderModel
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END, SYMBOLS, NextTokenProbs, Pruning
+from softmeet.readers.bytes.covers import END, LEAST, SYMBOLS, NextTokenProbs, Pruning
 from softmeet.readers.bytes.nodes import Chain, Next, Rows
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.kv import require_trees
 from softmeet.readers.reader import Reader, Work
 from softmeet.readers.transformers import TransformersReader
 
-# The least probability of a token: without it, rounding could leave all covers without mass.
-_LEAST = torch.finfo(torch.float32).tiny
 # Logits that are normalised at once on a CPU.
 _CACHED = 1 << 20
 
@@ -174,7 +172,7 @@ class TokenModel:
     def next_token_probs(self, behind: Sequence[Next], places: Sequence[int]) -> list[NextTokenProbs]:
         """Compute the next token's probabilities at k places.
 
-        They sum to 1 over the tokens that spell bytes or end a text, and none is below 1.17e-38.
+        They sum to 1 over the tokens that spell bytes or end a text; 1.17e-38 stands for less.
 
         Args:
             behind: the predictions; their paths become ``path`` of the result.
@@ -186,13 +184,13 @@ class TokenModel:
         # Several passes over the vocabulary follow: a few rows at a time stay in the CPU's caches.
         size = _CACHED // self._v if logits.device.type == "cpu" else len(logits)
         for some in logits.split(max(1, size)):
-            # A byte to which the member gives probability 0 may come all the same, and some cover has to continue then.
             probs = some.index_select(1, columns).softmax(-1).cpu().numpy()
-            np.maximum(probs, _LEAST, out=probs)
             letters, where = self.spelling.beginnings
             roots = np.zeros((len(some), SYMBOLS))
-            roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64)
-            roots[:, END] = probs[:, m:].sum(1, dtype=np.float64)
+            roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64).clip(LEAST)
+            if self.ends:
+                roots[:, END] = probs[:, m:].sum(1, dtype=np.float64).clip(LEAST)
+            np.maximum(probs, LEAST, out=probs)
             rows = slice(len(found), len(found) + len(some))
             found += [NextTokenProbs(*one) for one in zip(paths[rows], places[rows], probs[:, :m], roots, strict=True)]
         return found
