@@ -26,8 +26,9 @@ which may hold any setting, slashes: `--rule meet:trust=1/0.3:pool=prob-mean`. A
 FILE.yaml` gives any of a command's flags under their own names; what stands on the command line wins. An error is one
 line on stderr and exit code 2; the exit code is 130 after Ctrl-C, and 141, without a word, where the reader of a pipe
 has gone, as in `softmeet generate "In the beginning" | head -1`. Texts are UTF-8 in any locale, as arguments, files,
-stdin and output. A table that does not fit the terminal is printed line by line. `softmeet --install-completion` sets
-up your shell.
+stdin and output. A terminal is shown escapes and other controls in what models write, spelled as `\\x1b`; a pipe gets
+them. A table that does not fit the terminal is printed line by line. `softmeet --install-completion` sets up your
+shell.
 """
 
 

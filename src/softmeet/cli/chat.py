@@ -23,6 +23,7 @@ from softmeet.cli.flags import argument, at_least_one, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.cli.tables import out
+from softmeet.cli.terminal import harmless, write
 from softmeet.errors import ContextError, InvalidInputError
 from softmeet.members.names import require_there
 
@@ -174,7 +175,7 @@ def chat(
     )  # fmt: skip
     if colors:
         shown = zip(COLORS, ensemble.names, strict=False)
-        out().print(Text.assemble(*((f"{options.short(name)}  ", color) for color, name in shown)))
+        out().print(Text.assemble(*((f"{harmless(options.short(name))}  ", color) for color, name in shown)))
     while (text := text or _asked()) is not None:
         if not _told(talk, text):
             _print_answer(talk, text, colors=colors)
@@ -289,8 +290,7 @@ def _print_answer(talk: Conversation, text: str, *, colors: bool) -> None:
     try:
         for piece, nats in pieces:
             nearest = COLORS[nats.index(min(nats)) % len(COLORS)] if colors and nats else ""
-            console.print(Text(piece, style=nearest), end="", soft_wrap=True)
-            console.file.flush()
+            write(console, piece, nearest)
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]
     except InvalidInputError as error:

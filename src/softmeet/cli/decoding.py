@@ -12,6 +12,8 @@ import typer
 from softmeet.cli.flags import Flags, checked_settings, optional
 from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
+from softmeet.cli.tables import out
+from softmeet.cli.terminal import write
 from softmeet.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -113,7 +115,7 @@ class DecoderFlags(Flags, panel="Sampling"):
             return
         for prompt, one in zip(prompts, found, strict=True):
             text = one.chosen_text()
-            typer.echo(text if len(prompts) == 1 else f"=== {prompt}\n{text}\n")
+            write(out(), f"{text}\n" if len(prompts) == 1 else f"=== {prompt}\n{text}\n\n")
 
 
 def _finite(value: Any) -> Any:

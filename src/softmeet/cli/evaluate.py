@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from softmeet import __version__
 from softmeet.cli import options, texts
 from softmeet.cli.flags import at_least_one, checked_settings, flag_of, flags, optional, switch
@@ -16,6 +14,7 @@ from softmeet.cli.messages import say
 from softmeet.cli.paper import FORMS, paper_table
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import counted, difference, number, out, print_table
+from softmeet.cli.terminal import write
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import FITTED, parse_choices, under_gates, with_baselines, without_prompt
 from softmeet.evaluation.labels import labels_of, row_of
@@ -212,7 +211,7 @@ def _print_paper(form: str, facts: dict[str, Any]) -> None:
     """Print figures as a table for a paper."""
     if form == "csv" and "pairs" in facts:
         say("a CSV table has no pairs: --json FILE, --table latex and --table markdown do")
-    typer.echo(paper_table(facts, form), nl=False)
+    write(out(), paper_table(facts, form))
 
 
 def show(facts: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from softmeet.cli.messages import say
 from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, difference, print_table
 from softmeet.cli.tables import out as stdout
+from softmeet.cli.terminal import harmless
 from softmeet.extras import require_extra
 from softmeet.rules.settings import parse_rule
 
@@ -132,7 +133,7 @@ def fit(
         say(facts["caution"])
     remember_fitted(ensemble, fitted)
     if result.as_json != Path("-"):
-        typer.echo(f"saved in {out}; the settings of the other candidates are in its fit.json")
+        typer.echo(harmless(f"saved in {out}; the settings of the other candidates are in its fit.json"))
 
 
 def _show(facts: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.text import Text
 
 from softmeet.cli import options
 from softmeet.cli.decoding import DecoderFlags
@@ -20,6 +19,7 @@ from softmeet.cli.progress import working
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.cli.structure import StructureFlags
 from softmeet.cli.tables import out, print_table
+from softmeet.cli.terminal import write
 from softmeet.cli.texts import argument_text, file_text
 from softmeet.errors import InvalidInputError
 from softmeet.members.passages import PASSAGE_RULE, Passage, passage_weights, read_passages
@@ -202,7 +202,7 @@ def generate(
         typer.echo(json.dumps({"completions": made, **facts}, ensure_ascii=False, indent=2))
     elif len(texts) > 1:
         for prompt, text in zip(texts, completions, strict=True):
-            typer.echo(f"=== {prompt}\n{text}\n")
+            write(out(), f"=== {prompt}\n{text}\n\n")
     if summary:
         _show(facts)
     _say_endings(structure, completions, facts)
@@ -235,11 +235,7 @@ def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color
     console, text = out(), ""
     plain = ((piece, 0.0) for piece in ensemble.stream(prompt, **arguments))
     for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments) if color else plain:
-        if color:
-            console.print(Text(piece, style=style(nats)), end="", soft_wrap=True)
-        else:
-            sys.stdout.write(piece)
-        sys.stdout.flush()
+        write(console, piece, style(nats) if color else "")
         text += piece
     sys.stdout.write("\n")
     return text

@@ -20,6 +20,7 @@ from softmeet.cli import options
 from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err
 from softmeet.cli.tables import out, print_table
+from softmeet.cli.terminal import harmless
 from softmeet.cli.texts import argument_text, require_new
 from softmeet.rules.endings import endings
 
@@ -100,9 +101,9 @@ def _show(facts: dict[str, Any]) -> None:
     """Print the coloured text, and a table with a line for each token, on stdout."""
     from softmeet.hf.report import known_sum, shown, style
 
-    console, line = out(), Text(facts["first"])
+    console, line = out(), Text(harmless(facts["first"]))
     for token in facts["tokens"]:
-        line.append(token["text"], style=style(known_sum(token["disagreement"])))
+        line.append(harmless(token["text"]), style=style(known_sum(token["disagreement"])))
     console.print(line)
     rows = [
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import platform
 import sys
@@ -30,6 +31,7 @@ from softmeet.cli.messages import STOPPED, UNREAD, err, stoppable
 from softmeet.cli.methods import methods
 from softmeet.cli.models import models
 from softmeet.cli.serve import serve
+from softmeet.cli.terminal import HarmlessFormatter, harmless
 from softmeet.cli.trace import trace
 from softmeet.errors import SoftmeetError
 
@@ -92,7 +94,10 @@ def quiet_libraries() -> None:
 
     Errors still come through, and so do warnings that Python's ``-W`` or ``$PYTHONWARNINGS`` asks for.
     """
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: harmless(f"warning: {message}\n")
+    # Which prints warnings of loggers that have no handler.
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(HarmlessFormatter())
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     if not sys.warnoptions:
@@ -103,7 +108,7 @@ def quiet_libraries() -> None:
 def speak_utf8() -> None:
     """Have stdin, stdout and stderr hold UTF-8, as files do, in any locale, unless ``$PYTHONIOENCODING`` is set.
 
-    Names of files that are not UTF-8 are printed as they are on stdout, and escaped on stderr.
+    Names of files that are not UTF-8 are printed as they are on stdout, but for controls, and escaped on stderr.
     """
     if "PYTHONIOENCODING" in os.environ:
         return
@@ -162,7 +167,7 @@ def _misused(error: Any) -> int:
 
 def _fail(message: str) -> int:
     """Print an error in one line on stderr, and return the exit code."""
-    err.print(Text.assemble(("error:", "bold red"), " ", " ".join(message.split())), soft_wrap=True)
+    err.print(Text.assemble(("error:", "bold red"), " ", harmless(" ".join(message.split()))), soft_wrap=True)
     return 2
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 
-err = Console(stderr=True, markup=False)
+from softmeet.cli.terminal import PlainConsole
+
+err = PlainConsole(stderr=True)
 # The exit code after Ctrl-C, and where the reader of a pipe has gone: 128 and the signal's number, as shells have it.
 STOPPED, UNREAD = 130, 141
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as writing
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
+from softmeet.cli.terminal import harmless
 
 
 def models(
@@ -52,10 +54,11 @@ def models(
     ]  # fmt: skip
     print_table(console, ("model", "from", "kind", "MB", "context", "for", "tokens"), [cells], texts=(0, 1, 2, 5, 6))
     for row, one in zip(rows, found, strict=True):
-        typer.echo(f"{row['model']}: {row['path']}" if one.said else f"{row['model']}: {one.why}")
+        typer.echo(harmless(f"{row['model']}: {row['path'] if one.said else one.why}"))
     letters = [one.tokens for one in found if one.said]
     first = next((one for one in found if letters.count(one.tokens) > 1), None)
     pair = [one.path for one in found if one.said and (first is None or one.tokens == first.tokens)][:2]
     if len(pair) == 2:
         console.print("Models of one letter are mixed by tokens, others by bytes, as in:")
-        typer.echo(f"softmeet serve -m pair={pair[0]} -m pair={pair[1]}")
+        named = " ".join(f"-m {shlex.quote(f'pair={path}')}" for path in pair)
+        typer.echo(harmless(f"softmeet serve {named}"))

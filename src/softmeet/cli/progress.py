@@ -21,11 +21,14 @@ from rich.progress import (
 )
 
 from softmeet.cli.messages import err, say
+from softmeet.cli.terminal import harmless
 
 # Seconds between two lines.
 EVERY = 10.0
 # Seconds from which speed is estimated: a piece of work may take minutes.
 _PERIOD = 3600.0
+# Names may have brackets, which are no markup.
+_NAME = TextColumn("{task.description}", markup=False)
 
 
 class _IfTotal(ProgressColumn):
@@ -49,12 +52,12 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
         before; it returns a function of one number, by which each call of it advances the work.
     """
     counted = (_IfTotal(MofNCompleteColumn()), _IfTotal(TimeRemainingColumn()))
-    with _shown(TextColumn("{task.description}"), BarColumn(), *counted) as bars:
+    with _shown(_NAME, BarColumn(), *counted) as bars:
 
         def begin(name: str, done: int, total: int | None) -> Callable[[int], None]:
             for before in bars.tasks:  # which has ended, perhaps before its total, as fits do that converge
                 bars.update(before.id, total=before.completed, visible=False)
-            task = bars.add_task(name, completed=done, total=total)
+            task = bars.add_task(harmless(name), completed=done, total=total)
             return lambda count: bars.advance(task, count)
 
         yield begin
@@ -74,9 +77,9 @@ def working(name: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
     if not shown:
         yield lambda text: None
         return
-    with _shown(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bars:
-        task = bars.add_task(name, total=None)
-        yield lambda text: bars.update(task, description=text)
+    with _shown(SpinnerColumn(), _NAME, TimeElapsedColumn()) as bars:
+        task = bars.add_task(harmless(name), total=None)
+        yield lambda text: bars.update(task, description=harmless(text))
 
 
 @contextmanager

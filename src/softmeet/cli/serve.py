@@ -20,6 +20,7 @@ from softmeet.cli.flags import Flags, argument, at_least_one, checked_settings, 
 from softmeet.cli.listening import listening, port_of, url_to_open
 from softmeet.cli.messages import say
 from softmeet.cli.sampling import checked_drafts, drafts_of
+from softmeet.cli.terminal import harmless
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
 from softmeet.members.names import require_there
@@ -323,7 +324,7 @@ def _note_plain(missing: dict[str, list[str]], *, plain: bool) -> None:
 def _announce(what: str, url: str, *, page: bool) -> None:
     """Print on stderr what is served, where, and where the page and the metrics are."""
     links = ([f"page: {url}/ui"] if page else []) + [f"metrics: {url}/metrics", f"OpenAI clients: base_url={url}/v1"]
-    typer.echo(f"serving {what}, running on {url} (Ctrl-C ends it)\n{', '.join(links)}", err=True)
+    typer.echo(f"serving {harmless(what)}, running on {url} (Ctrl-C ends it)\n{', '.join(links)}", err=True)
 
 
 def _replicate(

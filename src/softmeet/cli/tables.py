@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from softmeet.cli.terminal import PlainConsole, harmless
 from softmeet.members.member import short
 from softmeet.rules.settings import rule_of
 
@@ -21,13 +22,13 @@ _PIPE = 1000
 _NAME = 20
 
 
-def out() -> Console:
+def out() -> PlainConsole:
     """Return a console for stdout, as wide as the terminal or ``$COLUMNS``; without either, it breaks no lines.
 
     It prints brackets as they are, since names and texts may hold some.
     """
     fits = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if fits else _PIPE, markup=False)
+    return PlainConsole(width=None if fits else _PIPE)
 
 
 def print_table(
@@ -49,6 +50,7 @@ def print_table(
         texts: the numbers of the columns that hold texts, from 0; the others hold numbers, which are not broken.
         optional: the number of a column that is left out, with a note, if too little room is left for it.
     """
+    sections = [[[harmless(cell) for cell in row] for row in rows] for rows in sections]
     needed = [_needed(k, name, sections, k in texts) for k, name in enumerate(columns)]
     kept = [k for k in range(len(columns)) if k != optional or sum(needed) + len(columns) <= console.width]
     if sum(needed[k] + 1 for k in kept) > console.width:

@@ -11,6 +11,7 @@ from softmeet.cli import options, texts
 from softmeet.cli.flags import argument, flag, flags
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import progress
+from softmeet.cli.terminal import harmless
 from softmeet.extras import require_extra
 from softmeet.rules.frozen import unknown
 
@@ -62,8 +63,9 @@ def trace(
     facts = made.facts
     size = sum(made.shard(k).stat().st_size for k in range(len(facts["shards"])))
     typer.echo(
-        f"{out}: {sum(facts['shards']):,} positions of {len(facts['documents']):,} documents in windows of "
-        f"{facts['window']} tokens, {facts['stride']} apart; {len(facts['shards'])} shards, {size / 1e6:,.1f} MB"
+        f"{harmless(str(out))}: {sum(facts['shards']):,} positions of {len(facts['documents']):,} documents in "
+        f"windows of {facts['window']} tokens, {facts['stride']} apart; "
+        f"{len(facts['shards'])} shards, {size / 1e6:,.1f} MB"
     )
     if error := made.float16_error():
         typer.echo(
