@@ -25,6 +25,8 @@ expect.set_options(timeout=PATIENCE)
 # Gradio's own, in its thread.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
+JSON = {"content-type": "application/json"}
+
 
 @pytest.fixture(scope="module")
 def url(narrow):
@@ -234,11 +236,51 @@ def test_calls_that_are_not_the_pages_are_refused_and_not_repeated_in_the_log(ur
     ]
     for path, body in calls:
         answer = http.post(f"{url}/ui/gradio_api/{path}", json=body)
-        assert answer.status_code == 200 or (answer.status_code == 400 and set(answer.json()) == {"error"})
+        assert answer.status_code == 200 or (answer.status_code in (400, 404) and set(answer.json()) == {"error"})
     assert http.get(f"{url}/ui/gradio_api/deep_link?session_hash=a").status_code == 404
     printed = capfd.readouterr()
     assert "MYSECRET" not in printed.out + printed.err + caplog.text
     assert "Traceback" not in printed.err
+
+
+def test_no_call_of_the_page_reads_a_file(url, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("MYSECRET")
+    given = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    everything = http.get(f"{url}/ui/config").json()["dependencies"]
+    told = ""
+    for one in (one for one in everything if one["inputs"]):
+        body = {"data": [given] * len(one["inputs"]), "fn_index": one["id"], "session_hash": "thief"}
+        for text in (json.dumps(body), json.dumps(body).replace("FileData", "File\\u0044ata")):
+            for call in ("queue/join", "run/predict"):
+                answer = http.post(f"{url}/ui/gradio_api/{call}", content=text, headers=JSON)
+                assert answer.status_code == 400, answer.text
+                assert "takes no files" in answer.text
+                told += answer.text
+    assert len(everything) > 10
+    for path in (
+        f"file={secret}",
+        f"file/{secret}",
+        f"proxy={url}/v1/models",
+        "component_server",
+        "call/run",
+        "api/run",
+    ):
+        answer = http.get(f"{url}/ui/gradio_api/{path}")
+        assert answer.status_code == 404
+        told += answer.text
+    assert "MYSECRET" not in told
+
+
+def test_the_pages_own_check_of_files_is_on(narrow):
+    from fastapi import FastAPI
+
+    from softmeet.server import ui
+
+    app = FastAPI()
+    ui.mount(app, serving_of({"default": narrow}, ui=True))
+    mounted = next(route for route in app.router.routes if getattr(route, "path", "") == "/ui")
+    assert mounted.app.app.get_blocks().has_launched
 
 
 def test_the_page_keeps_the_texts_of_few_visitors(narrow):

@@ -172,7 +172,7 @@ def claim(folder: Path, what: str, settings: dict[str, Any]) -> None:
         settings: everything that the folder's contents depend on, as JSON allows it.
 
     Raises:
-        InvalidInputError: if ``settings.json`` is there and is damaged, or holds other settings; the message names them.
+        InvalidInputError: if ``settings.json`` is damaged, or holds other settings, which the message names.
         TraceError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -124,8 +124,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Add a complete header, or one that stands behind a body."""
-        super().on_header(name, value)
+        """Add a complete header; one that stands behind a body is only counted, as nobody has checked it."""
+        if self._in_head:
+            super().on_header(name, value)
         self._count(len(name) + len(value))
 
     def _count(self, size: int) -> None:

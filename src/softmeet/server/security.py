@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,10 +25,14 @@ from softmeet.server.errors import RequestError, error_response
 _OPEN = ("/health", "/ready")
 # Paths whose bodies have to be JSON.
 _JSON = ("/v1/", "/tokenize", "/detokenize")
-# Uploads and links to a visitor's texts are refused: Gradio would write them to the disk.
-_WRITTEN = ("/ui/gradio_api/upload", "/ui/gradio_api/deep_link")
+# What the page at /ui asks for. Gradio has much more, that writes to the disk, or reads files, or runs code.
+_CALLS = r"info|app_id|startup-events|heartbeat/[\w-]+|queue/join|queue/data|run/predict|cancel|reset"
+_FILES = r"config|theme\.css|favicon\.ico|robots\.txt|manifest\.json"
+_PAGE = re.compile(rf"/ui(/|/({_FILES}|gradio_api/({_CALLS}))/?|/(assets|static|svelte)/.*)?")
+# A file among the values of a call, which Gradio would copy or fetch.
+_FILE = b'"gradio.FileData"'
 # Bodies of more bytes are read one after another, at so many bytes a second, so that others go on between them.
-_LARGE, _RATE = 1 << 15, 4e6
+_LARGE, _RATE = 1 << 15, 2e6
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
 # A name or an address, with or without a port; RFC 9110 has Host so.
@@ -79,8 +83,8 @@ class Guard:
         """Check one request and read its whole body; refuse it, or pass it on. HEAD is answered wherever GET is.
 
         A refusal is a response with an error object: status 400 for a body that has to be JSON and is not, or no proper
-        Host, 401 for a key, 404 for an upload to the page, 408 and 413 for a slow or large body, 415 for a content
-        type, 421 for a Host. Nothing is sent if the client leaves before its body is complete. Exceptions of the
+        Host, 401 for a key, 404 for what the page never asks for, 408 and 413 for a slow or large body, 415 for a
+        content type, 421 for a Host. Nothing is sent if the client leaves before its body is complete. Exceptions of the
         application are not caught.
         """
         if scope["type"] != "http":
@@ -92,6 +96,8 @@ class Guard:
             body = await self._body(Request(scope, receive))
             if body and path.startswith(_JSON):
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
+            if body and path.startswith("/ui"):
+                _check_call(body)
         except RequestError as error:
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
             headers = {"Connection": "close"}
@@ -106,9 +112,9 @@ class Guard:
         await self.app(inner, replay(body, receive), send)
 
     def _check(self, path: str, headers: Headers) -> None:
-        """Raise RequestError if a request would write to the disk, or its Host or its key is not valid."""
-        if path.startswith(_WRITTEN):
-            raise RequestError("nothing is kept here: no upload, and no link to a text", status=404)
+        """Raise RequestError if the page never asks for a path below it, or the Host or the key is not valid."""
+        if path.startswith("/ui") and not _PAGE.fullmatch(path):
+            raise RequestError("the page has no such address: it takes no files, and keeps nothing", status=404)
         self._check_host(headers.getlist("host"))
         if self._keys and path not in _OPEN and not _known(_given(headers), self._keys):
             raise RequestError(
@@ -188,6 +194,17 @@ def _check_json(body: bytes, kind: str) -> None:
             "-H 'content-type: application/json'",
             status=415,
         )
+
+
+def _check_call(body: bytes) -> None:
+    """Raise RequestError if a call of the page is not JSON, or names a file."""
+    try:
+        told = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"expected JSON in UTF-8 as the body: {error}"[:300], code="invalid_json") from None
+    # Written anew, no escape hides it, and in a text its quotes are escaped.
+    if _FILE in to_json(told):
+        raise RequestError("the page takes no files")
 
 
 def _given(headers: Headers) -> bytes:

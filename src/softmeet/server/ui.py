@@ -88,10 +88,13 @@ def mount(app: FastAPI, serving: Serving) -> None:
     for module in (gr.queueing, gr.route_utils, gr.routes):
         # With an error they would print what was typed, which no log is to hold.
         module.traceback = SimpleNamespace(print_exc=_note)
+    # Only then does Gradio check which files it may copy; no call may name one, as the guard sees to.
+    shown = page(serving)
+    shown.has_launched = True
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=sans, font_mono=mono)
     gr.mount_gradio_app(
-        app, page(serving), path="/ui", theme=theme, css=resource("page.css"), head=_HEAD, footer_links=[],
+        app, shown, path="/ui", theme=theme, css=resource("page.css"), head=_HEAD, footer_links=[],
         ssr_mode=False, show_error=False, run_history=False, pwa=False, enable_monitoring=False,
     )  # fmt: skip
     mounted = next(route for route in app.router.routes if isinstance(route, Mount) and route.path == "/ui")

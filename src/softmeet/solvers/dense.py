@@ -4,8 +4,8 @@ Symbols are those of :mod:`softmeet.solvers.projection`. A step reads all heads 
 scores of a direction. That is found by conjugate gradients on a model of the Hessian in which heavy tokens have their
 curvature exactly, and all others together that of an average token (:mod:`softmeet.solvers.direction`). Then f is
 minimised over that direction and the last step, each split by member. A poor direction costs a step and nothing else: f
-never rises, up to what rounding has hidden until scores are read anew. If a bound on the gap may end a row, a third read computes it. Nothing is sampled, and all rows of a batch
-share the same products.
+never rises, but for what rounding hid until scores are read anew. If a bound on the gap may end a row, a third read
+computes it. Nothing is sampled, and all rows of a batch share the same products.
 """
 
 from __future__ import annotations

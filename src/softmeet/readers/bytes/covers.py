@@ -30,8 +30,8 @@ SYMBOLS = 257
 END = 256
 Masses = np.ndarray[Any, np.dtype[np.float64]]
 Answers = Sequence[tuple["Open", "NextTokenProbs"]]
-# What stands for a probability of 0 where covers are weighed: a byte to which a member gives none may come all the same,
-# by another one, and some cover has to continue then. As predictions it is 0.
+# What stands for a probability of 0 where covers are weighed: a byte to which a member gives none may come all the
+# same, by another one, and some cover has to continue then. As a prediction it is 0.
 LEAST = float(np.finfo(np.float32).tiny)
 # Estimates of what follows a token mix what usually follows its last byte, with this weight, with the probabilities of
 # the token's own place.
