@@ -97,19 +97,23 @@ def test_a_chat_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatc
     assert count.call_count == (longest > 8)
 
 
-def test_short_texts_do_not_wait_for_long_ones(url, monkeypatch):
-    begun, done, original = threading.Event(), threading.Event(), prompts_module.tokens_of
+@pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "a"}] * 400])
+def test_short_texts_do_not_wait_for_long_ones(url, monkeypatch, messages):
+    begun, done = threading.Event(), threading.Event()
+    name = "templated" if messages else "tokens_of"
+    original = getattr(prompts_module, name)
 
-    def slow(served, part, special):
-        if len(part) > prompts_module.LONG:
+    def slow(served, *told):
+        if messages or len(told[0]) > prompts_module.LONG:
             begun.set()
             assert done.wait(300)
-        return original(served, part, special)
+        return original(served, *told)
 
-    monkeypatch.setattr(prompts_module, "tokens_of", slow)
-    body = {"prompt": "a" * 20_000, "truncate_prompt_tokens": 5, "max_tokens": 1}
+    monkeypatch.setattr(prompts_module, name, slow)
+    body = {"prompt": "a" * 20_000} if messages is None else {"model": "chatty", "messages": messages}
+    path = "completions" if messages is None else "chat/completions"
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(http.post, f"{url}/v1/completions", json=body)
+        long = pool.submit(http.post, f"{url}/v1/{path}", json=body | {"truncate_prompt_tokens": 5, "max_tokens": 1})
         assert begun.wait(300)
         assert http.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
         assert not long.done()

@@ -41,9 +41,12 @@ def saved_config(name: Any) -> EnsembleConfig | None:
     where = known.find(member)
     try:
         found = EnsembleConfig.get_config_dict(where.pop("pretrained_model_name_or_path"), **where)[0]
+        kind = found.get("model_type")
     except (OSError, ValueError):
         return None
-    return EnsembleConfig.from_dict(found) if found.get("model_type") == EnsembleConfig.model_type else None
+    except (TypeError, AttributeError, RecursionError) as error:  # transformers takes for granted that it is a dict
+        raise CheckpointError(f"config.json of {name} is damaged: it is no JSON object of moderate depth") from error
+    return EnsembleConfig.from_dict(found) if kind == EnsembleConfig.model_type else None
 
 
 def _has_no_folder(member: Member) -> bool:

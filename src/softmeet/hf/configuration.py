@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
@@ -16,6 +17,17 @@ from softmeet.rules.settings import Settings, parse_rule
 _OF_RULES = ("metric", "slack", "vertex")
 # The classes of ensembles by their vocabulary; any other is EnsembleForCausalLM.
 _CLASSES = {"bytes": "ByteEnsembleForCausalLM", "union": "UnionEnsembleForCausalLM"}
+
+
+class _Held(BaseModel):
+    """What a saved file holds beside settings, which are checked where they are set."""
+
+    model_config = ConfigDict(strict=True)
+
+    members: list[str] = []
+    vocabulary: str = ""
+    prefixes: list[list[int] | None] | None = None
+    movement: dict[str, float | None] = {}
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -102,8 +114,14 @@ class EnsembleConfig(PreTrainedConfig):
         """Return the configuration that a saved file holds; no member's prompt in it may be the path of a file.
 
         Raises:
-            InvalidInputError: if one is.
+            InvalidInputError: if one is, or the file is damaged.
         """
+        try:
+            _Held.model_validate(config_dict)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise InvalidInputError(f"config.json of a saved ensemble is damaged: {where}: {first['msg']}") from error
         for member in config_dict.get("members", ()):
             Member.parse(member, files=False)
         return super().from_dict(config_dict, **kwargs)

@@ -71,6 +71,8 @@ def _trusts(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_count)]
+# No head has as many columns, so that no bands do.
+Bands = Annotated[Count, Field(le=1 << 16)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -116,7 +118,7 @@ class SettingValues(Frozen):
     """
     rule_temperature: Positive = 1.0
     """The temperature T of the combined distribution, p^(1/T) normalised; temperature in a rule's text."""
-    bands: Count = 1
+    bands: Bands = 1
     """Bands into which each head's directions are cut, each with a trust."""
     gate: Any = None
 

@@ -23,6 +23,8 @@ from softmeet.server.texts import token_texts
 LENGTHS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 # Texts of more characters take so long to be cut into tokens that short ones do not wait for them.
 LONG = 1 << 14
+# What a turn of a chat counts beside its characters: a template has work with each, however short.
+_TURN = 64
 # The characters of a long text that are cut into tokens at once to count these.
 _PIECE = 1 << 13
 
@@ -39,6 +41,13 @@ def texts_of(body: Any) -> tuple[str, list[str]]:
         return "prompt", [part for part in parts(body) if isinstance(part, str)]
     field = "input" if hasattr(body, "input") else "messages"
     return field, ["".join(message.plain()["content"] for message in body.messages)]
+
+
+def work_of(body: Any) -> int:
+    """Return how much work it is to make tokens of a request's prompts, in characters that take about as long."""
+    if getattr(body, "prompt", None) is not None:
+        return sum(map(len, parts(body)))
+    return sum(map(len, texts_of(body)[1])) + _TURN * len(body.messages)
 
 
 def tokens_of(served: Served, part: Any, special: bool | None) -> tuple[int, ...]:
