@@ -89,6 +89,12 @@ def test_what_has_no_end_is_not_kept(first):
         assert psutil.Process().memory_info().rss - before < 30_000_000
 
 
+def test_what_stands_behind_a_body_is_no_header():
+    with running(served(keys=("key",))) as url, connected(url) as connection:
+        connection.sendall(CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY) + b"Authorization: Bearer key\r\n\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
+
+
 def test_many_headers_are_refused_and_as_many_as_are_common_are_not():
     with running(served()) as url:
         for header in (b"X-%d: y\r\n", b"X-%d: " + b"y" * 1000 + b"\r\n"):

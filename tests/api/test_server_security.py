@@ -314,6 +314,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members, terminable):
     assert set(terminable) == {signal.SIGTERM}  # raised again once all is over, for whoever handles it
     assert "Traceback" not in text
     assert "Application shutdown complete" in text
+    assert "answers that are being written have 3000 s more: a second signal ends them now" in text
     assert f"serving pair, running on {url} (Ctrl-C ends it)" in text
 
 

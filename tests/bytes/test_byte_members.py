@@ -32,6 +32,7 @@ from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes import nodes
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
+from softmeet.readers.bytes.token_model import TokenModel
 from softmeet.readers.reader import Given, Reader
 
 
@@ -104,6 +105,25 @@ def test_a_byte_that_no_token_spells_has_no_probability_and_is_not_seen():
     scores = [member.score(text)[1] for text in texts]
     assert scores[0][1, 4] == -math.inf
     assert np.allclose(scores[0][[0, 1, 3]], scores[1], atol=1e-12)
+
+
+def test_what_a_member_rules_out_has_no_probability_and_may_come_all_the_same():
+    """However little the member counts: the least number of its dtype to the power of a thousandth is a tenth."""
+    member = member_of("gpt2")
+    letters = bytes_to_unicode()
+    tokenizer = byte_tokenizers.KINDS["gpt2"]()
+    forbidden = [k for text, k in tokenizer.get_vocab().items() if letters[ord("h")] in text]
+    bias = torch.zeros(len(tokenizer), dtype=torch.float64).index_fill(0, torch.tensor(forbidden), -math.inf)
+    original = TokenModel.logits
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TokenModel, "logits", lambda self, behind: original(self, behind) + bias)
+        reading = member.begin(b"")
+        for byte in b"the":
+            found = member.log_probs([reading])[0]
+            assert found[ord("h")] == -math.inf
+            assert found.exp().sum().item() == pytest.approx(1, abs=1e-6)
+            (reading,) = member.advance([reading], [byte])
+        assert member.log_probs([reading]).exp().sum().item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", byte_tokenizers.KINDS)

@@ -77,6 +77,9 @@ def test_texts_end_by_their_limit_and_a_seed_repeats_them(over, made):
     one = ensemble.generate(prompt, decoder="particles:n=3:utf8=true", seed=3, **{limit: 4})
     assert isinstance(one, str)
     assert ensemble.generate([prompt], decoder="particles:n=3:utf8=true", seed=3, **{limit: 4}) == [one]
+    seeds = [seed + high for seed in (3, 4) for high in (0, 1 << 32, 1 << 33, 1 << 63)]
+    drawn = [ensemble.decode([prompt], "particles:n=8:utf8=true", seed=seed, **{limit: 4})[0] for seed in seeds]
+    assert len({tuple(text.symbols for text in one.texts) for one in drawn}) > 6
 
 
 @pytest.mark.parametrize("over", ["tokens", "bytes"])

@@ -108,5 +108,5 @@ def test_a_damaged_configuration_is_refused_by_a_sentence(tmp_path, changed):
     good = json.loads(path.read_text())
     text = changed if isinstance(changed, str) else json.dumps(good | changed if isinstance(changed, dict) else changed)
     path.write_text(text)
-    with pytest.raises(SoftmeetError, match="expected|damaged"):
+    with pytest.raises(SoftmeetError, match=r"expected|damaged"):
         Ensemble.from_pretrained(tmp_path)

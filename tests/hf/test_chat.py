@@ -63,8 +63,10 @@ def test_over_bytes_each_member_begins_after_its_own_prompt(ensemble, folders):
 
 def test_over_the_wire_it_is_the_same_text(ensemble):
     body = {"messages": TURNS, "seed": 4, "max_tokens": 16, "temperature": 1}
-    with running(serving_of({"pair": ensemble})) as url:
+    serving = serving_of({"pair": ensemble})
+    with running(serving) as url:
         answer = http.post(f"{url}/v1/chat/completions", json=body).json()
+        counted = serving.metrics.registry.get_sample_value("softmeet_prompt_tokens_total")
         with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
             chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
     text = answer["choices"][0]["message"]["content"]
@@ -75,7 +77,7 @@ def test_over_the_wire_it_is_the_same_text(ensemble):
     own = chat_of(ensemble.model).own_prompts([TURNS, TURNS])
     members = answer["usage"]["softmeet"]["members"].values()
     assert [one["prompt_tokens"] for one in members] == [len(ids) for ids in own]
-    assert answer["usage"]["prompt_tokens"] == len(own[0])
+    assert answer["usage"]["prompt_tokens"] == len(own[0]) == counted
     assert "plain_chat" not in answer["softmeet"]
 
 

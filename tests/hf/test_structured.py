@@ -70,6 +70,11 @@ def test_the_end_comes_only_where_the_text_is_complete(ensembles):
         assert ensemble.generate("And", structure=structure, do_sample=False, max_new_tokens=9) in ("aaa", "aaab")
 
 
+@pytest.mark.parametrize("text", ["\x7f", "\x00", "\x1b[0m", '"\\', "\u2028", "\x85"])
+def test_every_character_can_be_chosen(text):
+    assert Structure.choice([text, "b"]).allows(text)
+
+
 def test_what_other_options_forbid_is_said(ensembles):
     for ensemble in (ensembles["prob-mean"], ensembles["bytes"]):
         with pytest.raises(InvalidInputError, match=r"nothing is left that the structure allows.*min_new_tokens"):

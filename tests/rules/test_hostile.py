@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from instances import random_heads
+from oracles import damped_newton
 
 import softmeet
 from softmeet import Status
@@ -209,3 +210,26 @@ def test_a_direction_that_is_constant_where_mass_may_be_proves_infeasibility(rul
     assert short.status[0] in (Status.INFEASIBLE, Status.NOT_CONVERGED)
     if excluded == "support":
         assert found.status[1] in (Status.OPTIMAL, Status.DEGENERATE)
+
+
+@pytest.mark.parametrize("way", ["support", "a member's zeros"])
+@pytest.mark.parametrize("live", [4, 10, 12, 49])
+def test_rows_with_few_live_tokens_are_solved(way, live):
+    """As many as a head has columns, or fewer: moments that rounding leaves different have to be made up there, too."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(50, 10, generator=generator).double() for _ in range(2)]
+    logits = torch.randn(2, 8, 50, generator=generator).double()
+    support = torch.arange(50) < live
+    if way == "a member's zeros":
+        logits[1, :, live:] = -math.inf
+    given = {"support": support} if way == "support" else {}
+    found = softmeet.combine(logits.log_softmax(-1), heads, trust=1.0, **given)
+    assert (found.status == Status.OPTIMAL).all()
+    assert found.gap_is_certified.all()
+    assert (found.log_probs[:, ~support] == -math.inf).all()
+    for k in range(0, 8, 4):
+        log_p = logits[:, k].log_softmax(-1).clamp_min(-1e6).numpy()
+        log_q = found.problem.log_pool[k].clamp_min(-1e6).numpy()
+        p, least, _ = damped_newton(log_q, log_p, [W.numpy() for W in heads], (1.0, 1.0))
+        assert found.objective[k].item() == pytest.approx(-least, abs=1e-3)
+        assert total_variation(found.log_probs[k], torch.from_numpy(p).log()) < math.sqrt(1e-3 / 2)

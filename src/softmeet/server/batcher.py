@@ -288,7 +288,9 @@ class Batcher(threading.Thread):
     def _begin(self, s: Sequence, hidden: Hidden, task: Task) -> None:
         """Score a prompt that was run if its request asks so, and have its first token drawn in the next round."""
         s.check()
-        self.metrics.prompt_tokens.inc(len(s.prompt))
+        # Of a chat over bytes the members read tokens of their own, and the ensemble a beginning alone.
+        own = len(s.own[0] or ()) if s.own else 0
+        self.metrics.prompt_tokens.inc(own + len(s.prompt) - (own > 0))
         self.metrics.reused_tokens.inc(s.reused)
         if s.request.score_prompt:
             every = self._gates.ask({s: hidden}, task, every=True)[s]

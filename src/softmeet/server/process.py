@@ -18,6 +18,7 @@ from softmeet.server.envelope import ACCESS
 from softmeet.server.protocol import configuration
 from softmeet.server.serving import Serving
 
+_log = logging.getLogger("softmeet.server")
 # Seconds that connections have to close once their answers have ended.
 _LAST = 3.0
 # Open files beside connections: those of models, libraries and logs.
@@ -96,6 +97,8 @@ class _Server(uvicorn.Server):
         if signals < 2:
             grace = 0 if signals else self._grace
             self._serving.batcher.close(grace)
+            if grace and self.server_state.tasks:
+                _log.warning("answers that are being written have %g s more: a second signal ends them now", grace)
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._loop.call_later, grace + _LAST, self._cut)
         if signals == 1:

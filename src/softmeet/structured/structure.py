@@ -109,7 +109,9 @@ class Structure:
         """
         if isinstance(texts, str) or not texts:
             raise InvalidInputError(f"expected a list of at least one text to choose from, got {texts!r}")
-        every = " | ".join(json.dumps(_text(text), ensure_ascii=False) for text in texts)
+        # JSON leaves DEL as it is, which no string of a grammar can hold.
+        shown = [json.dumps(_text(text), ensure_ascii=False).replace("\x7f", "\\u007f") for text in texts]
+        every = " | ".join(shown)
         return cls("choice", f"start: {every}{_OPTIONS}")
 
     @classmethod
