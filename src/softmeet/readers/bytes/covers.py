@@ -30,9 +30,11 @@ SYMBOLS = 257
 END = 256
 Masses = np.ndarray[Any, np.dtype[np.float64]]
 Answers = Sequence[tuple["Open", "NextTokenProbs"]]
-# What stands for a probability of 0 where covers are weighed: a byte to which a member gives none may come all the
-# same, by another one, and some cover has to continue then. As a prediction it is 0.
+# The least probability of a token: without it, rounding could leave all covers without mass.
 LEAST = float(np.finfo(np.float32).tiny)
+# What stands, where covers are weighed, for one that a member rules out: it may come all the same, by another member,
+# and some cover has to continue then. As a prediction it is 0.
+RULED_OUT = LEAST / 2
 # Estimates of what follows a token mix what usually follows its last byte, with this weight, with the probabilities of
 # the token's own place.
 _TYPICAL = 0.75
@@ -57,10 +59,9 @@ def by_symbol(symbols: np.ndarray[Any, np.dtype[np.uint8]], masses: Masses) -> M
     return np.bincount(symbols, masses, SYMBOLS).astype(np.float64, copy=False)
 
 
-def _told(probs: Masses) -> Masses:
-    """Return probabilities with 0 where ``LEAST`` stands for it, unless it does everywhere."""
-    positive = probs > LEAST
-    return np.where(positive, probs, 0.0) if positive.any() else probs
+def _exact(probs: Masses) -> Masses:
+    """Return probabilities with 0 where ``RULED_OUT`` stands for it."""
+    return np.where(probs > RULED_OUT, probs, 0.0)
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ class NextTokenProbs:
     Attributes:
         path: the sequence, with the member's own tokens before the text.
         place: the number of the text's bytes that they spell.
-        tokens: (m,), the probability of each of the m tokens in the order of ``Spelling.words``, at least ``LEAST``;
-            with the end's, ``root[256]``, they sum to 1.
-        root: (257,), the probability of each first byte of the next token, and at 256 that of the end; ``LEAST`` stands
-            for a probability of 0, and 0 is that of a byte with which no token begins.
+        tokens: (m,), the probability of each of the m tokens in the order of ``Spelling.words``, at least ``LEAST``, or
+            ``RULED_OUT``; with the end's, ``root[256]``, they sum to 1.
+        root: (257,), the probability of each first byte of the next token, and at 256 that of the end, or
+            ``RULED_OUT``; 0 is that of a byte with which no token begins.
     """
 
     path: Path
@@ -96,14 +97,14 @@ class NextTokenProbs:
     tokens: Masses
     root: Masses
 
-    def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
+    def masses(self, spelling: Spelling, length: int, longer: int, end: int, *, exact: bool) -> Masses:
         """Sum the probabilities of the tokens ``longer`` to ``end - 1`` by their byte at index ``length``, (257,) fp64.
 
-        The tokens are given by number (index in ``spelling.words``) and have more than ``length`` bytes. Those of
-        probability 0 count as such, unless all are.
+        The tokens are given by number (index in ``spelling.words``) and have more than ``length`` bytes; if ``exact``,
+        those that are ruled out have none.
         """
         some = slice(longer, end)
-        probs = _told(self.tokens[some])
+        probs = _exact(self.tokens[some]) if exact else self.tokens[some]
         return by_symbol(spelling.flat[spelling.offsets[:-1][some] + length], probs)
 
     def total(self, longer: int, end: int) -> float:
@@ -123,7 +124,7 @@ class ProbsAlongText(NextTokenProbs):
     """
 
     def __init__(self, probs: NextTokenProbs, spelling: Spelling, text: bytes) -> None:
-        self._masses: dict[int, Masses] = {}
+        self._masses: dict[tuple[int, bool], Masses] = {}
         self._totals: dict[tuple[int, int], float] = {}
         self._probs: dict[int, float] = {}
         longer, end = 0, len(spelling.words)
@@ -132,13 +133,14 @@ class ProbsAlongText(NextTokenProbs):
             self._probs |= {k: probs.prob(k) for k in range(first, longer)}
             if longer == end:
                 break
-            self._masses[length] = probs.masses(spelling, length, longer, end)
+            for exact in (False, True):
+                self._masses[length, exact] = probs.masses(spelling, length, longer, end, exact=exact)
             self._totals[longer, end] = probs.total(longer, end)
         super().__init__(probs.path, probs.place, np.empty(0), probs.root)
 
-    def masses(self, spelling: Spelling, length: int, longer: int, end: int) -> Masses:
+    def masses(self, spelling: Spelling, length: int, longer: int, end: int, *, exact: bool) -> Masses:
         """Return :meth:`NextTokenProbs.masses` for the first ``length`` known bytes; ignore ``longer`` and ``end``."""
-        return self._masses[length]
+        return self._masses[length, exact]
 
     def total(self, longer: int, end: int) -> float:
         """Return :meth:`NextTokenProbs.total` for (longer, end) of :meth:`Spelling.among` of some first known bytes."""
@@ -168,11 +170,14 @@ class Cover(NamedTuple):
     longer: int
     end: int
 
-    def masses(self, spelling: Spelling) -> Masses:
-        """Split ``mass`` by the next symbol, (257,) fp64 that sum to ``mass``: bytes 0 to 255, then the text's end."""
-        if not self.rest:
-            return self.weight * _told(self.probs.root)
-        return self.weight * self.probs.masses(spelling, len(self.rest), self.longer, self.end)
+    def masses(self, spelling: Spelling, *, exact: bool = False) -> Masses:
+        """Split ``mass`` by the next symbol, (257,) fp64 that sum to it: bytes 0 to 255, then the text's end.
+
+        If ``exact``, what is ruled out has none.
+        """
+        if self.rest:
+            return self.weight * self.probs.masses(spelling, len(self.rest), self.longer, self.end, exact=exact)
+        return self.weight * (_exact(self.probs.root) if exact else self.probs.root)
 
     def times(self, x: float) -> Cover:
         """Return a copy with weight and mass multiplied by ``x``."""
@@ -267,8 +272,11 @@ class Covers:
     def prediction(self, spelling: Spelling) -> Masses:
         """Return the next symbol's probabilities, (257,) fp64 with sum 1: bytes 0 to 255, then the end of the text."""
         found = np.zeros(SYMBOLS)
-        for one in self.closed:
-            found += one.masses(spelling)
+        for exact in (True, False):  # where all is ruled out, what stands for it decides
+            for one in self.closed:
+                found += one.masses(spelling, exact=exact)
+            if found.any():
+                break
         if self.open:
             live = found / (found.sum() or 1.0)
             for cover in self.open:

@@ -18,7 +18,7 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.opaque import Head
 from softmeet.members.reader_model import ReaderModel
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END, LEAST, SYMBOLS, NextTokenProbs, Pruning
+from softmeet.readers.bytes.covers import END, LEAST, RULED_OUT, SYMBOLS, NextTokenProbs, Pruning
 from softmeet.readers.bytes.nodes import Chain, Next, Rows
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.kv import require_trees
@@ -172,7 +172,8 @@ class TokenModel:
     def next_token_probs(self, behind: Sequence[Next], places: Sequence[int]) -> list[NextTokenProbs]:
         """Compute the next token's probabilities at k places.
 
-        They sum to 1 over the tokens that spell bytes or end a text; 1.17e-38 stands for less.
+        They sum to 1 over the tokens that spell bytes or end a text, and none is below 1.17e-38 but those that have a
+        logit of -inf, for which ``RULED_OUT`` stands.
 
         Args:
             behind: the predictions; their paths become ``path`` of the result.
@@ -184,13 +185,16 @@ class TokenModel:
         # Several passes over the vocabulary follow: a few rows at a time stay in the CPU's caches.
         size = _CACHED // self._v if logits.device.type == "cpu" else len(logits)
         for some in logits.split(max(1, size)):
-            probs = some.index_select(1, columns).softmax(-1).cpu().numpy()
+            chosen = some.index_select(1, columns)
+            probs, out = chosen.softmax(-1).cpu().numpy(), (chosen == -torch.inf).cpu().numpy()
+            np.maximum(probs, LEAST, out=probs)
+            probs[out] = 0.0
             letters, where = self.spelling.beginnings
             roots = np.zeros((len(some), SYMBOLS))
-            roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64).clip(LEAST)
+            roots[:, letters] = np.add.reduceat(probs[:, :m], where, axis=1, dtype=np.float64).clip(RULED_OUT)
             if self.ends:
-                roots[:, END] = probs[:, m:].sum(1, dtype=np.float64).clip(LEAST)
-            np.maximum(probs, LEAST, out=probs)
+                roots[:, END] = probs[:, m:].sum(1, dtype=np.float64).clip(RULED_OUT)
+            probs[out] = RULED_OUT
             rows = slice(len(found), len(found) + len(some))
             found += [NextTokenProbs(*one) for one in zip(paths[rows], places[rows], probs[:, :m], roots, strict=True)]
         return found
