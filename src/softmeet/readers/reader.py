@@ -65,6 +65,7 @@ class Traits:
         cost: the bytes of memory that one call reads, about its time; 0 if that is not known.
         row_cost: the time that a call takes longer for each row more, as a share of the time of a call of one row; 0 if
             that is not known. Where it is near 1, nothing is read ahead of need.
+        waits: whether :meth:`Reader.read` waits for answers from elsewhere, and yields meanwhile, so that others go on.
     """
 
     can_fork: bool = True
@@ -78,6 +79,7 @@ class Traits:
     places: tuple[str, ...] = ()
     cost: int = 0
     row_cost: float = 0.0
+    waits: bool = False
 
 
 @runtime_checkable

@@ -95,14 +95,18 @@ class StatelessReader(ReaderOfRows[Symbols]):
         errors = {k: error for k, (row, one) in enumerate(pairs) if (error := self._refused(row, one.symbols))}
         well = [pair for k, pair in enumerate(pairs) if k not in errors]
         texts = [(*row.own, *row.text, *one.symbols[:place]) for row, one in well for place in one.at]
-        found = self.next_logits(texts) if texts else torch.zeros(0, self.alphabet.size)
+        found = (yield from self.asked_for(texts)) if texts else torch.zeros(0, self.alphabet.size)
         for row, one in well:
             if one.keep:
                 row.text = (*row.text, *one.symbols)
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
         work = Work(1 if texts else 0, sum(len(one.symbols) for _, one in well))
-        yield from ()
         return Given(found, counts, errors, work)
+
+    def asked_for(self, texts: Sequence[Sequence[int]]) -> Generator[None, None, Tensor]:
+        """Return what :meth:`next_logits` does; a reader that waits for it yields meanwhile."""
+        yield from ()
+        return self.next_logits(texts)
 
     def _refused(self, row: Symbols, symbols: Sequence[int]) -> SoftmeetError | None:
         """Return why some symbols cannot be read; None if they can."""

@@ -148,6 +148,11 @@ class Batcher(threading.Thread):
             self._closing, self._last_call = True, time.monotonic() + grace
             self._wake.notify()
 
+    def abort(self) -> None:
+        """End, from any thread, what members wait for elsewhere: this process is about to end."""
+        for reader in self._readers.values():
+            reader.abort()
+
     def run(self) -> None:
         """Run rounds until :meth:`close` has been called and every sequence has ended.
 
@@ -211,12 +216,11 @@ class Batcher(threading.Thread):
         """
         started, solving = time.perf_counter(), self._turns.kinds
         ready = [s for s in self._running if not s.busy and self._kinds.of(s) not in solving]
-        if self._reproducible:
-            for s in ready:
-                s.busy = True
-                self._turns.add(Task([s], partial(self._step_alone, s)))
-            ready = []
-        ready = [s for s in ready if not self._goes_alone(s)]
+        # Nobody waits for members that wait for somebody else.
+        for s in [s for s in ready if self._reproducible or any(own.traits.waits for own in s.readers)]:
+            s.busy = True
+            self._turns.add(Task([s], partial(self._step_alone, s)))
+        ready = [s for s in ready if not s.busy and not self._goes_alone(s)]
         found = self._step(ready)
         for s in [s for s in self._unsolved if self._kinds.of(s) not in solving]:
             found[s] = self._unsolved.pop(s)
@@ -230,9 +234,9 @@ class Batcher(threading.Thread):
             self._turns.add(Task(prompts, partial(self._run_prompts, prompts)))
         self._turns.take(time.perf_counter() - started, self._some_wait, [s.account for s in found])
 
-    def _step(self, ready: list[Sequence]) -> dict[Sequence, Hidden]:
+    def _step(self, ready: list[Sequence], pause: Callable[[], None] | None = None) -> dict[Sequence, Hidden]:
         """Read the newest tokens of sequences, each by those of its members that read every token."""
-        return self.members.read_on(ready, {s: s.batched for s in ready}) if ready else {}
+        return self.members.read_on(ready, {s: s.batched for s in ready}, pause=pause) if ready else {}
 
     def _start(self, task: Task) -> None:
         """Draw averages at once; all else takes turns."""
@@ -263,7 +267,8 @@ class Batcher(threading.Thread):
 
     def _step_alone(self, s: Sequence, task: Task) -> None:
         """Run one sequence's newest token and draw the next, as no other sequence's is."""
-        self._solve(self._step([s]), task)
+        waits = any(own.traits.waits for own in s.readers)
+        self._solve(self._step([s], task.pause if waits else None), task)
 
     def _some_wait(self) -> bool:
         """Return whether a sequence waits for the next round."""
