@@ -7,6 +7,7 @@ and no more than the least of them.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +33,12 @@ TOP = 20
 _AT_ONCE = 8
 # What probabilities may sum to beyond 1: llama.cpp's server adds in single precision, and its 151,936 sum to 1.0006.
 _SLACK = 2e-3
+# The largest number in single precision, as which llama.cpp's server tells log 0.
+_LARGEST = torch.finfo(torch.float32).max
 # More tokens than any model has.
 _EVERY = 1 << 24
+# How vLLM and softmeet name a token by its id, each in one way.
+_ID = re.compile("token_id:(0|[1-9][0-9]{0,8})")
 Told = dict[int, float]
 
 
@@ -86,18 +91,19 @@ class Completions(Protocol):
         """Return how long the model's texts may be, as vLLM and softmeet tell it, with room for the token asked for."""
         found = self.host.get("/models")
         try:
-            models = {one["id"]: one for one in found["data"]}
-        except (KeyError, TypeError) as error:
+            models = {one["id"]: (one.get("max_model_len"), one.get("softmeet") or {}) for one in found["data"]}
+            names = ", ".join(models)
+            self.model = self.model or next(iter(models), None)
+            if self.model not in models:
+                raise HostError("has no model {}: it has {}", self.model, names or "none")
+            most, ours = models[self.model]
+            vocabulary, context = ours.get("vocabulary", "tokens"), ours.get("context")
+        except (AttributeError, KeyError, TypeError) as error:
             raise HostError("lists no models") from error
-        self.model = self.model or next(iter(models), None)
-        if self.model not in models:
-            raise HostError(f"has no model {self.model}: it has {', '.join(models)[:200] or 'none'}")
-        own = models[self.model]
-        ours = own.get("softmeet") or {}
-        if (vocabulary := ours.get("vocabulary", "tokens")) != "tokens":
-            raise HostError(f"mixes over {vocabulary}, and tells no tokens: serve members of one tokenizer there")
-        most = own.get("max_model_len") or ours.get("context")
-        return most - 1 if isinstance(most, int) else None
+        if vocabulary != "tokens":
+            raise HostError("mixes over {}, and tells no tokens: serve members of one tokenizer there", vocabulary)
+        most = context if most is None else most
+        return None if most is None else _room(most)
 
 
 class LlamaServer(Protocol):
@@ -110,26 +116,37 @@ class LlamaServer(Protocol):
         found = self.host.post("/completion", asked)
         try:
             (place,) = found["completion_probabilities"]
-            return {one["id"]: one["logprob"] for one in place["top_logprobs"]}
+            listed = [(one["id"], one["logprob"]) for one in place["top_logprobs"]]
+            told = dict(listed)
         except (KeyError, TypeError, ValueError) as error:
             raise HostError("answers without log-probabilities") from error
+        if len(told) < len(listed):
+            raise HostError("tells a token twice")
+        return told
 
     def limit(self) -> int | None:
         """Return the room that each text has, with that for the token asked for."""
         try:
-            return int(self.host.get("/props")["default_generation_settings"]["n_ctx"]) - 1
-        except (KeyError, TypeError, ValueError) as error:
+            most = self.host.get("/props")["default_generation_settings"]["n_ctx"]
+        except (KeyError, TypeError) as error:
             raise HostError("does not tell how long texts may be") from error
+        return _room(most)
 
 
 def _id(name: str) -> int:
-    kind, _, number = name.rpartition(":")
-    if kind != "token_id" or not number.isdecimal():
+    if (found := _ID.fullmatch(name)) is None:
         raise HostError(
-            f"names tokens by their text, as {name!r}, of which several can have the same: a server is needed that "
-            "knows return_tokens_as_token_ids, such as vLLM's, softmeet's or llama.cpp's"
-        )
-    return int(number)
+            "names tokens by their text, as {}, of which several can have the same: a server is needed that knows "
+            "return_tokens_as_token_ids, such as vLLM's, softmeet's or llama.cpp's", name,
+        )  # fmt: skip
+    return int(found[1])
+
+
+def _room(most: Any) -> int:
+    """Return how long a text may be where ``most`` tokens have room, with that for the token asked for."""
+    if type(most) is not int or most < 3:
+        raise HostError("tells {} as the tokens of the longest text, where 3 or more were expected", most)
+    return min(most, 1 << 30) - 1
 
 
 class RemoteReader(StatelessReader):
@@ -186,6 +203,13 @@ class RemoteReader(StatelessReader):
         found = yield from super().read(asked)
         return found if self.traits.known is None else _Partial(found)
 
+    def abort(self) -> None:
+        """End all questions that wait for the server's answer at once, as failed, from any thread, and ask none more.
+
+        This is for the end of a process, which need not wait for a server that hangs then.
+        """
+        self._protocol.host.abort()
+
     def explain(self, row: Row, top: int = 10, at: int | None = None) -> Explanation:
         """List the likeliest tokens behind a row's symbols, as the server tells them anew, and what it leaves out.
 
@@ -220,13 +244,16 @@ class RemoteReader(StatelessReader):
     def _checked(self, told: Told) -> tuple[Tensor, Tensor]:
         if not told:
             raise HostError("tells no token")
-        if wrong := [one for one in told if not (isinstance(one, int) and 0 <= one < self.alphabet.size)]:
+        if wrong := [one for one in told if not (type(one) is int and 0 <= one < self.alphabet.size)]:
             raise HostError(
-                f"tells the token {wrong[0]}, and its tokenizer has {self.alphabet.size:,}: name the model's own by "
-                "+tokenizer="
-            )
+                "tells the token {}, and its tokenizer has {}: name the model's own by +tokenizer=",
+                wrong[0], f"{self.alphabet.size:,}",
+            )  # fmt: skip
+        # True and false are integers, and an integer may be too large for a float.
+        if odd := [one for one in told.values() if type(one) not in (int, float) or _LARGEST < abs(one) < math.inf]:
+            raise HostError("tells {} as a log-probability", odd[0])
         values = torch.tensor(list(told.values()), dtype=torch.float64)
-        if not (values <= _SLACK).all() or values.exp().sum() > 1 + _SLACK:
+        if not values.max() > -math.inf or not (values <= _SLACK).all() or values.exp().sum() > 1 + _SLACK:
             raise HostError("tells log-probabilities whose sum is no probability")
         if self._top is None and len(told) < self.alphabet.size:
             raise HostError(
