@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import socket
 import threading
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,12 +18,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from serving import running, serving_of
+from commands import run
+from serving import http, running, serving_of, wait_until
+from transformers import AutoConfig
 
 from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError, ReaderError
+from softmeet.evaluation.trace import FORMAT
 from softmeet.hf import TokenReports
 from softmeet.readers import http_host, remote
+from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.reader import Read, finished
 from softmeet.testing import check_reader, random_texts
 
@@ -218,6 +225,17 @@ def listed(change):
     return changed
 
 
+def model(**fields):
+    """Change what is told of the model."""
+
+    def changed(path, found):
+        if "models" in path:
+            found["data"][0] |= fields
+        return found
+
+    return changed
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -233,6 +251,31 @@ def listed(change):
         (listed(lambda one: {"token_id:1": 0.0, "token_id:2": 0.0}), "whose sum is no probability"),
         (listed(lambda one: {"token_id:1": math.nan}), "whose sum is no probability"),
         (listed(lambda one: {" the": -1.0}), "names tokens by their text"),
+        (listed(lambda one: {"A" * 5_000_000: -0.1}), "names tokens by their text, as A{300},"),
+        (listed(lambda one: {"token_id:5": -1.0, "token_id:05": -2.0}), "names tokens by their text, as token_id:05,"),
+        (listed(lambda one: {"token_id:٣": -0.1}), "names tokens by their text, as token_id:٣,"),
+        (listed(lambda one: {"token_id:" + "9" * 5000: -0.1}), "names tokens by their text"),
+        (listed(lambda one: {"token_id:5": "-0.1"}), "tells -0.1 as a log-probability"),
+        (listed(lambda one: {"token_id:5": None}), "tells None as a log-probability"),
+        (listed(lambda one: {"token_id:5": False}), "tells False as a log-probability"),
+        (listed(lambda one: {"token_id:5": [1, 2]}), r"tells \[1, 2\] as a log-probability"),
+        (listed(lambda one: {"token_id:5": -(10**400)}), "tells -10{298} as a log-probability"),
+        (listed(lambda one: {"token_id:5": -1e308}), r"tells -1e\+308 as a log-probability"),
+        (listed(lambda one: {"token_id:5": -math.inf}), "whose sum is no probability"),
+        (told("application/json", "[" * 100_000), "answers with JSON that is nested too deep"),
+        (told("application/json", '{"a": ' * 100_000), "answers with JSON that is nested too deep"),
+        (told("text/\x1b[31mhtml", "<html>"), r"answers with text/\?\[31mhtml in place of JSON"),
+        (model(softmeet="str"), "lists no models"),
+        (model(softmeet=[1]), "lists no models"),
+        (model(id=5), "lists no models"),
+        (model(id=["x"]), "lists no models"),
+        (lambda path, found: (200, "application/json", "null"), "lists no models"),
+        (model(max_model_len=1), "tells 1 as the tokens of the longest text, where 3 or more were expected"),
+        (model(max_model_len=0), "tells 0 as the tokens of the longest text"),
+        (model(max_model_len=-5), "tells -5 as the tokens of the longest text"),
+        (model(max_model_len=True), "tells True as the tokens of the longest text"),
+        (model(max_model_len="64"), "tells 64 as the tokens of the longest text"),
+        (model(max_model_len=None, softmeet={"context": 2}), "tells 2 as the tokens of the longest text"),
     ],
 )
 def test_answers_that_are_none(change, why, alone, folders, monkeypatch):
@@ -291,26 +334,109 @@ def test_a_server_that_is_slow_or_endless_is_given_up(alone, folders, monkeypatc
             host.get("/models")
 
 
-def test_an_answer_that_comes_drop_by_drop_is_given_up():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(10)
+@contextmanager
+def endless(begin, drop, pause=0.02):
+    """The address of a server that says ``begin`` to whoever connects, and ``drop`` again and again, to no end."""
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
 
-        def drip():
+        def speak(connection):
+            with connection, suppress(OSError):
+                connection.settimeout(10)
+                connection.sendall(begin)
+                while drop is not None and not over.is_set():
+                    connection.sendall(drop)
+                    time.sleep(pause)
+                connection.recv(1)
+                connection.recv(1 << 20)
+                connection.recv(1)
+
+        def accept():
             with suppress(OSError):
-                connection = server.accept()[0]
-                with connection:
-                    connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
-                    for _ in range(100):
-                        connection.sendall(b"x")
-                        time.sleep(0.1)
+                while True:
+                    pool.submit(speak, server.accept()[0])
 
-        thread = threading.Thread(target=drip)
-        thread.start()
-        host, start = http_host.Host(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=1), time.monotonic()
+        pool.submit(accept)
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            over.set()
+            server.shutdown(socket.SHUT_RDWR)
+
+
+def asking():
+    """How many questions are being asked."""
+    return sum(thread.name == http_host._THREAD for thread in threading.enumerate())
+
+
+BEGUN = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "drop", "pause"),
+    [
+        (BEGUN + b"content-length: 1000\r\n\r\n", b"x", 0.1),
+        (BEGUN + b"connection: close\r\n\r\n", b" " * (1 << 16), 0),
+        (BEGUN + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: a\r\n", 0.02),
+        (BEGUN + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: a\r\n", 0.02),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02),
+        (BEGUN, b"X", 0.1),
+        (b"", None, 0),
+    ],
+    ids=["body", "endless body", "trailers", "trailers and an end", "continue", "header", "nothing"],
+)
+def test_an_answer_without_end_is_given_up(begin, drop, pause):
+    with endless(begin, drop, pause) as url:
+        host, start = http_host.Host(url, seconds=1), time.monotonic()
         with pytest.raises(http_host.HostError, match="has not answered within 1 s"):
             host.get("/models")
-        assert time.monotonic() - start < 8
-        thread.join()
+        assert time.monotonic() - start < 5
+        wait_until(lambda: not asking(), 10)
+
+
+def test_a_connection_that_is_never_made_is_given_up(monkeypatch):
+    host, never = http_host.Host("http://127.0.0.1:1", seconds=0.5), threading.Event()
+    monkeypatch.setattr(http_host.http.client.HTTPConnection, "connect", lambda self: never.wait(30))
+    start = time.monotonic()
+    with pytest.raises(http_host.HostError, match=r"has not answered within 0\.5 s"):
+        host.get("/models")
+    assert time.monotonic() - start < 5
+    never.set()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_reader_is_cut_off_from_another_thread(count, alone, folders):
+    hangs, asked = threading.Event(), threading.Semaphore(0)
+
+    def change(path, found):
+        if hangs.is_set():
+            asked.release()
+            time.sleep(3)
+        return found
+
+    with stub(speaking("vllm", alone, change)) as url, ThreadPoolExecutor() as pool:
+        reader = GuardedReader(remote.at(f"{url}/v1", folders[0], None))
+        hangs.set()
+        reading = pool.submit(reader.read_whole, [[1, 2]] * count, [[2]] * count)
+        for _ in range(count):
+            assert asked.acquire(timeout=30)
+        start = time.monotonic()
+        reader.abort()
+        with pytest.raises(ReaderError, match="is not asked any more: it was given up"):
+            reading.result(30)
+        with pytest.raises(ReaderError, match="is not asked any more"):
+            reader.read_whole([[1]], [[1]])
+        assert time.monotonic() - start < 2
+        assert not asked.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "union"])
+def test_readers_above_pass_an_end_on(vocabulary):
+    with running(serving_of({"m": Ensemble.from_pretrained("mixed/gpt2", "logit-mean")})) as url:
+        own = Ensemble.from_pretrained([f"{url}/v1#m+tokenizer=mixed/gpt2+top=all"], "prob-mean", vocabulary=vocabulary)
+        own.model.new_reader(0, "m", None).abort()
+        with pytest.raises(ReaderError, match="is not asked any more"):
+            own.model.members[0].reader.read_whole([[1]], [[1]])
 
 
 def test_a_server_that_comes_back_gives_the_same_answer_and_one_that_dies_fails_its_texts_alone(
@@ -347,12 +473,90 @@ def test_connections_that_were_cut_off_are_not_tried_one_by_one(alone, monkeypat
         assert len(host._idle) == 1
 
 
-def test_the_key_is_sent_and_never_shown(alone, folders, monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda key: (403, "application/json", "{}"),
+        lambda key: (400, "application/json", json.dumps({"error": {"message": f"bad key {key}"}})),
+        lambda key: (400, "application/json", json.dumps({"error": "x" * 286 + key})),
+        lambda key: (503, "application/json", json.dumps({"detail": [key]})),
+        lambda key: (200, f"text/{key}", "<html>"),
+        lambda key: (200, "application/json", json.dumps({"choices": [{"logprobs": {"top_logprobs": [{key: -1.0}]}}]})),
+    ],
+)
+def test_the_key_is_sent_and_never_shown(said, alone, folders, monkeypatch):
     seen = []
-    answer = speaking("vllm", alone, lambda path, found: (403, "application/json", "{}") if seen[2:] else found)
-    monkeypatch.setenv(http_host.KEY, "secret-key")
+    answer = speaking("vllm", alone, lambda path, found: said(seen[-1]) if "completions" in path else found)
+    monkeypatch.setattr(http_host, "_PAUSE", 0.0)
+    monkeypatch.setenv(http_host.KEY, "secret-key\n")
     shown = lambda *told: seen.append(told[3]["authorization"]) or answer(*told)  # noqa: E731
-    with stub(shown) as url, pytest.raises(CheckpointError, match="refuses the key") as caught:
+    with stub(shown) as url, pytest.raises(CheckpointError) as caught:
         remote.at(f"{url}/v1", folders[0], None)
     assert set(seen) == {"Bearer secret-key"}
-    assert "secret-key" not in str(caught.value)
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_key_in_a_status_line_is_not_shown(monkeypatch):
+    monkeypatch.setattr(http_host, "_PAUSE", 0.0)
+    monkeypatch.setenv(http_host.KEY, "secret-key")
+    with endless(b"HTTP/9.9 Bearer secret-key\r\n\r\n", None) as url:
+        with pytest.raises(http_host.HostError, match=r"does not answer \(.*\*\*\*") as caught:
+            http_host.Host(url).get("/models")
+        assert "secret" not in "".join(traceback.format_exception(caught.value))
+    monkeypatch.setenv(http_host.KEY, "secret-ключ")
+    with pytest.raises(http_host.HostError, match="has other letters than ASCII") as caught:
+        http_host.Host(url).get("/models")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_are_not_told_what_a_members_server_says(stream, alone, folders, monkeypatch, caplog):
+    monkeypatch.setenv(http_host.KEY, "secret-key")
+    fails = []
+    change = lambda path, found: (400, "application/json", '{"error": "inner secret-key"}') if fails else found  # noqa: E731
+    with stub(speaking("vllm", alone, change)) as url:
+        both = Ensemble.from_pretrained([member(url, folders), f"{folders[1]}+name=local"], "prob-mean")
+        with running(serving_of({"m": both})) as served, caplog.at_level(logging.ERROR, "softmeet.server"):
+            fails.append(True)
+            asked = {"prompt": PROMPT, "max_tokens": 3, "stream": stream}
+            answer = http.post(f"{served}/v1/completions", json=asked)
+    assert answer.status_code == (200 if stream else 500)
+    assert "a member failed: the server's log says why" in answer.text
+    assert not [word for word in (url[7:], "127.0.0.1", "inner", "secret") if word in answer.text]
+    assert f"a member failed: {url}/v1 answers with status 400: inner ***" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_saved_ensembles_and_traces_name_no_servers(alone, folders, tmp_path):
+    asked = []
+    answer = speaking("vllm", alone)
+    with stub(lambda *told: asked.append(told[1]) or answer(*told)) as url:
+        both = Ensemble.from_pretrained([member(url, folders), folders[1]], "prob-mean")
+        with pytest.raises(InvalidInputError, match=f"of a saved ensemble that are .* the server '{url}/v1'.*by -m"):
+            both.save_pretrained(tmp_path / "own")
+        assert not (tmp_path / "own").exists()
+        del both, asked[:]
+        saved = tmp_path / "ens"
+        Ensemble.from_pretrained(folders, "prob-mean").save_pretrained(saved)
+        written = json.loads((saved / "config.json").read_text())
+        for line in (member(url, folders), f"vllm:x+tokenizer={url}/v1", f"https{url[4:]}"):
+            (saved / "config.json").write_text(json.dumps(written | {"members": [folders[1], line]}))
+            for load in (Ensemble.from_pretrained, AutoConfig.from_pretrained):
+                with pytest.raises(InvalidInputError, match="expected members of a saved ensemble that are files"):
+                    load(str(saved))
+            for command in (("generate", "a", "-m", saved), ("check", "-m", saved), ("check", "--plan", "-m", saved)):
+                done = run(*command)
+                assert done.returncode
+                assert "expected members of a saved ensemble that are files" in " ".join(done.stderr.split())
+        trace = tmp_path / "trace"
+        trace.mkdir()
+        facts = dict.fromkeys(("tokenizer", "text", "bos", "window", "stride", "dtype", "documents", "shards"))
+        facts |= {"format": FORMAT, "members": [{"name": member(url, folders)}]}
+        (trace / "trace.json").write_text(json.dumps(facts))
+        done = run("evaluate", "--trace", trace)
+        assert "expected members of a trace that are files" in " ".join(done.stderr.split())
+        (tmp_path / "text").write_text("and the king " * 200)
+        for command in (("fit", "--out", tmp_path / "out"), ("advise", "--save", tmp_path / "out")):
+            done = run(*command, "-t", tmp_path / "text", "-m", member(url, folders, "all"), "-m", folders[1])
+            assert "expected members of a saved ensemble that are files" in " ".join(done.stderr.split())
+        assert not asked

@@ -16,7 +16,9 @@ from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, counted, difference, out, print_table
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.members.member import Member
 from softmeet.members.names import require_there
+from softmeet.members.registered import refuse_servers
 
 
 class AdvisedTextFlags(texts.DocumentFlags):
@@ -81,6 +83,7 @@ def advise(
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
     if saved is not None:
         require_ensemble_folder(saved)
+        refuse_servers(map(Member.of, every))
     result.require(saved, html, saved and saved / "config.json")
     documents = source.documents() if source.text else None
     asked, put = form.read(questions) if questions else ([], Form(""))

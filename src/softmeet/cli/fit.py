@@ -17,6 +17,8 @@ from softmeet.cli.tables import candidate, difference, print_table
 from softmeet.cli.tables import out as stdout
 from softmeet.cli.terminal import harmless
 from softmeet.extras import require_extra
+from softmeet.members.member import Member
+from softmeet.members.registered import refuse_servers
 from softmeet.rules.settings import parse_rule
 
 if TYPE_CHECKING:
@@ -105,7 +107,9 @@ def fit(
     for rule in fitting.rules or ():
         parse_rule(rule)
     found = source.documents()
-    ensemble = loading.ensemble(options.named(source.members(members)))
+    named = options.named(source.members(members))
+    refuse_servers(map(Member.of, named))
+    ensemble = loading.ensemble(named)
     from softmeet.evaluation.equal import remember_fitted
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text

@@ -17,6 +17,8 @@ from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import progress
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.documents import Document, decode_utf8, read_documents
+from softmeet.members.member import Member
+from softmeet.members.registered import refuse_servers
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -110,12 +112,15 @@ class SourceFlags(TextFlags):
 
         Raises:
             TraceError: if the trace is missing or damaged.
+            InvalidInputError: if it names a member behind a server, as somebody else's may.
         """
         if named or self.trace is None:
             return named
         from softmeet.evaluation.trace import Trace
 
-        return Trace.open(self.trace).members
+        found = Trace.open(self.trace).members
+        refuse_servers(map(Member.parse, found), "a trace")
+        return found
 
     def identified(self, ensemble: Ensemble, documents: list[Document]) -> tuple[Positions | None, dict[str, Any]]:
         """Read the trace, if one is named, and collect everything that the members and the text contribute to results.

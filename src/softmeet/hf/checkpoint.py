@@ -24,7 +24,7 @@ from softmeet.members.member import Member
 from softmeet.members.native import TRANSFORMERS, is_gguf, with_hash
 from softmeet.members.placement import Device
 from softmeet.members.prompting import require_room
-from softmeet.members.registered import is_registered
+from softmeet.members.registered import is_registered, refuse_servers
 from softmeet.members.zoo import Named
 
 if TYPE_CHECKING:
@@ -251,7 +251,11 @@ def save(model: AnyEnsemble, folder: Path) -> None:
 
     The folder is made if there is none, and files of the same names are replaced. No weights are written: the
     configuration names the members, local ones by paths relative to the folder. ``model`` is unchanged.
+
+    Raises:
+        InvalidInputError: if a member is behind a server, which no saved ensemble may name; nothing is written then.
     """
+    refuse_servers(map(Member.parse, model.config.members))
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
     config.members = relative(config.members, folder)

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.member import Member
+from softmeet.members.registered import refuse_servers
 from softmeet.rules.registry import rule_names, source_of
 from softmeet.rules.settings import Settings, parse_rule
 
@@ -111,7 +112,7 @@ class EnsembleConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration that a saved file holds; no member's prompt in it may be the path of a file.
+        """Return the configuration that a saved file holds; no prompt in it may be a file's path, no member a server's.
 
         Raises:
             InvalidInputError: if one is, or the file is damaged.
@@ -122,8 +123,7 @@ class EnsembleConfig(PreTrainedConfig):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise InvalidInputError(f"config.json of a saved ensemble is damaged: {where}: {first['msg']}") from error
-        for member in config_dict.get("members", ()):
-            Member.parse(member, files=False)
+        refuse_servers(Member.parse(one, files=False) for one in config_dict.get("members", ()))
         return super().from_dict(config_dict, **kwargs)
 
     def adopt_limits(self, members: Sequence[PreTrainedModel], v: int, prefixes: Sequence[Sequence[int]] = ()) -> None:

@@ -5,7 +5,7 @@ A package names its factory by an entry point of the group ``softmeet.readers``;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from inspect import signature
@@ -20,6 +20,8 @@ GROUP = "softmeet.readers"
 _PARTS = ("name", "alphabet", "limit", "traits", "bytes", "open", "read", "close")
 # What stands behind a member for its factory, if that takes it.
 _OPTIONS = ("tokenizer", "top", "context", "dtype")
+# What the addresses of servers begin with.
+_SERVERS = ("http:", "https:")
 _registered: dict[str, Callable[[str], Any]] = {}
 _made: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
@@ -56,6 +58,24 @@ def is_registered(member: Member) -> bool:
     """Return whether a member's source is ``NAME:REST``, with the NAME of a factory of readers that is known here."""
     name, colon, _ = member.source.partition(":")
     return bool(colon) and (name in _registered or name in _installed())
+
+
+def refuse_servers(members: Iterable[Member], where: str = "a saved ensemble") -> None:
+    """Check that no member that a file names is behind a server: whoever loads the file would send it prompts and key.
+
+    Args:
+        members: the members.
+        where: the file, for the message.
+
+    Raises:
+        InvalidInputError: if one is, or its tokenizer.
+    """
+    named = (name for one in members for name in (one.source, one.tokenizer or ""))
+    if server := next((name for name in named if name.startswith(_SERVERS)), None):
+        raise InvalidInputError(
+            f"expected members of {where} that are files or on the Hub, got the server {server[:200]!r}, which would "
+            "be sent the prompts and the key of whoever loads it: name the members by -m, or in Python"
+        )
 
 
 def not_registered(source: str) -> str:

@@ -77,6 +77,10 @@ class ByteReader(ReaderOfRows[ByteText]):
         """The bytes of the keys and values of all open rows, and of the tokens before them that are kept."""
         return self.member.reader.bytes
 
+    def abort(self) -> None:
+        """End what waits for an answer from elsewhere."""
+        self.member.reader.abort()
+
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`; nothing is known of earlier texts."""
         row = ByteText(own=tuple(own) or tuple(self.member.prefix))

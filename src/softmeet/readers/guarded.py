@@ -72,6 +72,10 @@ class GuardedReader(Reader):
         with suppress(SoftmeetError):
             self._told(lambda: self._reader.close(row))
 
+    def abort(self) -> None:
+        """End what waits for an answer from elsewhere."""
+        self._told(lambda: self._reader.abort())
+
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that begin with a row's symbols."""
         return self._told(lambda: self._reader.fork(row, count, length))

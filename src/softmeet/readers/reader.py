@@ -379,6 +379,12 @@ class Reader(ABC):
         """
         return Explanation()
 
+    def abort(self) -> None:  # noqa: B027 - most readers wait for nothing
+        """End what waits for an answer from elsewhere at once, by an error, from any thread, and ask nothing any more.
+
+        This is for the end of a process. Most readers wait for nothing, and do nothing here.
+        """
+
     def cannot(self, what: str) -> SoftmeetError:
         """Return the error that says that this reader cannot do something, a verb with its object."""
         return InvalidInputError(f"expected a reader that can {what}, which {self.name} cannot: use another member")

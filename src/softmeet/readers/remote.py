@@ -7,9 +7,10 @@ and no more than the least of them.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Literal
 from urllib.parse import urldefrag
@@ -30,10 +31,16 @@ from softmeet.readers.token_alphabet import TokenAlphabet
 TOP = 20
 # How many texts are asked about at once; a server that runs batches makes one of them.
 _AT_ONCE = 8
+# Seconds between two looks at whether one is answered, in which others go on.
+_LOOK = 0.002
 # What probabilities may sum to beyond 1: llama.cpp's server adds in single precision, and its 151,936 sum to 1.0006.
 _SLACK = 2e-3
+# The largest number in single precision, as which llama.cpp's server tells log 0.
+_LARGEST = torch.finfo(torch.float32).max
 # More tokens than any model has.
 _EVERY = 1 << 24
+# How vLLM and softmeet name a token by its id, each in one way.
+_ID = re.compile("token_id:(0|[1-9][0-9]{0,8})")
 Told = dict[int, float]
 
 
@@ -86,18 +93,19 @@ class Completions(Protocol):
         """Return how long the model's texts may be, as vLLM and softmeet tell it, with room for the token asked for."""
         found = self.host.get("/models")
         try:
-            models = {one["id"]: one for one in found["data"]}
-        except (KeyError, TypeError) as error:
+            models = {one["id"]: (one.get("max_model_len"), one.get("softmeet") or {}) for one in found["data"]}
+            names = ", ".join(models)
+            self.model = self.model or next(iter(models), None)
+            if self.model not in models:
+                raise HostError("has no model {}: it has {}", self.model, names or "none")
+            most, ours = models[self.model]
+            vocabulary, context = ours.get("vocabulary", "tokens"), ours.get("context")
+        except (AttributeError, KeyError, TypeError) as error:
             raise HostError("lists no models") from error
-        self.model = self.model or next(iter(models), None)
-        if self.model not in models:
-            raise HostError(f"has no model {self.model}: it has {', '.join(models)[:200] or 'none'}")
-        own = models[self.model]
-        ours = own.get("softmeet") or {}
-        if (vocabulary := ours.get("vocabulary", "tokens")) != "tokens":
-            raise HostError(f"mixes over {vocabulary}, and tells no tokens: serve members of one tokenizer there")
-        most = own.get("max_model_len") or ours.get("context")
-        return most - 1 if isinstance(most, int) else None
+        if vocabulary != "tokens":
+            raise HostError("mixes over {}, and tells no tokens: serve members of one tokenizer there", vocabulary)
+        most = context if most is None else most
+        return None if most is None else _room(most)
 
 
 class LlamaServer(Protocol):
@@ -110,26 +118,37 @@ class LlamaServer(Protocol):
         found = self.host.post("/completion", asked)
         try:
             (place,) = found["completion_probabilities"]
-            return {one["id"]: one["logprob"] for one in place["top_logprobs"]}
+            listed = [(one["id"], one["logprob"]) for one in place["top_logprobs"]]
+            told = dict(listed)
         except (KeyError, TypeError, ValueError) as error:
             raise HostError("answers without log-probabilities") from error
+        if len(told) < len(listed):
+            raise HostError("tells a token twice")
+        return told
 
     def limit(self) -> int | None:
         """Return the room that each text has, with that for the token asked for."""
         try:
-            return int(self.host.get("/props")["default_generation_settings"]["n_ctx"]) - 1
-        except (KeyError, TypeError, ValueError) as error:
+            most = self.host.get("/props")["default_generation_settings"]["n_ctx"]
+        except (KeyError, TypeError) as error:
             raise HostError("does not tell how long texts may be") from error
+        return _room(most)
 
 
 def _id(name: str) -> int:
-    kind, _, number = name.rpartition(":")
-    if kind != "token_id" or not number.isdecimal():
+    if (found := _ID.fullmatch(name)) is None:
         raise HostError(
-            f"names tokens by their text, as {name!r}, of which several can have the same: a server is needed that "
-            "knows return_tokens_as_token_ids, such as vLLM's, softmeet's or llama.cpp's"
-        )
-    return int(number)
+            "names tokens by their text, as {}, of which several can have the same: a server is needed that knows "
+            "return_tokens_as_token_ids, such as vLLM's, softmeet's or llama.cpp's", name,
+        )  # fmt: skip
+    return int(found[1])
+
+
+def _room(most: Any) -> int:
+    """Return how long a text may be where ``most`` tokens have room, with that for the token asked for."""
+    if type(most) is not int or most < 3:
+        raise HostError("tells {} as the tokens of the longest text, where 3 or more were expected", most)
+    return min(most, 1 << 30) - 1
 
 
 class RemoteReader(StatelessReader):
@@ -161,9 +180,9 @@ class RemoteReader(StatelessReader):
         self, name: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, top: int | Literal["all"] = TOP
     ) -> None:
         alphabet = TokenAlphabet.of(tokenizer)
-        self._pool = ThreadPoolExecutor(_AT_ONCE, "softmeet-remote")
+        self._pool, self._waiting = (ThreadPoolExecutor(_AT_ONCE, f"softmeet-{of}") for of in ("remote", "waiting"))
         self._protocol, self._top = protocol, None if top == "all" or top >= alphabet.size else top
-        traits = Traits(rounding="coarse", bound=0.05, known=self._top, row_cost=1.0)
+        traits = Traits(rounding="coarse", bound=0.05, known=self._top, row_cost=1.0, waits=True)
         try:
             super().__init__(name, alphabet, protocol.limit(), traits)
             self._told([[next(iter(alphabet.ends), 0)]])
@@ -181,10 +200,25 @@ class RemoteReader(StatelessReader):
         except HostError as error:
             raise ReaderError(f"{self.name} {error}") from error
 
+    def asked_for(self, texts: Sequence[Sequence[int]]) -> Generator[None, None, Tensor]:
+        """Return what :meth:`next_logits` does, and yield until the server has answered."""
+        running = self._waiting.submit(self.next_logits, texts)
+        while not running.done():
+            wait([running], _LOOK)
+            yield
+        return running.result()
+
     def read(self, asked: Sequence[Read]) -> Any:
         """Read on in some rows, as of :meth:`Reader.read`, and say what the tokens that are not told can have."""
         found = yield from super().read(asked)
         return found if self.traits.known is None else _Partial(found)
+
+    def abort(self) -> None:
+        """End all questions that wait for the server's answer at once, as failed, from any thread, and ask none more.
+
+        This is for the end of a process, which need not wait for a server that hangs then.
+        """
+        self._protocol.host.abort()
 
     def explain(self, row: Row, top: int = 10, at: int | None = None) -> Explanation:
         """List the likeliest tokens behind a row's symbols, as the server tells them anew, and what it leaves out.
@@ -220,13 +254,16 @@ class RemoteReader(StatelessReader):
     def _checked(self, told: Told) -> tuple[Tensor, Tensor]:
         if not told:
             raise HostError("tells no token")
-        if wrong := [one for one in told if not (isinstance(one, int) and 0 <= one < self.alphabet.size)]:
+        if wrong := [one for one in told if not (type(one) is int and 0 <= one < self.alphabet.size)]:
             raise HostError(
-                f"tells the token {wrong[0]}, and its tokenizer has {self.alphabet.size:,}: name the model's own by "
-                "+tokenizer="
-            )
+                "tells the token {}, and its tokenizer has {}: name the model's own by +tokenizer=",
+                wrong[0], f"{self.alphabet.size:,}",
+            )  # fmt: skip
+        # True and false are integers, and an integer may be too large for a float.
+        if odd := [one for one in told.values() if type(one) not in (int, float) or _LARGEST < abs(one) < math.inf]:
+            raise HostError("tells {} as a log-probability", odd[0])
         values = torch.tensor(list(told.values()), dtype=torch.float64)
-        if not (values <= _SLACK).all() or values.exp().sum() > 1 + _SLACK:
+        if not values.max() > -math.inf or not (values <= _SLACK).all() or values.exp().sum() > 1 + _SLACK:
             raise HostError("tells log-probabilities whose sum is no probability")
         if self._top is None and len(told) < self.alphabet.size:
             raise HostError(

@@ -87,6 +87,10 @@ class UnionReader(ReaderOfRows[UnionText]):
         """The bytes of all open rows, and of what is kept of closed ones."""
         return self.below.bytes
 
+    def abort(self) -> None:
+        """End what waits for an answer from elsewhere."""
+        self.below.abort()
+
     def tokens_of(self, symbol: int, *, first: bool = False) -> tuple[int, ...]:
         """Return the member's tokens as which a symbol is read.
 

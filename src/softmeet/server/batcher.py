@@ -24,7 +24,7 @@ from softmeet.engine.combined import combined
 from softmeet.errors import SoftmeetError
 from softmeet.readers.reader import Reader
 from softmeet.server.alone import alone
-from softmeet.server.errors import BusyError, ClosingError, InternalError, TooLateError
+from softmeet.server.errors import BusyError, ClosingError, TooLateError, for_clients
 from softmeet.server.gating import Gates
 from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
@@ -149,7 +149,7 @@ class Batcher(threading.Thread):
             self._wake.notify()
 
     def abort(self) -> None:
-        """End, from any thread, what members wait for elsewhere: this process is about to end."""
+        """End, from any thread, what members wait for elsewhere, as this process is about to end."""
         for reader in self._readers.values():
             reader.abort()
 
@@ -379,9 +379,8 @@ class Batcher(threading.Thread):
         return not s.done
 
     def _fail(self, s: Sequence, error: Exception) -> None:
-        """End a sequence by an error event; anything but a SoftmeetError becomes an InternalError without details."""
-        known = error if isinstance(error, SoftmeetError) else InternalError("the server failed: see its log")
-        self._finish(s, Failed(known))
+        """End a sequence by an error event, with what clients may know of the error."""
+        self._finish(s, Failed(for_clients(error)))
 
     def _finish(self, s: Sequence, event: Finished | Failed) -> None:
         """End a sequence, unless it has ended: free its keys and values, and emit its last event."""

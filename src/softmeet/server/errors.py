@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -22,6 +23,8 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from softmeet.errors import InvalidInputError, ReaderError, RuleError, SoftmeetError
+
+_log = logging.getLogger("softmeet.server")
 
 
 class BusyError(SoftmeetError):
@@ -133,6 +136,18 @@ def described(error: Exception) -> tuple[int, dict[str, Any]]:
         if isinstance(known, InternalError):
             message = "the server failed: its log says why"
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def for_clients(error: Exception) -> SoftmeetError:
+    """Return what may be told to clients of an exception that ended a sequence.
+
+    A ReaderError, which may hold what a server of somebody else's says and where it is, is logged, and told without
+    details. What is no SoftmeetError becomes an InternalError.
+    """
+    if isinstance(error, ReaderError):
+        _log.error("a member failed: %s", error)
+        return ReaderError("a member failed: the server's log says why")
+    return error if isinstance(error, SoftmeetError) else InternalError("the server failed: see its log")
 
 
 def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
