@@ -116,6 +116,20 @@ def test_over_tokens_members_share_the_prompt(folders):
         duo.generate([{"role": "user", "content": "bad"}], max_new_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1 // 0 }}", "zero"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'a' + 1 }}", "concatenate"), ("{{ 'a' * 10 ** 15 }}", "MemoryError"), ("{% for %}", "Expected"),
+    ],
+)  # fmt: skip
+def test_whatever_a_template_does_is_an_error_of_softmeets(template, said, folders):
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    tokenizer.chat_template = template
+    with pytest.raises(InvalidInputError, match=f"the chat template refuses these messages: .*{said}"):
+        ChatTemplates(["a"], [tokenizer]).own_prompts([TURNS])
+
+
 def test_the_command_chats(folders):
     command = ["generate", "he t\u00e9", "-m", str(folders[0]), "-m", str(folders[1]), "--rule", "prob-mean"]
     command += ["--vocabulary", "bytes", "--seed", "4", "--max-new-tokens", "16"]

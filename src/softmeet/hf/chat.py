@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
@@ -112,8 +111,9 @@ class ChatTemplates:
                 add_generation_prompt=True,
                 return_dict=False,
             )
-        except jinja2.TemplateError as error:
-            raise InvalidInputError(f"the chat template refuses these messages: {error}"[:300]) from error
+        except Exception as error:  # a template is a program: it may divide by zero, or call itself for ever
+            why = str(error) or type(error).__name__
+            raise InvalidInputError(f"the chat template refuses these messages: {why}"[:300]) from error
         return list(found)
 
 
