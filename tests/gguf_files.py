@@ -15,14 +15,17 @@ _TURNED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
 def write(path, model, tokenizer, *, bits=32, pre=None, said=()):
     """Write a model and its tokenizer; with 8 or 4 bits, matrices are in blocks of 32 weights with a scale each.
 
-    ``pre`` is what is said of the tokenizer's pre-tokenizer; ``said`` are further keys with texts.
+    ``pre`` is what is said of the tokenizer's pre-tokenizer; ``said`` are further keys, or others in place of those
+    that are written, with texts, numbers or lists.
     """
     config, kind = model.config, model.config.model_type
     out = gguf.GGUFWriter(path, kind)
     _add_shape(out, config)
     _add_tokenizer(out, tokenizer, pre)
-    for key, text in dict(said).items():
-        out.add_string(key, text)
+    for key, value in dict(said).items():
+        written = gguf.GGUFValueType.UINT32 if isinstance(value, int) else gguf.GGUFValueType.get_type(value)
+        out.kv_data[0][key] = gguf.GGUFValue(value, written)
+    out.data_alignment = dict(said).get("general.alignment", out.data_alignment)
     (arch,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     weights = model.state_dict()

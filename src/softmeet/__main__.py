@@ -1,6 +1,28 @@
-"""Run ``softmeet`` as ``python -m softmeet``."""
+"""Run ``softmeet``, also as ``python -m softmeet``: Ctrl-C ends it at once, while it is still being loaded, too."""
 
-from softmeet.cli.main import main
+from __future__ import annotations
+
+import os
+import sys
+
+from softmeet.errors import was_interrupted
+
+# 128 and the signal's number, as shells have it.
+_STOPPED = 130
+
+
+def main() -> None:
+    """Run the command line, and exit with the code 130 after Ctrl-C."""
+    try:
+        from softmeet.cli.main import main as run
+
+        run()
+    except (KeyboardInterrupt, Exception) as error:
+        if not was_interrupted(error):
+            raise
+        sys.stderr.write("stopped\n")
+        os._exit(_STOPPED)  # without waiting for threads
+
 
 if __name__ == "__main__":
     main()

@@ -98,6 +98,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
+def was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C brought an error about: transformers makes one of its own of what ends an import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def cannot_load(name: str | Path, why: str) -> CheckpointError:
     """Return the error that says why a member, or an adapter of one, cannot be loaded."""
     return CheckpointError(f"cannot load {name}: {why}")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from ensembles import Asking
 
 import softmeet
 from softmeet import Ensemble
+from softmeet.__main__ import main as started
+from softmeet.errors import CheckpointError
 from softmeet.rules import registry
 
 
@@ -184,6 +187,46 @@ def test_a_member_that_is_not_there_is_refused_before_torch_is_imported(words, t
     done = process(*given, tmp_path / "none.gguf", program=("-c", MISSING))
     assert "none.gguf: there is no such file" in done.stderr.replace("\n", "")
     assert done.returncode == 0, done.stderr
+
+
+INTERRUPTED = """
+import sys
+from softmeet.__main__ import main
+
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+main()
+"""
+
+
+def test_ctrl_c_while_the_program_is_loaded_is_no_fault():
+    done = process("--help", program=("-c", INTERRUPTED))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+    said = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    assert said["project"]["scripts"] == {"softmeet": "softmeet.__main__:main"}
+
+
+@pytest.mark.parametrize("kind", [ModuleNotFoundError, CheckpointError])
+def test_ctrl_c_that_a_library_makes_another_error_of_ends_a_command(kind, monkeypatch, capsys):
+    """As transformers does within an import; what is made of that is one, too."""
+
+    def loading(**options):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise kind("Could not import module 'LlamaConfig'") from error
+
+    monkeypatch.setattr("softmeet.cli.main.app", loading)
+    monkeypatch.setattr("softmeet.freed_memory.keep", lambda: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        started()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 @pytest.mark.slow

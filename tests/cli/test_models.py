@@ -7,6 +7,7 @@ import json
 import byte_tokenizers
 import gguf_files
 import transformers as tf
+from commands import run
 from typer.testing import CliRunner
 
 from softmeet.cli.main import app
@@ -61,3 +62,6 @@ def test_where_there_is_nothing_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert "No GGUF file was found: name a folder" in CliRunner().invoke(app, ["models"]).stdout
+    done = run("models", tmp_path / "none.gguf")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "none.gguf: there is no such file or folder" in done.stderr

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError
+from softmeet.hf import chat as chat_module
 from softmeet.hf.chat import PLAIN, ChatTemplates, chat_of, take_plain
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
@@ -116,6 +117,30 @@ def test_over_tokens_members_share_the_prompt(folders):
     assert ChatTemplates(names, ours, plain=True).plainly == names
     with pytest.raises(InvalidInputError, match="refuses these messages: no bad"):
         duo.generate([{"role": "user", "content": "bad"}], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1 // 0 }}", "zero"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'a' + 1 }}", "concatenate"), ("{{ 'a' * 10 ** 15 }}", "MemoryError"), ("{% for %}", "Expected"),
+    ],
+)  # fmt: skip
+def test_whatever_a_template_does_is_an_error_of_softmeets(template, said, folders):
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    tokenizer.chat_template = template
+    with pytest.raises(InvalidInputError, match=f"the chat template refuses these messages: .*{said}"):
+        ChatTemplates(["a"], [tokenizer]).own_prompts([TURNS])
+
+
+def test_a_template_that_never_ends_is_ended(folders, monkeypatch):
+    monkeypatch.setattr(chat_module, "_SECONDS", 0.3)
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    loops = "".join("{%% for x%d in range(99999) %%}" % k for k in range(4))
+    tokenizer.chat_template = loops + "{% endfor %}" * 4
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match="the chat template refuses these messages: it takes too long"):
+            ChatTemplates(["a"], [tokenizer]).own_prompts([TURNS])
 
 
 def test_the_command_chats(folders):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 import byte_tokenizers
@@ -20,9 +22,11 @@ from huggingface_hub import cached_assets_path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from softmeet import Ensemble
 from softmeet.errors import CheckpointError, SoftmeetError
+from softmeet.hf.chat import PLAIN
 from softmeet.members import derived, gguf_file
-from softmeet.members.gguf_file import read_gguf
+from softmeet.members.gguf_file import GgufFile, begins_as_gguf, fingerprint, read_gguf
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.members.member import Member
 from softmeet.members.reader_model import ReaderModel
@@ -51,6 +55,14 @@ def written(path, tokenizer, pre=None, **said):
     model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).eval()
     gguf_files.write(path, model, tokenizer, bits=8, pre=pre, **said)
     return path
+
+
+def changed(raw, name, kind):
+    """A file in which a tensor is said to be of another type."""
+    (one,) = (own for own in gguf.GGUFReader(raw).tensors if own.name == name)
+    raw, said = raw.read_bytes(), _text(name)
+    at = raw.index(said) + len(said) + 4 + 8 * len(one.shape)
+    return raw[:at] + kind.to_bytes(4, "little") + raw[at + 4 :]
 
 
 def _text(word):
@@ -125,8 +137,105 @@ def test_what_llama_cpp_would_end_the_process_for_is_refused(file, tmp_path):
         with pytest.raises(CheckpointError, match=f"says that it has {layers} layers"):
             read_gguf(broken)
     broken.write_bytes(raw.replace(_text("er"), _text("he")))
-    with pytest.raises(CheckpointError, match="two of its tokens have the same text"):
-        read_gguf(broken)
+    # To llama.cpp a text ends at a zero.
+    for word, other in (("er", "he"), ("the", "he\0")):
+        broken.write_bytes(raw.replace(_text(word), _text(other)))
+        with pytest.raises(CheckpointError, match="two of its tokens have the same text"):
+            read_gguf(broken)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"expert_count": 8}, "uses 0 of 8 experts"),
+        ({"expert_used_count": 1}, "uses 1 of 0 experts"),
+        ({"expert_count": 8, "expert_used_count": [2, 9]}, "uses 9 of 8 experts"),
+        ({"expert_count": 1025, "expert_used_count": 2}, "uses 2 of 1,025 experts"),
+        ({"nextn_predict_layers": 2}, "2 of its 1 layers predict further tokens"),
+        ({"attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan"),
+        ({"attention.layer_norm_rms_epsilon": -1.0}, "layer_norm_rms_epsilon is -1"),
+    ],
+)
+def test_numbers_that_llama_cpp_would_end_the_process_for_are_refused(said, why, tmp_path):
+    own = {f"llama.{key}": value for key, value in said.items()}
+    path = written(tmp_path / "a.gguf", byte_tokenizers.byte_level(), said=own)
+    with pytest.raises(CheckpointError, match=why):
+        read_gguf(path)
+
+
+def test_weights_that_llama_cpp_cannot_map_are_refused(tmp_path):
+    """It takes any alignment with which the first tensor begins at a multiple of 32 bytes."""
+    found = []
+    for pad in range(0, 32, 8):
+        said = {"general.alignment": 8, "x.pad": "p" * pad}
+        path = written(tmp_path / f"{pad}.gguf", byte_tokenizers.byte_level(), "gpt-2", said=said)
+        try:
+            found.append(LlamaModel(read_gguf(path), "it").v)
+        except CheckpointError as error:
+            found.append("do not begin at a multiple of 32 bytes" in str(error))
+    assert sorted(found) == [True, True, True, len(byte_tokenizers.byte_level())]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("output_norm.weight", 26), ("output_norm.weight", 1), ("blk.0.attn_q.weight", 24)]
+)
+def test_types_of_weights_that_llama_cpp_would_end_the_process_for_are_refused(name, kind, file, tmp_path):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(changed(file, name, kind))
+    with pytest.raises(CheckpointError, match=f"cannot compute with its {name}, which is stored as type {kind}"):
+        LlamaModel(read_gguf(broken), "it")
+
+
+def test_what_is_no_regular_file_is_not_waited_for(file, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    held = os.open(fifo, os.O_RDWR)  # so that a reader finds what would pass for a GGUF file
+    os.write(held, b"GGUF")
+    assert begins_as_gguf(file)
+    assert not begins_as_gguf(fifo)
+    for read in (read_gguf, fingerprint):
+        with pytest.raises(CheckpointError, match="it is no regular file"):
+            read(fifo)
+    os.close(held)
+
+
+@pytest.mark.parametrize(
+    ("said", "wide"),
+    [
+        ({}, 2 * 2 * 16), ({"attention.head_count": "x"}, 0), ({"attention.head_count": [0]}, 0),
+        ({"attention.head_count": ["x"], "attention.key_length": 8, "attention.value_length": 8}, 32),
+        ({"attention.key_length": "x"}, 2 * 2 * 16), ({"attention.head_count_kv": [0, 1]}, 2 * 2 * 16),
+        ({"attention.head_count_kv": "x"}, 0), ({"block_count": "x"}, 0), ({"embedding_length": [1.5]}, 0),
+    ],
+)  # fmt: skip
+def test_bytes_of_a_token_whatever_is_said(said, wide):
+    own = {"block_count": 1, "embedding_length": 32, "attention.head_count": 2, "attention.head_count_kv": 1} | said
+    said = {"general.architecture": "llama"} | {f"llama.{key}": value for key, value in own.items()}
+    assert GgufFile(Path("a.gguf"), said, {}, 0).bytes_a_token == wide
+
+
+def test_a_chat_template_that_is_no_text_is_none(tmp_path):
+    path = written(tmp_path / "a.gguf", byte_tokenizers.byte_level(), said={"tokenizer.chat_template": [1, 2]})
+    file, tokenizer = known_file(path, "it")
+    assert file.template is tokenizer.chat_template is None
+
+
+@pytest.mark.parametrize("end", ["<|end_of_text|>", "<\uff5cend\u2581of\u2581text\uff5c>"], ids=["Llama 3", "DeepSeek"])
+def test_a_vocabulary_without_gpt2s_token_is_as_the_file_has_it(end, tmp_path, monkeypatch):
+    """Nothing is behind it; what is found whole in a text is, though no bytes are spelled so."""
+    monkeypatch.setattr(byte_tokenizers, "END", end)
+    tokenizer = byte_tokenizers.byte_level()
+    path = written(tmp_path / "a.gguf", tokenizer, "llama-bpe", said={"tokenizer.chat_template": PLAIN})
+    file, found = known_file(path, "it")
+    model = LlamaModel(file, "it")
+    assert (len(found), found.eos_token_id, found.decode([0])) == (len(tokenizer), 0, end)
+    assert found.encode(f"the{end}", add_special_tokens=False) == [*found.encode("the", add_special_tokens=False), 0]
+    for text in (*HOSTILE, f"the{end}er"):
+        assert found.encode(text, add_special_tokens=False, split_special_tokens=True) == model.tokens(text), text
+    told = [{"role": "user", "content": f"the <|endoftext|> {end}"}]
+    for line, how in ((f"{path}", "tokens"), (f"{path}+engine=transformers", "tokens"), (f"{path}", "bytes")):
+        ensemble = Ensemble.from_pretrained([line] * 2, "logit-mean", vocabulary=how)
+        assert isinstance(ensemble.generate(told, max_new_tokens=2, seed=1), str)
 
 
 def test_a_part_that_is_missing_is_named(tmp_path):
@@ -222,9 +331,22 @@ def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkey
         assert loaded() == plain
     files = [file for file in kept.rglob("*") if file.is_file()]
     assert len(files) == 3
-    for file in files:
-        file.write_bytes(file.read_bytes()[:100])
-    assert loaded() == plain
+    for damaged in (lambda raw: raw[:100], lambda raw: raw[: len(raw) // 2] + b"\xff" + raw[len(raw) // 2 + 1 :]):
+        for file in files:
+            file.write_bytes(damaged(file.read_bytes()))
+        assert loaded() == plain
     os.utime(path, ns=(0, 0))
     assert loaded() == plain
     assert len(list(kept.rglob("tokenizer.json"))) == 2
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(self, given):
+        with self.open("wb") as held:
+            held.write(given[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        assert derived.derived(tmp_path, "it", lambda: "found", str.encode, bytes.decode) == "found"
+    assert not list(tmp_path.iterdir())

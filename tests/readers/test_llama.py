@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import byte_tokenizers
@@ -162,6 +163,16 @@ def test_a_cache_grows_as_far_as_there_is_memory_and_a_row_that_fails_is_as_befo
     assert (again.log_probs() - alone.log_probs()).abs().max() < 1e-3
 
 
+def test_memory_that_ends_while_a_cache_grows_is_no_fault_of_the_readers(made, monkeypatch):
+    def short(*given):
+        raise MemoryError
+
+    context = LlamaContext(LlamaReader(made("llama")[0])._model, 100)
+    monkeypatch.setattr("softmeet.readers.llama_context.np.empty", short)
+    with pytest.raises(NoRoomError, match="MB to move keys and values of"):
+        context.grow(16, 1024)
+
+
 def test_a_row_that_is_closed_while_it_is_read_harms_no_other(made):
     reader = LlamaReader(made("llama")[0])
     row, other = reader.open(reuse=False), reader.open(reuse=False)
@@ -253,6 +264,14 @@ def test_a_head_that_a_rule_reads_makes_the_librarys_logits(bits, made):
         assert apart.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("said", [{"logit_scale": "x"}, {"logit_scale": [1]}, {"final_logit_softcapping": "x"}])
+def test_what_scales_logits_has_to_be_a_number(said, made):
+    file = LlamaReader(made("qwen2")[0]).file
+    broken = replace(file, said={**file.said, **{f"qwen2.{key}": value for key, value in said.items()}})
+    with pytest.raises(CheckpointError, match="expected numbers"):
+        gguf_head(broken, "it")
+
+
 def test_a_file_is_known_by_what_it_holds_and_not_by_its_name(made, tmp_path, monkeypatch):
     found = {}
     for folder, kind in (("one", "qwen2"), ("other", "llama")):
@@ -277,9 +296,11 @@ def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):
     [
         ("+engine=onnx", "expected the engine transformers, llama.cpp or vllm"),
         ("+engine=llama.cpp+dtype=bfloat16", "got +dtype"),
-        ("+context=0", "expected a number behind .* got +context=0"),
+        ("+context=0", "expected a number up to 2,147,483,647 behind .* got +context=0"),
         ("+context=many", "got +context=many"),
         ("+gpu_layers=-1", "got +gpu_layers=-1"),
+        ("+gpu_layers=99999999999", "got +gpu_layers=99999999999"),
+        ("+context=2147483648", "got +context=2147483648"),
         ("+context=100+engine=transformers", "expected +context of a GGUF file that llama.cpp runs alone"),
     ],
 )
@@ -288,6 +309,12 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(behind, said, 
     path, _ = made("llama")
     with pytest.raises(InvalidInputError, match=said.replace("+", r"\+")):
         Ensemble.from_pretrained([path + behind])
+
+
+def test_a_folder_may_be_called_as_a_file_is(tmp_path):
+    (tmp_path / "dir.gguf").mkdir()
+    with pytest.raises(CheckpointError, match=r"dir\.gguf: it has no config\.json"):
+        Ensemble.from_pretrained([tmp_path / "dir.gguf"])
 
 
 def test_an_engine_is_for_gguf_files_alone():

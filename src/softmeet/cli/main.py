@@ -33,7 +33,7 @@ from softmeet.cli.models import models
 from softmeet.cli.serve import serve
 from softmeet.cli.terminal import HarmlessFormatter, harmless
 from softmeet.cli.trace import trace
-from softmeet.errors import SoftmeetError
+from softmeet.errors import SoftmeetError, was_interrupted
 
 # typer's base class of errors in the use of a command, which it does not export.
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -150,6 +150,8 @@ def _run() -> int:
     except _Usage as error:
         code = _misused(error)
     except (SoftmeetError, ValueError, OSError) as error:
+        if was_interrupted(error):
+            raise
         code = _fail(str(error))
     return code if isinstance(code, int) else 0
 

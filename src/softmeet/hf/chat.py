@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
+from softmeet.hf.limited import limited
 
 if TYPE_CHECKING:
     from softmeet.hf.protocol import AnyEnsemble
@@ -19,6 +19,8 @@ PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %
 Messages = Sequence[Mapping[str, str]]
 # At which temperature a conversation is answered unless it is said otherwise: at 1 small models babble.
 TEMPERATURE = 0.7
+# The most seconds that a template may take: it is a program that comes with a model.
+_SECONDS = 10.0
 
 
 def is_chat(given: object) -> bool:
@@ -106,14 +108,16 @@ class ChatTemplates:
 
     def _rendered(self, tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
         try:
-            found: list[int] = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=tokenizer.chat_template or PLAIN,
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        except jinja2.TemplateError as error:
-            raise InvalidInputError(f"the chat template refuses these messages: {error}"[:300]) from error
+            with limited(_SECONDS):
+                found: list[int] = tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=tokenizer.chat_template or PLAIN,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                )
+        except Exception as error:  # it may divide by zero, or never end
+            why = str(error) or type(error).__name__
+            raise InvalidInputError(f"the chat template refuses these messages: {why}"[:300]) from error
         return list(found)
 
 

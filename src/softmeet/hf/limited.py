@@ -11,6 +11,10 @@ from contextlib import contextmanager
 class TookTooLongError(Exception):
     """The error that ends code in this thread whose time is over."""
 
+    def __str__(self) -> str:
+        """Return what happened."""
+        return "it takes too long"
+
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:

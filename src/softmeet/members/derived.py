@@ -6,7 +6,7 @@ It is in a folder of Hugging Face's for assets (``HF_ASSETS_CACHE``), which can 
 from __future__ import annotations
 
 import hashlib
-import os
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,9 +20,11 @@ from softmeet.members.gguf_file import fingerprint
 
 T = TypeVar("T")
 # To be raised when other things are derived from the same files.
-_FORM = 1
+_FORM = 2
 # From smaller files everything is derived at once.
 _SMALL = 1 << 24
+# The bytes of a hash.
+_HASH = hashlib.sha256().digest_size
 
 
 def folder_for(path: Path) -> Path | None:
@@ -51,6 +53,8 @@ def derived(
 ) -> T:
     """Return what is kept under a name; make and keep it if there is nothing, or nothing that can be read.
 
+    A file has the hash of all else in front, so that one that was damaged is made anew.
+
     Args:
         folder: where; None to keep nothing.
         name: its own.
@@ -60,9 +64,15 @@ def derived(
     if folder is None:
         return make()
     with suppress(Exception):  # whatever is wrong with what is there
-        return read((folder / name).read_bytes())
-    found, mine = make(), folder / f"{name}.{os.getpid()}"
+        kept = (folder / name).read_bytes()
+        if kept[:_HASH] == hashlib.sha256(kept[_HASH:]).digest():
+            return read(kept[_HASH:])
+    found, mine = make(), folder / f"{name}.{secrets.token_hex(8)}"
     with suppress(OSError):  # a full disk, or a folder of somebody else's
-        mine.write_bytes(write(found))
-        mine.replace(folder / name)
+        try:
+            written = write(found)
+            mine.write_bytes(hashlib.sha256(written).digest() + written)
+            mine.replace(folder / name)
+        finally:
+            mine.unlink(missing_ok=True)
     return found

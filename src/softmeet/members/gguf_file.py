@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import os
+import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from softmeet.errors import cannot_load
 
@@ -27,13 +29,20 @@ _BLOCKS = {
     40: (64, 36), 41: (128, 18),
 }  # fmt: skip
 _FLOATS, _K_QUANTS = frozenset((0, 1, 28, 30)), range(10, 15)
+_SINGLE, _NEVER_WEIGHTS = 0, range(24, 29)
 # Of each type of values that have one size, by its number, its format.
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # What no file that people use comes near.
 _MOST_DIMENSIONS, _MOST_ALIGNMENT = 4, 1 << 16
 
-_MOST_LAYERS = 512
+# llama.cpp's own, and to how many bytes it has the first of the tensors that it maps aligned.
+_MOST_LAYERS, _MOST_EXPERTS, _ALIGNED = 512, 1024, 32
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.group_norm_epsilon")
+# What a text's keys and values depend on.
+_SIZES = (
+    "block_count", "embedding_length", "attention.head_count", "attention.key_length", "attention.value_length",
+)  # fmt: skip
 # How many samples of a file tell it from others, and the bytes of each.
 _SAMPLES, _SAMPLE = 256, 4096
 # Longer lists than one number a layer.
@@ -88,7 +97,8 @@ class GgufFile:
     @property
     def template(self) -> str | None:
         """The chat template of its tokenizer; None if it has none."""
-        return self.said.get("tokenizer.chat_template")
+        found = self.said.get("tokenizer.chat_template")
+        return found if isinstance(found, str) else None
 
     @cached_property
     def is_quantised(self) -> bool:
@@ -104,14 +114,10 @@ class GgufFile:
     @property
     def bytes_a_token(self) -> int:
         """The bytes of a token's keys and values in half precision; 0 if what is said does not tell."""
-        layers, width, heads = (self.own(key) for key in ("block_count", "embedding_length", "attention.head_count"))
-        if not all(isinstance(one, int) and one > 0 for one in (layers, width)):
-            return 0
-        few = self.own("attention.head_count_kv") or heads
-        count = max(few, default=0) if isinstance(few, list) else few
-        each = width // max(heads, default=1) if isinstance(heads, list) else width // heads if heads else 0
-        wide = sum(self.own(f"attention.{key}_length") or each for key in ("key", "value"))
-        return int(2 * layers * count * wide) if isinstance(count, int) else 0
+        layers, width, heads, key, value = (_most(self.own(name)) for name in _SIZES)
+        few = _most(self.own("attention.head_count_kv") or heads)
+        each = width // heads if heads else 0
+        return 2 * layers * few * ((key or each) + (value or each)) if width else 0
 
     def without_lists(self) -> GgufFile:
         """Return the same without long lists, such as the tokens, which take much memory."""
@@ -119,10 +125,24 @@ class GgufFile:
         return replace(self, said=kept)
 
 
+def _most(said: Any) -> int:
+    """Return a number above 0, or the largest of a list of them; 0 of anything else."""
+    whole = isinstance(said, list) and all(isinstance(one, int) for one in said)
+    found = max(said, default=0) if whole else said
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file to read; OSError if it is none, such as a FIFO, which nobody may ever write to."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(0, "it is no regular file")
+    return path.open("rb")
+
+
 def begins_as_gguf(path: Path) -> bool:
     """Return whether a file begins as GGUF files do, whatever it is called, as ollama's are called by their hash."""
     try:
-        with path.open("rb") as held:
+        with _opened(path) as held:
             return held.read(4) == b"GGUF"
     except OSError:
         return False
@@ -137,9 +157,9 @@ def fingerprint(path: Path) -> str:
         CheckpointError: if the file cannot be read.
     """
     try:
-        size, found = path.stat().st_size, hashlib.sha256()
-        found.update(size.to_bytes(8, "little"))
-        with path.open("rb") as held:
+        with _opened(path) as held:
+            size, found = os.fstat(held.fileno()).st_size, hashlib.sha256()
+            found.update(size.to_bytes(8, "little"))
             found.update(held.read(1 << 20))
             for k in range(_SAMPLES):
                 held.seek(max(0, size - _SAMPLE) * k // (_SAMPLES - 1))
@@ -212,7 +232,7 @@ def read_gguf(path: Path, name: str | None = None) -> GgufFile:
             of it is missing.
     """
     try:
-        with path.open("rb") as held, mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with _opened(path) as held, mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             said, tensors = _read(_Reading(mapped), mapped)
     except (OSError, ValueError, struct.error, OverflowError, MemoryError) as error:
         why = getattr(error, "strerror", None) or str(error)
@@ -227,7 +247,10 @@ def read_gguf(path: Path, name: str | None = None) -> GgufFile:
 
 
 def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
-    """Refuse what llama.cpp would end the process for: no layers or too many, and two tokens of one text.
+    """Refuse what llama.cpp would end the process for.
+
+    That is: no layers or too many; two tokens of one text, which for llama.cpp ends at a zero byte; numbers of experts
+    or a norm's epsilon that cannot be; and weights that it cannot map.
 
     Raises:
         CheckpointError: if it is so.
@@ -235,8 +258,35 @@ def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
     layers, tokens = file.own("block_count"), file.said.get("tokenizer.ggml.tokens", [])
     if not (isinstance(layers, int) and 0 < layers <= _MOST_LAYERS):
         raise cannot_load(name, f"it says that it has {layers!r} layers: expected 1 to {_MOST_LAYERS}: fetch it again")
-    if isinstance(tokens, list) and len(set(tokens)) < len(tokens):
+    if isinstance(tokens, list) and len({str(one).partition("\0")[0] for one in tokens}) < len(tokens):
         raise cannot_load(name, "two of its tokens have the same text: fetch it again")
+    experts, used = (_most(file.own(f"expert_{key}")) for key in ("count", "used_count"))
+    if not bool(experts) <= used <= experts <= _MOST_EXPERTS:
+        raise cannot_load(name, f"it says that it uses {used:,} of {experts:,} experts: fetch it again")
+    if (ahead := _most(file.own("nextn_predict_layers"))) > layers:
+        raise cannot_load(
+            name, f"it says that {ahead:,} of its {layers:,} layers predict further tokens: fetch it again"
+        )
+    for key in _EPSILONS:
+        if isinstance(epsilon := file.own(key), float) and not 0 <= epsilon < math.inf:
+            raise cannot_load(name, f"it says that {key} is {epsilon}: expected a number from 0 on: fetch it again")
+    if min((one.start for one in file.tensors.values()), default=0) % _ALIGNED:
+        raise cannot_load(name, f"its weights do not begin at a multiple of {_ALIGNED} bytes: fetch it again")
+
+
+def require_types(file: GgufFile, name: str) -> None:
+    """Refuse weights of types that llama.cpp would end the process for.
+
+    Raises:
+        CheckpointError: if there is one.
+    """
+    for key, one in file.tensors.items():
+        if not key.endswith((".weight", ".bias")):
+            continue
+        # What it adds, or multiplies numbers by one by one, it takes in single precision alone.
+        if one.kind in _NEVER_WEIGHTS or (len(one.shape) == 1 and one.kind != _SINGLE):
+            why = f"llama.cpp cannot compute with its {key}, which is stored as type {one.kind}"
+            raise cannot_load(name, f"{why}: try +engine=transformers")
 
 
 def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, StoredTensor]]:

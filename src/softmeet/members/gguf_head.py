@@ -31,7 +31,7 @@ def gguf_head(file: GgufFile, name: str) -> tuple[SoftmaxHead, int]:
         (the head; the number of the type in which its weight is stored, for :func:`rounded`).
 
     Raises:
-        CheckpointError: if the file has none.
+        CheckpointError: if the file has none, or what scales its logits is no number.
         InvalidInputError: if the package that dequantises is not installed.
     """
     require_extra("reading the head of a GGUF file", "gguf", "gguf")
@@ -40,6 +40,8 @@ def gguf_head(file: GgufFile, name: str) -> tuple[SoftmaxHead, int]:
         raise cannot_load(name, "it has no output layer that can be read")
     bias = _dequantised(file, _BIAS).flatten() if _BIAS in file.tensors else None
     scale, cap = file.own("logit_scale") or 1.0, file.own("final_logit_softcapping")
+    if not isinstance(scale, int | float) or not isinstance(cap, int | float | None):
+        raise cannot_load(name, f"its logits have the scale {scale!r} and the cap {cap!r}: expected numbers")
     return SoftmaxHead(_dequantised(file, found), bias, scale=float(scale), soft_cap=cap), file.tensors[found].kind
 
 

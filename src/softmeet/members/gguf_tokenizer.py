@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from copy import copy
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
@@ -22,6 +23,8 @@ _WHOLE_WORDS = frozenset((
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
 ))  # fmt: skip
 _TEMPLATE = "tokenizer.chat_template"
+# The kinds of tokens that are found whole in a text, by their numbers: those that control, and those of users.
+_CONTROL, _USERS = 3, 4
 # By the state of a file, and by all that files say of their tokenizers: those of one family often say the same.
 _made: WeakValueDictionary[Any, PreTrainedTokenizerFast] = WeakValueDictionary()
 _files: WeakValueDictionary[Any, GgufFile] = WeakValueDictionary()
@@ -77,19 +80,19 @@ def gguf_tokenizer(file: GgufFile, name: str, folder: Path | None = None) -> Pre
         group: {into: said[f"tokenizer.{key}"] for key, into in names.items() if f"tokenizer.{key}" in said}
         for group, names in GGUF_TOKENIZER_MAPPING.items()
     }
-    described, options = found["tokenizer"], found["tokenizer_config"]
+    described, options = found["tokenizer"], found["tokenizer_config"] | {"chat_template": file.template}
     tokens = described.get("tokens")
     if not (isinstance(tokens, list) and tokens and all(isinstance(one, str) for one in tokens)):
         raise cannot_load(name, "it has no tokens: expected a GGUF file with its tokenizer")
     if described.get("tokenizer_type") == "llama":
         options.setdefault("add_bos_token", True)  # as llama.cpp does where a file says nothing
     for into, key in _NAMED.items():
-        if (k := said.get(f"tokenizer.ggml.{key}_token_id")) is not None and isinstance(k, int) and k < len(tokens):
+        if isinstance(k := said.get(f"tokenizer.ggml.{key}_token_id"), int) and 0 <= k < len(tokens):
             options[into] = tokens[k]
 
     def made() -> Tokenizer:
         try:
-            core: Tokenizer = convert_gguf_tokenizer(file.architecture, described)[0]
+            core = _with_own_tokens(convert_gguf_tokenizer(file.architecture, described)[0], file)
         except Exception as error:  # tokenizers raises nothing narrower
             kind = described.get("tokenizer_type")
             raise cannot_load(name, f"its tokenizer, of the kind {kind!r}, cannot be read ({error})") from error
@@ -113,6 +116,36 @@ class _Uncopied:
 
     def __deepcopy__(self, known: dict[int, Any]) -> Tokenizer:
         return self._core
+
+
+def _with_own_tokens(core: Tokenizer, file: GgufFile) -> Tokenizer:
+    """Return a tokenizer with a file's own tokens alone, and with those that are found whole in a text as it has them.
+
+    Behind a vocabulary without them, as Llama 3's, transformers adds tokens of GPT-2's, such as ``<|endoftext|>``. And
+    tokens such as DeepSeek's, with characters that stand for no byte, it spells by their bytes, so that no text has
+    them.
+    """
+    said, tokens = file.said, file.said["tokenizer.ggml.tokens"]
+    named = {said.get(f"tokenizer.ggml.{key}_token_id") for key in _NAMED.values()}
+    kinds = dict(enumerate(said.get("tokenizer.ggml.token_type") or ()))
+    whole = [k for k in range(len(tokens)) if kinds.get(k) in (_CONTROL, _USERS) or k in named]
+    bytewise = said.get("tokenizer.ggml.model") == "gpt2"
+    respelled = {core.id_to_token(k): k for k in whole if core.id_to_token(k) != tokens[k]} if bytewise else {}
+    foreign = {one.content for one in core.get_added_tokens_decoder().values()}.difference(tokens)
+    if not respelled and not foreign:
+        return core
+    described = json.loads(core.to_str())
+    described["added_tokens"] = [one for one in described["added_tokens"] if one["content"] not in foreign]
+    if described["model"].get("unk_token") in foreign:
+        unknown = said.get("tokenizer.ggml.unknown_token_id")
+        described["model"]["unk_token"] = tokens[unknown] if unknown in range(len(tokens)) else None
+    for word, k in respelled.items():
+        described["model"]["vocab"][tokens[k]] = described["model"]["vocab"].pop(word)
+    core = Tokenizer.from_str(json.dumps(described))
+    core.add_tokens([
+        AddedToken(tokens[k], normalized=False, special=kinds.get(k) != _USERS) for k in respelled.values()
+    ])  # fmt: skip
+    return core
 
 
 def _follow_llama_cpp(core: Tokenizer, file: GgufFile) -> None:

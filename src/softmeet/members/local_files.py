@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from softmeet.errors import CheckpointError
+from softmeet.errors import CheckpointError, cannot_load
 from softmeet.members.gguf_file import GgufFile, read_gguf
 from softmeet.members.gguf_tokenizer import content_of
 
@@ -48,6 +48,9 @@ def local_files(more: list[Path] | None = None) -> list[LocalFile]:
 
     Returns:
         the files, by source and name; those with the same tokens have the same letter.
+
+    Raises:
+        CheckpointError: if one of ``more`` is not there.
     """
     found, letters = list[LocalFile](), dict[object, str]()
     for source, name, path in sorted({*_named(more or [])}):
@@ -77,6 +80,8 @@ def _named(more: list[Path]) -> Iterator[tuple[str, str, Path]]:
             if path.is_file() and not later and _PROJECTOR not in path.name:
                 yield source, path.name.removesuffix(".gguf"), path
     for path in more:
+        if not path.exists():
+            raise cannot_load(path, "there is no such file or folder: check the path")
         if not path.is_dir():
             yield "file", path.name.removesuffix(".gguf"), path
 

@@ -29,7 +29,7 @@ TRANSFORMERS, LLAMA, VLLM = "transformers", "llama.cpp", "vllm"
 # The name of the readers that llama.cpp runs, among those that packages have.
 _NAME = "gguf"
 # What llama.cpp alone has for a member, and transformers alone.
-_NUMBERS = ("context", "gpu_layers")
+_NUMBERS, _MOST = ("context", "gpu_layers"), (1 << 31) - 1
 _OTHERS = ("adapter", "dtype", "quantization", "device")
 _log = logging.getLogger("softmeet")
 _made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
@@ -42,8 +42,9 @@ def is_gguf(member: Member) -> bool:
         >>> is_gguf(Member("a.gguf")), is_gguf(Member("org/model", file="a.gguf")), is_gguf(Member("org/model"))
         (True, True, False)
     """
-    named = (member.file or member.source).endswith(".gguf")
-    return not is_registered(member) and (named or begins_as_gguf(Path(member.source)))
+    # A folder may be called as a file is.
+    named = member.file or ("" if Path(member.source).is_dir() else member.source)
+    return not is_registered(member) and (named.endswith(".gguf") or begins_as_gguf(Path(member.source)))
 
 
 def is_native(member: Member) -> bool:
@@ -206,13 +207,14 @@ def number(member: Member, key: str) -> int | None:
     """Return the number that stands behind a member under a key, ``context`` or ``gpu_layers``; None if none does.
 
     Raises:
-        InvalidInputError: if what stands there is no number above 0; or, of layers, no number.
+        InvalidInputError: if what stands there is no number above 0, or, of layers, from 0 on; or if it is too large.
     """
     given = getattr(member, key)
     if given is None:
         return None
-    if not (given.isdecimal() and (int(given) > 0 or key == "gpu_layers")):
-        raise InvalidInputError(f"expected a number behind {member.source}, got +{key}={given}")
+    few = given.isdecimal() and len(given) <= len(str(_MOST))
+    if not (few and (key != "gpu_layers") <= int(given) <= _MOST):
+        raise InvalidInputError(f"expected a number up to {_MOST:,} behind {member.source}, got +{key}={given}")
     return int(given)
 
 

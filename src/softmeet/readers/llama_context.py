@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 
 from softmeet.errors import CheckpointError, InvalidInputError, cannot_load
-from softmeet.members.gguf_file import GgufFile
+from softmeet.members.gguf_file import GgufFile, require_types
 from softmeet.members.gguf_head import rounded
 from softmeet.members.llama_library import Library, library
 
@@ -107,6 +107,7 @@ class LlamaModel:
     """
 
     def __init__(self, file: GgufFile, name: str, gpu_layers: int = 0) -> None:
+        require_types(file, name)
         self.library: Library = library()
         self.file, self.name, call = file, name, self.library.functions
         options = call.llama_model_default_params()
@@ -231,7 +232,10 @@ class LlamaContext:
         if short and self.cells <= short < cells:
             raise NoRoomError(f"expected at most {short:,} tokens of {self._model.name} in all texts at once")
         size = self._call.llama_state_get_size(self._pointer)
-        held = np.empty(size, np.uint8)
+        try:
+            held = np.empty(size, np.uint8)
+        except MemoryError as error:
+            raise NoRoomError(f"expected {size / 1e6:,.0f} MB to move keys and values of {self._model.name}") from error
         where = self._library.pointer("uint8_t", held.ctypes.data)
         wrote = self._call.llama_state_get_data(self._pointer, where, size)
         pointer, free = self._made(rows, cells)

@@ -108,7 +108,7 @@ class _Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     def _cut(self) -> None:
-        """Cut the connections that are left: clients that do not read, or have not sent all of a request; and members'."""
+        """Cut what is left: clients that do not read, or have not sent all of a request, and servers of members."""
         self._serving.batcher.abort()
         for connection in list(self.server_state.connections):
             connection.transport.abort()
