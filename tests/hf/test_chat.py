@@ -136,7 +136,7 @@ def test_whatever_a_template_does_is_an_error_of_softmeets(template, said, folde
 def test_a_template_that_never_ends_is_ended(folders, monkeypatch):
     monkeypatch.setattr(chat_module, "_SECONDS", 0.3)
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
-    loops = "".join("{%% for x%d in range(99999) %%}" % k for k in range(4))
+    loops = "".join(f"{{% for x{k} in range(99999) %}}" for k in range(4))
     tokenizer.chat_template = loops + "{% endfor %}" * 4
     for _ in range(2):
         with pytest.raises(InvalidInputError, match="the chat template refuses these messages: it takes too long"):
