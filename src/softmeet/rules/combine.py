@@ -157,12 +157,13 @@ def solve(
     answer, closed, seconds = gated(problem)
     answer, fallback = _answer_infeasible_rows(problem, answer, relaxed)
     if throw and (late := unfinished(answer.status)).any():
-        rows = late.nonzero().flatten().tolist()
+        rows, allowed = late.nonzero().flatten().tolist(), problem.settings.max_steps
+        most = int(answer.steps[late].max())
         cut = bool((answer.status == Status.BUDGET).any())
         raise NotConvergedError(
             f"{len(rows)} of {len(late)} rows did not reach tol={problem.tol:g} nats (first: {rows[:8]}, "
             f"largest gap {answer.gap[late].max():.3g}): raise tol, or {'the time or budget, or ' if cut else ''}"
-            f"max_steps, of which up to {answer.steps[late].max()} of {problem.settings.max_steps} were taken"
+            f"max_steps, of which up to {min(most, allowed)} of {allowed} were taken"
         )
     given = torch.promote_types(dtype, torch.float32)
     solution = from_answer(problem, answer, (fallback, closed), seconds, shape, given)

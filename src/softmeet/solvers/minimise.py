@@ -10,8 +10,8 @@ from softmeet.solvers.dual import DualState, iterate
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
-# How many times as many steps a last attempt may take.
-_BOLD = 2
+# How many times as many steps a last attempt may take; whoever allows fewer than so many in all does not wait for one.
+_BOLD, _PATIENT = 2, 50
 
 
 def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, rescue: bool = True) -> DualState:
@@ -23,8 +23,8 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
 
     Args:
         problem: the batch of relaxed I-projections, such as :meth:`softmeet.rules.problem.Problem.projection` returns.
-        max_steps: the most steps of a row; attempts of ``rescue`` may take as many again, and bold ones twice as many.
-            ``steps`` and ``passes`` of the state are the sums over all attempts.
+        max_steps: the most steps of a row; an attempt of ``rescue`` may take as many again, and a bold one, if this is
+            50 or more, twice as many. ``steps`` and ``passes`` of the state are the sums over all attempts.
         certify: whether dense steps must prove the gap of a row; if False, an estimate ends it. The full Hessian proves
             the gap in any case, at no cost.
         rescue: whether rows that are NOT_CONVERGED are solved again with the full Hessian, and then by its bold steps
@@ -33,9 +33,12 @@ def minimise_dual(problem: Projection, max_steps: int, *, certify: bool = True, 
     """
     small = full_hessian_pays(problem)
     state = iterate(DualNewton(), problem, max_steps) if small else dense(problem, max_steps, certify=certify).plain()
-    if rescue and _cost(problem) <= tuning.HESSIAN_AS_RESCUE:
-        for bold in (True,) if small else (False, True):
-            state = _again(problem, state, DualNewton(bold), _BOLD * max_steps if bold else max_steps)
+    if not rescue or _cost(problem) > tuning.HESSIAN_AS_RESCUE:
+        return state
+    if not small:
+        state = _again(problem, state, DualNewton(), max_steps)
+    if max_steps >= _PATIENT:
+        state = _again(problem, state, DualNewton(bold=True), _BOLD * max_steps)
     return state
 
 
