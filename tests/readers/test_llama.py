@@ -301,6 +301,7 @@ def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):
         ("+gpu_layers=-1", "got +gpu_layers=-1"),
         ("+gpu_layers=99999999999", "got +gpu_layers=99999999999"),
         ("+context=2147483648", "got +context=2147483648"),
+        (f"+context={'9' * 5000}", "got +context=999"),  # more digits than Python reads
         ("+context=100+engine=transformers", "expected +context of a GGUF file that llama.cpp runs alone"),
     ],
 )
