@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -347,6 +348,15 @@ def test_a_server_that_is_slow_or_endless_is_given_up(alone, folders, monkeypatc
         monkeypatch.setattr(http_host, "_MOST", 10)
         with pytest.raises(http_host.HostError, match="answers with more than"):
             host.get("/models")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_long_answer_without_an_end_leaves_no_socket_open(monkeypatch):
+    monkeypatch.setattr(http_host, "_MOST", 10)
+    with endless(BEGUN + b"connection: close\r\n\r\n", b" " * 100) as url:
+        with pytest.raises(http_host.HostError, match="answers with more than"):
+            http_host.Host(url).get("/models")
+        gc.collect()
 
 
 @contextmanager
