@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -289,6 +290,21 @@ def test_answers_that_are_none(change, why, alone, folders, monkeypatch):
     assert "/elsewhere" not in asked
 
 
+@pytest.mark.parametrize(
+    ("one", "why"),
+    [({"id": 5}, "tells a token twice"), ({"id": True}, "tells the token True"), ({}, "without log-prob")],
+)
+def test_tokens_of_llama_cpps_server_that_are_none(one, why, alone, folders):
+    def change(path, found):
+        if path == "/completion":
+            first = {"id": 5, "logprob": -1.0}
+            found["completion_probabilities"][0]["top_logprobs"] = [first, one and first | one]
+        return found
+
+    with stub(speaking("llama.cpp", alone, change)) as url, pytest.raises(CheckpointError, match=why):
+        remote.at(url, folders[0], None)
+
+
 def test_addresses_that_are_none(folders, monkeypatch):
     monkeypatch.setattr(http_host, "_PAUSE", 0.0)
     with socket.socket() as free:
@@ -334,6 +350,15 @@ def test_a_server_that_is_slow_or_endless_is_given_up(alone, folders, monkeypatc
             host.get("/models")
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_long_answer_without_an_end_leaves_no_socket_open(monkeypatch):
+    monkeypatch.setattr(http_host, "_MOST", 10)
+    with endless(BEGUN + b"connection: close\r\n\r\n", b" " * 100) as url:
+        with pytest.raises(http_host.HostError, match="answers with more than"):
+            http_host.Host(url).get("/models")
+        gc.collect()
+
+
 @contextmanager
 def endless(begin, drop, pause=0.02):
     """The address of a server that says ``begin`` to whoever connects, and ``drop`` again and again, to no end."""
@@ -376,7 +401,7 @@ BEGUN = b"HTTP/1.1 200 OK\r\n"
     ("begin", "drop", "pause"),
     [
         (BEGUN + b"content-length: 1000\r\n\r\n", b"x", 0.1),
-        (BEGUN + b"connection: close\r\n\r\n", b" " * (1 << 16), 0),
+        (BEGUN + b"connection: close\r\n\r\n", b" " * (1 << 12), 0.01),
         (BEGUN + b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: a\r\n", 0.02),
         (BEGUN + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n", b"X: a\r\n", 0.02),
         (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.02),

@@ -182,16 +182,16 @@ class Host:
             if question.done():  # whoever ended it may have found no line
                 raise TimeoutError
             connection.request(method, self.base + path, body, headers)
-            answer, content = connection.getresponse(), bytearray()
-            while piece := answer.read1(_PIECE):
-                content += piece
-                if len(content) > _MOST:
-                    raise HostError(f"answers with more than {_MOST >> 20} MiB")
+            content = bytearray()
+            # Reading in pieces does not close it, though another question needs that.
+            with connection.getresponse() as answer:
+                while piece := answer.read1(_PIECE):
+                    content += piece
+                    if len(content) > _MOST:
+                        raise HostError(f"answers with more than {_MOST >> 20} MiB")
         except BaseException:
             connection.close()
             raise
-        # Which reading in pieces does not do, though another question needs it.
-        answer.close()
         question.line = None
         self._idle.append(connection)
         return answer.status, answer.getheader("content-type") or "", bytes(content)
