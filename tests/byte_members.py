@@ -9,7 +9,8 @@ import transformers as tf
 from softmeet import Ensemble
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.covers import END, Pruning
+from softmeet.readers.bytes.covers import Pruning
+from softmeet.readers.bytes.next_tokens import END
 
 EXACT = Pruning(0.0, None)
 # Words that merge, a space before and none, a character of several bytes, a byte that is no UTF-8, an NFC composition.

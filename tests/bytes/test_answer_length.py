@@ -24,7 +24,7 @@ from softmeet.members import zoo
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.byte_alphabet import ByteAlphabet
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.token_alphabet import TokenAlphabet
 
 NAMES = ["mixed/gpt2", "mixed/llama"]

@@ -32,7 +32,7 @@ from softmeet.hf.decoding import Drafting
 from softmeet.hf.readers import ReadMembers
 from softmeet.members.member import short
 from softmeet.readers.byte_tokenizer import byte_tokenizer
-from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 
 GREEDY = {"max_bytes": 3, "do_sample": False}
 PROMPTS = ["the", "he t", "\u00e9t"]

@@ -16,7 +16,8 @@ from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.engine.processors import MayFollow
 from softmeet.hf import Recorder
-from softmeet.readers.bytes.covers import END, Pruning
+from softmeet.readers.bytes.covers import Pruning
+from softmeet.readers.bytes.next_tokens import END
 
 KINDS = ("gpt2", "llama")
 GREEDY = {"max_bytes": 3, "do_sample": False}

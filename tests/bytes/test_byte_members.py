@@ -31,7 +31,8 @@ from softmeet.errors import InvalidInputError, VocabularyMismatchError
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes import nodes
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.covers import END, SYMBOLS, Cover, Covers, Open, Pruning
+from softmeet.readers.bytes.covers import Cover, Covers, Open, Pruning
+from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 from softmeet.readers.bytes.token_model import TokenModel
 from softmeet.readers.reader import Given, Reader
 

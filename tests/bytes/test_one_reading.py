@@ -11,7 +11,8 @@ import pytest
 from byte_members import HOSTILE, member_of
 
 from softmeet.members.spelling import spelling_of
-from softmeet.readers.bytes.covers import END, Pruning
+from softmeet.readers.bytes.covers import Pruning
+from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.bytes.own_path import anchor_of, parting, path_of
 
 KINDS = list(byte_tokenizers.KINDS)

@@ -24,7 +24,7 @@ from softmeet.hf.sampling import RowSampler
 from softmeet.members.passages import Passage
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.byte_reader import ByteReader
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.reader import Read, finished
 from softmeet.server.batcher import Batcher
 from softmeet.server.kinds import prompts_together

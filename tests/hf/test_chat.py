@@ -18,7 +18,7 @@ from softmeet.hf import chat as chat_module
 from softmeet.hf.chat import PLAIN, ChatTemplates, chat_of, take_plain
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.next_tokens import END
 
 TURNS = [{"role": "system", "content": "the"}, {"role": "user", "content": "he t\u00e9"}]
 OTHER = "{% for m in messages %}{{ m.content }}\n{% endfor %}the "

@@ -23,7 +23,7 @@ from softmeet.cli.main import app
 from softmeet.engine.processors import RepeatPenalties
 from softmeet.hf.prompts import encoded
 from softmeet.hf.sampling import RowSampler
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.next_tokens import END
 from softmeet.server.answer import AnswerStream
 from softmeet.server.schemas import CompletionRequest
 from softmeet.server.texts import token_texts

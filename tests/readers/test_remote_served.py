@@ -50,7 +50,8 @@ def test_a_member_whose_server_hangs_holds_up_nobody(when, folders):
             assert not late.done()
             serving.batcher.close(0)
             assert late.result(60).json()["error"]["code"] == "shutting_down"
-            serving.batcher.abort()
+            for reader in serving.batcher.readers.values():
+                reader.abort()
             serving.batcher.join(60)
             assert not serving.batcher.is_alive()
         goes_on.set()

@@ -18,7 +18,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.calibrated import resolved
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.next_tokens import END
 
 # The bytes of UTF-8 that begin no character.
 _WITHIN = bytes(range(0x80, 0xC0))

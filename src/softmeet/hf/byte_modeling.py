@@ -29,7 +29,7 @@ from softmeet.members.prompting import prefix_of
 from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 from softmeet.readers.reader import Reader, Work
 from softmeet.rules.settings import Settings
 

@@ -17,7 +17,7 @@ from softmeet.hf.report import most_probable
 from softmeet.members.spelling import Spelling
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.next_tokens import END
 
 if TYPE_CHECKING:
     from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import torch
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.readers.byte_alphabet import ByteAlphabet, shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.covers import END, SYMBOLS
+from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 from softmeet.readers.bytes.reading import Reading
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Row, Traits, Work

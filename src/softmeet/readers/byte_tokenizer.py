@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from softmeet.readers.bytes.covers import END
+from softmeet.readers.bytes.next_tokens import END
 
 _END = "<|end|>"
 

@@ -66,7 +66,7 @@ class Batcher(threading.Thread):
         one_member: whether plain sampling by ``prob-mean`` draws each token from one member while a single one runs.
 
     Attributes:
-        members: the members, with the keys and values that they hold.
+        members, readers: the members, with the keys and values that they hold; those who read for them.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Batcher(threading.Thread):
         one_member: bool = False,
     ) -> None:
         super().__init__(name="softmeet-batcher", daemon=True)
-        self.limits, self.metrics, self._readers, self._reproducible = limits, metrics, readers, reproducible
+        self.limits, self.metrics, self.readers, self._reproducible = limits, metrics, readers, reproducible
         self.members = Members(len(readers), parallel=parallel, reproducible=reproducible)
         self._gates = Gates(self.members, self.metrics)
         self._kinds = Kinds(alone=reproducible)
@@ -133,7 +133,7 @@ class Batcher(threading.Thread):
                     f"{'is' if free == 1 else 'are'} free: ask again later"
                 )
             for s in sequences:
-                s.readers = [self._readers[s.combination.model.key_of(i)] for i in range(len(s.rows))]
+                s.readers = [self.readers[s.combination.model.key_of(i)] for i in range(len(s.rows))]
             self._waiting += sequences
             self._wake.notify()
 
@@ -147,11 +147,6 @@ class Batcher(threading.Thread):
         with self._wake:
             self._closing, self._last_call = True, time.monotonic() + grace
             self._wake.notify()
-
-    def abort(self) -> None:
-        """End, from any thread, what members wait for elsewhere, as this process is about to end."""
-        for reader in self._readers.values():
-            reader.abort()
 
     def run(self) -> None:
         """Run rounds until :meth:`close` has been called and every sequence has ended.
@@ -217,7 +212,7 @@ class Batcher(threading.Thread):
         started, solving = time.perf_counter(), self._turns.kinds
         ready = [s for s in self._running if not s.busy and self._kinds.of(s) not in solving]
         # Nobody waits for members that wait for somebody else.
-        for s in [s for s in ready if self._reproducible or any(own.traits.waits for own in s.readers)]:
+        for s in [s for s in ready if self._reproducible or s.waits]:
             s.busy = True
             self._turns.add(Task([s], partial(self._step_alone, s)))
         ready = [s for s in ready if not s.busy and not self._goes_alone(s)]
@@ -267,8 +262,7 @@ class Batcher(threading.Thread):
 
     def _step_alone(self, s: Sequence, task: Task) -> None:
         """Run one sequence's newest token and draw the next, as no other sequence's is."""
-        waits = any(own.traits.waits for own in s.readers)
-        self._solve(self._step([s], task.pause if waits else None), task)
+        self._solve(self._step([s], task.pause if s.waits else None), task)
 
     def _some_wait(self) -> bool:
         """Return whether a sequence waits for the next round."""

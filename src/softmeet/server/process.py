@@ -109,6 +109,7 @@ class _Server(uvicorn.Server):
 
     def _cut(self) -> None:
         """Cut what is left: clients that do not read, or have not sent all of a request, and servers of members."""
-        self._serving.batcher.abort()
+        for reader in self._serving.batcher.readers.values():
+            reader.abort()
         for connection in list(self.server_state.connections):
             connection.transport.abort()

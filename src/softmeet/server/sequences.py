@@ -306,6 +306,11 @@ class Sequence(Continuation):
         self.alone: Any = None
 
     @property
+    def waits(self) -> bool:
+        """Whether a member waits for answers from elsewhere."""
+        return any(reader.traits.waits for reader in self.readers)
+
+    @property
     def batched(self) -> slice:
         """The members that read every token: all, or under the gate ``unsure`` the first alone."""
         return slice(1 if self.combination.unsure else None)

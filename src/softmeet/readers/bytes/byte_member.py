@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END, SYMBOLS, Answers, Open, Pruning
+from softmeet.readers.bytes.covers import Answers, Open, Pruning
 from softmeet.readers.bytes.guesses import LikelyToken, likely, possible
 from softmeet.readers.bytes.known_text import KnownText
+from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 from softmeet.readers.bytes.nodes import Chain
 from softmeet.readers.bytes.own_path import way
 from softmeet.readers.bytes.reading import Guess, Reading

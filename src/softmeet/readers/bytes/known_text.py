@@ -6,7 +6,8 @@ from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from softmeet.readers.bytes.covers import Answers, Covers, NextTokenProbs, Open, ProbsAlongText
+from softmeet.readers.bytes.covers import Answers, Covers, Open
+from softmeet.readers.bytes.next_tokens import NextTokenProbs, ProbsAlongText
 from softmeet.readers.bytes.nodes import Chain, Next, Path
 from softmeet.readers.bytes.own_path import is_own, parting, path_of, way
 from softmeet.readers.bytes.reading import Guess, Reading

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import NextTokenProbs
+from softmeet.readers.bytes.next_tokens import NextTokenProbs
 from softmeet.readers.bytes.nodes import Chain, Node, Path
 
 # A space between a byte that is none and a letter or digit: every pre-tokenizer begins anew there.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from softmeet.readers.bytes.covers import Covers, ProbsAlongText
+from softmeet.readers.bytes.covers import Covers
+from softmeet.readers.bytes.next_tokens import ProbsAlongText
 from softmeet.readers.bytes.nodes import Next
 from softmeet.readers.reader import Work
 

@@ -18,7 +18,8 @@ from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.opaque import Head
 from softmeet.members.reader_model import ReaderModel
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import END, LEAST, RULED_OUT, SYMBOLS, NextTokenProbs, Pruning
+from softmeet.readers.bytes.covers import Pruning
+from softmeet.readers.bytes.next_tokens import END, LEAST, RULED_OUT, SYMBOLS, NextTokenProbs
 from softmeet.readers.bytes.nodes import Chain, Next, Rows
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.kv import require_trees

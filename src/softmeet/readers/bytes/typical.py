@@ -10,7 +10,7 @@ import numpy as np
 
 from softmeet.members.derived import derived
 from softmeet.members.spelling import Spelling
-from softmeet.readers.bytes.covers import SYMBOLS, Masses
+from softmeet.readers.bytes.next_tokens import SYMBOLS, Masses
 from softmeet.readers.bytes.token_model import TokenModel
 
 # Prose, code, lists and figures, so that every kind of last byte occurs in several surroundings.
