@@ -196,6 +196,8 @@ def test_what_is_no_regular_file_is_not_waited_for(file, tmp_path):
     for read in (read_gguf, fingerprint):
         with pytest.raises(CheckpointError, match="it is no regular file"):
             read(fifo)
+    with pytest.raises(CheckpointError, match="it is a file: expected a"):
+        Ensemble.from_pretrained([fifo])
     os.close(held)
 
 

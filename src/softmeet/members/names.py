@@ -69,7 +69,7 @@ def find(name: str | Member) -> dict[str, Any]:
     inside = path / (member.subfolder or "")
     if path.is_dir() and inside.is_dir() and (file is None or (inside / file).is_file()):
         return found
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         raise cannot_load(source, "it is a file: expected a .gguf file, or the folder of a saved model")
     if path.is_dir() or place.startswith(("/", ".", "~")) or path.is_absolute() or place.count("/") > 1:
         kind = "file" if file else "folder"
