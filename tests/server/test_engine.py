@@ -125,7 +125,7 @@ def test_ensembles_that_share_a_member_run_it_once(serve):
     second.generation_config.eos_token_id = None
     engine = serve(first, second)
     # Which is tried once, on three calls, where texts are padded.
-    assert all(reader._kv.reads_trees for reader in engine._readers.values())
+    assert all(reader._kv.reads_trees for reader in engine.readers.values())
     calls = []
     first.members[1].base_model.register_forward_hook(lambda m, a, out: calls.append(len(out.last_hidden_state)))
     asked = [sequence(model, prompt(k, 4), seed=k) for k, model in enumerate((first, second, first))]

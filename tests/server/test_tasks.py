@@ -126,7 +126,7 @@ def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):
     model.generation_config.eos_token_id = None
     engine, lengths = serve(model), []
     # Which is tried once, on a few calls, where texts are padded.
-    assert all(reader._kv.reads_trees for reader in engine._readers.values())
+    assert all(reader._kv.reads_trees for reader in engine.readers.values())
     long, listener = sequence(model, prompt(9, 1500), seed=9, max_tokens=3)
     expected = generated(model, long.prompt, seed=9, max_tokens=3)
 
