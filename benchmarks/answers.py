@@ -76,22 +76,13 @@ SETS = {
             "bytes=GEMMA QWEN05 logit-mean vocabulary=bytes",
             "bytes-1-to-4=GEMMA QWEN05 logit-mean:weights=0.2/0.8 vocabulary=bytes",
             "GaC=GEMMA QWEN05 prob-mean vocabulary=union:as=gac",
-        ), ("QWEN15",), 60,
-    ),
-    "HumanEval, UniTE and ABE": Asked(
-        "humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", ("GEMMA", "QWEN05"), (
             "UniTE=GEMMA QWEN05 prob-mean vocabulary=union:k=10:as=unite",
-            "ABE=GEMMA QWEN05 logit-mean vocabulary=union decoder=agreement:beam=5",
-        ), (), 60,
+        ), ("QWEN15",), 60,
     ),
     "MMLU, letters": Asked("mmlu_validation.jsonl", "mmlu_test_200.jsonl", "--how letter", _QWEN, _PAIR[:2]),
     # The pair takes the time of one answer and a third of its best member, of which there is no majority.
     "GSM8K": Asked(
         "gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat --votes 0", _QWEN, _PAIR[1:2], limit=100,
-    ),
-    "PIQA, three": Asked(
-        "piqa_200.jsonl", "piqa_300.jsonl", "--how option-byte", ("SMOLLM2", "GEMMA", "QWEN05"),
-        ("logit-mean=SMOLLM2 GEMMA QWEN05 logit-mean",), ("QWEN15",),
     ),
 }  # fmt: skip
 
