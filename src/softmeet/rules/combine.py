@@ -43,10 +43,11 @@ def combine(
 ) -> Solution:
     """Combine n members' next-token distributions into one.
 
-    The function has no side effects, and a row's answer depends on that row alone. Vectors over the vocabulary are fp64
-    inside; products with heads run in fp64 if ``log_probs`` is fp64, ``tol`` is below 1e-6 or the answer must have the
-    members' moments, and in fp32 otherwise, whatever the heads' dtype. Arrays may be given as tensors, as NumPy arrays,
-    or as lists of numbers (which count as fp64) or of the members' arrays; what comes back is made of tensors.
+    The function has no side effects, and a row's answer depends on that row alone, up to rounding. Vectors over the
+    vocabulary are fp64 inside; products with heads run in fp64 if ``log_probs`` is fp64, ``tol`` is below 1e-6 or the
+    answer must have the members' moments, and in fp32 otherwise, whatever the heads' dtype. Arrays may be given as
+    tensors, as NumPy arrays, or as lists of numbers (which count as fp64) or of the members' arrays; what comes back is
+    made of tensors.
 
     Args:
         log_probs: the members' log-probabilities in nats, at temperature 1, (n, *batch, v); -inf for probability 0.
