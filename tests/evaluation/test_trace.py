@@ -183,7 +183,9 @@ def recorded(ensemble, tmp_path_factory):
     return record(ensemble, DOCUMENTS, tmp_path_factory.mktemp("recorded") / "t", window=8, shard_size=100).folder
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing", "foreign", "a name", "a column", "an offset"])
+@pytest.mark.parametrize(
+    "harm", ["truncated", "flipped", "missing", "foreign", "a name", "a column", "an offset", "another shard"]
+)
 def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, recorded, tmp_path, harm):
     made = Trace.open(shutil.copytree(recorded, tmp_path / "t"))
     whole, path = made.read(), made.shard(1)
@@ -195,6 +197,8 @@ def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, recorded, tmp_path
         path.write_bytes(data)
     elif harm == "missing":
         path.unlink()
+    elif harm == "another shard":
+        shutil.copy(made.shard(0), path)
     elif harm == "a name":
         path.write_bytes(data.replace(b"hidden_0", b"hidden_8"))
     elif harm == "a column":
@@ -216,13 +220,6 @@ def test_a_damaged_shard_is_named_and_the_rest_kept(ensemble, recorded, tmp_path
     again = record(ensemble, DOCUMENTS, tmp_path / "t", window=8, shard_size=100, on_damage=said.append)
     assert same(again.read(), whole)
     assert len(said) == (harm != "missing")
-
-
-def test_a_shard_without_a_hash_is_read(ensemble, tmp_path):
-    made = record(ensemble, DOCUMENTS, tmp_path / "t")
-    whole, table = made.read(), pq.read_table(made.shard(0))
-    pq.write_table(table.replace_schema_metadata({b"softmeet": made.key.encode()}), made.shard(0))
-    assert same(made.read(), whole)
 
 
 def test_a_trace_of_other_members_or_text_is_refused(ensemble, folders, tmp_path):
@@ -247,7 +244,7 @@ def test_a_trace_of_other_members_or_text_is_refused(ensemble, folders, tmp_path
     (tmp_path / "t" / "trace.json").write_text("[1]")
     with pytest.raises(TraceError, match="got a list"):
         Trace.open(tmp_path / "t")
-    (tmp_path / "t" / "trace.json").write_text('{"format": 1, "members": []}')
+    (tmp_path / "t" / "trace.json").write_text('{"format": 2, "members": []}')
     with pytest.raises(TraceError, match="it lacks bos, documents, dtype, shards, stride"):
         Trace.open(tmp_path / "t")
 

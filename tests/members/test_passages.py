@@ -10,7 +10,7 @@ import tiny
 import torch
 from byte_tokenizers import byte_level
 from fastapi.testclient import TestClient
-from serving import serving_of
+from serving import http, running, serving_of
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -141,6 +141,28 @@ def test_the_command(folder, base):
     ]
     other = CliRunner().invoke(app, [*command, "--rule", "logit-mean"])
     assert json.loads(other.stdout[other.stdout.index("{") :])["rule"] == "logit-mean"
+
+
+def test_requests_bring_passages_over_bytes():
+    ensemble = Ensemble.from_pretrained("mixed", "prob-mean")
+    given = [{"text": "The king", "score": 1}, {"text": "A dog", "score": 0.5}]
+    body = {"prompt": "And the", "max_tokens": 3, "seed": 1, "softmeet": {"passages": given}}
+    behind = ensemble.with_passages([Passage(one["text"], one["score"]) for one in given])
+    with running(serving_of({"mixed": ensemble})) as url:
+        for more in (
+            {},
+            {"n": 2},
+            {"echo": True},
+            {"prompt_logprobs": 1},
+            {"softmeet": {"passages": given, "report": 1}},
+        ):
+            answer = http.post(f"{url}/v1/completions", json=body | more)
+            assert answer.status_code == 200, answer.text
+            text = answer.json()["choices"][0]["text"].removeprefix("And the" if "echo" in more else "")
+            assert text == behind.generate("And the", seed=1, max_new_tokens=3)
+        streamed = http.post(f"{url}/v1/completions", json=body | {"stream": True}).text
+        assert "error" not in streamed
+        assert streamed.endswith("data: [DONE]\n\n")
 
 
 def test_requests_bring_passages(folder, base):

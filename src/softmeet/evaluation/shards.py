@@ -82,7 +82,7 @@ def read_shard(
         raise TraceError(f"{path} is of another trace, or another shard of this one")
     if table.schema != _schema(widths, dtype) or len(table) != count:
         raise TraceError(f"{path} is damaged (its columns are not those of its trace)")
-    if metadata.get(_HASH, (found := _hash(table))) != found:
+    if metadata.get(_HASH) != _hash(table):
         raise TraceError(f"{path} is damaged (its columns do not have their hash)")
     document, targets, sizes, *hidden = (torch.tensor(column) for column in _columns(table))
     members = [flat.view(count, -1).float() for flat in hidden]
