@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from serving import http, running, serving_of
@@ -31,7 +32,7 @@ class Stream(AnswerStream):
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(answer.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(answer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
