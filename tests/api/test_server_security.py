@@ -281,7 +281,7 @@ def terminable():
 
 
 @pytest.mark.slow
-def test_sigterm_under_load_ends_every_stream_properly(members, terminable):
+def test_sigterm_under_load_ends_every_stream_properly(members, terminable, caplog):
     """After a first one, answers go on to their end; at a second one, those that are left are ended by name.
 
     In this process; servers in processes of their own get one from the soak.
@@ -314,7 +314,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members, terminable):
     assert set(terminable) == {signal.SIGTERM}  # raised again once all is over, for whoever handles it
     assert "Traceback" not in text
     assert "Application shutdown complete" in text
-    assert "answers that are being written have 3000 s more: a second signal ends them now" in text
+    assert "answers that are being written have 3000 s more: a second signal ends them now" in caplog.text
     assert f"serving pair, running on {url} (Ctrl-C ends it)" in text
 
 
