@@ -15,6 +15,7 @@ from softmeet import Status
 from softmeet.errors import DisjointSupportError, InvalidInputError, NonFiniteError
 from softmeet.heads import SoftmaxHead
 from softmeet.simplex import kl, total_variation
+from softmeet.solvers import tuning
 
 pytestmark = pytest.mark.checked
 
@@ -233,3 +234,15 @@ def test_rows_with_few_live_tokens_are_solved(way, live):
         p, least, _ = damped_newton(log_q, log_p, [W.numpy() for W in heads], (1.0, 1.0))
         assert found.objective[k].item() == pytest.approx(-least, abs=1e-3)
         assert total_variation(found.log_probs[k], torch.from_numpy(p).log()) < math.sqrt(1e-3 / 2)
+
+
+def test_dense_steps_solve_rows_with_few_live_tokens(monkeypatch):
+    for name in ("HESSIAN", "HESSIAN_WHERE_FINE", "HESSIAN_AS_RESCUE"):
+        monkeypatch.setattr(tuning, name, 0)
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(1000, 64, generator=generator) / 8 for _ in range(2)]
+    states = [1.5 * torch.randn(6, 64, generator=generator) for _ in heads]
+    log_p = torch.stack([(h @ W.T).log_softmax(-1) for h, W in zip(states, heads, strict=True)])
+    found = softmeet.combine(log_p, heads, trust=1.0, support=torch.arange(1000) < 16)
+    assert (found.status == Status.OPTIMAL).all()
+    assert found.gap_is_certified.all()

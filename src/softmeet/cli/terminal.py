@@ -39,7 +39,7 @@ class HarmlessFormatter(logging.Formatter):
     """A formatter whose records are :func:`harmless`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record."""
+        """Return what is printed of a record, with its controls spelled."""
         return harmless(super().format(record))
 
 

@@ -43,11 +43,11 @@ def texts_of(body: Any) -> tuple[str, list[str]]:
     return field, ["".join(message.plain()["content"] for message in body.messages)]
 
 
-def work_of(body: Any) -> int:
-    """Return how much work it is to make tokens of a request's prompts, in characters that take about as long."""
+def work_of(body: Any, texts: Sequence[str]) -> int:
+    """Return how long tokens of a request's prompts, or of its chat's ``texts``, take to make, in characters."""
     if getattr(body, "prompt", None) is not None:
         return sum(map(len, parts(body)))
-    return sum(map(len, texts_of(body)[1])) + _TURN * len(body.messages)
+    return sum(map(len, texts)) + _TURN * len(body.messages)
 
 
 def tokens_of(served: Served, part: Any, special: bool | None) -> tuple[int, ...]:

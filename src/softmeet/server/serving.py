@@ -169,7 +169,7 @@ class Serving:
                 param="messages",
             )
         field, texts = prompts.texts_of(body)
-        size = prompts.work_of(body)
+        size = prompts.work_of(body, texts)
         await self._require_short(texts, combination, served, field)
         if body.prompt is None:
             return (await self.on_tokenizer(size, prompts.templated, served, combination, body))[0][0]
@@ -205,7 +205,7 @@ class Serving:
         _check_choices(len(parts) or 1, body, self.settings)
         # What could be no prompt or passage is refused before it is cut into tokens, which may take seconds.
         passages, (field, texts) = [passage.text for passage in ours.passages or ()], prompts.texts_of(body)
-        size = prompts.work_of(body) + sum(map(len, passages))
+        size = prompts.work_of(body, texts) + sum(map(len, passages))
         whole = {"softmeet.passages": passages} | ({field: texts} if body.truncate_prompt_tokens is None else {})
         for name, some in whole.items():
             await self._require_short(some, combination, served, name)
