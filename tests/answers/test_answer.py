@@ -232,6 +232,17 @@ def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_answers_are_kept_whatever_is_in_them_and_damaged_ones_are_asked_again(tmp_path):
+    told = [Answered(str(k), f"a{end}b", True) for k, end in enumerate("\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r\n")]
+    Kept(tmp_path, {}).keep(told)
+    before = [*Kept(tmp_path, {}).answers.values()]
+    (file,) = (one for one in tmp_path.iterdir() if one.suffix == ".jsonl")
+    with file.open("a") as out:
+        out.write('damaged\n{"id": "x"}\n{"cut')
+    assert before == told == [*Kept(tmp_path, {}).answers.values()]
+    assert file.read_text().endswith('{"id": "x"}\n')
+
+
 def test_beside_named_ensembles_no_others_are_asked(folders):
     found = _who(None, [f"both={folders[0]} {folders[1]} prob-mean"], None)
     assert [one.is_member for one in found] == [True, True, False]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
+from urllib.parse import urlsplit
 
 import pytest
 from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
 
 from softmeet import __version__
 from softmeet.server import prompts as prompts_module
+from softmeet.server.limits import Limits
 from softmeet.server.security import Protection
 
 
@@ -135,3 +141,59 @@ def test_the_version_is_told_to_who_has_a_key(url):
     with running(serving_of({"a": tiny_ensemble("gpt2")}, protection=Protection(keys=("key",)))) as closed:
         for path in ("version", "tokenize", "detokenize"):
             assert http.get(f"{closed}/{path}").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"])
+def test_texts_of_clients_that_have_left_are_not_read(url, monkeypatch, path):
+    begun, done, read = threading.Event(), threading.Event(), []
+    names = ("templated", "tokens_of", "encoded")
+    originals = {name: getattr(prompts_module, name) for name in names}
+
+    def slow(name, *told, **options):
+        read.append(name)
+        begun.set()
+        assert done.wait(300)
+        return originals[name](*told, **options)
+
+    for name in names:
+        monkeypatch.setattr(prompts_module, name, partial(slow, name))
+    told = {"messages": [{"role": "user", "content": "a"}], "model": "chatty", "max_tokens": 1}
+    texts = {"/v1/completions": {"prompt": "a"}, "/tokenize": {"prompt": "a"},
+             "/v1/responses": {"input": "a", "model": "chatty"}}  # fmt: skip
+    body = json.dumps(texts.get(path, told)).encode()
+    asked = urlsplit(url)
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(http.post, f"{url}/v1/completions", json={"prompt": "b", "max_tokens": 1})
+        assert begun.wait(300)
+        for _ in range(20):
+            with socket.create_connection((asked.hostname, asked.port)) as leaving:
+                leaving.sendall(head.encode() + body)
+        # The loop has seen all of them when it answers.
+        assert http.get(f"{url}/health").status_code == 200
+        time.sleep(0.2)
+        last = pool.submit(http.post, f"{url}/v1/completions", json={"prompt": "c", "max_tokens": 1})
+        done.set()
+        assert (first.result(300).status_code, last.result(300).status_code) == (200, 200)
+    assert len(read) < 10
+
+
+def test_no_more_texts_wait_than_there_are_places(monkeypatch):
+    begun, done = threading.Event(), threading.Event()
+
+    def slow(*told, **options):
+        begun.set()
+        assert done.wait(300)
+        return original(*told, **options)
+
+    original = prompts_module.encoded
+    monkeypatch.setattr(prompts_module, "encoded", slow)
+    serving = serving_of({"plain": tiny_ensemble("gpt2", rule="logit-mean")}, limits=Limits(rows=2, waiting=2))
+    with running(serving) as url, ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(http.post, f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1})
+                 for _ in range(12)]  # fmt: skip
+        refused = [one.result(300) for one in wait(asked[:12], 300, FIRST_COMPLETED).done]
+        assert {one.status_code for one in refused} == {429}
+        assert "expected at most 4 requests whose texts wait to be read" in refused[0].text
+        done.set()
+        assert {one.result(300).status_code for one in asked} == {200, 429}

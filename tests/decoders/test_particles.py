@@ -44,6 +44,7 @@ class Tables:
         self.closed = torch.zeros(rows, dtype=torch.bool)
 
     def log_probs(self, rows):
+        assert rows
         assert not self.closed[rows].any()
         return self.table[:, self.at[rows]]
 
@@ -168,6 +169,12 @@ def test_drawing_anew_at_every_symbol_changes_no_mean():
             np.array([one.chosen is not None and one.texts[one.chosen].symbols == text for one in found]) * estimates
         )
         assert abs(values.mean() - z * shares[text]) <= 4 * values.std() / RUNS**0.5
+
+
+def test_nothing_is_read_where_all_that_are_drawn_anew_have_ended():
+    for seed in range(60):
+        _, (found,) = written((2, 4, 4), "logit-mean", (0.5, 0.5), runs=1, seed=seed, ess=1.0)
+        assert found.chosen is not None
 
 
 def test_never_drawing_anew_is_importance_sampling_with_the_same_mean():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -298,3 +299,17 @@ def test_options_reach_the_ensemble(tmp_path):
     radial.heads[0] = SoftmaxHead(radial.heads[0].weight)
     with pytest.raises(UnsupportedHeadError, match="final norm of a known kind"):
         radial.combiner.solve_rows(hidden, radial.settings)
+
+
+@pytest.mark.parametrize("rule", ["min-reverse-cross-entropy", "min-underestimation"])
+def test_where_one_distribution_has_the_moments_its_small_probabilities_count(rule):
+    """A probability of 1e-12 that is off by 1e-10 has the moments to 1e-6, and quite another objective."""
+    heads = [torch.tensor([[1.0], [0.0], [0.0]]).double(), torch.tensor([[0.0], [1.0], [0.0]]).double()]
+    log_p = torch.tensor([[0.7, 0.2, 0.1], [0.5, 1e-12, 0.5 - 1e-12]], dtype=torch.float64).log()
+    solution = softmeet.combine(log_p, heads, rule, tol=1e-3)
+    assert int(solution.status) == Status.OPTIMAL
+    assert float(solution.log_probs[1]) == pytest.approx(math.log(1e-12), abs=1e-3)
+    off = solution.log_probs.exp() + torch.tensor([0.0, 1e-10, -1e-10], dtype=torch.float64)
+    found = replace(solution, log_probs=off.log()).verify(heads, log_p)
+    assert int(found.status) == Status.NOT_CONVERGED
+    assert float(found.gap) > 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from copy import deepcopy
 from dataclasses import replace
@@ -443,11 +444,14 @@ def kept_only(fit):
 
 
 def test_a_run_that_goes_on_judges_at_the_same_positions(members, tmp_path, monkeypatch, unmeasured):
-    """How many were judged depended on time: the second run is quicker, as much is kept."""
+    """How many are judged depends on time: a second run is quicker, as much is kept."""
     monkeypatch.setattr(advising, "_UNMOVED", 0.0)
     monkeypatch.setattr(advising, "_FEWEST", 1)
-    monkeypatch.setattr(advising, "_SECONDS", 0.1)
-    kept = [advised(members, 1.0, 1.0, folds=2, cache=PieceCache(tmp_path / "kept", {})).judged for _ in range(2)]
+    monkeypatch.setattr(advising, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    kept = []
+    for seconds in (0.25, 0.5):  # of all positions that were compared, in a second
+        monkeypatch.setattr(advising, "_SECONDS", seconds)
+        kept.append(advised(members, 1.0, 1.0, folds=2, cache=PieceCache(tmp_path / "kept", {})).judged)
     first, second = (len(own.found.positions) for own in kept)
     assert first == second
     assert figures_of(kept[0]) == figures_of(kept[1])

@@ -252,7 +252,7 @@ def model(**fields):
         (listed(lambda one: {"token_id:1": 0.0, "token_id:2": 0.0}), "whose sum is no probability"),
         (listed(lambda one: {"token_id:1": math.nan}), "whose sum is no probability"),
         (listed(lambda one: {" the": -1.0}), "names tokens by their text"),
-        (listed(lambda one: {"A" * 5_000_000: -0.1}), "names tokens by their text, as A{300},"),
+        (listed(lambda one: {"A" * 500_000: -0.1}), "names tokens by their text, as A{300},"),
         (listed(lambda one: {"token_id:5": -1.0, "token_id:05": -2.0}), "names tokens by their text, as token_id:05,"),
         (listed(lambda one: {"token_id:٣": -0.1}), "names tokens by their text, as token_id:٣,"),
         (listed(lambda one: {"token_id:" + "9" * 5000: -0.1}), "names tokens by their text"),
@@ -348,6 +348,23 @@ def test_a_server_that_is_slow_or_endless_is_given_up(alone, folders, monkeypatc
         monkeypatch.setattr(http_host, "_MOST", 10)
         with pytest.raises(http_host.HostError, match="answers with more than"):
             host.get("/models")
+
+
+@pytest.mark.parametrize("protocol", ["llama.cpp", "vllm"])
+def test_an_answer_is_no_longer_than_what_is_asked_for_may_be(protocol, alone, folders, monkeypatch):
+    """While a long one is read, no other ensemble goes on."""
+    monkeypatch.setattr(http_host, "_MOST", 4096)
+    filled = []
+
+    def change(path, found):
+        return found | {"more": "x" * 9000} if filled and "completion" in path else found
+
+    with stub(speaking(protocol, alone, change)) as url:
+        few, every = (Ensemble.from_pretrained([member(url, folders, top)], "prob-mean") for top in (1, "all"))
+        filled.append(True)
+        with pytest.raises(ReaderError, match=r"answers with more than [0-9,]+ bytes"):
+            few.generate("a", max_new_tokens=1, use_cache=False)
+        assert every.generate("a", max_new_tokens=1, use_cache=False)
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")

@@ -55,3 +55,22 @@ def test_a_member_whose_server_hangs_holds_up_nobody(when, folders):
             serving.batcher.join(60)
             assert not serving.batcher.is_alive()
         goes_on.set()
+
+
+def test_a_member_that_fails_at_the_start_keeps_nobody_from_being_served(folders):
+    failing = []
+
+    def change(path, found):
+        return (400, "application/json", "{}") if failing and "completions" in path else found
+
+    alone = Ensemble.from_pretrained(folders[:1], "logit-mean")
+    with stub(speaking("vllm", alone, change)) as url:
+        both = Ensemble.from_pretrained([member(url, folders), f"{folders[1]}+name=local"], "prob-mean")
+        failing.append(True)
+        with running(serving_of({"remote": both, "local": alone})) as served:
+            status = {
+                name: http.post(f"{served}/v1/completions", json={"prompt": "a", "max_tokens": 1, "model": name})
+                for name in ("remote", "local")
+            }
+    assert {name: answer.status_code for name, answer in status.items()} == {"remote": 500, "local": 200}
+    assert "a member failed" in status["remote"].text

@@ -153,13 +153,14 @@ def test_without_any_time_the_pool_answers(name, rule):
 def test_a_row_that_the_time_left_is_no_worse_than_the_pool_by_its_own_objective():
     """The I-projection of this pool onto its own moments, up to rounding, gives a token no mass at all."""
     log_p = torch.tensor([[[0.9, 0.07, 0.03, 1e-17]]], dtype=torch.float64).log().log_softmax(-1)
-    ended = 0
+    ended, pool = 0, log_p[0, 0].exp()
     for k in range(1, 6):
         over, _ = over_at(k)
         with softmeet.time_limit(over):
             solution = softmeet.combine(log_p, [torch.eye(4, 3, dtype=torch.float64)], "min-reverse-cross-entropy")
         ended += int(solution.status[0] == Status.BUDGET)
-        assert torch.allclose(solution.log_probs, log_p[0], atol=1e-9)
+        assert torch.allclose(solution.log_probs.exp(), log_p[0].exp(), rtol=0, atol=1e-9)
+        assert -(pool @ solution.log_probs[0]) <= -(pool @ log_p[0, 0]) + 1e-12
     assert ended >= 3
 
 

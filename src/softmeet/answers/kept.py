@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,15 @@ class Kept:
         with turn_at(folder):
             if not self._file.exists():
                 write_text(self._file, json.dumps({"settings": json.loads(told)}) + "\n")
-            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A last line that was cut off is dropped.
-            whole = [line for line in lines if line.endswith("\n")]
-            if len(whole) < len(lines):
-                write_text(self._file, "".join(whole))
-        for line in whole[1:]:
-            one = json.loads(line)
-            doubt = one["doubt"] and Doubt(**one["doubt"])
-            self.answers[one["id"]] = Answered(**{**one, "scores": tuple(one["scores"]), "doubt": doubt})
+            # A last line that was cut off is dropped. Texts may have what str.splitlines takes for the end of a line.
+            whole, end, cut_off = self._file.read_text(encoding="utf-8").rpartition("\n")
+            if cut_off:
+                write_text(self._file, whole + end)
+        for line in whole.split("\n")[1:]:
+            with suppress(ValueError, KeyError, TypeError):  # damaged: the question is asked again
+                one = json.loads(line)
+                doubt = one["doubt"] and Doubt(**one["doubt"])
+                self.answers[one["id"]] = Answered(**{**one, "scores": tuple(one["scores"]), "doubt": doubt})
 
     def keep(self, answers: Sequence[Answered]) -> None:
         """Write answers behind those that are kept, and wait until they are on the disk."""

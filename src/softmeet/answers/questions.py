@@ -52,7 +52,7 @@ def read_questions(path: Path) -> list[Question]:
         InvalidInputError: if a line is no such question, or two have one id; the message says which.
         OSError: if the file cannot be read.
     """
-    found, lines = dict[str, Question](), path.read_text(encoding="utf-8").splitlines()
+    found, lines = dict[str, Question](), path.read_text(encoding="utf-8").split("\n")
     for k, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -9,6 +9,7 @@ import platform
 import sys
 import warnings
 from importlib.metadata import version as installed
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -110,6 +111,8 @@ def speak_utf8() -> None:
 
     Names of files that are not UTF-8 are printed as they are on stdout, but for controls, and escaped on stderr.
     """
+    # Of a stream that is closed, Python makes none.
+    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))
     if "PYTHONIOENCODING" in os.environ:
         return
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):

@@ -77,9 +77,10 @@ class Particles(Decoder):
         run = _Run(texts, job, self)
         for length in range(1, job.most + 1):
             run.extend()
-            if length == job.most or not run.live:
+            if length < job.most and run.live:
+                run.draw_anew(self.ess * self.n)
+            if not run.live:  # drawn anew, all may have ended
                 break
-            run.draw_anew(self.ess * self.n)
         return run.found()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.max_entropy import EXACT, members_of
-from softmeet.essay.points import moments_hold
+from softmeet.essay.points import distance_to_unique, moments_hold
 from softmeet.essay.preference import preference
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.base import Rule
@@ -134,13 +134,17 @@ class ExactRule(Rule):
 
         If ``p`` has mass outside ``row.alive`` or its sum differs from 1 by more than ``MOMENT_TOLERANCE`` (1e-6), the
         lower bound is -inf and the upper one inf. If the moments must hold (:meth:`constrained`), at most one
-        distribution has the members' moments (``row.unique``), and ``p`` has them, both bounds are the value at ``p``.
+        distribution has the members' moments (``row.unique``), and ``p`` has them, the bounds are the values for all
+        probabilities lower and higher by the distance to that one
+        (:func:`~softmeet.essay.points.distance_to_unique`): every objective rises with each of them, or falls.
         """
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
             return Bounds(found.value, -torch.inf)
         if self.constrained(row.problem) and row.unique and moments_hold(row, p):
-            return Bounds(found.value, found.value, found.value)
+            off = distance_to_unique(row, p) * row.alive
+            least, most = sorted(self.bounds(row, q.clamp_min(0), y).value for q in (p - off, p + off))
+            return Bounds(found.value, max(found.least, least), min(found.most, most))
         return found
 
     def constrained(self, problem: Problem) -> bool:

@@ -192,6 +192,8 @@ def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None,
     G, g = row.tokens.rows(ids), row.target
     inverse = torch.linalg.pinv(G, rtol=1e-9)
     signed = g @ inverse
+    for _ in range(2):  # again for the rounding of the first
+        signed = signed + (g - signed @ G) @ inverse
     e = g - signed @ G
     nothing = torch.zeros_like(g)
     tolerance = max(_NEGATIVE, 64 * torch.finfo(row.problem.dtype).eps)
@@ -205,6 +207,19 @@ def unique_feasible_point(row: FeasibleSet) -> tuple[Float[Tensor, " v"] | None,
         nearer = separating_multipliers(row)
         return None, nothing if nearer is None else nearer
     return None, y
+
+
+def distance_to_unique(row: FeasibleSet, p: Float[Tensor, " v"]) -> float:
+    """Return a bound on |p - p°|, p° the only distribution with the members' moments; inf if there is none.
+
+    It is the error of the moments of ``p``, with their rounding, divided by the least singular value of G.
+    ``row.unique`` must be True, which is not checked.
+    """
+    ids = row.alive.nonzero().squeeze(-1)
+    G = row.tokens.rows(ids)
+    rounding = torch.finfo(G.dtype).eps * (1 + float(row.target.norm()))
+    least = float(torch.linalg.svdvals(G)[len(ids) - 1])
+    return (float(row.excess(p).norm()) + rounding) / least if least else torch.inf
 
 
 def _without_sum(y: Float[Tensor, " m"]) -> Float[Tensor, " m"]:

@@ -92,7 +92,7 @@ def _of_ollama(folder: Path) -> Iterator[tuple[str, str, Path]]:
         try:
             layers = json.loads(path.read_text(encoding="utf-8"))["layers"] if path.is_file() else []
             digests = [str(one["digest"]) for one in layers if one["mediaType"] == _LAYER]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         for digest in digests:
             blob = folder / "blobs" / digest.replace(":", "-")

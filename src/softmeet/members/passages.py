@@ -56,7 +56,7 @@ def read_passages(path: str | Path) -> list[Passage]:
             names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8"
         raise InvalidInputError(f"cannot read the passages in {path}: {why}: check the path") from error

@@ -23,8 +23,8 @@ from softmeet.errors import InvalidInputError
 KEY = "SOFTMEET_MEMBER_KEY"
 # How often a question is asked that got no answer, and the seconds before it is asked for the second time.
 _TRIES, _PAUSE = 3, 0.5
-# The most bytes of an answer, and how many are read at once.
-_MOST, _PIECE = 256 << 20, 1 << 16
+# The most bytes of an answer for which no more are expected, and how many are read at once.
+_MOST, _PIECE = 1 << 20, 1 << 16
 # Answers by which a host says that it cannot now.
 _LATER = (429, 500, 502, 503, 504)
 _THREAD = "softmeet-host"
@@ -105,24 +105,24 @@ class Host:
         Raises:
             HostError: if there is none.
         """
-        return self._asked("GET", path, None)
+        return self._asked(_MOST, "GET", path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """Return the JSON that is answered to a body of JSON.
+    def post(self, path: str, body: dict[str, Any], more: int = 0) -> Any:
+        """Return the JSON that is answered to a body of JSON, of at most 1 MiB and ``more`` bytes.
 
         Raises:
-            HostError: if there is none.
+            HostError: if there is none, or it is longer: nobody else goes on while it is read.
         """
-        return self._asked("POST", path, json.dumps(body).encode())
+        return self._asked(_MOST + more, "POST", path, json.dumps(body).encode())
 
-    def _asked(self, method: str, path: str, body: bytes | None) -> Any:
+    def _asked(self, most: int, method: str, path: str, body: bytes | None) -> Any:
         # Another thread asks: a name that is looked up, or a header that comes letter by letter, has no deadline.
         question = _Question()
         self._open.add(question)
         try:
             if self._aborted:
                 raise _aborted()
-            threading.Thread(target=self._ask, args=(question, method, path, body), daemon=True, name=_THREAD).start()
+            threading.Thread(target=self._ask, args=(question, most, method, path, body), daemon=True, name=_THREAD).start()
             status, kind, answer = question.result(self._seconds)
         except TimeoutError:
             raise HostError(f"has not answered within {self._seconds:g} s") from None
@@ -165,7 +165,7 @@ class Host:
             time.sleep(_PAUSE * 2 ** (_TRIES - 1 - again))
         raise AssertionError
 
-    def _answer(self, question: _Question, method: str, path: str, body: bytes | None) -> _Answer:
+    def _answer(self, question: _Question, most: int, method: str, path: str, body: bytes | None) -> _Answer:
         """Ask once; returns (status, kind of content, content)."""
         key = _key()
         if not (key.isascii() and key.isprintable()):
@@ -187,8 +187,8 @@ class Host:
             with connection.getresponse() as answer:
                 while piece := answer.read1(_PIECE):
                     content += piece
-                    if len(content) > _MOST:
-                        raise HostError(f"answers with more than {_MOST >> 20} MiB")
+                    if len(content) > most:
+                        raise HostError(f"answers with more than {most:,} bytes, where fewer were expected")
         except BaseException:
             connection.close()
             raise

@@ -39,6 +39,8 @@ _SLACK = 2e-3
 _LARGEST = torch.finfo(torch.float32).max
 # More tokens than any model has.
 _EVERY = 1 << 24
+# The bytes that a token may take in an answer, with its text and that in bytes.
+_BYTES = 512
 # How vLLM and softmeet name a token by its id, each in one way.
 _ID = re.compile("token_id:(0|[1-9][0-9]{0,8})")
 Told = dict[int, float]
@@ -50,7 +52,12 @@ class Protocol(ABC):
     Args:
         host: the server.
         model: the name of the model; None for the server's first or only one.
+
+    Attributes:
+        symbols: how many tokens there are, once that is known.
     """
+
+    symbols = 0
 
     def __init__(self, host: Host, model: str | None) -> None:
         self.host, self.model = host, model
@@ -62,6 +69,10 @@ class Protocol(ABC):
         Raises:
             HostError: if the server does not tell them.
         """
+
+    def longest(self, text: Sequence[int], top: int | None) -> int:
+        """Return how many bytes an answer may have that tells so many tokens behind a text, and may repeat the text."""
+        return _BYTES * (len(text) + (top or self.symbols))
 
     @abstractmethod
     def limit(self) -> int | None:
@@ -81,7 +92,7 @@ class Completions(Protocol):
             "model": self.model, "prompt": list(text), "max_tokens": 1, "temperature": 0,
             "logprobs": -1 if top is None else top, "return_tokens_as_token_ids": True,
         }  # fmt: skip
-        found = self.host.post("/completions", asked)
+        found = self.host.post("/completions", asked, self.longest(text, top))
         try:
             (choice,) = found["choices"]
             (told,) = choice["logprobs"]["top_logprobs"]
@@ -115,7 +126,7 @@ class LlamaServer(Protocol):
         """Return log-probabilities by id of the likeliest tokens behind a text, as of :meth:`Protocol.likeliest`."""
         count = _EVERY if top is None else top
         asked = {"prompt": list(text), "n_predict": 1, "n_probs": count, "cache_prompt": True, "temperature": -1.0}
-        found = self.host.post("/completion", asked)
+        found = self.host.post("/completion", asked, self.longest(text, top))
         try:
             (place,) = found["completion_probabilities"]
             listed = [(one["id"], one["logprob"]) for one in place["top_logprobs"]]
@@ -181,6 +192,7 @@ class RemoteReader(StatelessReader):
     ) -> None:
         alphabet = TokenAlphabet.of(tokenizer)
         self._pool, self._waiting = (ThreadPoolExecutor(_AT_ONCE, f"softmeet-{of}") for of in ("remote", "waiting"))
+        protocol.symbols = alphabet.size
         self._protocol, self._top = protocol, None if top == "all" or top >= alphabet.size else top
         traits = Traits(rounding="coarse", bound=0.05, known=self._top, row_cost=1.0, waits=True)
         try:

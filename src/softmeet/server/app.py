@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet import __version__
@@ -28,7 +29,15 @@ from softmeet.server.events import dumps
 from softmeet.server.refusals import refusal
 from softmeet.server.replies import ChatReply, CompletionReply, Reply
 from softmeet.server.responses import ResponsesReply, ResponsesRequest, checked
-from softmeet.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Extension, TokenizeRequest
+from softmeet.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Extension,
+    Generation,
+    TokenizeRequest,
+)
+from softmeet.server.sequences import GenerationRequest
 from softmeet.server.serving import Serving
 from softmeet.server.texts import token_texts
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
@@ -39,6 +48,7 @@ _LIKE = 0.75
 # Over bytes, seconds between two chunks of a choice in a stream.
 _PAUSE = 0.05
 _NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --engine ray"
+T = TypeVar("T")
 router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUSES})
 
 
@@ -60,7 +70,7 @@ def create_app(serving: Serving) -> FastAPI:
     app = _App(title="softmeet", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.serving = serving
     app.include_router(router)
-    for kind in (SoftmeetError, RequestValidationError, HTTPException, Exception):
+    for kind in (SoftmeetError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_error)
     if serving.settings.ui:
         from softmeet.server.ui import mount
@@ -132,20 +142,20 @@ def _model(served: Served) -> dict[str, Any]:
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue each prompt, text or token ids, by n choices, as one JSON document or a stream of server-sent events."""
-    return await _respond(request, CompletionReply(await _serving(request).prepare(body), body))
+    return await _respond(request, CompletionReply(await _prepared(request, body), body))
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer the messages, joined to a prompt by the tokenizer's chat template, as one JSON document or as a stream."""
-    return await _respond(request, ChatReply(await _serving(request).prepare(body), body))
+    return await _respond(request, ChatReply(await _prepared(request, body), body))
 
 
 @router.post("/v1/responses")
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a text or messages as a chat does, in the form of OpenAI's Responses API; nothing is stored."""
     asked = checked(body)
-    return await _respond(request, ResponsesReply(await _serving(request).prepare(asked), asked))
+    return await _respond(request, ResponsesReply(await _prepared(request, asked), asked))
 
 
 @router.post("/tokenize")
@@ -156,7 +166,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         raise RequestError(f"expected either a prompt or messages, got {came}: send one of them", param="prompt")
     serving = _serving(request)
     served = serving.ensembles.find(body.model)
-    tokens = await serving.encoded(served, body)
+    tokens = await _unless_left(request, serving.encoded(served, body))
     # Texts are those that answers show under logprobs.
     texts = token_texts(served.ensemble.tokenizer)
     return {
@@ -175,7 +185,8 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
     vocabulary = served.ensemble.model.config.vocab_size
     if not all(0 <= token < vocabulary for token in body.tokens):
         raise RequestError(f"expected token ids from 0 to {vocabulary - 1:,}", param="tokens")
-    return {"prompt": await serving.on_tokenizer(len(body.tokens), served.ensemble.tokenizer.decode, body.tokens)}
+    work = serving.on_tokenizer(len(body.tokens), served.ensemble.tokenizer.decode, body.tokens)
+    return {"prompt": await _unless_left(request, work)}
 
 
 @router.get("/version")
@@ -207,6 +218,17 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(_serving(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what a coroutine returns; if the client leaves before, cancel it and raise ClientDisconnect."""
+    if (found := await unless_left(work, request.receive)) is None:
+        raise ClientDisconnect
+    return found
+
+
+async def _prepared(request: Request, body: Generation) -> GenerationRequest:
+    return await _unless_left(request, _serving(request).prepare(body))
+
+
 async def _respond(request: Request, reply: Reply) -> Response:
     """Submit a prepared request, and return its answer: a stream of events, or one document after the last token."""
     request.state.model = reply.asked.model
@@ -214,9 +236,7 @@ async def _respond(request: Request, reply: Reply) -> Response:
     if reply.body.stream:
         headers = {"Cache-Control": "no-store"}
         return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)
-    choices = await unless_left(answer.whole(), request.receive)
-    if choices is None:
-        return Response(status_code=499)  # the client has left
+    choices = await _unless_left(request, answer.whole())
     document = await TURNS_AT_LOCK.written(lambda: dumps(reply.document(choices, answer.completion_tokens)))
     return Response(document, media_type="application/json")
 
@@ -257,6 +277,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     """Return the response to an exception of a route, in the form of OpenAI's error object."""
     headers: Mapping[str, str] | None = None
     match error:
+        case ClientDisconnect():
+            return Response(status_code=499)  # nobody reads it
         case RequestValidationError():
             error = refusal(error.errors(), request.url.path)
         case HTTPException(status_code=404 | 405 as status):

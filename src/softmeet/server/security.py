@@ -10,7 +10,6 @@ import base64
 import contextlib
 import hmac
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,8 +18,9 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from softmeet.server.asgi import replay
-from softmeet.server.errors import RequestError, error_response
+from softmeet.server.asgi import replay, unless_left
+from softmeet.server.errors import BusyError, RequestError, error_response
+from softmeet.server.large_bodies import LARGE, LargeBodies
 
 _OPEN = ("/health", "/ready")
 # Paths whose bodies have to be JSON.
@@ -31,8 +31,6 @@ _FILES = r"config|theme\.css|favicon\.ico|robots\.txt|manifest\.json"
 _PAGE = re.compile(rf"/ui(/|/({_FILES}|gradio_api/({_CALLS}))/?|/(assets|static|svelte)/.*)?")
 # A file among the values of a call, which Gradio would copy or fetch.
 _FILE = b'"gradio.FileData"'
-# Bodies of more bytes are read one after another, at so many bytes a second, so that others go on between them.
-_LARGE, _RATE = 1 << 15, 2e6
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
 # A name or an address, with or without a port; RFC 9110 has Host so.
@@ -77,7 +75,7 @@ class Guard:
         self.app, self.protection = app, protection
         self._keys = [form for key in protection.keys for form in _forms(key)]
         self._hosts = {host.lower() for host in protection.hosts}
-        self._next_large = 0.0
+        self._large = LargeBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check one request and read its whole body; refuse it, or pass it on. HEAD is answered wherever GET is.
@@ -98,10 +96,10 @@ class Guard:
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
             if body and path.startswith("/ui"):
                 _check_call(body)
-        except RequestError as error:
+        except (RequestError, BusyError) as error:
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
             headers = {"Connection": "close"}
-            if error.status == 401 and (path == "/" or path.startswith("/ui")):
+            if isinstance(error, RequestError) and error.status == 401 and (path == "/" or path.startswith("/ui")):
                 headers["WWW-Authenticate"] = 'Basic realm="softmeet", charset="UTF-8"'
             await error_response(error, headers)(scope, receive, send)
             return
@@ -140,6 +138,8 @@ class Guard:
         Raises:
             RequestError: if the body has more than ``max_body`` bytes, or is not complete after ``body_seconds``
                 seconds.
+            BusyError: if too many large bodies wait.
+            ClientDisconnect: if the client leaves before.
         """
         limit = self.protection.max_body
         too_large = RequestError(f"expected a body of at most {limit:,} bytes", status=413, code="body_too_large")
@@ -161,16 +161,9 @@ class Guard:
             ) from None
         if size > limit:
             raise too_large
-        await self._take_turns(size)
+        if size > LARGE and not await unless_left(self._large.turn(size), request.receive):
+            raise ClientDisconnect
         return b"".join(parts)
-
-    async def _take_turns(self, size: int) -> None:
-        """Wait until a large body may be read: one after another, as nobody else goes on while one is."""
-        if size > _LARGE:
-            now = time.monotonic()
-            begins = max(now, self._next_large)
-            self._next_large = begins + size / _RATE
-            await asyncio.sleep(begins - now)
 
 
 def _check_json(body: bytes, kind: str) -> None:

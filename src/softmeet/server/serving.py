@@ -24,7 +24,7 @@ from softmeet.hf.prompts import encoded, states_behind
 from softmeet.server import prompts
 from softmeet.server.batcher import Batcher
 from softmeet.server.ensembles import Ensembles, Served, behind_passages
-from softmeet.server.errors import RequestError
+from softmeet.server.errors import BusyError, RequestError
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
@@ -119,6 +119,7 @@ class Serving:
         self._structures = Structures(served.ensemble.model for served in ensembles)
         # Nothing holds up the event loop, and short texts do not wait for the long ones of others.
         self._short, self._long = (ThreadPoolExecutor(1, f"softmeet-tokenizer-{of}") for of in ("short", "long"))
+        self._at_tokenizer = 0
 
     def start(self) -> None:
         """Do once, for every ensemble, what the first token would otherwise wait for, and start the batcher.
@@ -135,13 +136,14 @@ class Serving:
 
     @torch.inference_mode()
     def _warm_up(self, model: EnsembleForCausalLM) -> None:
-        hidden = states_behind(model, encoded(model, model.tokenizer, ["a"]))
         own = model.settings.ungated()
         every = [own, own.changed(rule="meet", weights=None)] if "rule" in self.settings.allowed else [own]
+        hidden = None
         for settings in every:
-            # Members may make nothing of the token; what they say of it is not used.
+            # Members may make nothing of the token, or fail; what they say of it is not used.
             with contextlib.suppress(SoftmeetError), time_limit(self.settings.limits.token_seconds):
                 model.require(settings)
+                hidden = hidden or states_behind(model, encoded(model, model.tokenizer, ["a"]))
                 model.combiner.solve_rows(hidden, settings, proved=False)
 
     async def on_tokenizer(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
@@ -151,9 +153,18 @@ class Serving:
             size: the characters or tokens that it works on: long work is done apart from short.
             work: the function.
             arguments: its arguments.
+
+        Raises:
+            BusyError: if as many such calls wait as the batch and the queue have places.
         """
+        if self._at_tokenizer >= (most := self.settings.limits.rows + self.settings.limits.waiting):
+            raise BusyError(f"expected at most {most:,} requests whose texts wait to be read: ask again later")
         thread = self._long if size > prompts.LONG else self._short
-        return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
+        self._at_tokenizer += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, work, *arguments)
+        finally:
+            self._at_tokenizer -= 1
 
     async def encoded(self, served: Served, body: Any) -> tuple[int, ...]:
         """Return the token ids of a body's ``prompt``, a text, or of its ``messages`` if it has none.
