@@ -313,3 +313,18 @@ def test_where_one_distribution_has_the_moments_its_small_probabilities_count(ru
     found = replace(solution, log_probs=off.log()).verify(heads, log_p)
     assert int(found.status) == Status.NOT_CONVERGED
     assert float(found.gap) > 1e-3
+
+
+def test_moments_that_are_off_by_little_may_leave_an_objective_far_off():
+    """All that have these moments give some token 1e-6, which a member gives 1e-11; the moments hold to 2e-7 without."""
+    rng = np.random.default_rng(50176)
+    v = int(rng.choice([4, 5, 6]))
+    widths = (first := int(rng.integers(1, v - 2)), v - 2 - first)
+    heads = [torch.tensor(rng.normal(size=(v, d))) for d in widths]
+    truth = rng.dirichlet(np.ones(v) * rng.choice([0.05, 0.1, 0.2, 1]))
+    truth = np.maximum(truth, 10.0 ** rng.uniform(-13, -5))
+    log_p = best_outputs(heads, torch.tensor(truth / truth.sum())[None])
+    solution = softmeet.combine(log_p, heads, "min-underestimation")
+    least = 8.5
+    assert solution.status.tolist() == [Status.NOT_CONVERGED] or float(solution.objective) > least
+    assert solution.verify(heads, log_p).status.tolist() == solution.status.tolist()

@@ -159,6 +159,9 @@ def test_text_in_text_out(folders):
     assert isinstance(text, str)
     assert "".join(ours.stream("hello", **options)) == text
     assert ours.generate(["hello"], **options) == [text]
+    for wrong in (-1, 1.5, "a"):
+        with pytest.raises(InvalidInputError, match="expected top as a number of tokens above 0"):
+            ours.next_token("hello", top=wrong)
     report = ours.next_token("hello", top=3)
     assert len(report.top) == 3
     assert len(report.members) == 3

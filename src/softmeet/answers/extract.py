@@ -7,7 +7,8 @@ import string
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+# A sign stands before a number, not between two; commas stand before three digits each.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _MARK = re.compile(r"####|answer is|answer:", re.IGNORECASE)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -15,7 +16,7 @@ _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 def number(text: str) -> Decimal | None:
     """Return the number that an answer ends with: behind the last ``####`` or "answer is" the first, else the last.
 
-    Commas between digits are left out. None if there is no number.
+    Commas between thousands are left out. None if there is no number.
 
     Example:
         >>> number("so 3 + 12 = 15. The answer is $1,015.00."), number("5 apples and 7 pears"), number("none")
@@ -25,7 +26,7 @@ def number(text: str) -> Decimal | None:
     behind = _NUMBER.findall(text[marks[-1].end() :]) if marks else []
     found = behind[:1] or _NUMBER.findall(text)[-1:]
     try:
-        return Decimal(found[0].replace(",", "")) if found else None
+        return Decimal(found[0].replace(",", "").replace("\u2212", "-")) if found else None
     except InvalidOperation:
         return None
 

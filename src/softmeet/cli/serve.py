@@ -271,7 +271,7 @@ def _keys(path: Path | None) -> tuple[str, ...]:
             f"expected --api-keys as the path of a file with one key on each line, got one that cannot be read "
             f"({reason}): give the file, or the keys themselves in ${_KEYS}"
         ) from None
-    found = tuple(line.strip() for line in text.splitlines() if line.strip())
+    found = tuple(line.strip() for line in text.split("\n") if line.strip())
     if path is not None and not found:
         raise InvalidInputError(f"expected API keys in {path}, one a line, found none")
     return found

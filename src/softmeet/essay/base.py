@@ -11,7 +11,7 @@ not solved is answered by the best point that was seen, the pool among them (:me
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -43,19 +43,23 @@ class Bounds:
         value: the objective at p, which may be inf.
         least: the objective is at least this at every point of the feasible set; -inf if nothing is proved.
         most: the objective is at most this at every point of the feasible set; inf if nothing is proved.
+        reached: the objective near p where the members' moments are met up to rounding, as far as that is known; -inf
+            if it was not looked for, as it hardly differs from the value.
     """
 
     value: float
     least: float
     most: float = torch.inf
+    reached: float = -torch.inf
 
     @property
     def gap(self) -> float:
         """The distance |value - least|, in the objective's unit: the most by which p can miss the least objective.
 
-        A value below ``least`` is possible only if p does not have the members' moments exactly.
+        It is ``reached`` - least if that is more. A value below ``least`` is possible only if p does not have the
+        members' moments exactly.
         """
-        return abs(self.value - self.least)
+        return max(abs(self.value - self.least), self.reached - self.least)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,13 +134,14 @@ class ExactRule(Rule):
         """
 
     def proved(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
-        """Return :meth:`bounds` at ``p`` and ``y``, corrected in two cases.
+        """Return :meth:`bounds` at ``p`` and ``y``, corrected in three cases.
 
         If ``p`` has mass outside ``row.alive`` or its sum differs from 1 by more than ``MOMENT_TOLERANCE`` (1e-6), the
         lower bound is -inf and the upper one inf. If the moments must hold (:meth:`constrained`), at most one
         distribution has the members' moments (``row.unique``), and ``p`` has them, the bounds are the values for all
         probabilities lower and higher by the distance to that one
         (:func:`~softmeet.essay.points.distance_to_unique`): every objective rises with each of them, or falls.
+        Of other rows with the moments :meth:`reached` counts, too.
         """
         found = self.bounds(row, p, y)
         if bool(p[~row.alive].any()) or not abs(float(p.sum()) - 1) <= MOMENT_TOLERANCE:
@@ -145,7 +150,17 @@ class ExactRule(Rule):
             off = distance_to_unique(row, p) * row.alive
             least, most = sorted(self.bounds(row, q.clamp_min(0), y).value for q in (p - off, p + off))
             return Bounds(found.value, max(found.least, least), min(found.most, most))
+        if moments_hold(row, p):
+            return replace(found, reached=self.reached(row, p))
         return found
+
+    def reached(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> float:
+        """Return the objective near ``p``, (v,), where the moments are met up to rounding: :attr:`Bounds.reached`.
+
+        A rule whose objective has logarithms of small probabilities overrides this: ``p`` has the moments to 1e-6, by
+        which such a logarithm may be far off. The base class returns -inf.
+        """
+        return -torch.inf
 
     def constrained(self, problem: Problem) -> bool:
         """Return whether the answer must have the members' moments.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
-from softmeet.essay.points import interior_masses
+from softmeet.essay.points import interior_masses, with_what_is_left
 from softmeet.simplex import log_normalize
 from softmeet.solvers.base import Status
 
@@ -37,6 +37,13 @@ class MinReverseCrossEntropy(ExactRule):
         p, y = p / p.sum(), row.joint @ found.y / (target @ found.y)
         unsolved = self.status(row, p, self.proved(row, p, y)) == Status.NOT_CONVERGED
         return Choice(member if unsolved and member is not None else p, y, found.steps)
+
+    def reached(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> float:
+        """Return the objective where the moments of ``p``, (v,), are repaired, and how far what is left may raise it."""
+        repaired, left = with_what_is_left(row, p)
+        own, mean = repaired[row.alive], log_normalize(row.log_mean[row.alive]).exp()
+        steepest = float((mean / own).norm()) if left else 0.0
+        return left * steepest - float(torch.special.xlogy(mean, own).sum())
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Bound the objective over C from below, by multipliers ``y``: Σ p̄ log(z / p̄), in nats.

@@ -10,7 +10,7 @@ from softmeet.essay.base import Bounds, Choice, ExactRule
 from softmeet.essay.feasible_set import FeasibleSet
 from softmeet.essay.interior import Program, interior_point
 from softmeet.essay.matrices import stacked
-from softmeet.essay.points import can_move, columns_of, interior_masses
+from softmeet.essay.points import can_move, columns_of, interior_masses, with_what_is_left
 from softmeet.solvers.clock import time_is_over
 
 # A mass this close to one of its bounds, relative to their distance, is at it.
@@ -74,6 +74,11 @@ class MinUnderestimation(ExactRule):
             p, more = _nearest_to_pool(row, p, limit, between)
             steps += more
         return Choice(p, y, steps)
+
+    def reached(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> float:
+        """Return the objective where the moments of ``p``, (v,), are repaired; what is left may be missing anywhere."""
+        repaired, left = with_what_is_left(row, p)
+        return float(((repaired + left).log() - row.log_p.amin(0))[row.alive].max())
 
     def bounds(self, row: FeasibleSet, p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> Bounds:
         """Bound log t over C from below, by multipliers ``y``: -log Σ_j m_j [1 + yᵀ(g_j - g)]₊ in nats, or 0 if larger.

@@ -23,6 +23,8 @@ from softmeet.solvers.projection import MOMENT_TOLERANCE, SEPARATED
 _FRANK_WOLFE_TOLERANCE = 1e-12
 # Probabilities below zero by this much are rounding, of moments that are themselves rounded.
 _NEGATIVE = 1e-9
+# The rounding of moments, relative to their length.
+_ROUNDING = 1e-14
 
 
 def least_squares_point(row: FeasibleSet, columns: MomentMatrix, target: Float[Tensor, " m"]) -> Optimum:
@@ -158,6 +160,13 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
             break
         p = moved
     return p
+
+
+def with_what_is_left(row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " v"], float]:
+    """Return ``p`` as :func:`moments_repaired` does, and how far its moments still are from the members'; 0 if rounding."""
+    repaired = moments_repaired(row, p)
+    left = float(row.excess(repaired).norm())
+    return repaired, left if left > _ROUNDING * (1 + float(row.target.norm())) else 0.0
 
 
 def exact_gap(row: FeasibleSet, log_p: Float[Tensor, " v"], y: Float[Tensor, " m"]) -> float:

@@ -71,7 +71,7 @@ def _before(prefixes: Prefixes, model: AnyEnsemble) -> list[OwnPrompt]:
         raise InvalidInputError(
             f"expected no prefixes for a call, {why or 'as over tokens members share every token of a prompt'}"
         )
-    for own in prefixes:
+    for own in prefixes if _is_list(prefixes) else [prefixes]:
         if not _is_list(own) or len(own) != n or not all(one is None or _is_list(one) for one in own):
             raise InvalidInputError(
                 f"expected prefixes as a list for each prompt, with token ids or None for each of {n} members, got "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -85,8 +86,8 @@ class EnsembleConfig(PreTrainedConfig):
             settings = Settings.of({"rule": rule, **own})
         self.members, self.vocabulary, self.prune = [str(Member.of(one)) for one in members], vocabulary, prune
         self.settings = settings.for_members(len(self.members))
-        if prefixes is not None and len(prefixes) != len(self.members):
-            raise InvalidInputError(f"expected {len(self.members)} prefixes, one per member, got {len(prefixes)}")
+        if prefixes is not None and not (isinstance(prefixes, list | tuple) and len(prefixes) == len(self.members)):
+            raise InvalidInputError(f"expected {len(self.members)} prefixes, one per member, got {prefixes!r:.200}")
         self.prefixes = None if prefixes is None else [None if own is None else list(own) for own in prefixes]
         self.movement = dict(movement or {})
         self.rule_source = source_of(self.settings.rule)
@@ -124,7 +125,10 @@ class EnsembleConfig(PreTrainedConfig):
             where = ".".join(map(str, first["loc"]))
             raise InvalidInputError(f"config.json of a saved ensemble is damaged: {where}: {first['msg']}") from error
         refuse_servers(Member.parse(one, files=False) for one in config_dict.get("members", ()))
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise InvalidInputError(f"config.json of a saved ensemble is damaged: {error}") from error
 
     def adopt_limits(self, members: Sequence[PreTrainedModel], v: int, prefixes: Sequence[Sequence[int]] = ()) -> None:
         """Set, in this configuration, the limits and special ids that follow from the members' models, over tokens.

@@ -19,6 +19,8 @@ from softmeet.rules.problem import TokensBefore
 
 def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, top: int) -> NextToken:
     """Predict what follows a text, as :meth:`softmeet.Ensemble.next_token` does."""
+    if type(top) is not int or top < 1:
+        raise InvalidInputError(f"expected top as a number of tokens above 0, got {top!r}")
 
     def likeliest(log_probs: torch.Tensor) -> list[tuple[str, float]]:
         best = log_probs.exp().topk(min(top, len(log_probs)))

@@ -122,7 +122,9 @@ class Host:
         try:
             if self._aborted:
                 raise _aborted()
-            threading.Thread(target=self._ask, args=(question, most, method, path, body), daemon=True, name=_THREAD).start()
+            threading.Thread(
+                target=self._ask, args=(question, most, method, path, body), daemon=True, name=_THREAD
+            ).start()
             status, kind, answer = question.result(self._seconds)
         except TimeoutError:
             raise HostError(f"has not answered within {self._seconds:g} s") from None
