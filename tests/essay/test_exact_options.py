@@ -316,7 +316,7 @@ def test_where_one_distribution_has_the_moments_its_small_probabilities_count(ru
 
 
 def test_moments_that_are_off_by_little_may_leave_an_objective_far_off():
-    """All that have these moments give some token 1e-6, which a member gives 1e-11; the moments hold to 2e-7 without."""
+    """All that have these moments give a token 1e-6, which a member gives 1e-11; without it they hold to 2e-7."""
     rng = np.random.default_rng(50176)
     v = int(rng.choice([4, 5, 6]))
     widths = (first := int(rng.integers(1, v - 2)), v - 2 - first)

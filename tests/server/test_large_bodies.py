@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_large_bodies_come_one_after_another_the_shortest_first(rate):
 
     asyncio.run(all_of_them())
     assert [size for size, _ in begun] == [LONG, LONG + 1, LONG + 2]
-    for (size, moment), (_, later) in zip(begun[:-1], begun[1:], strict=True):
+    for (size, moment), (_, later) in pairwise(begun):
         assert later - moment >= 0.99 * size / rate
 
 

@@ -112,7 +112,9 @@ def speak_utf8() -> None:
     Names of files that are not UTF-8 are printed as they are on stdout, but for controls, and escaped on stderr.
     """
     # Of a stream that is closed, Python makes none.
-    sys.stdout, sys.stderr = (stream or Path(os.devnull).open("w") for stream in (sys.stdout, sys.stderr))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - while the process lasts
     if "PYTHONIOENCODING" in os.environ:
         return
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "surrogateescape"), (sys.stderr, "backslashreplace")):

@@ -39,7 +39,7 @@ class MinReverseCrossEntropy(ExactRule):
         return Choice(member if unsolved and member is not None else p, y, found.steps)
 
     def reached(self, row: FeasibleSet, p: Float[Tensor, " v"]) -> float:
-        """Return the objective where the moments of ``p``, (v,), are repaired, and how far what is left may raise it."""
+        """Return the objective where the moments of ``p``, (v,), are repaired, with what the rest may add to it."""
         repaired, left = with_what_is_left(row, p)
         own, mean = repaired[row.alive], log_normalize(row.log_mean[row.alive]).exp()
         steepest = float((mean / own).norm()) if left else 0.0

@@ -163,7 +163,7 @@ def moments_repaired(row: FeasibleSet, p: Float[Tensor, " v"]) -> Float[Tensor, 
 
 
 def with_what_is_left(row: FeasibleSet, p: Float[Tensor, " v"]) -> tuple[Float[Tensor, " v"], float]:
-    """Return ``p`` as :func:`moments_repaired` does, and how far its moments still are from the members'; 0 if rounding."""
+    """Return :func:`moments_repaired`, and how far its moments still are from the members'; 0 if that is rounding."""
     repaired = moments_repaired(row, p)
     left = float(row.excess(repaired).norm())
     return repaired, left if left > _ROUNDING * (1 + float(row.target.norm())) else 0.0
