@@ -27,14 +27,15 @@ class LargeBodies:
         Raises:
             BusyError: if too many wait, and it is the longest of them.
         """
-        one = size, next(self._numbers), asyncio.get_running_loop().create_future()
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        one = size, next(self._numbers), turn
         insort(self._waiting, one)
         if len(self._waiting) > _MOST:
             *_, last = self._waiting.pop()
             last.set_exception(BusyError(f"expected at most {_MOST} large bodies at once: ask again later, or less"))
         self._begin()
         try:
-            return await one[-1]
+            return await turn
         finally:
             if one in self._waiting:
                 self._waiting.remove(one)
