@@ -17,9 +17,10 @@ RESUMED = [
     and (case.vocabulary != "bytes" or case.unit == "bytes")
 ]  # fmt: skip
 # The draws of torch depend on where a text stands.
-TOGETHER = some([case for case in SAYS[PYTHON] if case.sampling != "torch"], 4)
-# One prompt is given to generate as a text or as a conversation, to the command as one or as one of six.
-CHATS, TEXTS = some(SAYS[PYTHON], 2), some(SAYS[PYTHON], 2, 1)
+TOGETHER = some([case for case in SAYS[PYTHON] if case.sampling != "torch"], 5)
+# Every case is written by the model's own generate, and by turns by the ensemble's, as a stream or as an answer in a
+# conversation; the command is given a prompt as one, as a conversation or as one of six.
+TEXTS, STREAMED, CHATS = (some(SAYS[PYTHON], 3, k) for k in range(3))
 PRINTED = some(SAYS[COMMAND], 2)
 PRINTED_CHATS = some([case for case in PRINTED if case.speculation == "default"], 2)
 PRINTED_TOGETHER = [case for case in PRINTED if case.speculation != "default"][::2]
@@ -28,8 +29,8 @@ PRINTED_TOGETHER = [case for case in PRINTED if case.speculation != "default"][:
 @pytest.mark.parametrize("case", SAYS[PYTHON], ids=str)
 def test_python(worlds, known, case):
     known, asked = known[str(case)], golden.asked(worlds, case, known)
-    found = {"stream": roads.stream(asked), "model": roads.transformers(asked)}
-    ways = {"generate": TEXTS, "together": TOGETHER, "resumed": RESUMED}
+    found = {"model": roads.transformers(asked)}
+    ways = {"generate": TEXTS, "stream": STREAMED, "together": TOGETHER, "resumed": RESUMED}
     found |= {name: getattr(roads, name)(asked) for name, own in ways.items() if case in own}
     assert differences(asked, known, found) == []
     exact = exactly(asked, tuple(known["tokens"]))

@@ -29,7 +29,7 @@ from softmeet.server.app import create_app
 
 TEXTS = ["the quick fox", "and then it rains in spain"]
 PROMPT, QUESTION = "a long tale. ", "we ask: {prompt}, he says: "
-NEW = 4
+NEW = 3
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +280,10 @@ def serves(kind):
 USES = (
     generates, runs_without_a_cache, batches, predicts, beams, looks_up, seeds, guards, saves, evaluates, fits, serves,
 )  # fmt: skip
-# Uses whose way to members is that of another, which all kinds go: a fit is made of what evaluates reads, and beams and
-# candidates move the rows of the cache that batches fills.
+# Uses whose way to members is that of another, which all kinds go: a fit is made of what evaluates reads, and beams,
+# candidates, draws and gates work on the rows of the cache that batches fills.
 FEWER = {fits: ("plain", "adapter", "prompt", "native"), beams: ("plain", "adapter", "prompt", "template", "gguf")}
-FEWER[looks_up] = FEWER[beams]
+FEWER |= dict.fromkeys((looks_up, seeds, guards), FEWER[beams])
 PAIRS = [(kind, use) for kind in KINDS for use in USES if kind in FEWER.get(use, KINDS)]
 
 
