@@ -14,7 +14,7 @@ from softmeet.readers.bytes.next_tokens import END
 
 EXACT = Pruning(0.0, None)
 # Words that merge, a space before and none, a character of several bytes, a byte that is no UTF-8, an NFC composition.
-TEXTS = (b" the th", b"the\n\ne", "h\u00e9".encode(), b"t\xffhe", "e\u0301r".encode())
+TEXTS = (b" the t", b"the\n\ne", "h\u00e9".encode(), b"t\xffhe", "e\u0301r".encode())
 HOSTILE = (
     b"", " \u05e9\u05dc\u05d5\u05dd \U0001f642\u200d\u2642".encode(), b"\x00\x04t\x00", b"\xf0\x9f",
     b"<|endoftext|>the</s>", b" " * 70 + b"the", b"a" * 10_000,

@@ -25,7 +25,14 @@ TEXTS = {
 }
 # A stretch of more than 256 bytes is read by one kind of tokenizer: all are cut there alike.
 LONG = {"gpt2": "one letter", "llama": "characters"}
-CASES = [(kind, text) for kind in KINDS for text in ("words", "hostile", LONG.get(kind)) if text]
+# Of tokenizers that differ in how they cut words alone, one reads what are none.
+HOSTILE_KINDS = ("qwen", "llama", "unigram")
+CASES = [
+    (kind, text)
+    for kind in KINDS
+    for text in ("words", "hostile" if kind in HOSTILE_KINDS else None, LONG.get(kind))
+    if text
+]
 
 
 def by_bytes(member, text):
@@ -59,7 +66,7 @@ def test_pieces_do_not_matter(kind, text):
         more = whole[place : place + draw.choice([1, 2, 3, 9, 40])]
         reading, place = member.follow(reading, more), place + len(more)
         assert np.abs(member.log_probs([reading]).exp().numpy() - np.exp(expected[place])).max() < 1e-9, place
-    for place in draw.sample(range(len(whole) + 1), 4):
+    for place in draw.sample(range(len(whole) + 1), 3):
         begun = member.begin(whole[:place])
         assert np.abs(member.log_probs([begun]).exp().numpy() - np.exp(expected[place])).max() < 1e-9, place
         # A reading from anywhere goes on as the others do.

@@ -16,7 +16,7 @@ from softmeet.decoders.particles import Particles, systematic
 from softmeet.decoders.registry import decoder_of
 from softmeet.errors import InvalidInputError
 
-RUNS = 10_000
+RUNS = 4000
 # (rule, what the oracle calls it, its order)
 RULES = [
     ("logit-mean", "product", None), ("prob-mean", "mean", None), ("power-mean:order=0.5", "power", 0.5),
@@ -99,7 +99,7 @@ def weights_of(size):
 
 @pytest.mark.parametrize(
     ("rule", "op", "order", "size"),
-    [(*rule, size) for rule in RULES for size in SIZES[:2]] + [(*RULES[k], SIZES[2]) for k in (0, 4)],
+    [(*RULES[k], SIZES[size]) for k, size in ((0, 0), (0, 1), (1, 1), (2, 0), (3, 1), (4, 0), (0, 2), (4, 2))],
 )
 def test_means_are_those_of_the_ensemble_of_texts(rule, op, order, size):
     """The mean of Ẑ is Z, and that of Ẑ where a text is drawn Z π of it, both within four standard errors."""
@@ -115,8 +115,10 @@ def test_means_are_those_of_the_ensemble_of_texts(rule, op, order, size):
     for text, share in shares.items():
         expected[names[text]] += z * share
     drawn = [one if one.chosen is None else names[one.texts[one.chosen].symbols] for one in found]
+    places = {text: k for k, text in enumerate(expected)}
+    numbers = np.array([places.get(one, -1) for one in drawn])
     for text, mean in expected.items():
-        values = np.where([one == text for one in drawn], estimates, 0.0)
+        values = np.where(numbers == places[text], estimates, 0.0)
         spread = max(values.var(), mean * (z - mean))  # what it would be if every estimate were Z
         assert abs(values.mean() - mean) <= 4 * (spread / RUNS) ** 0.5 + 1e-12, text
 
@@ -159,16 +161,16 @@ def test_members_that_can_write_nothing_together_have_an_estimate_of_zero():
 
 def test_drawing_anew_at_every_symbol_changes_no_mean():
     """Which it would if texts that were drawn anew kept their weights."""
-    size, weights = (2, 4, 4), (0.5, 0.5)
+    size, weights, runs = (2, 4, 4), (0.5, 0.5), 10_000  # with fewer, weights that are kept are not seen
     z, shares = exact(size, "product", None, weights)
-    _, found = written(size, "logit-mean", weights, ess=1.0)
+    _, found = written(size, "logit-mean", weights, runs=runs, ess=1.0)
     estimates = np.array([math.exp(one.log_z) for one in found])
-    assert abs(estimates.mean() - z) <= 4 * estimates.std() / RUNS**0.5
+    assert abs(estimates.mean() - z) <= 4 * estimates.std() / runs**0.5
     for text in sorted(shares, key=shares.get)[-5:]:
         values = (
             np.array([one.chosen is not None and one.texts[one.chosen].symbols == text for one in found]) * estimates
         )
-        assert abs(values.mean() - z * shares[text]) <= 4 * values.std() / RUNS**0.5
+        assert abs(values.mean() - z * shares[text]) <= 4 * values.std() / runs**0.5
 
 
 def test_nothing_is_read_where_all_that_are_drawn_anew_have_ended():

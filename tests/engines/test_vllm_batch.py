@@ -136,11 +136,11 @@ def steps_of(draw, batch, width):
     return Update(len(batch), removed[::-1], added, moved) if removed or added or moved else None
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_rows_follow_the_batch(processor, ensemble, alone, seed):
     mixture, draw, batch = processor.Mixture(config(), "cpu", False), random.Random(seed), {}
     compared = 0
-    for _ in range(25):
+    for _ in range(18):
         mixture.update_state(steps_of(draw, batch, 8))
         logits = torch.randn(8, V)
         for place, one in batch.items():
@@ -158,7 +158,7 @@ def test_rows_follow_the_batch(processor, ensemble, alone, seed):
             compared += 1
             if draw.random() < 0.9:  # else the prompt is not read to its end, and what is drawn is dropped
                 one.answer.append(int(logits[place].argmax()))
-    assert compared > 60
+    assert compared > 40
     mixture.update_state(Update(0, [*batch], [], []))
     assert [len(reader._rows) for reader in mixture._others.readers] == [0]
 

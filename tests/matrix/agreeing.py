@@ -6,10 +6,24 @@ from functools import lru_cache
 
 import pytest
 import roads
-from cases import CASES, COMMAND, PYTHON, SERVER, can
+from cases import CASES, COMMAND, PYTHON, SERVER, Case, can
 from roads import Asked
 
 SAYS = {road: [case for case in CASES if can(case, road)] for road in (PYTHON, COMMAND, SERVER)}
+
+
+def some(cases: list[Case], step: int, start: int = 0) -> list[Case]:
+    """Return every so many of the cases, and of the others those that bring a value of an axis that these have not.
+
+    So a road that goes the same way as another for the most part is taken with every value, if not with every pair.
+    """
+    chosen = cases[start::step]
+    seen = {own for case in chosen for own in case.named()}
+    for case in cases:
+        if not seen.issuperset(case.named()):
+            chosen.append(case)
+            seen.update(case.named())
+    return chosen
 
 
 def near(log_probs, asked, *, kept=False):

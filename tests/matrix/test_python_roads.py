@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import golden
 import pytest
 import roads
-from agreeing import SAYS, differences, exactly, near
+from agreeing import SAYS, differences, exactly, near, some
 from cases import COMMAND, PYTHON
-from roads import Asked
+
+# Structures, penalties and tokens of bytes begin anew with every call: such texts are not resumed.
+RESUMED = [
+    case for case in SAYS[PYTHON]
+    if case.sampling not in ("torch", "biased") and case.structure == "none" and case.vocabulary != "mixed"
+    and (case.vocabulary != "bytes" or case.unit == "bytes")
+]  # fmt: skip
+# The draws of torch depend on where a text stands.
+TOGETHER = some([case for case in SAYS[PYTHON] if case.sampling != "torch"], 5)
+# Every case is written by the model's own generate, and by turns by the ensemble's, as a stream or as an answer in a
+# conversation; the command is given a prompt as one, as a conversation or as one of six.
+TEXTS, STREAMED, CHATS = (some(SAYS[PYTHON], 3, k) for k in range(3))
+PRINTED = some(SAYS[COMMAND], 2)
+PRINTED_CHATS = some([case for case in PRINTED if case.speculation == "default"], 2)
+PRINTED_TOGETHER = [case for case in PRINTED if case.speculation != "default"][::2]
 
 
 @pytest.mark.parametrize("case", SAYS[PYTHON], ids=str)
 def test_python(worlds, known, case):
     known, asked = known[str(case)], golden.asked(worlds, case, known)
-    found = {"generate": roads.generate(asked), "stream": roads.stream(asked), "model": roads.transformers(asked)}
-    if case.sampling != "torch":  # whose draws depend on where a text stands
-        found["together"] = roads.together(asked)
-        # Structures, penalties and tokens of bytes begin anew with every call.
-        anew = case.structure != "none" or case.sampling == "biased" or case.vocabulary == "mixed"
-        if not anew and (case.vocabulary != "bytes" or case.unit == "bytes"):
-            found["resumed"] = roads.resumed(asked)
+    found = {"model": roads.transformers(asked)}
+    ways = {"generate": TEXTS, "stream": STREAMED, "together": TOGETHER, "resumed": RESUMED}
+    found |= {name: getattr(roads, name)(asked) for name, own in ways.items() if case in own}
     assert differences(asked, known, found) == []
     exact = exactly(asked, tuple(known["tokens"]))
     assert exact[: len(known["log_probs"])] == near(known["log_probs"], asked, kept=True)
     assert found["model"].log_probs == near(exact, asked, kept=True)
     if "resumed" in found:
         assert found["resumed"].log_probs == near(exact, asked, kept=True)
-    chat = Asked(asked.world, case, asked.seed, chat=True)
-    assert roads.generate(chat).texts == [known["chat"]]
+    if case in CHATS:
+        assert roads.generate(replace(asked, chat=True)).texts == [known["chat"]]
 
 
-@pytest.mark.parametrize("case", SAYS[COMMAND], ids=str)
+@pytest.mark.parametrize("case", PRINTED, ids=str)
 def test_the_command(worlds, known, case):
     known, asked = known[str(case)], golden.asked(worlds, case, known)
     assert differences(asked, known, {"printed": roads.printed(asked)}) == []
-    if case.speculation == "default":
-        assert roads.printed(Asked(asked.world, case, asked.seed, chat=True)).texts == [known["chat"]]
-    else:
+    if case in PRINTED_CHATS:
+        assert roads.printed(replace(asked, chat=True)).texts == [known["chat"]]
+    if case in PRINTED_TOGETHER:
         assert differences(asked, known, {"together": roads.printed_together(asked)}) == []

@@ -29,7 +29,7 @@ from softmeet.server.app import create_app
 
 TEXTS = ["the quick fox", "and then it rains in spain"]
 PROMPT, QUESTION = "a long tale. ", "we ask: {prompt}, he says: "
-NEW = 4
+NEW = 3
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ class Kind:
         return self.tokenizer.decode(drawn, skip_special_tokens=True)
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module")
 def kind(request, made):
     return Kind(made, request.param)
 
@@ -280,10 +280,17 @@ def serves(kind):
 USES = (
     generates, runs_without_a_cache, batches, predicts, beams, looks_up, seeds, guards, saves, evaluates, fits, serves,
 )  # fmt: skip
+# Uses whose way to members is that of another, which all kinds go: a fit is made of what evaluates reads, and beams,
+# candidates, draws and gates work on the rows of the cache that batches fills.
+FEWER = {fits: ("plain", "adapter", "prompt", "native"), beams: ("plain", "adapter", "prompt", "template", "gguf")}
+FEWER |= dict.fromkeys((looks_up, seeds, guards), FEWER[beams])
+PAIRS = [(kind, use) for kind in KINDS for use in USES if kind in FEWER.get(use, KINDS)]
 
 
-@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-def test_every_kind_in_every_use(kind, use):
+@pytest.mark.parametrize(
+    ("kind", "use"), PAIRS, indirect=["kind"], ids=lambda own: getattr(own, "__name__", own), scope="module"
+)
+def test_every_kind_in_its_uses(kind, use):
     use(kind)
 
 
