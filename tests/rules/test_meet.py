@@ -380,6 +380,7 @@ def test_a_start_saves_steps_and_is_checked():
         softmeet.combine(log_p[:, :2], heads, start=near)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("name", ["generic", "premise", "peaked"])
 def test_the_nearest_moments_prove_what_newton_leaves_open(name, monkeypatch):
     log_p, heads = INSTANCES[name]()
@@ -400,6 +401,7 @@ def test_the_nearest_moments_prove_what_newton_leaves_open(name, monkeypatch):
     assert torch.equal(solution.fallback, empty)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("name", ["generic", "premise"])
 def test_what_max_entropy_found_serves_every_exact_rule(name):
     log_p, heads = INSTANCES[name]()
