@@ -166,7 +166,7 @@ def test_members_of_ones_own_need_a_text_or_a_trace(given, came, tmp_path):
 
 
 def test_the_command_on_text_writes_a_report_and_goes_on(tmp_path, monkeypatch):
-    small = {"positions": 4, "meet": 2, "exact": 2, "slow": 1, "rows": 3, "tokens": 1, "premise": 2}
+    small = {"positions": 4, "meet": 2, "exact": 2, "slow": 2, "rows": 3, "tokens": 1, "premise": 2}
     monkeypatch.setattr(on_text, "SMOKE", replace(on_text.SMOKE, **small))
     text = tmp_path / "text.txt"
     text.write_text("In the beginning God created the heaven and the earth. And the earth was without form. " * 6)

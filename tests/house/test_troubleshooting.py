@@ -21,7 +21,7 @@ OTHERS = {"Cannot allocate memory", "meet", *Status.__members__}
 
 @pytest.fixture(scope="module")
 def told():
-    """The texts in the source, with zeros between them, but for docstrings; what is put into a text stands as a line end."""
+    """The texts in the source but for docstrings, zeros between them; what is put into one stands as a line end."""
     found = []
     for file in (ROOT / "src" / "softmeet").rglob("*.py"):
         tree = ast.parse(file.read_text())
