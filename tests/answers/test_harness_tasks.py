@@ -125,8 +125,8 @@ def facts_of(*command):
 @pytest.mark.parametrize(
     ("task", "more", "metric"),
     [
-        ("choice", (), "acc_norm,none"), ("choice", ("--metric", "acc"), "acc,none"),
-        ("text", (), "exact_match,first"), ("text", ("--metric", "exact_match,last"), "exact_match,last"),
+        ("choice", (), "acc_norm,none"), ("text", (), "exact_match,first"),
+        ("text", ("--metric", "exact_match,last"), "exact_match,last"),
     ],
 )  # fmt: skip
 def test_shares_are_the_harnesss(task, more, metric, folders, tasks, harness):
