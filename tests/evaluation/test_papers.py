@@ -239,7 +239,7 @@ def test_what_was_stored_is_told_first_and_at_once(tmp_path):
 def test_what_reads_text_says_how_much_of_it_is_read(unit, folders, tmp_path, monkeypatch):
     texts, over = tmp_path / "*.txt", ["--vocabulary", unit]
     for k, text in enumerate(TEXTS[:2]):
-        (tmp_path / f"{k}.txt").write_text(text)
+        (tmp_path / f"{k}.txt").write_text(text[:10])
     members = tiny.each("-m", folders if unit == "tokens" else ["wide/gpt2", "wide/llama"])
     found = stages(monkeypatch, "evaluate", "texts")
     assert run("trace", tmp_path / "trace", *members, "-t", texts, *over, "--shard", 8).returncode == 0

@@ -94,6 +94,14 @@ def test_damaged_settings_are_named(tmp_path, text):
         PieceCache(tmp_path, {})
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved ensemble that is only read."""
+    folder = tmp_path_factory.mktemp("saved")
+    Ensemble.from_pretrained(["wide/gpt2", "wide/llama"]).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -102,8 +110,8 @@ def test_damaged_settings_are_named(tmp_path, text):
         {"movement": {"a": "b"}},
     ],
 )  # fmt: skip
-def test_a_damaged_configuration_is_refused_by_a_sentence(tmp_path, changed):
-    Ensemble.from_pretrained(["wide/gpt2", "wide/llama"]).save_pretrained(tmp_path)
+def test_a_damaged_configuration_is_refused_by_a_sentence(saved, tmp_path, changed):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "config.json"
     good = json.loads(path.read_text())
     text = changed if isinstance(changed, str) else json.dumps(good | changed if isinstance(changed, dict) else changed)

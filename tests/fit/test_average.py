@@ -50,9 +50,16 @@ def expected(family, theta, log_p, support=None):
     return (scores / parts.temperature).masked_fill(dead, -torch.inf).log_softmax(-1), dead
 
 
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "masked", "zeros"),
+    [
+        (name, masked, zeros)
+        for k, name in enumerate(FAMILIES)
+        for masked in (False, True)
+        for zeros in (False, True)
+        if (k + masked + zeros) % 2
+    ],
+)
 def test_derivatives_are_those_of_the_formula(name, masked, zeros):
     family, (log_p, targets) = FAMILIES[name], rows(zeros=zeros)
     support = None

@@ -47,8 +47,7 @@ def fitted(ensemble, positions):
     return fit(ensemble, positions, Options(meet_positions=40, premise_positions=40, evaluations=4))
 
 
-@pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
-@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize(("pool", "free"), [("logit-mean", True), ("prob-mean", False)])
 def test_the_gradient_is_that_of_the_loss(ensemble, positions, pool, free):
     layout = Layout(2, 2, free)
     few = positions.take(slice(6))

@@ -113,7 +113,9 @@ def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):
 
 
 def test_judging_can_be_limited(ensemble, positions):
-    found = fit(ensemble, positions, Options(folds=3, meets=False, judge_positions=50, fit_positions=100))
+    found = fit(
+        ensemble, positions, Options(folds=2, meets=False, judge_positions=50, fit_positions=100, evaluations=3)
+    )
     assert len(found.test.positions) == len(found.fold) == 50
     assert all(len(scores.nats) == 50 for scores in found.test.choices.values())
 

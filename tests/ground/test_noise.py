@@ -11,7 +11,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.noise import gumbel, noisy, require_seed
 
 SCORES = torch.tensor([0.0, 1.0, -1.0, 2.0, -torch.inf])
-COUNT = 20_000
+COUNT = 4_000
 # Arguments of which one alone changes from one draw to the next: neighbouring seeds, sequences and positions.
 ALONG = {
     "seeds": lambda k: (k, 3, 7),

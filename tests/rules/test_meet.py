@@ -125,6 +125,7 @@ def test_one_distribution_is_the_projection_of_uniform_of_every_member_and_of_ev
         assert total_variation(found, first) < 1e-6
 
 
+@pytest.mark.unchecked
 def test_max_entropy_equalises_the_log_loss():
     """-pᵀ log p_C = H(p_C) for every p in C, vertices too: the worst truth in C costs no more than any other."""
     heads = random_heads(64, (6, 5, 4), seed=2)
@@ -162,6 +163,7 @@ def test_an_infinite_trust_mixes_with_finite_ones():
     assert (solution.status == Status.OPTIMAL).any()
 
 
+@pytest.mark.unchecked
 def test_what_proves_an_exact_member_infeasible_is_its_own_part():
     found = 0
     for seed in range(6):
@@ -180,6 +182,7 @@ def test_what_proves_an_exact_member_infeasible_is_its_own_part():
     assert found
 
 
+@pytest.mark.unchecked
 def test_members_that_are_certain_of_different_tokens():
     """Distributions of 60 nats' disagreement: certified, with full support, and proved optimal a second time."""
     log_p, heads = INSTANCES["near_one_hot"]()
@@ -212,6 +215,7 @@ def test_a_feasible_set_on_the_boundary():
     assert solution.log_probs.exp()[:, 20:].sum() < 1e-4
 
 
+@pytest.mark.unchecked
 def test_a_stopped_solver_says_so_and_keeps_its_best_point():
     log_p, heads = INSTANCES["peaked"]()
     stopped = softmeet.combine(log_p, heads, trust=50.0, tol=1e-12, max_steps=1)
@@ -265,6 +269,7 @@ def test_verify_agrees_without_the_solver(name, rule):
     assert torch.allclose(again.residual, solution.residual, atol=1e-9)
 
 
+@pytest.mark.unchecked
 def test_verify_catches_a_wrong_answer():
     log_p, heads = INSTANCES["generic"]()
     solution = softmeet.combine(log_p, heads, trust=1.0, tol=1e-8)
@@ -296,6 +301,7 @@ def test_trust_zero_is_exactly_the_pool_and_one_member_is_itself():
         assert (alone.num_passes == 0).all()
 
 
+@pytest.mark.unchecked
 def test_mixed_rows_are_masked_one_by_one():
     """A row's trouble or ease leaves the others alone: batched equals looped, to round-off of the products."""
     easy, heads = INSTANCES["generic"]()
@@ -374,6 +380,7 @@ def test_a_start_saves_steps_and_is_checked():
         softmeet.combine(log_p[:, :2], heads, start=near)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("name", ["generic", "premise", "peaked"])
 def test_the_nearest_moments_prove_what_newton_leaves_open(name, monkeypatch):
     log_p, heads = INSTANCES[name]()
@@ -394,6 +401,7 @@ def test_the_nearest_moments_prove_what_newton_leaves_open(name, monkeypatch):
     assert torch.equal(solution.fallback, empty)
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("name", ["generic", "premise"])
 def test_what_max_entropy_found_serves_every_exact_rule(name):
     log_p, heads = INSTANCES[name]()
@@ -411,6 +419,7 @@ def test_what_max_entropy_found_serves_every_exact_rule(name):
     assert (again.num_steps[infeasible] == 1).all()
 
 
+@pytest.mark.unchecked
 def test_a_solved_meet_answers_infeasible_rows():
     log_p, heads = INSTANCES["generic"]()
     met = softmeet.combine(log_p, heads, trust=0.3)
@@ -443,6 +452,7 @@ STRAIGHT = (
 )
 
 
+@pytest.mark.unchecked
 def test_steps_are_long_where_every_distribution_is_one_hot():
     heads = softmeet.Ensemble.from_pretrained("narrow").model.heads
     log_p = torch.stack([head.log_probs(torch.tensor([h])) for head, h in zip(heads, STRAIGHT, strict=True)])
@@ -461,6 +471,7 @@ def test_a_start_at_the_pool_proves_nothing():
     assert (plain.objective - ours.objective <= ours.gap + 1e-9).all()
 
 
+@pytest.mark.unchecked
 def test_a_second_look_agrees_where_members_are_nearly_one_hot():
     generator = torch.Generator().manual_seed(2)
     heads = [torch.randn(60, d, generator=generator) for d in (9, 14)]
@@ -484,7 +495,8 @@ def test_a_saturated_soft_cap_makes_no_false_certificate(saturation):
     logits = torch.stack([h.logits(x) for h, x in zip(heads, hidden, strict=True)])
     log_p = logits.log_softmax(-1)
     exact = softmeet.combine(log_p, heads, trust=0.3, tol=1e-9, logits=logits)
-    found = softmeet.combine(log_p.float(), heads, trust=0.3, tol=1e-4, logits=logits)
+    found = softmeet.combine(log_p.float(), heads, trust=0.3, tol=1e-4, logits=logits, max_steps=20)
     assert exact.gap_is_certified.all()
+    assert found.gap_is_certified.any()
     off = kl(exact.log_probs, found.log_probs.double())
     assert (off <= found.gap + 1e-6)[found.gap_is_certified].all()
