@@ -114,7 +114,7 @@ def test_the_operators_own_trust_always_works():
 
 def test_a_server_may_allow_any_trust():
     with running(trusting(1.0, max_trust=math.inf)) as url:
-        for trust in ("inf", 1e6, [1, "inf"]):
+        for trust in (1e6, [1, "inf"]):
             assert ask(url, max_tokens=1, softmeet={"trust": trust}).status_code == 200
 
 

@@ -135,7 +135,7 @@ def test_models_that_cannot_be_loaded_end_the_typing(monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_said_and_the_conversation_goes_on():
-    done = run(*BOTH, "--weights", "0.3,0.7", stdin=f"{'king ' * 3000}\nAnd the king said\n")
+    done = run(*BOTH, "--weights", "0.3,0.7", stdin=f"{'king ' * 600}\nAnd the king said\n")
     assert "weights: wide/gpt2 0.30, wide/llama 0.70" in done.stderr
     assert done.returncode == 0, done.stderr
     assert "context" in done.stderr

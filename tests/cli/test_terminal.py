@@ -14,6 +14,7 @@ import pytest
 from commands import run
 from test_models import written
 
+from softmeet import Ensemble
 from softmeet.cli import messages, progress
 from softmeet.cli.main import quiet_libraries
 from softmeet.cli.terminal import PlainConsole, harmless
@@ -49,11 +50,17 @@ def test_only_what_a_terminal_obeys_is_spelled():
         assert harmless(kept) == kept
 
 
+@pytest.fixture(scope="module")
+def loaded():
+    return Ensemble.from_pretrained(["wide/gpt2", "wide/llama"])
+
+
 @pytest.fixture
-def evil(monkeypatch):
-    """Ensembles that write EVIL, however they are asked."""
+def evil(loaded, monkeypatch):
+    """An ensemble that writes EVIL, however it is asked."""
     pieces = list(EVIL)
     ensemble, drawn = "softmeet.ensemble.Ensemble.", SimpleNamespace(chosen_text=lambda: EVIL)
+    monkeypatch.setattr(f"{ensemble}from_pretrained", lambda *_, **__: loaded)
     monkeypatch.setattr(f"{ensemble}stream", lambda *_, **__: iter(pieces))
     monkeypatch.setattr(f"{ensemble}stream_with_disagreement", lambda *_, **__: ((piece, 0.5) for piece in pieces))
     monkeypatch.setattr(f"{ensemble}generate", lambda _, texts, **__: [EVIL for _ in texts])
@@ -132,7 +139,7 @@ def test_names_of_files_are_shown_and_quoted(columns, tmp_path, monkeypatch):
 
 
 def test_a_text_that_is_inspected():
-    done = run("inspect", f"And the king {EVIL}", "-m", "narrow")
+    done = run("inspect", f"And the king {EVIL}", "-m", "narrow", "--rule", "logit-mean")
     assert done.returncode == 0, done.stderr
     # One byte is one token of these members, and half a letter is none.
     assert bare(done.stdout).startswith("And the king " + SHOWN.partition("e\\x9b")[0])

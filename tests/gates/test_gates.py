@@ -187,7 +187,7 @@ def test_unsure_is_the_first_member_where_it_is_sure_and_all_of_them_elsewhere(m
         assert alone[0, len(prompt) :].tolist() == together[k, 4:].tolist()
 
 
-@pytest.mark.parametrize("rule", ["meet", "logit-mean", "one-hot"])
+@pytest.mark.parametrize("rule", ["meet", "one-hot"])
 def test_all_asked_is_no_gate_though_each_catches_up_by_itself(rule):
     """At 1 every row is open, but goes through the caches of members that may be behind."""
     ours = build(rule)
@@ -223,15 +223,15 @@ def test_beams_take_their_members_places_with_them(model):
 def test_prompt_lookup_and_continuing_from_a_cache(model, kind):
     gate = median_gate(model) if kind == "unsure" else f"disagreement:{NEAR}"
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
-    plain = model.generate(prompt, max_new_tokens=8, gate=gate, **GREEDY)
-    assert torch.equal(plain, model.generate(prompt, max_new_tokens=8, gate=gate, prompt_lookup_num_tokens=3, **GREEDY))
-    first = model.generate(prompt, max_new_tokens=4, gate=gate, return_dict_in_generate=True, **GREEDY)
-    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=4, gate=gate, **GREEDY)
+    plain = model.generate(prompt, max_new_tokens=6, gate=gate, **GREEDY)
+    assert torch.equal(plain, model.generate(prompt, max_new_tokens=6, gate=gate, prompt_lookup_num_tokens=3, **GREEDY))
+    first = model.generate(prompt, max_new_tokens=3, gate=gate, return_dict_in_generate=True, **GREEDY)
+    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate=gate, **GREEDY)
     assert torch.equal(then, plain)
     # A cache whose members are behind serves a call without a gate too: then all of them catch up.
-    first = model.generate(prompt, max_new_tokens=4, gate=gate, return_dict_in_generate=True, **GREEDY)
-    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=4, gate="none", **GREEDY)
-    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=4, **GREEDY))
+    first = model.generate(prompt, max_new_tokens=3, gate=gate, return_dict_in_generate=True, **GREEDY)
+    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate="none", **GREEDY)
+    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=3, **GREEDY))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -253,7 +253,7 @@ def test_a_cache_serves_a_call_under_another_gate(model):
 def test_seeds_and_disagreement_in_batches(model):
     mask = torch.tensor([[0, 1, 1, 1], [1] * 4])
     for gate in (median_gate(model), f"disagreement:{NEAR}"):
-        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 7, "pad_token_id": 0, "eos_token_id": None}
+        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
         recorder = Recorder()
         together = model.generate(
             PROMPTS, attention_mask=mask, row_sampler=RowSampler(3, [0, 1]), gate=gate, recorder=recorder, **options
@@ -385,10 +385,10 @@ def test_a_gate_of_ones_own_has_a_name_and_may_look_at_the_text_before_each_toke
 
     prompt = "And the king said unto him, Go up."
     text = ensemble.generate(
-        prompt, max_new_tokens=30, do_sample=True, seed=3, gate="after-punctuation", recorder=Closed()
+        prompt, max_new_tokens=16, do_sample=True, seed=3, gate="after-punctuation", recorder=Closed()
     )
     ids = ensemble.tokenizer(prompt + text)["input_ids"]
-    before = [ensemble.tokenizer.decode([token]).strip() for token in ids[-31:-1]]
+    before = [ensemble.tokenizer.decode([token]).strip() for token in ids[-17:-1]]
     assert closed == [word in {".", ","} for word in before]
     assert any(closed)
     assert not all(closed)

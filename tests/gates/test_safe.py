@@ -69,19 +69,19 @@ def naive(ensemble, prompt, steps, threshold):
 
 
 def test_over_a_union_nobody_is_asked_where_a_member_would_write_across_the_place(ensemble):
-    expected, crossed = naive(ensemble, PROMPT, 30, 0.3)
+    expected, crossed = naive(ensemble, PROMPT, 12, 0.3)
     assert crossed
-    given = {"max_new_tokens": 30, "do_sample": False}
+    given = {"max_new_tokens": 12, "do_sample": False}
     gated = Ensemble.from_pretrained("mixed", vocabulary="union", gate="safe:0.3")
     for prompt in (PROMPT, "And the king said"):
         assert gated.next_token(prompt).top[0][0] == gated.generate(prompt, max_new_tokens=1, do_sample=False)
     assert ensemble.generate(PROMPT, gate="safe:0.3", **given) == expected
     assert ensemble.generate(PROMPT, gate="safe:0.3", speculate=2, **given) == expected
     line = run("generate", PROMPT, "-m", "mixed", "--vocabulary", "union", "--gate", "safe:0.3", "--no-do-sample",
-               "--max-new-tokens", "30")  # fmt: skip
+               "--max-new-tokens", "12")  # fmt: skip
     assert line.stdout == expected + "\n"
     with running(serving_of({"union": ensemble})) as url:
-        asked = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "softmeet": {"gate": "safe:0.3"}}
+        asked = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "softmeet": {"gate": "safe:0.3"}}
         told = http.post(f"{url}/v1/completions", json={"model": "union", **asked}).json()
     assert told["choices"][0]["text"] == expected
 

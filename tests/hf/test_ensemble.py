@@ -42,7 +42,8 @@ def test_trust_zero_is_a_hand_written_logit_average():
     assert torch.equal(greedy, by_hand.masked_fill(stop, 0)[:, : greedy.shape[1]])
 
 
-@pytest.mark.parametrize("rule", ["meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot"])
+# The other rules: test_generation.
+@pytest.mark.parametrize("rule", ["meet", "prob-mean", "one-hot"])
 @torch.inference_mode()
 def test_cached_equals_uncached_and_batched_equals_single(rule):
     model = ensemble(rule=rule, trust=1.0)
@@ -153,8 +154,8 @@ def average(folders):
 
 
 def test_text_in_text_out(folders):
-    ours = Ensemble.from_pretrained(folders, trust=1.0, weights=[0.5, 0.25, 0.25])
-    options = {"seed": 5, "max_new_tokens": 8, "do_sample": True}
+    ours = Ensemble.from_pretrained(folders, trust=1.0, weights=[0.5, 0.25, 0.25], gate="none")
+    options = {"seed": 5, "max_new_tokens": 5, "do_sample": True}
     text = ours.generate("hello", **options)
     assert isinstance(text, str)
     assert "".join(ours.stream("hello", **options)) == text
@@ -169,8 +170,8 @@ def test_text_in_text_out(folders):
 
 
 def test_a_seeded_row_does_not_depend_on_its_batch_mates(folders):
-    ours = Ensemble.from_pretrained(folders, tol=1e-10)
-    options = {"seed": 5, "max_new_tokens": 6, "do_sample": True, "temperature": 0.8, "top_k": 20}
+    ours = Ensemble.from_pretrained(folders, tol=1e-10, gate="none")
+    options = {"seed": 5, "max_new_tokens": 4, "do_sample": True, "temperature": 0.8, "top_k": 20}
     first, second = ours.generate(["hello", "a much-longer-prompt"], **options)
     assert ours.generate("hello", **options) == first
     assert ours.generate(["hello", "x"], **options)[0] == first
@@ -226,16 +227,16 @@ def test_members_of_different_tokenizers(folders, tmp_path):
 
 def test_a_seed_samples_from_the_whole_distribution_and_greedy_stays_greedy():
     ours = Ensemble.from_pretrained("narrow", "logit-mean")
-    greedy = ours.generate("And the king said", max_new_tokens=10, do_sample=False)
-    assert ours.generate("And the king said", max_new_tokens=10, do_sample=False, seed=1) == greedy
-    assert "".join(ours.stream("And the king said", max_new_tokens=10, do_sample=False, seed=1)) == greedy
-    drawn = ours.generate("And the king said", max_new_tokens=10, seed=1)
-    assert drawn != ours.generate("And the king said", max_new_tokens=10, seed=1, temperature=0.5)
-    assert drawn == ours.generate("And the king said", max_new_tokens=10, seed=1, do_sample=True, top_k=0)
-    assert drawn != ours.generate("And the king said", max_new_tokens=10, seed=1, top_k=2)
+    greedy = ours.generate("And the king said", max_new_tokens=6, do_sample=False)
+    assert ours.generate("And the king said", max_new_tokens=6, do_sample=False, seed=1) == greedy
+    assert "".join(ours.stream("And the king said", max_new_tokens=6, do_sample=False, seed=1)) == greedy
+    drawn = ours.generate("And the king said", max_new_tokens=6, seed=1)
+    assert drawn != ours.generate("And the king said", max_new_tokens=6, seed=1, temperature=0.5)
+    assert drawn == ours.generate("And the king said", max_new_tokens=6, seed=1, do_sample=True, top_k=0)
+    assert drawn != ours.generate("And the king said", max_new_tokens=6, seed=1, top_k=2)
     given = GenerationConfig(do_sample=True, top_k=2)
-    few = ours.generate("And the king said", max_new_tokens=10, seed=1, generation_config=given)
-    assert few == ours.generate("And the king said", max_new_tokens=10, seed=1, top_k=2)
+    few = ours.generate("And the king said", max_new_tokens=6, seed=1, generation_config=given)
+    assert few == ours.generate("And the king said", max_new_tokens=6, seed=1, top_k=2)
 
 
 def test_a_text_that_utf8_cannot_hold_is_refused(average):
@@ -264,7 +265,7 @@ class Kept(Recorder):
 def test_reproducible_prompts_get_the_same_bits_alone_and_beside_others(family, rule):
     ours = Ensemble.from_pretrained(family, rule)
     prompts = ["In the beginning", "O", "And the king said unto his daughter, and to all that were in the house,", "O"]
-    how = {"seed": 5, "max_new_tokens": 3}
+    how = {"seed": 5, "max_new_tokens": 2}
     alone = [Kept() for _ in prompts]
     texts = [ours.generate(p, **how, speculate=0, recorder=kept) for p, kept in zip(prompts, alone, strict=True)]
     together, batch = Kept(), Kept()

@@ -12,15 +12,14 @@ from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf import TokenReports
 
-RULES = ("meet", "max-entropy", "logit-mean", "prob-mean", "power-mean", "one-hot")
-
 
 @pytest.fixture(scope="module")
 def model():
     return build()
 
 
-@pytest.mark.parametrize("rule", RULES)
+# Every rule in one of these two; caches know nothing of rules.
+@pytest.mark.parametrize("rule", ["meet", "logit-mean", "one-hot"])
 def test_prompt_lookup_equals_greedy(rule):
     ours = build(rule)
     prompt = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
@@ -45,7 +44,7 @@ def test_the_bundled_members_too(tmp_path):
     assert torch.equal(alone, again.model.generate(**one, **options))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["max-entropy", "prob-mean", "power-mean"])
 def test_left_padded_prompts_of_unequal_length(rule):
     ours = build(rule)
     short = torch.tensor([[7, 8]])
@@ -80,7 +79,7 @@ def test_sampling_over_zeros():
 
 def test_several_ends_and_stop_strings(tmp_path):
     folders = [tiny.save(tmp_path / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
-    ours = Ensemble.from_pretrained(folders, trust=1.0)
+    ours = Ensemble.from_pretrained(folders, trust=1.0, gate="none")
     text = ours.generate("abc", max_new_tokens=20, do_sample=False, eos_token_id=None)
     ids = ours.tokenizer(text)["input_ids"]
     ends = [ids[6], ids[9]]

@@ -65,7 +65,7 @@ def test_every_step_has_the_drawn_members_own_distribution(ensemble, drawn):
 
 def test_tokens_follow_the_mean(ensemble):
     torch.manual_seed(1)
-    prompt, count = [5, 9], 3000
+    prompt, count = [5, 9], 2000
     made = ensemble.model.generate(
         torch.tensor([prompt] * count), do_sample=True, top_k=0, max_new_tokens=2, one_member=True, pad_token_id=0,
         attention_mask=torch.ones(count, 2, dtype=torch.int64),

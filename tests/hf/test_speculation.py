@@ -83,8 +83,7 @@ DRAFTS = [
 
 @pytest.mark.parametrize(
     ("rule", "count", "kind"),
-    [("logit-mean", 2, "near"), ("logit-mean", 3, "far")]
-    + [(rule, *((2, "far"), (3, "near"))[k % 2]) for k, rule in enumerate(RULES)],
+    [("logit-mean", 3, "far")] + [(rule, *((2, "far"), (3, "near"))[k % 2]) for k, rule in enumerate(RULES)],
 )
 def test_tokens_are_those_of_plain_decoding(names, rule, count, kind):
     model = ensemble(names, kind, count, rule).model
@@ -98,7 +97,7 @@ def test_tokens_are_those_of_plain_decoding(names, rule, count, kind):
 )
 def test_gates_that_decide_position_by_position(names, kind, gate):
     model, told = ensemble(names, kind, rule="meet", gate=gate).model, Recorder()
-    assert made(model, 3).equal(made(model, 0, recorder=told))
+    assert made(model, 3, count=12).equal(made(model, 0, count=12, recorder=told))
     # The gate is closed at some positions and open at others.
     assert 0 < told.gate.gated < told.rows or gate == "none"
 
@@ -128,7 +127,7 @@ def test_no_member_reads_a_token_twice_where_all_drafts_are_right(names, monkeyp
 def test_processors_and_ends(names):
     model = ensemble(names, "near").model
     plain = made(model, 0, 1, sample=False, count=15)[0, 4:].tolist()
-    ends = [plain[7], plain[12]]
+    ends = [plain[6], plain[9]]
     greedy = [
         {"eos_token_id": ends},
         {"eos_token_id": plain[5], "min_new_tokens": 9},
@@ -144,7 +143,7 @@ def test_processors_and_ends(names):
     ]
     for rows, sample, options in ((1, False, greedy), (3, True, drawn)):
         for own in options:
-            more = own | {"rows": rows, "sample": sample, "count": 15}
+            more = own | {"rows": rows, "sample": sample, "count": 11}
             assert made(model, 4, **more).equal(made(model, 0, **more)), own
 
 
@@ -275,7 +274,7 @@ def test_a_recorder_counts_the_positions_of_the_text_alone(names):
 
 def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names):
     """Whichever it is: what is drawn from are a rule's scores, and each rule's are tested elsewhere."""
-    model, rows = ensemble(names, rule="prob-mean").model, 5_000
+    model, rows = ensemble(names, rule="prob-mean").model, 1_500
     torch.manual_seed(3)
     prompts = torch.tensor([[5, 9]]).expand(rows, -1)
     found = made(
@@ -286,7 +285,7 @@ def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names):
             expected, kept = model(before).logits[0, -1].double().topk(4)
         drawn = found[(found[:, : before.shape[1]] == before).all(-1), before.shape[1]]
         seen = torch.stack([(drawn == token).sum() for token in kept])
-        assert seen.sum() == len(drawn) > 1_000
+        assert seen.sum() == len(drawn) > 300
         assert chisquare(seen, (expected.softmax(-1) * len(drawn)).numpy()).pvalue > 1e-3
 
 
@@ -316,11 +315,12 @@ def test_drafts_with_the_noise_of_the_rule_are_accepted_as_often_as_promised():
     generator = torch.Generator().manual_seed(0)
     one, two = torch.randn(2, 50, generator=generator, dtype=torch.float64) * 2
     two = 0.8 * one + 0.2 * two
-    noise = [(1, key, 0) for key in range(20_000)]
-    drawn = [noisy(scores.repeat(20_000, 1), noise).argmax(-1) for scores in (one, two)]
+    noise = [(1, key, 0) for key in range(5_000)]
+    drawn = [noisy(scores.repeat(5_000, 1), noise).argmax(-1) for scores in (one, two)]
     same = (drawn[0] == drawn[1]).double().mean().item()
     tv = (one.softmax(-1) - two.softmax(-1)).abs().sum().item() / 2
-    assert (1 - tv) / (1 + tv) - 0.01 < same < 1 - tv + 0.01
+    error = 3 * (same * (1 - same) / 5_000) ** 0.5
+    assert (1 - tv) / (1 + tv) - error < same < 1 - tv + error
     assert (one.softmax(-1) * two.softmax(-1)).sum() < 0.5 * same
 
 

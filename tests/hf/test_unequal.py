@@ -86,7 +86,7 @@ def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, f
     assert len([record for record in caplog.records if record.name == "softmeet.weights"]) == len(told)
 
 
-@pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "OUT", "--bands", "1", "--meet-tokens", "40"]])
+@pytest.mark.parametrize("command", [["evaluate"], ["fit", "--out", "OUT", "--bands", "1", "--meet-tokens", "20"]])
 def test_evaluate_and_fit_keep_what_they_measure_of_equal_weights(command, folders, tmp_path):
     chooser = random.Random(1)
     for k in range(9):

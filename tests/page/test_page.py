@@ -303,11 +303,11 @@ def test_a_conversation_remembers_what_was_said(browser, chatting):
     page.set_default_timeout(PATIENCE)
     page.goto(f"{chatting}/ui")
     box = page.locator("textarea[data-testid=textbox]").first
-    for text, count in (("And the king", 1), ("In the", 2), ("who is it", 3)):
+    for text, count in (("And the king", 1), ("In the", 2)):
         expect(box).to_be_enabled(timeout=PATIENCE)
         box.fill(text)
         box.press("Enter")
         expect(page.locator("#chatbot [data-testid=bot]")).to_have_count(count, timeout=PATIENCE)
-    expect(page.locator("#chatbot [data-testid=user]")).to_have_count(3)
+    expect(page.locator("#chatbot [data-testid=user]")).to_have_count(2)
     page.screenshot(path=SHOTS / "chat.png")
     page.close()

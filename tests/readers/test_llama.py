@@ -76,8 +76,7 @@ def test_a_file_is_read_as_transformers_reads_the_same_weights(kind, made):
     assert new.tolist() == ids.tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", [32, 8, 4])
+@pytest.mark.parametrize(("kind", "bits"), [*((kind, 32) for kind in KINDS), ("llama", 8), ("qwen2", 4)])
 def test_files_obey_the_laws_of_readers(kind, bits, made):
     check_reader(LlamaReader(made(kind, bits)[0]))
 

@@ -36,7 +36,7 @@ def test_toys_obey(toy):
     check_reader(toy())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "opt projected", "gemma2 soft-cap", "phi bias"])
+@pytest.mark.parametrize("name", ["gpt2", "neox", "gemma2 soft-cap"])
 def test_models_obey(name):
     check_reader(tiny_reader(name))
 
@@ -61,8 +61,10 @@ WINDOWED = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("of", [*tiny.BUILDERS, "bloom", *WINDOWED])
+KINDS_OF_ROWS = [of for of in (*tiny.BUILDERS, "bloom", *WINDOWED) if of != "llama tied"]
+
+
+@pytest.mark.parametrize(("of", "seed"), [(of, seed) for k, of in enumerate(KINDS_OF_ROWS) for seed in (k % 2, 2)])
 def test_whatever_is_done_to_rows_they_are_read_as_the_model_reads_their_texts(of, seed):
     """Rows are opened, read, forked, cropped and closed at random; each prediction is that of the text by itself."""
     torch.manual_seed(0)
@@ -119,8 +121,7 @@ def compared(reader, model, texts, asked):
             texts[one.row] = whole
 
 
-@pytest.mark.parametrize("pruning", [EXACT, Pruning()], ids=["exact", "pruned"])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
+@pytest.mark.parametrize(("kind", "pruning"), [("gpt2", Pruning()), ("gemma", EXACT), ("llama", Pruning())])
 def test_members_over_bytes_obey(kind, pruning):
     reader = ByteReader(member_of(kind, pruning), kind)
     # All tokenizations of more bytes would be too many.
@@ -128,13 +129,13 @@ def test_members_over_bytes_obey(kind, pruning):
     check_reader(reader, None if pruning.prune else short)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_is_done_to_bytes_they_are_read_as_texts(seed):
     """Rows are read in pieces, forked and cropped at random; each prediction is that of the text as it is scored."""
     member, chance = member_of("gpt2", Pruning()), random.Random(seed)
     reader = ByteReader(member, "bytes")
     texts, known = {reader.open(): b""}, b"the hat\n ehth\xc3\xa9 he theethe th" * 3
-    for _ in range(40):
+    for _ in range(30):
         row = chance.choice(list(texts))
         match chance.choice(["read", "read", "read", "fork", "crop"]):
             case "fork":
@@ -202,8 +203,7 @@ def test_bytes_round_as_the_reader_below_does():
     assert reader.traits.cost == half.reader.traits.cost > 0
 
 
-@pytest.mark.parametrize("own", [(), (0,), (0, 5, 7)])
-@pytest.mark.parametrize("kept", [0, 64])
+@pytest.mark.parametrize(("own", "kept"), [((), 0), ((0,), 64), ((0, 5, 7), 0)])
 def test_with_tokens_of_its_own_before_every_text(own, kept):
     check_reader(tiny_reader(own=own, kept_tokens=kept))
 

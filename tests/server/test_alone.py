@@ -88,10 +88,10 @@ def test_members_read_in_chunks(serve, model, lengths):
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])
 def test_others_join_and_leave(serve, model, lengths, rule):
     model.config.settings = model.settings.changed(rule=rule)
-    asked = [(prompt(0, 5), 1, 55), (prompt(1, 12), 2, 6), (prompt(2, 21), 3, 6)]
+    asked = [(prompt(0, 5), 1, 40), (prompt(1, 12), 2, 4), (prompt(2, 21), 3, 4)]
     expected = [generated(model, ids, seed=seed, max_tokens=count) for ids, seed, count in asked]
     (first, told), *others = [sequence(model, ids, seed=seed, max_tokens=count) for ids, seed, count in asked]
-    engine, waiting = serve(model, speculate=4), dict(zip((10, 25), others, strict=True))
+    engine, waiting = serve(model, speculate=4), dict(zip((8, 20), others, strict=True))
 
     def emit(event):
         told.put(event)
@@ -200,11 +200,10 @@ def test_a_member_that_returns_nan_is_named(serve, model):
         ("auto", "float64", {}, True),
         ("auto", "float64", {"top": 1}, False),
         ("auto", "float64", {"report": 1}, False),
-        (2, "float64", {"top": 1}, True),
+        (2, "bfloat16", {"top": 1}, True),
         ("auto", "bfloat16", {}, False),
         ("auto", "bfloat16", {"sampling": {"temperature": 0.0, "is_seeded": False}}, False),
         ("auto", "bfloat16", {"sampling": {"is_seeded": False}}, True),
-        (2, "bfloat16", {}, True),
     ],
 )
 def test_by_itself_a_server_drafts_where_answers_repeat(serve, alike, speculate, dtype, options, drafts):
@@ -293,7 +292,7 @@ def test_one_member_a_token_follows_the_mean_whoever_comes(serve):
     """The tokens of a sequence that is alone, in company and alone again, against many that generate draws."""
     far = ensemble_of(("gpt2", "llama"))
     engine, found = serve(far, one_member=True), Counter()
-    for k in range(150):
+    for k in range(75):
         one, listener = drawn_plainly(far, (5, 9), seed=k, max_tokens=5)
         other, beside = drawn_plainly(far, (5, 9), seed=5000 + k, max_tokens=2)
         engine.submit([one])

@@ -234,14 +234,14 @@ def test_a_defect_fails_its_rows_and_the_engine_lives_on(serve, caplog):
 @pytest.mark.parametrize("parallel", [True, "auto"])
 def test_members_may_run_in_threads_of_their_own(serve, parallel):
     model = ensemble_of(MEMBERS)
-    asked = [sequence(model, prompt(k, 6), seed=k, max_tokens=15) for k in range(3)]
+    asked = [sequence(model, prompt(k, 6), seed=k, max_tokens=6) for k in range(3)]
     torch.set_num_threads(2)
     try:
         serve(model, parallel=parallel).submit([one for one, _ in asked])
     finally:
         torch.set_num_threads(1)
     for k, (one, listener) in enumerate(asked):
-        assert listener.tokens() == generated(model, one.prompt, seed=k, max_tokens=15)
+        assert listener.tokens() == generated(model, one.prompt, seed=k, max_tokens=6)
 
 
 def test_a_member_without_keys_and_values_is_refused():

@@ -61,7 +61,7 @@ def test_rows_that_leave_the_batch_and_come_back_lose_nothing(serve, rule):
     model = ensemble_of(MEMBERS, rule)
     engine, slow = serve(model, limits=Limits(rows=6, waiting=50)), Slow(seconds=0.02)
     asked = [
-        sequence(model, prompt(k, n), seed=k, max_tokens=3 + k % 3, rule=slow if k % 2 else None)
+        sequence(model, prompt(k, n), seed=k, max_tokens=2 + k % 2, rule=slow if k % 2 else None)
         for k, n in enumerate(LENGTHS)
     ]
     engine.submit([one for one, _ in asked])
@@ -189,7 +189,7 @@ def test_a_reproducible_server_gives_the_same_bits_in_any_company(serve):
     def asked(k):
         rule, gate = kinds[k % 4]
         how = Combination(model, model.settings.changed(rule=rule, gate=gate))
-        request, listener = GenerationRequest(how, Sampling(seed=k), 4 + k % 3, top=3), Listener()
+        request, listener = GenerationRequest(how, Sampling(seed=k), 2 + k % 3, top=3), Listener()
         return Sequence(request, prompt(k // 2, LENGTHS[k]), 0, listener.put), listener
 
     def events(listener):
@@ -217,11 +217,11 @@ def test_a_reproducible_server_and_a_reproducible_generate_agree_to_the_last_bit
     asked = []
     for text in texts:
         listener, ids = Listener(), tuple(narrow.tokenizer(text)["input_ids"])
-        asked.append((Sequence(GenerationRequest(how, Sampling(seed=3), 8, top=0), ids, 0, listener.put), listener))
+        asked.append((Sequence(GenerationRequest(how, Sampling(seed=3), 4, top=0), ids, 0, listener.put), listener))
     serve(narrow.model, reproducible=True).submit([one for one, _ in asked])
     for text, (_, listener) in zip(texts, asked, strict=True):
         kept = []
-        options = {"seed": 3, "max_new_tokens": 8, "do_sample": True, "top_k": 0, "settings": how.settings}
+        options = {"seed": 3, "max_new_tokens": 4, "do_sample": True, "top_k": 0, "settings": how.settings}
         written = narrow.generate(text, reproducible=True, recorder=Kept(), **options)
         tokens = [e for e in listener.all() if isinstance(e, Token)]
         assert narrow.tokenizer.decode([e.token for e in tokens], skip_special_tokens=True) == written
