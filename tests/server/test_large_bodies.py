@@ -21,6 +21,26 @@ def rate(monkeypatch):
     return 1e6
 
 
+async def asked(guard, size, reached, *, stays):
+    """Send a body of so many bytes, and leave or wait; what is answered goes to ``reached``."""
+    told = [{"type": "http.request", "body": b'"' + b"a" * (size - 2) + b'"', "more_body": False}]
+
+    async def receive():
+        if told:
+            return told.pop()
+        if stays:
+            await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+             "headers": [(b"host", b"a"), (b"content-type", b"application/json")]}  # fmt: skip
+
+    async def send(message):
+        reached.append(message)
+
+    await guard(scope, receive, send)
+
+
 def test_large_bodies_come_one_after_another_the_shortest_first(rate):
     begun = []
 
@@ -62,34 +82,27 @@ def test_a_client_that_leaves_gives_its_turn_up_and_its_body_is_forgotten(rate):
     async def app(scope, receive, send):
         reached.append(len((await receive())["body"]))
 
-    async def asked(guard, size, stays):
-        told = [{"type": "http.request", "body": b'"' + b"a" * (size - 2) + b'"', "more_body": False}]
-
-        async def receive():
-            if told:
-                return told.pop()
-            if stays:
-                await asyncio.sleep(60)
-            return {"type": "http.disconnect"}
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
-                 "headers": [(b"host", b"a"), (b"content-type", b"application/json")]}  # fmt: skip
-
-        async def send(message):
-            reached.append(message)
-
-        await guard(scope, receive, send)
-
     async def all_of_them():
         guard = Guard(app, Protection())
-        first = asyncio.ensure_future(asked(guard, 2 * LONG, True))
+        first = asyncio.ensure_future(asked(guard, 2 * LONG, reached, stays=True))
         await asyncio.sleep(0.01)
         start = time.monotonic()
-        gone = [asyncio.ensure_future(asked(guard, LONG - 1, False)) for _ in range(50)]
-        last = asyncio.ensure_future(asked(guard, LONG, True))
+        gone = [asyncio.ensure_future(asked(guard, LONG - 1, reached, stays=False)) for _ in range(50)]
+        last = asyncio.ensure_future(asked(guard, LONG, reached, stays=True))
         await asyncio.gather(first, *gone, last)
         return time.monotonic() - start
 
     seconds = asyncio.run(all_of_them())
     assert reached == [2 * LONG, LONG]
     assert seconds < 10 * LONG / rate
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_what_a_client_sent_that_has_left_is_not_even_parsed(stays):
+    reached = []
+
+    async def app(scope, receive, send):
+        reached.append(len((await receive())["body"]))
+
+    asyncio.run(asked(Guard(app, Protection()), 100, reached, stays=stays))
+    assert reached == ([100] if stays else [])

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp, Message, Receive
 
 T = TypeVar("T")
+# Turns of the event loop in which a client that has left becomes known.
+_TURNS = 3
 
 
 def replay(body: bytes, then: Receive) -> Receive:
@@ -75,6 +77,17 @@ async def unless_left(work: Coroutine[Any, Any, T], receive: Receive) -> T | Non
         gone.cancel()
         # Wait for both to end; how the one that was not waited for ends (cancelled, or by an error) does not matter.
         await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def has_left(receive: Receive) -> bool:
+    """Return whether a client is known to have disconnected, whose body has been read before."""
+    gone = asyncio.ensure_future(_left(receive))
+    # The end of a connection is read in the turn of the loop behind that of its last bytes, and told in the next.
+    for _ in range(_TURNS):
+        await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait({gone})
+    return not gone.cancelled()
 
 
 async def _left(receive: Receive) -> None:

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from softmeet.server.asgi import replay, unless_left
+from softmeet.server.asgi import has_left, replay, unless_left
 from softmeet.server.errors import BusyError, RequestError, error_response
 from softmeet.server.large_bodies import LARGE, LargeBodies
 
@@ -92,6 +92,8 @@ class Guard:
         try:
             self._check(path, Headers(scope=scope))
             body = await self._body(Request(scope, receive))
+            if body and await has_left(receive):
+                return
             if body and path.startswith(_JSON):
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
             if body and path.startswith("/ui"):
