@@ -116,7 +116,7 @@ def test_models_are_loaded_while_the_first_line_is_typed(monkeypatch, capsys):
     assert "a warning" in capsys.readouterr().err
 
 
-def test_models_that_cannot_be_loaded_end_the_typing(monkeypatch, capsys):
+def test_models_that_cannot_be_loaded_end_the_typing(monkeypatch, interruptible):
     typing = threading.Event()
 
     def load():
