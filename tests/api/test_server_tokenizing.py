@@ -166,12 +166,13 @@ def test_texts_of_clients_that_have_left_are_not_read(url, monkeypatch, path):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(http.post, f"{url}/v1/completions", json={"prompt": "b", "max_tokens": 1})
         assert begun.wait(300)
-        for _ in range(20):
-            with socket.create_connection((asked.hostname, asked.port)) as leaving:
-                leaving.sendall(head.encode() + body)
-        # The loop has seen all of them when it answers.
-        assert http.get(f"{url}/health").status_code == 200
-        time.sleep(0.2)
+        leaving = [socket.create_connection((asked.hostname, asked.port)) for _ in range(20)]
+        for one in leaving:
+            one.sendall(head.encode() + body)
+        time.sleep(0.5)  # until all wait for the thread that reads texts
+        for one in leaving:
+            one.close()
+        time.sleep(0.5)
         last = pool.submit(http.post, f"{url}/v1/completions", json={"prompt": "c", "max_tokens": 1})
         done.set()
         assert (first.result(300).status_code, last.result(300).status_code) == (200, 200)
