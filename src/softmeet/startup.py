@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
+import marshal
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
+
+from softmeet.after_import import after_import
+from softmeet.derived import derived
 
 _READ = "create_import_structure_from_path"
 _AVAILABLE = ("is_scipy_available", "is_torchao_available")
@@ -66,22 +73,22 @@ def uncollected() -> Iterator[None]:
 def quick_imports() -> Iterator[None]:
     """Enter a context in which transformers' modules are imported without work that no command needs.
 
-    transformers reads the folder of all its models twice, since it remembers what it has read under two names of that
-    folder: here under one. It imports scipy.optimize and torchao, where these are installed, for losses of object
-    detection and for saving quantised models: here it does not. All is as before at the end; a version of transformers
-    without such functions is left alone. Packages for quantisation say nothing of kernels for other machines.
+    transformers reads the folder of all its models, two thousand files, and does so twice, since it remembers what it
+    has read under two names of that folder: here what they say is kept for the next time, in a folder of Hugging Face's
+    for assets (``HF_ASSETS_CACHE``). It imports scipy.optimize and torchao, where these are installed, for losses of
+    object detection and for saving quantised models: here it does not. All is as before at the end; a version of
+    transformers without such functions is left alone. Packages for quantisation say nothing of kernels for other
+    machines.
     """
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers import utils
-    from transformers.utils import import_utils
+    with _known_structure():
+        from transformers import utils
 
-    read = getattr(import_utils, _READ, None)
-    once = nullcontext() if read is None else patch.object(import_utils, _READ, lambda path: read(_folder(Path(path))))
-    known = {name: getattr(utils, name, None) for name in _AVAILABLE}
-    without: dict[str, Any] = dict.fromkeys(_AVAILABLE, _no)
-    with once, patch.multiple(utils, create=True, **without):
-        yield
+        known = {name: getattr(utils, name, None) for name in _AVAILABLE}
+        without: dict[str, Any] = dict.fromkeys(_AVAILABLE, _no)
+        with patch.multiple(utils, create=True, **without):
+            yield
     # Modules have kept what they found there.
     for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
         for name in _AVAILABLE:
@@ -93,6 +100,31 @@ def _no() -> bool:
     return False
 
 
-def _folder(path: Path) -> Path:
-    """Return a folder itself, and of a file the folder that it is in."""
-    return path.parent if path.is_file() else path
+@contextmanager
+def _known_structure() -> Iterator[None]:
+    """Enter a context in which transformers finds what its models' files define in a file of its own."""
+    with ExitStack() as patched:
+
+        def remember(module: ModuleType) -> None:
+            if (read := getattr(module, _READ, None)) is not None:
+                patched.enter_context(patch.object(module, _READ, partial(_structure, read)))
+
+        after_import("transformers.utils.import_utils", remember)
+        yield
+
+
+def _structure(read: Callable[[Path], Any], path: str | Path) -> Any:
+    """Return what a folder of transformers' defines, and of a file what the folder that it is in does."""
+    folder = Path(path)
+    folder = folder.parent if folder.is_file() else folder
+    # Files of a checkout are edited, those of an installed version are not.
+    if folder.name != "models" or not {"site-packages", "dist-packages"}.intersection(folder.parts):
+        return read(folder)
+    from huggingface_hub import cached_assets_path
+
+    said = sys.modules["transformers"].__version__, str(folder), folder.stat().st_mtime_ns, sys.version
+    try:
+        assets = cached_assets_path("softmeet", "transformers", hashlib.sha256(repr(said).encode()).hexdigest()[:16])
+    except (OSError, ValueError):
+        assets = None
+    return derived(assets, "models", lambda: read(folder), marshal.dumps, marshal.loads)

@@ -60,6 +60,17 @@ def test_doubt_of_texts_in_a_batch_is_that_of_reading_each_again(ensemble, drawn
         assert doubt.entropy == pytest.approx(float(torch.special.entr(p).sum(-1).mean()), abs=1e-4)
 
 
+def test_averages_are_watched_without_being_solved_for(ensemble, monkeypatch):
+    given = {"max_new_tokens": 3, "do_sample": False, "speculate": 0}
+    monkeypatch.setattr("softmeet.engine.combine.Combiner.solve_rows", None)
+    for one in (ensemble, Ensemble.from_pretrained(ensemble.names[0], "prob-mean")):
+        watch = Watch()
+        more = {"recorder": watch, "stopping_criteria": StoppingCriteriaList([watch.tokens])}
+        one.generate(["the quick brown"], logits_processor=LogitsProcessorList([watch.scores]), **given, **more)
+        (doubt,) = watch.doubts()
+        assert watch.rows == 3 and doubt.entropy > 0 and (doubt.disagreement is None) == (one is not ensemble)
+
+
 def test_answers_have_their_doubt(ensemble):
     choice = Question("1", "the dog", ("A",), ("the fox", "a dog jumps"))
     (one,) = Asker(ensemble, Form("option"), Writing()).ask([choice], 0)

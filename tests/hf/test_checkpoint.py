@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from softmeet import Ensemble, _auto
+from softmeet import Ensemble, _auto, after_import
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 
@@ -126,7 +126,7 @@ def test_auto_classes_that_are_there_already_are_told_at_once(monkeypatch):
     monkeypatch.delitem(sys.modules, _auto._AUTO_CLASSES)
     _auto.register()
     assert imported == ["softmeet.hf"]
-    assert isinstance(before[0], _auto._AfterImport)
+    assert isinstance(before[0], after_import._AfterImport)
 
 
 def test_an_ensemble_can_be_made_of_its_configuration_alone(ours, tmp_path):

@@ -23,9 +23,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softmeet import Ensemble
+from softmeet.derived import derived
 from softmeet.errors import CheckpointError, SoftmeetError
 from softmeet.hf.chat import PLAIN
-from softmeet.members import derived, gguf_file
+from softmeet.members import gguf_assets, gguf_file
 from softmeet.members.gguf_file import GgufFile, begins_as_gguf, fingerprint, read_gguf
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.members.member import Member
@@ -311,7 +312,7 @@ def test_threads_give_way_unless_the_environment_says_how_long_they_wait(said, s
 
 def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkeypatch):
     path, kept = written(tmp_path / "a.gguf", byte_tokenizers.byte_level(), "gpt-2"), tmp_path / "kept"
-    monkeypatch.setattr(derived, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
+    monkeypatch.setattr(gguf_assets, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
 
     def loaded():
         gc.collect()  # models of this file
@@ -324,7 +325,7 @@ def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkey
 
     plain = loaded()
     assert not kept.exists()  # of small files nothing is kept
-    monkeypatch.setattr(derived, "_SMALL", 0)
+    monkeypatch.setattr(gguf_assets, "_SMALL", 0)
     assert loaded() == plain
     with monkeypatch.context() as patched:
         patched.setattr("softmeet.members.gguf_tokenizer.convert_gguf_tokenizer", None)
@@ -350,5 +351,5 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", full)
-        assert derived.derived(tmp_path, "it", lambda: "found", str.encode, bytes.decode) == "found"
+        assert derived(tmp_path, "it", lambda: "found", str.encode, bytes.decode) == "found"
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LogitsProcessor, StoppingCriteria
 
 from softmeet.engine.recorder import Recorder
@@ -70,6 +71,8 @@ class Watch(Recorder):
         tokens: a stopping criterion that looks at what was chosen, and stops nothing.
     """
 
+    needs_solutions = False
+
     def __init__(self) -> None:
         super().__init__()
         self.scores, self.tokens = _Scores(self), _Tokens(self)
@@ -82,6 +85,16 @@ class Watch(Recorder):
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
         """Keep how far the members disagree at the rows of one pass."""
         super().add(solution, log_probs)
+        self._keep(log_probs)
+
+    def add_average(self, logits: Sequence[Float[Tensor, "B _"]]) -> None:
+        """Keep how far the members disagree at the rows of an average."""
+        super().add_average(logits)
+        v = max(own.shape[-1] for own in logits)
+        padded = [pad(own.to(logits[0]), (0, v - own.shape[-1]), value=-math.inf) for own in logits]
+        self._keep(torch.stack(padded).log_softmax(-1) if len(logits) > 1 else logits[0][None])
+
+    def _keep(self, log_probs: Float[Tensor, "n B v"]) -> None:
         rows = log_probs.shape[1]
         apart = disagreement(log_probs).tolist() if len(log_probs) > 1 else [math.nan] * rows
         start = len(self._apart)

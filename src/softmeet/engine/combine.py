@@ -92,7 +92,9 @@ class Combiner:
         # The logits are too many to keep: they are computed again, in chunks, when the positions are combined.
         return Deferral(torch.cat([gate.among(head.log_probs(part)) for part in first.split(chunk)]))
 
-    def quickly(self, hidden: Hidden, settings: Settings) -> Float[Tensor, "B v"] | None:
+    def quickly(
+        self, hidden: Hidden, settings: Settings
+    ) -> tuple[Float[Tensor, "B v"], list[Float[Tensor, "B _"]]] | None:
         """Return an average's log-probabilities in nats, without what a report needs (:mod:`softmeet.engine.quick`).
 
         Args:
@@ -100,11 +102,14 @@ class Combiner:
             settings: the rule and all other settings, from :meth:`Settings.for_members`.
 
         Returns:
-            the log-probabilities, (B, v), fp32 or fp64; None where the rule has to be solved for.
+            (the log-probabilities, (B, v), fp32 or fp64; each member's logits, of which a head may have fewer than v);
+            None where the rule has to be solved for.
         """
         if not (settings.rule.is_average and quick.may(settings, len(hidden[0]), self.v)):
             return None
-        return quick.average(self._own_logits(hidden, native=True), settings, self.support, self.v)
+        logits = self._own_logits(hidden, native=True)
+        found = quick.average(logits, settings, self.support, self.v)
+        return None if found is None else (found, logits)
 
     def solve_in_chunks(
         self,

@@ -14,6 +14,7 @@ from softmeet.engine.ask import Hidden, Members
 from softmeet.engine.continuation import Continuation, Ensembled
 from softmeet.engine.deferral import Deferral
 from softmeet.engine.gate import joined
+from softmeet.engine.recorder import Recorder
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
@@ -27,11 +28,20 @@ class Combined:
         ours: (B, v), the rule's log-probabilities in nats.
         members: (n, B, v), the members' own; None of an average that was computed without them.
         solution: how the rule was solved; None of such an average.
+        logits: of such an average, each member's logits, (B, v_i).
     """
 
     ours: Float[Tensor, "B v"]
     members: Float[Tensor, "n B v"] | None = None
     solution: Solution | None = None
+    logits: Sequence[Float[Tensor, "B _"]] = ()
+
+    def tell(self, recorder: Recorder) -> None:
+        """Have a recorder count these positions."""
+        if self.solution is not None and self.members is not None:
+            recorder.add(self.solution, self.members)
+        elif self.logits:
+            recorder.add_average(self.logits)
 
 
 def combined(
@@ -83,7 +93,7 @@ def of_rows(
     """
     combiner = model.combiner
     if quickly and asked is None and (found := combiner.quickly(hidden, settings)) is not None:
-        return [Combined(found)]
+        return [Combined(found[0], logits=found[1])]
     known = TokensBefore.of(before(), model.tokenizer)
     solved = combiner.solve_in_chunks(hidden, settings, asked, known, proved=False)
     return (Combined(solution.log_probs, log_probs, solution) for log_probs, solution in solved)

@@ -6,7 +6,9 @@ A *row* is one position that is combined; a gate closes the rows for which it sp
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -70,6 +72,9 @@ class Recorder:
         coming: the numbers of the sequences of which the next rows are, where ``generate`` says so: those that go on.
     """
 
+    # Whether averages have to be solved for, too; otherwise add_average is called for those that need not be.
+    needs_solutions: ClassVar[bool] = True
+
     rows: int = 0
     asked: int = 0
     passes: float = 0.0
@@ -85,6 +90,14 @@ class Recorder:
         found = self.coming[:rows]
         del self.coming[:rows]
         return found
+
+    def add_average(self, logits: Sequence[Float[Tensor, "B _"]]) -> None:
+        """Add the rows of an average that was not solved for; here, their number.
+
+        Args:
+            logits: each member's, (B, v_i).
+        """
+        self.rows, self.asked = self.rows + len(logits[0]), self.asked + len(logits[0])
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
         """Add the rows of one solution to all counts; ``forward`` calls it once for each chunk of rows that it solves.

@@ -232,6 +232,11 @@ class CallOptions:
         """The gate ``unsure``, by which members after the first need not always run; None without one."""
         return unsure_of(self.settings.gate)
 
+    @property
+    def quickly(self) -> bool:
+        """Whether an average may be computed without being solved for."""
+        return self.recorder is None or not self.recorder.needs_solutions
+
     def log_probs(self, chunks: Iterable[Combined], texts: Sequence[Continuation] = ()) -> Float[Tensor, "B v"]:
         """Return the rule's log-probabilities in nats, computed in the call's time and counted by its recorder.
 
@@ -244,7 +249,7 @@ class CallOptions:
             recorder.gate.seconds += sum(one.spent for one in texts)
         with nullcontext() if self.token_seconds is None else time_limit(self.token_seconds):
             for chunk in chunks:
-                if recorder is not None and chunk.solution is not None and chunk.members is not None:
-                    recorder.add(chunk.solution, chunk.members)
+                if recorder is not None:
+                    chunk.tell(recorder)
                 found.append(chunk.ours)
         return torch.cat(found)

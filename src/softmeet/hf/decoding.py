@@ -257,7 +257,7 @@ class Steps:
             for one in texts:
                 if one.is_full:
                     return self._with_ends(texts, hidden)
-            ours = options.log_probs(combined(texts, hidden, settings, quickly=options.recorder is None), texts)
+            ours = options.log_probs(combined(texts, hidden, settings, quickly=options.quickly), texts)
         return ours
 
     def _with_ends(self, texts: Sequence[Dropped], hidden: Sequence[Hidden]) -> Float[Tensor, "b v"]:
@@ -268,7 +268,7 @@ class Steps:
         ours = torch.zeros(len(texts), self._model.combiner.v, dtype=torch.float64, device=self._model.device)
         if going:
             on = [texts[k] for k in going]
-            chunks = combined(on, [hidden[k] for k in going], options.settings, quickly=options.recorder is None)
+            chunks = combined(on, [hidden[k] for k in going], options.settings, quickly=options.quickly)
             told = options.log_probs(chunks, on)
             ours = ours.to(told.dtype).index_copy(0, torch.tensor(going, device=ours.device), told)
         end_full(texts, ours)

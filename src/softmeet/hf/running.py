@@ -271,7 +271,7 @@ def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
         return nothing
     chunks = of_rows(
         model, told.hidden, options.settings, told.asked,
-        lambda: new.ids[:, new.kept].flatten()[told.at.to(new.ids.device)], quickly=options.recorder is None,
+        lambda: new.ids[:, new.kept].flatten()[told.at.to(new.ids.device)], quickly=options.quickly,
     )  # fmt: skip
     ours = options.log_probs(chunks, told.texts)
     if len(ours) < math.prod(shape):

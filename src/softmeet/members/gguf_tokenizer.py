@@ -12,8 +12,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
+from softmeet.derived import derived
 from softmeet.errors import cannot_load
-from softmeet.members.derived import derived, folder_for
+from softmeet.members.gguf_assets import folder_for
 from softmeet.members.gguf_file import GgufFile, read_gguf
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from softmeet.derived import derived
 from softmeet.errors import VocabularyMismatchError
-from softmeet.members.derived import derived, folder_of
+from softmeet.members.gguf_assets import folder_of
 
 _Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 _Ordered: TypeAlias = tuple[_Numbers, np.ndarray[Any, np.dtype[np.uint8]], _Numbers]

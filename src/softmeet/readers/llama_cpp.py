@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.derived import folder_of
+from softmeet.members.gguf_assets import folder_of
 from softmeet.members.gguf_head import gguf_head
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.readers.llama_context import (

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from softmeet.members.derived import derived
+from softmeet.derived import derived
 from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.next_tokens import SYMBOLS, Masses
 from softmeet.readers.bytes.token_model import TokenModel
