@@ -24,6 +24,11 @@ gc.disable()  # until everything is imported
 _checked = pytest.StashKey[bool]()
 
 
+def pytest_xdist_auto_num_workers():
+    """Run a process more than there are cores: tests wait a sixth of their time, for servers above all."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(items):
     """Have shapes and types checked in the first case of every test of a module that is marked ``checked``.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import byte_members
 import pytest
@@ -238,9 +239,24 @@ def test_answers_are_kept_whatever_is_in_them_and_damaged_ones_are_asked_again(t
     before = [*Kept(tmp_path, {}).answers.values()]
     (file,) = (one for one in tmp_path.iterdir() if one.suffix == ".jsonl")
     with file.open("a") as out:
-        out.write('damaged\n{"id": "x"}\n{"cut')
+        out.write('damaged\n{"id": "x"}\n{"id": "y", "answer": "", "right": null}\n' + "[" * 200_000 + '\n{"cut')
+    with file.open("ab") as out:
+        out.write(b" off: \xff\n\xff")
     assert before == told == [*Kept(tmp_path, {}).answers.values()]
-    assert file.read_text().endswith('{"id": "x"}\n')
+    assert file.read_bytes().endswith(b"off: \xff\n")
+
+
+def test_a_member_whose_folder_was_replaced_is_asked_again(folders, tmp_path):
+    folder = shutil.copytree(folders[0], tmp_path / "member")
+
+    def seen():
+        (one,) = subjects([str(folder)], [])
+        return json.dumps(one.facts())
+
+    before = seen()
+    assert before == seen()
+    shutil.copytree(tiny.save(tmp_path / "other", "gpt2", seed=9), folder, dirs_exist_ok=True)
+    assert before != seen()
 
 
 def test_beside_named_ensembles_no_others_are_asked(folders):

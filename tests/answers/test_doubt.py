@@ -68,7 +68,8 @@ def test_averages_are_watched_without_being_solved_for(ensemble, monkeypatch):
         more = {"recorder": watch, "stopping_criteria": StoppingCriteriaList([watch.tokens])}
         one.generate(["the quick brown"], logits_processor=LogitsProcessorList([watch.scores]), **given, **more)
         (doubt,) = watch.doubts()
-        assert watch.rows == 3 and doubt.entropy > 0 and (doubt.disagreement is None) == (one is not ensemble)
+        assert (watch.rows, doubt.entropy > 0) == (3, True)
+        assert (doubt.disagreement is None) == (one is not ensemble)
 
 
 def test_answers_have_their_doubt(ensemble):

@@ -19,6 +19,8 @@ from softmeet.answers.questions import spread
 from softmeet.answers.samples import answered, choose_by, compare
 from softmeet.errors import InvalidInputError
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["fox", "dog", "king", "cat", "sun", "moon", "sea", "tree", "word", "hand", "road", "song"]
 CHOICES = ["dog", "over", "cat", "lazy", "sun", "jump"]
 FILTERS = [

@@ -25,6 +25,8 @@ from studies.known_truth import KnownTruthStudy, SyntheticStudy, never_worse
 from studies.report import mean_text
 from study import study
 
+pytestmark = pytest.mark.slow
+
 TINY = SyntheticStudy(v=32, rows=1, trials=1, ratios=("1/4", "1"), noises=(0.0, 0.1))
 
 

@@ -22,6 +22,8 @@ from softmeet.answers import sandbox
 from softmeet.errors import InvalidInputError
 from tasks import judging, make
 
+pytestmark = pytest.mark.slow
+
 ITEMS = {
     kind: [json.loads(line) for line in (generation.TASKS / f"{kind}.jsonl").read_text().splitlines()]
     for kind in generation.KINDS
@@ -125,7 +127,6 @@ HARMFUL = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_code_that_does_not_pass_harms_nobody(scratch):
     for code in HARMFUL:
         before = time.monotonic()

@@ -15,6 +15,8 @@ import torch
 
 from softmeet import Ensemble
 
+pytestmark = pytest.mark.slow
+
 DOCS = [
     {"question": "And the king said unto his", "choices": [" daughter", " ships", " wrath"], "answer": 0},
     {"question": "In the beginning God created the", "choices": [" heaven", " fig"], "answer": 0},
@@ -203,7 +205,6 @@ def test_over_bytes_a_continuation_ends_at_a_stop_string(over_bytes):
     assert found == [continuations(over_bytes.model, [p], [stop], 12, do_sample=False)[0] for p in prompts]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["tokens", "bytes"])
 def test_the_one_liner(ensemble, over_bytes, kind, tasks, samples, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ def test_python(worlds, known, case):
         assert roads.generate(replace(asked, chat=True)).texts == [known["chat"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PRINTED, ids=str)
 def test_the_command(worlds, known, case):
     known, asked = known[str(case)], golden.asked(worlds, case, known)

@@ -23,7 +23,7 @@ SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 expect.set_options(timeout=PATIENCE)
 
 # Gradio's own, in its thread.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]
 
 JSON = {"content-type": "application/json"}
 
@@ -85,7 +85,6 @@ def choose(page, label, option):
 
 
 @needs_chromium
-@pytest.mark.slow
 def test_type_stream_click_and_find_the_values_of_inspect(page):
     generate(page)
     tokens = finished(page)
@@ -114,7 +113,6 @@ def test_type_stream_click_and_find_the_values_of_inspect(page):
 
 
 @needs_chromium
-@pytest.mark.slow
 def test_two_rules_side_by_side_by_keyboard(page):
     choose(page, "rule", "logit-mean")
     choose(page, "other", "prob-mean")
@@ -138,7 +136,6 @@ def test_two_rules_side_by_side_by_keyboard(page):
 
 
 @needs_chromium
-@pytest.mark.slow
 def test_phone_width_an_empty_prompt_no_members_and_stop(page, url):
     page.set_viewport_size({"width": 390, "height": 844})
     page.fill("#prompt textarea", "")

@@ -10,11 +10,10 @@ from serving import running, serving_of
 from softmeet import Ensemble
 
 # Gradio's own, in its thread.
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]
 
 
 @needs_chromium
-@pytest.mark.slow
 def test_the_page_shows_characters_and_each_members_own_tokens(browser):
     with running(serving_of({"mixed": Ensemble.from_pretrained("mixed")}, ui=True)) as url:
         page = browser.new_page()

@@ -11,10 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from softmeet import __version__
 from softmeet.answers.asking import Answered
-from softmeet.answers.doubt import Doubt
-from softmeet.evaluation.files import turn_at, write_text
+from softmeet.evaluation.files import turn_at, write_atomically, write_text
+
+_ANSWER = TypeAdapter(Answered)
 
 
 class Kept:
@@ -39,14 +42,13 @@ class Kept:
             if not self._file.exists():
                 write_text(self._file, json.dumps({"settings": json.loads(told)}) + "\n")
             # A last line that was cut off is dropped. Texts may have what str.splitlines takes for the end of a line.
-            whole, end, cut_off = self._file.read_text(encoding="utf-8").rpartition("\n")
+            whole, end, cut_off = self._file.read_bytes().rpartition(b"\n")
             if cut_off:
-                write_text(self._file, whole + end)
-        for line in whole.split("\n")[1:]:
-            with suppress(ValueError, KeyError, TypeError):  # damaged: the question is asked again
-                one = json.loads(line)
-                doubt = one["doubt"] and Doubt(**one["doubt"])
-                self.answers[one["id"]] = Answered(**{**one, "scores": tuple(one["scores"]), "doubt": doubt})
+                write_atomically(self._file, lambda file: file.write(whole + end))
+        for line in whole.split(b"\n")[1:]:
+            with suppress(ValueError):  # damaged: the question is asked again
+                one = _ANSWER.validate_json(line)
+                self.answers[one.id] = one
 
     def keep(self, answers: Sequence[Answered]) -> None:
         """Write answers behind those that are kept, and wait until they are on the disk."""

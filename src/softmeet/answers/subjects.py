@@ -12,6 +12,7 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.checkpoint import member_names, saved_config
+from softmeet.members.gguf_file import fingerprint
 from softmeet.members.member import Member, short, titles
 from softmeet.members.native import with_hash
 from softmeet.members.zoo import expand
@@ -54,7 +55,17 @@ class Subject:
         config = saved_config(self.saved) if self.saved else None
         # With the words of prompts that are files, and with files' hashes.
         members = [str(with_hash(Member.of(line))) for line in self.members]
-        return {**vars(self), "members": members, "config": config and config.to_json_string()}
+        files = [_files(line) for line in self.members]
+        return {**vars(self), "members": members, "files": files, "config": config and config.to_json_string()}
+
+
+def _files(line: str) -> list[str]:
+    """Return what tells the files of the folders apart that a member is loaded from."""
+    member = Member.of(line)
+    places = [Path(place, member.subfolder or "") for place in (member.checkpoint, member.adapter) if place]
+    return [
+        fingerprint(file) for place in places if place.is_dir() for file in sorted(place.iterdir()) if file.is_file()
+    ]
 
 
 def subjects(members: Sequence[str], ensembles: Sequence[str], instead: Sequence[str] = ()) -> list[Subject]:
