@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,24 @@ def test_no_call_of_the_page_reads_a_file(url, tmp_path):
         assert answer.status_code == 404
         told += answer.text
     assert "MYSECRET" not in told
+
+
+def test_no_turn_of_a_conversation_is_a_component(url, tmp_path):
+    """Gradio would make it as a visitor says, of any file below its working directory, or of any size."""
+    secret, every = tmp_path / "secret", http.get(f"{url}/ui/config").json()["dependencies"]
+    secret.write_text("MYSECRET")
+    copies = {*Path(tempfile.gettempdir(), "gradio").rglob("secret")}
+    components = [
+        {"component": "gallery", "value": [{"image": {"path": str(secret)}}], "constructor_args": {}, "props": {}},
+        {"component": "dataframe", "value": {"headers": ["a"], "data": [[1]]}, "constructor_args": {"column_count": 9}},
+    ]
+    for one in (one for one in every if one["inputs"]):
+        for content in [{"type": "component", **own} for own in components] + components + [{"file": str(secret)}]:
+            turns = [{"role": "user", "content": [content], "metadata": None, "options": None}]
+            body = {"data": [turns] * len(one["inputs"]), "fn_index": one["id"], "session_hash": "thief"}
+            answer = http.post(f"{url}/ui/gradio_api/queue/join", json=body)
+            assert (answer.status_code, "no components" in answer.text) == (400, True)
+    assert {*Path(tempfile.gettempdir(), "gradio").rglob("secret")} == copies
 
 
 def test_the_pages_own_check_of_files_is_on(narrow):

@@ -31,6 +31,9 @@ _FILES = r"config|theme\.css|favicon\.ico|robots\.txt|manifest\.json"
 _PAGE = re.compile(rf"/ui(/|/({_FILES}|gradio_api/({_CALLS}))/?|/(assets|static|svelte)/.*)?")
 # A file among the values of a call, which Gradio would copy or fetch.
 _FILE = b'"gradio.FileData"'
+# What a conversation's turns say of themselves. Of anything else Gradio may make a component, as a visitor has it.
+_TURN = {"role", "content", "metadata", "options", "type", "text"}
+_TURN |= {"title", "id", "parent_id", "log", "duration", "status"}
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
 # A name or an address, with or without a port; RFC 9110 has Host so.
@@ -192,7 +195,7 @@ def _check_json(body: bytes, kind: str) -> None:
 
 
 def _check_call(body: bytes) -> None:
-    """Raise RequestError if a call of the page is not JSON, or names a file."""
+    """Raise RequestError if a call of the page is not JSON, names a file, or has more than words and numbers."""
     try:
         told = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -200,6 +203,12 @@ def _check_call(body: bytes) -> None:
     # Written anew, no escape hides it, and in a text its quotes are escaped.
     if _FILE in to_json(told):
         raise RequestError("the page takes no files")
+    left = [told.get("data") if isinstance(told, dict) else told]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict) and (one.keys() - _TURN or one.get("type", "text") != "text"):
+            raise RequestError("the page takes words and numbers alone, and no components")
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
 
 
 def _given(headers: Headers) -> bytes:
