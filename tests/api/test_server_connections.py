@@ -95,6 +95,24 @@ def test_what_stands_behind_a_body_is_no_header():
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
 
 
+@pytest.mark.parametrize("cut", [10_000, 70, 1])
+def test_other_protocols_are_not_spoken_and_what_asks_for_them_is_answered(cut):
+    """As Java's client asks for HTTP/2 by default; the next request may follow at once."""
+    asked = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    request = CHUNKED[:-2] + asked + b"\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+    sent = request + GET[:-2] + asked + b"\r\n" + GET
+    with running(served()) as url, connected(url) as connection:
+        for start in range(0, len(sent), cut):
+            connection.sendall(sent[start : start + cut])
+        found, more = b"", b"..."
+        while more and found.count(b"HTTP/1.1 ") < 3:
+            found += (more := connection.recv(1 << 16))
+        assert found.count(b"HTTP/1.1 200 ") == 3
+    with running(served()) as url, connected(url) as connection:
+        connection.sendall(b"CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n")
+        error_of(read(connection), 405)
+
+
 def test_many_headers_are_refused_and_as_many_as_are_common_are_not():
     with running(served()) as url:
         for header in (b"X-%d: y\r\n", b"X-%d: " + b"y" * 1000 + b"\r\n"):

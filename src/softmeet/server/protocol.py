@@ -10,6 +10,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Any, ClassVar, cast
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -95,11 +96,29 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._kept > _DISCARDED:
                 self.transport.abort()
             return
-        super().data_received(data)
+        self._parse(data)
         if self._kept > _MOST_HEAD and self._error is None:
             self._refuse(_too_long())
         if self._head_timer is None and self._idle:
             self._await_head()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse bytes; a request that asks for another protocol is read anew, as one that does not (RFC 9110, 7.8)."""
+        self._unset_keepalive_if_required()
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserError as error:
+                self.send_400_response(str(error))
+            except httptools.HttpParserUpgrade as found:
+                # The parser takes a body for the other protocol's.
+                first = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+                others = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+                data = b"\r\n".join([first, *others, b"", data[found.args[0] :]])
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                continue
+            return
 
     @property
     def _idle(self) -> bool:
@@ -138,6 +157,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Hand the request to the application."""
+        if self.parser.get_method() == b"CONNECT":
+            self._error = RequestError("expected another method than CONNECT: this is no proxy", status=405)
+            raise self._error
+        if self.parser.should_upgrade():
+            return
         self._in_head = False
         self._stop_timers()
         super().on_headers_complete()
@@ -147,6 +171,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Add a piece of the request's body."""
         self._kept = 0
         super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Tell the request that its body is complete, unless it is read anew."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what could not be parsed, or broke a bound, with an error object, and close the connection."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -75,15 +76,42 @@ def _words(content: Any) -> str:
 
 
 async def _prepared(serving: Serving, given: dict[str, Any], told: list[dict[str, str]]) -> GenerationRequest:
-    """Return a request for an answer; where a context is full, the first turns are left out."""
-    while True:
+    """Return a request for an answer; where a context is full, as few of the first turns as need be are left out."""
+    first = sum(one["role"] == "system" for one in told)
+
+    async def without(pairs: int) -> GenerationRequest | RequestError:
+        await asyncio.sleep(0)  # others come between
+        left = [*told[:first], *told[first + 2 * pairs :]]
         try:
-            return await serving.prepare(ChatRequest.model_validate({**given, "messages": told}))
+            return await serving.prepare(ChatRequest.model_validate({**given, "messages": left}))
         except RequestError as error:
-            first = sum(one["role"] == "system" for one in told)
-            if error.code != "context_length_exceeded" or len(told) - first < 3:
+            if error.code != "context_length_exceeded":
                 raise
-            told = told[:first] + told[first + 2 :]
+            return error
+
+    found = await without(0)
+    if isinstance(found, RequestError):
+        found = await _halved(without, max((len(told) - first - 1) // 2, 0))
+    if isinstance(found, RequestError):
+        raise found
+    return found
+
+
+async def _halved(
+    without: Callable[[int], Awaitable[GenerationRequest | RequestError]], most: int
+) -> GenerationRequest | RequestError:
+    """Return the request with the fewest pairs of turns left out, more than none; the error of leaving out the most.
+
+    Thousands may have to go, so that their number is found by halving.
+    """
+    fewest, found = 0, await without(most)
+    while most - fewest > 1 and not isinstance(found, RequestError):
+        middle = (fewest + most) // 2
+        if isinstance(shorter := await without(middle), RequestError):
+            fewest = middle
+        else:
+            most, found = middle, shorter
+    return found
 
 
 async def _answers(
