@@ -70,6 +70,20 @@ def test_likelihoods_of_options_are_the_harnesss(members, request):
     assert [reader.bytes for reader in ensemble.model.readers_of_members] == held
 
 
+@pytest.mark.parametrize("how", ["option-byte", "option-unconditional"])
+def test_where_no_option_has_a_probability_none_is_chosen(folders, files, tmp_path, how):
+    ruled = f"cut={folders[0]} {folders[1]} logit-mean:plausibility=1"
+    out = tmp_path / "a.jsonl"
+    done = run(
+        "answer", files / "choices.jsonl", *(x for m in folders for x in ("-m", m)), "-e", ruled, "--how", how,
+        "--answers", out, "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line, parse_constant=pytest.fail) for line in out.read_text().splitlines()]
+    mine = [(one["answer"], one["right"], one["doubt"]) for one in told if one["name"] == "cut"]
+    assert mine == [("", False, None)] * len(CHOICES)
+
+
 def test_a_union_has_no_likelihoods(over_bytes):
     ensemble = Ensemble.from_pretrained(over_bytes, vocabulary="union")
     with pytest.raises(InvalidInputError, match="can be written in many ways"):

@@ -32,21 +32,24 @@ def test_mcnemars_p_value_sums_all_outcomes_as_unlikely(more, fewer):
     assert mcnemar(ours, theirs) == pytest.approx(expected)
 
 
-def test_the_area_is_mann_whitneys_and_its_interval_holds_it_as_often_as_it_says():
-    draw = np.random.default_rng(0)
-    held = 0
+@pytest.mark.parametrize(("m", "n", "area"), [(48, 72, 0.76), (10, 10, 0.98), (10, 300, 0.9), (10, 10, 0.05)])
+def test_the_area_is_mann_whitneys_and_its_interval_holds_it_as_often_as_it_says(m, n, area):
+    draw, held = np.random.default_rng(0), 0
     for _ in range(400):
-        wrong = draw.random(120) < 0.4
-        doubts = np.round(draw.normal(size=120) + wrong, 1)
-        found = auroc(doubts, wrong)
-        u = mannwhitneyu(doubts[wrong], doubts[~wrong]).statistic
-        assert found.mean == pytest.approx(u / (wrong.sum() * (~wrong).sum()))
-        held += found.low <= norm.cdf(1 / math.sqrt(2)) <= found.high
-    assert 0.92 <= held / 400 <= 0.98
-    assert auroc([*range(19)], [True] * 10 + [False] * 9) is None
-    whole = auroc([*range(10, 20), *range(10)], [True] * 10 + [False] * 10)
-    assert whole.mean == 1
-    assert 0 < whole.low < 1
+        doubts = np.concatenate([draw.normal(math.sqrt(2) * norm.ppf(area), size=m), draw.normal(size=n)])
+        found = auroc(doubts, [True] * m + [False] * n)
+        assert found.mean == pytest.approx(mannwhitneyu(doubts[:m], doubts[m:]).statistic / (m * n))
+        held += found.low <= area <= found.high
+    assert 0.92 <= held / 400 <= 0.985
+
+
+def test_areas_of_doubts_that_are_few_or_equal_or_have_no_end():
+    wrong = [True] * 10 + [False] * 10
+    assert auroc([*range(19)], wrong[:19]) is None
+    assert auroc([*range(10, 20), *range(10)], wrong).low == pytest.approx(0.8, abs=0.01)
+    assert auroc([math.inf] * 20, wrong).mean == auroc([1.0] * 20, wrong).mean == 0.5
+    assert auroc([math.nan, *range(19)], wrong) is None
+    assert auroc([math.nan, *range(10, 20), *range(10)], [True, *wrong]).mean == 1
 
 
 def test_other_questions_fall_where_they_are_predicted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,9 +106,12 @@ class Asker:
                 likely -= _table(text_likelihoods(self.ensemble, "Answer:", options))
         if self.form.how == "option-byte":
             likely /= torch.tensor([len(option.strip().encode()) for option in options])
-        ours, *members = likely.tolist()
-        best = ascii_uppercase[max(range(len(ours)), key=ours.__getitem__)]
+        # -inf less -inf: no option has a probability.
+        ours, *members = likely.nan_to_num(-math.inf, math.inf, -math.inf).tolist()
         count = count_tokens(self.ensemble, prompt + "".join(options))
+        if max(ours) == -math.inf:
+            return Answered(question.id, "", False, 0.0, count, tuple(ours))
+        best = ascii_uppercase[ours.index(max(ours))]
         return Answered(question.id, best, best == question.answer[0], 0.0, count, tuple(ours),
                         of_options(ours, members))  # fmt: skip
 

@@ -12,6 +12,8 @@ import numpy as np
 _FEWEST = 10
 # The quantile of the normal distribution for 95 %.
 _Z = 1.959964
+# An area so near is taken for another.
+_NEAR = 1e-9
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,11 @@ def auroc(doubts: Sequence[float], wrong: Sequence[bool]) -> Rate | None:
     """Return how well doubts tell wrong answers from right ones: the area under the ROC curve, with its interval.
 
     That is the probability that of a wrong and a right answer the wrong one is doubted more, equal doubts counting
-    half; 0.5 is chance. The interval is DeLong's, on the scale of logits, of (U + ½) / (m n + 1).
+    half; 0.5 is chance. The interval is Newcombe's (his method 5), which holds near 0 and 1, too. NaN, a doubt that
+    nobody knows, is left out.
 
-    Source: DeLong, DeLong and Clarke-Pearson, Comparing the areas under two or more correlated receiver operating
-    characteristic curves, Biometrics 44, 1988.
+    Source: Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic. Part 2,
+    Statistics in Medicine 25, 2006.
 
     Returns:
         None if fewer than ten answers are wrong, or right, of which an interval would say too much.
@@ -104,18 +107,26 @@ def auroc(doubts: Sequence[float], wrong: Sequence[bool]) -> Rate | None:
         >>> round(auroc([*range(10), *range(5, 15)], [False] * 10 + [True] * 10).mean, 3)
         0.875
     """
+    from scipy.optimize import brentq
+
     own, bad = np.asarray(doubts, float), np.asarray(wrong, bool)
+    own, bad = own[~np.isnan(own)], bad[~np.isnan(own)]
     m, n = int(bad.sum()), int((~bad).sum())
     if min(m, n) < _FEWEST:
         return None
-    apart = own[bad][:, None] - own[~bad]
-    above = (apart > 0) + 0.5 * (apart == 0)
-    area = above.mean()
-    variance = above.mean(1).var(ddof=1) / m + above.mean(0).var(ddof=1) / n
-    inner = (above.sum() + 0.5) / (m * n + 1)
-    middle, half = math.log(inner / (1 - inner)), _Z * math.sqrt(variance) / (inner * (1 - inner))
-    low, high = (1 / (1 + math.exp(-x)) for x in (middle - half, middle + half))
-    return Rate(float(area), min(low, area), max(high, area))
+    doubted, trusted = own[bad][:, None], own[~bad]
+    area = float(((doubted > trusted) + 0.5 * (doubted == trusted)).mean())
+
+    def beyond(true: float, side: int) -> float:
+        """How far the area is beyond what is likely at a true one; positive at 0, or at 1, if ``side`` is -1."""
+        more = (m + n) / 2 - 1
+        variance = true * (1 - true) * (1 + more * ((1 - true) / (2 - true) + true / (1 + true))) / (m * n)
+        return side * (area - true) - _Z * math.sqrt(variance)
+
+    # At the area itself, 0 or 1, the variance is 0 as well.
+    low = float(brentq(beyond, 0.0, area - _NEAR, args=(1,))) if area > _NEAR else 0.0
+    high = float(brentq(beyond, area + _NEAR, 1.0, args=(-1,))) if area < 1 - _NEAR else 1.0
+    return Rate(area, low, high)
 
 
 def _apart(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:

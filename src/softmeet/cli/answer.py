@@ -166,10 +166,13 @@ def answer(
     figures = found.facts | {"run": {"softmeet": __version__, **found.told, **record.facts(found.seeds)}}
     result.report(figures, show)
     if answers is not None:
-        from softmeet.answers.results import lines
+        from pydantic_core import to_jsonable_python
 
-        each = (f"{writing.dumps(one, ensure_ascii=False)}\n" for one in lines(found.answers))
-        answers.write_text("".join(each), "utf-8")
+        from softmeet.answers.results import lines
+        from softmeet.evaluation.files import write_text
+
+        told = to_jsonable_python(lines(found.answers), inf_nan_mode="null")
+        write_text(answers, "".join(f"{writing.dumps(one, ensure_ascii=False)}\n" for one in told))
         say(f"answers are in {answers}")
 
 
