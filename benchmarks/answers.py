@@ -86,7 +86,7 @@ SETS = {
     # are written in large batches, in which llama.cpp is no faster than in small ones, and torch several times as fast.
     "GSM8K": Asked(
         "gsm8k_train_400.jsonl", "gsm8k_test_200.jsonl", "--how number --chat --votes 0 --batch 50", _QWEN, _PAIR[1:2],
-        load="+engine=transformers+dtype=bfloat16",
+        load="+dtype=bfloat16+engine=transformers",
     ),
 }  # fmt: skip
 

@@ -132,6 +132,8 @@ def test_ensembles_are_named_by_the_last_parts_of_members():
     found = subjects(["org/a", "/b/c.gguf"], ["pair=a c logit-mean:weights=0.3/0.7 vocabulary=union", "a c prob-mean"])
     assert [one.name for one in found] == ["org/a", "b/c.gguf", "pair", "a + c.gguf, prob-mean"]
     assert (found[2].members, found[2].loading) == (("org/a", "/b/c.gguf"), {"vocabulary": "union"})
+    lines = ["a.gguf+engine=transformers+dtype=bfloat16", "b"]
+    assert [one.name for one in subjects(lines, [f"pair={lines[0]} b prob-mean"])] == ["a.gguf", "b", "pair"]
     for given, message in (
         ("x y norule", "expected members and then a rule"),
         ("same x prob-mean", "which may be"),

@@ -134,6 +134,8 @@ def _line(word: str, lines: Sequence[str]) -> str:
     Raises:
         InvalidInputError: if it means several.
     """
+    if (line := str(Member.of(word))) in lines:  # however its parts are ordered
+        return line
     for names in (lambda line: (line, short(line)), lambda line: (_brief(line), _brief(line).split(".")[0])):
         meant = [line for line in lines if word in names(line)]
         if len(meant) > 1:
