@@ -140,9 +140,8 @@ class Others:
         """Combine the models behind some texts, into ``found``; return why that cannot be."""
         states = [own[list(some)], *(torch.stack(one) for one in zip(*(told[k] for k in some), strict=True))]
         try:
-            mixture = self._combiner.quickly(states, settings)
-            if mixture is None:
-                mixture = self._combiner.solve_rows(states, settings, proved=False)[1].log_probs
+            quick = self._combiner.quickly(states, settings)
+            mixture = quick[0] if quick else self._combiner.solve_rows(states, settings, proved=False)[1].log_probs
         except SoftmeetError as error:
             return error
         found[list(some)] = (mixture[:, : self._v] + states[0].logsumexp(-1, keepdim=True)).to(found.dtype)

@@ -158,7 +158,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Hand the request to the application."""
         if self.parser.get_method() == b"CONNECT":
-            self._error = RequestError("expected another method than CONNECT: this is no proxy", status=405)
+            self._error = RequestError("expected another method than CONNECT: this is no proxy", code="invalid_http")
             raise self._error
         if self.parser.should_upgrade():
             return
