@@ -16,11 +16,11 @@ demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundle
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python examples/demo.py
 
 test: ## Run the tests, but those of clusters, browsers, packages, programs as a whole (make test-slow).
-	@echo "make test: 7 to 8 minutes on two idle cores, and on first use the installation, some minutes more."
+	@echo "make test: 6 to 7 minutes on two idle cores, and on first use the installation, some minutes more."
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -rfEs -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/.test ## Run those tests: 3 to 4 minutes. CI runs both.
+test-slow: $(VENV)/.test ## Run those tests: 5 minutes. CI runs both.
 	@command -v chromium >/dev/null || echo "without chromium (apt install chromium) the tests of the page are skipped"
 	@command -v npm >/dev/null || echo "without npm (apt install npm) those of OpenAI's client for JavaScript are skipped"
 	$(TEST_ENV) $(BIN)/pytest -rfEs -m slow $(PYTEST_ARGS)

@@ -179,6 +179,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_member_that_is_not_there_is_refused_before_torch_is_imported(tmp_path):
     """By every command, in one process, as each would bring torch to all that follow."""
     (tmp_path / "q.jsonl").write_text('{"id": 1, "question": "a?", "answer": "b"}')

@@ -33,6 +33,7 @@ def loading_once(loaded, monkeypatch):
     monkeypatch.setattr(Ensemble, "from_pretrained", functools.partial(load, loaded=loaded))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("loading_once")
 @pytest.mark.parametrize("page", [p for p in PAGES if SNIPPET.search(p.read_text())], ids=lambda p: p.name)
 def test_snippets_run(page, tmp_path, monkeypatch):

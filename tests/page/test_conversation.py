@@ -7,7 +7,6 @@ import asyncio
 import pytest
 
 from softmeet.server.errors import RequestError
-from softmeet.server.ui_chat import _prepared
 
 
 class Serving:
@@ -37,9 +36,11 @@ def test_as_few_first_turns_are_left_out_as_need_be_and_others_come_between(turn
             await asyncio.sleep(0)
 
     async def asked():
+        from softmeet.server.ui_chat import _prepared as prepared
+
         task = asyncio.ensure_future(beside())
         try:
-            return await _prepared(serving, {"model": "m"}, every)
+            return await prepared(serving, {"model": "m"}, every)
         finally:
             task.cancel()
 
@@ -54,6 +55,8 @@ def test_as_few_first_turns_are_left_out_as_need_be_and_others_come_between(turn
 
 
 def test_what_else_is_wrong_is_told_at_once():
+    from softmeet.server.ui_chat import _prepared
+
     serving = Serving(0, "other")
     with pytest.raises(RequestError):
         asyncio.run(_prepared(serving, {"model": "m"}, [{"role": "user", "content": "a"}] * 5))
