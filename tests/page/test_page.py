@@ -149,14 +149,18 @@ def test_phone_width_an_empty_prompt_no_members_and_stop(page, url):
     page.wait_for_selector("#details .cards")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.screenshot(path=SHOTS / "phone.png", full_page=True)
-    generate(page, tokens="200")
-    expect(tokens.nth(20)).to_be_visible()  # of the second text
-    page.click("#stop")
-    counts = [tokens.count()]
-    while len(counts) < 2 or counts[-1] != counts[-2]:
-        page.wait_for_timeout(1000)
-        counts.append(tokens.count())
-    assert counts[-1] < 200
+    for _ in range(5):  # a text may have ended before it is stopped
+        generate(page, tokens="200")
+        expect(tokens.nth(20)).to_be_visible()  # of the second text
+        page.click("#stop")
+        counts = [tokens.count()]
+        while len(counts) < 2 or counts[-1] != counts[-2]:
+            page.wait_for_timeout(1000)
+            counts.append(tokens.count())
+        if counts[-1] < 200:
+            break
+    else:
+        pytest.fail("no text was stopped")
     for box in page.locator("#members input").all():
         box.uncheck()
     page.click("#go")

@@ -20,7 +20,7 @@ from softmeet.rules.solution import Solution
 
 @dataclass(frozen=True)
 class Doubt:
-    """How sure an answer is, in nats; of a text, means over its tokens (over bytes: bytes).
+    """How sure an answer is, in nats; of a text, means over its tokens (over bytes: bytes), of those that members read.
 
     Attributes:
         log_prob: the log-probability of what was chosen: an option among all, or a token.
