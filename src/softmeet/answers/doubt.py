@@ -20,13 +20,13 @@ from softmeet.rules.solution import Solution
 
 @dataclass(frozen=True)
 class Doubt:
-    """How sure an answer is, in nats; of a text, means over its tokens (over bytes: bytes), of those that members read.
+    """How sure an answer is, in nats; of a text, means over its tokens (over bytes: bytes).
 
     Attributes:
         log_prob: the log-probability of what was chosen: an option among all, or a token.
         entropy: of the distribution from which it was chosen.
         disagreement: the mean over members i of KL(p̂_i‖m), m the mean of the members' distributions (Jensen-Shannon);
-            None of a single member.
+            None of a single member. Under the gate ``unsure``, at the tokens at which all ran.
     """
 
     log_prob: float
