@@ -24,6 +24,7 @@ gc.disable()  # until everything is imported
 _checked = pytest.StashKey[bool]()
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Run a process more than there are cores: tests wait a sixth of their time, for servers above all."""
     return (os.cpu_count() or 1) + 1
@@ -44,13 +45,23 @@ def pytest_collection_modifyitems(items):
         seen.add(test)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session):
+    """Import transformers as the commands do, in a second less, but in the process that hands tests out to others."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        return (yield)
+    from softmeet.startup import quick_imports
+
+    with quick_imports():
+        return (yield)
+
+
 def pytest_collection_finish():
     """Spare the garbage collector what was imported: it would look through all of it again and again."""
     # Not above: the process that hands tests out to others has no use for it.
     import torch
 
     torch.set_num_threads(1)
-    gc.collect()
     gc.freeze()
     gc.enable()
     gc.set_threshold(10_000, 20, 20)  # tests are short, and leave little that only it finds

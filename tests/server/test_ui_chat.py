@@ -8,13 +8,14 @@ import pytest
 from serving import TEMPLATE, serving_of, tiny_ensemble
 
 from softmeet.server.errors import RequestError
-from softmeet.server.ui import _has_trust
-from softmeet.server.ui_chat import _prepared, is_for_chats, turns
 
 SAID = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}, {"role": "assistant", "content": "the fox"}]
 
 
 def test_a_history_is_told_as_the_api_has_it():
+    # The page's library takes seconds to import: where the tests are run, and nowhere else.
+    from softmeet.server.ui_chat import turns
+
     told = turns(SAID, " ", "dog")
     assert [(one["role"], one["content"]) for one in told] == [
         ("user", "hello"), ("assistant", "the fox"), ("user", "dog"),
@@ -24,6 +25,8 @@ def test_a_history_is_told_as_the_api_has_it():
 
 
 def test_the_first_turns_are_left_out_where_a_context_is_full():
+    from softmeet.server.ui_chat import _prepared, is_for_chats, turns
+
     serving = serving_of({"default": tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)})
     assert is_for_chats(serving)
     given = {"model": "default", "max_tokens": 8}
@@ -40,9 +43,13 @@ def test_the_first_turns_are_left_out_where_a_context_is_full():
 
 
 def test_members_without_templates_are_for_texts():
+    from softmeet.server.ui_chat import is_for_chats
+
     assert not is_for_chats(serving_of({"default": tiny_ensemble("gpt2", "llama", rule="logit-mean")}))
 
 
 def test_trust_is_shown_where_a_rule_has_any():
+    from softmeet.server.ui import _has_trust
+
     assert _has_trust(["logit-mean", "meet"])
     assert not _has_trust(["logit-mean", "prob-mean", "pointwise-min"])
