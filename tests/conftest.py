@@ -50,9 +50,9 @@ def pytest_collection(session):
     """Import transformers as the commands do, in a second less, but in the process that hands tests out to others."""
     if session.config.pluginmanager.hasplugin("dsession"):
         return (yield)
-    from softmeet.startup import quick_imports
+    from softmeet.startup import _known_structure  # and not all of it: tests save quantised models
 
-    with quick_imports():
+    with _known_structure():
         return (yield)
 
 

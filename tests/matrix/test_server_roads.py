@@ -10,18 +10,17 @@ from cases import AXES, CASES, PYTHON, SERVER, can
 
 # Of the cases of tiny members every sixth, which is tried in the shipped precision.
 SHIPPED = some([case for case in CASES if case.vocabulary in AXES["vocabulary"] and can(case, PYTHON)], 6)
-# Every case is a stream with log-probabilities, and every second one a completion; a stream without is the same one,
-# six texts in one request are rows of the batch as those of several are, and conversations are had by one of three
-# endpoints each.
-WHOLE, STREAMED, TOGETHER = some(SAYS[SERVER], 2), some(SAYS[SERVER], 6, 1), some(SAYS[SERVER], 4)
+# Every case is a completion and a stream with log-probabilities; a stream without is the same one, six texts in one
+# request are rows of the batch as those of several are, and conversations are had by one of three endpoints each.
+STREAMED, TOGETHER = some(SAYS[SERVER], 6, 1), some(SAYS[SERVER], 4)
 CHATS = {name: some(SAYS[SERVER], 3, k) for k, name in enumerate(("chat", "chat_stream", "response"))}
 
 
 @pytest.mark.parametrize("case", SAYS[SERVER], ids=str)
 def test_the_server(worlds, servers, known, case):
     known, asked = known[str(case)], golden.asked(worlds, case, known)
-    found = {"listed_stream": roads.listed_stream(servers, asked)}
-    ways = {"served": WHOLE, "served_stream": STREAMED, "served_together": TOGETHER}
+    found = {"served": roads.served(servers, asked), "listed_stream": roads.listed_stream(servers, asked)}
+    ways = {"served_stream": STREAMED, "served_together": TOGETHER}
     found |= {name: getattr(roads, name)(servers, asked) for name, own in ways.items() if case in own}
     assert differences(asked, known, found) == []
     told = found["listed_stream"].log_probs
