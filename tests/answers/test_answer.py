@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -20,7 +21,7 @@ from softmeet.answers.results import figures
 from softmeet.answers.subjects import subjects
 from softmeet.answers.votes import majority, said
 from softmeet.cli.answer import _who
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, TraceError
 
 CHOICES = [
     {"id": f"q{k}", "question": f"What does the {name} do?", "choices": ["the dog", "a fox jumps", "over", "lazy"],
@@ -247,6 +248,17 @@ def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):
     assert [one.answer for one in found] == ["x", "x", "y", "y", "y"]
     assert Kept(tmp_path, {"a": 2}).answers == {}
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path, monkeypatch):
+    kept = Kept(tmp_path, {"a": 1})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("softmeet.answers.kept.os.fsync", full)
+    with pytest.raises(TraceError, match=r"no room on the disk for .*jsonl: .* make room"):
+        kept.keep([Answered("0", "x", True, 0.1, 1)])
 
 
 def test_answers_are_kept_whatever_is_in_them_and_damaged_ones_are_asked_again(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
 import time
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -15,13 +17,14 @@ from commands import run
 from rich.console import Console
 from rich.progress import Progress
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from softmeet import Ensemble, Status
 from softmeet.cli import messages, tables
 from softmeet.cli import progress as progress_module
 from softmeet.cli.help import PANELS, default, grouped, sentence, spelling
 from softmeet.cli.main import app
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, TraceError
 from softmeet.members.member import short
 from softmeet.rules.endings import endings
 from softmeet.server.ui_html import details_of, text_of
@@ -168,7 +171,7 @@ def test_what_was_not_simply_solved_is_said(command, rule, folders, tmp_path):
         assert own["fallbacks"] == sum(own["statuses"].values()) > 0
 
 
-def test_pages_say_what_was_not_simply_solved(folders, tmp_path):
+def test_pages_say_what_was_not_simply_solved(folders, tmp_path, monkeypatch):
     ours = Ensemble.from_pretrained(folders, "meet:budget=1", trust=4.0)
     tokens = [report.spelled(ours.tokenizer) for report in ours.inspect("hello there and all", top=2)]
     late = sum(token["status"] == "BUDGET" for token in tokens)
@@ -178,6 +181,12 @@ def test_pages_say_what_was_not_simply_solved(folders, tmp_path):
     page = tmp_path / "page.html"
     words = ["inspect", "hello there and all", *tiny.each("-m", folders), "--rule", "meet:budget=1", "--trust", 4]
     assert run(*words, "--html", page).returncode == 0
+    assert said in page.read_text(encoding="utf-8")
+    # On a full disk the page that is there stays.
+    with monkeypatch.context() as patched:
+        patched.setattr("softmeet.evaluation.files.os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space")))
+        done = CliRunner().invoke(app, [*map(str, words), "--html", str(page), "--force"])
+    assert isinstance(done.exception, TraceError)
     assert said in page.read_text(encoding="utf-8")
 
 

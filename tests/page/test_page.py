@@ -292,6 +292,22 @@ def test_no_turn_of_a_conversation_is_a_component(url, tmp_path):
     assert {*Path(tempfile.gettempdir(), "gradio").rglob("secret")} == copies
 
 
+def test_no_click_brings_a_component_and_no_visitor_is_without_a_name(url):
+    """Gradio would fetch what a click is said to be on, and its queue would end of a visitor without a name."""
+    told = {"data": [[]], "fn_index": 0, "session_hash": "thief", "trigger_id": 1}
+    values = [{"path": "http://10.0.0.1/x"}, {"file": {"path": "x"}}, {"type": "component", "component": "html"}]
+    for value in [*values, [values]]:
+        for clicked in ({"index": 0, "value": value}, value):
+            answer = http.post(f"{url}/ui/gradio_api/queue/join", json={**told, "event_data": clicked})
+            assert (answer.status_code, "no components" in answer.text) == (400, True)
+    for call in ("queue/join", "queue/join/", "run/predict"):
+        for name in ("", None, "a b", "a" * 65, {}, []):
+            answer = http.post(f"{url}/ui/gradio_api/{call}", json={**told, "session_hash": name})
+            assert (answer.status_code, "visitor's name" in answer.text) == (400, True)
+    good = {**told, "fn_index": 99, "event_data": {"index": [0, 0], "value": "word"}}
+    assert "components" not in http.post(f"{url}/ui/gradio_api/queue/join", json=good).text
+
+
 def test_the_pages_own_check_of_files_is_on(narrow):
     from fastapi import FastAPI
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from softmeet import __version__
 from softmeet.answers.asking import Answered
-from softmeet.evaluation.files import turn_at, write_atomically, write_text
+from softmeet.evaluation.files import room_for, turn_at, write_atomically, write_text
 
 _ANSWER = TypeAdapter(Answered)
 
@@ -51,10 +51,14 @@ class Kept:
                 self.answers[one.id] = one
 
     def keep(self, answers: Sequence[Answered]) -> None:
-        """Write answers behind those that are kept, and wait until they are on the disk."""
+        """Write answers behind those that are kept, and wait until they are on the disk.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
         if self._file is None:
             return
-        with turn_at(self._file.parent), self._file.open("a", encoding="utf-8") as out:
+        with turn_at(self._file.parent), room_for(self._file), self._file.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answers)
             out.flush()
             os.fsync(out.fileno())

@@ -78,7 +78,7 @@ def advise(
     """
     every = options.named([*(named or ()), *(members or ())])
     require_there([*every, *(instead or ())])
-    from softmeet.evaluation.files import PieceCache, require_ensemble_folder
+    from softmeet.evaluation.files import PieceCache, require_ensemble_folder, write_text
 
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
     if saved is not None:
@@ -116,7 +116,7 @@ def advise(
         from softmeet.evaluation.page import page
 
         shown = (facts["says"], tables(facts), cautions(facts), differences(facts))
-        html.write_text(page(advice.judged, *shown), encoding="utf-8")
+        write_text(html, page(advice.judged, *shown))
         say(f"written to {html}")
     if advice.equal is not None:
         (fitted,) = (own for own in advice.judged.averages if own.name == "logit-mean")

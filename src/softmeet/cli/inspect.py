@@ -59,7 +59,9 @@ def inspect(
     reports = ensemble.inspect(text, shown.top)
     facts = _facts(ensemble, text, reports)
     if html is not None:
-        html.write_text(_page(facts), encoding="utf-8")
+        from softmeet.evaluation.files import write_text
+
+        write_text(html, _page(facts))
         err.print(f"written to {html}")
     if shown.as_json:
         # JSON has no infinity: an unknown gap, which is infinite, becomes null.

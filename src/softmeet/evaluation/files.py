@@ -79,7 +79,7 @@ def write_atomically(path: Path, write: Any) -> None:
     """
     unfinished = _unfinished(path)
     try:
-        with _room_for(path):
+        with room_for(path):
             with unfinished.open("wb") as file:
                 write(file)
                 file.flush()
@@ -99,7 +99,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _room_for(path: Path) -> Iterator[None]:
+def room_for(path: Path) -> Iterator[None]:
     """Turn an error about a full disk in the context into a TraceError that says how to continue."""
     try:
         yield
@@ -126,7 +126,7 @@ def replace_together(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     unfinished = _unfinished(folder)
     try:
-        with _room_for(folder):
+        with room_for(folder):
             unfinished.mkdir(parents=True)
             yield unfinished
             folder.mkdir(exist_ok=True)

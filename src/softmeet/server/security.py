@@ -12,6 +12,7 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic_core import from_json, to_json
 from starlette.datastructures import Headers
@@ -28,12 +29,17 @@ _JSON = ("/v1/", "/tokenize", "/detokenize")
 # What the page at /ui asks for. Gradio has much more, that writes to the disk, or reads files, or runs code.
 _CALLS = r"info|app_id|startup-events|heartbeat/[\w-]+|queue/join|queue/data|run/predict|cancel|reset"
 _FILES = r"config|theme\.css|favicon\.ico|robots\.txt|manifest\.json"
+# Those that Gradio's queue does not answer.
+_OTHERS = ("/cancel", "/reset", "/startup-events")
 _PAGE = re.compile(rf"/ui(/|/({_FILES}|gradio_api/({_CALLS}))/?|/(assets|static|svelte)/.*)?")
 # A file among the values of a call, which Gradio would copy or fetch.
 _FILE = b'"gradio.FileData"'
 # What a conversation's turns say of themselves. Of anything else Gradio may make a component, as a visitor has it.
 _TURN = {"role", "content", "metadata", "options", "type", "text"}
 _TURN |= {"title", "id", "parent_id", "log", "duration", "status"}
+# What else the page says of a click on a turn; and a visitor's name, without which Gradio's queue ends for everybody.
+_CLICK = {"index", "value"}
+_VISITOR = re.compile(r"[\w-]{1,64}", re.ASCII)
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
 # A name or an address, with or without a port; RFC 9110 has Host so.
@@ -100,7 +106,7 @@ class Guard:
             if body and path.startswith(_JSON):
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
             if body and path.startswith("/ui"):
-                _check_call(body)
+                _check_call(path, body)
         except (RequestError, BusyError) as error:
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
             headers = {"Connection": "close"}
@@ -194,19 +200,30 @@ def _check_json(body: bytes, kind: str) -> None:
         )
 
 
-def _check_call(body: bytes) -> None:
-    """Raise RequestError if a call of the page is not JSON, names a file, or has more than words and numbers."""
+def _check_call(path: str, body: bytes) -> None:
+    """Raise RequestError if a call of the page is not JSON, names no visitor or a file, or has a component in it."""
     try:
         told = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"expected JSON in UTF-8 as the body: {error}"[:300], code="invalid_json") from None
+    if not isinstance(told, dict):
+        raise RequestError("expected an object as the body of a call")
     # Written anew, no escape hides it, and in a text its quotes are escaped.
     if _FILE in to_json(told):
         raise RequestError("the page takes no files")
-    left = [told.get("data") if isinstance(told, dict) else told]
+    name = told.get("session_hash")
+    if not path.rstrip("/").endswith(_OTHERS) and not (isinstance(name, str) and _VISITOR.fullmatch(name)):
+        raise RequestError("expected the visitor's name, of at most 64 letters and digits, as 'session_hash'")
+    _refuse_components(told.pop("data", None), _TURN)
+    _refuse_components(list(told.values()), _TURN | _CLICK)
+
+
+def _refuse_components(told: Any, allowed: set[str]) -> None:
+    """Raise RequestError if anything in a value is more than words and numbers, and turns of a conversation."""
+    left = [told]
     while left:
         one = left.pop()
-        if isinstance(one, dict) and (one.keys() - _TURN or one.get("type", "text") != "text"):
+        if isinstance(one, dict) and (one.keys() - allowed or one.get("type", "text") != "text"):
             raise RequestError("the page takes words and numbers alone, and no components")
         left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
 
