@@ -37,8 +37,8 @@ _FILE = b'"gradio.FileData"'
 # What a conversation's turns say of themselves. Of anything else Gradio may make a component, as a visitor has it.
 _TURN = {"role", "content", "metadata", "options", "type", "text"}
 _TURN |= {"title", "id", "parent_id", "log", "duration", "status"}
-# What else the page says of a click on a turn; and a visitor's name, without which Gradio's queue ends for everybody.
-_CLICK = {"index", "value"}
+# What else the page says of a click on a turn or a token; a visitor's name, without which Gradio's queue ends for all.
+_CLICK = {"index", "value", "k"}
 _VISITOR = re.compile(r"[\w-]{1,64}", re.ASCII)
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
