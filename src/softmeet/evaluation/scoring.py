@@ -1,7 +1,9 @@
 """Averages fitted to a text by Fisher scoring, all of it or without a fold, and judged there.
 
 Scoring steps along the gradient by the inverse of the Fisher information (McCullagh and Nelder, *Generalized Linear
-Models*, 1989, §2.5), and needs a few evaluations where a method that sees gradients alone needs tens.
+Models*, 1989, §2.5), and needs a few evaluations where a method that sees gradients alone needs tens. Where a step does
+not lower the loss, as far from the optimum, it is made again, shorter and more along the gradient (Levenberg, *A method
+for the solution of certain non-linear problems in least squares*, 1944).
 """
 
 from __future__ import annotations
@@ -34,8 +36,12 @@ _CACHED_ELEMENTS = 1 << 18
 HELD = 0.4
 # Scoring ends when a step is expected to lower the loss by less, in nats a position.
 _ENOUGH = 1e-6
-# The longest step in θ, and how often it is halved before scoring ends.
-_STRIDE, _HALVINGS = 3.0, 6
+# The longest step in θ.
+_STRIDE = 3.0
+# What is added to the information, as a share of its largest entry: the least, which keeps directions that leave the
+# average as it is in place; after the first step that fails; how many times as much after each more, and as little
+# after each that does not.
+_LEAST, _FIRST, _TIMES = 1e-9, 1e-2, 10.0
 
 # At how many θ, of all families, sums over pieces are kept.
 _REMEMBERED = 256
@@ -197,6 +203,8 @@ class Text:
     ) -> tuple[Values, float, int]:  # fmt: skip
         """Minimise the loss of a family's average within the bounds of its layout.
 
+        What is found is a local minimum: a power mean's loss can have one at either end of its orders.
+
         Args:
             family: the averages.
             start: the values to begin at.
@@ -217,16 +225,14 @@ class Text:
             return Sums(*self._cache.evaluation(f"{name}-{count:04d}", evaluate))
 
         best = layout.pack(start)
-        at = evaluated(best)
-        while count < evaluations and (step := _step(layout, best, at)) is not None:
-            for _ in range(_HALVINGS):
-                theta = layout.clip(best + step)
-                found, step = evaluated(theta), step / 2
-                if found.loss < at.loss or count >= evaluations:
-                    break
-            if not found.loss < at.loss:
-                break
-            best, at = theta, found
+        at, damping = evaluated(best), _LEAST
+        while count < evaluations and (step := _step(layout, best, at, damping)) is not None:
+            theta = layout.clip(best + step)
+            found = evaluated(theta)
+            if found.loss < at.loss:
+                best, at, damping = theta, found, max(damping / _TIMES, _LEAST)
+            else:
+                damping = max(damping * _TIMES, _FIRST)
         return layout.values(best), at.loss, count
 
     def scores(
@@ -291,16 +297,21 @@ def _named(scores: Tensors, names: Sequence[str]) -> dict[str, Scores]:
     return dict(zip(names, (Scores(*own) for own in columns), strict=True))
 
 
-def _step(layout: Layout, theta: Float[Tensor, " k"], at: Sums) -> Float[Tensor, " k"] | None:
-    """Return the scoring step from ``theta`` within the bounds; None if it would lower the loss by next to nothing."""
+def _step(layout: Layout, theta: Float[Tensor, " k"], at: Sums, damping: float) -> Float[Tensor, " k"] | None:
+    """Return the best step from ``theta`` within the bounds; None if it would lower the loss by next to nothing.
+
+    Best is what minimises the loss's expansion to second order, with the information as its second derivatives.
+    """
+    from scipy.optimize import lsq_linear
+
+    if not math.isfinite(at.loss):
+        return None
+    values, vectors = torch.linalg.eigh(at.information)
+    # Where members are certain of what does not come, there is next to no information, but a gradient.
+    roots = (values.clamp_min(0) + damping * values[-1].clamp_min(_LEAST)).sqrt()
     low, high = torch.tensor(layout.bounds(), dtype=torch.float64).unbind(-1)
-    free = ~(((theta <= low) & (at.gradient > 0)) | ((theta >= high) & (at.gradient < 0)))
-    if not math.isfinite(at.loss) or not free.any():
-        return None
-    gradient, information = at.gradient[free], at.information[free][:, free]
-    # Some directions in θ leave the average as it is: the pseudo-inverse does not move along them.
-    step = torch.zeros_like(theta)
-    step[free] = -torch.linalg.pinv(information, rtol=1e-9, hermitian=True) @ gradient
-    if not -(step @ at.gradient).item() / 2 > _ENOUGH:
-        return None
-    return step * min(1.0, _STRIDE / step.abs().max().item())
+    room = (low - theta).clamp_min(-_STRIDE).numpy(), (high - theta).clamp_max(_STRIDE).numpy()
+    squares = (roots[:, None] * vectors.T).numpy(), (-(vectors.T @ at.gradient) / roots).numpy()
+    step = torch.from_numpy(lsq_linear(*squares, room, method="bvls").x)
+    lowered = -(step @ at.gradient) - step @ at.information @ step / 2
+    return step if lowered.item() > _ENOUGH else None
