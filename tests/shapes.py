@@ -18,6 +18,7 @@ import jaxtyping
 from jaxtyping import _decorator, _import_hook
 
 _decorated = jaxtyping.jaxtyped
+_on = False
 
 
 def _when_asked(fn, *, typechecker):
@@ -32,7 +33,7 @@ def _when_asked(fn, *, typechecker):
     @functools.wraps(fn)
     def call(*args, **kwargs):
         nonlocal checked
-        if is_over() or jaxtyping.config.jaxtyping_disable:
+        if not _on or is_over():
             return fn(*args, **kwargs)
         checked = checked or _decorated(fn, typechecker=typechecker)
         return checked(*args, **kwargs)
@@ -63,4 +64,6 @@ def install():
 
 def only(on):
     """Switch the checks on or off."""
+    global _on
+    _on = on
     jaxtyping.config.update("jaxtyping_disable", not on)
