@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -123,7 +125,8 @@ def test_over_tokens_members_share_the_prompt(folders):
     ("template", "said"),
     [
         ("{{ 1 // 0 }}", "zero"), ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{{ 'a' + 1 }}", "concatenate"), ("{{ 'a' * 10 ** 15 }}", "MemoryError"), ("{% for %}", "Expected"),
+        ("{{ 'a' + 1 }}", "concatenate"), ("{{ 'a ' * 10 ** 6 }}", "2,000,000 characters"),
+        ("{{ 'a' * 10 ** 15 }}", "MemoryError"), ("{% for %}", "Expected"),
     ],
 )  # fmt: skip
 def test_whatever_a_template_does_is_an_error_of_softmeets(template, said, folders):
@@ -141,6 +144,21 @@ def test_a_template_that_never_ends_is_ended(folders, monkeypatch):
     for _ in range(2):
         with pytest.raises(InvalidInputError, match="the chat template refuses these messages: it takes too long"):
             ChatTemplates(["a"], [tokenizer]).own_prompts([TURNS])
+
+
+@pytest.mark.slow
+def test_a_step_of_a_template_that_never_ends_ends_the_process(folders):
+    """Nothing else could run meanwhile, no other client and no signal."""
+    code = (
+        "import sys; from transformers import AutoTokenizer; from softmeet.hf import chat; chat._SECONDS = 0.5; "
+        "own = AutoTokenizer.from_pretrained(sys.argv[1]); turns = [{'role': 'user', 'content': 'x'}]; "
+        "chat.ChatTemplates('ab', [own, own]).own_prompts([turns] * 2); import time; time.sleep(1.5); "
+        "print('goes on', flush=True); own.chat_template = '{{ (10 ** (10 ** 9)) | length }}'; "
+        "chat.ChatTemplates(['a'], [own]).own_prompts([turns])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folders[0]], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "goes on\n"), done.stderr
+    assert "Timeout" in done.stderr
 
 
 def test_the_command_chats(folders):

@@ -155,6 +155,7 @@ def test_what_llama_cpp_would_end_the_process_for_is_refused(file, tmp_path):
         ({"nextn_predict_layers": 2}, "2 of its 1 layers predict further tokens"),
         ({"attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon is nan"),
         ({"attention.layer_norm_rms_epsilon": -1.0}, "layer_norm_rms_epsilon is -1"),
+        ({"rope.scaling.type": "xx"}, "rope.scaling.type is 'xx': expected none, linear"),
     ],
 )
 def test_numbers_that_llama_cpp_would_end_the_process_for_are_refused(said, why, tmp_path):

@@ -151,6 +151,8 @@ def test_what_is_no_name(members):
         Ensemble.from_pretrained(members)
     with pytest.raises(CheckpointError, match="expected a hub id"):
         names.find("two words")
+    with pytest.raises(CheckpointError, match=r"a file of the repository acme/model, got '\.\./x\.gguf'"):
+        Ensemble.from_pretrained("acme/model+file=../x.gguf")
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,9 @@ def test_no_click_brings_a_component_and_no_visitor_is_without_a_name(url):
         for name in ("", None, "a b", "a" * 65, {}, []):
             answer = http.post(f"{url}/ui/gradio_api/{call}", json={**told, "session_hash": name})
             assert (answer.status_code, "visitor's name" in answer.text) == (400, True)
+    for many in ([1] * 10_001, [[{"role": "user", "content": "x"}]] * 4_000):
+        answer = http.post(f"{url}/ui/gradio_api/run/predict", json={**told, "data": [many]})
+        assert (answer.status_code, "10,000" in answer.text) == (400, True)
     good = {**told, "fn_index": 99, "event_data": {"index": [0, 0], "value": "word"}}
     assert "components" not in http.post(f"{url}/ui/gradio_api/queue/join", json=good).text
 

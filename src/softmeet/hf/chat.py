@@ -21,6 +21,8 @@ Messages = Sequence[Mapping[str, str]]
 TEMPERATURE = 0.7
 # The most seconds that a template may take: it is a program that comes with a model.
 _SECONDS = 10.0
+# The most characters that it may add to a conversation, and how often it may repeat what is said there.
+_LONGER, _TIMES = 1_000_000, 10
 
 
 def is_chat(given: object) -> bool:
@@ -109,12 +111,15 @@ class ChatTemplates:
     def _rendered(self, tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
         try:
             with limited(_SECONDS):
-                found: list[int] = tokenizer.apply_chat_template(
+                text: str = tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     chat_template=tokenizer.chat_template or PLAIN,
                     add_generation_prompt=True,
-                    return_dict=False,
+                    tokenize=False,
                 )
+            if len(text) > _LONGER + _TIMES * sum(len(str(message.get("content"))) for message in messages):
+                raise ValueError(f"it makes {len(text):,} characters of them")
+            found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         except Exception as error:  # it may divide by zero, or never end
             why = str(error) or type(error).__name__
             raise InvalidInputError(f"the chat template refuses these messages: {why}"[:300]) from error

@@ -11,7 +11,7 @@ import mmap
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -39,6 +39,7 @@ _MOST_DIMENSIONS, _MOST_ALIGNMENT = 4, 1 << 16
 # llama.cpp's own, and to how many bytes it has the first of the tensors that it maps aligned.
 _MOST_LAYERS, _MOST_EXPERTS, _ALIGNED = 512, 1024, 32
 _EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.group_norm_epsilon")
+_SCALINGS = ("none", "linear", "yarn", "longrope")
 # What a text's keys and values depend on.
 _SIZES = (
     "block_count", "embedding_length", "attention.head_count", "attention.key_length", "attention.value_length",
@@ -250,7 +251,7 @@ def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
     """Refuse what llama.cpp would end the process for.
 
     That is: no layers or too many; two tokens of one text, which for llama.cpp ends at a zero byte; numbers of experts
-    or a norm's epsilon that cannot be; and weights that it cannot map.
+    or a norm's epsilon that cannot be; scalings of positions that it does not know; and weights that it cannot map.
 
     Raises:
         CheckpointError: if it is so.
@@ -267,11 +268,19 @@ def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
         raise cannot_load(
             name, f"it says that {ahead:,} of its {layers:,} layers predict further tokens: fetch it again"
         )
-    for key in _EPSILONS:
-        if isinstance(epsilon := file.own(key), float) and not 0 <= epsilon < math.inf:
-            raise cannot_load(name, f"it says that {key} is {epsilon}: expected a number from 0 on: fetch it again")
+    for said in _wrong(file):
+        raise cannot_load(name, f"it says that {said}: fetch it again")
     if min((one.start for one in file.tensors.values()), default=0) % _ALIGNED:
         raise cannot_load(name, f"its weights do not begin at a multiple of {_ALIGNED} bytes: fetch it again")
+
+
+def _wrong(file: GgufFile) -> Iterator[str]:
+    """Yield what a file says of its norms and positions that cannot be."""
+    for key in _EPSILONS:
+        if isinstance(epsilon := file.own(key), float) and not 0 <= epsilon < math.inf:
+            yield f"{key} is {epsilon}: expected a number from 0 on"
+    if isinstance(scaling := file.own("rope.scaling.type"), str) and scaling not in _SCALINGS:
+        yield f"rope.scaling.type is {scaling!r}: expected {', '.join(_SCALINGS)}"
 
 
 def require_types(file: GgufFile, name: str) -> None:

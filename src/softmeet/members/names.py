@@ -152,6 +152,8 @@ def _on_hub(name: str, repository: str, revision: str | None, file: str) -> dict
     except HFValidationError:
         expected = "expected a hub id (org/model), a folder, or a bundled name such as wide"
         raise cannot_load(name, _hint(name) + expected) from None
+    except ValueError:
+        raise cannot_load(name, f"expected a file of the repository {repository}, got {file!r}") from None
     if cached and time.monotonic() - _unanswered < _PAUSE:
         return {"local_files_only": True}
     try:

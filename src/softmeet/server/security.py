@@ -39,6 +39,8 @@ _TURN = {"role", "content", "metadata", "options", "type", "text"}
 _TURN |= {"title", "id", "parent_id", "log", "duration", "status"}
 # What else the page says of a click on a turn or a token; a visitor's name, without which Gradio's queue ends for all.
 _CLICK = {"index", "value", "k"}
+# The most values in a call, a thousand turns: Gradio looks at each, and nothing else runs meanwhile.
+_VALUES = 10_000
 _VISITOR = re.compile(r"[\w-]{1,64}", re.ASCII)
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
@@ -219,10 +221,12 @@ def _check_call(path: str, body: bytes) -> None:
 
 
 def _refuse_components(told: Any, allowed: set[str]) -> None:
-    """Raise RequestError if anything in a value is more than words and numbers, and turns of a conversation."""
-    left = [told]
+    """Raise RequestError if anything in a value is no word, number or turn of a conversation, or there are too many."""
+    left, seen = [told], 0
     while left:
-        one = left.pop()
+        one, seen = left.pop(), seen + 1
+        if seen > _VALUES:
+            raise RequestError(f"the page takes {_VALUES:,} words and numbers at most: begin a new conversation")
         if isinstance(one, dict) and (one.keys() - allowed or one.get("type", "text") != "text"):
             raise RequestError("the page takes words and numbers alone, and no components")
         left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
