@@ -62,7 +62,7 @@ def _end_process(key: object, when: float | None) -> None:
         if when is not None:
             _ends[key] = when
         if _ends:
-            left = max(min(_ends.values()) - time.monotonic(), 0.01)
+            left = max(round(min(_ends.values()) - time.monotonic(), 2), 0.01)
             faulthandler.dump_traceback_later(left, exit=True, file=2)
         else:
             faulthandler.cancel_dump_traceback_later()
