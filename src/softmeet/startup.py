@@ -9,8 +9,9 @@ import marshal
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,12 @@ from softmeet.derived import derived
 
 _READ = "create_import_structure_from_path"
 _AVAILABLE = ("is_scipy_available", "is_torchao_available")
+_DISTRIBUTED = "is_torch_distributed_available"
 _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+# Modules of transformers' that decorate functions for torch's compiler, and what they take of it.
+_DECORATED = ("transformers.modeling_utils", "transformers.generation.utils")
+_COMPILER, _MASKS, _INDEX = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op", "TransformGetItemToIndex"
+_DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")
 
 # How often a thread of GNU's OpenMP looks whether the others have come before it sleeps, unless the environment says,
 # even where there are more threads than cores, as where texts are written in a thread of their own: there it looks a
@@ -76,9 +82,10 @@ def quick_imports() -> Iterator[None]:
     transformers reads the folder of all its models, two thousand files, and does so twice, since it remembers what it
     has read under two names of that folder: here what they say is kept for the next time, in a folder of Hugging Face's
     for assets (``HF_ASSETS_CACHE``). It imports scipy.optimize and torchao, where these are installed, for losses of
-    object detection and for saving quantised models: here it does not. All is as before at the end; a version of
-    transformers without such functions is left alone. Packages for quantisation say nothing of kernels for other
-    machines.
+    object detection and for saving quantised models, and torch's compiler and distributed tensors, for kernels of other
+    machines: here it does not. What is imported meanwhile knows of no distributed tensors; all else is as before at the
+    end. A version of transformers without such functions is left alone. Packages for quantisation say nothing of
+    kernels for other machines.
     """
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -86,8 +93,15 @@ def quick_imports() -> Iterator[None]:
         from transformers import utils
 
         known = {name: getattr(utils, name, None) for name in _AVAILABLE}
-        without: dict[str, Any] = dict.fromkeys(_AVAILABLE, _no)
-        with patch.multiple(utils, create=True, **without):
+        without: dict[str, Any] = dict.fromkeys((*_AVAILABLE, _DISTRIBUTED), _no)
+        with (
+            patch.multiple(utils, create=True, **without),
+            patch.object(utils.import_utils, _DISTRIBUTED, _no, create=True),
+        ):
+            # What cannot be imported so is imported as ever once it is needed.
+            with suppress(Exception), _without_compiler():
+                for name in _DECORATED:
+                    import_module(name)
             yield
     # Modules have kept what they found there.
     for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
@@ -98,6 +112,32 @@ def quick_imports() -> Iterator[None]:
 
 def _no() -> bool:
     return False
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Enter a context in which the decorators of torch's compiler do nothing, and it is not imported for them."""
+    import torch.compiler
+
+    if _COMPILER in sys.modules:
+        yield
+        return
+    compiler, masks = ModuleType(_COMPILER), ModuleType(_MASKS)
+    undecorated: dict[str, Any] = dict.fromkeys(_DECORATORS, _undecorated)
+    vars(compiler).update(undecorated, __path__=[])
+    vars(masks)[_INDEX] = lambda: getattr(import_module(_MASKS), _INDEX)()
+    sys.modules.update({_COMPILER: compiler, _MASKS: masks})
+    vars(torch)["_dynamo"] = compiler
+    try:
+        with patch.multiple(torch.compiler, **undecorated):
+            yield
+    finally:
+        del vars(torch)["_dynamo"], sys.modules[_COMPILER], sys.modules[_MASKS]
+
+
+def _undecorated(function: Any = None, **options: Any) -> Any:
+    """Return a function as it is, or what does so."""
+    return _undecorated if function is None else function
 
 
 @contextmanager

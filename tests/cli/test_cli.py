@@ -9,7 +9,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import byte_tokenizers
+import gguf_files
 import pytest
+import transformers
 from commands import process, run
 from ensembles import Asking
 
@@ -160,6 +163,24 @@ assert len(read) < most, (len(read), most)
 assert sys.modules["transformers.utils"].is_scipy_available()
 """
 
+# The compiler is there once it is needed.
+NATIVE = """
+import sys
+from softmeet.cli import main
+
+try:
+    main.main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert not {"scipy.optimize", "sympy", "torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys()
+import torch
+from transformers import masking_utils
+
+with masking_utils.TransformGetItemToIndex():
+    pass
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+"""
+
 
 MISSING = """
 import json
@@ -255,6 +276,19 @@ def test_a_start_is_quick_and_texts_are_utf8_in_any_locale(members, tmp_path):
     found = json.loads(done.stdout)["completions"]
     assert [c["prompt"] for c in found] == ["ü", "é→"]
     assert found == json.loads(run(*words, stdin="ü\n").stdout)["completions"]
+
+
+@pytest.mark.slow
+def test_native_members_start_without_torchs_compiler(tmp_path):
+    for name in "ab":
+        tokenizer = byte_tokenizers.byte_level()
+        shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **shape)
+        model = transformers.LlamaForCausalLM(config)
+        gguf_files.write(tmp_path / f"{name}.gguf", model, tokenizer, bits=8, pre="gpt-2")
+    asked = ("chat", tmp_path / "a.gguf", tmp_path / "b.gguf", "--max-new-tokens", 3)
+    done = process(*asked, stdin="the king\n", program=("-c", NATIVE))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("words", [["--help"], ["config", "nothing"]])
