@@ -16,7 +16,7 @@ demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundle
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python examples/demo.py
 
 test: ## Run the tests, but those of clusters, browsers, packages, programs as a whole (make test-slow).
-	@echo "make test: about 6 minutes on two idle cores, and on first use the installation, some minutes more."
+	@echo "make test: 5 to 6 minutes on two idle cores, and on first use the installation, some minutes more."
 	@$(MAKE) --no-print-directory $(VENV)/.test
 	$(TEST_ENV) $(BIN)/pytest -rfEs -m "not slow" $(PYTEST_ARGS)
 
