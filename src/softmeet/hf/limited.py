@@ -47,12 +47,14 @@ def limited(seconds: float) -> Iterator[None]:
     timer.start()
     _end_process(over, time.monotonic() + 2 * seconds)
     try:
-        yield
-    finally:
+        try:
+            yield
+        finally:
+            with lock:
+                over.set()
+            timer.cancel()
+    finally:  # even if the error above comes while the context is left
         _end_process(over, None)
-        with lock:
-            over.set()
-        timer.cancel()
 
 
 def _end_process(key: object, when: float | None) -> None:
