@@ -36,7 +36,7 @@ _ENSEMBLES = (
     "under that name, else it goes by its own."
 )
 _MEMBERS = (
-    "One of the models that clients call default, all as one; NAME=MODEL is one of those called NAME. MODEL is a hub "
+    "One of the models that answer as one, named default; NAME=MODEL is one of those named NAME. MODEL is a hub "
     "id, a folder, a GGUF file, a bundled model or NAME:REST for a package's reader; repeat it for each member."
 )
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
