@@ -29,7 +29,7 @@ def trace(
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
-    """Save what models expect in a text, to try ways of mixing by softmeet evaluate and softmeet fit.
+    """Save what models predict for a text, to try ways of mixing by softmeet evaluate and softmeet fit.
 
     For each predicted token its hidden states are stored, as many numbers as the widths of all members' heads add up
     to: for widths 896 and 1536, 2432 numbers, about 10 kB.
