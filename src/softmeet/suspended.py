@@ -1,19 +1,134 @@
-"""Work as generators: it yields where it may be left for a while, and returns what it has found."""
+"""Work as generators, which yield where it may be left for a while, and what whoever has begun it can do about it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from typing import TypeVar
+import ctypes
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
+# How much is done, of how much; None where that is not known.
+Done: TypeAlias = tuple[int, int] | None
 
 
-def finished(work: Generator[None, None, T], pause: Callable[[], object] = lambda: None) -> T:
+class StoppedError(KeyboardInterrupt):
+    """Work was stopped by whoever had begun it."""
+
+
+class Control:
+    """What whoever begins work keeps of it: a way to stop it, from any thread, and to hear how far it is.
+
+    Args:
+        hear: called by the work, where it may be left, with how much is done and of how much.
+
+    Attributes:
+        address: that of a string of C, which is empty until the work is stopped, for compiled code to look at.
+
+    Example:
+        >>> def work():
+        ...     yield 1, 2
+        ...     return 7
+        ...
+        >>> control = Control(lambda done, total: control.stop())
+        >>> with control.over():
+        ...     by_turns([work()])
+        Traceback (most recent call last):
+        softmeet.suspended.StoppedError
+    """
+
+    def __init__(self, hear: Callable[[int, int], object] = lambda done, total: None) -> None:
+        self.hear, self._flag = hear, ctypes.create_string_buffer(2)
+        self.address = ctypes.addressof(self._flag)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the work is to end."""
+        return bool(self._flag.value)
+
+    def stop(self) -> None:
+        """Have the work raise :class:`StoppedError` as soon as it can."""
+        self._flag.value = b"1"
+
+    def check(self) -> None:
+        """Raise StoppedError if the work is to end."""
+        if self.stopped:
+            raise StoppedError
+
+    @contextmanager
+    def over(self) -> Iterator[None]:
+        """Enter a context in which this is the control of all work that is done there."""
+        before = _control.set(self)
+        try:
+            yield
+        finally:
+            _control.reset(before)
+
+
+_control: ContextVar[Control | None] = ContextVar("control", default=None)
+_NOBODYS = Control()
+
+
+def control() -> Control:
+    """Return the control of what is done here; where nobody has set one, one that nobody hears or stops."""
+    return _control.get() or _NOBODYS
+
+
+def controllable() -> tuple[Control, Context]:
+    """Return the control of what is done here, a new one where there is none, and a context for work under it."""
+    own, context = _control.get() or Control(), copy_context()
+    context.run(_control.set, own)
+    return own, context
+
+
+def ended(works: Sequence[Future[Any]], own: Control) -> None:
+    """Wait until works in other threads have ended, whatever they raise, and after Ctrl-C all the same.
+
+    Args:
+        works: the works.
+        own: their control, by which Ctrl-C stops them.
+
+    Raises:
+        KeyboardInterrupt: once they have ended, if Ctrl-C came.
+    """
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            wait(works)
+            break
+        except KeyboardInterrupt as error:
+            interrupted = error
+            own.stop()
+    if interrupted is not None:
+        raise interrupted
+
+
+def attended(call: Callable[[], T]) -> T:
+    """Return what a long call of compiled code returns that looks at its :func:`control`; Ctrl-C stops it, too.
+
+    Python hears of Ctrl-C in the main thread alone, and not during such a call: so that is made in another thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    own, context = controllable()
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(context.run, call)
+        ended([work], own)
+    return work.result()
+
+
+def finished(work: Generator[Done, None, T], pause: Callable[[], object] = lambda: None) -> T:
     """Run a generator to its end, and return what it returns.
 
     Args:
         work: the generator.
         pause: called where it yields.
+
+    Raises:
+        StoppedError: if the :func:`control` says so.
 
     Example:
         >>> def work():
@@ -24,21 +139,28 @@ def finished(work: Generator[None, None, T], pause: Callable[[], object] = lambd
         7
     """
     while True:
+        control().check()
         try:
-            next(work)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+            told = next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if told is not None:
+            control().hear(*told)
         pause()
 
 
-def by_turns(works: Sequence[Generator[None, None, T]], pause: Callable[[], object] = lambda: None) -> list[T]:
+def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], object] = lambda: None) -> list[T]:
     """Run generators to their ends, each from one of its yields to the next in turn, and return what they return.
 
-    If one raises an exception, the others are closed, and it is raised.
+    The :func:`control` hears how much is done, in sum, and of work that took several turns that it ended. If one raises
+    an exception, the others are closed, and it is raised.
 
     Args:
         works: the generators.
-        pause: called after each round in which one has yielded.
+        pause: called where one has yielded.
+
+    Raises:
+        StoppedError: if the control says so.
 
     Example:
         >>> def work(steps):
@@ -50,17 +172,26 @@ def by_turns(works: Sequence[Generator[None, None, T]], pause: Callable[[], obje
         [3, 1]
     """
     found, going = dict[int, T](), dict(enumerate(works))
+    done, total, took_turns = [0] * len(works), [0] * len(works), False
     try:
         while going:
             for k, work in list(going.items()):
+                control().check()
                 try:
-                    next(work)
-                except StopIteration as done:
-                    found[k] = done.value
+                    told = next(work)
+                except StopIteration as end:
+                    found[k] = end.value
                     del going[k]
-            if going:
+                    done[k] = total[k]
+                    continue
+                took_turns = True
+                if told is not None:
+                    done[k], total[k] = told
+                    control().hear(sum(done), sum(total))
                 pause()
     finally:
         for work in going.values():
             work.close()
+    if took_turns:
+        control().hear(sum(total), sum(total))
     return list(map(found.__getitem__, range(len(works))))

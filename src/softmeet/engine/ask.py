@@ -19,6 +19,7 @@ from softmeet.engine.continuation import Continuation
 from softmeet.engine.together import Together
 from softmeet.errors import SoftmeetError
 from softmeet.readers.reader import Predictions, Read, Reader, Row
+from softmeet.suspended import Done
 
 # For each member, its last hidden states of one text at the same t tokens, (t, d_i); or log-probabilities, (t, v).
 Hidden: TypeAlias = list[Float[Tensor, "t _"]]
@@ -100,7 +101,7 @@ def _by_reader(asked: Sequence[tuple[C, int]], *, every: bool) -> dict[Reader, l
     return parts
 
 
-def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool) -> Generator[None, None, Predictions]:
+def _read_by(parts: dict[Reader, list[Part]], reader: Reader, *, every: bool) -> Generator[Done, None, Predictions]:
     """Have a reader read on in its parts."""
     asked = []
     for text, i, is_new in parts[reader]:

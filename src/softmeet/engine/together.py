@@ -6,17 +6,17 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from softmeet.suspended import by_turns, finished
+from softmeet.suspended import Done, by_turns, controllable, ended, finished
 
 T = TypeVar("T")
 U = TypeVar("U")
-Work: TypeAlias = Generator[None, None, U]
+Work: TypeAlias = Generator[Done, None, U]
 # Either way is tried so many times for a size of batch before the faster one is kept.
 _TRIES = 6
 # Threads have to save so much of the time.
@@ -109,10 +109,8 @@ class Together:
     ) -> list[U]:
         if not in_threads:
             return by_turns(list(map(work, items)), pause)
-        running = [self._pool.submit(lambda item: finished(work(item)), item) for item in items]
-        # Where one fails, or Ctrl-C ends the waiting, the others still work on what they were given.
-        try:
-            wait(running)
-        finally:
-            wait(running)
+        own, context = controllable()
+        running = [self._pool.submit(context.copy().run, lambda item: finished(work(item)), item) for item in items]
+        # Where one fails, the others still work on what they were given.
+        ended(running, own)
         return [one.result() for one in running]

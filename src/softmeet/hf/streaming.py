@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +17,7 @@ from softmeet.engine.text import Pieces
 from softmeet.hf.arguments import arguments_of
 from softmeet.hf.prompts import Prompt
 from softmeet.rules.solution import Solution
+from softmeet.suspended import controllable, ended
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
@@ -60,7 +59,8 @@ class PieceStreamer(TextIteratorStreamer):
 def streamed(model: EnsembleForCausalLM, streamer: PieceStreamer, arguments: dict[str, Any]) -> Iterator[Any]:
     """Call ``model.generate`` in a thread, and yield what its streamer gives, as it comes.
 
-    Work begins with the first piece asked for. Closing the iterator stops it before its next token.
+    Work begins with the first piece asked for. Closing the iterator stops it, and so does its
+    :func:`~softmeet.suspended.control`; either way nothing works any more when the iterator has ended.
 
     Args:
         model: the ensemble.
@@ -69,23 +69,26 @@ def streamed(model: EnsembleForCausalLM, streamer: PieceStreamer, arguments: dic
 
     Raises:
         Exception: whatever ``model.generate`` raises, after the pieces before it.
+        StoppedError: if it was stopped by its control.
     """
-    stopped = threading.Event()
+    own, context = controllable()  # the thread has the caller's context, a limit of time among it
 
     def stop_all(input_ids: Int[Tensor, "B t"], scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(input_ids),), stopped.is_set(), dtype=torch.bool, device=input_ids.device)
+        return torch.full((len(input_ids),), own.stopped, dtype=torch.bool, device=input_ids.device)
 
     criteria = StoppingCriteriaList([stop_all, *(arguments.get("stopping_criteria") or [])])
     arguments = {**arguments, "streamer": streamer, "stopping_criteria": criteria}
-    run, context = torch.inference_mode()(model.generate), copy_context()
+    run = torch.inference_mode()(model.generate)
     with ThreadPoolExecutor(1) as pool:
-        # The thread has the caller's context, a limit of time among it.
         done = pool.submit(lambda: context.run(run, **arguments))
         done.add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
         try:
             yield from streamer
+        except BaseException:
+            own.stop()
+            raise
         finally:
-            stopped.set()
+            ended([done], own)
     done.result()
 
 

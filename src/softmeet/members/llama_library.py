@@ -38,6 +38,9 @@ class Library(Protocol):
     def pointer(self, kind: str, address: int) -> Any:
         """Return an address as a pointer to ``kind``, such as ``int32_t``."""
 
+    def function(self, kind: str, address: int) -> Any:
+        """Return an address as a pointer to a function of a kind that llama.cpp names."""
+
     def floats(self, pointer: Any, count: int) -> Float[np.ndarray, " count"]:
         """Return the numbers that a pointer points to, without copying them; none of a null pointer."""
 
@@ -67,6 +70,9 @@ class _ByCffi:
     def pointer(self, kind: str, address: int) -> Any:
         return self._ffi.cast(f"{kind} *", address)
 
+    def function(self, kind: str, address: int) -> Any:
+        return self._ffi.cast(kind, address)
+
     def floats(self, pointer: Any, count: int) -> Float[np.ndarray, " count"]:
         if pointer == self._ffi.NULL:
             return np.empty(0, np.float32)
@@ -83,7 +89,7 @@ class _ByCtypes:
     """llama-cpp-python."""
 
     _kinds: ClassVar[dict[str, Any]] = {
-        "int32_t": ctypes.c_int32, "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8,
+        "void": None, "int32_t": ctypes.c_int32, "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8,
         "int32_t *": ctypes.POINTER(ctypes.c_int32),
     }  # fmt: skip
 
@@ -101,6 +107,9 @@ class _ByCtypes:
 
     def pointer(self, kind: str, address: int) -> Any:
         return ctypes.cast(address, ctypes.POINTER(self._kinds[kind]))
+
+    def function(self, kind: str, address: int) -> Any:
+        return getattr(self.functions, kind)(address)
 
     def floats(self, pointer: Any, count: int) -> Float[np.ndarray, " count"]:
         return np.ctypeslib.as_array(pointer, (count,)) if pointer else np.empty(0, np.float32)

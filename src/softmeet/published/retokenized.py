@@ -17,6 +17,7 @@ from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row
 from softmeet.readers.union_alphabet import Union
 from softmeet.readers.union_tokens import TokensOfSymbols
+from softmeet.suspended import Done
 
 
 @dataclass(eq=False)
@@ -122,7 +123,7 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
         written = self._another.decode([*own, *tokens], skip_special_tokens=not tokens)
         return ids_of(self._tokenizer, str(written)) or list(self._nothing)
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
         rows, errors, below = self._each_once(asked), dict[int, SoftmeetError](), list[tuple[int, Read]]()
         temporary = list[Row]()

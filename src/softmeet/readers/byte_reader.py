@@ -18,11 +18,12 @@ from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 from softmeet.readers.bytes.reading import Reading
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Row, Traits, Work
+from softmeet.suspended import Done
 
 # The readings kept of each row; fewer symbols than that can be taken back without reading the row anew.
 _KEPT = 16
 # What reads texts, and returns for each the states after so many of its bytes.
-_Readings = Generator[None, None, list[dict[int, Reading]]]
+_Readings = Generator[Done, None, list[dict[int, Reading]]]
 
 
 @dataclass(eq=False)
@@ -122,7 +123,7 @@ class ByteReader(ReaderOfRows[ByteText]):
         best = sorted(found.items(), key=lambda one: -one[1])[:top]
         return Explanation(tuple((text, math.log(share)) for text, share in best if share))
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`; each call of the model serves all that it can."""
         rows = self._each_once(asked)
         errors, parts = dict[int, SoftmeetError](), list[_Part]()
@@ -244,7 +245,7 @@ class _Part:
 
 def _by_all_or_each(
     run: Callable[[Sequence[_Part]], _Readings], parts: Sequence[_Part]
-) -> Generator[None, None, dict[int, SoftmeetError]]:
+) -> Generator[Done, None, dict[int, SoftmeetError]]:
     """Run texts together or, if that fails, each by itself; returns by number why some could not be read."""
     errors = dict[int, SoftmeetError]()
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from softmeet.errors import NonFiniteError, ReaderError, SoftmeetError
 from softmeet.heads import SoftmaxHead
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Reader, Row
+from softmeet.suspended import Done
 
 T = TypeVar("T")
 _log = logging.getLogger("softmeet")
@@ -88,7 +89,7 @@ class GuardedReader(Reader):
         """Say how a row has been read."""
         return self._told(lambda: self._reader.explain(row, top, at))
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows."""
         before = [one.row.length for one in asked]
         try:

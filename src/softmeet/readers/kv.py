@@ -28,7 +28,7 @@ from softmeet.members.trunk import Trunk, last_hidden, require_cache
 from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat, by_slot, copy_path, lay_out, parted, union
 from softmeet.readers.masks import Masks, empty_cache
 from softmeet.readers.steady import Steady
-from softmeet.suspended import finished
+from softmeet.suspended import Done, finished
 
 # The most tokens of one text that the model runs at once.
 PIECE = 256
@@ -209,7 +209,7 @@ class KeysAndValues:
 
     def read(
         self, rows: Sequence[tuple[Seat, Sequence[int]]], last: int | None = None
-    ) -> Generator[None, None, tuple[list[Float[Tensor, "t d"]], int]]:
+    ) -> Generator[Done, None, tuple[list[Float[Tensor, "t d"]], int]]:
         """Run new tokens of texts and keep them: all at once, or those of about equally many in one call, in pieces.
 
         The generator yields between calls after which more are to come; other texts may be run there.
@@ -222,6 +222,7 @@ class KeysAndValues:
             (for each, the last hidden states at these tokens, (t, d), or at the last of them; the number of calls).
         """
         found, left, calls = defaultdict[int, list[Tensor]](list), dict(enumerate(rows)), 0
+        total = sum(len(own) for _, own in rows)
         most = sys.maxsize if self._at_once else PIECE
         while left:
             counts = {k: min(len(own), most) for k, (_, own) in left.items()}
@@ -241,7 +242,7 @@ class KeysAndValues:
                     if rest := tokens[len(piece) :]:
                         left[k] = seat, rest
             if left:
-                yield
+                yield total - sum(len(own) for _, own in left.values()), total
         parts = [found[k] for k in range(len(rows))]
         return [own[0] if len(own) == 1 else torch.cat(own) for own in parts], calls
 

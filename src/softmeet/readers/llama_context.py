@@ -6,11 +6,13 @@ cache begins small, and is made anew with twice the room when it is full.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -23,11 +25,18 @@ from softmeet.errors import CheckpointError, InvalidInputError, cannot_load
 from softmeet.members.gguf_file import GgufFile, require_types
 from softmeet.members.gguf_head import rounded
 from softmeet.members.llama_library import Library, library
+from softmeet.suspended import StoppedError, attended, control
 
 # Rows and cells with which a cache begins, and the most rows that llama.cpp has.
 _ROWS, _CELLS, MOST_ROWS = 16, 4096, 256
 # The most tokens of one call, and the most of them behind which it predicts.
 MOST_TOKENS, MOST_TOLD = 512, 64
+# Bytes of weights, times tokens: about so much two cores read in a second or two, for which others may have to wait.
+_A_WHILE = 1.5e11
+# Of so many tokens on a call is long enough for Ctrl-C to be awaited.
+_LONG = 16
+# What llama_decode returns when it was stopped.
+_STOPPED = 2
 # The share of the free memory that a larger cache may take.
 _SHARE = 0.8
 # From eight tokens on llama.cpp unpacks K-quants, which costs as much for a call of 8 as for one of 16: so many took
@@ -128,6 +137,8 @@ class LlamaModel:
         self.bytes = int(call.llama_model_size(found))
         self.parameters = int(call.llama_model_n_params(found))
         self._unpacks = file.is_of_k_quants and not options.use_extra_bufts and not gpu_layers
+        # Not by a clock, since rounding depends on how many tokens are read at once.
+        self._most = max(_LONG, min(MOST_TOKENS, 1 << int(_A_WHILE / self.bytes).bit_length() - 1))
 
     def ends(self, among: Iterable[int]) -> frozenset[int]:
         """Return which of some tokens end a text."""
@@ -135,7 +146,7 @@ class LlamaModel:
 
     def at_once(self, count: int) -> int:
         """Return how many of so many tokens are best run in one call."""
-        return -(-count // 2) if self._unpacks and count in _IN_TWO else MOST_TOKENS
+        return -(-count // 2) if self._unpacks and count in _IN_TWO else self._most
 
     def tokens(self, text: str) -> list[int]:
         """Cut a text into tokens as llama.cpp does, without those that it puts before every text."""
@@ -144,6 +155,16 @@ class LlamaModel:
         where = self.library.pointer("int32_t", held.ctypes.data)
         count = call.llama_tokenize(self._vocabulary, coded, len(coded), where, len(held), False, False)
         return [int(token) for token in held[: max(0, count)]]
+
+
+@cache
+def _looks() -> int:
+    """Return the address of the C function that llama.cpp asks whether to stop, with a control's address.
+
+    ``strlen`` is 0 while the string there is empty. A function of Python's would need its lock at every step.
+    """
+    library = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
+    return ctypes.cast(library.strlen, ctypes.c_void_p).value or 0
 
 
 class LlamaContext:
@@ -242,8 +263,9 @@ class LlamaContext:
         if self._call.llama_state_set_data(pointer, where, wrote) != wrote:
             free()
             raise NoRoomError(f"cannot move the keys and values of {self._model.name} to where there is more room")
-        self._free()
+        before = self._free
         self._pointer, self._free, self.rows, self.cells = pointer, free, rows, cells
+        before()  # last, so that nobody is left with what is freed
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Have a row begin with the first ``length`` tokens of another."""
@@ -265,6 +287,7 @@ class LlamaContext:
         Raises:
             NoRoomError: if there is no room for them; then nothing was run.
             CheckpointError: if the library fails.
+            StoppedError: if the control says so, while they are run, too; then nothing was run.
         """
         at = 0
         for one in pieces:
@@ -277,13 +300,24 @@ class LlamaContext:
         self._batch.n_tokens = at
         threads = torch.get_num_threads()
         self._call.llama_set_n_threads(self._pointer, threads, threads)
-        code = self._call.llama_decode(self._pointer, self._library.argument(self._batch))
+        code = attended(self._decode) if at >= _LONG else self._decode()
+        if code == _STOPPED:
+            self._library.said.clear()
+            raise StoppedError
         if code == 1:
             raise NoRoomError(f"expected room for {at:,} tokens more of {self._model.name}, and there is none")
         if code:
             said = "; ".join(self._library.said)
             raise CheckpointError(f"llama.cpp cannot run {self._model.name} (it returned {code}): {said}")
         return self._found(np.flatnonzero(self._wanted[:at]))
+
+    def _decode(self) -> int:
+        asked = self._library.pointer("void", control().address)
+        self._call.llama_set_abort_callback(
+            self._pointer, self._library.function("ggml_abort_callback", _looks()), asked
+        )
+        code: int = self._call.llama_decode(self._pointer, self._library.argument(self._batch))
+        return code
 
     def _found(self, places: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k w"]:
         """Return a copy of what the last call has told at some of its tokens."""

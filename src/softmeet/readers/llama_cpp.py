@@ -30,6 +30,7 @@ from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache, weakly
 from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
+from softmeet.suspended import Done
 
 # The most tokens of earlier texts that are kept for texts that begin alike, in so many rows at most.
 _KEPT, _KEPT_ROWS = 2048, 8
@@ -247,7 +248,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             )
         return None
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
         rows = self._each_once(asked)
         errors = {k: error for k, pair in enumerate(zip(rows, asked, strict=True)) if (error := self._refused(*pair))}
@@ -260,7 +261,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
                     errors[k] = error
             while left := [job for job in jobs.values() if job.left and job.error is None]:
                 if calls:
-                    yield
+                    yield sum(job.done for job in jobs.values()), sum(len(job.tokens) for job in jobs.values())
                 self._run(left)
                 calls += 1
         except BaseException:
@@ -282,6 +283,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
 
     def _job(self, row: LlamaRow, one: Read) -> Job:
         """Return what has to be run for one read."""
+        if row.unsure:
+            self._forget_behind(row, row.ran if self.traits.can_crop else 0)
         start = row.ran
         if one.at and not one.at[0] and start == len(row.tokens) and row.last is None:
             start -= 1  # the last token says what follows it
@@ -308,6 +311,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             if room and job.error is None and (piece := job.piece(room, places)).tokens:
                 if job.number == job.row.number and not job.done and job.start < job.row.ran:
                     self._forget_behind(job.row, job.start)
+                job.row.unsure = True
                 pieces.append((job, piece))
                 room, places = room - len(piece.tokens), places - len(piece.told)
         if pieces:
@@ -363,6 +367,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         if one.keep:
             row.tokens = (*row.tokens, *one.symbols)
             row.ran = len(row.tokens) if job.tokens else row.ran
+            row.unsure = False
         else:
             self._undo(job)
         if job.tokens and one.keep and not self.traits.can_crop:

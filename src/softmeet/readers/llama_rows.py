@@ -21,6 +21,7 @@ class LlamaRow(Row):
         own: how many of the tokens are the member's own, before the text.
         tokens: these and the symbols that were read.
         ran: how many of them the context holds; the others are run before anything else is.
+        unsure: whether the context may hold more of it, as a call was left before its end.
         last: (1, v), logits behind the last token, of a model that cannot take it back.
     """
 
@@ -28,6 +29,7 @@ class LlamaRow(Row):
     own: int = 0
     tokens: tuple[int, ...] = ()
     ran: int = 0
+    unsure: bool = False
     last: Float[np.ndarray, "1 v"] | None = None
     known: int = 0
     is_new: bool = True

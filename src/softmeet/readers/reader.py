@@ -18,6 +18,7 @@ from torch import Tensor
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.members.opaque import Head
 from softmeet.members.spelling import Spelling
+from softmeet.suspended import Done
 from softmeet.suspended import finished as finished
 
 
@@ -309,11 +310,12 @@ class Reader(ABC):
         """
 
     @abstractmethod
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, in one call of the model where that is possible.
 
         The generator yields where it may be left for a while: other rows may be read in between, none of these. It
-        returns the predictions; :func:`finished` runs it to its end.
+        yields how many tokens were read, of how many, or None; and returns the predictions. :func:`finished` runs it to
+        its end.
 
         Raises:
             InvalidInputError: if a row is closed or not this reader's, or stands there twice; then nothing was read.

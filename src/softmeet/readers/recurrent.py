@@ -16,6 +16,7 @@ from softmeet.errors import NonFiniteError, SoftmeetError
 from softmeet.members.trunk import last_hidden
 from softmeet.readers.reader import Predictions, Read, Row, Work
 from softmeet.readers.transformers import ModelReader, States
+from softmeet.suspended import Done
 
 
 @dataclass(eq=False)
@@ -74,7 +75,7 @@ class RecurrentReader(ModelReader[_Passed]):
         self._rows.pop(one)
         one.cache = one.last = None
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, one after the other."""
         rows = self._each_once(asked)
         found, counts, work, errors = list[Tensor](), [0] * len(rows), Work(), dict[int, SoftmeetError]()
@@ -90,7 +91,7 @@ class RecurrentReader(ModelReader[_Passed]):
                 counts[k] = len(one.at)
             work = work.and_(calls=1 if fresh and tokens else len(tokens), tokens=len(tokens))
             if k + 1 < len(rows):
-                yield
+                yield None
         told = torch.cat(found) if found else torch.zeros(0, self.head.d, device=self.head.device)
         return States(self.head, told, counts, errors, work)
 

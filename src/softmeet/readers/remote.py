@@ -26,6 +26,7 @@ from softmeet.readers.http_host import Host, HostError
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Row, Traits
 from softmeet.readers.stateless import StatelessReader
 from softmeet.readers.token_alphabet import TokenAlphabet
+from softmeet.suspended import Done
 
 # How many likeliest tokens are asked for, unless it is said otherwise: as many as most servers tell.
 TOP = 20
@@ -212,12 +213,12 @@ class RemoteReader(StatelessReader):
         except HostError as error:
             raise ReaderError(f"{self.name} {error}") from error
 
-    def asked_for(self, texts: Sequence[Sequence[int]]) -> Generator[None, None, Tensor]:
+    def asked_for(self, texts: Sequence[Sequence[int]]) -> Generator[Done, None, Tensor]:
         """Return what :meth:`next_logits` does, and yield until the server has answered."""
         running = self._waiting.submit(self.next_logits, texts)
         while not running.done():
             wait([running], _LOOK)
-            yield
+            yield None
         return running.result()
 
     def read(self, asked: Sequence[Read]) -> Any:

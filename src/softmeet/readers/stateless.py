@@ -14,6 +14,7 @@ from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
+from softmeet.suspended import Done
 
 _PLAIN = Traits()
 
@@ -89,7 +90,7 @@ class StatelessReader(ReaderOfRows[Symbols]):
         one = self._mine(row)
         one.text = one.text[:length]
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`, with one call of :meth:`next_logits`."""
         pairs = list(zip(self._each_once(asked), asked, strict=True))
         errors = {k: error for k, (row, one) in enumerate(pairs) if (error := self._refused(row, one.symbols))}
@@ -103,7 +104,7 @@ class StatelessReader(ReaderOfRows[Symbols]):
         work = Work(1 if texts else 0, sum(len(one.symbols) for _, one in well))
         return Given(found, counts, errors, work)
 
-    def asked_for(self, texts: Sequence[Sequence[int]]) -> Generator[None, None, Tensor]:
+    def asked_for(self, texts: Sequence[Sequence[int]]) -> Generator[Done, None, Tensor]:
         """Return what :meth:`next_logits` does; a reader that waits for it yields meanwhile."""
         yield from ()
         return self.next_logits(texts)

@@ -25,6 +25,7 @@ from softmeet.readers.open_rows import R, ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
+from softmeet.suspended import Done
 
 # The members' own tokens before texts, by themselves, that are kept with what follows them.
 _BEGUN = 16
@@ -249,7 +250,7 @@ class TransformersReader(ModelReader[_Text]):
         self._rows.pop(one)
         self._kv.leave(one.seat)
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
         found = self._passed(asked) if len(asked) == 1 and not asked[0].keep else self._stepped(asked)
         if found is not None:

@@ -16,6 +16,7 @@ from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row, Traits
 from softmeet.readers.union_alphabet import Union
 from softmeet.readers.union_tokens import TokensOfSymbols
+from softmeet.suspended import Done
 
 # The room, in tokens, behind which a text ends: a symbol that a member lacks needs several.
 _SPARE = 8
@@ -149,7 +150,7 @@ class UnionReader(ReaderOfRows[UnionText]):
         one = self._mine(row)
         return self.below.explain(one.below, top, None if at is None else one.tokens[at])
 
-    def read(self, asked: Sequence[Read]) -> Generator[None, None, Predictions]:
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
         rows, below, errors = self._each_once(asked), dict[int, Read](), dict[int, SoftmeetError]()
         counts, places = dict[int, list[int]](), dict[int, list[int]]()

@@ -28,7 +28,7 @@ from softmeet.readers.bytes.reading import Guess, Reading
 from softmeet.readers.bytes.token_model import TokenModel
 from softmeet.readers.bytes.typical import expected_after_bytes
 from softmeet.readers.reader import Reader, Work
-from softmeet.suspended import finished
+from softmeet.suspended import Done, finished
 
 # Likely next tokens are run before they are needed beside at most so many texts: among more, some text has to run a
 # token at each byte anyway. And only where a row more costs less than this share of a call.
@@ -120,7 +120,7 @@ class ByteMember(TokenModel):
 
     def beginning(
         self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], wanted: Sequence[Sequence[int]]
-    ) -> Generator[None, None, list[dict[int, Reading]]]:
+    ) -> Generator[Done, None, list[dict[int, Reading]]]:
         """Read several texts from their beginnings, each call of the model for all of them; yield between.
 
         The tokenizer's tokens of a text are run in one call, others in few more.
@@ -184,7 +184,7 @@ class ByteMember(TokenModel):
 
     def following(
         self, readings: Sequence[Reading], texts: Sequence[bytes], wanted: Sequence[Sequence[int]]
-    ) -> Generator[None, None, list[dict[int, Reading]]]:
+    ) -> Generator[Done, None, list[dict[int, Reading]]]:
         """Lengthen several readings as :meth:`follow` does, each call of the model for all of them; yield between.
 
         Args:
@@ -207,7 +207,7 @@ class ByteMember(TokenModel):
                 (reading,) = self.advance([reading], [byte])
                 if count in wanted[k]:
                     found[k][count] = reading
-                yield
+                yield None
         yield from self._finish(list(begun.values()))
         for k, known in begun.items():
             found[k] = self._after(readings[k], texts[k], wanted[k], known)
@@ -229,7 +229,7 @@ class ByteMember(TokenModel):
             found[count] = Reading(known.covers[place], whole, work, left)
         return found
 
-    def _finish(self, texts: Sequence[KnownText]) -> Generator[None, None, None]:
+    def _finish(self, texts: Sequence[KnownText]) -> Generator[Done, None, None]:
         """Run the model on what known texts want, each call for all of them, until they want nothing."""
         while True:
             wanting = [(known, chains) for known in texts if (chains := known.wanted())]
@@ -238,7 +238,7 @@ class ByteMember(TokenModel):
             for (known, _), found in zip(wanting, self.run([chains for _, chains in wanting]), strict=True):
                 known.ran(found)
             texts = [known for known, _ in wanting]
-            yield
+            yield None
 
     def log_probs(self, readings: Sequence[Reading | None]) -> Float[Tensor, "B 257"]:
         """Return the next symbol's log-probabilities after each of B readings, (B, 257) fp64, in nats, on the CPU.
