@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
 # How much is done, of how much; None where that is not known.
@@ -84,26 +84,31 @@ def controllable() -> tuple[Control, Context]:
     return own, context
 
 
-def ended(works: Sequence[Future[Any]], own: Control) -> None:
-    """Wait until works in other threads have ended, whatever they raise, and after Ctrl-C all the same.
+def outcomes(works: Sequence[Future[T]], own: Control) -> list[T]:
+    """Return what works in other threads return, once all of them have ended, after Ctrl-C, too.
 
     Args:
         works: the works.
         own: their control, by which Ctrl-C stops them.
 
     Raises:
-        KeyboardInterrupt: once they have ended, if Ctrl-C came.
+        Exception: what the first of them that fails raises.
+        KeyboardInterrupt: if Ctrl-C came; StoppedError, if they were stopped otherwise.
     """
-    interrupted: KeyboardInterrupt | None = None
+    interrupted = False
     while True:
         try:
             wait(works)
             break
-        except KeyboardInterrupt as error:
-            interrupted = error
+        except KeyboardInterrupt:
+            interrupted = True
             own.stop()
-    if interrupted is not None:
-        raise interrupted
+    # A new error, as theirs would keep what they have read until garbage is collected.
+    if interrupted:
+        raise KeyboardInterrupt
+    if any(isinstance(work.exception(), StoppedError) for work in works):
+        raise StoppedError
+    return [work.result() for work in works]
 
 
 def attended(call: Callable[[], T]) -> T:
@@ -115,9 +120,7 @@ def attended(call: Callable[[], T]) -> T:
         return call()
     own, context = controllable()
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(context.run, call)
-        ended([work], own)
-    return work.result()
+        return outcomes([pool.submit(context.run, call)], own)[0]
 
 
 def finished(work: Generator[Done, None, T], pause: Callable[[], object] = lambda: None) -> T:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from softmeet.suspended import Done, by_turns, controllable, ended, finished
+from softmeet.suspended import Done, by_turns, controllable, finished, outcomes
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -111,6 +111,4 @@ class Together:
             return by_turns(list(map(work, items)), pause)
         own, context = controllable()
         running = [self._pool.submit(context.copy().run, lambda item: finished(work(item)), item) for item in items]
-        # Where one fails, the others still work on what they were given.
-        ended(running, own)
-        return [one.result() for one in running]
+        return outcomes(running, own)

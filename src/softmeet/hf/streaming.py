@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from softmeet.engine.text import Pieces
 from softmeet.hf.arguments import arguments_of
 from softmeet.hf.prompts import Prompt
 from softmeet.rules.solution import Solution
-from softmeet.suspended import controllable, ended
+from softmeet.suspended import StoppedError, controllable, outcomes
 
 if TYPE_CHECKING:
     from softmeet.hf.modeling import EnsembleForCausalLM
@@ -80,16 +81,16 @@ def streamed(model: EnsembleForCausalLM, streamer: PieceStreamer, arguments: dic
     arguments = {**arguments, "streamer": streamer, "stopping_criteria": criteria}
     run = torch.inference_mode()(model.generate)
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(lambda: context.run(run, **arguments))
-        done.add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
+        works = [pool.submit(lambda: context.run(run, **arguments))]
+        works[0].add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
         try:
             yield from streamer
         except BaseException:
             own.stop()
+            with suppress(StoppedError):
+                outcomes(works, own)
             raise
-        finally:
-            ended([done], own)
-    done.result()
+        outcomes(works, own)
 
 
 class PassDisagreement(Recorder):
