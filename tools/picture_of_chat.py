@@ -1,20 +1,22 @@
 """Draw docs/images/chat.svg, a conversation in a terminal: python tools/picture_of_chat.py A.gguf B.gguf 'a question'
 
-Each word has the colour of the member that is nearest to what both make of it, as by ``softmeet chat --colors``.
+A word has the colour of the member that finds it likelier than the other does, as by ``softmeet chat --colors``.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from softmeet import Ensemble
-from softmeet.cli.chat import COLORS, Conversation, written
+from softmeet.cli.conversation import Conversation
+from softmeet.cli.talk import COLORS, color_of
+from softmeet.hf.streaming import by_member
 from softmeet.members.member import short
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "chat.svg"
@@ -25,15 +27,19 @@ def main(members: list[str], questions: list[str]) -> None:
     """Ask the questions one after the other, greedily, and draw what is said."""
     names = [short(member).rpartition("/")[2] for member in members]
     ensemble = Ensemble.from_pretrained(members)
-    talk = Conversation(partial(written, ensemble, {"do_sample": False, "max_new_tokens": 90}, True))
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 90}
+    talk = Conversation(
+        lambda turns: (
+            (piece, log_probs)
+            for piece, _, log_probs in by_member(ensemble.model, ensemble.tokenizer, list(turns), **how)
+        )
+    )
     console = Console(record=True, width=WIDTH, force_terminal=True, color_system="truecolor")
     console.print(Text(f"$ softmeet chat --colors {' '.join(names)}", style="bold"))
     console.print(Text.assemble(*((f"{name}  ", color) for color, name in zip(COLORS, names, strict=False))))
     for question in questions:
         console.print(Text(f"> {question}", style="bold"))
-        told = [
-            Text(piece, style=COLORS[nats.index(min(nats))] if nats else "") for piece, nats in talk.answer(question)
-        ]
+        told = (Text(piece, style=color_of(log_probs)) for piece, log_probs in talk.answer(question))
         console.print(Text.assemble(*told))
     # Without rich's fonts, which a reader's browser would fetch.
     drawn = re.sub(r"@font-face \{.*?\}\n", "", console.export_svg(title="softmeet", clear=False), flags=re.DOTALL)

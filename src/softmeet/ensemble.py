@@ -397,4 +397,4 @@ class Ensemble:
             (' of', 0.28...)
         """
         told = by_member(self.model, self.tokenizer, text, seed=seed, recorder=recorder, **options)
-        yield from ((piece, sum(nats, 0.0)) for piece, nats in told)
+        yield from ((piece, sum(nats, 0.0)) for piece, nats, _ in told)

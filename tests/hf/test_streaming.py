@@ -12,7 +12,7 @@ from softmeet import Ensemble
 from softmeet.engine.recorder import Savings
 from softmeet.hf import Recorder, TokenReports
 from softmeet.hf.report import known_sum, style
-from softmeet.hf.streaming import DisagreementStreamer
+from softmeet.hf.streaming import MembersStreamer
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 
 # The end of a text, 0, has no text of its own.
@@ -55,20 +55,22 @@ def test_over_bytes_the_pieces_are_the_text():
 
 
 def test_characters_stay_whole_with_the_largest_figure_of_their_bytes():
-    streamer = DisagreementStreamer(byte_tokenizer(), SimpleNamespace(gate=Savings(), add=lambda *_: None))
+    streamer = MembersStreamer(byte_tokenizer(), SimpleNamespace(gate=Savings(), add=lambda *_: None))
     streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
     text = "aé€\nb".encode() + b"\xc3"  # which ends within a character
     for k, byte in enumerate(text):
-        streamer.passes.add(SimpleNamespace(disagreement=torch.tensor([[k % 3], [torch.nan]])), torch.zeros(0))
+        streamer.passes.add(
+            SimpleNamespace(disagreement=torch.tensor([[k % 3], [torch.nan]])), torch.full((2, 1, 257), -k)
+        )
         streamer.put(torch.tensor([byte]))
     streamer.end()
-    assert [(text, sum(nats)) for text, nats in streamer] == [
-        ("a", 0.0),
-        ("é", 2.0),
-        ("€", 2.0),
-        ("\n", 0.0),
-        ("b", 1.0),
-        ("�", 2.0),
+    assert [(text, sum(nats), sums) for text, nats, sums in streamer] == [
+        ("a", 0.0, [0, 0]),
+        ("é", 2.0, [-3, -3]),
+        ("€", 2.0, [-12, -12]),
+        ("\n", 0.0, [-6, -6]),
+        ("b", 1.0, [-7, -7]),
+        ("�", 2.0, [-8, -8]),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from softmeet.cli import options
 from softmeet.cli.decoding import DecoderFlags
 from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err, say
-from softmeet.cli.progress import working
+from softmeet.cli.progress import reading, working
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.cli.structure import StructureFlags
 from softmeet.cli.tables import out, print_table
@@ -25,6 +26,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.members.passages import PASSAGE_RULE, Passage, passage_weights, read_passages
 from softmeet.rules.endings import endings
 from softmeet.structured.structure import Structure
+from softmeet.suspended import Control
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -191,7 +193,8 @@ def generate(
     if len(texts) == 1 and not as_json:
         completions = [_stream(ensemble, asked[0], {**given, **each[0]}, color=shown.color)]
     else:
-        with working(f"generating from {len(texts)} prompts"):
+        doing = f"generating from {len(texts)} prompts"
+        with working(doing) as told, _told_of_reading(told, doing).over():
             if prompt_weights:
                 completions = [ensemble.generate(text, **given, **own) for text, own in zip(texts, each, strict=True)]
             else:
@@ -228,15 +231,21 @@ def _require_reproducible(sampling: SamplingFlags, token_seconds: float | None, 
         raise InvalidInputError("leave out --token-seconds: how far a rule gets in time is not reproducible")
 
 
+def _told_of_reading(tell: Callable[[str], None], doing: str) -> Control:
+    """Return a control that tells how much of long prompts is read, and what is done besides."""
+    return Control(lambda done, total: tell(doing if done == total else f"reading: {done / total:.0%}"))
+
+
 def _stream(ensemble: Ensemble, prompt: Any, arguments: dict[str, Any], *, color: bool) -> str:
     """Print a prompt's continuation on stdout as it comes, if asked with the colours of ``inspect``, and return it."""
     from softmeet.hf.report import style
 
     console, text = out(), ""
     plain = ((piece, 0.0) for piece in ensemble.stream(prompt, **arguments))
-    for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments) if color else plain:
-        write(console, piece, style(nats) if color else "")
-        text += piece
+    with reading() as own, own.over():
+        for piece, nats in ensemble.stream_with_disagreement(prompt, **arguments) if color else plain:
+            write(console, piece, style(nats) if color else "")
+            text += piece
     sys.stdout.write("\n")
     return text
 

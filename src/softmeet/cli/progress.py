@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 from rich.console import RenderableType
@@ -22,6 +22,7 @@ from rich.progress import (
 
 from softmeet.cli.messages import err, say
 from softmeet.cli.terminal import harmless
+from softmeet.suspended import Control
 
 # Seconds between two lines.
 EVERY = 10.0
@@ -80,6 +81,30 @@ def working(name: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
     with _shown(SpinnerColumn(), _NAME, TimeElapsedColumn()) as bars:
         task = bars.add_task(harmless(name), total=None)
         yield lambda text: bars.update(task, description=harmless(text))
+
+
+@contextmanager
+def reading() -> Iterator[Control]:
+    """Show how much of a long text is read, until all of it is; nothing is shown of a short one.
+
+    Yields:
+        the control of what reads it.
+    """
+    with ExitStack() as shown:
+        told: Callable[[str], None] | None = None
+
+        def hear(done: int, total: int) -> None:
+            nonlocal told
+            if done == total:
+                # What is read later, while an answer is printed, is not shown.
+                own.hear = lambda done, total: None
+                shown.close()
+                return
+            told = told or shown.enter_context(working("reading"))
+            told(f"reading: {done / total:.0%}")
+
+        own = Control(hear)
+        yield own
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -93,8 +94,12 @@ def streamed(model: EnsembleForCausalLM, streamer: PieceStreamer, arguments: dic
         outcomes(works, own)
 
 
-class PassDisagreement(Recorder):
-    """A recorder that passes every solution on to another one, and keeps how far the members disagree at its rows.
+# Each member's disagreement with the ensemble, and the log-probability that it gave to what was drawn, in nats.
+Nats: TypeAlias = tuple[list[float], list[float]]
+
+
+class PassMembers(Recorder):
+    """A recorder that passes every solution on to another one, and keeps what the members said at its rows.
 
     Its own counts stay as they are, except ``gate``, which it shares with the other recorder.
 
@@ -104,25 +109,27 @@ class PassDisagreement(Recorder):
 
     def __init__(self, other: Recorder) -> None:
         super().__init__(gate=other.gate)
-        self._other, self._passes = other, deque[list[list[float]]]()
+        self._other, self._passes = other, deque[tuple[list[list[float]], Float[Tensor, "n B v"]]]()
 
     def add(self, solution: Solution, log_probs: Float[Tensor, "n B v"]) -> None:
-        """Keep each member's disagreement at the rows of one pass, in nats; 0 where it did not run."""
+        """Keep each member's disagreement, 0 where it did not run, and its log-probabilities at the rows of a pass."""
         self._other.add(solution, log_probs)
-        self._passes.append(solution.disagreement.nan_to_num(0.0).flatten(1).T.tolist())
+        self._passes.append((solution.disagreement.nan_to_num(0.0).flatten(1).T.tolist(), log_probs.flatten(1, -2)))
 
-    def take(self, count: int) -> list[list[float]]:
-        """Return each member's disagreement at the first ``count`` rows of the oldest pass kept, and forget that pass.
+    def take(self, tokens: Sequence[int]) -> list[Nats]:
+        """Return each member's figures at the tokens that the oldest pass kept has drawn, and forget that pass.
 
         Each pass draws at least one token; assisted decoding draws several, and refuses the rows after them.
         """
-        return self._passes.popleft()[:count]
+        nats, log_probs = self._passes.popleft()
+        return [(nats[k], log_probs[:, k, token].tolist()) for k, token in enumerate(tokens)]
 
 
-class DisagreementStreamer(PieceStreamer):
-    """A streamer that gives (new text, each member's disagreement there, in nats).
+class MembersStreamer(PieceStreamer):
+    """A streamer that gives (new text, each member's disagreement there, its log-probability of it), in nats.
 
-    A piece's figures are those of its token at which the members that ran disagree most.
+    A piece's disagreement is that of its token at which the members that ran disagree most; log-probabilities are sums
+    over its tokens.
 
     Args:
         tokenizer: decodes the tokens.
@@ -134,24 +141,26 @@ class DisagreementStreamer(PieceStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, recorder: Recorder | None = None) -> None:
         super().__init__(tokenizer)
-        self.passes, self._next = PassDisagreement(recorder or Recorder()), deque[list[float]]()
-        self._largest: list[float] = []
+        self.passes, self._next = PassMembers(recorder or Recorder()), deque[Nats]()
+        self._largest, self._sums = list[float](), list[float]()
         self._silent = frozenset(tokenizer.all_special_ids)
 
     def put(self, value: Tensor) -> None:
         """Take the prompt at first, then the tokens that one pass of the members drew, and give their text."""
         if not self.next_tokens_are_prompt:
             tokens = value.flatten().tolist()
-            pairs = zip(tokens, self.passes.take(len(tokens)), strict=True)
-            self._next += [[] if token in self._silent else nats for token, nats in pairs]
+            told = zip(tokens, self.passes.take(tokens), strict=True)
+            self._next += [([], []) if token in self._silent else nats for token, nats in told]
         super().put(value)
 
     def give(self, text: str) -> None:
-        """Hand over the text that has become certain by one token, with the largest figures since the last."""
-        self._largest = max(self._largest, self._next.popleft() if self._next else [], key=sum)
+        """Hand over the text that has become certain by one token, if there is any, with the figures since the last."""
+        nats, log_probs = self._next.popleft() if self._next else ([], [])
+        self._largest = max(self._largest, nats, key=sum)
+        self._sums = [sum(pair) for pair in zip_longest(self._sums, log_probs, fillvalue=0.0)]
         if text:
-            self.text_queue.put((text, self._largest))
-            self._largest = []
+            self.text_queue.put((text, self._largest, self._sums))
+            self._largest, self._sums = [], []
 
 
 def by_member(
@@ -162,14 +171,14 @@ def by_member(
     seed: int | None = None,
     recorder: Recorder | None = None,
     **options: Any,
-) -> Iterator[tuple[str, list[float]]]:
-    """Continue a prompt, and yield (new text, each member's disagreement there in nats, none for special tokens).
+) -> Iterator[tuple[str, list[float], list[float]]]:
+    """Continue a prompt, and yield new text with the members' figures as :class:`MembersStreamer` gives them.
 
     Args:
         model: the ensemble.
         tokenizer: its tokenizer.
         text, seed, recorder, options: as of ``Ensemble.stream``.
     """
-    streamer = DisagreementStreamer(tokenizer, recorder)
+    streamer = MembersStreamer(tokenizer, recorder)
     arguments = arguments_of(model, tokenizer, [text], seed, streamer.passes, options)
     yield from streamed(model, streamer, arguments)
