@@ -50,8 +50,8 @@ def drop(p: Array, w: Array, top: int) -> Array:
 def core(p: Array, w: Array, main: bool = False) -> Array:
     """Weigh each member by its agreement with the mean, per token and as a whole (CoRE).
 
-    With ``main``, as in the official code, the first member counts as it is, with no less weight than all others
-    together, even if w_0 is 0. No truncation to the top 10. 0 log 0 is 0; other members of no weight take no part.
+    With ``main`` the first member counts as it is, with no less weight than all others together, even if w_0 is 0: two
+    of the things that ``core_as_coded`` does. 0 log 0 is 0; other members of no weight take no part.
     """
     mean, floor = w @ p, np.exp(-2.0)
     per_token, as_whole = np.ones_like(p), np.zeros(len(p))
@@ -66,6 +66,36 @@ def core(p: Array, w: Array, main: bool = False) -> Array:
         per_token[0] = 1
     answer = sum(as_whole[i] * per_token[i] * p[i] for i in range(len(p)))
     return answer / answer.sum()
+
+
+def core_as_coded(
+    z: Array, k: int = 10, maps: Sequence[Array] = (), choice: bool = False, tokens: Sequence[str] | None = None
+) -> tuple[Array, int]:
+    """Give the scores of the first member's tokens by CoRE's code, unscaled, and the token that it takes.
+
+    Read from zhichenz98/CoRE-EACL26 at 37e815f: logits_processor.py, its variant consist-rbf, at one position. z (n, v)
+    has the members' logits, of which the k largest of each are kept. ``maps`` has for each member but the first the
+    matrix (v, v) that carries its tokens to those of the first, the identity if there are none. ``choice`` is for the
+    tasks ARC-c, MMLU and PIQA. With ``tokens`` the first member's own first choice is taken where it begins the chosen
+    one or is begun by it.
+    """
+    kept = np.where(z >= np.sort(z, 1)[:, -k, None], z, -np.inf)
+    p = np.exp(kept - kept.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    if maps:
+        p = np.stack([p[0], *(own @ matrix for own, matrix in zip(p[1:], maps, strict=True))])
+    possible = p + p[0] > 1e-12
+    s = possible * (np.exp(-2 * np.abs(p - p.mean(0))) - np.exp(-2)) / (1 - np.exp(-2))
+    per_token = s / s.sum(1, keepdims=True) * (s != 0).sum(1, keepdims=True)
+    q = np.maximum(p / np.maximum(p.sum(1, keepdims=True), 1e-12), 1e-12)
+    as_whole = (1 if choice else s.sum(1)) / (1e-12 - (q * np.log(q)).sum(1))
+    as_whole[0] = max(as_whole[0], as_whole[1:].sum())
+    as_whole /= as_whole.sum()
+    scores = as_whole[0] * p[0] + sum(as_whole[i] * p[i] * (1 if choice else per_token[i]) for i in range(1, len(p)))
+    chosen, own = int(scores.argmax()), int(p[0].argmax())
+    if tokens and not choice and (tokens[chosen].startswith(tokens[own]) or tokens[own].startswith(tokens[chosen])):
+        chosen = own
+    return scores, chosen
 
 
 # Spaces that members with vocabularies of their own share.

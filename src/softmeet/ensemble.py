@@ -167,8 +167,8 @@ class Ensemble:
     def with_passages(self, passages: Sequence[Passage], *, temperature: float = 1.0, **options: Any) -> Ensemble:
         """Return an ensemble that reads retrieved passages: each member once behind each of them, by their scores.
 
-        By default it is combined as REPLUG does: Σ_i Σ_d w_i λ_d p_i(y | d, text), w_i the members' weights, λ the
-        softmax of scores / temperature. It shares this ensemble's weights in memory.
+        By default it is combined as in REPLUG's paper: Σ_i Σ_d w_i λ_d p_i(y | d, text), w_i the members' weights, λ
+        the softmax of scores / temperature. It shares this ensemble's weights in memory.
 
         Args:
             passages: at least one.

@@ -175,18 +175,20 @@ def test_unite_seeks_the_keys_that_a_member_lacks_as_its_code_does(pair, ensembl
         assert own.sought(keys) == {key: oracles.unite_missing(member, key, kind) for key in keys}
 
 
-def test_by_unite_the_second_member_reads_the_first_ones_text_anew(ensembles):
-    """A prompt without the tokens that begin texts, and behind a symbol with these as text."""
-    ensemble = ensembles[("llama", "gpt2"), UNITE]
+@pytest.mark.parametrize(("pair", "the"), [(("llama", "gpt2"), "\u2581the"), (("gpt2", "llama"), "Ġthe")])
+def test_by_unite_the_second_member_reads_the_first_ones_text_anew(pair, the, ensembles):
+    """A prompt without the tokens that begin texts, but with those that it names, and behind a symbol with both."""
+    ensemble = ensembles[pair, UNITE]
     reader, one = ensemble.model.readers_of_members[1], ensemble.model.tokenizer_of(0)
-    own = one(PROMPT)["input_ids"]
+    prompt = PROMPT if pair[0] == "llama" else one.eos_token + PROMPT
+    own = one(prompt)["input_ids"]
     row = reader.open(own=own)
-    tokens = [ensemble.model.space.alphabet.of_token[one.convert_tokens_to_ids("\u2581the")]]
+    tokens = [ensemble.model.space.alphabet.of_token[one.convert_tokens_to_ids(the)]]
     told = finished(reader.read([Read(row, tokens, [0, 1])])).hidden()
-    text = one.decode([*own, one.convert_tokens_to_ids("\u2581the")])
-    assert one.bos_token in text
+    text = one.decode([*own, one.convert_tokens_to_ids(the)])
+    assert (one.bos_token if pair[0] == "llama" else one.eos_token) in text
     member = published(ensemble)[1]
-    for found, whole in zip(told, (PROMPT, text), strict=True):
+    for found, whole in zip(told, (prompt, text), strict=True):
         expected = member.logits(tuple(member.tokenizer(whole)["input_ids"]))
         assert found.double().numpy() == pytest.approx(expected, abs=1e-5)
     reader.close(row)

@@ -28,7 +28,7 @@ class Agreement(OwnTokensDecoder):
     What members predict of tokens that spell nothing and end nothing, as those of chats, is left out. A member of
     weight 0 does not change a score, but has to agree. From Wicks et al. (Token-level ensembling of models with
     different vocabularies, arXiv:2502.21265), with the waiting of their code, where from three members on all but the
-    longest write, not the shortest alone.
+    longest write, not the shortest alone; but that code counts a token more in t_i for one that waits.
     """
 
     beam: int = Field(default=5, ge=1, le=256)

@@ -54,8 +54,8 @@ class AnothersText(Row):
 class RetokenizedReader(ReaderOfRows[AnothersText]):
     """A reader of another member's text: behind each symbol it reads all tokens of the whole text anew.
 
-    The text is what the other member's tokenizer decodes, tokens that begin texts and the like included, which the
-    prompt alone is read without. What was read of the same tokens before is kept.
+    The text is what the other member's tokenizer decodes, with the tokens that begin a text, without which the prompt
+    alone is read. What was read of the same tokens before is kept.
 
     Args:
         reader: the member, over its own tokens.
@@ -83,6 +83,8 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
         self.traits = self._over.traits
         self._tokens, self._another, self._tokenizer = tokens, another, tokenizer
         self._nothing = nothing
+        # What the other tokenizer puts before a text, which is no part of the prompt as it was given.
+        self._put = tuple(ids_of(another, ""))
 
     @property
     def bytes(self) -> int:
@@ -117,10 +119,14 @@ class RetokenizedReader(ReaderOfRows[AnothersText]):
         self._mine(row)
         return Explanation()
 
-    def _cut(self, own: Sequence[int], text: Sequence[int]) -> list[int]:
+    def _cut(self, own: tuple[int, ...], text: Sequence[int]) -> list[int]:
         """Return the member's tokens for a prompt and symbols behind it."""
         tokens = [self._tokens[symbol] for symbol in text if symbol < len(self._tokens)]
-        written = self._another.decode([*own, *tokens], skip_special_tokens=not tokens)
+        if not tokens and own == self._start:
+            return list(self._nothing)
+        if not tokens and own[: len(self._put)] == self._put:
+            own = own[len(self._put) :]
+        written = self._another.decode([*own, *tokens])
         return ids_of(self._tokenizer, str(written)) or list(self._nothing)
 
     def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:

@@ -152,9 +152,9 @@ class Safe(Gate):
     first one's is at most ``threshold``. Elsewhere the first member answers alone. All members run at every place: what
     is gained is steadiness, hardly time.
 
-    The authors' code was not seen: it follows what others tell of the paper (arXiv:2510.15346). There the first member
-    drafts five tokens, of which the others look at all; here they look at one. Its sharpening of what is combined is
-    not part of the gate.
+    The authors' code (https://github.com/yoon6503/SAFE) was not seen: it follows what others tell of the paper
+    (arXiv:2510.15346). There the first member drafts five tokens, of which the others look at all; here they look at
+    one. Its sharpening of what is combined is not part of the gate.
 
     Args:
         threshold: a probability.

@@ -100,11 +100,11 @@ class Core(ClosedForm):
 
     CoRE (Zeng et al., arXiv:2510.13855, with its exponential filter): with p̄ = Σ w_i p̂_i and d_i = |p̂_i - p̄| at each
     token, s_i = (e^{-2 d_i} - e^{-2}) / (1 - e^{-2}); t_i is s_i divided by its mean over the tokens, and c_i ∝ w_i
-    Σ s_i / H(p̂_i), H the entropy.
+    Σ s_i / H(p̂_i), H the entropy. What the authors' code does besides is in the guide on reproducing methods.
     """
 
     main: bool = Field(default=False)
-    """Whether, as in the authors' code, the first member has at least half of the weight, and no filter."""
+    """Whether the first member has at least half of the weight, and no filter, as the main one of the authors' code."""
 
     name = "core"
     summary = "a mean of probabilities by how consistent members and tokens are"
