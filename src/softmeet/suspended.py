@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
+from traceback import clear_frames
 from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -103,10 +104,12 @@ def outcomes(works: Sequence[Future[T]], own: Control) -> list[T]:
         except KeyboardInterrupt:
             interrupted = True
             own.stop()
-    # A new error, as theirs would keep what they have read until garbage is collected.
+    stopped = [error for work in works if isinstance(error := work.exception(), StoppedError)]
+    for error in stopped:
+        clear_frames(error.__traceback__)  # which hold what was read
     if interrupted:
         raise KeyboardInterrupt
-    if any(isinstance(work.exception(), StoppedError) for work in works):
+    if stopped:
         raise StoppedError
     return [work.result() for work in works]
 
@@ -120,7 +123,11 @@ def attended(call: Callable[[], T]) -> T:
         return call()
     own, context = controllable()
     with ThreadPoolExecutor(1) as pool:
-        return outcomes([pool.submit(context.run, call)], own)[0]
+        try:
+            return outcomes([pool.submit(context.run, call)], own)[0]
+        except KeyboardInterrupt:
+            own.stop()
+            raise
 
 
 def finished(work: Generator[Done, None, T], pause: Callable[[], object] = lambda: None) -> T:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
+import threading
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +24,10 @@ from softmeet.members.gguf_file import GgufFile, StoredTensor, fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
 from softmeet.members.identity import body_hash
 from softmeet.members.reader_model import ReaderModel
-from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError
+from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError, RowTokens
 from softmeet.readers.llama_cpp import LlamaReader
 from softmeet.readers.reader import Read, finished
+from softmeet.suspended import Control, StoppedError, controllable
 from softmeet.testing import check_reader
 
 TEXT = "The king, 12 days later: “é” \n\n and the other so on"
@@ -391,3 +395,61 @@ def test_files_are_combined_over_bytes(made):
     told = [one.next_token("the th").solution.log_probs for one in found]
     for own in told[1:]:
         assert (own - told[0]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+@torch.inference_mode()
+def test_a_call_that_was_stopped_leaves_nothing(kind, made):
+    reader = LlamaReader(made(kind)[0], own=())
+    row, fresh = reader.open(), reader.open(reuse=False)
+    finished(reader.read([Read(row, [1, 2, 3], [])]))
+    cells, control = reader._cells, Control()
+    control.stop()
+    with control.over(), pytest.raises(StoppedError):  # by llama.cpp itself, which looks before its first step
+        cells.run([RowTokens(row.number, 3, [4] * 40, [39])])
+    # One that was left without a word, as by Ctrl-C where none is awaited.
+    cells.run([RowTokens(row.number, 3, [4] * 40, [39])])
+    row.unsure = True
+    for one in (row, fresh):
+        told = finished(reader.read([Read(one, [5, 6] if one is row else [1, 2, 3, 5, 6], [2 if one is row else 5])]))
+        assert told.errors == {}
+        found = told.log_probs() if one is row else found - told.log_probs()
+    assert found.abs().max() < 1e-5
+
+
+@torch.inference_mode()
+def test_a_text_that_was_stopped_leaves_nothing(made):
+    ensemble = Ensemble.from_pretrained([made("llama")[0], made("llama", seed=1)[0]], "logit-mean")
+    readers = [model.reader for model in ensemble.model.members]
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    wanted, heard = ensemble.generate("a king", **greedy), []
+    opened = [len(reader._rows) for reader in readers]
+    control = Control(lambda done, total: (heard.append((done, total)), control.stop()))
+    for reader in readers:
+        reader._model._most = 16
+    with control.over(), pytest.raises(StoppedError):
+        "".join(ensemble.stream("ab" * 60, **greedy))
+    assert heard == [(16, heard[0][1])]
+    assert ensemble.generate("a king", **greedy) == wanted
+    assert [len(reader._rows) for reader in readers] == opened
+
+
+def test_ctrl_c_is_awaited_where_a_call_is_long(made, interruptible, monkeypatch):
+    reader, threads = LlamaReader(made("llama")[0], own=()), []
+
+    def decode(self):
+        threads.append(threading.current_thread())
+        if len(threads) > 1:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            while not controllable()[0].stopped:
+                time.sleep(0.01)
+        return true(self)
+
+    true = LlamaContext._decode
+    monkeypatch.setattr(LlamaContext, "_decode", decode)
+    row = reader.open()
+    finished(reader.read([Read(row, [1], [1])]))
+    with pytest.raises(KeyboardInterrupt):
+        finished(reader.read([Read(row, [2] * 40, [40])]))
+    assert threads[0] is threading.main_thread() is not threads[1]
+    assert row.length == 1

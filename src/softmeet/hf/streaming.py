@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -82,9 +82,10 @@ def streamed(model: EnsembleForCausalLM, streamer: PieceStreamer, arguments: dic
     arguments = {**arguments, "streamer": streamer, "stopping_criteria": criteria}
     run = torch.inference_mode()(model.generate)
     with ThreadPoolExecutor(1) as pool:
-        works = [pool.submit(lambda: context.run(run, **arguments))]
-        works[0].add_done_callback(lambda _: streamer.end())  # generate itself ends it only where nothing goes wrong
+        works = list[Future[Any]]()
         try:
+            works.append(pool.submit(lambda: context.run(run, **arguments)))
+            works[0].add_done_callback(lambda _: streamer.end())  # generate itself ends it only if nothing goes wrong
             yield from streamer
         except BaseException:
             own.stop()

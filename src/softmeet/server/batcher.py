@@ -29,11 +29,13 @@ from softmeet.server.gating import Gates
 from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
+from softmeet.server.reading import read
 from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.server.tokens import drawn, scored, tokens_of
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
+from softmeet.suspended import StoppedError
 
 _log = logging.getLogger("softmeet.server")
 # The most prompt tokens that begin in one round, though at least one prompt does: running sequences wait for them.
@@ -272,9 +274,10 @@ class Batcher(threading.Thread):
     def _run_prompts(self, group: list[Sequence], task: Task) -> None:
         """Run the prompts of sequences of one combination, together or, if that fails, each alone."""
         group = [s for s in group if not s.done]
-        members, scored = group[0].batched, group[0].request.score_prompt
         try:
-            found = self.members.read_on(group, members, every=scored, pause=task.pause)
+            found = read(self.members, group, task)
+        except StoppedError:
+            return  # nobody waits for them any more
         except SoftmeetError:
             if len(group) == 1:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes, unsure_of
 from softmeet.rules.registry import source_of
 from softmeet.rules.settings import Settings
+from softmeet.suspended import Control
 
 
 def unused(rule: Rule) -> tuple[str, ...]:
@@ -281,6 +283,7 @@ class Sequence(Continuation):
         alone: how it goes on while it runs alone, as :func:`softmeet.server.alone.alone` returns it, False for as in a
             batch; None before.
         cancelled: whether the sequence is to be ended before its next token.
+        reading: the sequences whose prompts are read together with its own, and what stops that.
         busy: whether a task works on it, or it waits for one, so that it has no new token to run.
         account: the time that is left to its tasks: its request's, but all sequences without a token share one.
         last: when its last token was drawn, by ``time.perf_counter``; None before the first.
@@ -303,6 +306,7 @@ class Sequence(Continuation):
         self.account = request.account
         self.last: float | None = None
         self.held = list[Token]()
+        self.reading: tuple[Several[Sequence], Control] = (self,), Control()
         self.alone: Any = None
 
     @property
@@ -346,5 +350,11 @@ class Sequence(Continuation):
         self.alone = None
 
     def cancel(self) -> None:
-        """Ask the batcher to end the sequence before its next token; its later events are to be ignored."""
+        """Ask the batcher to end the sequence before its next token; its later events are to be ignored.
+
+        Its prompt is read no further, unless others are read with it.
+        """
         self.cancelled = True
+        group, control = self.reading
+        if all(s.cancelled for s in group):
+            control.stop()
