@@ -24,6 +24,7 @@ from softmeet.cli.messages import say
 from softmeet.cli.sampling import SamplingFlags
 from softmeet.cli.tables import out
 from softmeet.cli.terminal import harmless, write
+from softmeet.engine import ANSWER_TOKENS
 from softmeet.errors import ContextError, InvalidInputError
 from softmeet.members.names import require_there
 
@@ -36,8 +37,6 @@ _HELP = """\
 /bye          end; so does Ctrl-D
 Ctrl-C ends an answer."""
 Piece = tuple[str, list[float]]
-# The most tokens of an answer, unless it is said otherwise.
-_TOKENS = 1024
 # The colours of members, in order, by --colors.
 COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")
 
@@ -116,17 +115,15 @@ class Conversation:
 class TalkFlags(SamplingFlags, panel="Sampling"):
     """Flags for how answers are drawn: cooler than other texts, as chats are elsewhere."""
 
-    max_new_tokens: int | None = at_least_one("The most tokens of an answer.", shown="1024")
+    max_new_tokens: int | None = at_least_one("The most tokens of an answer.", shown=str(ANSWER_TOKENS))
     temperature: float | None = optional("Higher is more random; 0 always takes the likeliest.", min=0, shown="0.7")
 
     def arguments(self) -> dict[str, Any]:
         """Return the flags as keyword arguments of ``Ensemble.stream``."""
         cool = self.temperature is None and self.do_sample and not self.one_member
-        bounded = not (self.max_new_tokens or self.max_bytes)
-        own = {"max_new_tokens": _TOKENS} if bounded else {}
         from softmeet.hf.chat import TEMPERATURE
 
-        return super().arguments() | ({"temperature": TEMPERATURE} if cool else {}) | own
+        return super().arguments() | ({"temperature": TEMPERATURE} if cool else {})
 
 
 @flags()
