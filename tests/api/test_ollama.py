@@ -36,7 +36,7 @@ def ensemble():
 
 @pytest.fixture(scope="module")
 def url(ensemble):
-    with running(serving_of({"one": ensemble})) as found:
+    with running(serving_of({"first": ensemble, "one": ensemble})) as found:
         yield found
 
 
@@ -116,8 +116,8 @@ def test_functions_are_told_and_called(client, monkeypatch, ensemble):
 
 
 def test_what_there_is(client, url):
-    (found,), (running_now,) = client.list().models, client.ps().models
-    assert (found.model, running_now.model, found.details.family) == ("one", "one", "softmeet")
+    assert [found.model for found in client.list().models] == ["first", "one"]
+    assert [found.name for found in client.ps().models] == ["first", "one"]
     shown = client.show("one")
     assert shown.capabilities == ["completion", "tools"]
     assert shown.modelinfo["softmeet.context_length"] == 256
@@ -156,6 +156,8 @@ def test_other_errors_have_the_same_form(client, url, ensemble, monkeypatch):
         assert caught.value.status_code == 401
         with ollama.Client(closed, headers={"Authorization": "Bearer key"}) as known:
             assert known.list().models
+    foreign = http.post(f"{url}/api/chat", content=b'{"model": "one"}', headers={"content-type": "text/plain"})
+    assert (foreign.status_code, "content-type: application/json" in foreign.json()["error"]) == (415, True)
     kept = answering.AnswerStream._delta
 
     def failing(self, index, event):
