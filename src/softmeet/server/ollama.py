@@ -163,7 +163,7 @@ def _checked(kind: type[Asked], fields: dict[str, Any]) -> Asked:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise in_its_words(refusal(error.errors())) from None
+        raise refusal(error.errors()) from None
 
 
 def in_its_words(error: RequestError) -> RequestError:
