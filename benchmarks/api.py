@@ -26,7 +26,10 @@ from servers import Server as Process
 from softmeet.members import zoo
 
 MEMBER = "wide/gpt2"
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+TEMPLATE = (
+    "{% if tools %}{{ tools }}\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+)
 PROMPT = "And the king said unto his"
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 NOT_THERE = (404, 405)

@@ -80,7 +80,9 @@ async def harass(client: httpx.AsyncClient, name: str, seen: list[Any], same: di
         same: softmeet's fields of the stream that is measured, for a kind that has none of its own.
     """
     for k in range(1 << 30):
-        async with client.stream("POST", "/v1/completions", json={"softmeet": same, **attack(name, k)}) as stream:
+        asked = {"softmeet": same, **attack(name, k)}
+        asked["softmeet"] = asked["softmeet"] | {"statuses": True}
+        async with client.stream("POST", "/v1/completions", json=asked) as stream:
             if stream.status_code != 200:
                 seen.append((await stream.aread()).decode()[:300])
                 return

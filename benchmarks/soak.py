@@ -56,7 +56,8 @@ def requests(families: bool = True) -> list[dict[str, Any]]:
         family = "wide" if "weights" in asked or k % 2 else "narrow"
         found.append({
             "prompt": PROMPTS[k % len(PROMPTS)], "max_tokens": 1 + k * 7 % most, "seed": k, "logprobs": 0,
-            **({"model": family, "logit_bias": {"0": -100}} if families else {"ignore_eos": True}), "softmeet": asked,
+            **({"model": family, "logit_bias": {"0": -100}} if families else {"ignore_eos": True}),
+            "softmeet": asked | {"statuses": True},
         })  # fmt: skip
     return found
 

@@ -17,7 +17,7 @@ def ensemble():
 
 @pytest.fixture(scope="module")
 def url(ensemble):
-    with running(serving_of({"duo": ensemble})) as found:
+    with running(serving_of({"duo": ensemble}, strict=True)) as found:
         yield found
 
 

@@ -33,7 +33,8 @@ MANY = json.dumps({f"f{k}": 1 for k in range(60_000)}).encode()
 def url():
     ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean")
     protection = Protection(hosts=("127.0.0.1",))
-    with running(serving_of({"duo": ensemble}, limits=Limits(rows=2, waiting=3), protection=protection)) as found:
+    limits = Limits(rows=2, waiting=3)
+    with running(serving_of({"duo": ensemble}, limits=limits, protection=protection, strict=True)) as found:
         yield found
 
 

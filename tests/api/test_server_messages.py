@@ -24,7 +24,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def url():
     ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)
-    with running(serving_of({"plain": ensemble, "default": ensemble}, max_tokens=20)) as found:
+    with running(serving_of({"plain": ensemble, "default": ensemble}, max_tokens=20, strict=True)) as found:
         yield found
 
 

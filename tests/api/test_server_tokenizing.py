@@ -27,7 +27,7 @@ def url():
         tiny_ensemble("gpt2", rule="logit-mean"),
         tiny_ensemble("llama", rule="logit-mean", template=TEMPLATE),
     )
-    with running(serving_of({"plain": plain, "chatty": chatty})) as found:
+    with running(serving_of({"plain": plain, "chatty": chatty}, strict=True)) as found:
         yield found
 
 

@@ -30,7 +30,7 @@ def ensembles():
 
 @pytest.fixture(scope="module")
 def client(ensembles):
-    with running(serving_of(ensembles)) as url:
+    with running(serving_of(ensembles, strict=True)) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 

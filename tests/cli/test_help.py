@@ -76,7 +76,7 @@ def test_every_option_has_a_sentence():
 
 def test_defaults_are_shown():
     by_name = {p.name: default(p) for p in dict(commands())["generate",].params}
-    assert by_name["max_new_tokens"] == "100"
+    assert by_name["max_new_tokens"] == "1024"
     assert by_name["members"] == "small bundled models"
     assert by_name["top_p"] == "1"
     assert by_name["trust_remote_code"] == ""
@@ -120,7 +120,7 @@ def test_a_broken_configuration_file_is_named(tmp_path):
 
 def test_config_shows_no_empty_values_and_can_be_read_back(tmp_path):
     shown = run("config", "generate").stdout
-    assert "\n# max_new_tokens: 100\n" in shown
+    assert "\n# max_new_tokens: 1024\n" in shown
     assert None not in yaml.safe_load(shown).values()
     assert "\n# temperature: 1\n" in shown
     (tmp_path / "c.yaml").write_text(shown + "\nmax_new_tokens: 7\nseed: 3\n")

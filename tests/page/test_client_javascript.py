@@ -57,7 +57,7 @@ const asks = {
         return events.filter((event) => event.type === "response.output_text.delta").map((e) => e.delta).join("");
     },
     responseHelper: async (client) => (await client.responses.stream(LONG).finalResponse()).output_text,
-    refused: async (client) => client.completions.create({...PROMPT, tools: []}),
+    refused: async (client) => client.completions.create({...PROMPT, suffix: "x"}),
 };
 window.ask = async (name, [baseURL, apiKey]) => {
     try {
@@ -146,8 +146,8 @@ def test_the_client_gets_answers_streams_and_refusals_on_a_page_that_is_allowed(
         assert ask(page, "response", url) == ask(page, "chat", url)
         assert len(ask(page, "responseHelper", url)) == 4
         name, status, param, message = ask(page, "refused", url)
-        assert (name, status, param) == ("BadRequestError", 400, "tools")
-        assert "the members call no tools" in message
+        assert (name, status, param) == ("BadRequestError", 400, "suffix")
+        assert "text is only continued" in message
         assert ask(page, "completion", url, key="wrong")[:2] == ["AuthenticationError", 401]
 
 

@@ -85,7 +85,7 @@ def test_commands_print_what_the_page_shows(addresses, section):
 @pytest.mark.filterwarnings("ignore")  # those of llm
 def test_programs_print_what_the_page_shows(addresses):
     names = {}
-    for section in ("OpenAI's Python client", "Chat", "llm"):
+    for section in ("OpenAI's Python client", "Chat", "ollama's Python client", "llm"):
         blocks = PARTS[section]
         for (kind, code), (after, printed) in zip(blocks, [*blocks[1:], ("", "")], strict=True):
             if kind != "py":

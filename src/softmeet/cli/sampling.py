@@ -7,6 +7,7 @@ from typing import Any, Literal
 import typer
 
 from softmeet.cli.flags import Flags, at_least_one, flag, optional, switch
+from softmeet.engine import ANSWER_TOKENS
 
 
 def _positive(value: float | None) -> float | None:
@@ -33,7 +34,7 @@ class SamplingFlags(Flags, panel="Sampling"):
 
     max_new_tokens: int | None = at_least_one(
         "The most tokens to add to each prompt; over bytes as the first member's tokenizer cuts what is added.",
-        shown="100",
+        shown=str(ANSWER_TOKENS),
     )
     max_bytes: int | None = at_least_one(
         "Over bytes, the most bytes to add to each prompt, whatever tokens they make unless --max-new-tokens is given.",
@@ -79,7 +80,7 @@ class SamplingFlags(Flags, panel="Sampling"):
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
         if self.max_bytes is None:
-            given.setdefault("max_new_tokens", 100)
+            given.setdefault("max_new_tokens", ANSWER_TOKENS)
         if self.speculate is not None:
             given["speculate"] = drafts_of(self.speculate)
         if self.do_sample and self.temperature != 0:

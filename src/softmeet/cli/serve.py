@@ -161,6 +161,10 @@ def serve(
     access: AccessFlags,
     limits: LimitFlags,
     access_log: bool = switch("Log a line for every request, leaving out keys and prompts.", panel="Output"),
+    strict: bool = switch(
+        "Refuse requests with unknown fields or for an unknown model, which else are answered by the first ensemble.",
+        panel="Address and access",
+    ),
     plain_chat: bool = switch("Chat by a plain template with members that have none of their own.", panel="Models"),
     running: RunFlags,
     loading: options.LoadingFlags,
@@ -212,6 +216,7 @@ def serve(
             speculate=drafts_of(running.speculate),
             one_member=running.one_member,
             plain_chat=plain_chat,
+            strict=strict,
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
         )

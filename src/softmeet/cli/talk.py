@@ -19,6 +19,7 @@ from softmeet.cli.sampling import SamplingFlags
 from softmeet.cli.tables import out
 from softmeet.cli.terminal import harmless, write
 from softmeet.cli.typed import CtrlC
+from softmeet.engine import ANSWER_TOKENS
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.suspended import StoppedError
 
@@ -36,8 +37,6 @@ _HELP = """\
 /bye              end; so do exit and Ctrl-D
 \"""               begins and ends a text of several lines; a paste is one text
 Ctrl-C ends an answer."""
-# The most tokens of an answer, unless it is said otherwise.
-_TOKENS = 1024
 # The colours of members, in order, by --colors; and how much likelier than all others, in nats, a coloured member finds
 # a text.
 COLORS, _LIKELIER = ("cyan", "magenta", "yellow", "green", "blue", "red"), math.log(1.25)
@@ -46,17 +45,15 @@ COLORS, _LIKELIER = ("cyan", "magenta", "yellow", "green", "blue", "red"), math.
 class TalkFlags(SamplingFlags, panel="Sampling"):
     """Flags for how answers are drawn: cooler than other texts, as chats are elsewhere."""
 
-    max_new_tokens: int | None = at_least_one("The most tokens of an answer.", shown="1024")
+    max_new_tokens: int | None = at_least_one("The most tokens of an answer.", shown=str(ANSWER_TOKENS))
     temperature: float | None = optional("Higher is more random; 0 always takes the likeliest.", min=0, shown="0.7")
 
     def arguments(self) -> dict[str, Any]:
         """Return the flags as keyword arguments of ``Ensemble.stream``."""
         cool = self.temperature is None and self.do_sample and not self.one_member
-        bounded = not (self.max_new_tokens or self.max_bytes)
-        own = {"max_new_tokens": _TOKENS} if bounded else {}
         from softmeet.hf.chat import TEMPERATURE
 
-        return super().arguments() | ({"temperature": TEMPERATURE} if cool else {}) | own
+        return super().arguments() | ({"temperature": TEMPERATURE} if cool else {})
 
 
 class Talk:

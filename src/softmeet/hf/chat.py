@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 # Each turn on a line of its own, behind its role: what a model without a template may make something of.
 PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+# Functions that an answer may call, each as OpenAI's API has it.
+Tools = Sequence[Mapping[str, Any]]
 # At which temperature a conversation is answered unless it is said otherwise: at 1 small models babble.
 TEMPERATURE = 0.7
 # The most seconds that a template may take: it is a program that comes with a model.
@@ -64,12 +66,23 @@ class ChatTemplates:
             if own.chat_template == PLAIN or (self.plain and not own.chat_template)
         ]
 
-    def own_prompts(self, conversations: Sequence[Messages]) -> list[list[int]]:
+    @property
+    def without_tools(self) -> list[str]:
+        """The names of the members whose templates do not tell which functions an answer may call."""
+        return [
+            name
+            for name, own in zip(self.names, self.tokenizers, strict=True)
+            if (own.chat_template and "tools" not in own.get_chat_template(tools=[]))
+            or (self.plain and not own.chat_template)
+        ]
+
+    def own_prompts(self, conversations: Sequence[Messages], tools: Tools | None = None) -> list[list[int]]:
         r"""Render a conversation for each member by its own template, up to where the answer begins.
 
         Args:
             conversations: for each member what it is told: each turn's ``role``, such as system, user or assistant, and
                 ``content``, a text.
+            tools: the functions that an answer may call, for templates that tell of them.
 
         Returns:
             for each member the ids of its own tokens.
@@ -91,9 +104,11 @@ class ChatTemplates:
                 "is no saying how to chat: ask for the plain one (--plain-chat, or softmeet.hf.chat.take_plain), or "
                 "continue a text"
             )
-        return [self._rendered(own, messages) for own, messages in zip(self.tokenizers, conversations, strict=True)]
+        return [
+            self._rendered(own, messages, tools) for own, messages in zip(self.tokenizers, conversations, strict=True)
+        ]
 
-    def shared_prompt(self, messages: Messages) -> list[int] | None:
+    def shared_prompt(self, messages: Messages, tools: Tools | None = None) -> list[int] | None:
         """Render a conversation as tokens that all members read; None if the members' templates make different ones.
 
         Members without a template, unless all lack one, read what the others' templates make.
@@ -104,20 +119,21 @@ class ChatTemplates:
         """
         able = [own for own in self.tokenizers if own.chat_template]
         if not able:
-            return self.own_prompts([messages] * len(self.tokenizers))[0]
-        first, *others = [self._rendered(own, messages) for own in able]
+            return self.own_prompts([messages] * len(self.tokenizers), tools)[0]
+        first, *others = [self._rendered(own, messages, tools) for own in able]
         return None if any(other != first for other in others) else first
 
-    def _rendered(self, tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    def _rendered(self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None) -> list[int]:
         try:
             with limited(_SECONDS):
                 text: str = tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
-                    chat_template=tokenizer.chat_template or PLAIN,
+                    tools=[dict(tool) for tool in tools] if tools else None,
+                    chat_template=None if tokenizer.chat_template else PLAIN,
                     add_generation_prompt=True,
                     tokenize=False,
                 )
-            if len(text) > _LONGER + _TIMES * sum(len(str(message.get("content"))) for message in messages):
+            if len(text) > _LONGER + _TIMES * sum(len(str(told)) for told in (*messages, *(tools or ()))):
                 raise ValueError(f"it makes {len(text):,} characters of them")
             found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         except Exception as error:  # it may divide by zero, or never end

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import ContextError, InvalidInputError
 from softmeet.hf.call_options import CallOptions
-from softmeet.hf.chat import Messages, chat_of, is_chat
+from softmeet.hf.chat import Messages, Tools, chat_of, is_chat
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.running import NewTokens, behind, rereads
@@ -72,7 +72,12 @@ def encoded(
 
 
 def read_prompt(
-    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, special: bool = True
+    model: EnsembleForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    special: bool = True,
+    tools: Tools | None = None,
 ) -> tuple[list[int], Own | None]:
     """Return what members read for a prompt: the tokens that they share, and what each reads of its own.
 
@@ -81,6 +86,7 @@ def read_prompt(
         tokenizer: its tokenizer.
         prompt: a text or a conversation.
         special: whether a text begins with the token that begins texts, where the tokenizer puts one.
+        tools: the functions that the answer to a conversation may call, of which each member's chat template tells.
 
     Returns:
         (the shared tokens; for each member its own tokens, in place of the shared ones, or before them where they are
@@ -92,7 +98,7 @@ def read_prompt(
     members = model.contexts.members
     own: Own | None = None
     if is_chat(prompt):
-        row, own = _chat(model, members, cast(Messages, prompt))
+        row, own = _chat(model, members, cast(Messages, prompt), tools)
     else:
         if model.cuts_alone:
             return model.alphabet.encode(str(prompt)), model.own_prompt(str(prompt), special=special)
@@ -124,14 +130,16 @@ def states_behind(model: EnsembleForCausalLM, inputs: dict[str, Any]) -> list[Fl
     return list(hidden)
 
 
-def _chat(model: EnsembleForCausalLM, members: Sequence[Member], prompt: Messages) -> tuple[list[int], Own | None]:
+def _chat(
+    model: EnsembleForCausalLM, members: Sequence[Member], prompt: Messages, tools: Tools | None
+) -> tuple[list[int], Own | None]:
     """Return what members read for a conversation, as :func:`read_prompt` does."""
     templates = chat_of(model)
     if all(member.prompt is None for member in members) and model.begin is None and not model.cuts_alone:
-        shared = templates.shared_prompt(prompt)
+        shared = templates.shared_prompt(prompt, tools)
         if shared is not None:
             return shared, None
-    own = templates.own_prompts([own_messages(member, prompt) for member in members])
+    own = templates.own_prompts([own_messages(member, prompt) for member in members], tools)
     return (own[0] if model.begin is None else [model.begin]), [*own]
 
 

@@ -38,7 +38,7 @@ def prefix_of(member: Member, tokenizer: PreTrainedTokenizerBase) -> list[int] |
     return None if member.before is None else ids_of(tokenizer, member.before)
 
 
-def own_messages(member: Member, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+def own_messages(member: Member, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the conversation that a member is told: its prompt opens it as the system's words.
 
     A prompt with ``{prompt}`` is put around the user's last words instead.

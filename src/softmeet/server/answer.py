@@ -13,6 +13,7 @@ from softmeet.engine.text import Pieces
 from softmeet.errors import SoftmeetError
 from softmeet.server.batcher import Batcher
 from softmeet.server.sequences import Event, Failed, Finished, GenerationRequest, PromptScored, Sequence, Token
+from softmeet.server.tool_calls import Calls, FunctionCall, overlap
 
 
 class TextStream:
@@ -66,7 +67,7 @@ class TextStream:
         if self._count > self._min_tokens and (found := self._first_stop(text)):
             at, self.stopped = found
             return text[: at + self._show_stop * len(self.stopped)]
-        keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = 0 if final else max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -77,11 +78,6 @@ class TextStream:
         """
         starts = [(text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops]
         return min((start for start in starts if start[0] >= 0), default=None)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
-    return next((k for k in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:k])), 0)
 
 
 @dataclass
@@ -95,8 +91,11 @@ class ChoiceDelta:
         scored: the prompt's tokens but the first, if they were scored and this is the delta that brings them; else
             None.
         finish: ``"stop"`` if the choice has ended at an end-of-text token, at a stop token or a stop string,
-            ``"length"`` at the number of tokens allowed; None if it has not ended.
+            ``"tool_calls"`` if it has so and calls functions, ``"length"`` at the number of tokens allowed; None if it
+            has not ended.
         stopped: the stop string, or the id of the stop token, at which it has ended; else None.
+        calls: the calls of functions that have become complete, if the request has functions; they are no text.
+        began: when the first of its tokens came, on the clock of ``time.perf_counter``; None if none has.
     """
 
     index: int
@@ -105,10 +104,14 @@ class ChoiceDelta:
     scored: list[Token] | None = None
     finish: str | None = None
     stopped: str | int | None = None
+    calls: list[FunctionCall] = field(default_factory=list)
+    began: float | None = None
 
     def join(self, delta: ChoiceDelta) -> None:
         """Append what follows of the same choice."""
         self.text, self.tokens = self.text + delta.text, self.tokens + delta.tokens
+        self.calls = self.calls + delta.calls
+        self.began = delta.began if self.began is None else self.began
         self.finish, self.stopped = delta.finish, delta.stopped
         self.scored = self.scored if delta.scored is None else delta.scored
 
@@ -149,6 +152,7 @@ class AnswerStream:
                 special=not request.skip_special, show_stop=request.show_stop,
             ) for _ in prompts
         ]  # fmt: skip
+        self._calls = [Calls(request.most_calls) for _ in prompts]
         self._sequences = [Sequence(request, prompt, k, partial(emit, k)) for k, prompt in enumerate(prompts)]
         batcher.submit(self._sequences)
 
@@ -166,7 +170,7 @@ class AnswerStream:
             while running:
                 index, event = await self._events.get()
                 if index in running:
-                    delta = self._delta(index, event)
+                    delta = self._called(self._delta(index, event))
                     if delta.finish is not None:
                         running.discard(index)
                     yield delta
@@ -192,14 +196,25 @@ class AnswerStream:
                 at = newest if reason == "stop" and newest in self.request.stop_token_ids else None
                 stopped = at if text.stopped is None else text.stopped
                 return ChoiceDelta(index, rest, finish=reason if stopped is None else "stop", stopped=stopped)
+        now = time.perf_counter()
         if not self.completion_tokens:
-            self._metrics.first.observe(time.perf_counter() - self._started)
+            self._metrics.first.observe(now - self._started)
         self.completion_tokens += 1
         hidden = event.token in self.request.ends and not self.request.show_stop
         piece = "" if hidden else text.push(event.token)
         if text.stopped:
             self._sequences[index].cancel()
-        return ChoiceDelta(index, piece, [event], finish="stop" if text.stopped else None, stopped=text.stopped)
+        finish = "stop" if text.stopped else None
+        return ChoiceDelta(index, piece, [event], finish=finish, stopped=text.stopped, began=now)
+
+    def _called(self, delta: ChoiceDelta) -> ChoiceDelta:
+        """Return a delta with the calls of functions in place of their text, if the request has functions."""
+        if self.request.most_calls:
+            own = self._calls[delta.index]
+            delta.text, delta.calls = own.push(delta.text, last=delta.finish is not None)
+            if own.count and delta.finish == "stop":
+                delta.finish = "tool_calls"
+        return delta
 
     async def whole(self) -> list[ChoiceDelta]:
         """Wait until all choices have ended, and return them in order, each with all of its text and tokens.

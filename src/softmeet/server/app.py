@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Coroutine, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
@@ -26,6 +26,17 @@ from softmeet.server.ensembles import Served
 from softmeet.server.envelope import guarded
 from softmeet.server.errors import ErrorBody, RequestError, absent, error_response
 from softmeet.server.events import dumps
+from softmeet.server.ollama import (
+    ErrorLine,
+    OllamaChat,
+    OllamaGenerate,
+    OllamaReply,
+    ShowRequest,
+    in_its_words,
+    listed,
+    loaded,
+    shown,
+)
 from softmeet.server.refusals import refusal
 from softmeet.server.replies import ChatReply, CompletionReply, Reply
 from softmeet.server.responses import ResponsesReply, ResponsesRequest, checked
@@ -39,6 +50,7 @@ from softmeet.server.schemas import (
 )
 from softmeet.server.sequences import GenerationRequest
 from softmeet.server.serving import Serving
+from softmeet.server.strict import PASSED_OVER
 from softmeet.server.texts import token_texts
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 
@@ -49,7 +61,18 @@ _LIKE = 0.75
 _PAUSE = 0.05
 _NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --engine ray"
 T = TypeVar("T")
-router = APIRouter(responses={status: {"model": ErrorBody} for status in _STATUSES})
+
+
+async def _passing_over(request: Request) -> None:
+    """Have unknown fields of this request passed over, unless they are refused."""
+    passed_over = _serving(request).passed_over
+    PASSED_OVER.set(None if passed_over is None else passed_over.field)
+
+
+router, ollama = (
+    APIRouter(responses={status: {"model": body} for status in _STATUSES}, dependencies=[Depends(_passing_over)])
+    for body in (ErrorBody, ErrorLine)
+)
 
 
 def create_app(serving: Serving) -> FastAPI:
@@ -70,6 +93,7 @@ def create_app(serving: Serving) -> FastAPI:
     app = _App(title="softmeet", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.serving = serving
     app.include_router(router)
+    app.include_router(ollama)
     for kind in (SoftmeetError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_error)
     if serving.settings.ui:
@@ -112,7 +136,8 @@ async def index(request: Request) -> Response:
 
 def _paths() -> dict[str, APIRoute]:
     """Return the API's routes by their paths, as they are shown to clients."""
-    routes = (route for route in router.routes if isinstance(route, APIRoute) and route.include_in_schema)
+    every = (*router.routes, *ollama.routes)
+    routes = (route for route in every if isinstance(route, APIRoute) and route.include_in_schema)
     return {route.path.replace("{name:path}", "NAME"): route for route in routes}
 
 
@@ -158,6 +183,39 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     return await _respond(request, ResponsesReply(await _prepared(request, asked), asked))
 
 
+@ollama.post("/api/chat")
+async def ollama_chat(body: OllamaChat, request: Request) -> Response:
+    """Answer messages as ollama does: a stream of lines of JSON, or one with stream false."""
+    return await _as_ollama(request, body)
+
+
+@ollama.post("/api/generate")
+async def ollama_generate(body: OllamaGenerate, request: Request) -> Response:
+    """Answer a prompt as ollama does, as a user's message or, if it is raw, by going on with it."""
+    return await _as_ollama(request, body)
+
+
+async def _as_ollama(request: Request, body: OllamaChat | OllamaGenerate) -> Response:
+    generates = isinstance(body, OllamaGenerate)
+    if (asked := body.asked()) is None:
+        return JSONResponse(loaded(body.model, generates=generates))
+    return await _respond(request, OllamaReply(await _prepared(request, asked), asked, generates=generates))
+
+
+@ollama.get("/api/tags")
+@ollama.get("/api/ps")
+async def tags(request: Request) -> dict[str, Any]:
+    """List the served ensembles as ollama lists models; all are loaded."""
+    return {"models": [listed(served) for served in _serving(request).ensembles]}
+
+
+@ollama.post("/api/show")
+async def show(body: ShowRequest, request: Request) -> dict[str, Any]:
+    """Show one served ensemble as ollama shows a model: its context, and whether it can call functions."""
+    name = body.model or body.name
+    return shown(_serving(request).ensembles.find(name and name.removesuffix(":latest")))
+
+
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """Show the token ids of a prompt, or of messages in the tokenizer's chat template, and how many they are."""
@@ -165,7 +223,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         came = "neither" if body.prompt is None else "both"
         raise RequestError(f"expected either a prompt or messages, got {came}: send one of them", param="prompt")
     serving = _serving(request)
-    served = serving.ensembles.find(body.model)
+    served = serving.ensembles.find(body.model, serving.passed_over)
     tokens = await _unless_left(request, serving.encoded(served, body))
     # Texts are those that answers show under logprobs.
     texts = token_texts(served.ensemble.tokenizer)
@@ -181,7 +239,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
     """Show the text of token ids, special tokens included."""
     serving = _serving(request)
-    served = serving.ensembles.find(body.model)
+    served = serving.ensembles.find(body.model, serving.passed_over)
     vocabulary = served.ensemble.model.config.vocab_size
     if not all(0 <= token < vocabulary for token in body.tokens):
         raise RequestError(f"expected token ids from 0 to {vocabulary - 1:,}", param="tokens")
@@ -190,6 +248,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any
 
 
 @router.get("/version")
+@ollama.get("/api/version")
 async def version() -> dict[str, Any]:
     """Return the version of softmeet that serves, as vLLM's endpoint does for its own."""
     return {"version": __version__}
@@ -235,7 +294,7 @@ async def _respond(request: Request, reply: Reply) -> Response:
     answer = AnswerStream(_serving(request).batcher, reply.asked)
     if reply.body.stream:
         headers = {"Cache-Control": "no-store"}
-        return _Events(_events(answer, reply), media_type="text/event-stream", headers=headers)
+        return _Events(_events(answer, reply), media_type=reply.media_type, headers=headers)
     choices = await _unless_left(request, answer.whole())
     document = await TURNS_AT_LOCK.written(lambda: dumps(reply.document(choices, answer.completion_tokens)))
     return Response(document, media_type="application/json")
@@ -286,7 +345,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
             error = RequestError(_astray(request, error), status=status)
         case HTTPException():
             error = RequestError(str(error.detail), status=error.status_code)
-    return error_response(error, headers)
+        case RequestError() if request.url.path.startswith("/api/"):
+            error = in_its_words(error)
+    return error_response(error, headers, request.url.path)
 
 
 def _astray(request: Request, error: HTTPException) -> str:

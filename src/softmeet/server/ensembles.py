@@ -19,6 +19,7 @@ from softmeet.members.passages import PASSAGE_RULE, Passage
 from softmeet.rules.gates import Disagreement, that_closes
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError, absent
+from softmeet.server.passed_over import PassedOver
 from softmeet.server.schemas import CHANGES, Extension
 from softmeet.server.sequences import Combination, unused
 
@@ -243,15 +244,23 @@ class Ensembles:
         """Iterate over the ensembles in the order in which they were given."""
         return iter(self._by_name.values())
 
-    def find(self, name: str | None) -> Served:
+    def find(self, name: str | None, passed_over: PassedOver | None = None) -> Served:
         """Return the ensemble with this name, or the first one if ``name`` is None, or "default" and no ensemble's.
+
+        Args:
+            name: the name that a request has, or None.
+            passed_over: takes note of a name that is no ensemble's; None if it is refused.
 
         Raises:
             RequestError: if there is no ensemble with this name (status 404).
         """
+        first = next(iter(self))
         if name is None or (name == "default" and name not in self._by_name):
-            return next(iter(self))
+            return first
         if name not in self._by_name:
+            if passed_over is not None:
+                passed_over.model(name, first.name)
+                return first
             raise RequestError(
                 absent(f"there is no model {name[:100]!r}", name, list(self._by_name)),
                 status=404, param="model", code="model_not_found",

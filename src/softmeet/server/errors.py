@@ -150,13 +150,16 @@ def for_clients(error: Exception) -> SoftmeetError:
     return error if isinstance(error, SoftmeetError) else InternalError("the server failed: see its log")
 
 
-def error_response(error: Exception, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return the JSON response to an exception, as :func:`described` has it.
+def error_response(error: Exception, headers: Mapping[str, str] | None = None, path: str = "") -> JSONResponse:
+    """Return the JSON response to an exception, as :func:`described` has it, or as ollama does to requests of its API.
 
     Args:
         error: any exception.
         headers: further headers. With status 429 or 503 the response also has ``Retry-After: 1``.
+        path: the path that was asked for.
     """
     status, body = described(error)
+    if path.startswith("/api/"):
+        body = {"error": body["error"]["message"]}
     retry = {"Retry-After": "1"} if status in (429, 503) else {}
     return JSONResponse(body, status, {**retry, **(headers or {})})

@@ -27,6 +27,8 @@ LONG = 1 << 14
 _TURN = 64
 # The characters of a long text that are cut into tokens at once to count these.
 _PIECE = 1 << 13
+# The most functions that an answer calls.
+_MOST_CALLS = 1024
 
 
 def parts(body: CompletionRequest) -> list[Any]:
@@ -40,7 +42,22 @@ def texts_of(body: Any) -> tuple[str, list[str]]:
     if getattr(body, "prompt", None) is not None:
         return "prompt", [part for part in parts(body) if isinstance(part, str)]
     field = "input" if hasattr(body, "input") else "messages"
-    return field, ["".join(message.plain()["content"] for message in body.messages)]
+    said = [message.plain() for message in body.messages]
+    called = [call["function"]["arguments"] for one in said for call in one.get("tool_calls", ())]
+    return field, ["".join([*(one["content"] for one in said), *map(str, called), *map(str, tools_of(body))])]
+
+
+def tools_of(body: Any) -> list[dict[str, Any]]:
+    """Return the functions that the answer to a request may call, as chat templates have them."""
+    functions = getattr(body, "functions", ())
+    return [{"type": "function", "function": one.model_dump(exclude_none=True)} for one in functions]
+
+
+def most_calls(body: Any) -> int:
+    """Return how many functions an answer to a request may call at most."""
+    if not getattr(body, "functions", ()):
+        return 0
+    return 1 if body.parallel_tool_calls is False else _MOST_CALLS
 
 
 def work_of(body: Any, texts: Sequence[str]) -> int:
@@ -122,9 +139,16 @@ def templated(served: Served, combination: Combination, body: Any) -> tuple[list
             "/v1/completions, or start the server with --plain-chat",
             param=param, code="no_chat_template",
         )  # fmt: skip
+    tools = tools_of(body)
+    if tools and (without := [short(name) for name in chat.without_tools]):
+        raise RequestError(
+            f"no tools are told of in the chat template of {', '.join(without)}: leave tools out, or ask for members "
+            "that are made for them",
+            param="tools", code="no_tools",
+        )  # fmt: skip
     messages = [message.plain() for message in body.messages]
     try:
-        row, own = read_prompt(combination.model, served.ensemble.tokenizer, messages)
+        row, own = read_prompt(combination.model, served.ensemble.tokenizer, messages, tools=tools)
     except InvalidInputError as error:
         raise RequestError(str(error), param=param) from error
     cut = _frozen(None if own is None else [ids and truncated(tuple(ids), body, combination) for ids in own])

@@ -12,20 +12,22 @@ from softmeet.rules.settings import Settings
 from softmeet.server import schemas
 from softmeet.server.errors import RequestError
 from softmeet.server.responses import ResponsesRequest
+from softmeet.server.strict import Strict
 
 _TOOLS = (
-    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "tool_calls", "tool_call_id",
-    "max_tool_calls", "call_id",
+    "tools", "tool_choice", "parallel_tool_calls", "tool_calls", "tool_call_id", "max_tool_calls", "call_id",
 )  # fmt: skip
 _REFUSED = {
-    **dict.fromkeys(_TOOLS, "the members call no tools"),
-    **dict.fromkeys(("image_url", "input_audio", "file"), "the members read only text"),
+    **dict.fromkeys(_TOOLS, "give tools to /v1/chat/completions"),
+    **dict.fromkeys(("functions", "function_call"), "they are called tools and tool_choice now"),
+    **dict.fromkeys(("image_url", "input_audio", "file", "images"), "the members read only text"),
     **dict.fromkeys(("audio", "modalities"), "only text is generated"),
     **{
         f"guided_{name}": f'write {{"structured_outputs": {{"{name}": …}}}}, as in vLLM since its version 0.12'
         for name in ("json", "regex", "choice", "grammar")
     },
     "suffix": "text is only continued",
+    **dict.fromkeys(("context", "template"), "send the whole conversation to /api/chat, or a raw prompt"),
     "prediction": "there is nothing to speed up by it",
     **dict.fromkeys(("reasoning_effort", "reasoning"), "the members do not reason apart from their answer"),
     "web_search_options": "nothing is searched",
@@ -113,13 +115,13 @@ _OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 _SHOWN = 40
 
 
-def _names(kind: type[schemas.Strict]) -> set[str]:
+def _names(kind: type[Strict]) -> set[str]:
     """Return the names of the fields of a model, and of all models that derive from it, as requests have them."""
     own = {field.alias or name for name, field in kind.model_fields.items()}
     return own.union(*map(_names, kind.__subclasses__()))
 
 
-_NAMES = _names(schemas.Strict)
+_NAMES = _names(Strict)
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestError:
@@ -138,7 +140,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestE
     if not path:
         size = " of a few fields" if first["type"] == "too_long" else ""
         return RequestError(f"expected one JSON object{size} as the body, got {_came(first)}")
-    if path[0] in _REFUSED:
+    if path[0] in _REFUSED and first["type"] == "extra_forbidden":
         message = f"{path[0]} is not supported: {_REFUSED[path[0]]}"
     elif first["type"] == "extra_forbidden":
         message = _unknown(path, endpoint)

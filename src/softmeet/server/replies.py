@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -50,8 +51,10 @@ class Reply(ABC):
         texts: the texts of single tokens.
         prefix: the beginning of an answer's ``id``.
         kind, chunk_kind: the field ``object`` of a document and of a chunk.
+        media_type: that of a stream.
     """
 
+    media_type = "text/event-stream"
     prefix = kind = chunk_kind = ""
 
     def __init__(self, asked: GenerationRequest, body: Generation) -> None:
@@ -65,6 +68,8 @@ class Reply(ABC):
         self._statuses = defaultdict[int, Counter[str]](Counter)
         # Of each choice, the symbols so far that count.
         self._drawn = defaultdict[int, list[int]](list)
+        # Of each choice, how many calls of functions there were.
+        self._called = defaultdict[int, int](int)
 
     @abstractmethod
     def content(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
@@ -110,7 +115,8 @@ class Reply(ABC):
         self._begun.add(delta.index)
         choice = self._choice(delta, first=first)
         wants_tokens = self.body.listed is not None or self.asked.report is not None
-        if not (first or delta.text or delta.finish or delta.scored is not None or wants_tokens):
+        said = delta.text or delta.calls or delta.finish or delta.scored is not None
+        if not (first or said or wants_tokens):
             return ""
         found = {**self._common, "object": self.chunk_kind, "choices": [choice]}
         return event(found | {"softmeet": self._settings()} if first else found)
@@ -192,8 +198,8 @@ class Reply(ABC):
     def ours(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return softmeet's own fields of a choice, of what is new in it.
 
-        These are reports of tokens, and at the choice's end how many tokens ended with each :class:`softmeet.Status`,
-        scored ones of the prompt included, and the counts of its gate.
+        These are reports of tokens, if they are asked for, and at the choice's end the counts of its gate and, if they
+        are asked for, how many tokens ended with each :class:`softmeet.Status`, scored ones of the prompt included.
 
         Args:
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
@@ -203,9 +209,10 @@ class Reply(ABC):
         if reports := [t.report for t in tokens if t.report is not None]:
             # JSON has no NaN and no infinity: null stands for them.
             found["tokens"] = to_jsonable_python(reports, inf_nan_mode="null")
-        self._statuses[delta.index].update(token.status for token in tokens)
-        if delta.finish is not None:
-            found["statuses"] = dict(self._statuses[delta.index])
+        if self.body.softmeet and self.body.softmeet.statuses:
+            self._statuses[delta.index].update(token.status for token in tokens)
+            if delta.finish is not None:
+                found["statuses"] = dict(self._statuses[delta.index])
         if self.asked.combination.gate:
             gate = self._gates[delta.index]
             for token in delta.tokens:
@@ -316,9 +323,22 @@ class ChatReply(Reply):
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
             first: whether nothing of this choice was sent before.
         """
-        message = ({"role": "assistant"} if first else {}) | {"content": delta.text}
+        message = ({"role": "assistant"} if first else {}) | {"content": delta.text} | self._calls(delta)
         found = {"delta": message} if self.body.stream else {"message": message | {"refusal": None}}
         return found | {"logprobs": self._log_probs(delta)}
+
+    def _calls(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """Return the field ``tool_calls`` of a choice's new calls, with null for a text that is empty; if there are."""
+        if not delta.calls:
+            return {}
+        before = self._called[delta.index]
+        self._called[delta.index] += len(delta.calls)
+        found: list[dict[str, Any]] = []
+        for k, call in enumerate(delta.calls, before):
+            place = {"index": k} if self.body.stream else {}
+            function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+            found.append({**place, "id": f"call_{uuid4().hex}", "type": "function", "function": function})
+        return {"content": delta.text or None, "tool_calls": found}
 
     def _log_probs(self, delta: ChoiceDelta) -> dict[str, Any] | None:
         """Return an entry for each token, with the most probable ones beside it; None unless they are asked for."""

@@ -17,8 +17,9 @@ from softmeet.server.answer import ChoiceDelta
 from softmeet.server.errors import RequestError, described
 from softmeet.server.events import event
 from softmeet.server.replies import ChatReply
-from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Positive, ResponseFormat, Strict, Word
+from softmeet.server.schemas import Generation, JsonSchema, Listed, Message, Positive, ResponseFormat, Word
 from softmeet.server.sequences import GenerationRequest
+from softmeet.server.strict import Strict
 
 
 class Part(Strict):

@@ -6,8 +6,10 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from annotated_types import Len
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError, from_json
+
+from softmeet.server.strict import Strict, few
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
@@ -29,8 +31,6 @@ TopK = Annotated[int, Field(ge=-1, le=_MOST)]
 MinP = Annotated[float, Field(ge=0, le=1)]
 Repetition = Annotated[float, Field(ge=0.1, le=10)]
 _MOST_PROMPTS = 1 << 14
-# The most fields of an object; no object that is known has half of them.
-_MOST_FIELDS = 64
 # A long list is checked up to its first wrong entry, since one error for each would take seconds.
 Ids = Annotated[list[int], Field(fail_fast=True, min_length=1, max_length=_MOST)]
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=_MOST_PROMPTS)]
@@ -42,33 +42,16 @@ def _optional(description: str) -> Any:
     return Field(default=None, description=description)
 
 
-def _few(value: Any, most: int) -> Any:
-    """Return a value, unless it is an object of more than so many names, before any of them is looked at."""
-    if isinstance(value, dict) and len(value) > most:
-        raise PydanticCustomError("too_long", "Dictionary should have at most {most} items", {"most": most})
-    return value
-
-
 Metadata = Annotated[
-    dict[Word, Annotated[str, Field(max_length=512)]], Len(0, 16), BeforeValidator(partial(_few, most=16))
+    dict[Word, Annotated[str, Field(max_length=512)]], Len(0, 16), BeforeValidator(partial(few, most=16))
 ]
-Biases = Annotated[dict[TokenId, Bias], Len(0, 1024), BeforeValidator(partial(_few, most=1024))]
-
-
-class Strict(BaseModel):
-    """A model that refuses unknown fields, conversions between types, NaN and infinities."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_few_fields(cls, value: Any) -> Any:
-        """Refuse an object of many fields, most of which are unknown, by one error in place of one for each."""
-        return _few(value, _MOST_FIELDS)
+Biases = Annotated[dict[TokenId, Bias], Len(0, 1024), BeforeValidator(partial(few, most=1024))]
 
 
 class PassageIn(Strict):
     """A passage that was retrieved for the prompt, and how relevant the retriever found it."""
+
+    is_ours = True
 
     text: Annotated[str, Field(min_length=1, max_length=_MOST)]
     score: float
@@ -85,6 +68,8 @@ class Extension(Strict):
     places of the fields beside softmeet, which override them.
     """
 
+    is_ours = True
+
     rule: Word | None = _optional("meet, max-entropy, logit-mean, prob-mean, …")
     trust: Rho | Annotated[list[Rho], Len(1, 64)] | None = _optional("One for all, or one each.")
     weights: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Len(1, 64)] | None = None
@@ -98,6 +83,7 @@ class Extension(Strict):
         "Of the scores' softmax; 1 by default."
     )
     report: Listed | None = _optional("Report every token, and list so many of each distribution.")
+    statuses: bool | None = _optional("Count the tokens of each choice by status.")
     max_bytes: Positive | None = _optional("Over bytes, the most bytes of a choice.")
     byte_logprobs: bool | None = _optional("Over bytes, list log-probabilities of a chat by byte, not by token.")
     top_k: TopK | None = None
@@ -141,6 +127,12 @@ class StructuredOutputs(Strict):
 class Generation(Strict):
     """The fields of all endpoints that generate: OpenAI's, and from ``top_k`` on those that vLLM adds to them."""
 
+    # What cannot be left out of a question, and softmeet's own fields, which belong under their key.
+    matter = frozenset({
+        "suffix", "prompt_embeds", "previous_response_id", "conversation", "background", "tools", "functions",
+        "guided_json", "guided_regex", "guided_choice", "guided_grammar", *Extension.model_fields,
+    })  # fmt: skip
+
     model: Word | None = _optional("As /v1/models names them; else the first.")
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -167,6 +159,11 @@ class Generation(Strict):
     user: Word | None = None
     metadata: Metadata | None = None
     service_tier: Word | None = None
+
+    @property
+    def hides_special(self) -> bool:
+        """The field ``skip_special_tokens``: whether special tokens have no text."""
+        return self.skip_special_tokens is not False
 
     @property
     def choices(self) -> int:
@@ -232,24 +229,93 @@ class CompletionRequest(_Choices):
 class TextPart(Strict):
     """A piece of a message's text; the pieces are joined without anything between them."""
 
+    matter = frozenset({"image_url", "input_audio", "file"})
+
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
-    """One turn of a conversation: who speaks, and the text, whole or in pieces."""
+def _object(value: Any) -> Any:
+    """Return the object that a text of JSON stands for; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return from_json(value or "{}", allow_inf_nan=False)
+    except ValueError:
+        raise PydanticCustomError("json_invalid", "Arguments should be a JSON object") from None
 
-    role: Literal["system", "developer", "user", "assistant"]
+
+class CalledFunction(Strict):
+    """A function that an earlier answer called; its arguments as an object, or as the object's text in JSON."""
+
+    name: Word
+    arguments: Annotated[dict[str, Any], BeforeValidator(_object)]
+
+
+class ToolCall(Strict):
+    """A call of a function in an earlier answer."""
+
+    id: Word | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Strict):
+    """One turn of a conversation: who speaks, and the text, whole or in pieces; or what functions are called.
+
+    What a function gives is a turn of the role ``tool``.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=1024)]
     name: Word | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] | None = None
+    tool_call_id: Word | None = None
 
-    def plain(self) -> dict[str, str]:
-        """Return the message as a dict for chat templates: ``role``, ``content`` as one string, ``name`` if given."""
+    @model_validator(mode="before")
+    @classmethod
+    def _may_only_call(cls, value: Any) -> Any:
+        """Return a message that has calls and no text with an empty one."""
+        says_nothing = isinstance(value, dict) and value.get("tool_calls") and value.get("content") is None
+        return {**value, "content": ""} if says_nothing else value
+
+    def plain(self) -> dict[str, Any]:
+        """Return the message as a dict for chat templates, its ``content`` as one string and arguments as objects."""
         parts = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": parts} | ({"name": self.name} if self.name else {})
+        given = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_none=True)
+        return {"role": self.role, "content": parts, **{name: value for name, value in given.items() if value}}
 
 
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+
+
+class Function(Strict):
+    """A function that an answer may call, and the JSON schema of its arguments."""
+
+    name: Word
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(default=None, exclude=True)
+
+
+class Tool(Strict):
+    """A tool that an answer may use: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """The name of a function."""
+
+    name: Word
+
+
+class ToolName(Strict):
+    """The tool that an answer has to use."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatRequest(_Choices):
@@ -263,6 +329,23 @@ class ChatRequest(_Choices):
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Listed | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=128)] | None = _optional(
+        "What the answer may call, if the members' chat templates tell of tools."
+    )
+    tool_choice: Literal["none", "auto", "required"] | ToolName | None = _optional(
+        "Whether it may, may not or has to call one; or which."
+    )
+    parallel_tool_calls: bool | None = _optional("false leaves out all calls but the first.")
+
+    @property
+    def functions(self) -> list[Function]:
+        """The functions that the answer may call: those of ``tools``, unless ``tool_choice`` is none."""
+        return [] if self.tool_choice == "none" else [tool.function for tool in self.tools or ()]
+
+    @property
+    def hides_special(self) -> bool:
+        """Whether special tokens have no text: the tags of calls are special in some tokenizers, but needed."""
+        return super().hides_special and not self.functions
 
     @property
     def listed(self) -> int | None:

@@ -25,7 +25,7 @@ from softmeet.server.large_bodies import LARGE, LargeBodies
 
 _OPEN = ("/health", "/ready")
 # Paths whose bodies have to be JSON.
-_JSON = ("/v1/", "/tokenize", "/detokenize")
+_JSON = ("/v1/", "/api/", "/tokenize", "/detokenize")
 # What the page at /ui asks for. Gradio has much more, that writes to the disk, or reads files, or runs code.
 _CALLS = r"info|app_id|startup-events|heartbeat/[\w-]+|queue/join|queue/data|run/predict|cancel|reset"
 _FILES = r"config|theme\.css|favicon\.ico|robots\.txt|manifest\.json"
@@ -114,7 +114,7 @@ class Guard:
             headers = {"Connection": "close"}
             if isinstance(error, RequestError) and error.status == 401 and (path == "/" or path.startswith("/ui")):
                 headers["WWW-Authenticate"] = 'Basic realm="softmeet", charset="UTF-8"'
-            await error_response(error, headers)(scope, receive, send)
+            await error_response(error, headers, path)(scope, receive, send)
             return
         except ClientDisconnect:  # the client left before its whole body had come
             return

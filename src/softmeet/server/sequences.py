@@ -230,6 +230,7 @@ class GenerationRequest:
         stop_token_ids: the ids of further tokens that end a sequence.
         skip_special: whether special tokens have no text.
         show_stop: whether the text includes the stop string, or the token, at which it ends.
+        most_calls: the most functions that each choice may call; 0 if there are none to call.
         model: the ensemble's name.
         tokenizer: the ensemble's tokenizer, a fast one of transformers.
         account: the time that is left to its sequences in this round.
@@ -251,6 +252,7 @@ class GenerationRequest:
     stop_token_ids: tuple[int, ...] = ()
     skip_special: bool = True
     show_stop: bool = False
+    most_calls: int = 0
     model: str = ""
     tokenizer: Any = None
     account: Account = field(default_factory=Account, compare=False)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from softmeet.engine import ANSWER_TOKENS
 from softmeet.engine.draw import Sampling
 from softmeet.engine.limits import AnswerLength
 from softmeet.errors import SoftmeetError
@@ -28,6 +29,7 @@ from softmeet.server.errors import BusyError, RequestError
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
+from softmeet.server.passed_over import PassedOver
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
@@ -38,8 +40,6 @@ from softmeet.solvers.clock import time_limit
 T = TypeVar("T")
 # The most log-probabilities that an answer may list, in all of its tokens; they take some 300 MB.
 _MOST_LISTED = 1 << 20
-# The most tokens of a completion whose request does not say.
-_COMPLETION = 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class ServerSettings:
         one_member: whether plain sampling by ``prob-mean`` draws each token from one member while a single sequence
             runs, unless ``reproducible``.
         plain_chat: whether members without a chat template take a plain one.
+        strict: whether unknown fields and models of requests are refused; else they are passed over, and the first
+            ensemble answers.
         cors: origins (such as ``https://example.org``) whose pages may call the API from a browser.
         ui: whether the page at ``/ui`` is served.
     """
@@ -79,6 +81,7 @@ class ServerSettings:
     speculate: int | Literal["auto"] = "auto"
     one_member: bool = True
     plain_chat: bool = False
+    strict: bool = False
     cors: Sequence[str] = field(default_factory=tuple)
     ui: bool = True
 
@@ -103,6 +106,7 @@ class Serving:
                 take_plain(served.ensemble.model)
             token_texts(served.ensemble.tokenizer)  # no request is to wait until they are read
         self.ensembles, self.settings, self.metrics = ensembles, settings, Metrics()
+        self.passed_over = None if settings.strict else PassedOver()
         told = False if settings.reproducible and settings.parallel == "auto" else settings.parallel
         parallel = True if any(s.ensemble.model.apart for s in ensembles) else told
         models, names = zip(*((s.ensemble.model, s.names) for s in ensembles), strict=True)
@@ -199,16 +203,16 @@ class Serving:
             body: the request's body; pydantic has checked its fields' types and ranges when it was made.
 
         Raises:
-            RequestError: if there is no such model (status 404) or member, a change is not allowed, more than
-                ``settings.max_tokens`` tokens or than the context has, or more choices than ``settings.max_choices`` or
-                than an idle server has places, are asked for, an id in ``logit_bias`` or ``stop_token_ids`` is no
-                token's, fields contradict each other, a prompt is empty, has an invalid id or leaves no room in the
-                context, the messages have no chat template or break its rules, a setting under ``softmeet`` is not
-                valid, or the text cannot be what it has to be.
+            RequestError: if there is no such member or, where that is refused, no such model (status 404), a change is
+                not allowed, more than ``settings.max_tokens`` tokens or than the context has, or more choices than
+                ``settings.max_choices`` or than an idle server has places, are asked for, an id in ``logit_bias`` or
+                ``stop_token_ids`` is no token's, fields contradict each other, a prompt is empty, has an invalid id or
+                leaves no room in the context, the messages have no chat template or break its rules, a setting under
+                ``softmeet`` is not valid, or the text cannot be what it has to be.
             BusyError: if too many others' structures are being compiled.
             RuleError: if the rule comes from a package that fails to provide it.
         """
-        served, ours = self.ensembles.find(body.model), body.softmeet or Extension()
+        served, ours = self.ensembles.find(body.model, self.passed_over), body.softmeet or Extension()
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
         most = _symbols(_limit(body, self.settings.max_tokens, combination), ours, combination)
         _check_together(body, most, combination.unit)
@@ -252,8 +256,9 @@ class Serving:
             stops=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
             ignore_eos=bool(body.ignore_eos),
             stop_token_ids=tuple(body.stop_token_ids or ()),
-            skip_special=body.skip_special_tokens is not False,
+            skip_special=body.hides_special,
             show_stop=bool(body.include_stop_str_in_output),
+            most_calls=prompts.most_calls(body),
             model=served.name,
             tokenizer=served.ensemble.tokenizer,
         )
@@ -313,10 +318,10 @@ def _check_choices(prompts: int, body: Generation, settings: ServerSettings) -> 
 
 
 def _limit(body: Generation, server: int, combination: Combination) -> int:
-    """Return the most tokens of a choice: what a request asks for; else all for a chat, at most 16 for a completion.
+    """Return the most tokens of a choice: what a request asks for, or else as many as texts have everywhere.
 
     Args:
-        body: the request; one for a completion of at most so many bytes has no other limit than the server's.
+        body: the request; one for a text of at most so many bytes has no other limit than the server's.
         server: the server's limit.
         combination: the ensemble; the smaller of ``server`` and the shortest member's context is the limit; over bytes
             members' contexts end an answer, as the bytes that they hold are not known before.
@@ -335,8 +340,7 @@ def _limit(body: Generation, server: int, combination: Combination) -> int:
                 f"expected {name} of at most {most:,}, {of}, got {asked:,}: ask for fewer{more}", param=name
             )
         return int(asked)
-    bounded = isinstance(body, CompletionRequest) and not (body.softmeet and body.softmeet.max_bytes)
-    return min(_COMPLETION, most) if bounded else most
+    return most if body.softmeet and body.softmeet.max_bytes else min(ANSWER_TOKENS, most)
 
 
 def _symbols(tokens: int, ours: Extension, combination: Combination) -> int:

@@ -12,7 +12,7 @@ from softmeet.engine.masking import Mask, mask_of
 from softmeet.errors import InvalidInputError
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.server.errors import BusyError, RequestError
-from softmeet.server.schemas import Generation, ResponseFormat, StructuredOutputs
+from softmeet.server.schemas import ChatRequest, Generation, ResponseFormat, StructuredOutputs, ToolName
 from softmeet.structured.compilers import BusyCompilingError
 from softmeet.structured.structure import Structure
 
@@ -73,6 +73,8 @@ def _asked(body: Generation) -> tuple[str, Callable[[], Structure]] | None:
     """Return the field in which a request asks for a structure, and what makes it; None if it asks for none."""
     form: ResponseFormat | None = getattr(body, "response_format", None)
     outputs = body.structured_outputs
+    if isinstance(body, ChatRequest) and body.tool_choice not in (None, "none", "auto"):
+        return "tool_choice", _of_calls(body, form)
     if form is None or form.type == "text":
         return None if outputs is None else ("structured_outputs", _of_outputs(outputs))
     if outputs is not None:
@@ -80,6 +82,26 @@ def _asked(body: Generation) -> tuple[str, Callable[[], Structure]] | None:
             "expected response_format or structured_outputs, got both: leave one out", param="structured_outputs"
         )
     return "response_format", _of_form(form)
+
+
+def _of_calls(body: ChatRequest, form: ResponseFormat | None) -> Callable[[], Structure]:
+    """Return what makes the structure of the calls that an answer has to be.
+
+    Raises:
+        RequestError: if there is no such function, or the answer has to be something else, too.
+    """
+    schemas = {one.name: one.parameters or {"type": "object"} for one in body.functions}
+    several = body.tool_choice == "required"
+    if isinstance(body.tool_choice, ToolName):
+        schemas = {name: own for name, own in schemas.items() if name == body.tool_choice.function.name}
+    if not schemas:
+        raise RequestError("expected tool_choice as a function of tools, of which there is none", param="tool_choice")
+    if body.structured_outputs is not None or (form is not None and form.type != "text"):
+        raise RequestError(
+            "the answer cannot be a call and keep to a structure: leave tool_choice or the structure out",
+            param="tool_choice",
+        )
+    return lambda: Structure.calls(schemas, several=several and body.parallel_tool_calls is not False)
 
 
 def _of_form(form: ResponseFormat) -> Callable[[], Structure]:

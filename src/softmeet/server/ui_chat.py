@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 from pydantic import ValidationError
 
+from softmeet.engine import ANSWER_TOKENS
 from softmeet.errors import SoftmeetError
 from softmeet.hf.chat import TEMPERATURE, chat_of
 from softmeet.server.answer import AnswerStream
@@ -44,7 +45,7 @@ def conversation(serving: Serving) -> None:
     own = [
         gr.Dropdown(names, value=names[0], label="Ensemble", visible=len(names) > 1, render=False),
         gr.Textbox(label="System message", lines=2, render=False, elem_id="system"),
-        gr.Slider(1, longest, min(512, longest), step=1, label="Most tokens of an answer", render=False),
+        gr.Slider(1, longest, min(ANSWER_TOKENS, longest), step=1, label="Most tokens of an answer", render=False),
         gr.Slider(0, 2, TEMPERATURE, step=0.05, label="Temperature", render=False),
     ]
 

@@ -69,16 +69,7 @@ class Structure:
             >>> Structure.json_schema({"type": "integer", "minimum": 3}).allows("2")
             False
         """
-        try:
-            found = json.loads(schema) if isinstance(schema, str) else schema
-            if not isinstance(found, Mapping):
-                raise InvalidInputError(f"expected a JSON schema that is an object, got {type(found).__name__}")
-            text = json.dumps({"x-guidance": {"whitespace_pattern": _SPACE}, **found}, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(f"expected a JSON schema, got what is no JSON: {error}") from None
-        return cls("JSON schema", f"start: %json {text}{_OPTIONS}")
+        return cls("JSON schema", f"start: {_documents(schema)}{_OPTIONS}")
 
     @classmethod
     def json_object(cls) -> Structure:
@@ -115,6 +106,27 @@ class Structure:
         return cls("choice", f"start: {every}{_OPTIONS}")
 
     @classmethod
+    def calls(cls, functions: Mapping[str, Mapping[str, Any]], *, several: bool = False) -> Structure:
+        r"""Allow a call of a function, or several calls one below the other, as Hermes and Qwen models write them.
+
+        Args:
+            functions: by the name of each function that may be called, at least one, the JSON schema of its arguments.
+            several: whether more calls than one are allowed.
+
+        Example:
+            >>> call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+            >>> Structure.calls({"now": {"type": "object"}}).allows(call)
+            True
+        """
+        begun = [json.dumps(f'<tool_call>\n{{"name": {json.dumps(name)}, "arguments": ') for name in functions]
+        every = [
+            f'{text} {_documents(schema)} "}}\\n</tool_call>"'
+            for text, schema in zip(begun, functions.values(), strict=True)
+        ]
+        more = ' ("\\n" call)*' if several else ""
+        return cls("JSON schema", f"start: call{more}\ncall: {' | '.join(every)}{_OPTIONS}")
+
+    @classmethod
     def grammar(cls, lark: str) -> Structure:
         """Allow the texts of a context-free grammar, in llguidance's variant of Lark's syntax; ``start`` is its root.
 
@@ -132,6 +144,20 @@ class Structure:
 
         matcher, symbols = LLMatcher(vocabulary_of_bytes(), self.lark, log_level=0, limits=LIMITS), text.encode()
         return bool(matcher.try_consume_tokens(list(symbols)) == len(symbols) and matcher.is_accepting())
+
+
+def _documents(schema: Mapping[str, Any] | str) -> str:
+    """Return the part of a grammar that stands for JSON documents of a schema."""
+    try:
+        found = json.loads(schema) if isinstance(schema, str) else schema
+        if not isinstance(found, Mapping):
+            raise InvalidInputError(f"expected a JSON schema that is an object, got {type(found).__name__}")
+        text = json.dumps({"x-guidance": {"whitespace_pattern": _SPACE}, **found}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(f"expected a JSON schema, got what is no JSON: {error}") from None
+    return f"%json {text}"
 
 
 def _text(given: Any) -> str:
