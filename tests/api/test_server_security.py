@@ -195,13 +195,18 @@ def test_head_is_answered_wherever_get_is(url):
 def test_the_access_log_has_what_an_operator_needs_and_no_more(url, caplog):
     with caplog.at_level("INFO", "softmeet.access"):
         key = {"authorization": "Bearer a-secret-key"}
-        http.post(f"{url}/v1/completions?q=a-secret-query", json=GOOD | {"prompt": "a secret prompt"}, headers=key)
+        asked = GOOD | {"prompt": "a secret prompt"}
+        used = http.post(f"{url}/v1/completions?q=a-secret-query", json=asked, headers=key).json()["usage"]
         http.get(f"{url}/a%0Ab")
         every = lambda: [r.getMessage() for r in caplog.records if r.name == "softmeet.access"]  # noqa: E731
         # A request of another test may be noted late.
         lines = lambda: [line for line in every() if line.startswith(("POST", "GET /a"))]  # noqa: E731
         wait_until(lambda: len(lines()) == 2)
-    assert re.fullmatch(r"POST /v1/completions 200 \d+\.\d{3} plain", lines()[0])
+    written = r"POST /v1/completions 200 \d+\.\d{3} plain (\d+)\+(\d+) tokens, first \d+\.\d{3}"
+    assert tuple(map(int, re.fullmatch(written, lines()[0]).groups())) == (
+        used["prompt_tokens"],
+        used["completion_tokens"],
+    )
     assert re.fullmatch(r"GET /a%0Ab 404 \d+\.\d{3} -", lines()[1])
     assert "secret" not in "".join(every())
 

@@ -160,7 +160,11 @@ def serve(
     ),
     access: AccessFlags,
     limits: LimitFlags,
-    access_log: bool = switch("Log a line for every request, leaving out keys and prompts.", panel="Output"),
+    access_log: bool = flag(
+        True,
+        "Log a line for every request, and how much of a long prompt is read; never keys or texts.",
+        panel="Output",
+    ),
     strict: bool = switch(
         "Refuse requests with unknown fields or for an unknown model, which else are answered by the first ensemble.",
         panel="Address and access",

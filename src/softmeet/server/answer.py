@@ -139,6 +139,7 @@ class AnswerStream:
     def __init__(self, batcher: Batcher, request: GenerationRequest) -> None:
         self.request, self.completion_tokens = request, 0
         self._metrics, self._started = batcher.metrics, time.perf_counter()
+        self._first: float | None = None
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -177,6 +178,12 @@ class AnswerStream:
         finally:
             self.cancel()
 
+    @property
+    def counts(self) -> str:
+        """What the log says of it: how many tokens its prompts have, and the answer, and when that began."""
+        read, began = sum(map(len, self.request.prompts)), "" if self._first is None else f", first {self._first:.3f}"
+        return f"{read}+{self.completion_tokens} {self.request.combination.unit}{began}"
+
     def cancel(self) -> None:
         """Cancel every sequence of the answer that has not ended, so that it leaves the batch before its next token."""
         for sequence in self._sequences:
@@ -197,8 +204,9 @@ class AnswerStream:
                 stopped = at if text.stopped is None else text.stopped
                 return ChoiceDelta(index, rest, finish=reason if stopped is None else "stop", stopped=stopped)
         now = time.perf_counter()
-        if not self.completion_tokens:
-            self._metrics.first.observe(now - self._started)
+        if self._first is None:
+            self._first = now - self._started
+            self._metrics.first.observe(self._first)
         self.completion_tokens += 1
         hidden = event.token in self.request.ends and not self.request.show_stop
         piece = "" if hidden else text.push(event.token)

@@ -291,7 +291,7 @@ async def _prepared(request: Request, body: Generation) -> GenerationRequest:
 async def _respond(request: Request, reply: Reply) -> Response:
     """Submit a prepared request, and return its answer: a stream of events, or one document after the last token."""
     request.state.model = reply.asked.model
-    answer = AnswerStream(_serving(request).batcher, reply.asked)
+    answer = request.state.answer = AnswerStream(_serving(request).batcher, reply.asked)
     if reply.body.stream:
         headers = {"Cache-Control": "no-store"}
         return _Events(_events(answer, reply), media_type=reply.media_type, headers=headers)

@@ -5,7 +5,6 @@ It is plain ASGI, so that streamed answers pass through it unbuffered.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 
@@ -14,9 +13,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.server.metrics import Metrics
+from softmeet.server.reading import ACCESS
 from softmeet.server.security import Guard, Protection
 
-ACCESS = logging.getLogger("softmeet.access")
 _COUNTED = (
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/version",
     "/health", "/ready", "/metrics",
@@ -64,8 +63,8 @@ class Envelope:
     """The outermost ASGI layer: it puts headers for security on every answer, counts it, and writes the access log.
 
     The logger ``softmeet.access`` gets, at level INFO, one line for each request once its answer has ended: method,
-    path without query, status, seconds, and the model that answered, or ``-``. The status is 499 if the client left
-    before an answer began.
+    path without query, status, seconds, and the model that answered, or ``-``; of a text that was written the tokens of
+    its prompts and its own, and the seconds to the first. The status is 499 if the client left before an answer began.
 
     Args:
         app: the ASGI application behind it.
@@ -97,5 +96,6 @@ class Envelope:
         finally:
             # As it was sent, percent-encoded: a decoded path may hold the end of a line.
             raw = scope.get("raw_path", path.encode()).decode("ascii", "replace")[:200]
-            model = scope.get("state", {}).get("model", "-")
-            ACCESS.info("%s %s %d %.3f %s", scope["method"], raw, status, time.perf_counter() - started, model)
+            state, seconds = scope.get("state", {}), time.perf_counter() - started
+            told = f"{state['model']} {state['answer'].counts}" if "answer" in state else state.get("model", "-")
+            ACCESS.info("%s %s %d %.3f %s", scope["method"], raw, status, seconds, told)
