@@ -166,9 +166,6 @@ def chat(
     else:
         ensemble = load()
     _take_templates(ensemble)
-    if len(set(weights := ensemble.model.config.weights)) > 1:
-        pairs = zip(ensemble.names, weights, strict=True)
-        say(f"weights: {', '.join(f'{options.short(name)} {weight:.2f}' for name, weight in pairs)}")
     talk = Conversation(
         partial(written, ensemble, sampling.arguments(), colors), system,
         lambda count: say(f"the first {count} turns no longer fit into a member's context, and are forgotten"),

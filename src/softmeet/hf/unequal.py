@@ -1,4 +1,7 @@
-"""A word of warning where equal weights are worse than a member alone: by what was measured, else by members' sizes."""
+"""What is said of weights: who counts how much, and a warning where equal ones are worse than a member alone.
+
+The warning goes by what was measured, else by members' sizes.
+"""
 
 from __future__ import annotations
 
@@ -116,6 +119,22 @@ def weigh(config: EnsembleConfig, models: Sequence[PreTrainedModel], settings: S
             "many parameters it has"
         )
     config.weights = [size / sum(sizes) for size in sizes]
+
+
+def tell_weights(config: EnsembleConfig, asked: Settings) -> None:
+    """Log the rule and who counts how much, if the rule was taken as heads cannot be read, or weights go by sizes.
+
+    Args:
+        config: the ensemble's, as it is used.
+        asked: its settings as they were asked for.
+    """
+    for_heads = config.vocabulary == "tokens" and config.rule == AVERAGE != asked.rule.name
+    if len(config.members) == 1 or not (for_heads or asked.weights == BY_SIZE):
+        return
+    equal = len(set(config.weights)) == 1
+    shares = [f"1/{len(config.weights)}" if equal else f"{weight:.2f}" for weight in config.weights]
+    told = (f"{short(name)} {share}" for name, share in zip(config.members, shares, strict=True))
+    _log.warning("mixed by %s: %s", config.rule, ", ".join(told))
 
 
 def warn_of_unequal(model: AnyEnsemble) -> None:
