@@ -95,7 +95,8 @@ def test_inspect_as_one_page(members, tmp_path):
     assert not [word for word in ("http", "src=", "<script", "@import") if word in page]
     facts = json.loads(run("inspect", "--text", "a<q>&c", *members[1::2], "--json").stdout)
     assert facts["bytes"] == 5
-    for bits, logs in zip(facts["member_bits"], zip(*(t["member_log_probs"] for t in facts["tokens"])), strict=True):
+    each = zip(*(token["member_log_probs"] for token in facts["tokens"]), strict=True)
+    for bits, logs in zip(facts["member_bits"], each, strict=True):
         assert bits == pytest.approx(-sum(logs) / math.log(2))
         assert f"<td>{bits:,.0f}</td><td>{bits / 5:.3f}</td>" in page
     assert "wide)" not in page
