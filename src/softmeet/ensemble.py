@@ -28,7 +28,7 @@ from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible
 from softmeet.hf.streaming import PieceStreamer, by_member, streamed
-from softmeet.hf.unequal import tell_weights, unsized, warn_of_unequal, weigh
+from softmeet.hf.unequal import unsized, warn_of_unequal, weigh
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
 from softmeet.members import zoo
@@ -147,7 +147,6 @@ class Ensemble:
             on_loaded=reading(config, any_average=any_average), loaded=loaded,
         )  # fmt: skip
         weigh(config, models, chosen)
-        tell_weights(config, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
         if saved is None and chosen.weights is None:
             warn_of_unequal(model)

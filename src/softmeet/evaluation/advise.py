@@ -87,8 +87,6 @@ def own_documents(
     advance = begin(f"the members write a text, in {ensemble.model.config.vocabulary}", 0, first * _ROWS * len(names))
 
     def predicted(text: str) -> int:
-        if ensemble.model.over_bytes:
-            return len(text.encode())
         return len(ensemble.tokenizer(text, verbose=False)["input_ids"]) - 1
 
     def goes_on(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

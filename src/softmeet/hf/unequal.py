@@ -100,7 +100,8 @@ def weigh(config: EnsembleConfig, models: Sequence[PreTrainedModel], settings: S
     """Give an ensemble weights in proportion to its members' numbers of parameters, if its settings say ``"auto"``.
 
     On SmolLM2-135M, Gemma 3 270M and Qwen2.5-Coder 0.5B and 1.5B, by twos and threes, such means of logits predict text
-    better than the best of them (docs/reference/results.md).
+    better than the best of them (docs/reference/results.md). Who counts how much is then logged, as it is where the
+    rule was taken because heads cannot be read.
 
     Args:
         config: the ensemble's, with its members' names.
@@ -110,31 +111,21 @@ def weigh(config: EnsembleConfig, models: Sequence[PreTrainedModel], settings: S
     Raises:
         InvalidInputError: if a member does not tell how many parameters it has.
     """
-    if settings.weights != BY_SIZE:
-        return
-    sizes = [parameters(model) or 0 for model in models]
-    if not all(sizes):
-        raise InvalidInputError(
-            f"expected weights as numbers, got {BY_SIZE!r}: {short(config.members[sizes.index(0)])} does not tell how "
-            "many parameters it has"
-        )
-    config.weights = [size / sum(sizes) for size in sizes]
-
-
-def tell_weights(config: EnsembleConfig, asked: Settings) -> None:
-    """Log the rule and who counts how much, if the rule was taken as heads cannot be read, or weights go by sizes.
-
-    Args:
-        config: the ensemble's, as it is used.
-        asked: its settings as they were asked for.
-    """
-    for_heads = config.vocabulary == "tokens" and config.rule == AVERAGE != asked.rule.name
-    if len(config.members) == 1 or not (for_heads or asked.weights == BY_SIZE):
-        return
-    equal = len(set(config.weights)) == 1
-    shares = [f"1/{len(config.weights)}" if equal else f"{weight:.2f}" for weight in config.weights]
-    told = (f"{short(name)} {share}" for name, share in zip(config.members, shares, strict=True))
-    _log.warning("mixed by %s: %s", config.rule, ", ".join(told))
+    by_size = settings.weights == BY_SIZE
+    if by_size:
+        sizes = [parameters(model) or 0 for model in models]
+        if not all(sizes):
+            raise InvalidInputError(
+                f"expected weights as numbers, got {BY_SIZE!r}: {short(config.members[sizes.index(0)])} does not tell "
+                "how many parameters it has"
+            )
+        config.weights = [size / sum(sizes) for size in sizes]
+    for_heads = config.vocabulary == "tokens" and config.rule == AVERAGE != settings.rule.name
+    if len(models) > 1 and (by_size or for_heads):
+        equal = len(set(config.weights)) == 1
+        shares = [f"1/{len(models)}" if equal else f"{weight:.2f}" for weight in config.weights]
+        told = (f"{short(name)} {share}" for name, share in zip(config.members, shares, strict=True))
+        _log.warning("mixed by %s: %s", config.rule, ", ".join(told))
 
 
 def warn_of_unequal(model: AnyEnsemble) -> None:
