@@ -10,6 +10,10 @@ PYTEST_ARGS ?= -n auto --dist loadfile --no-loadscope-reorder
 .PHONY: install demo docs figures test test-slow soak bench check format lint clean
 
 install: $(VENV)/.local ## Install softmeet, GGUF files, the server and its page into .venv.
+	@echo "installed; type now:"
+	@echo "  . $(BIN)/activate"
+	@echo "  softmeet models                # the GGUF files on this machine"
+	@echo "  softmeet chat a.gguf b.gguf    # two of them, by path or by name, as one"
 
 demo: $(VENV)/.demo ## Score held-out text and continue prompts, with the bundled members.
 	@echo "loading softmeet and torch"

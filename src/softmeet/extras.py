@@ -32,7 +32,7 @@ def require_extra(what: str, extra: str, *packages: str) -> None:
 
 
 def install_line(extra: str) -> str:
-    """Return the command that installs an extra: from the checkout that softmeet was installed from, else by name.
+    """Return the command that installs an extra: from where softmeet was installed from, else by name.
 
     Example:
         >>> "[server]'" in install_line("server")
@@ -40,17 +40,23 @@ def install_line(extra: str) -> str:
     """
     # Environments that uv made hold no pip.
     pip = f"{sys.executable} -m pip install" if find_spec("pip") else f"uv pip install --python {sys.executable}"
-    folder = _checkout()
-    if folder is None:
-        return f"{pip} 'softmeet[{extra}]'"
-    # pip does not know that the distribution of the bundled members lies in the checkout, too.
-    return f"{pip} -e '{folder / 'zoo'}'" if extra == "zoo" else f"{pip} -e '{folder}[{extra}]'"
+    found = _origin()
+    # pip does not know that the distribution of the bundled members lies there, too.
+    if "dir_info" in found:
+        folder = Path(unquote(urlparse(found["url"]).path))
+        return f"{pip} -e '{folder / 'zoo'}'" if extra == "zoo" else f"{pip} -e '{folder}[{extra}]'"
+    if "vcs_info" in found:
+        there, revision = "{vcs_info[vcs]}+{url}".format_map(found), found["vcs_info"].get("requested_revision")
+        there += f"@{revision}" if revision else ""
+        own = f"softmeet-zoo @ {there}#subdirectory=zoo" if extra == "zoo" else f"softmeet[{extra}] @ {there}"
+        return f"{pip} '{own}'"
+    return f"{pip} 'softmeet[{extra}]'"
 
 
-def _checkout() -> Path | None:
-    """Return the folder of the sources that softmeet was installed from; None if it came from an index or a wheel."""
+def _origin() -> dict[str, Any]:
+    """Return what pip noted of a folder or repository that softmeet was installed from; {} of an index or a wheel."""
     try:
         found: dict[str, Any] = json.loads(distribution("softmeet").read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):
-        return None
-    return Path(unquote(urlparse(found["url"]).path)) if "dir_info" in found else None
+        return {}
+    return found

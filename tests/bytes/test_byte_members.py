@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import random
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import astuple, replace
 
@@ -503,3 +505,10 @@ def test_the_former_place_of_byte_members_warns():
     with pytest.warns(DeprecationWarning, match="softmeet.readers.bytes.byte_member now"):
         former = importlib.reload(importlib.import_module("softmeet.members.byte_member"))
     assert former.ByteMember is ByteMember
+
+
+def test_rows_that_outlive_their_module_end_quietly_with_the_interpreter():
+    code = "import sys; from softmeet.readers.bytes import nodes; sys._kept = nodes, nodes.Node(None, 0, 0, (), 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Exception ignored" not in done.stderr

@@ -320,3 +320,10 @@ def test_version_help_and_completion():
     assert "--max-new-tokens" in run("generate", "--help").stdout
     assert "--show-completion" in run("--help").stdout
     assert run("generate", "--no-such-flag").returncode == 2
+
+
+def test_a_prompt_that_is_the_path_of_a_model_is_warned_of(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    done = run("generate", tmp_path / "a.gguf", "--max-new-tokens", 1, "--rule", "logit-mean")
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'a.gguf'} is taken for a text here, not for a model: name models by -m" in done.stderr

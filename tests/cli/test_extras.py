@@ -13,10 +13,15 @@ from softmeet import extras
 CLONE = {"url": "file:///home/me/soft%20meet", "dir_info": {"editable": True}}
 WHEEL = {"url": "file:///home/me/softmeet-0.2.0-py3-none-any.whl", "archive_info": {}}
 
+REPOSITORY = {"url": "https://somewhere.example/softmeet", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+BRANCH = REPOSITORY | {"vcs_info": REPOSITORY["vcs_info"] | {"requested_revision": "next"}}
+
 
 @pytest.mark.parametrize(
     ("origin", "extra", "said"),
     [
+        (REPOSITORY, "eval", "'softmeet[eval] @ git+https://somewhere.example/softmeet'"),
+        (BRANCH, "zoo", "'softmeet-zoo @ git+https://somewhere.example/softmeet@next#subdirectory=zoo'"),
         (CLONE, "eval", "-e '/home/me/soft meet[eval]'"),
         (CLONE, "zoo", "-e '/home/me/soft meet/zoo'"),
         (WHEEL, "eval", "'softmeet[eval]'"),

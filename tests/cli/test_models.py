@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import byte_tokenizers
 import gguf_files
+import pytest
 import transformers as tf
 from commands import run
 from typer.testing import CliRunner
 
+from softmeet import register_reader
 from softmeet.cli.main import app
+from softmeet.members import registered
+from softmeet.members.local_names import known_names
+from softmeet.members.zoo import expand
+from softmeet.server.naming import named
 
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -26,7 +33,9 @@ def written(path, tokenizer, **said):
     gguf_files.write(path, model, tokenizer, bits=8, pre="gpt-2", **said)
 
 
-def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, monkeypatch):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A home with a file of ollama's, one of LM Studio's and one of the Hub's cache, and where they are."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -38,6 +47,14 @@ def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, mon
     manifest.write_text(json.dumps({"layers": [layer, {"mediaType": "x", "digest": "sha256:cd"}]}))
     written(tmp_path / ".lmstudio" / "models" / "org" / "lm" / "lm.gguf", one)
     written(tmp_path / "hub" / "models--org--m" / "snapshots" / "1" / "hub.gguf", other, said={CHAT: "{{ messages }}"})
+    return {
+        "manifests": tmp_path / "ollama" / "manifests", "blob": tmp_path / "ollama" / "blobs" / "sha256-12ab",
+        "lm": tmp_path / ".lmstudio" / "models" / "org" / "lm" / "lm.gguf",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "broken.gguf").write_bytes(b"GGUF")
     found = json.loads(CliRunner().invoke(app, ["models", str(tmp_path / "more"), "--json"]).stdout)
@@ -50,18 +67,41 @@ def test_files_of_other_programs_are_listed_with_who_shares_tokens(tmp_path, mon
     assert [row["model"] for row in found if row["chat"]] == ["hub"]
     shown = CliRunner().invoke(app, ["models"]).stdout
     assert "mixed by tokens" in shown
-    paths = [row["path"] for row in found if row["model"] in ("lm", "qwen:0.5b")]
-    assert f"softmeet serve -m pair={paths[0]} -m pair={paths[1]}" in shown
-    blob = next(row["path"] for row in found if row["from"] == "ollama")
-    options = ["--max-new-tokens", "3", "--rule", "logit-mean"]
-    assert CliRunner().invoke(app, ["generate", "the", "-m", blob, *options]).exit_code == 0
+    assert "softmeet chat lm qwen:0.5b" in shown
+
+
+def test_names_in_the_list_are_members(elsewhere, monkeypatch):
+    folder = elsewhere["manifests"] / "registry.ollama.ai"
+    for name in ("library/qwen/latest", "me/mine/q4"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "library" / "qwen" / "0.5b", folder / name)
+    assert {"qwen", "qwen:0.5b", "me/mine:q4", "lm", "hub"} <= {*known_names()}
+    assert [expand(name) for name in ("qwen", "me/mine:q4+prompt=Hi", "qwen:7b", "org/lm", "lm")] == [
+        [f"{elsewhere['blob']}+name=qwen"], [f"{elsewhere['blob']}+prompt=Hi+name=me/mine:q4++prompt"],
+        ["qwen:7b"], ["org/lm"], [f"{elsewhere['lm']}+name=lm"],
+    ]  # fmt: skip
+    assert named(["qwen:0.5b", "lm", "wide"]) == {"default": ["qwen:0.5b", "lm"], "wide": ["wide"]}
+    done = run("generate", "the", "-m", "qwen:0.5b", "-m", "lm", "--max-new-tokens", 3, "--summary")
+    assert done.returncode == 0, done.stderr
+    assert "qwen:0.5b" in done.stderr
+    register_reader("qwen", lambda rest: None)
+    assert expand("qwen:0.5b") == ["qwen:0.5b"]
+    monkeypatch.delitem(registered._registered, "qwen")
+    done = run("chat", "qwen:05b", "lm")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean qwen:0.5b?" in done.stderr
+    assert "ollama pull NAME" in done.stderr
+    shutil.copy(elsewhere["lm"], elsewhere["lm"].parent.parent / "lm.gguf")
+    assert "several files of that name" in run("chat", "lm").stderr
+    assert str(elsewhere["lm"]) in run("models", "--json").stdout
 
 
 def test_where_there_is_nothing_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert "No GGUF file was found: name a folder" in CliRunner().invoke(app, ["models"]).stdout
+    said = " ".join(CliRunner().invoke(app, ["models"]).stdout.split())
+    assert "No GGUF file was found: ollama pull NAME" in said
     done = run("models", tmp_path / "none.gguf")
     assert (done.returncode, done.stdout) == (2, "")
     assert "none.gguf: there is no such file or folder" in done.stderr

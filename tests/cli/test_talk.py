@@ -134,9 +134,9 @@ def test_models_that_cannot_be_loaded_end_the_typing(monkeypatch, interruptible)
         _while_typing(load)
 
 
-def test_what_does_not_fit_is_said_and_the_conversation_goes_on():
-    done = run(*BOTH, "--weights", "0.3,0.7", stdin=f"{'king ' * 600}\nAnd the king said\n")
-    assert "weights: wide/gpt2 0.30, wide/llama 0.70" in done.stderr
+def test_what_does_not_fit_is_said_and_the_conversation_goes_on(caplog):
+    done = run(*BOTH, "--rule", "logit-mean:weights=auto", stdin=f"{'king ' * 600}\nAnd the king said\n")
+    assert "mixed by logit-mean: wide/gpt2 0.69, wide/llama 0.31" in caplog.text
     assert done.returncode == 0, done.stderr
     assert "context" in done.stderr
     assert done.stdout.strip()

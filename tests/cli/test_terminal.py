@@ -6,6 +6,7 @@ import io
 import logging
 import re
 import shlex
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -117,7 +118,11 @@ def test_progress_of_what_has_any_name(monkeypatch):
     name = "[/b] " + EVIL.replace("\t", " ")
     with progress.working(name), progress.progress() as begin:
         begin(name, 0, 1)(1)
+        begin("a piece of minutes", 0, 9)
+        time.sleep(1.2)
     printed = bare(console.file.getvalue())
+    assert "0/9 0:00:01" in printed  # a clock that goes on, and none of a time that is not known
+    assert "-:--:--" not in printed
     assert printed.count(bare(harmless(name))) >= 2
     assert not re.search("\x1b]|[\x07\x9b\u202e]", printed)
 
@@ -134,8 +139,7 @@ def test_names_of_files_are_shown_and_quoted(columns, tmp_path, monkeypatch):
     assert not re.search("[\x07\x1b\u202e]", lines)
     assert lines.count(r"[x]\x1b]0;y\x07\u202e") >= 2
     command = shlex.split(lines.splitlines()[-1])
-    assert command[:3] == ["softmeet", "serve", "-m"]
-    assert [command[k] for k in (3, 5)] == [f"pair={tmp_path}/more/{name}.gguf" for name in ("a b;c", "d'e")]
+    assert command == ["softmeet", "chat", *(f"{tmp_path}/more/{name}.gguf" for name in ("a b;c", "d'e"))]
 
 
 def test_a_text_that_is_inspected():

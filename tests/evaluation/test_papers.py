@@ -42,7 +42,7 @@ def told(folders, tmp_path_factory):
     for k in range(12):
         (folder / f"{k:02}.txt").write_text(f"{TEXTS[k % 5]} {TEXTS[(k * 3 + 1) % 5]} {k}")
     asked = ["evaluate", *tiny.each("-m", folders), "--text", folder / "*.txt", "--rule", "prob-mean", "--folds", 2]
-    asked.append("--pairs")
+    asked += ["--pairs", "all"]
     done = run(*asked, "--json", folder / "out.json", "--losses", folder / "documents.parquet")
     assert done.returncode == 0, done.stderr
     again = run(*asked, "--losses", folder / "tokens.parquet", "--tokens", "--table", "csv", "--adaptive")
@@ -107,6 +107,19 @@ def test_pairs_have_p_values_by_students_t_and_holm(told):
         assert one["p"] == pytest.approx(2 * stats.t.sf(abs(mean) / error, count - 1), rel=1e-6)
     assert [one["p_holm"] for one in facts["pairs"]] == holm([one["p"] for one in facts["pairs"]])
     assert "p (Holm)" in shown
+
+
+def test_pairs_are_of_the_rows_that_are_named(folders, tmp_path):
+    for k in range(3):
+        (tmp_path / f"{k}.txt").write_text(f"{TEXTS[k]} {k}")
+    label = "/".join(folders[0].parts[-2:])
+    asked = ["--pairs", f"prob-mean, {label},logit-mean", "--rule", "prob-mean", "--json", "-"]
+    done = run("evaluate", *tiny.each("-m", folders), "--text", tmp_path / "*.txt", *asked)
+    pairs = json.loads(done.stdout)["pairs"]
+    assert [(one["first"], one["second"]) for one in pairs] == [
+        ("prob-mean", str(folders[0])), ("prob-mean", "logit-mean"), (str(folders[0]), "logit-mean"),
+    ]  # fmt: skip
+    assert [one["p_holm"] for one in pairs] == holm([one["p"] for one in pairs])
 
 
 def test_holms_p_values_reject_what_his_procedure_rejects():
@@ -263,7 +276,9 @@ def test_what_reads_text_says_how_much_of_it_is_read(unit, folders, tmp_path, mo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--baseline", "meat"], "expected a baseline among"),
+        (["--baseline", "meat"], "expected a row of the table, one of"),
+        (["--pairs", "logit-mean,meat"], "got 'meat'"),
+        (["--pairs", "logit-mean"], "expected two rows or more"),
         (["--table", "word"], "unknown form of a table 'word'"),
         (["--tokens"], "--tokens is for --losses FILE"),
         (["--adaptive"], "give --folds N"),

@@ -12,10 +12,12 @@ import torch
 from commands import run
 from ensembles import GREEDY, MEMBERS, PROMPTS, build
 from instances import best_outputs, random_heads, zipf
+from typer.testing import CliRunner
 
 import softmeet
 from softmeet import RULES, Ensemble, Status
-from softmeet.errors import InvalidInputError
+from softmeet.cli.main import app
+from softmeet.errors import InvalidInputError, RuleError
 from softmeet.evaluation.choices import RuleChoice, parse_choices, under_gates
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.perplexity import evaluate
@@ -394,6 +396,25 @@ def test_a_gate_of_ones_own_has_a_name_and_may_look_at_the_text_before_each_toke
     assert not all(closed)
     with pytest.raises(InvalidInputError, match="text before each token"):
         softmeet.combine(*rows, gate="after-punctuation")
+
+
+def test_a_package_makes_a_gate_known_by_an_entry_point(tmp_path, monkeypatch):
+    info = tmp_path / "softmeet_gates-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: softmeet-gates\nVersion: 1\n")
+    target = f"{AfterPunctuation.__module__}:AfterPunctuation"
+    (info / "entry_points.txt").write_text(
+        f"[softmeet.gates]\nafter-punctuation = {target}\nother = {target}\nbroken = nowhere:It\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("softmeet.rules.gates.GATES", dict(GATES))
+    assert parse_gate("after-punctuation:2") == AfterPunctuation(2.0)
+    assert ["gate", "after-punctuation", f"by {target}", ""] in [
+        list(row.values()) for row in json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
+    ]
+    for name, said in (("other", "expected a subclass .* with that name"), ("broken", "cannot be loaded: ModuleNot")):
+        with pytest.raises(RuleError, match=f"the gate '{name}' .*{said}"):
+            parse_gate(f"{name}:1")
 
 
 def test_a_gate_of_ones_own_needs_a_threshold_and_a_name(rows):

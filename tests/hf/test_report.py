@@ -93,6 +93,27 @@ def test_inspect_as_one_page(members, tmp_path):
     assert "&lt;" in page
     assert "<q>" not in page
     assert not [word for word in ("http", "src=", "<script", "@import") if word in page]
+    facts = json.loads(run("inspect", "--text", "a<q>&c", *members[1::2], "--json").stdout)
+    assert facts["bytes"] == 5
+    each = zip(*(token["member_log_probs"] for token in facts["tokens"]), strict=True)
+    for bits, logs in zip(facts["member_bits"], each, strict=True):
+        assert bits == pytest.approx(-sum(logs) / math.log(2))
+        assert f"<td>{bits:,.0f}</td><td>{bits / 5:.3f}</td>" in page
+    assert "wide)" not in page
+
+
+@pytest.mark.parametrize("flag", [[], ["--text"], ["-t"]])
+def test_inspect_takes_its_text_first_or_by_a_flag_and_then_models(flag, members, tmp_path):
+    names = members[1::2]
+    (tmp_path / "a.txt").write_text("hello")
+    given = tmp_path / "a.txt" if flag == ["-t"] else "hello"
+    own, other = (json.loads(run("inspect", *words, "--json").stdout) for words in (
+        ["hello", *members], [*flag, given, *names],
+    ))  # fmt: skip
+    assert own == other
+    done = run("inspect")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected a text, as in softmeet inspect" in done.stderr
 
 
 def test_inspect_needs_two_tokens(members):

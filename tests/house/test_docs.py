@@ -53,8 +53,8 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_what_a_page_installs_is_in_the_clone(page):
-    assert not re.findall(r"pip install ['\"]?softmeet\b(?!-).*", page.read_text())
+def test_what_a_page_installs_is_in_the_clone_or_at_its_address(page):
+    assert not re.findall(r"pip install ['\"]?softmeet\b(?!-)(?!\[\w+\] @ git\+ADDRESS).*", page.read_text())
 
 
 @pytest.mark.usefixtures("loading_once")
@@ -112,3 +112,9 @@ def test_the_worked_example_is_drawn_from_what_its_page_says(tmp_path):
         assert simplex.combined(simplex.RIGHT, f"meet:trust={trust}") == pytest.approx([*map(float, point)], abs=1e-4)
     simplex.main(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"simplex.png", "simplex-wrong.png"}
+
+
+def test_the_docs_home_begins_as_the_readme_does():
+    readme, home = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/index.md"))
+    title, pitch, picture, *_ = readme.split("\n\n")
+    assert home.startswith("\n\n".join((title, pitch, picture.replace("docs/", ""))))

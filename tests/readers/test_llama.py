@@ -23,6 +23,7 @@ from softmeet.members import llama_library
 from softmeet.members.gguf_file import GgufFile, StoredTensor, fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
 from softmeet.members.identity import body_hash
+from softmeet.members.member import short
 from softmeet.members.reader_model import ReaderModel
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError, RowTokens
 from softmeet.readers.llama_cpp import LlamaReader
@@ -290,7 +291,7 @@ def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):
     path, _ = made("qwen2")
     ensemble = Ensemble.from_pretrained([path, path + "+name=again"])
     assert ensemble.model.config.rule == "logit-mean"
-    assert "is a GGUF file's, which is read only if a rule that reads it is named" in caplog.text
+    assert f"mixed by logit-mean: {short(path)} 1/2, again 1/2" in caplog.text
     assert not any(isinstance(head, SoftmaxHead) for head in ensemble.model.member_heads)
 
 

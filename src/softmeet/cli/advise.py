@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -96,16 +97,17 @@ def advise(
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.verdict import figures, is_worth_it, plainly
 
-    documents = documents_of(asked, put) if asked and documents is None else documents
+    documents, cut = documents_of(asked, put) if asked and documents is None else documents, dict[str, int]()
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if documents is None:
             found = advising.own_documents(ensemble, source.tokens, begin)
+            cut["max_per_document"] = math.ceil(source.tokens / len(found))
         else:
             found = advising.within_budget(ensemble, documents, source.most)
-        settings = {"bos": source.bos, "folds": folds, "threads": running.threads}
+        settings = {"bos": source.bos, "folds": folds, "threads": running.threads, **cut}
         kept = PieceCache(result.resume, texts.pinned(ensemble, found) | settings)
         reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
-        positions = observe_text(ensemble, found, bos=source.bos, engine=engine, cache=kept, begin=reading)
+        positions = observe_text(ensemble, found, bos=source.bos, engine=engine, cache=kept, begin=reading, **cut)
         advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
         for name in instead or ():
             advice.alternatives.append(advising.alternative(name, found, loading.arguments(), begin, bos=source.bos))
@@ -167,7 +169,7 @@ _MEANT = (
 
 def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
     """Return (title, columns, rows) of the table of models alone and of that of fitted candidates."""
-    best, many = options.short(facts["best_member"]), counted(facts["documents"], "document")
+    many = counted(facts["documents"], "document")
     unit = "" if facts["vocabulary"] == "bytes" else f"{facts['tokens']:,} tokens, "
     spread = f"{facts['clusters']['count']} {facts['clusters']['kind']}"
     alone = [(m, options.short(m["name"]), f"{m['knows_better']:.0%}", "") for m in facts["members"]]
@@ -183,7 +185,7 @@ def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Seq
         ),
         (
             f"Fitted on {facts['folds'] - 1} of {facts['folds']} folds, judged on the other; intervals by {spread}",
-            ("fitted", "bits a byte", f"gain over {best} alone", "weights", "trust", "temperature"),
+            ("fitted", "bits a byte", "gain over the best alone", "weights", "trust", "temperature"),
             fitted,
         ),
     ]

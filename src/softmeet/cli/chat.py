@@ -65,9 +65,6 @@ def chat(
     else:
         ensemble = load()
     _take_templates(ensemble)
-    if len(set(weights := ensemble.model.config.weights)) > 1:
-        pairs = zip(ensemble.names, weights, strict=True)
-        say(f"weights: {', '.join(f'{options.short(name)} {weight:.2f}' for name, weight in pairs)}")
     talk = Talk(ensemble, sampling, system, ctrl_c)
     if colors:
         talk.do_colors()

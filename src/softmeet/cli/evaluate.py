@@ -73,8 +73,11 @@ def evaluate(
         shown="the best single member, with its own temperature where temperatures are fitted",
         panel="Output",
     ),
-    pairs: bool = switch(
-        "Compare all pairs of rows, with p-values that hold for all of them together (Holm).", panel="Output"
+    pairs: str | None = optional(
+        "Compare all pairs of these rows, by their names in the table with commas between, or of all, with p-values "
+        "that hold for all of them together (Holm).",
+        metavar="ROW,ROW|all",
+        panel="Output",
     ),
     losses: Path | None = optional(
         "Write the losses in nats to this Parquet file: a row for each document, a column for each member and rule.",
@@ -120,6 +123,7 @@ def evaluate(
     baseline = None if baseline is None else row_of(baseline, labels)
     if baseline is not None:
         require_row(baseline, labels)
+    compared = _compared(pairs, labels)
     from softmeet.evaluation.by_folds import evaluate_by_folds
     from softmeet.evaluation.equal import remember_evaluated
     from softmeet.evaluation.files import PieceCache
@@ -152,7 +156,7 @@ def evaluate(
             advance = begin(scoring, 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
-        facts = summary(made, baseline=baseline, pairs=pairs) | {"run": run}
+        facts = summary(made, baseline=baseline, pairs=compared) | {"run": run}
     result.report(facts, show if table is None else partial(_print_paper, table))
     remember_evaluated(ensemble, made)
     if losses is not None:
@@ -175,6 +179,20 @@ def _require_output(
         raise InvalidInputError("--tokens is for --losses FILE, which it writes by token: name a file")
     if adaptive and folds is None:
         raise InvalidInputError("--adaptive is about averages that are fitted by folds: give --folds N")
+
+
+def _compared(pairs: str | None, labels: dict[str, str]) -> list[str]:
+    """Return the rows that ``--pairs`` names, ``all`` for all of them; raise InvalidInputError where one is none."""
+    from softmeet.evaluation.report import require_row
+
+    if pairs in (None, "all"):
+        return [*labels] if pairs else []
+    rows = [row_of(row.strip(), labels) for row in str(pairs).split(",")]
+    for row in rows:
+        require_row(row, labels)
+    if len({*rows}) < 2:
+        raise InvalidInputError(f"expected two rows or more with commas between for --pairs, or all, got {pairs!r}")
+    return rows
 
 
 def _fitted(members: list[str], folds: int | None) -> list[str]:

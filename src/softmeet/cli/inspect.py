@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,8 @@ from softmeet.cli.flags import Flags, argument, flag, flags, optional, switch
 from softmeet.cli.messages import err
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.terminal import harmless
-from softmeet.cli.texts import argument_text, require_new
+from softmeet.cli.texts import argument_text, file_text, require_new
+from softmeet.errors import InvalidInputError
 from softmeet.rules.endings import endings
 
 if TYPE_CHECKING:
@@ -42,7 +44,12 @@ class PageFlags(Flags, panel="Output"):
 @flags()
 def inspect(
     *,
-    text: str = argument("The text itself (not a file).", default=...),
+    named: list[str] | None = argument(
+        "The text itself; behind it, or with --text alone, models as -m takes them.", metavar="TEXT [MODEL]..."
+    ),
+    text: str | None = optional(
+        "The text, in place of the first argument; or a UTF-8 file with it.", "--text", "-t", panel="Text"
+    ),
     members: options.Members = None,
     loading: options.LoadingFlags,
     shown: PageFlags,
@@ -50,12 +57,18 @@ def inspect(
 ) -> None:
     """Show how likely each model, and all together, thought every token of a text, and what mixing changed.
 
-    Example: softmeet inspect "And the king said unto his daughter" -m narrow --html page.html
+    Example: softmeet inspect "And the king said unto his daughter" wide/gpt2 wide/llama --html page.html
     """
     html = shown.html
     require_new(shown.force, *filter(None, [html]))
-    text = argument_text(text)
-    ensemble = loading.ensemble(members, settings)
+    every = [*(named or ()), *(members or ())]
+    if text is None:
+        if not named:
+            raise InvalidInputError('expected a text, as in softmeet inspect "And the king said" a.gguf b.gguf')
+        text = argument_text(every.pop(0))
+    else:
+        text = file_text(text) if _is_file(text) else argument_text(text)
+    ensemble = loading.ensemble(every, settings)
     reports = ensemble.inspect(text, shown.top)
     facts = _facts(ensemble, text, reports)
     if html is not None:
@@ -71,17 +84,26 @@ def inspect(
         _show(facts)
 
 
+def _is_file(text: str) -> bool:
+    """Return whether a text is the path of a file, or - for stdin."""
+    with suppress(OSError, ValueError):  # as of a text that is longer than paths are
+        return text == "-" or Path(text).is_file()
+    return False
+
+
 def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupReport]) -> dict[str, Any]:
     """Return the document of ``--json``: members, rule, gate, nats per token (over bytes, per byte) and all reports.
 
     Args:
         ensemble: the ensemble that predicted the text.
-        text: the text.
+        text: the text; what is predicted of it has ``bytes`` bytes, and so many bits.
         reports: of each token of the text but the first; over bytes, of each group of bytes.
     """
     from softmeet.hf.calibrated import gate_of
+    from softmeet.members.opaque import width_of
 
     tokens = [report.spelled(ensemble.tokenizer) for report in reports]
+    every = zip(*(token["member_log_probs"] for token in tokens), strict=True)
     names = [options.short(name) for name in ensemble.names]
     config, over_bytes = ensemble.model.config, ensemble.model.over_bytes
     # Over tokens the first token is not predicted, so it has no report; over bytes all characters are predicted.
@@ -92,8 +114,10 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     trusts = config.settings.trusts() if config.settings.rule.uses_trust else []
     facts = {
         "members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model),
-        "head_widths": [head.d for head in ensemble.model.member_heads], "trust": trusts,
+        "head_widths": [width_of(head) for head in ensemble.model.member_heads], "trust": trusts,
         "average_nats": -sum(token["pool_log_prob"] for token in tokens) / count,
+        "bytes": len(text.removeprefix(first).encode()), "bits": nats * count / math.log(2),
+        "member_bits": [-math.fsum(own) / math.log(2) for own in every],
     }  # fmt: skip
     ends = {"statuses": dict(Counter(t["status"] for t in tokens)), "fallbacks": sum(t["fallback"] for t in tokens)}
     return facts | ends | {"gated": gated, "first": first, "nats": nats, "tokens": tokens}
@@ -135,6 +159,14 @@ def _rule(facts: dict[str, Any]) -> str:
     return str(facts["rule"]) + (f", trust {' '.join(trusts)}" if trusts and "trust" not in facts["rule"] else "")
 
 
+def _bits(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield a row of a table for the ensemble and each member: bits for the text, and for a byte of it."""
+    size = max(facts["bytes"], 1)
+    for name, bits in zip(("all as one", *facts["members"]), (facts["bits"], *facts["member_bits"]), strict=True):
+        told = (f"{bits:,.0f}", f"{bits / size:.3f}") if math.isfinite(bits) else ("not asked", "")
+        yield f"<tr><th>{escape(name)}</th><td>{told[0]}</td><td>{told[1]}</td></tr>"
+
+
 def _page(facts: dict[str, Any]) -> str:
     """Return a self-contained HTML page of the text, as the server's page shows it but without a server or a script."""
     from softmeet.server.ui_html import LEGEND, details_of, text_of
@@ -146,14 +178,14 @@ def _page(facts: dict[str, Any]) -> str:
     return Template(files("softmeet.cli").joinpath("inspect.html").read_text(encoding="utf-8")).substitute(
         style=files("softmeet.server").joinpath("page.css").read_text(encoding="utf-8"),
         rule=escape(rule),
-        members=escape(
-            ", ".join(f"{name} (head {d} wide)" for name, d in zip(facts["members"], facts["head_widths"], strict=True))
-        ),
+        bits="\n".join(_bits(facts)),
         described=escape(_rule(facts)),
         average=f"{facts['average_nats']:.3f}",
         legend=LEGEND,
         nats=f"{facts['nats']:.3f}",
         unit=facts["vocabulary"][:-1],
+        bytes=f"{facts['bytes']:,}",
+        predicted="Each token but the first" if facts["first"] else "Each token",
         gate=f" Gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens." if facts["gate"] else "",
         text=text_of(tokens, facts["first"], rule, done=True, links=True),
         sections="\n".join(sections),

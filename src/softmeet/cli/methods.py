@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as writing
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
@@ -39,12 +40,14 @@ def methods(json: Annotated[bool, typer.Option("--json", help="Print the list as
     """
     with working("loading softmeet"):
         from softmeet.decoders.registry import DECODERS
+        from softmeet.rules.gates import GROUP
         from softmeet.rules.registry import all_rules
 
     parts = {
         "vocabulary": [(name, *said) for name, said in VOCABULARIES.items()],
         "rule": [(one.name, one.summary, one.reference) for one in all_rules()],
-        "gate": [(name, *said) for name, said in GATES.items()],
+        "gate": [(name, *said) for name, said in GATES.items()]
+        + [(entry.name, f"by {entry.value}", "") for entry in entry_points(group=GROUP)],
         "decoder": [(one.name, one.summary, one.reference) for one in DECODERS.every()],
     }
     rows = [[kind, *own] for kind, some in parts.items() for own in some]

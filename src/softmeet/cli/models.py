@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json as writing
 import shlex
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
 from softmeet.cli.terminal import harmless
+from softmeet.errors import SoftmeetError
+from softmeet.members.local_names import FETCH, located
+from softmeet.members.member import Member
+
+if TYPE_CHECKING:
+    from softmeet.members.local_files import LocalFile
 
 
 def models(
@@ -22,8 +29,9 @@ def models(
 ) -> None:
     """List GGUF files on this machine: those of ollama, LM Studio, llama.cpp and Hugging Face's cache.
 
-    Files with the same letter in the column "tokens" have the same tokens, and are mixed by tokens; others are mixed by
-    bytes. Those for chat have a template for it.
+    All commands take a name of the column "model" for the file; of folders that you name, take the paths below. Files
+    with the same letter in the column "tokens" have the same tokens, and are mixed by tokens; others by bytes. Those
+    for chat have a template for it.
 
     Example: softmeet models
     """
@@ -45,7 +53,7 @@ def models(
         typer.echo(writing.dumps(rows, indent=1))
         return
     if not rows:
-        console.print("No GGUF file was found: name a folder, as in softmeet models ~/models")
+        console.print(f"No GGUF file was found: {FETCH}; or name a folder, as in softmeet models ~/models")
         return
     cells = [
         [row["model"], row["from"], row["kind"], f"{row['bytes'] / 1e6:,.0f}", str(row["context"] or ""),
@@ -57,8 +65,15 @@ def models(
         typer.echo(harmless(f"{row['model']}: {row['path'] if one.said else one.why}"))
     letters = [one.tokens for one in found if one.said]
     first = next((one for one in found if letters.count(one.tokens) > 1), None)
-    pair = [one.path for one in found if one.said and (first is None or one.tokens == first.tokens)][:2]
+    pair = [_typed(one) for one in found if one.said and (first is None or one.tokens == first.tokens)][:2]
     if len(pair) == 2:
         console.print("Models of one letter are mixed by tokens, others by bytes, as in:")
-        named = " ".join(f"-m {shlex.quote(f'pair={path}')}" for path in pair)
-        typer.echo(harmless(f"softmeet serve {named}"))
+        typer.echo(harmless(f"softmeet chat {shlex.join(pair)}"))
+
+
+def _typed(one: LocalFile) -> str:
+    """Return what a file can be called as a member: its name, or its path where the name does not lead to it."""
+    with suppress(SoftmeetError):
+        if Path(located(Member.of(one.name)).source) == one.path:
+            return one.name
+    return str(one.path)

@@ -17,7 +17,6 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from softmeet.cli.messages import err, say
@@ -44,16 +43,24 @@ class _IfTotal(ProgressColumn):
         return "" if task.total is None else self._column(task)
 
 
+class _Left(ProgressColumn):
+    """The time that is left, where it can be told: until a first piece of work is done nothing is known of it."""
+
+    def render(self, task: Task) -> RenderableType:
+        """Return the time, such as ``0:00:09 left``."""
+        return f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None]]]:
-    """Show the progress of counted work while the context lasts: its name, number, total and the time left.
+    """Show the progress of counted work while the context lasts: its name, number, total, time taken and time left.
 
     Yields:
         a function of (name, number done, total number, None if unknown) that begins a piece of work, and ends the one
         before; it returns a function of one number, by which each call of it advances the work.
     """
-    counted = (_IfTotal(MofNCompleteColumn()), _IfTotal(TimeRemainingColumn()))
-    with _shown(_NAME, BarColumn(), *counted) as bars:
+    # The time taken goes on while a piece takes minutes, when the time left stands still.
+    with _shown(_NAME, BarColumn(), _IfTotal(MofNCompleteColumn()), TimeElapsedColumn(), _Left()) as bars:
 
         def begin(name: str, done: int, total: int | None) -> Callable[[int], None]:
             for before in bars.tasks:  # which has ended, perhaps before its total, as fits do that converge

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
-    "GGUF files, which are served as one; or folders of saved ensembles, or bundled families. NAME=ENSEMBLE serves one "
-    "under that name, else it goes by its own."
+    "GGUF files, by their paths or as softmeet models lists them, which are served as one; or folders of saved "
+    "ensembles, or bundled families. NAME=ENSEMBLE serves one under that name, else it goes by its own."
 )
 _MEMBERS = (
     "One of the models that answer as one, named default; NAME=MODEL is one of those named NAME. MODEL is a hub "

@@ -34,8 +34,9 @@ from softmeet.scaling.base import Engine
 _ELEMENTS, _TOKENS, _SYMBOLS = 2_000_000_000, 20_000, 40_000
 # Bytes that a token has at the most, in most texts.
 _BYTES_OF_TOKEN = 4
-# With what texts of the members' own begin, and how many each writes.
-_BEGINNING, _ROWS = "The", 5
+# With what texts of the members' own begin, and how many each writes; one token more is drawn for so many, and at most
+# so many times as many as are asked for.
+_BEGINNING, _ROWS, _SPARE, _MOST = "The", 5, 16, 4
 # At most and at least so many positions at which ``meet`` is compared with its pool, and log-probabilities of a member
 # there; the mean total variation between the two below which ``meet`` is not tried on more; the trusts that are tried,
 # and at how many positions.
@@ -73,14 +74,20 @@ def own_documents(
 ) -> list[Document]:
     """Return texts that the members write, each as much, by themselves, with fixed seeds.
 
+    As a text is read in tokens of the tokenizer's choice, it may have fewer than were drawn: some more are drawn.
+
     Args:
         ensemble: the members.
-        tokens: about how many tokens (over bytes: bytes) to write in all.
+        tokens: at least how many tokens (over bytes: bytes) can be predicted of them in all.
         begin: as of :func:`softmeet.evaluation.fit.fit`.
     """
     names, found = ensemble.names, list[Document]()
     each = math.ceil(tokens / (_ROWS * len(names)))
-    advance = begin(f"the members write a text, in {ensemble.model.config.vocabulary}", 0, each * _ROWS * len(names))
+    first = each + each // _SPARE + 1
+    advance = begin(f"the members write a text, in {ensemble.model.config.vocabulary}", 0, first * _ROWS * len(names))
+
+    def predicted(text: str) -> int:
+        return len(ensemble.tokenizer(text, verbose=False)["input_ids"]) - 1
 
     def goes_on(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         advance(len(ids))
@@ -88,8 +95,13 @@ def own_documents(
 
     for i in range(len(names)):
         alone = part(ensemble, [i], {"rule": POOLS[0], "weights": [1.0]})
-        made = written([_BEGINNING] * _ROWS, alone, each, seed=i, top_k=0, stopping_criteria=[goes_on])
-        found += [Document(f"{names[i]} {k + 1}", _BEGINNING + text) for k, text in enumerate(made)]
+        many, missing, made = first, 0, list[str]()
+        while not made or (missing > 0 and many < _MOST * each):
+            many += missing
+            told = written([_BEGINNING] * _ROWS, alone, many, seed=i, top_k=0, stopping_criteria=[goes_on])
+            made = [_BEGINNING + text for text in told]
+            missing = each - min(map(predicted, made))
+        found += [Document(f"{short(names[i])} {k + 1}", text) for k, text in enumerate(made)]
     return found
 
 

@@ -88,5 +88,5 @@ def _differences(facts: dict[str, Any]) -> Any:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rivals)), list(rivals))
     axes.invert_yaxis()
-    axes.set_xlabel(f"nats per token against {facts['baseline']}, 95 % (left is better)")
+    axes.set_xlabel(f"nats per token against {short(facts['baseline'])}, 95 % (left is better)")
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ BINS = 10
 
 
 def summary(
-    found: Evaluation, best: str | None = None, *, baseline: str | None = None, pairs: bool = False
+    found: Evaluation, best: str | None = None, *, baseline: str | None = None, pairs: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Return the figures of an evaluation as a dictionary for JSON, losses in nats per token, or per byte over bytes.
 
@@ -34,13 +34,13 @@ def summary(
     ``tokens``, ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and
     ``baseline``: the row of that name, else the single member of the lowest loss, with its own fitted temperature
     where temperatures are fitted. It is chosen on the text that it is compared on, so it is, if anything, too good.
-    With ``pairs`` all rows are compared (:func:`softmeet.evaluation.pairs.all_pairs`).
+    All pairs of the rows named in ``pairs`` are compared (:func:`softmeet.evaluation.pairs.all_pairs`).
 
     ``best_baseline``, the member or average of the lowest loss unless ``best`` names another, and every row's ``vs``,
     its difference from that, stand there for one version more.
 
     Raises:
-        InvalidInputError: if there are fewer than two positions, or no row has the baseline's name.
+        InvalidInputError: if there are fewer than two positions, or no row has a name that is given.
     """
     within = clusters(found.positions.document)
     bytes_, count = int(found.positions.sizes.sum()), len(found.positions)
@@ -89,7 +89,7 @@ def summary(
         "baseline": baseline,
         "best_baseline": best,
         "disagreement": found.disagreement.mean().item(),
-        **({"pairs": all_pairs(rows, within)} if pairs else {}),
+        **({"pairs": all_pairs({name: rows[name] for name in pairs}, within)} if pairs else {}),
     }
 
 
@@ -103,7 +103,7 @@ def best_member(found: Evaluation) -> str:
 def require_row(name: str, rows: Collection[str]) -> None:
     """Raise InvalidInputError, which lists the names, if no row has this one."""
     if name not in rows:
-        raise InvalidInputError(f"expected a baseline among {', '.join(rows)}, got {name!r}")
+        raise InvalidInputError(f"expected a row of the table, one of {', '.join(rows)}, got {name!r}")
 
 
 def _work(scores: Scores) -> dict[str, Any]:

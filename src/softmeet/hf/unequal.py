@@ -1,4 +1,7 @@
-"""A word of warning where equal weights are worse than a member alone: by what was measured, else by members' sizes."""
+"""What is said of weights: who counts how much, and a warning where equal ones are worse than a member alone.
+
+The warning goes by what was measured, else by members' sizes.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,8 @@ def weigh(config: EnsembleConfig, models: Sequence[PreTrainedModel], settings: S
     """Give an ensemble weights in proportion to its members' numbers of parameters, if its settings say ``"auto"``.
 
     On SmolLM2-135M, Gemma 3 270M and Qwen2.5-Coder 0.5B and 1.5B, by twos and threes, such means of logits predict text
-    better than the best of them (docs/reference/results.md).
+    better than the best of them (docs/reference/results.md). Who counts how much is then logged, as it is where the
+    rule was taken because heads cannot be read.
 
     Args:
         config: the ensemble's, with its members' names.
@@ -107,15 +111,21 @@ def weigh(config: EnsembleConfig, models: Sequence[PreTrainedModel], settings: S
     Raises:
         InvalidInputError: if a member does not tell how many parameters it has.
     """
-    if settings.weights != BY_SIZE:
-        return
-    sizes = [parameters(model) or 0 for model in models]
-    if not all(sizes):
-        raise InvalidInputError(
-            f"expected weights as numbers, got {BY_SIZE!r}: {short(config.members[sizes.index(0)])} does not tell how "
-            "many parameters it has"
-        )
-    config.weights = [size / sum(sizes) for size in sizes]
+    by_size = settings.weights == BY_SIZE
+    if by_size:
+        sizes = [parameters(model) or 0 for model in models]
+        if not all(sizes):
+            raise InvalidInputError(
+                f"expected weights as numbers, got {BY_SIZE!r}: {short(config.members[sizes.index(0)])} does not tell "
+                "how many parameters it has"
+            )
+        config.weights = [size / sum(sizes) for size in sizes]
+    for_heads = config.vocabulary == "tokens" and config.rule == AVERAGE != settings.rule.name
+    if len(models) > 1 and (by_size or for_heads):
+        equal = len(set(config.weights)) == 1
+        shares = [f"1/{len(models)}" if equal else f"{weight:.2f}" for weight in config.weights]
+        told = (f"{short(name)} {share}" for name, share in zip(config.members, shares, strict=True))
+        _log.warning("mixed by %s: %s", config.rule, ", ".join(told))
 
 
 def warn_of_unequal(model: AnyEnsemble) -> None:

@@ -24,7 +24,7 @@ def refuse_quantised(config: EnsembleConfig, quantised: Mapping[str, str], *, an
     Args:
         config: the ensemble's configuration.
         quantised: for each member whose configuration says that its head is quantised, how: a name such as "gptq".
-        any_average: True to set the rule of ``config`` to ``logit-mean`` instead, with a warning.
+        any_average: True to set the rule of ``config`` to ``logit-mean`` instead.
 
     Raises:
         UnsupportedHeadError: if there are such members, the settings read heads, and ``any_average`` is False.
@@ -37,7 +37,7 @@ def reading(config: EnsembleConfig, *, any_average: bool = False) -> Callable[[s
     """Return a function of a member's name and model, for ``load_members`` to call once the member is loaded.
 
     It raises an UnsupportedHeadError if the settings of ``config`` read heads, and the member's cannot be read; with
-    ``any_average``, it sets the rule of ``config`` to ``logit-mean`` instead, with a warning.
+    ``any_average``, it sets the rule of ``config`` to ``logit-mean`` instead.
     """
 
     def check(name: str, model: PreTrainedModel) -> None:
@@ -61,6 +61,3 @@ def _settle(config: EnsembleConfig, name: str, why: str, remedy: str, any_averag
     if not any_average or reader_of(config.settings.changed(rule=AVERAGE)) is not None:
         raise unreadable(reader, name, why, remedy)
     config.rule = AVERAGE
-    if len(config.members) == 1:
-        return
-    _log.warning("mixed by %s, as the output layer (head) of %s %s", AVERAGE, short(name), why)

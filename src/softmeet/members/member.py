@@ -31,7 +31,8 @@ class Member:
     """One member of an ensemble: a checkpoint, and how it is loaded and what it reads.
 
     Args:
-        source: a hub id (``org/model``), a folder, a ``.gguf`` file, or a bundled name (``wide/gpt2``).
+        source: a hub id (``org/model``), a folder, a ``.gguf`` file, its name in ollama and such
+            programs (``qwen2.5-coder:0.5b``), or a bundled name (``wide/gpt2``).
         revision: the branch, tag or commit of a hub id; None for the main branch.
         subfolder: the folder, inside the source, that holds the checkpoint.
         file: the name of a GGUF file in the source.

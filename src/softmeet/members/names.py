@@ -27,14 +27,17 @@ from huggingface_hub.errors import (
 from softmeet.errors import CheckpointError, cannot_load, nearest
 from softmeet.members import zoo
 from softmeet.members.gguf_file import begins_as_gguf
+from softmeet.members.local_names import FETCH, known_names
 from softmeet.members.member import Member
-from softmeet.members.registered import is_registered, not_registered
+from softmeet.members.registered import is_registered, reader_names
 
 # For so long after a question that got no answer, members that are in the local cache are taken from there unasked.
 _PAUSE = 60.0
 # What an adapter consists of.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _unanswered = -math.inf
+# Where models are that need no Hub.
+_LISTED = f" (softmeet models lists the files that are here; {FETCH})"
 
 
 def find(name: str | Member) -> dict[str, Any]:
@@ -74,7 +77,8 @@ def find(name: str | Member) -> dict[str, Any]:
     if path.is_dir() or place.startswith(("/", ".", "~")) or path.is_absolute() or place.count("/") > 1:
         kind = "file" if file else "folder"
         missing = str(inside / (file or "")) if path.is_dir() else source
-        raise cannot_load(source, f"there is no such {kind}: {_hint(missing) or 'check the path'}".rstrip())
+        hint = _hint(missing).rstrip() or f"check the path{_LISTED if file else ''}"
+        raise cannot_load(source, f"there is no such {kind}: {hint}")
     if (why := _no_hub_id(place)) is not None:
         raise cannot_load(source, why)
     found |= {} if member.revision is None else {"revision": member.revision}
@@ -85,7 +89,11 @@ def find(name: str | Member) -> dict[str, Any]:
 def _no_hub_id(place: str) -> str | None:
     """Return why no model of the Hub can be called so; None if one can."""
     if ":" in place:
-        return not_registered(place)
+        name = place.partition(":")[0]
+        return (
+            f"{nearest(place, known_names()) or nearest(name, reader_names())}no model of that name is on this machine"
+            f"{_LISTED}, and no package here has readers called {name!r} (softmeet.register_reader)"
+        )
     if get_close_matches(place, zoo.FAMILIES, cutoff=0.75):
         return f"{nearest(place, zoo.FAMILIES)}there is no folder of that name"
     return None
@@ -132,6 +140,8 @@ def find_adapter(name: str) -> Path:
 
 def _hint(name: str) -> str:
     """Return the question for what is most like ``name``: a folder beside it, a bundled name or one in the cache."""
+    if "/" not in name and (said := nearest(name, known_names())):
+        return said
     path = Path(name)
     near = get_close_matches(path.name, sorted(p.name for p in path.parent.glob("*")), n=1)
     cached = [
@@ -174,6 +184,7 @@ def _ask(repository: str, revision: str | None, file: str) -> None:
 
 
 def _why(error: Exception, name: str, repository: str, revision: str | None, file: str) -> str:
+    listed = "" if "/" in repository else _LISTED
     if isinstance(error, GatedRepoError):
         return (
             f"it is gated: ask for access at https://huggingface.co/{repository}, then log in with `hf auth login`, or "
@@ -183,7 +194,7 @@ def _why(error: Exception, name: str, repository: str, revision: str | None, fil
     if isinstance(error, RepositoryNotFoundError) or (status == 404 and type(error) is HfHubHTTPError):
         return (
             f"{_hint(name)}it is neither here nor a public repository of the Hub: check the name, or, if it is "
-            "private, log in with `hf auth login`, or set HF_TOKEN"
+            f"private, log in with `hf auth login`, or set HF_TOKEN{listed}"
         )
     if isinstance(error, RevisionNotFoundError):
         return f"the Hub has {repository}, but no revision {revision} of it: check what follows the @"
@@ -197,4 +208,4 @@ def _why(error: Exception, name: str, repository: str, revision: str | None, fil
         found = "is not asked, as HF_HUB_OFFLINE is set: check the name, or unset HF_HUB_OFFLINE"
     else:
         found = "cannot be reached: check the name and the network"
-    return f"{_hint(name)}it is neither here nor in the local cache of the Hub, and the Hub {found}"
+    return f"{_hint(name)}it is neither here nor in the local cache of the Hub, and the Hub {found}{listed}"

@@ -12,7 +12,7 @@ from inspect import signature
 from typing import Any
 from weakref import WeakValueDictionary
 
-from softmeet.errors import InvalidInputError, SoftmeetError, cannot_load, nearest
+from softmeet.errors import InvalidInputError, SoftmeetError, cannot_load
 from softmeet.members.member import Member
 
 GROUP = "softmeet.readers"
@@ -78,13 +78,9 @@ def refuse_servers(members: Iterable[Member], where: str = "a saved ensemble") -
         )
 
 
-def not_registered(source: str) -> str:
-    """Return why a source with a colon is no member, with what to do."""
-    name = source.partition(":")[0]
-    return (
-        f"{nearest(name, [*_installed(), *_registered])}no package here has readers called {name!r}: install the one "
-        "that has, or call softmeet.register_reader; files of ollama are named by softmeet models"
-    )
+def reader_names() -> list[str]:
+    """Return the names of all factories of readers that are known here."""
+    return [*_installed(), *_registered]
 
 
 def registered_reader(member: Member) -> Any:

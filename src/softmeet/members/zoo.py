@@ -13,6 +13,7 @@ from typing import Any
 
 from softmeet.errors import CheckpointError, nearest
 from softmeet.extras import install_line
+from softmeet.members.local_names import located
 from softmeet.members.member import Member
 
 FAMILIES = ("wide", "narrow", "mixed")
@@ -46,14 +47,15 @@ def expand(name: Named) -> list[str]:
     """Return the members that a bundled family's name stands for, each as a line of text; else the one member's line.
 
     What is put behind a family's name (``wide+dtype=bfloat16``) goes for each of its members. A model (a file, or a
-    folder with a config.json) in the working directory that is called like a family takes precedence.
+    folder with a config.json) in the working directory that is called like a family takes precedence. Of a name that
+    another program has given to a GGUF file (:func:`softmeet.members.local_names.located`) it is the file's line.
 
     Args:
         name: a member in any of the forms of :meth:`Member.of`.
 
     Raises:
         InvalidInputError: if ``name`` is empty, or not in one of these forms.
-        CheckpointError: if it names a bundled family, and the bundled members are not installed.
+        CheckpointError: if it names a bundled family, and the bundled members are not installed; or several files.
 
     Example:
         >>> expand("narrow")[:2], expand("org/model")
@@ -63,7 +65,7 @@ def expand(name: Named) -> list[str]:
     family = member.source
     if family in FAMILIES and not _is_model(Path(family)):
         return [str(replace(member, source=f"{family}/{own}")) for own in _members(family)]
-    return [str(member)]
+    return [str(located(member))]
 
 
 def _members(family: str) -> list[str]:

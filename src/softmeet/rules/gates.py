@@ -19,13 +19,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from softmeet.errors import InvalidInputError
+from softmeet.errors import InvalidInputError, RuleError
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.answered import answered
 from softmeet.rules.problem import Problem
@@ -274,21 +275,42 @@ def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
     return log_p.amax(-1).exp()
 
 
+GROUP = "softmeet.gates"
 GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement, PredictedMovement, Safe)}
 # The threshold of ``auto``, in nats: on held-out text of both bundled families it costs at most 10⁻³ nats per token.
 _AUTO = 3e-3
 
 
+def _of_package(name: str) -> type[Gate] | None:
+    """Import the gate that a package makes known under a name by an entry point, and keep it; None if none does.
+
+    Raises:
+        RuleError: if the package fails to provide a gate of that name.
+    """
+    for entry in entry_points(group=GROUP, name=name):
+        where = f"the gate {name!r} of {entry.value}"
+        try:
+            kind = entry.load()
+        except Exception as error:
+            raise RuleError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+        if not (isinstance(kind, type) and issubclass(kind, Gate) and getattr(kind, "name", None) == name):
+            raise RuleError(f"{where} is {kind!r}: expected a subclass of softmeet.rules.gates.Gate with that name")
+        GATES[name] = kind
+        return kind
+    return None
+
+
 def parse_gate(gate: str | Gate | None) -> Gate | None:
     """Parse a gate's text ``NAME:THRESHOLD``, such as ``unsure:0.5``; return None for None and ``none``.
 
-    A :class:`Gate` is returned unchanged, unless its name is that of another class. NAME is a key of ``GATES``;
-    ``auto`` is ``movement:0.003``, whose ``factor`` is still unknown, as that of any ``movement:T``. ``:THRESHOLD`` may
-    be left out if the class has a default for it.
+    A :class:`Gate` is returned unchanged, unless its name is that of another class. NAME is a key of ``GATES``, or that
+    of a package's entry point of the group ``softmeet.gates``; ``auto`` is ``movement:0.003``, whose ``factor`` is
+    still unknown, as that of any ``movement:T``. ``:THRESHOLD`` may be left out if the class has a default for it.
 
     Raises:
         InvalidInputError: if there is no gate of that name, or its threshold is not a finite number of at least 0; if
             an instance has the name of a gate in ``GATES`` of which it is not.
+        RuleError: if a package that announces the gate fails to provide it.
     """
     if isinstance(gate, Gate):
         if GATES.get(gate.name, type(gate)) is not type(gate):
@@ -302,7 +324,7 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
     if gate == "auto":
         return PredictedMovement(_AUTO, auto=True)
     name, _, number = str(gate).strip().partition(":")
-    kind: Any = GATES.get(name)
+    kind: Any = GATES.get(name) or _of_package(name)
     if kind is not None and not number and hasattr(kind, "threshold"):  # one that has a default
         return kind()  # type: ignore[no-any-return]
     try:

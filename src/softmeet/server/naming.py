@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softmeet.errors import InvalidInputError
+from softmeet.members.local_names import located
+from softmeet.members.member import Member
 from softmeet.members.zoo import DEFAULT
 
 # NAME= before a member. A member's own name may hold an equals sign, but only after a plus sign.
@@ -18,7 +20,8 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
 
     Args:
         given: saved ensembles and bundled families, each as ``NAME=PATH``, or as ``PATH`` alone, whose last part is
-            then the name, or of two that are alike the last two parts; a file alone is a member of ``default``.
+            then the name, or of two that are alike the last two parts; a file alone, by its path or by its name in
+            another program, is a member of ``default``.
         members: single members: ``MEMBER`` belongs to the ensemble ``default``, ``NAME=MEMBER`` to the ensemble
             ``NAME``.
 
@@ -34,7 +37,7 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
     {'default': ['gpt2', 'opt'], 'other': ['distilgpt2']}
     """
     joined: dict[str, list[str]] = {}
-    files = [text for text in given if not _PREFIX.match(text) and Path(text).is_file()]
+    files = [text for text in given if not _PREFIX.match(text) and Path(located(Member.of(text)).source).is_file()]
     for text in (*files, *members):
         prefix = _PREFIX.match(text)
         name = prefix.group(1) if prefix else "default"

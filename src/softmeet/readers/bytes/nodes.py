@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from sys import is_finalizing
 from threading import Lock
 from typing import NamedTuple
@@ -34,9 +34,10 @@ class Node:
         self.before, self.tokens, self.used = before, tokens, used
         self._rows = rows
 
-    def __del__(self) -> None:
+    def __del__(self, is_over: Callable[[], bool] = is_finalizing) -> None:
         """Give the row up, but for the end of the interpreter, when what closes it may be gone."""
-        if self.row is not None and not is_finalizing():
+        # Bound above, as nodes that an error's traceback holds go after the names of this module.
+        if self.row is not None and not is_over():
             self._rows.leave(self.row)
 
 
