@@ -16,7 +16,7 @@ from softmeet.cli.progress import progress
 from softmeet.cli.tables import counted, difference, number, out, print_table
 from softmeet.cli.terminal import write
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import FITTED, parse_choices, under_gates, with_baselines, without_prompt
+from softmeet.evaluation.choices import FITTED, loaded_by, parse_choices, under_gates, with_baselines, without_prompt
 from softmeet.evaluation.labels import labels_of, row_of
 from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
@@ -103,7 +103,8 @@ def evaluate(
     result.require(plots, *(plots.glob("*.png") if plots else ()), losses)
     record = Record()
     found = source.documents()
-    settings["rule"] = _require_once(rules or [], settings)
+    _require_once(rules or [], settings)
+    settings["rule"] = loaded_by(rules or [])
     ensemble = loading.ensemble(options.named(source.members(members)), settings)
     own = ensemble.model.config
     named = rules or [own.rule]
@@ -182,29 +183,23 @@ def _fitted(members: list[str], folds: int | None) -> list[str]:
     return [] if folds is None else [FITTED + name for name in (*members, *POOLS, "power-mean")]
 
 
-def _require_once(rules: list[str], settings: dict[str, Any]) -> str | None:
+def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
     """Check, before anything is loaded, that each rule can be parsed, goes with the settings, and names none of them.
 
     Args:
         rules: the values of ``--rule``.
         settings: values of settings' flags by name; None if the flag was not given.
 
-    Returns:
-        The first rule with its own options, as the ensemble's own; None without a rule.
-
     Raises:
         InvalidInputError: if a rule cannot be parsed, or a setting is named twice or not one for this rule.
     """
-    own = []
     for rule in rules:
         parsed, named = parse_rule(without_prompt(rule)[0])
         for name in named:
             if settings.get(name) is not None:
                 by = f"in the rule {rule!r} and by {flag_of(name)}"
                 raise InvalidInputError(f"{name} is named twice, {by}: leave one out")
-        own.append(str(parsed))
-        checked_settings({**settings, **named, "rule": own[-1]})
-    return own[0] if own else None
+        checked_settings({**settings, **named, "rule": str(parsed)})
 
 
 def _print_paper(form: str, facts: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, difference, print_table
 from softmeet.cli.tables import out as stdout
 from softmeet.cli.terminal import harmless
+from softmeet.evaluation.choices import loaded_by
 from softmeet.extras import require_extra
 from softmeet.members.member import Member
 from softmeet.members.registered import refuse_servers
-from softmeet.rules.settings import parse_rule
+from softmeet.rules.settings import rule_of
 
 if TYPE_CHECKING:
     from softmeet.evaluation.candidates import Options
@@ -104,12 +105,11 @@ def fit(
     require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))
     require_ensemble_folder(out)
     result.require(out, out / "config.json")
-    for rule in fitting.rules or ():
-        parse_rule(rule)
+    rule = loaded_by(fitting.rules or [])
     found = source.documents()
     named = options.named(source.members(members))
     refuse_servers(map(Member.of, named))
-    ensemble = loading.ensemble(named)
+    ensemble = loading.ensemble(named, {"rule": rule} if rule and rule_of(rule).reads_heads else {})
     from softmeet.evaluation.equal import remember_fitted
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text
