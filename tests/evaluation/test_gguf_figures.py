@@ -99,3 +99,18 @@ def test_ways_that_cannot_all_be_followed_are_refused_before_anything_is_loaded(
     done = run("evaluate", *tiny.each("-m", files), "--text", tmp_path / "a.txt", "--vocabulary", "bytes", "--prune", 0)
     assert done.returncode == 2
     assert "following all tokenizations of a text" in done.stderr.replace("\n", " ")
+
+
+def test_a_trace_over_bytes_is_evaluated_with_its_prune(files, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXTS[1])
+    asked = [*tiny.each("-m", files), "--text", tmp_path / "a.txt", "--vocabulary", "bytes", "--max-tokens", 20]
+    done = run("trace", tmp_path / "t", *asked, "--prune", 0.02)
+    assert done.returncode == 0, done.stderr
+    assert "whatever the number of workers" in " ".join(done.stdout.split())
+    traced, direct = (
+        json.loads(run("evaluate", *more, "--json", "-").stdout)
+        for more in (["--trace", tmp_path / "t", "--vocabulary", "bytes"], [*asked, "--prune", 0.02])
+    )
+    assert traced["run"]["prune"] == 0.02
+    ours, theirs = ([row["nll"] for row in one["members"].values()] for one in (traced, direct))
+    assert ours == pytest.approx(theirs, abs=1e-6)
