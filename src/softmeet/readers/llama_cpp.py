@@ -67,7 +67,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         gpu_layers: int = 0,
     ) -> None:
         super().__init__(LlamaRow)
-        self._made_of, self._stored = (path, name, own, context, gpu_layers), 0
+        self._made_of, self._stored = ((path, name), {"own": own, "context": context, "gpu_layers": gpu_layers}), 0
         self.name = name or Path(path).name
         self.file, tokenizer = known_file(Path(path), self.name)
         self.assets = folder_of(tokenizer)
@@ -107,10 +107,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         """
         if self.head is None:
             if self._rows:
-                raise InvalidInputError(
-                    f"expected no open rows of {self.name} while its output layer is opened: load the ensemble whose "
-                    "rule reads it first"
-                )
+                what = f"expected no open rows of {self.name} while its output layer is opened"
+                raise InvalidInputError(f"{what}: load the ensemble whose rule reads it first")
             head, kind = gguf_head(self.file, self.name)
             self._tell_hidden(head, kind)
             try:
@@ -389,18 +387,14 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
 
 
 def gguf_reader(path: str | Path, name: str | None = None, **options: int) -> LlamaReader:
-    """Return the reader of a GGUF file whose texts begin with the tokens that they are given, as ensembles give them.
-
-    Args:
-        path, name, options: as of :class:`LlamaReader`.
-    """
+    """Return a :class:`LlamaReader` whose texts begin with the tokens that they are given, as ensembles give them."""
     return LlamaReader(path, name, own=(), **options)
 
 
 def _again(made_of: tuple[Any, ...], head: SoftmaxHead | None, kind: int) -> LlamaReader:
     """Make a reader of the same file, which tells hidden states if there is a head."""
-    path, name, own, context, gpu_layers = made_of
-    found = LlamaReader(path, name, own=own, context=context, gpu_layers=gpu_layers)
+    given, options = made_of
+    found = LlamaReader(*given, **options)
     if head is not None:
         found._tell_hidden(head, kind)
     return found
