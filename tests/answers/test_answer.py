@@ -331,6 +331,7 @@ def test_code_is_run_where_that_is_allowed(folders, tmp_path):
     facts = json.loads(told.stdout)
     assert [row["right"] for row in facts["rows"]] == [0, 0, 0]
     assert facts["run"]["threads"] >= 1
+    assert facts["run"]["members"] == [*map(str, folders)]
 
 
 def test_votes_are_of_what_answers_say():

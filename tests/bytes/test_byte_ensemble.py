@@ -311,7 +311,7 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
         command("evaluate", *members, "--rule", "logit-mean", *given, "--json", file)
         found.append(json.loads(file.read_text())["rules"]["logit-mean"]["bits_per_byte"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-    with pytest.raises(TraceError, match=r"was made over bytes \(prune 0.01\), but these .* over bytes \(prune 0.5\)"):
+    with pytest.raises(TraceError, match=r"was made over bytes \(prune 0.001\), but these .* over bytes \(prune 0.5\)"):
         command("evaluate", *members, "--trace", tmp_path / "trace", "--prune", 0.5)
     with pytest.raises(TraceError, match="behind other prefixes"):
         Trace.open(tmp_path / "trace").require(Ensemble.from_pretrained(folders, prefixes=[[1], None]))
@@ -326,7 +326,7 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     assert "| nats/byte |" in card
     assert " bytes, chosen on" in card
     again = Ensemble.from_pretrained(out)
-    assert (again.model.config.vocabulary, again.model.config.prune) == ("bytes", 0.01)
+    assert (again.model.config.vocabulary, again.model.config.prune) == ("bytes", 0.001)
     assert again.model.config.weights == pytest.approx(facts["weights"])
     assert len(again.generate("the", **GREEDY).encode()) == GREEDY["max_bytes"]
 

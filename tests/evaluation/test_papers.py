@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import subprocess
+from importlib.metadata import PathDistribution
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from pyarrow import parquet
 from scipy import stats
 
 from softmeet.cli.paper import paper_table
+from softmeet.evaluation import record
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters, paired
 from softmeet.evaluation.pairs import holm
@@ -152,6 +155,26 @@ def test_a_run_says_how_it_is_made_again(told):
     assert own["cores"] > 0
     assert own["processor"] is not None
     assert [len(one["body"]) for one in own["members"]] == [64, 64]
+
+
+def test_the_commit_is_that_of_softmeets_sources_alone(tmp_path, monkeypatch):
+    def git(*asked):
+        own = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *asked]
+        return subprocess.run(own, check=True, capture_output=True, text=True).stdout.strip()
+
+    source = tmp_path / "record.py"
+    source.touch()
+    monkeypatch.setattr(record, "__file__", str(source))
+    assert record.commit() is None
+    git("init")
+    assert record.commit() is None  # as of an environment within another program's checkout
+    git("add", ".")
+    git("commit", "-m", "a")
+    assert record.commit() == git("rev-parse", "HEAD")
+    source.write_text("1")
+    assert record.commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(PathDistribution, "read_text", lambda self, name: '{"vcs_info": {"commit_id": "abc"}}')
+    assert record.commit() == "abc"
 
 
 @pytest.mark.parametrize("form", ["latex", "markdown"])

@@ -32,6 +32,7 @@ from softmeet.cli.texts import ResultFlags, require_places
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
+from softmeet.members.member import Member
 from softmeet.members.names import require_there
 from softmeet.rules.frozen import unknown
 
@@ -305,7 +306,10 @@ def _asked(work: _Work, votes: int | None, result: ResultFlags) -> _Found:
             found |= room.voted(work.who, found, work.way, work.voting, votes)
     facts = figures([one.name for one in work.who if one.is_member], found) | work.facts
     drawn = work.way.temperature or (work.voting is None and "metrics" in work.facts)
-    return _Found(facts, found, told, [work.way.seed] if drawn else [])
+    from softmeet.members.native import with_engine
+
+    lines = dict.fromkeys(str(with_engine(Member.of(line))) for one in work.who for line in one.members)
+    return _Found(facts, found, {**told, "members": [*lines]}, [work.way.seed] if drawn else [])
 
 
 def _compared(

@@ -7,6 +7,7 @@ from typing import Any
 
 from softmeet.cli import options
 from softmeet.cli.tables import out, print_table
+from softmeet.evaluation.record import repeats
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -27,6 +28,8 @@ def show(facts: dict[str, Any]) -> None:
         "Shares have Wilson's 95 % intervals, differences at the same questions Bonett's and Price's, and p is that of "
         "McNemar's exact test. The best member is the best on these very questions."
     )
+    for line in repeats(facts.get("run", {}).get("members", ())):
+        console.print(line)
     doubts = [row for row in facts["rows"] if row.get("doubt")]
     if doubts:
         names = list(dict.fromkeys(name for row in doubts for name in row["doubt"]))

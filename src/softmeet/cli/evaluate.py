@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softmeet import __version__
 from softmeet.cli import options, texts
@@ -16,15 +17,26 @@ from softmeet.cli.progress import progress
 from softmeet.cli.tables import counted, difference, number, out, print_table
 from softmeet.cli.terminal import write
 from softmeet.errors import InvalidInputError
-from softmeet.evaluation.choices import FITTED, parse_choices, under_gates, with_baselines, without_prompt
+from softmeet.evaluation.choices import (
+    FITTED,
+    RuleChoice,
+    loaded_by,
+    parse_choices,
+    under_gates,
+    with_baselines,
+    without_prompt,
+)
 from softmeet.evaluation.labels import labels_of, row_of
-from softmeet.evaluation.record import Record
+from softmeet.evaluation.record import Record, read_as, repeats
 from softmeet.extras import require_extra
 from softmeet.rules.endings import endings
 from softmeet.rules.frozen import unknown
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import parse_rule
 from softmeet.rules.values import POOLS
+
+if TYPE_CHECKING:
+    from softmeet.ensemble import Ensemble
 
 _RULE = (
     "A rule to measure, with options after colons and slashes between numbers, as in meet:trust=1/0.3:pool=prob-mean; "
@@ -106,8 +118,11 @@ def evaluate(
     result.require(plots, *(plots.glob("*.png") if plots else ()), losses)
     record = Record()
     found = source.documents()
-    settings["rule"] = _require_once(rules or [], settings)
-    ensemble = loading.ensemble(options.named(source.members(members)), settings)
+    _require_once(rules or [], settings)
+    settings["rule"] = loaded_by(rules or [])
+    who = options.named(source.members(members))
+    loading.refuse_exact(who, [document.text for document in found], source.surely_read)
+    ensemble = loading.ensemble(who, settings, prune=source.prune(options.MEASURED))
     own = ensemble.model.config
     named = rules or [own.rule]
     if prompt_weights:
@@ -156,6 +171,7 @@ def evaluate(
             advance = begin(scoring, 0, len(positions))
             made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
+        run = _whole(run, ensemble, choices)
         facts = summary(made, baseline=baseline, pairs=compared) | {"run": run}
     result.report(facts, show if table is None else partial(_print_paper, table))
     remember_evaluated(ensemble, made)
@@ -195,34 +211,45 @@ def _compared(pairs: str | None, labels: dict[str, str]) -> list[str]:
     return rows
 
 
+def _whole(run: dict[str, Any], ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Any]:
+    """Return a run's record with how members were read, and all settings of rules, with their defaults."""
+    from softmeet.evaluation.perplexity import settings_of
+
+    read, found = read_as(ensemble.names, ensemble.model.members), settings_of(ensemble, choices)
+    rules = [
+        own | {"settings": found[own["name"]].plain(), "options": found[own["name"]].rule.model_dump(mode="json")}
+        for own in run["rules"]["choices"]
+    ]
+    members = [{**_without(own, "dtype"), **how} for own, how in zip(run["members"], read, strict=True)]
+    return _without(run, "dtypes") | {"rules": {**run["rules"], "choices": rules}, "members": members}
+
+
+def _without(facts: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if name != key}
+
+
 def _fitted(members: list[str], folds: int | None) -> list[str]:
     """Return the names of the rows that folds add."""
     return [] if folds is None else [FITTED + name for name in (*members, *POOLS, "power-mean")]
 
 
-def _require_once(rules: list[str], settings: dict[str, Any]) -> str | None:
+def _require_once(rules: list[str], settings: dict[str, Any]) -> None:
     """Check, before anything is loaded, that each rule can be parsed, goes with the settings, and names none of them.
 
     Args:
         rules: the values of ``--rule``.
         settings: values of settings' flags by name; None if the flag was not given.
 
-    Returns:
-        The first rule with its own options, as the ensemble's own; None without a rule.
-
     Raises:
         InvalidInputError: if a rule cannot be parsed, or a setting is named twice or not one for this rule.
     """
-    own = []
     for rule in rules:
         parsed, named = parse_rule(without_prompt(rule)[0])
         for name in named:
             if settings.get(name) is not None:
                 by = f"in the rule {rule!r} and by {flag_of(name)}"
                 raise InvalidInputError(f"{name} is named twice, {by}: leave one out")
-        own.append(str(parsed))
-        checked_settings({**settings, **named, "rule": own[-1]})
-    return own[0] if own else None
+        checked_settings({**settings, **named, "rule": str(parsed)})
 
 
 def _print_paper(form: str, facts: dict[str, Any]) -> None:
@@ -274,7 +301,7 @@ def show(facts: dict[str, Any]) -> None:
     for name, row in facts["rules"].items():
         for note in _notes(row, unit[:-1]):
             console.print(f"{labels[name]}: {note}")
-    for caution in _cautions(facts):
+    for caution in [*_cautions(facts), *repeats(one["name"] for one in facts.get("run", {}).get("members", ()))]:
         console.print(caution)
     console.print(
         f"The baseline is {labels.get(facts['baseline'])}. Differences are in nats a {unit[:-1]}, negative is better, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,12 @@ from softmeet.cli.progress import progress
 from softmeet.cli.tables import candidate, difference, print_table
 from softmeet.cli.tables import out as stdout
 from softmeet.cli.terminal import harmless
+from softmeet.evaluation.choices import loaded_by
+from softmeet.evaluation.record import repeats
 from softmeet.extras import require_extra
 from softmeet.members.member import Member
 from softmeet.members.registered import refuse_servers
-from softmeet.rules.settings import parse_rule
+from softmeet.rules.settings import rule_of
 
 if TYPE_CHECKING:
     from softmeet.evaluation.candidates import Options
@@ -104,12 +107,13 @@ def fit(
     require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))
     require_ensemble_folder(out)
     result.require(out, out / "config.json")
-    for rule in fitting.rules or ():
-        parse_rule(rule)
+    rule = loaded_by(fitting.rules or [])
     found = source.documents()
     named = options.named(source.members(members))
     refuse_servers(map(Member.of, named))
-    ensemble = loading.ensemble(named)
+    loading.refuse_exact(named, [document.text for document in found], source.surely_read)
+    reads = rule is not None and rule_of(rule).reads_heads
+    ensemble = loading.ensemble(named, {"rule": rule} if reads else {}, prune=source.prune(None))
     from softmeet.evaluation.equal import remember_fitted
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.positions import observe_text
@@ -130,7 +134,7 @@ def fit(
         fitted = learn(ensemble, positions, given, begin, engine=engine, cache=kept)
     facts = figures(fitted)
     try:
-        result.report(facts, _show)
+        result.report(facts, partial(_show, ensemble.names))
     finally:  # even if that fails, for example because a disk is full
         save(ensemble, fitted, out)
     if facts["caution"]:
@@ -140,7 +144,7 @@ def fit(
         typer.echo(harmless(f"saved in {out}; the settings of the other candidates are in its fit.json"))
 
 
-def _show(facts: dict[str, Any]) -> None:
+def _show(members: Sequence[str], facts: dict[str, Any]) -> None:
     """Print a fit's figures on stdout: a table with a line for each candidate, and the verdict."""
     from softmeet.evaluation.save import verdict
 
@@ -158,3 +162,5 @@ def _show(facts: dict[str, Any]) -> None:
         rows.append(candidate(name, row, f"{row['test_nll']:.4f}", against))
     print_table(stdout(), columns, [rows], title=title, texts=(0, 3, 4))
     stdout().print(verdict(facts), style="bold")
+    for line in repeats(members):
+        stdout().print(line)

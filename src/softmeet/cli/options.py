@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.scaling.base import Engine
 
+# The value of --prune where predictions are measured: 0.01 leaves a bias that is larger than many differences.
+MEASURED = 0.001
 DEFAULT_CLUSTER = "$RAY_ADDRESS, else a new one on this machine"
 _MEMBERS = (
     "A file, folder or name of the Hugging Face Hub: a GGUF file, by its path or as softmeet models lists it, a "
@@ -110,7 +112,7 @@ class LoadingFlags(Flags, panel="Models"):
     prune: float | None = optional(
         "Over bytes, ignore ways to tokenize the text that hold less than this share of a member's probability. A "
         "larger X is faster and less exact; 0 ignores none.",
-        shown="0.01",
+        shown="0.01; to evaluate and trace 0.001",
         panel="Advanced",
         min=0,
     )
@@ -122,6 +124,29 @@ class LoadingFlags(Flags, panel="Models"):
             InvalidInputError, OSError: as by :func:`placement`.
         """
         return {**vars(self), "device": placement(self.device)}
+
+    def refuse_exact(self, members: list[str], texts: Sequence[str], most: int | None) -> None:
+        """Check, before members are loaded, that ``--prune 0`` can follow all ways to cut texts into their tokens.
+
+        Args:
+            members: their names.
+            texts: those that are read.
+            most: the most bytes that are read of one; None for whole ones.
+
+        Raises:
+            InvalidInputError: if there are too many.
+        """
+        if self.prune != 0 or self.vocabulary == "tokens" or is_saved(members):
+            return
+        require_there(members)
+        from softmeet.ensemble import member_names
+        from softmeet.hf.vocabulary import require_few_ways
+
+        own = member_names(members[0] if len(members) == 1 else members)
+        code = self.trust_remote_code
+        require_few_ways(
+            own, [text.encode()[:most] for text in texts], self.vocabulary or "auto", trust_remote_code=code
+        )
 
     def refuse_over_union(self, scored: Sequence[str], alone: Sequence[str]) -> None:
         """Check that flags can be used over the union that ``--vocabulary`` may name.
@@ -157,6 +182,7 @@ class LoadingFlags(Flags, panel="Models"):
         to_write: bool = False,
         rather: str | None = None,
         shown: bool = True,
+        prune: float | None = None,
         **more: Any,
     ) -> Ensemble:
         """Load an ensemble, with progress on stderr and without transformers' own messages.
@@ -169,6 +195,7 @@ class LoadingFlags(Flags, panel="Models"):
             rather: the vocabulary where it is to be chosen, by no flag and no saved ensemble; None to let the members'
                 tokenizers choose.
             shown: whether progress is shown.
+            prune: the value of ``--prune`` where it is not given, by no saved ensemble either; None for the usual one.
             more: further keyword arguments of ``Ensemble.from_pretrained``, except ``on_progress``.
 
         Raises:
@@ -195,6 +222,8 @@ class LoadingFlags(Flags, panel="Models"):
         arguments = self.arguments()
         if rather and (self.vocabulary == "auto" or (self.vocabulary is None and not is_saved(members))):
             arguments["vocabulary"] = rather
+        if self.prune is None and not is_saved(members):
+            arguments["prune"] = prune
         with working("loading", shown=shown) as show, nullcontext() if to_write else unwarned():
             found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,

@@ -61,7 +61,25 @@ def _notes(facts: dict[str, Any]) -> str:
         )
     if "pairs" in facts:
         said.append("p: of the paired t statistic, clustered likewise; all pairs are in Holm's correction")
+    said += _made_by(facts) if "run" in facts else []
     return "".join(f"% {line}\n" for line in said)
+
+
+def _made_by(facts: dict[str, Any]) -> list[str]:
+    """Return sentences on how members were read, on all settings of rules, and on versions and machine."""
+    run, said = facts["run"], list[str]()
+    over = f", prune {run['prune']:g}" if "prune" in run else ""
+    for label, row, own in zip(facts["members"], facts["members"].values(), run["members"], strict=True):
+        how = own.get("quantization") or own.get("dtype")
+        left = f"{over}: {row['dropped']:.2%} of its mass was estimated" if "dropped" in row else over
+        said.append(f"{label}: read by {' '.join(filter(None, (own['engine'], how)))}{left}")
+    for own in run["rules"]["choices"]:
+        given = {**own["settings"], **own["options"]}
+        said.append(f"{own['name']}: {', '.join(f'{key}={value}' for key, value in given.items())}")
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    commit = f" (commit {run['commit']})" if run["commit"] else ""
+    said += [f"softmeet {run['softmeet']}{commit}, {versions}; {run['processor']}, {run['threads']} threads"]
+    return [" ".join(line.split()) for line in [*said, run["command"]]]
 
 
 def _in_full(row: dict[str, Any]) -> list[Any]:

@@ -79,6 +79,12 @@ class TextFlags(DocumentFlags):
         names = ("window", "stride", "bos", "max_tokens", "max_per_document")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def surely_read(self) -> int | None:
+        """Over bytes, how many bytes of a long document are surely read at once; None for all that a window has."""
+        given = [most - 1 for most in (self.window, self.max_tokens, self.max_per_document) if most is not None]
+        return min(given, default=None)
+
 
 class SourceFlags(TextFlags):
     """Flags that name a text, or a trace: a folder with the members' hidden states over a text."""
@@ -120,6 +126,19 @@ class SourceFlags(TextFlags):
 
         found = Trace.open(self.trace).members
         refuse_servers(map(Member.parse, found), "a trace")
+        return found
+
+    def prune(self, otherwise: float | None) -> float | None:
+        """Return the ``prune`` of the trace, if one over bytes is named, else ``otherwise``.
+
+        Raises:
+            TraceError: if the trace is missing or damaged.
+        """
+        if self.trace is None:
+            return otherwise
+        from softmeet.evaluation.trace import Trace
+
+        found: float | None = Trace.open(self.trace).facts.get("prune", otherwise)
         return found
 
     def identified(self, ensemble: Ensemble, documents: list[Document]) -> tuple[Positions | None, dict[str, Any]]:

@@ -12,6 +12,7 @@ from softmeet.cli.flags import argument, flag, flags
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import progress
 from softmeet.cli.terminal import harmless
+from softmeet.evaluation.record import repeats
 from softmeet.extras import require_extra
 from softmeet.rules.frozen import unknown
 
@@ -41,7 +42,9 @@ def trace(
     if store not in ("float32", "float16"):
         raise unknown(f"cannot store numbers as {store!r}", store, ["float32", "float16"])
     found = source.documents()
-    ensemble = loading.ensemble(options.named(members))
+    who = options.named(members)
+    loading.refuse_exact(who, [document.text for document in found], source.surely_read)
+    ensemble = loading.ensemble(who, prune=options.MEASURED)
     from softmeet.evaluation.trace import record
 
     tracing = f"reading the text, in {ensemble.model.config.vocabulary}"
@@ -67,6 +70,8 @@ def trace(
         f"windows of {facts['window']} tokens, {facts['stride']} apart; "
         f"{len(facts['shards'])} shards, {size / 1e6:,.1f} MB"
     )
+    for line in repeats(ensemble.names):
+        typer.echo(line)
     if error := made.float16_error():
         typer.echo(
             f"float16 moves a target's log-probability by {error['mean']:.1e} nats on average, {error['largest']:.1e} "

@@ -67,6 +67,22 @@ def _parse(entry: str, n: int, bands: int) -> RuleChoice:
     return RuleChoice(entry, {"rule": str(rule)} | {key: complete[key] for key in settings}, prompt)
 
 
+def loaded_by(rules: Sequence[str]) -> str | None:
+    """Return the rule by which members are loaded that several are tried on: the first that reads heads, if one does.
+
+    Args:
+        rules: texts as of :func:`parse_choices`.
+
+    Returns:
+        the rule with its own options alone; the first one where none reads heads, None without a rule.
+
+    >>> loaded_by(["logit-mean", "meet:trust=1"])
+    'meet'
+    """
+    parsed = [parse_rule(without_prompt(rule.strip())[0])[0] for rule in rules]
+    return next((str(rule) for rule in sorted(parsed, key=lambda rule: not rule.reads_heads)), None)
+
+
 def without_prompt(entry: str) -> tuple[str, int]:
     """Split a rule's text into (the text without ``prompt_weights``; the number of tokens that it names, 0 without it).
 

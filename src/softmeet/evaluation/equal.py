@@ -105,5 +105,5 @@ def remember_fitted(ensemble: Ensemble, fitted: Fitted) -> None:
     if len(ensemble.names) > 1:
         whole = fitted.parts["test"].positions
         even = evaluate_equal(ensemble, whole.take(spread_rows(ensemble, whole)))
-        (own,) = (candidate for candidate in fitted.candidates if candidate.name == POOLS[0])
+        own = next(candidate for candidate in fitted.candidates if candidate.name == POOLS[0])
         remember(ensemble, Equal.of(even, "equal"), "softmeet fit", own.settings["weights"])

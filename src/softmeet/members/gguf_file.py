@@ -11,6 +11,7 @@ import mmap
 import os
 import stat
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from softmeet.errors import cannot_load
+from softmeet.extras import require_extra
 
 # Of each type of tensors, by its number: (how many weights are in a block, how many bytes it has).
 _BLOCKS = {
@@ -105,6 +107,23 @@ class GgufFile:
     def is_quantised(self) -> bool:
         """Whether some weights are stored in blocks with a common scale."""
         return any(one.kind not in _FLOATS for one in self.tensors.values())
+
+    @property
+    def quantization(self) -> str:
+        """What most weights are stored in, such as Q4_0; where the file says how they were mixed, that, as Q4_K_M.
+
+        Raises:
+            InvalidInputError: if the package that knows the names is not installed.
+        """
+        require_extra("naming what a GGUF file is stored in", "gguf", "gguf")
+        from gguf import GGMLQuantizationType, LlamaFileType
+
+        said, sizes = self.said.get("general.file_type"), Counter[int]()
+        if said in set(LlamaFileType):
+            return LlamaFileType(said).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+        for one in self.tensors.values():
+            sizes[one.kind] += math.prod(one.shape)
+        return GGMLQuantizationType(sizes.most_common(1)[0][0]).name
 
     @property
     def is_of_k_quants(self) -> bool:

@@ -10,12 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.errors import cannot_load
+from softmeet.errors import UnsupportedHeadError, cannot_load
 from softmeet.extras import require_extra
 from softmeet.heads import SoftmaxHead
 from softmeet.members.gguf_file import GgufFile
 
 _NAMES, _BIAS = ("output.weight", "token_embd.weight"), "output.bias"
+# How far a head's logits may be from llama.cpp's: 4e-5 was seen.
+_APART = 1e-2
 # Types of weights by how llama.cpp rounds what they are multiplied by, ggml's type traits: in blocks of 32 and of 256.
 _BY_32, _BY_256 = frozenset((2, 3, 6, 7, 8, 9, 20, 39, 40)), frozenset((*range(10, 20), 21, 22, 23, 29, 34, 35))
 
@@ -43,6 +45,22 @@ def gguf_head(file: GgufFile, name: str) -> tuple[SoftmaxHead, int]:
     if not isinstance(scale, int | float) or not isinstance(cap, int | float | None):
         raise cannot_load(name, f"its logits have the scale {scale!r} and the cap {cap!r}: expected numbers")
     return SoftmaxHead(_dequantised(file, found), bias, scale=float(scale), soft_cap=cap), file.tensors[found].kind
+
+
+def require_its_logits(
+    head: SoftmaxHead, hidden: Float[Tensor, "k d"], logits: Float[Tensor, "k v"], name: str
+) -> None:
+    """Check that a head makes the logits that llama.cpp tells behind hidden states.
+
+    Raises:
+        UnsupportedHeadError: if it does not.
+    """
+    apart = (head.logits(hidden) - logits).abs().max().item()
+    if not apart <= _APART:
+        raise UnsupportedHeadError(
+            f"expected the output layer of {name} to make the logits that llama.cpp tells up to {_APART:g}, "
+            f"got {apart:g} more or less: choose an average, or put +engine=transformers behind the file"
+        )
 
 
 def _dequantised(file: GgufFile, key: str) -> Float[Tensor, ...]:

@@ -149,6 +149,16 @@ def is_installed() -> bool:
     return any(find_spec(name) is not None for name in BINDINGS)
 
 
+def versions() -> dict[str, str]:
+    """Return the version of the binding in use, and where it tells it the commit of llama.cpp; {} if none was used."""
+    if not library.cache_info().currsize:
+        return {}
+    name = next(name for name in BINDINGS if find_spec(name) is not None)
+    binding = import_module(name)
+    commit = getattr(binding, "__llama_cpp_commit__", None)
+    return {name.replace("_", "-"): str(binding.__version__)} | ({} if commit is None else {"llama.cpp": str(commit)})
+
+
 @cache
 def library() -> Library:
     """Return llama.cpp's library, loaded once in a process.

@@ -6,7 +6,9 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +79,10 @@ class ByteReader(ReaderOfRows[ByteText]):
     def bytes(self) -> int:
         """The bytes of the keys and values of all open rows, and of the tokens before them that are kept."""
         return self.member.reader.bytes
+
+    def to_itself(self) -> AbstractContextManager[Any]:
+        """Return a context in which no other thread has the reader of the member's tokens."""
+        return self.member.reader.to_itself()
 
     def abort(self) -> None:
         """End what waits for an answer from elsewhere."""

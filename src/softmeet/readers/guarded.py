@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from threading import RLock
 from typing import Any, TypeVar
 
@@ -20,6 +20,16 @@ from softmeet.suspended import Done
 
 T = TypeVar("T")
 _log = logging.getLogger("softmeet")
+
+
+class _Turns:
+    """A lock, in whose place a copy has another one, as locks cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+
+    def __reduce__(self) -> tuple[type[_Turns], tuple[()]]:
+        return _Turns, ()
 
 
 class GuardedReader(Reader):
@@ -50,10 +60,12 @@ class GuardedReader(Reader):
         self.name, self.alphabet, self.limit = reader.name, reader.alphabet, reader.limit
         self.traits = reader.traits
 
-    def to_itself(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def to_itself(self) -> Iterator[None]:
         """Return a context in which no other thread has the reader, be it guarded by another one."""
-        found: RLock = vars(self._reader).setdefault("_softmeet_lock", RLock())
-        return found
+        turns: _Turns = vars(self._reader).setdefault("_softmeet_turns", _Turns())
+        with turns.lock, self._reader.to_itself():
+            yield
 
     def __reduce__(self) -> Any:
         """Have a copy guard a copy."""

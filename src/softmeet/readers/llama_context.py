@@ -186,7 +186,7 @@ class LlamaContext:
         if (short := model.file.own("rope.scaling.original_context_length")) and limit > short:
             # By its room llama.cpp chooses the factors for short or for long texts, which must not change.
             self.cells = max(self.cells, short + 256)
-        self._width, self._kind = 0, 0
+        self._width, self._kind, self._first = 0, 0, (self.rows, self.cells)
         self._pointer, self._free = self._made(self.rows, self.cells)
         size = MOST_TOKENS
         self._tokens, self._places, self._one = (np.empty(size, np.int32) for _ in range(3))
@@ -266,6 +266,17 @@ class LlamaContext:
         before = self._free
         self._pointer, self._free, self.rows, self.cells = pointer, free, rows, cells
         before()  # last, so that nobody is left with what is freed
+
+    def begin_anew(self) -> None:
+        """Forget all rows, and have as much room as at first.
+
+        How llama.cpp rounds depends on where in the cache a text's tokens stand, and so on what was there before.
+        """
+        if (self.rows, self.cells) != self._first:
+            pointer, free = self._made(*self._first)
+            self._free()
+            self._pointer, self._free, (self.rows, self.cells) = pointer, free, self._first
+        self._call.llama_memory_clear(self._memory, False)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Have a row begin with the first ``length`` tokens of another."""

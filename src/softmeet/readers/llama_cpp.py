@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
+from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.gguf_assets import folder_of
-from softmeet.members.gguf_head import gguf_head
+from softmeet.members.gguf_head import gguf_head, require_its_logits
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.readers.llama_context import (
     MOST_ROWS,
@@ -38,8 +39,8 @@ _KEPT, _KEPT_ROWS = 2048, 8
 _COARSE = 0.05
 # Of four files on a processor, calls of two rows took 1.7 to 2.3 times as long as those of one, of four 2.7 to 3.1.
 _ROW_COST = 0.8
-# Tokens on which a head is tried, and how far its logits may be from llama.cpp's: 4e-5 was seen.
-_TRIED, _APART = (1, 2, 3, 4, 5), 1e-2
+# Tokens on which a head is tried.
+_TRIED = (1, 2, 3, 4, 5)
 
 
 class LlamaReader(ReaderOfRows[LlamaRow]):
@@ -66,7 +67,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         gpu_layers: int = 0,
     ) -> None:
         super().__init__(LlamaRow)
-        self._made_of, self._stored = (path, name, own, context, gpu_layers), 0
+        self._made_of, self._stored = ((path, name), {"own": own, "context": context, "gpu_layers": gpu_layers}), 0
         self.name = name or Path(path).name
         self.file, tokenizer = known_file(Path(path), self.name)
         self.assets = folder_of(tokenizer)
@@ -106,14 +107,14 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         """
         if self.head is None:
             if self._rows:
-                raise InvalidInputError(
-                    f"expected no open rows of {self.name} while its output layer is opened: load the ensemble whose "
-                    "rule reads it first"
-                )
+                what = f"expected no open rows of {self.name} while its output layer is opened"
+                raise InvalidInputError(f"{what}: load the ensemble whose rule reads it first")
             head, kind = gguf_head(self.file, self.name)
             self._tell_hidden(head, kind)
             try:
-                self._require_its_logits(head)
+                tried = _TRIED[: max(1, self._context - 1)]
+                found = self.read_whole([tried], [range(1, len(tried) + 1)], _TRIED[:1])
+                require_its_logits(head, found.hidden(), found.logits(), self.name)
             except BaseException:
                 self.head = None
                 self._cells.tell_hidden(0, 0)
@@ -127,16 +128,6 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
     def __reduce__(self) -> Any:
         """Have a copy in another process read the file there, in rows of its own."""
         return _again, (self._made_of, self.head, self._stored)
-
-    def _require_its_logits(self, head: SoftmaxHead) -> None:
-        tried = _TRIED[: max(1, self._context - 1)]
-        found = self.read_whole([tried], [range(1, len(tried) + 1)], _TRIED[:1])
-        apart = (head.logits(found.hidden()) - found.logits()).abs().max().item()
-        if not apart <= _APART:
-            raise UnsupportedHeadError(
-                f"expected the output layer of {self.name} to make the logits that llama.cpp tells up to {_APART:g}, "
-                f"got {apart:g} more or less: choose an average, or put +engine=transformers behind the file"
-            )
 
     def _forget(self, tokens: tuple[int, ...]) -> None:
         number = self._kept.pop(tokens)
@@ -225,6 +216,14 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             raise self.cannot("take back what it has read")
         self._require_length(one, length)
         self._cut(one, length)
+
+    def to_itself(self) -> AbstractContextManager[Any]:
+        """Return a context in which texts are read as by a reader that has read nothing, if no row is open."""
+        if not self._rows:
+            self._prefixes.clear()
+            self._cells.begin_anew()
+            self._free = list(range(self._cells.rows))
+        return nullcontext()
 
     def close(self, row: Row) -> None:
         """Close a row, and free what no other row or kept text shares."""
@@ -388,18 +387,14 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
 
 
 def gguf_reader(path: str | Path, name: str | None = None, **options: int) -> LlamaReader:
-    """Return the reader of a GGUF file whose texts begin with the tokens that they are given, as ensembles give them.
-
-    Args:
-        path, name, options: as of :class:`LlamaReader`.
-    """
+    """Return a :class:`LlamaReader` whose texts begin with the tokens that they are given, as ensembles give them."""
     return LlamaReader(path, name, own=(), **options)
 
 
 def _again(made_of: tuple[Any, ...], head: SoftmaxHead | None, kind: int) -> LlamaReader:
     """Make a reader of the same file, which tells hidden states if there is a head."""
-    path, name, own, context, gpu_layers = made_of
-    found = LlamaReader(path, name, own=own, context=context, gpu_layers=gpu_layers)
+    given, options = made_of
+    found = LlamaReader(*given, **options)
     if head is not None:
         found._tell_hidden(head, kind)
     return found

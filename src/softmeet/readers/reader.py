@@ -352,7 +352,10 @@ class Reader(ABC):
         return found
 
     def to_itself(self) -> AbstractContextManager[Any]:
-        """Return a context in which no other thread opens rows; of a reader that threads may share, an empty one."""
+        """Return a context in which no other thread opens rows, and what is told depends on what is read in it alone.
+
+        Of a reader that threads may share, and of which that is always so, it is an empty one.
+        """
         return nullcontext()
 
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:

@@ -263,6 +263,32 @@ def _longer(
     return own, new
 
 
+def require_followed(spelling: Spelling, text: bytes) -> None:
+    """Check that all covers of a text are few enough to be followed with ``prune=0``, without a model.
+
+    Raises:
+        InvalidInputError: if they are more than 2,048 behind some byte.
+    """
+    written, longest = spelling.written(text), spelling.longest
+    ways = [1]  # to cut the first so many bytes into whole tokens
+    for place in range(1, len(written) + 1):
+        ways.append(0)
+        covers = 0
+        for start in range(max(0, place - longest), place):
+            first, longer, end = spelling.among(written[start:place])
+            ways[place] += ways[start] * (longer - first)
+            covers += ways[start] * (longer < end)
+        if covers + ways[place] > _FOLLOWED:
+            raise _too_many()
+
+
+def _too_many() -> InvalidInputError:
+    return InvalidInputError(
+        f"following all tokenizations of a text, of which there are more than {_FOLLOWED:,} here, is for a few words: "
+        "give a prune above 0, such as 0.01"
+    )
+
+
 def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> Covers:
     """Join covers whose rests are equally long if pruned, drop the lightest, and return the others."""
     kept = [cover for cover in whole if cover.mass > 0]
@@ -270,10 +296,7 @@ def _kept(whole: Sequence[Cover], opened: Sequence[Open], pruning: Pruning) -> C
     if pruning.prune:
         kept, light = _recombined(kept, light)
     if pruning.covers is None and len(kept) + len(light) > _FOLLOWED:
-        raise InvalidInputError(
-            f"following all tokenizations of a text, of which there are more than {_FOLLOWED:,} here, is for a few "
-            "words: give a prune above 0, such as 0.01"
-        )
+        raise _too_many()
     before = _mass(kept) + _mass(light)
     count, least = (_FOLLOWED, 0.0) if pruning.covers is None else (pruning.covers, _LIGHT * before)
     many = len(kept) + len(light)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from itertools import count
 from sys import is_finalizing
 from threading import Lock
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 from softmeet.readers.reader import Predictions, Read, Reader, Row, Work, finished
 
@@ -103,7 +104,8 @@ class Rows:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self._lock, self._left = Lock(), deque[Row]()
-        self._nodes, self._calls = WeakSet[Node](), 0
+        # In the order in which they were made: what is read does not depend on where they lie in memory.
+        self._nodes, self._numbers, self._calls = WeakValueDictionary[int, Node](), count(), 0
         # How many rows nodes have.
         self._held = 0
 
@@ -181,7 +183,7 @@ class Rows:
 
     def _made(self, row: Row, before: int, tokens: tuple[int, ...]) -> Node:
         node = Node(self, row, before, tokens, self._calls)
-        self._nodes.add(node)
+        self._nodes[next(self._numbers)] = node
         return node
 
     def _has_room(self, count: int) -> bool:
@@ -193,7 +195,7 @@ class Rows:
         while self._left:
             self._close(self._left.popleft())
         if not self._has_room(count):
-            for node in sorted(self._nodes, key=lambda node: node.used):
+            for node in sorted(self._nodes.values(), key=lambda node: node.used):
                 if node.row is not None and node not in needed and not self._has_room(count):
                     self._give_up(node)
 
@@ -223,7 +225,7 @@ class Rows:
     def _nearest(self, tokens: tuple[int, ...], before: int) -> tuple[Node | None, int]:
         """Return the node with a row whose tokens begin most like others, and how many tokens are alike; maybe none."""
         found, most = None, before
-        for node in self._nodes:
+        for node in self._nodes.values():
             if node.row is not None and node.before == before:
                 read = min(before + node.row.length, len(tokens))
                 pairs = enumerate(zip(node.tokens[:read], tokens, strict=False))

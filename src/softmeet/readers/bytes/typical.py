@@ -30,7 +30,8 @@ def expected_after_bytes(member: TokenModel) -> Masses:
     tokens = spelling.encode(SAMPLE.encode())[: member.limit - len(start)]
 
     def made() -> Masses:
-        behind = member.run_chain(start, tokens, range(1, len(tokens) + 1))
+        with member.reader.to_itself():
+            behind = member.run_chain(start, tokens, range(1, len(tokens) + 1))
         roots = list[Masses]()
         for k in range(0, len(behind), _AT_ONCE):
             some = behind[k : k + _AT_ONCE]
