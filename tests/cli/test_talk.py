@@ -10,8 +10,12 @@ import pytest
 from commands import run
 
 from softmeet import Ensemble
-from softmeet.cli.chat import Conversation, _asked, _while_typing, written
+from softmeet.cli.chat import _while_typing
+from softmeet.cli.conversation import Conversation
+from softmeet.cli.talk import Talk, TalkFlags, color_of
+from softmeet.cli.typed import CtrlC, asked
 from softmeet.errors import CheckpointError, ContextError
+from softmeet.suspended import Control
 
 BOTH = ["chat", "wide/gpt2", "wide/llama", "--max-new-tokens", "6", "--seed", "1"]
 
@@ -70,14 +74,58 @@ def test_a_conversation_on_the_command_line():
     assert coloured.stdout.endswith(done.stdout)
 
 
-def test_with_colours_each_piece_comes_with_every_members_figure():
-    ensemble, turns = Ensemble.from_pretrained("mixed"), [{"role": "user", "content": "And the king said"}]
-    given = {"do_sample": False, "max_new_tokens": 6}
-    coloured, plain = (list(written(ensemble, given, colors, turns)) for colors in (True, False))
+@pytest.fixture(scope="module")
+def mixed():
+    return Ensemble.from_pretrained("mixed")
+
+
+@pytest.fixture
+def talk(mixed):
+    return Talk(mixed, TalkFlags(do_sample=False, max_new_tokens=6), None, CtrlC())
+
+
+def test_colours_go_by_who_finds_a_text_likelier_whatever_the_weights(talk, mixed):
+    turns = [{"role": "user", "content": "And the king said"}]
+    plain = list(talk._written(turns))
+    talk.do_colors()
+    coloured = list(talk._written(turns))
     assert "".join(text for text, _ in coloured) == "".join(text for text, _ in plain)
-    assert {len(nats) for _, nats in coloured} == {2}
-    assert {nats.index(min(nats)) for _, nats in coloured} == {0, 1}
-    assert {tuple(nats) for _, nats in plain} == {()}
+    assert {tuple(told) for _, told in plain} == {()}
+    assert {color_of(told) for _, told in coloured} == {"cyan", "magenta", ""}
+    talk.obey("/set weights 0.99,0.01")
+    heavy = list(talk._written(turns))
+    assert heavy[0][1] == pytest.approx(coloured[0][1])  # what a member finds of a text hangs on the text alone
+    assert color_of([float("nan"), -1.0]) == ""
+
+
+def test_what_is_set_holds_from_then_on(talk, capsys, tmp_path):
+    def said(text):
+        assert talk.obey(text)
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "mixed/gpt2 0.50, mixed/llama 0.50, mixed by logit-mean over bytes" in said("/show")
+    assert "always the likeliest, seed none, at most 6 tokens" in said("/show")
+    assert "0.25, mixed/llama 0.75" in said("/set weights 0.25,0.75")
+    assert "temperature 0.5, seed none" in said("/set temperature 0.5")
+    assert "temperature 0.5, seed 7" in said("/set seed 7")
+    for wrong in ("/set temperature x", "/set seed -1", "/set weights 1,x", "/set weights 1", "/set colour", "/save"):
+        assert "expected" in said(wrong)
+    assert "begun anew" in said("/set system be terse")
+    assert "system: be terse" in said("/show")
+    assert "nothing was asked yet" in said("/regenerate")
+    talk.answer("And the king said")
+    first = capsys.readouterr().out
+    assert said("/regenerate") == ""
+    assert talk._sampling.seed == 8
+    assert [turn["role"] for turn in talk._said.turns] == ["system", "user", "assistant"]
+    assert talk._said.turns[2]["content"] != first.strip("\n")
+    for name, begin in {
+        "talk.json": '[\n  {\n    "role": "system"',
+        "talk.md": "system:\nbe terse\n\nuser:\nAnd",
+    }.items():
+        assert "wrote" in said(f"/save {tmp_path / name}")
+        assert (tmp_path / name).read_text().startswith(begin)
+    assert "File exists" in said(f"/save {tmp_path / 'talk.md'}")
 
 
 def test_words_in_place_of_a_model_are_refused(monkeypatch):
@@ -87,16 +135,37 @@ def test_words_in_place_of_a_model_are_refused(monkeypatch):
     assert "answer once by softmeet generate 'Why is the sky blue?' --chat" in " ".join(done.stderr.split())
 
 
-def test_ctrl_c_without_an_answer_ends_nothing(monkeypatch, capsys):
-    typed = iter([KeyboardInterrupt, "hello", EOFError])
+def typing(monkeypatch, *lines):
+    """Have lines typed, or exceptions come in their place; returns a function that waits for the next text."""
+    typed = iter([*lines, EOFError])
 
     def type_in(prompt):
-        if isinstance(word := next(typed), str):
-            return word
-        raise word
+        if isinstance(line := next(typed), str):
+            return line
+        raise line
 
     monkeypatch.setattr("builtins.input", type_in)
-    assert (_asked(), _asked()) == ("hello", None)
+    return lambda: asked(CtrlC())
+
+
+def test_ctrl_c_without_an_answer_ends_nothing(monkeypatch, capsys):
+    text = typing(monkeypatch, KeyboardInterrupt, "hello")
+    assert (text(), text()) == ("hello", None)
+
+
+def test_texts_of_several_lines(monkeypatch):
+    text = typing(monkeypatch, '"""def f():', "    return 1", '"""', '"""one"""', "exit")
+    assert (text(), text(), text()) == ("def f():\n    return 1", "one", None)
+
+
+def test_ctrl_c_stops_an_answer_or_a_line_and_is_nothing_elsewhere():
+    ctrl_c, answer = CtrlC(), Control()
+    ctrl_c(2, None)
+    with ctrl_c.answering(answer):
+        ctrl_c(2, None)
+    assert answer.stopped
+    with ctrl_c.typing(), pytest.raises(KeyboardInterrupt):
+        ctrl_c(2, None)
 
 
 def test_models_are_loaded_while_the_first_line_is_typed(monkeypatch, capsys):
@@ -112,7 +181,7 @@ def test_models_are_loaded_while_the_first_line_is_typed(monkeypatch, capsys):
         return "an ensemble"
 
     monkeypatch.setattr("builtins.input", type_in)
-    assert _while_typing(load) == ("an ensemble", "hello")
+    assert _while_typing(load, CtrlC()) == ("an ensemble", "hello")
     assert "a warning" in capsys.readouterr().err
 
 
@@ -131,7 +200,7 @@ def test_models_that_cannot_be_loaded_end_the_typing(monkeypatch, interruptible)
 
     monkeypatch.setattr("builtins.input", type_in)
     with pytest.raises(CheckpointError, match="no model"):
-        _while_typing(load)
+        _while_typing(load, CtrlC())
 
 
 def test_what_does_not_fit_is_said_and_the_conversation_goes_on(caplog):

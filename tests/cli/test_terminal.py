@@ -66,7 +66,8 @@ def evil(loaded, monkeypatch):
     monkeypatch.setattr(f"{ensemble}stream_with_disagreement", lambda *_, **__: ((piece, 0.5) for piece in pieces))
     monkeypatch.setattr(f"{ensemble}generate", lambda _, texts, **__: [EVIL for _ in texts])
     monkeypatch.setattr(f"{ensemble}decode", lambda *_, **__: [drawn])
-    monkeypatch.setattr("softmeet.hf.streaming.by_member", lambda *_, **__: ((piece, [0.1, 0.2]) for piece in pieces))
+    told = [(piece, [0.1, 0.2], [-1.0, -2.0]) for piece in pieces]
+    monkeypatch.setattr("softmeet.hf.streaming.by_member", lambda *_, **__: iter(told))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
 
 _HELP = """\
-/set temperature X, /set seed N, /set weights A,B  how answers are drawn, and who counts how much
+/set temperature X, /set seed N, /set weights 0.3,0.7  how answers are drawn, and who counts how much
 /set system TEXT  begin anew, with this as the system's message; without TEXT, without one
 /show             what is set
 /colors           colour text by the model that finds it likelier than the others do, or no more
@@ -129,22 +129,16 @@ class Talk:
             return
         if name not in ("temperature", "seed", "weights"):
             raise InvalidInputError(f"expected /set temperature, seed, weights or system, got {text or 'nothing'}")
-        try:
-            if name == "temperature":
-                self._sampling.temperature = _at_least_0(float(value)) if value else None
-                self._sampling.do_sample = True
-            elif name == "seed":
-                self._sampling.seed = _at_least_0(int(value)) if value else None
-            else:
-                settings, given = (
-                    self._ensemble.model.config.settings,
-                    [float(part) for part in value.split(",") if part],
-                )
-                self._weights = list(settings.changed(weights=given).weights) if given else None
-        except ValueError:
-            raise InvalidInputError(
-                f"expected a number of 0 or more, for weights one for each model, as in /set weights 1,2, got {value}"
-            ) from None
+        numbers = _numbers(value, whole=name == "seed")
+        if name == "weights":
+            settings = self._ensemble.model.config.settings
+            self._weights = settings.changed(weights=numbers).weights if numbers else None
+        elif len(numbers) > 1:
+            raise InvalidInputError(f"expected one number, got {value}")
+        elif name == "seed":
+            self._sampling.seed = numbers[0] if numbers else None
+        else:
+            self._sampling.temperature, self._sampling.do_sample = numbers[0] if numbers else None, True
         self.do_show()
 
     def do_system(self, system: str) -> None:
@@ -205,11 +199,15 @@ class Talk:
         say("what was said is forgotten")
 
 
-def _at_least_0(value: Any) -> Any:
-    """Return a number, or raise ValueError if it is below 0 or none."""
-    if not 0 <= value < math.inf:
-        raise ValueError
-    return value
+def _numbers(text: str, *, whole: bool) -> list[Any]:
+    """Return the numbers of a text with commas between, maybe none, or raise InvalidInputError."""
+    try:
+        found = [int(part) if whole else float(part) for part in text.split(",") if text]
+    except ValueError:
+        found = [-1]
+    if not all(0 <= number < math.inf for number in found):
+        raise InvalidInputError(f"expected a {'whole number' if whole else 'number'} of 0 or more, got {text}")
+    return found
 
 
 def color_of(log_probs: list[float]) -> str:

@@ -263,9 +263,13 @@ class LlamaContext:
         if self._call.llama_state_set_data(pointer, where, wrote) != wrote:
             free()
             raise NoRoomError(f"cannot move the keys and values of {self._model.name} to where there is more room")
+        self._replace(pointer, free, rows, cells)
+
+    def _replace(self, pointer: Any, free: Any, rows: int, cells: int) -> None:
+        """Have another context in place of this one's, which is freed last, so that nobody is left with it."""
         before = self._free
         self._pointer, self._free, self.rows, self.cells = pointer, free, rows, cells
-        before()  # last, so that nobody is left with what is freed
+        before()
 
     def begin_anew(self) -> None:
         """Forget all rows, and have as much room as at first.
@@ -273,9 +277,7 @@ class LlamaContext:
         How llama.cpp rounds depends on where in the cache a text's tokens stand, and so on what was there before.
         """
         if (self.rows, self.cells) != self._first:
-            pointer, free = self._made(*self._first)
-            self._free()
-            self._pointer, self._free, (self.rows, self.cells) = pointer, free, self._first
+            self._replace(*self._made(*self._first), *self._first)
         self._call.llama_memory_clear(self._memory, False)
 
     def copy(self, source: int, target: int, length: int) -> None:
