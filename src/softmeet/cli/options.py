@@ -140,7 +140,7 @@ class LoadingFlags(Flags, panel="Models"):
             return
         require_there(members)
         from softmeet.ensemble import member_names
-        from softmeet.hf.vocabulary import require_few_ways
+        from softmeet.hf.assembly import require_few_ways
 
         own = member_names(members[0] if len(members) == 1 else members)
         code = self.trust_remote_code

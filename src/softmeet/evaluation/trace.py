@@ -140,7 +140,9 @@ class Trace:
                 )
         if here.get("prune") != made.get("prune"):
             over = [f"over bytes (prune {x['prune']})" if "prune" in x else "over tokens" for x in (made, here)]
-            raise TraceError(f"{self.folder} was made {over[0]}, but these members are combined {over[1]}: trace again")
+            both = "prune" in here and "prune" in made
+            advice = f"load them with prune {made['prune']}, or trace again" if both else "trace again"
+            raise TraceError(f"{self.folder} was made {over[0]}, but these members are combined {over[1]}: {advice}")
         if here.get("prefixes") != made.get("prefixes"):
             raise TraceError(f"{self.folder} was made behind other prefixes than these members': trace again")
         if here["tokenizer"] != made["tokenizer"]:

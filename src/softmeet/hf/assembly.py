@@ -10,12 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from softmeet.hf.chat import ChatTemplates
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.union_space import union_space
+from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member
 from softmeet.members.prompting import prefix_of
-from softmeet.members.spelling import Spelling
-from softmeet.members.vocabulary import CommonVocabulary
+from softmeet.members.spelling import Spelling, spelling_of
+from softmeet.members.vocabulary import CommonVocabulary, surely_differ
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.covers import Pruning
+from softmeet.readers.bytes.covers import Pruning, require_followed
 from softmeet.readers.union_form import UnionForm
 
 
@@ -72,3 +73,26 @@ def readers(
         ByteMember(model, spelling, pruning, prefix)
         for model, spelling, prefix in zip(models, spellings, prefixes, strict=True)
     ]
+
+
+def require_few_ways(
+    names: Sequence[str], texts: Sequence[bytes], vocabulary: str, *, trust_remote_code: bool = False
+) -> None:
+    """Check, by tokenizers alone, that all ways to cut texts into members' tokens can be followed, as by ``prune=0``.
+
+    Nothing is checked if the members may be combined over tokens.
+
+    Args:
+        names: the members.
+        texts: those that are read.
+        vocabulary: as of :func:`softmeet.hf.vocabulary.require_vocabulary`.
+        trust_remote_code: whether to run code that comes with a tokenizer.
+
+    Raises:
+        InvalidInputError: if there are too many.
+    """
+    tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
+    if vocabulary == "bytes" or (vocabulary == "auto" and surely_differ(tokenizers)):
+        for name, own in zip(names, tokenizers, strict=True):
+            for text in texts:
+                require_followed(spelling_of(name, own), text)

@@ -11,11 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from softmeet.engine.unread import AVERAGE, averages
 from softmeet.errors import InvalidInputError, UnsupportedHeadError, VocabularyMismatchError
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.member import Member, short
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.vocabulary import CommonVocabulary, common_vocabulary, surely_differ
-from softmeet.readers.bytes.covers import require_followed
 from softmeet.readers.union_form import UnionForm
 from softmeet.rules.gates import Safe, unsure_of
 from softmeet.rules.settings import Settings
@@ -99,29 +97,6 @@ def choose_vocabulary(
             first, others, first,
         )  # fmt: skip
     return spellings
-
-
-def require_few_ways(
-    names: Sequence[str], texts: Sequence[bytes], vocabulary: str, *, trust_remote_code: bool = False
-) -> None:
-    """Check, by tokenizers alone, that all ways to cut texts into members' tokens can be followed, as by ``prune=0``.
-
-    Nothing is checked if the members may be combined over tokens.
-
-    Args:
-        names: the members.
-        texts: those that are read.
-        vocabulary: as of :func:`require_vocabulary`.
-        trust_remote_code: whether to run code that comes with a tokenizer.
-
-    Raises:
-        InvalidInputError: if there are too many.
-    """
-    tokenizers = load_tokenizers(names, trust_remote_code=trust_remote_code)
-    if vocabulary == "bytes" or (vocabulary == "auto" and surely_differ(tokenizers)):
-        for name, own in zip(names, tokenizers, strict=True):
-            for text in texts:
-                require_followed(spelling_of(name, own), text)
 
 
 def require_for_bytes(settings: Settings, vocabulary: str = "bytes") -> None:
