@@ -36,9 +36,12 @@ class Control:
         ...
         >>> control = Control(lambda done, total: control.stop())
         >>> with control.over():
-        ...     by_turns([work()])
-        Traceback (most recent call last):
-        softmeet.suspended.StoppedError
+        ...     try:
+        ...         by_turns([work()])
+        ...     except StoppedError:
+        ...         print("stopped")
+        ...
+        stopped
     """
 
     def __init__(self, hear: Callable[[int, int], object] = lambda done, total: None) -> None:
