@@ -163,10 +163,7 @@ class Batcher(threading.Thread):
         TURNS_AT_LOCK.beside(0, self)
 
     def _guarded(self, rows: list[Sequence], work: Callable[..., None], *arguments: Any) -> None:
-        """Call a function that works on some sequences; if it raises an exception, end them by an error event.
-
-        Without this, a bug would leave their clients waiting for ever. Anything but a SoftmeetError is logged.
-        """
+        """Call a function that works on sequences; an exception, logged if it is a bug, ends them by an error event."""
         try:
             work(*arguments)
         except Exception as error:
