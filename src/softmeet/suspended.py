@@ -59,7 +59,7 @@ class Control:
 
     def check(self) -> None:
         """Raise StoppedError if the work is to end."""
-        if self.stopped:
+        if self._flag.value:
             raise StoppedError
 
     @contextmanager
@@ -151,14 +151,15 @@ def finished(work: Generator[Done, None, T], pause: Callable[[], object] = lambd
         >>> finished(work())
         7
     """
+    own = control()
     while True:
-        control().check()
+        own.check()
         try:
             told = next(work)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         if told is not None:
-            control().hear(*told)
+            own.hear(*told)
         pause()
 
 
@@ -185,11 +186,11 @@ def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], obje
         [3, 1]
     """
     found, going = dict[int, T](), dict(enumerate(works))
-    done, total, took_turns = [0] * len(works), [0] * len(works), False
+    done, total, took_turns, own = [0] * len(works), [0] * len(works), False, control()
+    own.check()
     try:
         while going:
             for k, work in list(going.items()):
-                control().check()
                 try:
                     told = next(work)
                 except StopIteration as end:
@@ -200,11 +201,12 @@ def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], obje
                 took_turns = True
                 if told is not None:
                     done[k], total[k] = told
-                    control().hear(sum(done), sum(total))
+                    own.hear(sum(done), sum(total))
                 pause()
+                own.check()
     finally:
         for work in going.values():
             work.close()
     if took_turns:
-        control().hear(sum(total), sum(total))
+        own.hear(sum(total), sum(total))
     return list(map(found.__getitem__, range(len(works))))
