@@ -13,9 +13,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.server.metrics import Metrics
-from softmeet.server.reading import ACCESS
 from softmeet.server.security import Guard, Protection
 
+ACCESS = logging.getLogger("softmeet.access")
 _COUNTED = (
     "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/version",
     "/health", "/ready", "/metrics",

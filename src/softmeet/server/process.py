@@ -14,8 +14,8 @@ from types import FrameType
 import uvicorn
 
 from softmeet import freed_memory
+from softmeet.server.envelope import ACCESS
 from softmeet.server.protocol import configuration
-from softmeet.server.reading import ACCESS
 from softmeet.server.serving import Serving
 
 _log = logging.getLogger("softmeet.server")

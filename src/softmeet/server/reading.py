@@ -11,7 +11,8 @@ from softmeet.server.sequences import Sequence
 from softmeet.server.tasks import Task
 from softmeet.suspended import Control
 
-ACCESS = logging.getLogger("softmeet.access")
+# By its name, as what stands before the server is loaded without members.
+_log = logging.getLogger("softmeet.access")
 # Seconds between two lines of the log.
 _EVERY = 5.0
 
@@ -34,7 +35,7 @@ def read(members: Members, group: Several[Sequence], task: Task) -> dict[Sequenc
         nonlocal told
         if done < total and (now := time.monotonic()) > told + _EVERY:
             told = now
-            ACCESS.info("reading %s of %s tokens of %d prompts, by all members", f"{done:,}", f"{total:,}", len(group))
+            _log.info("reading %s of %s tokens of %d prompts, by all members", f"{done:,}", f"{total:,}", len(group))
 
     own = Control(hear)
     for s in group:
