@@ -5,6 +5,7 @@ It is plain ASGI, so that streamed answers pass through it unbuffered.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
