@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from softmeet import interrupts
 from softmeet.errors import was_interrupted
 
 # 128 and the signal's number, as shells have it.
@@ -13,12 +14,14 @@ _STOPPED = 130
 
 def main() -> None:
     """Run the command line, and exit with the code 130 after Ctrl-C."""
+    interrupts.note()
     try:
         from softmeet.cli.main import main as run
 
         run()
     except (KeyboardInterrupt, Exception) as error:
-        if not was_interrupted(error):
+        # An import that was interrupted may be begun again by another one, and fail then.
+        if not (was_interrupted(error) or (interrupts.came() and isinstance(error, ImportError))):
             raise
         sys.stderr.write("stopped\n")
         os._exit(_STOPPED)  # without waiting for threads

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import byte_tokenizers
@@ -17,7 +20,7 @@ from commands import process, run
 from ensembles import Asking
 
 import softmeet
-from softmeet import Ensemble
+from softmeet import Ensemble, interrupts
 from softmeet.__main__ import main as started
 from softmeet.errors import CheckpointError
 from softmeet.rules import registry
@@ -139,7 +142,9 @@ def test_stdin_that_is_no_text_is_named(words, monkeypatch):
 
 START = """
 import os
+import signal
 import sys
+import threading
 from softmeet.cli import main
 
 assert "torch" not in sys.modules and "transformers" not in sys.modules
@@ -166,6 +171,7 @@ assert sys.modules["transformers.utils"].is_scipy_available()
 # The compiler is there once it is needed.
 NATIVE = """
 import sys
+import threading
 from softmeet.cli import main
 
 try:
@@ -185,6 +191,7 @@ assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
 MISSING = """
 import json
 import sys
+import threading
 from softmeet.cli import main
 
 for words in json.loads(sys.argv[1]):
@@ -222,22 +229,41 @@ def test_a_member_that_is_not_there_is_refused_before_torch_is_imported(tmp_path
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from softmeet.__main__ import main
 
 class Interrupts:
     def find_spec(self, name, path, target=None):
         if name == "typer":
-            raise KeyboardInterrupt
+            {}
 
 sys.meta_path.insert(0, Interrupts())
 main()
 """
 
 
-def test_ctrl_c_while_the_program_is_loaded_is_no_fault():
-    done = process("--help", program=("-c", INTERRUPTED))
+LOST = """try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                pass
+            raise ImportError"""
+
+
+@pytest.mark.parametrize("comes", ["signal.raise_signal(signal.SIGINT)", LOST])
+def test_ctrl_c_while_the_program_is_loaded_is_no_fault(comes, interruptible):
+    done = process("--help", program=("-c", INTERRUPTED.format(comes)))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_ctrl_c_that_is_lost_while_members_are_loaded_ends_the_command(monkeypatch, interruptible):
+    def load(*_, **__):
+        with suppress(KeyboardInterrupt):  # as in a callback of llama.cpp's
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", load)
+    monkeypatch.setattr(interrupts, "_came", threading.Event())
+    interrupts.note()
+    assert run("generate", "x", "-m", "wide/gpt2").returncode == 130
     said = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
     assert said["project"]["scripts"] == {"softmeet": "softmeet.__main__:main"}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from softmeet import interrupts
 from softmeet.cli.flags import Flags, at_least_one, checked_settings, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import working
@@ -232,6 +233,7 @@ class LoadingFlags(Flags, panel="Models"):
                 **given,
                 **more,
             )
+        interrupts.check()
         if not to_write:
             found.model.require_likelihood("what this command does")
         return found
