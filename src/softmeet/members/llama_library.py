@@ -62,7 +62,9 @@ class _ByCffi:
         def listen(level: int, text: Any, data: Any) -> None:
             _keep(self.said, level, self._ffi.string(text))
 
-        self._listener = self._ffi.callback("void(enum ggml_log_level, const char *, void *)", listen)
+        # Ctrl-C that comes in it is not printed, but heard of elsewhere.
+        kind = "void(enum ggml_log_level, const char *, void *)"
+        self._listener = self._ffi.callback(kind, listen, onerror=lambda *_: None)
         self.functions.llama_log_set(self._listener, self._ffi.NULL)
         self.functions.llama_backend_init()
         _say_last_words(self._folder)
