@@ -11,13 +11,19 @@ _came = threading.Event()
 
 def note() -> None:
     """Have Ctrl-C noted from now on, beside the KeyboardInterrupt that it raises; one that is ignored stays ignored."""
-
-    def heard(number: int, frame: Any) -> None:
-        _came.set()
-        raise KeyboardInterrupt
-
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, heard)
+        signal.signal(signal.SIGINT, _heard)
+
+
+def raises() -> bool:
+    """Return whether Ctrl-C raises KeyboardInterrupt: nothing else handles or ignores it."""
+    return signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _heard)
+
+
+def _heard(number: int, frame: Any) -> None:
+    """Handle the signal."""
+    _came.set()
+    raise KeyboardInterrupt
 
 
 def came() -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from softmeet import interrupts
 from softmeet.scaling.base import Engine, Items, R, T
 
 
@@ -34,7 +35,7 @@ def _deferred_interrupt(on_first: Callable[[str], None] | None) -> Iterator[Call
     """
     came = False
     here = threading.current_thread() is threading.main_thread()
-    if on_first is None or not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if on_first is None or not here or not interrupts.raises():
         yield lambda: False
         return
 
@@ -45,11 +46,11 @@ def _deferred_interrupt(on_first: Callable[[str], None] | None) -> Iterator[Call
         came = True
         on_first("finishing what is under way; Ctrl-C again leaves it")
 
-    signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, note)
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 class LocalEngine(Engine):
