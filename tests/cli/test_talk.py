@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import signal
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 from commands import run
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from softmeet import Ensemble
-from softmeet.cli.chat import _while_typing
+from softmeet.cli.chat import while_typing
 from softmeet.cli.conversation import Conversation
 from softmeet.cli.talk import Talk, TalkFlags, color_of
-from softmeet.cli.typed import CtrlC, asked
+from softmeet.cli.typed import CtrlC, Typed
 from softmeet.errors import CheckpointError, ContextError
 from softmeet.suspended import Control
 
@@ -135,72 +138,85 @@ def test_words_in_place_of_a_model_are_refused(monkeypatch):
     assert "answer once by softmeet generate 'Why is the sky blue?' --chat" in " ".join(done.stderr.split())
 
 
-def typing(monkeypatch, *lines):
-    """Have lines typed, or exceptions come in their place; returns a function that waits for the next text."""
-    typed = iter([*lines, EOFError])
-
-    def type_in(prompt):
-        if isinstance(line := next(typed), str):
-            return line
-        raise line
-
-    monkeypatch.setattr("builtins.input", type_in)
-    return lambda: asked(CtrlC())
+@pytest.fixture
+def keyboard(monkeypatch):
+    """What types keys at a terminal, and what reads texts of it."""
+    with create_pipe_input() as keys:
+        monkeypatch.setattr("softmeet.cli.typed.terminal", lambda: {"input": keys, "output": DummyOutput()})
+        typed = Typed()
+        typed.at_terminal = True
+        yield keys.send_text, typed
 
 
-def test_ctrl_c_without_an_answer_ends_nothing(monkeypatch, capsys):
-    text = typing(monkeypatch, KeyboardInterrupt, "hello")
-    assert (text(), text()) == ("hello", None)
+def test_ctrl_c_without_an_answer_ends_nothing(keyboard):
+    keys, typed = keyboard
+    keys("half a line\x03hello\r\x04")
+    assert (typed.next(), typed.next()) == ("hello", None)
 
 
-def test_texts_of_several_lines(monkeypatch):
-    text = typing(monkeypatch, '"""def f():', "    return 1", '"""', '"""one"""', "exit")
-    assert (text(), text(), text()) == ("def f():\n    return 1", "one", None)
+SEVERAL = '"""def f():', "    return 1", '"""', "", '"""one"""', "exit", "never read"
 
 
-def test_ctrl_c_stops_an_answer_or_a_line_and_is_nothing_elsewhere():
-    ctrl_c, answer = CtrlC(), Control()
+def test_texts_of_several_lines(keyboard, monkeypatch):
+    keys, typed = keyboard
+    keys("\r".join(SEVERAL) + "\r")
+    lines = iter(SEVERAL)
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    piped = Typed()
+    piped.at_terminal = False
+    for texts in typed, piped:
+        assert [texts.next() for _ in range(3)] == ["def f():\n    return 1", "one", None]
+
+
+def test_a_paste_is_one_text(keyboard):
+    keys, typed = keyboard
+    keys("see \x1b[200~one\r\ntwo\n\x1b[201~\r")
+    assert typed.next() == "see one\ntwo"
+
+
+def test_ctrl_c_stops_what_is_waited_for_and_is_nothing_elsewhere():
+    ctrl_c, answer, task = CtrlC(), Control(), Future()
     ctrl_c(2, None)
-    with ctrl_c.answering(answer):
+    with ctrl_c.stops(answer):
         ctrl_c(2, None)
     assert answer.stopped
-    with ctrl_c.typing(), pytest.raises(KeyboardInterrupt):
-        ctrl_c(2, None)
+    with ctrl_c.obeyed():
+        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+        assert not ctrl_c.waited(task)
+        threading.Timer(0.1, task.set_result, [None]).start()
+        assert ctrl_c.waited(task)
 
 
-def test_models_are_loaded_while_the_first_line_is_typed(monkeypatch, capsys):
-    typed = threading.Event()
+def test_models_are_loaded_while_the_first_text_is_typed(keyboard, capsys):
+    (keys, typed), to_load = keyboard, threading.Event()
 
-    def type_in(prompt):
-        typed.set()
-        return "hello"
+    class Stops(CtrlC):
+        def waited(self, task):
+            if not to_load.is_set():  # Ctrl-C while models are loaded: another text can be typed
+                to_load.set()
+                return False
+            return super().waited(task)
 
     def load():
-        sys.stderr.write("a warning")
-        assert typed.wait(20)
+        assert to_load.wait(20)
         return "an ensemble"
 
-    monkeypatch.setattr("builtins.input", type_in)
-    assert _while_typing(load, CtrlC()) == ("an ensemble", "hello")
-    assert "a warning" in capsys.readouterr().err
+    keys("hello\rhello again\r")
+    assert while_typing(load, typed, Stops()) == ("an ensemble", "hello again")
+    assert "stopped; the models are still loading" in capsys.readouterr().err
 
 
-def test_models_that_cannot_be_loaded_end_the_typing(monkeypatch, interruptible):
-    typing = threading.Event()
-
+def test_models_that_cannot_be_loaded_end_the_typing(keyboard):
     def load():
-        assert typing.wait(20)
+        time.sleep(0.3)
         raise CheckpointError("no model")
 
-    def type_in(prompt):
-        typing.set()
-        for _ in range(2000):  # as none of them is cut short
-            time.sleep(0.01)
-        pytest.fail("nobody came")
+    def fail():
+        raise CheckpointError("no model")
 
-    monkeypatch.setattr("builtins.input", type_in)
-    with pytest.raises(CheckpointError, match="no model"):
-        _while_typing(load, CtrlC())
+    for loads in load, fail:
+        with pytest.raises(CheckpointError, match="no model"):
+            while_typing(loads, keyboard[1], CtrlC())
 
 
 def test_what_does_not_fit_is_said_and_the_conversation_goes_on(caplog):

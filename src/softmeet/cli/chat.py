@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
-import io
+import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -21,7 +17,7 @@ from softmeet.cli import options
 from softmeet.cli.flags import argument, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.talk import Talk, TalkFlags
-from softmeet.cli.typed import CtrlC, asked, edit_lines
+from softmeet.cli.typed import CtrlC, Typed, messages_above
 from softmeet.errors import InvalidInputError
 from softmeet.members.names import require_there
 
@@ -55,13 +51,12 @@ def chat(
     loading.refuse_over_union([], ["--one-member"] if sampling.one_member else [])
     if colors and sampling.one_member:
         raise InvalidInputError("--colors needs what all members say: leave out --one-member")
-    typing, text, ctrl_c = sys.stdin.isatty(), None, CtrlC()
-    load = partial(loading.ensemble, every or None, settings, to_write=True, shown=not typing)
-    if typing:
+    typed, text, ctrl_c = Typed(), None, CtrlC()
+    load = partial(loading.ensemble, every or None, settings, to_write=True, shown=not typed.at_terminal)
+    if typed.at_terminal:
         require_there(every)
         say("/help says what can be typed")
-        edit_lines()
-        ensemble, text = _while_typing(load, ctrl_c)
+        ensemble, text = while_typing(load, typed, ctrl_c)
     else:
         ensemble = load()
     _take_templates(ensemble)
@@ -69,48 +64,39 @@ def chat(
     if colors:
         talk.do_colors()
     with ctrl_c.obeyed():
-        while (text := text or asked(ctrl_c)) is not None:
+        while (text := text or typed.next()) is not None:
             if not talk.obey(text):
                 talk.answer(text)
             text = None
 
 
-def _while_typing(load: Callable[[], Ensemble], ctrl_c: CtrlC) -> tuple[Ensemble, str]:
-    """Load while the first line is typed, and return both; what is said of loading comes after the line.
+def while_typing(load: Callable[[], Ensemble], typed: Typed, ctrl_c: CtrlC) -> tuple[Ensemble, str]:
+    """Load in another thread while the first text is typed, and return both.
+
+    Args:
+        load: loads the models.
+        typed: tells what is typed.
+        ctrl_c: ends the waiting for models, so that another text can be typed; they are loaded on.
 
     Raises:
         Exception: as loading raises, at once, whatever has been typed.
         typer.Exit: if nothing more is to be typed.
     """
-
-    def failed() -> bool:
-        return task.done() and task.exception() is not None
-
-    terminal, said = sys.stderr, io.StringIO()
-    try:
-        with ThreadPoolExecutor(1) as pool, redirect_stderr(said):
-            task = pool.submit(load)
-            task.add_done_callback(lambda task: _interrupt() if task.exception() else None)
-            text = asked(ctrl_c, failed)
-            if text is None:
-                raise typer.Exit
+    with ctrl_c.obeyed(), messages_above():
+        pool = ThreadPoolExecutor(1)
+        task = pool.submit(load)
+        task.add_done_callback(lambda task: typed.end() if task.exception() else None)
+        while (text := typed.next()) is not None:
             if not task.done():
-                print("still loading", file=terminal)
-            return task.result(), text
-    except KeyboardInterrupt:
-        if failed():
-            task.result()
-        raise
-    finally:
-        terminal.write(said.getvalue())
-
-
-def _interrupt() -> None:
-    """Have the main thread leave off waiting for a line."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)
-    else:
-        _thread.interrupt_main()
+                say("still loading")
+            if ctrl_c.waited(task):
+                return task.result(), text
+            say("stopped; the models are still loading")
+    if task.done():
+        task.result()
+        raise typer.Exit
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for the thread that loads
 
 
 def _take_templates(ensemble: Ensemble) -> None:

@@ -78,7 +78,7 @@ class Talk:
     def answer(self, text: str) -> None:
         """Print an answer as it comes; Ctrl-C ends it, and what was said counts."""
         console = out()
-        with reading() as own, self._ctrl_c.answering(own), own.over():
+        with reading() as own, self._ctrl_c.stops(own), own.over():
             try:
                 for piece, log_probs in self._said.answer(text):
                     write(console, piece, color_of(log_probs))

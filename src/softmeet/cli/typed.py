@@ -4,33 +4,37 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softmeet.cli.messages import say
 from softmeet.suspended import Control
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
 
 # What ends a chat where it is all of a line, and what begins and ends a text of several lines.
 _ENDS, _LINES = ("/bye", "/exit", "/quit", "exit", "quit"), '"""'
 
 
 class CtrlC:
-    """What Ctrl-C does in a chat: it ends the answer that is being written, or the line that is being typed.
+    """What Ctrl-C does in a chat: it ends what is waited for, an answer or the loading of models.
 
-    At all other moments it does nothing. An exception, as Python raises it, could come in the middle of anything.
+    At all other moments it does nothing. An exception, as Python raises it, could come in the middle of anything. While
+    a text is typed, Ctrl-C is a key, which :class:`Typed` takes.
     """
 
     def __init__(self) -> None:
-        self._answer: Control | None = None
-        self._typing = False
+        self._awaited: Control | None = None
 
     def __call__(self, number: int, frame: Any) -> None:
         """Handle the signal."""
-        if self._answer is not None:
-            self._answer.stop()
-        elif self._typing:
-            raise KeyboardInterrupt
+        if self._awaited is not None:
+            self._awaited.stop()
 
     @contextmanager
     def obeyed(self) -> Iterator[None]:
@@ -42,64 +46,121 @@ class CtrlC:
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
-    def answering(self, control: Control) -> Iterator[None]:
-        """Enter a context in which an answer is written under a control."""
-        self._answer = control
+    def stops(self, control: Control) -> Iterator[None]:
+        """Enter a context in which something under a control is waited for."""
+        self._awaited = control
         try:
             yield
         finally:
-            self._answer = None
+            self._awaited = None
 
-    @contextmanager
-    def typing(self) -> Iterator[None]:
-        """Enter a context in which a line is typed."""
-        self._typing = True
-        try:
-            yield
-        finally:
-            self._typing = False
-
-
-def edit_lines() -> None:
-    """Have lines edited and remembered, and a paste be one text, where Python can do so."""
-    with suppress(ImportError):  # as on Windows
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")
+    def waited(self, task: Future[Any]) -> bool:
+        """Wait for a task of another thread, and return whether it has ended; not so if Ctrl-C came first."""
+        control = Control()
+        with self.stops(control):
+            while not control.stopped and wait([task], timeout=0.05).not_done:
+                pass
+        return task.done()
 
 
-def asked(ctrl_c: CtrlC, stopped: Callable[[], bool] = lambda: False) -> str | None:
-    """Return the next text that is typed; None at the end.
+class Typed:
+    """Texts that are typed at a terminal, each at a prompt where it can be edited, or that come through a pipe.
 
-    Args:
-        ctrl_c: is told when a line is typed.
-        stopped: whether nobody waits for a text any more.
-
-    Raises:
-        KeyboardInterrupt: if it comes when ``stopped`` says so; else Ctrl-C ends nothing.
+    A paste is one text, and a text of several lines stands between two marks.
     """
-    while True:
-        try:
-            with ctrl_c.typing():
-                text = _typed()
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            if stopped():
-                raise
-            say("/bye or Ctrl-D ends the program")
-            continue
-        if text:
-            return None if text in _ENDS else text
+
+    def __init__(self) -> None:
+        self.at_terminal, self._ended = sys.stdin.isatty(), False
+        self._prompt: PromptSession[str] | None = None
+        self._history: History | None = None
+
+    def next(self) -> str | None:
+        """Return the next text; None at the end. Ctrl-C leaves what is typed, and ends nothing."""
+        while True:
+            try:
+                text = (self._edited() if self.at_terminal else _piped()).strip()
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                say("/bye or Ctrl-D ends the program")
+                continue
+            if text.startswith(_LINES):
+                text = text.removeprefix(_LINES).removesuffix(_LINES).strip()
+            if text:
+                return None if text in _ENDS else text
+
+    def end(self) -> None:
+        """Have a text that is being typed be the end; from any thread."""
+        self._ended = True
+        if (prompt := self._prompt) and (loop := prompt.app.loop):
+            with suppress(RuntimeError):  # as the prompt has just ended
+                loop.call_soon_threadsafe(self._leave)
+
+    def _leave(self) -> None:
+        """Leave the prompt if all is ended."""
+        if self._ended and self._prompt and self._prompt.app.is_running and not self._prompt.app.is_done:
+            self._prompt.app.exit(exception=EOFError)
+
+    def _edited(self) -> str:
+        """Return a text that is typed at a prompt.
+
+        Each prompt is a new one, as Ctrl-C during an answer has a terminal forget what was typed: which may be the end
+        of a paste, for which the old one would wait.
+        """
+        from prompt_toolkit import PromptSession
+
+        self._prompt = PromptSession(
+            "> ", multiline=True, key_bindings=_keys(), history=self._history, reserve_space_for_menu=0, **terminal()
+        )
+        self._history = self._prompt.history
+        return self._prompt.prompt(pre_run=self._leave)
 
 
-def _typed() -> str:
+def terminal() -> dict[str, Any]:
+    """Return where a prompt reads and is shown: at the terminal, where stdout is a file, too."""
+    from prompt_toolkit.input import create_input
+    from prompt_toolkit.output import create_output
+
+    return {"input": create_input(), "output": create_output(always_prefer_tty=True)}
+
+
+@contextmanager
+def messages_above() -> Iterator[None]:
+    """Enter a context in which what other threads print stands above the prompt."""
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        yield
+        return
+    from prompt_toolkit.patch_stdout import patch_stdout
+
+    with patch_stdout(raw=True):
+        yield
+
+
+def _keys() -> KeyBindings:
+    """Return what Enter does: it ends a text, but within marks a line."""
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def enter(event: Any) -> None:
+        buffer = event.current_buffer
+        if _is_open(buffer.text.strip()):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    return keys
+
+
+def _piped() -> str:
     """Return a line, or all lines between two marks."""
-    shown = sys.stdin.isatty()
-    text = input("> " if shown else "").strip()
-    if not text.startswith(_LINES):
-        return text
-    text = text.removeprefix(_LINES)
-    while not text.endswith(_LINES):
-        text += "\n" + input(". " if shown else "").rstrip()
-    return text.removesuffix(_LINES).strip()
+    text = input().strip()
+    while _is_open(text):
+        text += "\n" + input().rstrip()
+    return text
+
+
+def _is_open(text: str) -> bool:
+    """Return whether a text begins with a mark, and no other one ends it."""
+    return text.startswith(_LINES) and not text.removeprefix(_LINES).endswith(_LINES)
