@@ -166,8 +166,8 @@ def finished(work: Generator[Done, None, T], pause: Callable[[], object] = lambd
 def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], object] = lambda: None) -> list[T]:
     """Run generators to their ends, each from one of its yields to the next in turn, and return what they return.
 
-    The :func:`control` hears how much is done, in sum, and of work that took several turns that it ended. If one raises
-    an exception, the others are closed, and it is raised.
+    The :func:`control` hears after each turn of all how much is done, in sum, and of work that took several turns that
+    it ended. If one raises an exception, the others are closed, and it is raised.
 
     Args:
         works: the generators.
@@ -198,12 +198,13 @@ def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], obje
                     del going[k]
                     done[k] = total[k]
                     continue
-                took_turns = True
                 if told is not None:
                     done[k], total[k] = told
-                    own.hear(sum(done), sum(total))
                 pause()
                 own.check()
+            took_turns = took_turns or bool(going)
+            if going and any(total):
+                own.hear(sum(done), sum(total))
     finally:
         for work in going.values():
             work.close()

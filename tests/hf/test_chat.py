@@ -64,10 +64,10 @@ def test_over_bytes_each_member_begins_after_its_own_prompt(ensemble, folders):
     assert both == [ensemble.generate(prompt, do_sample=False, max_new_tokens=8) for prompt in (TURNS, "the")]
 
 
-def test_over_the_wire_it_is_the_same_text(ensemble):
+def test_over_the_wire_it_is_the_same_text(ensemble, caplog):
     body = {"messages": TURNS, "seed": 4, "max_tokens": 16, "temperature": 1}
     serving = serving_of({"pair": ensemble})
-    with running(serving) as url:
+    with caplog.at_level("INFO", "softmeet.access"), running(serving) as url:
         answer = http.post(f"{url}/v1/chat/completions", json=body).json()
         counted = serving.metrics.registry.get_sample_value("softmeet_prompt_tokens_total")
         with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
@@ -81,6 +81,7 @@ def test_over_the_wire_it_is_the_same_text(ensemble):
     members = answer["usage"]["softmeet"]["members"].values()
     assert [one["prompt_tokens"] for one in members] == [len(ids) for ids in own]
     assert answer["usage"]["prompt_tokens"] == len(own[0]) == counted
+    assert f"pair {len(own[0])} tokens+{len(text.encode())} bytes, first" in caplog.text
     assert "plain_chat" not in answer["softmeet"]
 
 

@@ -52,7 +52,7 @@ def test_equal_weights_of_unequal_members_are_warned_of(given, tiny_size, ratio,
 
 
 WORSE = (
-    "worse than {0} alone by 0.020 ± 0.010 bits a byte, as softmeet advise measured on 8,148 bytes: weights of "
+    "worse than {0} alone by 0.020 ± 0.010 bits a byte, as softmeet advise measured on a text of 8,148 bytes: weights of "
     "0.83,0.17"
 )
 
@@ -62,8 +62,9 @@ WORSE = (
     [
         (-0.02, 0.01, "logit-mean", "keep one", WORSE),
         (-0.02, 0.03, "logit-mean", "", None),
+        (-0.0004, 0.0, "logit-mean", "", None),  # "by 0.000" is nothing to be warned of
         (0.01, 0.005, "logit-mean", "", None),
-        (0.01, 0.005, "logit-mean", "keep one", "softmeet advise said of these, on 8,148 bytes: keep one"),
+        (0.01, 0.005, "logit-mean", "keep one", "softmeet advise said of these, on a text of 8,148 bytes: keep one"),
         (-0.02, 0.01, "prob-mean", "", "has {1:.1f} times"),
         (-0.02, 0.01, "pointwise-min", "", None),
     ],
@@ -90,7 +91,7 @@ def test_what_was_measured_goes_before_sizes(gain, margin, rule, said, warned, f
 def test_evaluate_and_fit_keep_what_they_measure_of_equal_weights(command, folders, tmp_path):
     chooser = random.Random(1)
     for k in range(9):
-        (tmp_path / f"{k}.txt").write_text("".join(chooser.choices("abc \n", k=120)))
+        (tmp_path / f"{k}.txt").write_text("".join(chooser.choices("abc \n", k=180)))
     told = [word.replace("OUT", str(tmp_path / "out")) for word in command]
     told += [*tiny.each("-m", folders[0]), "-t", str(tmp_path / "*.txt"), "--json", "-"]
     facts = json.loads(CliRunner().invoke(app, told, catch_exceptions=False).stdout)
@@ -103,16 +104,20 @@ def test_evaluate_and_fit_keep_what_they_measure_of_equal_weights(command, folde
         rows = [row["bits_per_byte"] for row in facts["members"].values()]
         assert kept["gain"] == pytest.approx(min(rows) - facts["rules"]["logit-mean"]["bits_per_byte"])
         assert kept["best"] == rows.index(min(rows))
-        assert kept["bytes"] == 9 * 119
+        assert kept["bytes"] == 9 * 179
 
 
-def test_what_was_measured_on_more_text_stays(folders):
+def test_what_was_measured_on_more_text_stays_and_a_short_one_tells_nothing(folders):
     with unequal.unwarned():
         model = Ensemble.from_pretrained(folders[0], "logit-mean").model
-    for size in (100, 90, 110):
+    unequal.remember_equal(
+        model, unequal.Measured(gain=-1, margin=0, best=0, bytes=299, weights=[], said="", by="softmeet evaluate")
+    )
+    assert members_hash(model) not in known(file_of("weights.json"))
+    for size in (1000, 900, 1100):
         measured = {"gain": 0.1, "margin": 0.1, "best": 0, "bytes": size, "weights": [], "said": ""}
         unequal.remember_equal(model, unequal.Measured(**measured, by="softmeet evaluate"))
-        assert known(file_of("weights.json"))[members_hash(model)]["equal"]["bytes"] == max(size, 100)
+        assert known(file_of("weights.json"))[members_hash(model)]["equal"]["bytes"] == max(size, 1000)
 
 
 @pytest.mark.parametrize("kept", ["[1]", '{"x": 1}', '{"WHO": 3}', '{"WHO": {"equal": {"gain": -1}}}'])

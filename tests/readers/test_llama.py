@@ -425,12 +425,13 @@ def test_a_text_that_was_stopped_leaves_nothing(made):
     greedy = {"max_new_tokens": 8, "do_sample": False}
     wanted, heard = ensemble.generate("a king", **greedy), []
     opened = [len(reader._rows) for reader in readers]
-    control = Control(lambda done, total: (heard.append((done, total)), control.stop()))
+    control = Control(lambda done, total: (heard.append((done, total)), control.stop() if done else None))
     for reader in readers:
         reader._model._most = 16
     with control.over(), pytest.raises(StoppedError):
         "".join(ensemble.stream("ab" * 60, **greedy))
-    assert heard == [(16, heard[0][1])]
+    total = heard[0][1]
+    assert heard == [(0, total), (32, total)]
     assert ensemble.generate("a king", **greedy) == wanted
     assert [len(reader._rows) for reader in readers] == opened
 

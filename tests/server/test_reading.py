@@ -11,7 +11,7 @@ import pytest
 from softmeet.readers.reader import Reader
 from softmeet.server import reading
 from softmeet.server.sequences import Finished
-from softmeet.suspended import Control, StoppedError, control
+from softmeet.suspended import Control, StoppedError, by_turns, control
 
 
 @pytest.fixture
@@ -78,3 +78,15 @@ def test_the_log_says_how_far_a_long_prompt_is_read(model, serve, endless, monke
     assert [r.getMessage() for r in caplog.records if r.name == "softmeet.access"] == [
         "reading 1,024 of 4,000 tokens of 1 prompts, by all members"
     ]
+
+
+def test_how_much_is_read_is_told_of_all_in_sum():
+    def work(total):
+        for done in range(0, total, 4):
+            yield done, total
+
+    heard = []
+    with Control(lambda done, total: heard.append((done, total))).over():
+        by_turns([work(8), iter(()), work(40)])
+    assert heard[0] == (0, 48) and heard[-1] == (48, 48) and len(heard) == 11
+    assert heard == sorted(heard) and {total for _, total in heard} == {48}

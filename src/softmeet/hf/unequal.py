@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("softmeet.weights")
 # A larger model has more than so many times the parameters of a smaller one. Of tiny models most are embeddings.
 _RATIO, _TINY = 2.0, 10_000_000
+# A loss in bits a byte that is worth a warning, and bytes of a text that say enough.
+_LOSS, _ENOUGH = 0.001, 500
 # Where measurements are kept, and under which key.
 _FILE, _EQUAL = "weights.json", "equal"
 
@@ -67,9 +69,11 @@ def unwarned() -> Iterator[None]:
 def remember_equal(model: AnyEnsemble, found: Measured) -> None:
     """Keep what equal weights of an ensemble's members were measured to gain, for :func:`warn_of_unequal`.
 
-    What was measured on more text stays.
+    What was measured on more text stays; nothing is kept of a short one.
     """
     before = _measured(model)
+    if found["bytes"] < _ENOUGH:
+        return
     if before is None or before["bytes"] <= found["bytes"]:
         keep(file_of(_FILE), members_hash(model), _EQUAL, found)
 
@@ -140,15 +144,15 @@ def warn_of_unequal(model: AnyEnsemble) -> None:
         return
     names = list(map(short, model.config.members))
     if found := _measured(model) if rule.name == AVERAGE else None:
-        if found["gain"] + found["margin"] < 0:
+        if found["gain"] + found["margin"] < -_LOSS:
             _log.warning(
-                "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as %s measured on %s bytes: %s",
+                "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as %s measured on a text of %s bytes: %s",
                 names[found["best"]], -found["gain"], found["margin"], found["by"], f"{found['bytes']:,}",
                 f"weights of {','.join(f'{weight:.2f}' for weight in found['weights'])} were fitted to it (--weights)"
                 if found["weights"] else "--weights auto counts models by size",
             )  # fmt: skip
         elif found["said"]:
-            _log.warning("softmeet advise said of these, on %s bytes: %s", f"{found['bytes']:,}", found["said"])
+            _log.warning("softmeet advise said of these, on a text of %s bytes: %s", f"{found['bytes']:,}", found["said"])
         return
     sizes = {name: size for name, one in zip(names, model.members, strict=True) if (size := parameters(one))}
     large, small = (pick(sizes, key=sizes.__getitem__, default="") for pick in (max, min))

@@ -212,7 +212,7 @@ class KeysAndValues:
     ) -> Generator[Done, None, tuple[list[Float[Tensor, "t d"]], int]]:
         """Run new tokens of texts and keep them: all at once, or those of about equally many in one call, in pieces.
 
-        The generator yields between calls after which more are to come; other texts may be run there.
+        The generator yields between calls, and before the first of several pieces; other texts may be run there.
 
         Args:
             rows: for each text (its seat; the ids that follow, at least one).
@@ -224,6 +224,8 @@ class KeysAndValues:
         found, left, calls = defaultdict[int, list[Tensor]](list), dict(enumerate(rows)), 0
         total = sum(len(own) for _, own in rows)
         most = sys.maxsize if self._at_once else PIECE
+        if any(len(own) > most for _, own in rows):
+            yield 0, total
         while left:
             counts = {k: min(len(own), most) for k, (_, own) in left.items()}
             groups = defaultdict[int, list[int]](list)

@@ -259,7 +259,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
                 except NoRoomError as error:
                     errors[k] = error
             while left := [job for job in jobs.values() if job.left and job.error is None]:
-                if calls:
+                if calls or sum(len(job.tokens) - job.done for job in left) > self._model.at_once(1):
                     yield sum(job.done for job in jobs.values()), sum(len(job.tokens) for job in jobs.values())
                 self._run(left)
                 calls += 1

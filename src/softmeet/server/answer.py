@@ -181,8 +181,13 @@ class AnswerStream:
     @property
     def counts(self) -> str:
         """What the log says of it: how many tokens its prompts have, and the answer, and when that began."""
-        read, began = sum(map(len, self.request.prompts)), "" if self._first is None else f", first {self._first:.3f}"
-        return f"{read}+{self.completion_tokens} {self.request.combination.unit}{began}"
+        asked, began = self.request, "" if self._first is None else f", first {self._first:.3f}"
+        if not asked.combination.symbols_are_tokens and asked.own:
+            # Chats over bytes are told to each member in its own tokens.
+            read = f"{sum(len(own[0] or ()) for own in asked.own)} tokens"
+        else:
+            read = str(sum(map(len, asked.prompts)))
+        return f"{read}+{self.completion_tokens} {asked.combination.unit}{began}"
 
     def cancel(self) -> None:
         """Cancel every sequence of the answer that has not ended, so that it leaves the batch before its next token."""
