@@ -187,10 +187,10 @@ def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], obje
     """
     found, going = dict[int, T](), dict(enumerate(works))
     done, total, took_turns, own = [0] * len(works), [0] * len(works), False, control()
-    own.check()
     try:
         while going:
             for k, work in list(going.items()):
+                own.check()
                 try:
                     told = next(work)
                 except StopIteration as end:
@@ -201,7 +201,6 @@ def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], obje
                 if told is not None:
                     done[k], total[k] = told
                 pause()
-                own.check()
             took_turns = took_turns or bool(going)
             if going and any(total):
                 own.hear(sum(done), sum(total))

@@ -348,8 +348,18 @@ def test_version_help_and_completion():
     assert run("generate", "--no-such-flag").returncode == 2
 
 
-def test_a_prompt_that_is_the_path_of_a_model_is_warned_of(tmp_path):
+def test_a_model_in_place_of_a_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    done = run("generate", tmp_path / "a.gguf", "--max-new-tokens", 1, "--rule", "logit-mean")
-    assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'a.gguf'} is taken for a text here, not for a model: name models by -m" in done.stderr
+    for command in ["generate", tmp_path / "a.gguf"], ["generate", "wide/gpt2"], ["inspect", "wide/gpt2", "wide/llama"]:
+        done = run(*command)
+        assert done.returncode == 2
+        assert f"expected a text, but {command[1]} is the name of a model" in done.stderr.replace("\n", "")
+
+
+def test_a_text_of_inspect_stands_once_and_its_file_is_there(monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
+    done = run("inspect", "And the king said", "--text", "And the queen", "wide/gpt2")
+    assert (done.returncode, "expected models alone, got 'And the king said'" in done.stderr) == (2, True)
+    done = run("inspect", "--text", "no/such.txt", "wide/gpt2")
+    assert (done.returncode, "no file no/such.txt" in done.stderr) == (2, True)

@@ -52,8 +52,8 @@ def test_equal_weights_of_unequal_members_are_warned_of(given, tiny_size, ratio,
 
 
 WORSE = (
-    "worse than {0} alone by 0.020 ± 0.010 bits a byte, as softmeet advise measured on a text of 8,148 bytes: weights of "
-    "0.83,0.17"
+    "worse than {0} alone by 0.020 ± 0.010 bits a byte, as softmeet advise measured on a text of 8,148 bytes: "
+    "weights of 0.83,0.17"
 )
 
 

@@ -207,7 +207,8 @@ def differences(facts: dict[str, Any]) -> str:
     said = [f"The members disagree by {facts['disagreement']:.3f} nats a {facts['vocabulary'][:-1]} (Jensen-Shannon)."]
     if facts["equal_weights"]["gain"] is not None:
         equal = facts["equal_weights"]
-        said.append(f"With equal weights, the default, the gain is {difference(equal['gain'], equal['interval'])}.")
+        gain = difference(equal["gain"], equal["interval"])
+        said.append(f"With equal weights, the default, the gain over the best model at a fitted temperature is {gain}.")
     if facts["movement"]:
         said.append(f"At trust 0.3 {facts['movement']['says']}")
     if facts["meet"]:

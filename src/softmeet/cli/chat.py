@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -43,11 +41,9 @@ def chat(
     Example: softmeet chat a.gguf b.gguf
     """
     every = [*(named or ()), *(members or ())]
-    if said := next((word for word in every if " " in word and "+" not in word and not Path(word).exists()), None):
-        raise InvalidInputError(
-            f"expected models alone, got {said!r}: type it once the chat has begun, or answer once by softmeet "
-            f"generate {shlex.quote(said)} --chat -m MODEL"
-        )
+    options.require_models(
+        every, "type it once the chat has begun, or answer once by softmeet generate {} --chat -m MODEL"
+    )
     loading.refuse_over_union([], ["--one-member"] if sampling.one_member else [])
     if colors and sampling.one_member:
         raise InvalidInputError("--colors needs what all members say: leave out --one-member")

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from softmeet.hf import TokenReport
     from softmeet.hf.byte_report import GroupReport
 
+# The endings of files of text.
+_TEXTS = (".txt", ".md", ".rst", ".html", ".tex")
+
 
 class PageFlags(Flags, panel="Output"):
     """Flags for what is shown of a text, and where."""
@@ -67,6 +70,9 @@ def inspect(
             raise InvalidInputError('expected a text, as in softmeet inspect "And the king said" a.gguf b.gguf')
         text = argument_text(every.pop(0))
     else:
+        options.require_models(every, "leave it out, or --text")
+        if not _is_file(text) and Path(text).suffix in _TEXTS and " " not in text:
+            raise InvalidInputError(f"there is no file {text}: a text that is called so stands before the models")
         text = file_text(text) if _is_file(text) else argument_text(text)
     ensemble = loading.ensemble(every, settings)
     reports = ensemble.inspect(text, shown.top)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,6 +56,12 @@ def named(members: list[str] | None) -> list[str]:
     if not members:
         say(f"no member is named by -m: this measures the bundled family {DEFAULT}")
     return members or [DEFAULT]
+
+
+def require_models(lines: Iterable[str], advice: str) -> None:
+    """Raise InvalidInputError with advice, ``{}`` in it for the word, if one of these has spaces and is no path."""
+    if said := next((line for line in lines if " " in line and "+" not in line and not Path(line).exists()), None):
+        raise InvalidInputError(f"expected models alone, got {said!r}: {advice.format(shlex.quote(said))}")
 
 
 def placement(given: list[str] | None) -> Any:

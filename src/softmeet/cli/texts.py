@@ -235,13 +235,16 @@ class ResultFlags(Flags, panel="Output"):
 def argument_text(given: str) -> str:
     """Return an argument's text; where the locale could not decode its bytes, they are read as UTF-8.
 
-    It is said on stderr if the text is the path of a model's file, which somebody may have meant to name.
-
     Raises:
-        InvalidInputError: if they are not UTF-8 either.
+        InvalidInputError: if they are not UTF-8 either, or if the text is the name of a model on this machine.
     """
-    if given.endswith(".gguf") and os.path.isfile(given):  # noqa: PTH113 - which bears texts of any length
-        say(f"{given} is taken for a text here, not for a model: name models by -m")
+    from softmeet.members.names import is_here
+
+    if is_here(given):
+        raise InvalidInputError(
+            f"expected a text, but {given} is the name of a model: name models by -m (inspect takes them behind the "
+            "text, too); a text of that name comes through a pipe, to -"
+        )
     undecoded = any("\ud800" <= sign <= "\udfff" for sign in given)
     return decode_utf8("a text on the command line", os.fsencode(given)) if undecoded else given
 

@@ -173,10 +173,13 @@ def plainly(advice: Advice) -> str:
         return f"Combine them: {fewer:.1f} % fewer bits than {best} alone, in no more time."
     found = f"{fewer:.1f} % fewer bits than {best} alone for {100 * (ratio - 1):.0f} % more time"
     if is_worth_it(advice):
-        return f"Combine them: {found}, more than larger models have given; --instead MODEL compares one of yours."
+        return f"Combine them: {found}, more than a larger model has given; --instead MODEL compares one of yours."
     if advice.judged.times[advice.judged.names.index(advice.judged.best)] < max(advice.judged.times):
         return f"{found}: keep {best}."
-    return f"{found}: keep {best}, or take a larger model, which gives about {_larger(ratio):.0f} % for such a time."
+    return (
+        f"{found}: keep {best}, or try a larger model by --instead MODEL: Qwen2.5-Coder's gave about "
+        f"{_larger(ratio):.0f} % for such a time."
+    )
 
 
 def says(advice: Advice) -> str:

@@ -146,13 +146,16 @@ def warn_of_unequal(model: AnyEnsemble) -> None:
     if found := _measured(model) if rule.name == AVERAGE else None:
         if found["gain"] + found["margin"] < -_LOSS:
             _log.warning(
-                "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as %s measured on a text of %s bytes: %s",
+                "equal weights were worse than %s alone by %.3f ± %.3f bits a byte, as %s measured on a text of %s "
+                "bytes: %s",
                 names[found["best"]], -found["gain"], found["margin"], found["by"], f"{found['bytes']:,}",
                 f"weights of {','.join(f'{weight:.2f}' for weight in found['weights'])} were fitted to it (--weights)"
                 if found["weights"] else "--weights auto counts models by size",
             )  # fmt: skip
         elif found["said"]:
-            _log.warning("softmeet advise said of these, on a text of %s bytes: %s", f"{found['bytes']:,}", found["said"])
+            _log.warning(
+                "softmeet advise said of these, on a text of %s bytes: %s", f"{found['bytes']:,}", found["said"]
+            )
         return
     sizes = {name: size for name, one in zip(names, model.members, strict=True) if (size := parameters(one))}
     large, small = (pick(sizes, key=sizes.__getitem__, default="") for pick in (max, min))

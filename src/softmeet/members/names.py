@@ -33,6 +33,8 @@ from softmeet.members.registered import is_registered, reader_names
 
 # For so long after a question that got no answer, members that are in the local cache are taken from there unasked.
 _PAUSE = 60.0
+# More characters than this are no name of a file.
+_LONGEST = 255
 # What an adapter consists of.
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _unanswered = -math.inf
@@ -110,6 +112,20 @@ def require_there(lines: Iterable[str]) -> None:
         for member in map(Member.of, zoo.expand(line)):
             if not is_registered(member):
                 find(member)
+
+
+def is_here(name: str) -> bool:
+    """Return whether a text is the name or the path of a model on this machine; a family's, an English word, is not.
+
+    Example:
+        >>> is_here("wide/gpt2"), is_here("wide"), is_here("And the king said")
+        (True, False, False)
+    """
+    if not name or any(sign.isspace() or sign == "\0" for sign in name) or len(name) > _LONGEST:
+        return False
+    path = Path(name)
+    is_file = path.is_file() and (path.suffix == ".gguf" or begins_as_gguf(path))
+    return is_file or (path / "config.json").is_file() or name in {*zoo.known(), *known_names()} - set(zoo.FAMILIES)
 
 
 def find_adapter(name: str) -> Path:
