@@ -11,6 +11,7 @@ import threading
 import tomllib
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import byte_tokenizers
 import gguf_files
@@ -266,6 +267,12 @@ def test_ctrl_c_that_is_lost_while_members_are_loaded_ends_the_command(monkeypat
     assert run("generate", "x", "-m", "wide/gpt2").returncode == 130
     said = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
     assert said["project"]["scripts"] == {"softmeet": "softmeet.__main__:main"}
+
+
+def test_ctrl_c_during_an_answer_is_said(monkeypatch):
+    monkeypatch.setattr("softmeet.cli.generate._stream", MagicMock(side_effect=KeyboardInterrupt))
+    done = run("generate", "x", "-m", "wide/gpt2", "--rule", "logit-mean")
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
 
 
 @pytest.mark.parametrize("kind", [ModuleNotFoundError, CheckpointError])

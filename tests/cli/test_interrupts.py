@@ -68,7 +68,7 @@ class Terminal:
     def is_back(self, k):
         """Whether what is typed after Ctrl-C is obeyed; a terminal that takes a paste may lose what comes at once."""
         marks = (b"/mark%c%c" % (97 + k % 26, 97 + again) for again in range(10))
-        return any(self.type(mark + b"\n") or self.prompt(3, mark + b" is nothing") for mark in marks)
+        return any(self.type(mark + b"\n") or self.prompt(3, b"there is no " + mark) for mark in marks)
 
     def ended(self):
         """Return the exit code."""

@@ -14,6 +14,7 @@ import yaml
 
 from softmeet.cli.gone import today
 from softmeet.cli.help import ALL, GroupedHelp, grouped, spelling
+from softmeet.cli.messages import stoppable
 from softmeet.errors import InvalidInputError
 from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import rule_names
@@ -116,7 +117,8 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
             made = {
                 name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()
             }
-            return command(**values, **made)
+            with stoppable():
+                return command(**values, **made)
 
         run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in every}

@@ -20,14 +20,14 @@ def say(sentence: str) -> None:
 
 
 @contextmanager
-def stoppable(advice: str) -> Iterator[None]:
-    """Enter a context in which Ctrl-C ends the command: it prints "stopped: ``advice``" and exits with the code 130.
+def stoppable(advice: str = "") -> Iterator[None]:
+    """Enter a context in which Ctrl-C ends the command: "stopped: ``advice``" is said, and the exit code is 130.
 
-    The text goes to stderr; the exit is the exception ``typer.Exit``. ``@stoppable(advice)`` also works as a decorator:
-    the decorated function then runs in such a context.
+    The text goes to stderr; the exit is the exception ``typer.Exit``. Without advice, "stopped" is all that is said.
+    ``@stoppable(advice)`` also works as a decorator: the decorated function then runs in such a context.
     """
     try:
         yield
     except KeyboardInterrupt:
-        say(f"stopped: {advice}")
+        say(f"stopped: {advice}" if advice else "stopped")
         raise typer.Exit(STOPPED) from None

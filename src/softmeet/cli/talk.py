@@ -34,7 +34,7 @@ _HELP = """\
 /regenerate       answer the last question anew, with a seed by the next one
 /save FILE        write what was said, as JSON if FILE ends in .json
 /clear            forget what was said
-/bye              end; so do exit and Ctrl-D
+/bye              end; so do /quit, exit and Ctrl-D
 \"""               begins and ends a text of several lines; a paste is one text
 Ctrl-C ends an answer."""
 # The colours of members, in order, by --colors; and how much likelier than all others, in nats, a coloured member finds
@@ -108,7 +108,7 @@ class Talk:
             return False
         command = getattr(self, f"do_{word[1:].replace('?', 'help')}", None)
         if command is None:
-            say(f"{word} is nothing that can be typed here: /help lists what is")
+            say(f"there is no {word}: /help lists what there is")
             return True
         try:
             command(rest.strip())
@@ -131,7 +131,9 @@ class Talk:
             raise InvalidInputError(f"expected /set temperature, seed, weights or system, got {text or 'nothing'}")
         numbers = _numbers(value, whole=name == "seed")
         if name == "weights":
-            settings = self._ensemble.model.config.settings
+            settings, count = self._ensemble.model.config.settings, len(self._ensemble.names)
+            if len(numbers) not in (0, count):
+                raise InvalidInputError(f"expected {count} weights with commas between, got {value}")
             self._weights = settings.changed(weights=numbers).weights if numbers else None
         elif len(numbers) > 1:
             raise InvalidInputError(f"expected one number, got {value}")
@@ -144,7 +146,7 @@ class Talk:
     def do_system(self, system: str) -> None:
         """Begin anew with a message of the system, or without one."""
         self._said.begin(system or None)
-        say(f"begun anew, with{' this' if system else 'out a'} message of the system")
+        say(f"begun anew, with{' this' if system else 'out a'} system message")
 
     def do_show(self, _: str = "") -> None:
         """Say what is set."""
@@ -171,6 +173,8 @@ class Talk:
         if self._colored:
             names = zip(COLORS, self._ensemble.names, strict=False)
             out().print(Text.assemble(*((f"{harmless(options.short(name))}  ", color) for color, name in names)))
+        else:
+            say("text is coloured no more")
 
     def do_regenerate(self, _: str) -> None:
         """Answer the last question anew."""
