@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from softmeet.engine import quick
+from softmeet.engine.claims import behind_claims, claimed
 from softmeet.engine.deferral import Deferral
 from softmeet.engine.unread import require_read
 from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
@@ -47,6 +48,9 @@ def rows_at_once(v: int, n: int) -> int:
 
 class Combiner:
     """The members' heads, and the computation from the members' hidden states to a rule's log-probabilities.
+
+    Behind the members' hidden states may stand the states of readers that claim a part of the answer
+    (:mod:`softmeet.engine.claims`).
 
     Attributes:
         names: the members' names, for messages.
@@ -107,9 +111,14 @@ class Combiner:
         """
         if not (settings.rule.is_average and quick.may(settings, len(hidden[0]), self.v)):
             return None
-        logits = self._own_logits(hidden, native=True)
+        members, claims = self._parted(hidden)
+        logits = self._own_logits(members, native=True)
         found = quick.average(logits, settings, self.support, self.v)
-        return None if found is None else (found, logits)
+        return None if found is None else (claimed(found, claims), logits)
+
+    def _parted(self, hidden: Hidden) -> tuple[Hidden, Hidden]:
+        """Return the members' hidden states, and the states of readers that claim."""
+        return hidden[: len(self.heads)], hidden[len(self.heads) :]
 
     def solve_in_chunks(
         self,
@@ -194,6 +203,7 @@ class Combiner:
         all logits of the other members are 0, and their heads are not read.
         """
         place, v = self.heads[0].device, self.v
+        hidden, _ = self._parted(hidden)
         if deferral is None:
             found = self._own_logits(hidden)
         else:
@@ -274,7 +284,8 @@ class Combiner:
             logits: (n, B, v), the members' logits, soft-cap included; needed if a head has a soft-cap, else unused.
             settings: all settings, from :meth:`Settings.for_members`.
             hidden: for each member i, its last hidden states, (B, d_i), for ``free_radial`` and for where the rule
-                is an :meth:`average`; None to recover them from the log-probabilities, and to solve in any case.
+                is an :meth:`average`; None to recover them from the log-probabilities, and to solve in any case. The
+                states of readers that claim, if there are any, stand behind them.
             start: a solution of the same rows by this combiner and a rule like ``meet``, which tilts the pool, at whose
                 dual variables to begin; None to begin at the pool.
             relaxed: the result of this method for the same rows, the rule that ``on_infeasible`` names and otherwise
@@ -297,11 +308,12 @@ class Combiner:
             self.require(settings)
         heads, dtype = self.given, scores.dtype
         log_p = self.normalised(scores)
+        hidden, claims = self._parted(hidden or ())
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
-        average = hidden is not None and self.one_head and self.average(settings) is not None
-        hidden = [own.to(log_p.device) for own in hidden or ()] if average or settings.free_radial else None
+        average = bool(hidden) and self.one_head and self.average(settings) is not None
+        hidden = [own.to(log_p.device) for own in hidden] if average or settings.free_radial else ()
         bands = settings.bands
         if bands > 1:
             heads, settings = self.banded_heads(bands), settings.for_bands()
@@ -320,11 +332,11 @@ class Combiner:
             proved=proved,
             # Rows of the problem are chosen where its distributions are.
             before=None if before is None else replace(before, ids=before.ids.to(log_p.device), crossed=self.crossed),
-            states=tuple([self.heads[0].scale * own for own in hidden or ()]) if average else (),
+            states=tuple([self.heads[0].scale * own for own in hidden]) if average else (),
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)
-        return solution if bands == 1 else solution.by_member(bands)
+        return behind_claims(solution if bands == 1 else solution.by_member(bands), claims)
 
     def average(self, settings: Settings) -> tuple[float, ...] | None:
         """Return the members' weights in the logit mean that the rule is here, as their heads are one; None if not."""

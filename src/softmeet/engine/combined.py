@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softmeet.engine import quick
 from softmeet.engine.ask import Hidden, Members
+from softmeet.engine.claims import claimed
 from softmeet.engine.continuation import Continuation, Ensembled
 from softmeet.engine.deferral import Deferral
 from softmeet.engine.gate import joined
@@ -107,11 +108,17 @@ def of_one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Me
         drawn: for each, the number of the member.
         members: those who read.
 
+    Returns:
+        that, with the claims of readers that take their share of whatever member answers.
+
     Raises:
         SoftmeetError: if a member cannot read a text.
     """
     chosen = {one: slice(i, i + 1) for one, i in zip(texts, drawn, strict=True)}
-    told, combiner = members.read_on(texts, chosen), texts[0].model.combiner
+    model, told = texts[0].model, members.read_on(texts, chosen)
+    claims = members.read_on(texts, slice(len(model.members), None)) if model.claimants else {}
     for one in texts:
         one.check()
-    return quick.of_drawn(combiner.heads, [told[one][0] for one in texts], drawn, combiner.support, combiner.v)
+    combiner = model.combiner
+    ours = quick.of_drawn(combiner.heads, [told[one][0] for one in texts], drawn, combiner.support, combiner.v)
+    return claimed(ours, [torch.cat(own) for own in zip(*claims.values(), strict=True)])

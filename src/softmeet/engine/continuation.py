@@ -25,6 +25,7 @@ class Ensembled(Protocol):
     combiner: Combiner
     tokenizer: PreTrainedTokenizerBase | None
     garbage: deque[tuple[Reader, Row]]
+    claimants: Sequence[Reader]
 
     @property
     def readers_of_members(self) -> Sequence[Reader]:
@@ -32,6 +33,9 @@ class Ensembled(Protocol):
 
     def before(self, i: int, prompt: Sequence[int], own: Own) -> tuple[Sequence[int], int]:
         """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
+
+    def before_claims(self, own: Own) -> Sequence[int]:
+        """Return the symbols that readers which claim read before a text, in place of what members read there."""
 
 
 class Continuation:
@@ -46,7 +50,8 @@ class Continuation:
         readers: the members; None for the ensemble's own.
 
     Attributes:
-        prompt, own, readers: as given.
+        prompt, own: as given.
+        readers: the members, and behind them the ensemble's readers that claim.
         tokens: the prompt's and those that follow.
         drafts: tokens that may follow them.
         rows: for each member, the row in which it reads the text; None before the first token.
@@ -61,10 +66,10 @@ class Continuation:
         self, model: Ensembled, prompt: Sequence[int], own: Own = (), readers: Sequence[Reader] | None = None
     ) -> None:
         self.model, self.prompt, self.own = model, tuple(prompt), own
-        self.rows: list[Row | None] = [None] * len(model.members)
-        self.readers: list[Reader] = list(model.readers_of_members if readers is None else readers)
+        self.readers = [*(model.readers_of_members if readers is None else readers), *model.claimants]
+        self.rows: list[Row | None] = [None] * (len(model.members) + len(model.claimants))
         self.tokens, self.drafts = list(prompt), list[int]()
-        self.skipped = [0] * len(model.members)
+        self.skipped = [0] * len(self.rows)
         self.failures = list[tuple[str, SoftmeetError]]()
         self.asked: Deferral | None = None
         self.spent = 0.0
@@ -78,7 +83,10 @@ class Continuation:
         """
         found = self.rows[i]
         if found is None:
-            own, self.skipped[i] = self.model.before(i, self.prompt, self.own)
+            if i < len(self.model.members):
+                own, self.skipped[i] = self.model.before(i, self.prompt, self.own)
+            else:
+                own = self.model.before_claims(self.own)
             # What is kept of a member's own tokens may be used all the same.
             known = self.tokens[self.skipped[i] :] if reuse else ()
             found = self.rows[i] = self.readers[i].open(known, own)
@@ -98,7 +106,7 @@ class Continuation:
 
     def fork(self) -> Self:
         """Return another text that begins with the same tokens, of which members have read as many."""
-        other = type(self)(self.model, self.prompt, self.own, self.readers)
+        other = type(self)(self.model, self.prompt, self.own, self.readers[: len(self.model.members)])
         other.tokens, other.drafts = list(self.tokens), list(self.drafts)
         other.skipped, other.failures = list(self.skipped), list(self.failures)
         for i, row in enumerate(self.rows):
@@ -154,7 +162,7 @@ class Continuation:
         """Return for each member its most probable own tokens that may come next; empty where that is not known."""
         found = [
             [] if row is None else list(reader.explain(row, top, len(self.tokens) - skipped).expected)
-            for reader, row, skipped in zip(self.readers, self.rows, self.skipped, strict=True)
+            for reader, row, skipped, _ in zip(self.readers, self.rows, self.skipped, self.model.members, strict=False)
         ]
         return found if all(found) else []
 

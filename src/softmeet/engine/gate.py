@@ -19,8 +19,6 @@ from softmeet.engine.deferral import Deferral
 from softmeet.rules.gates import Unsure, unsure_of
 from softmeet.rules.settings import Settings
 
-OTHERS = slice(1, None)
-
 
 def read(
     texts: Sequence[C],
@@ -93,15 +91,20 @@ def ask(
         start += len(own)
     is_open = [one for one in well if one.asked is not None and bool(one.asked.rows.any())]
     started = clock()
-    caught_up = members.read_on(is_open, OTHERS, every=every, pause=pause) if is_open else {}
+    others = slice(1, len(model.members))
+    caught_up = members.read_on(is_open, others, every=every, pause=pause) if is_open else {}
     for one in is_open:
         one.spent = (clock() - started) / len(is_open)
+    # Whatever the gate says, readers that claim are asked.
+    claiming = slice(others.stop, None)
+    claims = members.read_on(list(well), claiming, every=every, pause=pause) if model.claimants else {}
     heads = model.combiner.heads[1:]
     told = dict(found)
     for one, own in well.items():
-        behind = caught_up.get(one, [])
-        others = [states[-len(own) :] for states in behind] if at is None else _at(behind, at[one])
-        told[one] = [own, *(others or [own.new_zeros(len(own), head.d) for head in heads])]
+        behind = [*caught_up.get(one, ()), *claims.get(one, ())]
+        newest = [states[-len(own) :] for states in behind] if at is None else _at(behind, at[one])
+        closed = [] if one in caught_up else [own.new_zeros(len(own), head.d) for head in heads]
+        told[one] = [own, *closed, *newest]
     return told
 
 

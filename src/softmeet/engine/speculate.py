@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from softmeet.engine import quick
 from softmeet.engine.ask import Members
+from softmeet.engine.claims import claimed
 from softmeet.engine.combine import rows_at_once
 from softmeet.engine.combined import Combined
 from softmeet.engine.continuation import Continuation
@@ -61,8 +62,9 @@ class MemberTurns(ABC):
     ) -> None:
         self.texts, self._members, self._model = list(texts), members, texts[0].model
         self._settings, self._speculate = settings, speculate
-        n, rows, v = len(self.texts[0].readers), len(self.texts), self._model.combiner.v
-        sizes, weights = [reader.traits.cost for reader in self.texts[0].readers], quick.weights_of(settings)
+        n, rows, v = len(self._model.members), len(self.texts), self._model.combiner.v
+        self._claiming = range(n, len(self.texts[0].readers))
+        sizes, weights = [reader.traits.cost for reader in self.texts[0].readers[:n]], quick.weights_of(settings)
         # Of members of about one size, the one that weighs most is the nearest to the rule.
         self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
         self.pace = Pace(n, self._order[0], rows)
@@ -71,7 +73,7 @@ class MemberTurns(ABC):
         self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
         self._count, self.is_over = 0, False
         self._authors: list[int] = []
-        self._hidden: list[list[Tensor]] = [[] for _ in range(n)]
+        self._hidden: list[list[Tensor]] = [[] for _ in self.texts[0].readers]
         self._logits: list[list[Tensor]] = [[] for _ in range(n)]
 
     def clock(self) -> float:
@@ -89,8 +91,7 @@ class MemberTurns(ABC):
     @property
     def read(self) -> list[int]:
         """The number of columns that each member has read."""
-        one = self.texts[0]
-        return [one.read_by(i) for i in range(len(one.rows))]
+        return [self.texts[0].read_by(i) for i in range(len(self._order))]
 
     @property
     @abstractmethod
@@ -165,7 +166,8 @@ class MemberTurns(ABC):
             logits = [torch.cat(own[start:stop]) for own in self._logits]
             average = quick.average(logits, self._settings, combiner.support, combiner.v)
             if average is not None:
-                return Combined(average)
+                claims = [torch.cat(self._hidden[i][start:stop]) for i in self._claiming]
+                return Combined(claimed(average, claims))
             # A rule without a quick form has none anywhere.
             self._quick = False
         # Before the first of the positions is the newest token, before the others are drafts.
@@ -213,6 +215,8 @@ class MemberTurns(ABC):
     def _settle(self) -> bool:
         """Settle the tokens behind every column that all members have read; returns whether drafts remain."""
         count = min(self.read) - (self.length - 1)
+        for i in self._claiming if count else ():
+            self._hidden[i] += self.run(i).unbind(1)
         for start in range(0, count, self._at_once):
             begun, stop = self.clock(), min(start + self._at_once, count)
             found = self.combined(start, stop)

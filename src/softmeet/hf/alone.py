@@ -34,13 +34,14 @@ class Alone:
     Attributes:
         tokens: its tokens.
         reading: itself, as one that reads.
-        members, combiner, tokenizer, garbage, readers_of_members: as of an ensemble of one.
+        members, combiner, tokenizer, garbage, claimants, readers_of_members: as of an ensemble of one.
 
     Raises:
         VocabularyMismatchError: if its output layer lacks a logit for one of its tokens.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
+    claimants: Sequence[Reader] = ()
 
     def __init__(self, model: AnyEnsemble, i: int, reader: Reader, spelling: Spelling) -> None:
         self._model, self._i = model, i
@@ -52,6 +53,10 @@ class Alone:
         self.combiner = Combiner(names, heads, token_support(known, names, heads))
         self.members, self.garbage = nn.ModuleList([model.members[i]]), model.garbage
         self.readers_of_members, self.reading = [reader], Members(1)
+
+    def before_claims(self, own: Own) -> Sequence[int]:
+        """Return nothing: no reader claims a part of what a member says by itself."""
+        return ()
 
     def before(self, i: int, prompt: Sequence[int], own: Own) -> tuple[Sequence[int], int]:
         """Return what the member reads of its own at the beginning of a text of the ensemble, as the ensemble says."""

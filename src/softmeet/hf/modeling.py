@@ -210,7 +210,7 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
             InvalidInputError: if there is no such gate, or a member takes no cache.
         """
         parse_gate(gate)
-        return EnsembleCache(self.readers_of_members)
+        return EnsembleCache([*self.readers_of_members, *self.claimants])
 
     @property
     def settings(self) -> Settings:

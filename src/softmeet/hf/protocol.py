@@ -29,6 +29,7 @@ class AnyEnsemble(Protocol):
     members: nn.ModuleList
     combiner: Combiner
     garbage: deque[tuple[Reader, Row]]
+    claimants: Sequence[Reader]
     config: EnsembleConfig
     contexts: Contexts
     tokenizer: PreTrainedTokenizerBase | None
@@ -65,6 +66,9 @@ class AnyEnsemble(Protocol):
 
     def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
+
+    def before_claims(self, own: Sequence[Sequence[int] | None]) -> Sequence[int]:
+        """Return the symbols that readers which claim read before a text."""
 
     parameters: Callable[[], Any]
     generate: Callable[..., Any]

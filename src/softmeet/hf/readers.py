@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -24,9 +25,11 @@ class ReadMembers:
 
     Attributes:
         garbage: rows of texts that nobody needs any more, each with its reader, to be closed before the next reading.
+        claimants: readers that are no members, and claim a part of what the members' rule answers.
     """
 
     garbage: deque[tuple[Reader, Row]]
+    claimants: Sequence[Reader] = ()
     members: Any
     config: Any
     tokenizer: Any
@@ -69,6 +72,10 @@ class ReadMembers:
     def alphabet(self) -> Alphabet:
         """The symbols of the texts that members share, of which the first member says how many tokens they are."""
         return self.readers_of_members[0].alphabet
+
+    def before_claims(self, own: Sequence[Sequence[int] | None]) -> Sequence[int]:
+        """Return the symbols that readers which claim read before a text: none, as they read the tokens of all."""
+        return ()
 
     def key_of(self, i: int) -> Any:
         """Return what members share if one reader reads for both."""

@@ -82,7 +82,7 @@ class NewTokens:
         """Whether every member reads these tokens alone, in one call of its model that keeps nothing."""
         options, model = self.options, self.model
         plain = options.own_prompts is None and options.unsure is None and not options.one_member
-        as_given = model.begin is None and not model.cuts_alone
+        as_given = model.begin is None and not model.cuts_alone and not model.claimants
         return self.cache is None and plain and as_given and not any(model.contexts.prefixes)
 
     @cached_property
@@ -212,7 +212,8 @@ def read_once(
         on_read(i)
         return found
 
-    return model.each(read, range(len(model.members)))
+    claims = [one.read_whole([tokens], [range(1, len(tokens) + 1)]) for one in model.claimants]
+    return [*model.each(read, range(len(model.members))), *claims]
 
 
 def _read_once(model: AnyEnsemble, i: int, tokens: list[int], *, anew: bool) -> Predictions:

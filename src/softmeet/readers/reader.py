@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -67,6 +68,8 @@ class Traits:
         row_cost: the time that a call takes longer for each row more, as a share of the time of a call of one row; 0 if
             that is not known. Where it is near 1, nothing is read ahead of need.
         waits: whether :meth:`Reader.read` waits for answers from elsewhere, and yields meanwhile, so that others go on.
+        claims: whether predictions have :attr:`Predictions.claims`. Such a reader is no member that a rule combines: it
+            takes its share of what the rule has answered.
     """
 
     can_fork: bool = True
@@ -81,6 +84,7 @@ class Traits:
     cost: int = 0
     row_cost: float = 0.0
     waits: bool = False
+    claims: bool = False
 
 
 @runtime_checkable
@@ -160,9 +164,12 @@ class Predictions(ABC):
     Attributes:
         dropped: at each place the share of probability mass that was estimated or dropped, (k,) fp64; None of a reader
             that leaves nothing out.
+        claims: at each place the share of the probability mass that a reader which knows when it knows claims for its
+            own predictions, in [0, 1), (k,) fp64; None of all others.
     """
 
     dropped: Float[Tensor, " k"] | None = None
+    claims: Float[Tensor, " k"] | None = None
 
     def __init__(
         self, counts: Sequence[int], errors: Mapping[int, SoftmeetError] | None = None, work: Work | None = None
@@ -197,7 +204,12 @@ class Predictions(ABC):
         )
 
     def states(self) -> Float[Tensor, "k _"]:
-        """Return what a head takes at all places: hidden states; log-probabilities of a reader that has no head."""
+        """Return what is combined at all places: hidden states, which a head takes; or log-probabilities.
+
+        Behind the log-probabilities of a reader that claims stands the logarithm of its claim, (k, v + 1).
+        """
+        if self.claims is not None:
+            return torch.cat([self.log_probs(), self.claims.log()[:, None].to(self.log_probs())], -1)
         return self.log_probs() if type(self).hidden is Predictions.hidden else self.hidden()
 
     def bounds(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, " k"] | None:
@@ -216,6 +228,7 @@ class Given(Predictions):
         counts, errors, work: as of :class:`Predictions`.
         most: (k,), the bounds of :meth:`Predictions.bounds`; None if all symbols are known.
         hidden: (k, d), the last hidden states at all places; None of a reader that has no head.
+        claims: as of :class:`Predictions`.
 
     Example:
         >>> import torch
@@ -231,8 +244,10 @@ class Given(Predictions):
         work: Work | None = None,
         most: Float[Tensor, " k"] | None = None,
         hidden: Float[Tensor, "k d"] | None = None,
+        claims: Float[Tensor, " k"] | None = None,
     ) -> None:
         super().__init__(counts, errors, work)
+        self.claims = claims
         self._found, self._most, self._hidden = found, most, hidden
 
     def hidden(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k d"]:
@@ -243,7 +258,7 @@ class Given(Predictions):
         """Return hidden states, or log-probabilities where there are none; they sum to less where some are unknown."""
         if self._hidden is not None:
             return self._hidden
-        return self.log_probs() if self._most is None else self._found
+        return super().states() if self._most is None else self._found
 
     def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return logits at some places."""

@@ -50,6 +50,8 @@ class Solution:
             ``POOL`` if the pool q is, being proved to be within ``tol`` of the optimum p° by KL(q‖p°), ``GATE`` if a
             gate was closed, ``BUDGET`` if the steps or the time ended first.
         seconds: the time that the rule took for all rows that no gate closed, without the gate's and the fallback's.
+        claims: of m readers that know when they know, the share that each took of the rule's answer, (m, *batch), which
+            ``log_probs`` contain and all else leaves out; None if there are none.
     """
 
     log_probs: Float[Tensor, "*batch v"]
@@ -68,6 +70,7 @@ class Solution:
     seconds: float
     _answer: Answer = field(repr=False)
     _problem: Problem = field(repr=False)
+    claims: Float[Tensor, " m *batch"] | None = None
 
     def __repr__(self) -> str:
         """Return the rule, the shape, the number of rows of each status and of fallbacks, and the largest gap."""

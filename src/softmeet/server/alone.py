@@ -49,7 +49,7 @@ class OneMember:
     def go_on(self, task: Task) -> None:
         """Draw a member by its weight, and the next token from it; then give the token."""
         s = self._s
-        ours = of_one_each([s], self._random.choices(range(len(s.rows)), self._weights), self._members)
+        ours = of_one_each([s], self._random.choices(range(len(self._weights)), self._weights), self._members)
         if s.is_full:
             s.alone = False  # it ends as in a batch
             return
@@ -141,7 +141,7 @@ class Ahead(MemberTurns):
 
 
 def alone(
-    members: Members,
+    run: Members,
     give: Give,
     count: Count,
     metrics: Metrics,
@@ -154,19 +154,21 @@ def alone(
     """Return how a sequence goes on while it runs alone; None if as in a batch.
 
     Args:
-        members, give, count, metrics: as of :class:`Ahead`.
+        run: those who read.
+        give, count, metrics: as of :class:`Ahead`.
         limits: the server's.
         s: the sequence.
         speculate: how many tokens the cheapest member drafts at its turn; "auto" for as many as pay, 0 for none.
         one_member: whether tokens may come from one member each.
     """
     how, request = s.combination, s.request
-    if how.unsure is not None or how.model.combiner.joint or len(set(s.readers)) < max(len(s.readers), 2):
+    members = s.readers[: len(how.model.members)]
+    if how.unsure is not None or how.model.combiner.joint or len(set(members)) < max(len(members), 2):
         return None
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
     if one_member and mean and settings.bands == 1 and request.sampling.is_plain and told == (None, None):
-        return OneMember(s, members, give)
+        return OneMember(s, run, give)
     # What is read at once depends on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)
     if request.sampling.is_seeded or request.sampling.is_greedy:
@@ -174,7 +176,7 @@ def alone(
     if not all(reader.traits.can_crop for reader in s.readers):
         return None
     # A draft of less than a token, such as a byte, saves nearly nothing.
-    in_vain = how.model.symbols_of_token > 1 or len({reader.traits.places for reader in s.readers}) > 1
+    in_vain = how.model.symbols_of_token > 1 or len({reader.traits.places for reader in members}) > 1
     if not speculate or (speculate == "auto" and (noticed or in_vain)):
         return None
-    return Ahead(s, speculate, members, give, count, metrics, limits.token_seconds)
+    return Ahead(s, speculate, run, give, count, metrics, limits.token_seconds)

@@ -135,7 +135,9 @@ class Batcher(threading.Thread):
                     f"{'is' if free == 1 else 'are'} free: ask again later"
                 )
             for s in sequences:
-                s.readers = [self.readers[s.combination.model.key_of(i)] for i in range(len(s.rows))]
+                model = s.combination.model
+                members = (self.readers[model.key_of(i)] for i in range(len(model.members)))
+                s.readers = [*members, *model.claimants]
             self._waiting += sequences
             self._wake.notify()
 

@@ -1,0 +1,152 @@
+"""``FilesReader``: what followed the end of a text in the user's own files, and how much of the mass they claim."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+
+from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.readers.files.claim import Relevance, claim, weight
+from softmeet.readers.files.matches import BYTE_ORDERS, ORDERS, Match, Sorted, match
+from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.reader import Alphabet, Given, Predictions, Read, Row, Traits, Work
+from softmeet.suspended import Done
+
+
+@dataclass(eq=False)
+class FilesRow(Row):
+    """A text.
+
+    Attributes:
+        text: its symbols, those before it included.
+        before: how many of them stand before it.
+        given: how many of them were given, by which the files' relevance is judged; None before the first reading.
+        relevance: what they have proved.
+    """
+
+    text: list[int] = field(default_factory=list)
+    before: int = 0
+    given: int | None = None
+    known: int = 0
+    relevance: Relevance = field(default_factory=Relevance)
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """The number of symbols that were read."""
+        return len(self.text) - self.before
+
+
+class FilesReader(ReaderOfRows[FilesRow]):
+    """The user's own files as a reader that claims a part of what a rule has answered.
+
+    A text's symbols are given that it is opened with or, if it is opened with none, that are read first; what follows
+    was drawn.
+
+    Args:
+        name: its name in messages.
+        alphabet: the symbols, which are those of the ensemble.
+        index: the files' symbols.
+        allowed: which symbols can have a probability above 0, (v,) bool; None for all.
+        weight: in place of the weight that goes by matches; None for that.
+        relevance: in place of the relevance that goes by what was given; None for that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        alphabet: Alphabet,
+        index: Sorted,
+        allowed: Bool[np.ndarray, " v"] | None = None,
+        weight: float | None = None,
+        relevance: float | None = None,
+    ) -> None:
+        super().__init__(FilesRow)
+        self.name, self.alphabet, self.limit, self._index = name, alphabet, 1 << 30, index
+        self._allowed, self._weight, self._relevance = allowed, weight, relevance
+        self._orders = ORDERS if alphabet.spelling is None else BYTE_ORDERS
+        self.traits = Traits(rounding="bitwise", claims=True)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all open rows: 8 for each symbol, and what is kept of those that were given."""
+        return sum(8 * len(row.text) + 200 * len(row.relevance.seen) for row in self._rows)
+
+    def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
+        """Open a row; of ``text`` all symbols but the last are known at once."""
+        known = list(text[:-1])
+        if error := self._refused([*own, *text]):
+            raise error
+        given = len(own) + len(text) if text else None
+        return self._opened(FilesRow([*own, *known], len(own), given, len(known)))
+
+    def close(self, row: Row) -> None:
+        """Give a row up."""
+        self._rows.pop(self._mine(row))
+
+    def _copied(self, row: FilesRow) -> FilesRow:
+        return replace(row, text=list(row.text), relevance=row.relevance.forked())
+
+    def crop(self, row: Row, length: int) -> None:
+        """Take back the symbols behind the first ``length``."""
+        one = self._mine(row)
+        del one.text[one.before + length :]
+        if one.given is not None:
+            one.given = min(one.given, len(one.text))
+
+    def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
+        """Read on in some rows, as of :meth:`Reader.read`."""
+        yield from ()
+        pairs = list(zip(self._each_once(asked), asked, strict=True))
+        errors = {k: error for k, (_, one) in enumerate(pairs) if (error := self._refused(one.symbols))}
+        found, claims = list[np.ndarray](), list[float]()
+        for k, (row, one) in enumerate(pairs):
+            if k in errors:
+                continue
+            text, read = [*row.text, *one.symbols], len(row.text)
+            given = len(text) if row.given is None else row.given
+            relevance = row.relevance if one.keep else row.relevance.forked()
+            for place in one.at:
+                told, share = self._behind(text, read + place, given, relevance)
+                found.append(told)
+                claims.append(share)
+            if one.keep:
+                row.text, row.given = text, given
+        counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
+        told = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, self.alphabet.size, dtype=torch.float64)
+        work = Work(0, sum(len(one.symbols) for _, one in pairs))
+        return Given(told.log(), counts, errors, work, claims=torch.tensor(claims, dtype=torch.float64))
+
+    def _behind(self, text: Sequence[int], place: int, given: int, relevance: Relevance) -> tuple[np.ndarray, float]:
+        """Return what follows the first ``place`` symbols of a text, (v,), and the share that is claimed there."""
+        seen = min(place, given)
+        for number in relevance.unseen(seen) if self._relevance is None else ():
+            told, own = self._told(text, number)
+            relevance.see(number, float(told[text[number]]), own)
+        told, own = self._told(text, place)
+        return told, claim(own, relevance.behind(seen) if self._relevance is None else self._relevance)
+
+    def _told(self, text: Sequence[int], place: int) -> tuple[np.ndarray, float]:
+        """Return what follows the first ``place`` symbols of a text, (v,), and the files' weight there."""
+        before = text[max(0, place - self._orders[-1]) : place]
+        found = match(self._index, before, self._orders, self.alphabet.size)
+        told = found.probs(self._may_follow(before))
+        return told, self._weight_of(found, told)
+
+    def _weight_of(self, found: Match, told: np.ndarray) -> float:
+        if not found.order:
+            return 0.0
+        return weight(found, float(told.max())) if self._weight is None else self._weight
+
+    def _may_follow(self, before: Sequence[int]) -> Any:
+        mask = self.alphabet.may_follow(before)
+        return self._allowed if mask is None else mask.numpy()
+
+    def _refused(self, symbols: Sequence[int]) -> SoftmeetError | None:
+        if wrong := [symbol for symbol in symbols if not 0 <= symbol < self.alphabet.size]:
+            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
+        return None
