@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from softmeet.decoders.registry import decoder_names, register_decoder
     from softmeet.ensemble import Ensemble
     from softmeet.heads import SoftmaxHead
+    from softmeet.members.files import Files
     from softmeet.members.member import Member
     from softmeet.members.passages import Passage
     from softmeet.members.registered import register_reader
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from softmeet.structured.structure import Structure
 
 __all__ = [
-    "RULES", "Decoder", "Decoding", "Ensemble", "Member", "Passage", "Reader", "Rule", "Settings", "SoftmaxHead",
-    "Solution", "Status", "StoppedBy", "Structure", "__version__", "combine", "decoder_names", "register_decoder",
-    "register_reader", "register_rule", "rule_names", "time_is_over", "time_limit",
+    "RULES", "Decoder", "Decoding", "Ensemble", "Files", "Member", "Passage", "Reader", "Rule", "Settings",
+    "SoftmaxHead", "Solution", "Status", "StoppedBy", "Structure", "__version__", "combine", "decoder_names",
+    "register_decoder", "register_reader", "register_rule", "rule_names", "time_is_over", "time_limit",
 ]  # fmt: skip
 
 # Loaded when first used, so that `softmeet --help` does not wait for torch and transformers.
@@ -45,6 +46,7 @@ _HOMES = {
     "Decoder": "softmeet.decoders.base",
     "Decoding": "softmeet.decoders.base",
     "Ensemble": "softmeet.ensemble",
+    "Files": "softmeet.members.files",
     "Member": "softmeet.members.member",
     "Passage": "softmeet.members.passages",
     "Reader": "softmeet.readers.reader",

@@ -19,6 +19,7 @@ from softmeet.hf.byte_report import GroupReport
 from softmeet.hf.chat import Messages, is_chat
 from softmeet.hf.checkpoint import member_names as member_names
 from softmeet.hf.checkpoint import saved_config
+from softmeet.hf.claiming import give_files
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.decoded import decoded
 from softmeet.hf.inspected import next_token, reports_of
@@ -32,6 +33,7 @@ from softmeet.hf.unequal import unsized, warn_of_unequal, weigh
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
 from softmeet.members import zoo
+from softmeet.members.files import parted
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable, with_engines
 from softmeet.members.passages import Passage
 from softmeet.members.placement import Device
@@ -88,7 +90,8 @@ class Ensemble:
 
         Args:
             members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
-                adapter, a prompt and so on behind it, or as a :class:`softmeet.Member`; or one saved ensemble.
+                adapter, a prompt and so on behind it, or as a :class:`softmeet.Member`; or one saved ensemble. Among
+                them may be the user's own files, as ``files:PATH`` or :class:`softmeet.Files`.
             rule: ``meet`` by default; a name, as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
             dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.
             device: None for CPU, a device, ``"auto"`` to let accelerate decide, or a dict with a device, ``"cpu"`` or
@@ -119,6 +122,7 @@ class Ensemble:
             >>> Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], trust=1.0, weights=[0.25, 0.75]).names
             ['wide/gpt2', 'wide/llama']
         """
+        members, files = parted(members)
         saved = saved_config(members)
         names = with_engines(member_names(members), dtype, device)
         any_average = saved is None and rule is None
@@ -135,7 +139,7 @@ class Ensemble:
             require_for_bytes(chosen, vocabulary)
         config = EnsembleConfig(
             names, settings=unsized(chosen), vocabulary=vocabulary, prune=prune, movement=before.movement,
-            prefixes=before.prefixes if prefixes is None else prefixes,
+            prefixes=before.prefixes if prefixes is None else prefixes, files=[*before.files, *files],
         )  # fmt: skip
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         refuse_quantised(config, require_loadable(names, **loading), any_average=any_average)
@@ -148,6 +152,7 @@ class Ensemble:
         )  # fmt: skip
         weigh(config, models, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
+        give_files(model)
         if saved is None and chosen.weights is None:
             warn_of_unequal(model)
         return cls(model, model.tokenizer)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
+from softmeet.members.files import Files
 from softmeet.members.member import Member
 from softmeet.members.registered import refuse_servers
 from softmeet.rules.registry import rule_names, source_of
@@ -29,6 +30,7 @@ class _Held(BaseModel):
     members: list[str] = []
     vocabulary: str = ""
     prefixes: list[list[int] | None] | None = None
+    files: list[str] = []
     movement: dict[str, float | None] = {}
 
 
@@ -57,6 +59,7 @@ class EnsembleConfig(PreTrainedConfig):
             model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
         prefixes: over bytes, for each member the token ids that it reads before every text, None for those that its
             tokenizer puts there; None for these for all members.
+        files: the user's files beside the members, each as a line of text (:class:`softmeet.Files`).
         movement: the calibrated factors of the gate ``movement`` for these members, by the settings they were measured
             for (:func:`softmeet.hf.calibrated.key_of`); None for a factor that could not be measured in time.
 
@@ -77,6 +80,7 @@ class EnsembleConfig(PreTrainedConfig):
         vocabulary: str = "auto",
         prune: float = 0.01,
         prefixes: Sequence[Sequence[int] | None] | None = None,
+        files: Sequence[Files | str] = (),
         movement: Mapping[str, float | None] | None = None,
         **given: Any,
     ) -> None:
@@ -89,7 +93,7 @@ class EnsembleConfig(PreTrainedConfig):
         if prefixes is not None and not (isinstance(prefixes, list | tuple) and len(prefixes) == len(self.members)):
             raise InvalidInputError(f"expected {len(self.members)} prefixes, one per member, got {prefixes!r:.200}")
         self.prefixes = None if prefixes is None else [None if own is None else list(own) for own in prefixes]
-        self.movement = dict(movement or {})
+        self.files, self.movement = list(map(str, files)), dict(movement or {})
         self.rule_source = source_of(self.settings.rule)
         # By the architecture transformers chooses the model's class, even without a checkpoint.
         given.setdefault("architectures", [_CLASSES.get(vocabulary.partition(":")[0], "EnsembleForCausalLM")])

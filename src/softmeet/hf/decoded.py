@@ -71,6 +71,10 @@ def decoded(
     seed = require_seed(given["seed"]) if "seed" in given else int(torch.randint(1 << 62, ()))
     generator = generator_of(seed)
     job = ToWrite(len(rows), call.settings, most, frozenset(ends_of(model.generation_config)), generator)
+    if model.claimants:
+        raise InvalidInputError(
+            f"expected members alone for the decoder {decoder}, got {model.claimants[0].name}: leave the files out"
+        )
     if decoder.own_tokens:
         return _apart(model, decoder, rows, call, job)
     texts = Population(begun(model, rows, call), decoder.rows(len(model.members)), model.reading)

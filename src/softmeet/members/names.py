@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 
 from softmeet.errors import CheckpointError, cannot_load, nearest
 from softmeet.members import zoo
+from softmeet.members.files import parted
 from softmeet.members.gguf_file import begins_as_gguf
 from softmeet.members.local_names import FETCH, known_names
 from softmeet.members.member import Member
@@ -108,7 +109,10 @@ def require_there(lines: Iterable[str]) -> None:
         CheckpointError: as of :func:`find`.
         InvalidInputError: if a line of text is none of a member.
     """
-    for line in lines:
+    models, files = parted(list(lines))
+    for one in files:
+        one.require_there()
+    for line in [models] if isinstance(models, str) else models:
         for member in map(Member.of, zoo.expand(line)):
             if not is_registered(member):
                 find(member)

@@ -17,10 +17,15 @@ from jaxtyping import Float64
 
 from softmeet.readers.files.matches import Match
 
-# Weights by the number of orders that matched (none, from 1, 3, 6 and 12) and by the largest probability, up to which.
-_FROM = (1, 3, 6, 12)
+# Weights by the number of orders that matched (none, from 1, 3 and 6) and by the largest probability, up to which.
+_FROM = (1, 3, 6)
 _UP_TO = (0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.97)
-WEIGHTS = np.zeros((5, 8))
+WEIGHTS = np.array([
+    [0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00, 0.00],
+    [0.06, 0.04, 0.05, 0.07, 0.16, 0.20, 0.38, 0.64],
+    [0.05, 0.09, 0.12, 0.18, 0.31, 0.46, 0.57, 0.77],
+    [0.38, 0.23, 0.36, 0.40, 0.62, 0.81, 0.75, 0.91],
+])  # fmt: skip
 # What weights may be multiplied with, and the largest share that files ever claim.
 _FACTORS, _MOST = np.array([0.02, 0.1, 0.3, 0.6, 1.0, 1.3]), 0.97
 # The stand-in probability, by how much what was seen counts less a symbol later, and of how many symbols it is kept.

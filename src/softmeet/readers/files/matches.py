@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Bool, Float64, Int32, Int64
 
 # The numbers of symbols that are matched: of tokens, and of bytes.
 ORDERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24)
@@ -28,15 +28,15 @@ _MOST, _SAMPLE = 4000, 2000
 
 
 class Sorted(Protocol):
-    """What is read of an index: its symbols, and where they stand in the order of what ends there.
+    """What is read of an index: its symbols, and where they stand in the order of what ends there."""
 
-    Attributes:
-        symbols: int32; each file's symbols, and behind them the number of symbols, which is none.
-        order: int32; the positions of all symbols, sorted by what ends there, read backwards.
-    """
+    @property
+    def symbols(self) -> Int32[np.ndarray, " n"]:
+        """Each file's symbols, and behind them the number of symbols, which is none."""
 
-    symbols: np.ndarray
-    order: np.ndarray
+    @property
+    def order(self) -> Int32[np.ndarray, " n"]:
+        """The positions of all symbols, sorted by what ends there, read backwards."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,11 @@ class Match:
     def _parts(self) -> list[tuple[np.ndarray, np.ndarray, float]]:
         """For each order the symbols that followed, their own part of P_n, and what is left to the shorter order."""
         return [
-            (ids, (counts - _DISCOUNT) / (total + _BACKED_OFF), (_BACKED_OFF + _DISCOUNT * len(ids)) / (total + _BACKED_OFF))
+            (
+                ids,
+                (counts - _DISCOUNT) / (total + _BACKED_OFF),
+                (_BACKED_OFF + _DISCOUNT * len(ids)) / (total + _BACKED_OFF),
+            )
             for ids, counts in self.levels
             for total in [int(counts.sum())]
         ]
@@ -132,7 +136,7 @@ def _intervals(index: Sorted, text: Sequence[int]) -> list[tuple[int, int]]:
 
     Each lies in the one before, and is found by bisection of the symbol that stands n before.
     """
-    symbols, order = memoryview(index.symbols), memoryview(index.order)
+    symbols, order = index.symbols.data, index.order.data  # numbers of Python, which are quicker than numpy's
     low, high, found = 0, len(order), list[tuple[int, int]]()
     for n, symbol in enumerate(reversed(text)):
         start, end = low, high

@@ -117,9 +117,9 @@ class FilesReader(ReaderOfRows[FilesRow]):
             if one.keep:
                 row.text, row.given = text, given
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
-        told = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, self.alphabet.size, dtype=torch.float64)
+        probs = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, self.alphabet.size, dtype=torch.float64)
         work = Work(0, sum(len(one.symbols) for _, one in pairs))
-        return Given(told.log(), counts, errors, work, claims=torch.tensor(claims, dtype=torch.float64))
+        return Given(probs.log(), counts, errors, work, claims=torch.tensor(claims, dtype=torch.float64))
 
     def _behind(self, text: Sequence[int], place: int, given: int, relevance: Relevance) -> tuple[np.ndarray, float]:
         """Return what follows the first ``place`` symbols of a text, (v,), and the share that is claimed there."""

@@ -1,0 +1,54 @@
+"""Giving an ensemble the user's own files, over its symbols."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from softmeet.errors import InvalidInputError
+from softmeet.hf.protocol import AnyEnsemble
+from softmeet.hf.remembered import file_of
+from softmeet.members.files import Files
+from softmeet.readers.files.corpus import find_texts
+from softmeet.readers.files.index import Index
+from softmeet.readers.files.reader import FilesReader
+
+
+def give_files(model: AnyEnsemble, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Have the files that a model's configuration names claim their part of what its rule answers.
+
+    Args:
+        model: the model.
+        on_progress: called with what is done, how much, and of how much.
+
+    Raises:
+        InvalidInputError: if the ensemble is over the union of tokens, or a member takes no cache.
+        CheckpointError: if there are no such files.
+    """
+    if not model.config.files:
+        return
+    if model.config.vocabulary.startswith("union"):
+        raise InvalidInputError("expected files beside members over tokens or bytes, got vocabulary='union'")
+    told = {} if on_progress is None else {"on_progress": on_progress}
+    model.claimants = [_reader(model, Files.parse(line), told) for line in model.config.files]
+
+
+def _reader(model: AnyEnsemble, files: Files, told: dict[str, Any]) -> FilesReader:
+    alphabet, support = model.readers_of_members[0].alphabet, model.combiner.support
+    encode, key = _encoding(model)
+    texts = find_texts(files.paths, files.include)
+    index = Index.of(texts, encode, alphabet.size, key, file_of("files"), **told)
+    allowed = None if support is None else support.cpu().numpy()
+    return FilesReader(files.title, alphabet, index, allowed, files.weight, files.relevance)
+
+
+def _encoding(model: AnyEnsemble) -> tuple[Callable[[Sequence[str]], Sequence[Sequence[int]]], str]:
+    """Return what turns texts into the symbols of a model, and a name for it."""
+    if model.over_bytes:
+        return lambda texts: [list(text.encode()) for text in texts], "bytes"
+    tokenizer: Any = model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    said = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    encode = lambda texts: tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+    return encode, hashlib.sha256(said.encode()).hexdigest()[:16]

@@ -1,0 +1,142 @@
+"""``Files``: the user's own files beside the members of an ensemble, in one small object and in one line of text.
+
+The line is ``files:PATH[+path=PATH]…[+include=GLOB][+weight=W][+relevance=R][+name=NAME]``; a plus in a path is ``++``.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from softmeet.errors import CheckpointError, InvalidInputError, nearest
+
+_KIND = "files:"
+_KEYS = ("path", "include", "weight", "relevance", "name")
+
+
+@dataclass(frozen=True, init=False)
+class Files:
+    """The user's own files, which claim a part of what an ensemble's rule answers where a text stands in them.
+
+    Args:
+        paths: folders, files or globs, at least one; ``~`` is the home folder.
+        include: a glob that files' names or paths have to match; None for all.
+        weight: how much the files count at every place where they match, in place of what goes by the match; from 0
+            to 1.
+        relevance: what the weight is multiplied with, in place of what the prompt has shown; 0 or more.
+        name: what they are called where that is shown; None for the last part of the first path.
+
+    Raises:
+        InvalidInputError: if no path is given, or a number is out of its range.
+
+    Example:
+        >>> files = Files("src", include="*.py")
+        >>> str(files), Files.parse(str(files)) == files
+        ('files:src+include=*.py', True)
+    """
+
+    paths: tuple[str, ...]
+    include: str | None
+    weight: float | None
+    relevance: float | None
+    name: str | None
+
+    def __init__(
+        self,
+        *paths: str | os.PathLike[str],
+        include: str | None = None,
+        weight: float | None = None,
+        relevance: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        given = tuple(os.fspath(path) for path in paths)
+        if not given or not all(given):
+            raise InvalidInputError("expected the path of files, as in files:~/project")
+        if weight is not None and not 0 <= weight <= 1:
+            raise InvalidInputError(f"expected a weight of files from 0 to 1, got {weight}")
+        if relevance is not None and not 0 <= relevance < float("inf"):
+            raise InvalidInputError(f"expected a relevance of files of 0 or more, got {relevance}")
+        for key, value in zip(("paths", "include", "weight", "relevance", "name"),
+                              (given, include, weight, relevance, name), strict=True):  # fmt: skip
+            object.__setattr__(self, key, value)
+
+    def __str__(self) -> str:
+        first, *others = self.paths
+        parts = [f"{_KIND}{first}", *(f"path={path}" for path in others)]
+        parts += [f"{key}={value}" for key in _KEYS[1:] if (value := getattr(self, key)) is not None]
+        return "+".join(part.replace("+", "++") for part in parts)
+
+    @classmethod
+    def parse(cls, line: str) -> Files:
+        """Read files from their line of text; what is the path of something there, with pluses or not, is that path.
+
+        Raises:
+            InvalidInputError: if a part after a plus is no ``key=value`` with a known key, or a number is none.
+        """
+        if "+" in line and _exists(line.removeprefix(_KIND)):
+            return cls(line.removeprefix(_KIND))
+        source, *parts = [part.replace("\0", "+") for part in line.replace("++", "\0").split("+")]
+        paths, found = [source.removeprefix(_KIND)], dict[str, Any]()
+        for part in parts:
+            key, equals, value = part.partition("=")
+            if key not in _KEYS or not (equals and value) or key in found:
+                raise InvalidInputError(
+                    f"expected {_KIND}PATH with the keys {', '.join(_KEYS)} behind it, path alone more than once, got "
+                    f"{part!r} in {line!r}: {nearest(key, _KEYS) if equals else ''}write ++ for a plus in a path"
+                )
+            if key == "path":
+                paths.append(value)
+            else:
+                found[key] = _number(key, value) if key in ("weight", "relevance") else value
+        return cls(*paths, **found)
+
+    @property
+    def title(self) -> str:
+        """The name to show."""
+        return self.name or f"{_KIND}{os.path.basename(os.path.abspath(os.path.expanduser(self.paths[0])))}"  # noqa: PTH100, PTH111, PTH119
+
+    def require_there(self) -> None:
+        """Raise CheckpointError if there is nothing at one of the paths."""
+        for path in self.paths:
+            if not (_exists(path) or glob.has_magic(path)):
+                raise CheckpointError(f"there is no file or folder {path}: check the path behind {_KIND}")
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(os.path.expanduser(path))  # noqa: PTH110, PTH111 - unknown users stay
+
+
+def _number(key: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise InvalidInputError(f"expected a number for {key} of files, got {value!r}") from None
+
+
+def is_files(named: Any) -> bool:
+    """Return whether what is named beside members are files."""
+    return isinstance(named, Files) or (isinstance(named, str) and named.startswith(_KIND))
+
+
+def parted(named: Any) -> tuple[Any, list[Files]]:
+    """Return what is named of members, and the files among it.
+
+    Args:
+        named: one member, a saved ensemble, or several, with files among them.
+
+    Raises:
+        InvalidInputError: if nothing but files is named.
+    """
+    several = isinstance(named, Iterable) and not isinstance(named, str) and not hasattr(named, "keys")
+    every = list(named) if several else [named]
+    files = [one if isinstance(one, Files) else Files.parse(one) for one in every if is_files(one)]
+    members = [one for one in every if not is_files(one)]
+    if files and not members:
+        raise InvalidInputError("expected a model beside files, as in softmeet chat a.gguf files:~/project")
+    if not files:
+        return named, []
+    # One name may be a saved ensemble, or a family.
+    return members[0] if len(members) == 1 else members, files
