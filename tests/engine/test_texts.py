@@ -51,6 +51,7 @@ def ensemble(*readers):
         combiner=Combiner([reader.name for reader in readers], [NoHead(V) for _ in readers]),
         tokenizer=None,
         garbage=deque(),
+        claimants=(),
         before=lambda i, prompt, own: ((), 0),
     )
 

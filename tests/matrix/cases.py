@@ -16,6 +16,7 @@ AXES = {
     "structure": ("none", "regex", "choice", "schema"),
     "sampling": ("greedy", "seeded", "tempered", "biased", "torch"),
     "speculation": ("default", "0", "4"),
+    "files": ("none", "files"),
 }
 # Thresholds between the quartiles of what the members say, so that gates are open at some tokens and closed at others.
 GATES = {
@@ -37,6 +38,7 @@ class Case:
     structure: str = "none"
     sampling: str = "greedy"
     speculation: str = "default"
+    files: str = "none"
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={own}" for (name, own), usual in zip(self.named(), astuple(Case()), strict=True)
@@ -49,6 +51,11 @@ class Case:
     def pairs(self) -> set[tuple[tuple[str, str], ...]]:
         """Return all pairs of its (axis, value)."""
         return set(combinations(self.named(), 2))
+
+    @property
+    def served(self) -> str:
+        """Return the name of the ensemble on a server."""
+        return self.vocabulary if self.files == "none" else f"{self.vocabulary}-files"
 
     @property
     def gate_text(self) -> str | None:
@@ -190,4 +197,13 @@ CASES = (
     # Drafts of members that differ, with nothing that makes them right.
     Case("tokens", sampling="seeded", speculation="4"),
     Case("tokens", "logit-mean", sampling="tempered", speculation="4"),
+    # Files beside members.
+    Case("tokens", "logit-mean", "none", "regex", "seeded", "4", "files"),
+    Case("tokens", "default", "unsure", "none", "greedy", "default", "files"),
+    Case("tokens", "prob-mean", "default", "choice", "torch", "0", "files"),
+    Case("tokens", "default", "movement", "schema", "greedy", "4", "files"),
+    Case("symbols", "max-entropy", "disagreement", "none", "biased", "0", "files"),
+    Case("bytes", "power-mean", "none", "schema", "tempered", "0", "files"),
+    Case("bytes", "prob-mean", "unsure", "choice", "seeded", "default", "files"),
+    Case("bytes", "default", "default", "none", "greedy", "default", "files"),
 )

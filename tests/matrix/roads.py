@@ -79,7 +79,7 @@ class Asked:
     @property
     def ensemble(self) -> Ensemble:
         """Return the ensemble whose own settings are the case's."""
-        return self.world.ensemble(self.case.rule_text, self.case.gate_text)
+        return self.world.ensemble(self.case.rule_text, self.case.gate_text, self.case.files)
 
     @property
     def length(self) -> int:
@@ -204,10 +204,11 @@ def _of_transformers(asked: Asked, out: Any, start: int) -> Written:
 
 
 @torch.inference_mode()
-def read_at_once(asked: Asked, tokens: list[int]) -> list[float]:
-    """Return the log-probabilities of a text's tokens from one call of the model."""
+def read_at_once(asked: Asked, tokens: list[int], *, drawn: bool = True) -> list[float]:
+    """Return the log-probabilities of a text's tokens, drawn or given as the prompt is, from one call of the model."""
     model, ids = _forced(asked, tokens)
-    log_probs = model(input_ids=ids[:, :-1], use_cache=False).logits[0, -len(tokens) :].double()
+    given = {"given": ids.shape[1] - len(tokens) if drawn else None}
+    log_probs = model(input_ids=ids[:, :-1], use_cache=False, **given).logits[0, -len(tokens) :].double()
     return log_probs.gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1).tolist()
 
 
@@ -237,7 +238,7 @@ def command(asked: Asked, *prompts: str) -> Any:
     words = [
         "generate",
         *prompts,
-        *asked.world.arguments,
+        *asked.world.arguments(case.files),
         LIMITS[asked.case.unit][1],
         str(asked.length),
         "--no-summary",
@@ -284,8 +285,9 @@ class Servers:
         """Return (what is served, the URL)."""
         if case.speculation not in self._started:
             how = {} if case.speculation == "default" else {"speculate": int(case.speculation)}
-            asked = {own.vocabulary for own in CASES if own.speculation == case.speculation}
-            serving = serving_of({name: self._worlds[name].ensemble() for name in sorted(asked)}, **how)
+            asked = {(own.served, own.vocabulary, own.files) for own in CASES if own.speculation == case.speculation}
+            every = {name: self._worlds[own].ensemble(files=files) for name, own, files in sorted(asked)}
+            serving = serving_of(every, **how)
             self._started[case.speculation] = serving, self._stack.enter_context(running(serving))
         return self._started[case.speculation]
 
@@ -317,7 +319,7 @@ def body(asked: Asked, limit: str = "max_tokens") -> dict[str, Any]:
     """Return the fields of a request that all endpoints have; ``limit`` is the endpoint's name of a limit in tokens."""
     case = asked.case
     ours = {"rule": case.rule_text, "gate": case.gate_text}
-    found = {"model": case.vocabulary, limit: asked.length, **STRUCTURES[case.structure][2]}
+    found = {"model": case.served, limit: asked.length, **STRUCTURES[case.structure][2]}
     if case.unit == "bytes":
         ours["max_bytes"] = asked.length  # which is no more than so many tokens
     found |= {"softmeet": {name: own for name, own in ours.items() if own is not None}}

@@ -14,6 +14,7 @@ from cases import COMMAND, PYTHON
 RESUMED = [
     case for case in SAYS[PYTHON]
     if case.sampling not in ("torch", "biased") and case.structure == "none" and case.vocabulary != "mixed"
+    and case.files == "none"  # what one call has drawn was given to the next
     and (case.vocabulary != "bytes" or case.unit == "bytes")
 ]  # fmt: skip
 # The draws of torch depend on where a text stands.

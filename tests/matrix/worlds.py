@@ -73,11 +73,13 @@ class World:
         name: the case's vocabulary.
         members: what ``-m`` names; none for the shipped family.
         dtype: of the weights; None for the shipped one.
+        files: the folder of files that stand beside them where a case says so.
     """
 
     name: str
     members: tuple[str, ...]
     dtype: str | None = "float64"
+    files: str = ""
 
     @cached_property
     def loaded(self) -> dict[Any, Any]:
@@ -88,22 +90,25 @@ class World:
     def _made(self) -> dict[Any, Ensemble]:
         return {}
 
-    def ensemble(self, rule: str | None = None, gate: str | None = None) -> Ensemble:
+    def ensemble(self, rule: str | None = None, gate: str | None = None, files: str = "none") -> Ensemble:
         """Return the members combined by a rule and a gate, or by the shipped ones; they share their weights."""
-        made = self._made
-        if (rule, gate) not in made:
+        made, key = self._made, (rule, gate, files)
+        if key not in made:
             given = {"rule": rule} | ({} if gate is None else {"gate": gate})
             given |= {"vocabulary": "bytes"} if self.name == "bytes" else {}
-            who = [list(self.members)] if self.members else []
-            made[rule, gate] = Ensemble.from_pretrained(*who, **given, dtype=self.dtype, loaded=self.loaded)
+            who = [[*self.members, *self.beside(files)]] if self.members else []
+            made[key] = Ensemble.from_pretrained(*who, **given, dtype=self.dtype, loaded=self.loaded)
             # Requests may name the gate movement only where its factor is known.
-            resolved(made[rule, gate].model, made[rule, gate].model.settings)
-        return made[rule, gate]
+            resolved(made[key].model, made[key].model.settings)
+        return made[key]
 
-    @property
-    def arguments(self) -> list[str]:
+    def beside(self, files: str) -> list[str]:
+        """Return the files beside the members, if a case has them."""
+        return [] if files == "none" else [f"files:{self.files}"]
+
+    def arguments(self, files: str) -> list[str]:
         """Return the command's flags for these members."""
-        named = [word for member in self.members for word in ("-m", member)]
+        named = [word for member in (*self.members, *self.beside(files)) for word in ("-m", member)]
         named += [] if self.dtype is None else ["--dtype", self.dtype]
         return named + (["--vocabulary", "bytes"] if self.name == "bytes" else [])
 
@@ -124,5 +129,11 @@ def make_worlds(folder: Path) -> dict[str, World]:
         # The second is a noisy copy of the first, whose drafts are mostly right.
         "symbols": [_save(folder / "e", _symbols(), _gpt2, 4), _save(folder / "f", _symbols(), _gpt2, 4, noise=0.3)],
     }
-    found = {name: World(name, tuple(map(str, own))) for name, own in members.items()}
+    (folder / "files").mkdir()
+    for k in range(3):
+        chosen = random.Random(k)
+        texts = ["".join(chosen.choices(PIECES, k=60)), "".join(chosen.choices(SYMBOLS[:20], k=200))]
+        (folder / "files" / f"{k}.txt").write_text("".join(texts), encoding="utf-8")
+    files = str(folder / "files")
+    found = {name: World(name, tuple(map(str, own)), files=files) for name, own in members.items()}
     return found | {name: World(name, own, None) for name, own in FAMILIES.items()}

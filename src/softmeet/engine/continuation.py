@@ -34,8 +34,8 @@ class Ensembled(Protocol):
     def before(self, i: int, prompt: Sequence[int], own: Own) -> tuple[Sequence[int], int]:
         """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
 
-    def before_claims(self, own: Own) -> Sequence[int]:
-        """Return the symbols that readers which claim read before a text, in place of what members read there."""
+    def before_claims(self, own: Own) -> tuple[Sequence[int], int]:
+        """Return the symbols that readers which claim read before a text, and in place of how many of its tokens."""
 
 
 class Continuation:
@@ -56,6 +56,7 @@ class Continuation:
         drafts: tokens that may follow them.
         rows: for each member, the row in which it reads the text; None before the first token.
         skipped: for each member, in place of how many of the first tokens it reads its own.
+        given: how many of the tokens were given to readers that claim, not drawn; None for all that they read first.
         failures: (the name of a member, why it cannot read the text).
         asked: under the gate ``unsure`` a deferral of one row: whether the members after the first read the newest
             token.
@@ -71,6 +72,7 @@ class Continuation:
         self.tokens, self.drafts = list(prompt), list[int]()
         self.skipped = [0] * len(self.rows)
         self.failures = list[tuple[str, SoftmeetError]]()
+        self.given: int | None = None
         self.asked: Deferral | None = None
         self.spent = 0.0
 
@@ -82,15 +84,22 @@ class Continuation:
             reuse: whether a row that is opened may begin with what was read of earlier texts.
         """
         found = self.rows[i]
-        if found is None:
-            if i < len(self.model.members):
-                own, self.skipped[i] = self.model.before(i, self.prompt, self.own)
-            else:
-                own = self.model.before_claims(self.own)
+        if found is None and i < len(self.model.members):
+            own, self.skipped[i] = self.model.before(i, self.prompt, self.own)
             # What is kept of a member's own tokens may be used all the same.
             known = self.tokens[self.skipped[i] :] if reuse else ()
             found = self.rows[i] = self.readers[i].open(known, own)
+        elif found is None:
+            own, self.skipped[i] = self.model.before_claims(self.own)
+            found = self.rows[i] = self.readers[i].open(self.tokens[self.skipped[i] : self.given], own)
         return found
+
+    def begin_claims(self) -> None:
+        """Have all tokens so far count as given to readers that claim, as at the beginning of a call."""
+        for i in range(len(self.model.members), len(self.rows)):
+            if (row := self.rows[i]) is not None:
+                self.readers[i].close(row)
+                self.rows[i] = None
 
     def read_by(self, i: int) -> int:
         """Return how many of the tokens and drafts member i has read."""
@@ -108,7 +117,7 @@ class Continuation:
         """Return another text that begins with the same tokens, of which members have read as many."""
         other = type(self)(self.model, self.prompt, self.own, self.readers[: len(self.model.members)])
         other.tokens, other.drafts = list(self.tokens), list(self.drafts)
-        other.skipped, other.failures = list(self.skipped), list(self.failures)
+        other.skipped, other.failures, other.given = list(self.skipped), list(self.failures), self.given
         for i, row in enumerate(self.rows):
             # One by one, so that those that are open are closed if another cannot be.
             other.rows[i] = None if row is None else self.readers[i].fork(row)[0]

@@ -54,9 +54,9 @@ class Alone:
         self.members, self.garbage = nn.ModuleList([model.members[i]]), model.garbage
         self.readers_of_members, self.reading = [reader], Members(1)
 
-    def before_claims(self, own: Own) -> Sequence[int]:
+    def before_claims(self, own: Own) -> tuple[Sequence[int], int]:
         """Return nothing: no reader claims a part of what a member says by itself."""
-        return ()
+        return (), 0
 
     def before(self, i: int, prompt: Sequence[int], own: Own) -> tuple[Sequence[int], int]:
         """Return what the member reads of its own at the beginning of a text of the ensemble, as the ensemble says."""

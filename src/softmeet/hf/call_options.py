@@ -111,6 +111,8 @@ class CallOptions:
         speculate: how many tokens the cheapest member drafts before the others read them; "auto" for as many as pay,
             by what is measured, and none where nothing does; 0 for none; None for "auto" where nobody could notice
             anything but the time (:func:`softmeet.hf.decoding.is_to_speculate`), and none elsewhere.
+        given: how many of the first tokens of texts that begin were given to readers that claim, not drawn; None for
+            all that are read first.
     """
 
     settings: Settings
@@ -121,6 +123,7 @@ class CallOptions:
     structure: Structure | None = None
     one_member: bool = False
     speculate: int | Literal["auto"] | None = None
+    given: int | None = None
 
     def __post_init__(self) -> None:
         """Check that ``one_member`` stands beside nothing that needs the mean itself."""
@@ -145,7 +148,7 @@ class CallOptions:
             model: the ensemble that is called.
             given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
                 ``prefixes``, ``own_prompts``, ``token_seconds``, ``structure``, ``speculate``, ``one_member``,
-                ``weights`` and ``gate``. ``prefixes[k][i]``, where members' own tokens are no symbols, are the ids of
+                ``given``, ``weights`` and ``gate``. ``prefixes[k][i]``, where members' own tokens are no symbols, are the ids of
                 those that member i reads before sequence or prompt k; None for the member's default. Without
                 ``settings`` the model's own hold, with the pool's ``weights`` and the ``gate`` (a text such as
                 ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with ``settings``, which come from
@@ -161,7 +164,7 @@ class CallOptions:
             changes = {"weights": weights, "gate": gate}
             settings = model.settings.changed(**{name: x for name, x in changes.items() if x is not None})
         model.require(settings)
-        names = ("recorder", "row_sampler", "own_prompts", "token_seconds", "structure")
+        names = ("recorder", "row_sampler", "own_prompts", "token_seconds", "structure", "given")
         own = {name: given.pop(name, None) for name in names} | {"one_member": bool(given.pop("one_member", False))}
         own["speculate"] = checked_drafts(given.pop("speculate", None))
         if given.pop("max_bytes", None) is not None:

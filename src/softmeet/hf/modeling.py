@@ -118,8 +118,9 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
         Args:
             logits_to_keep: combine at the last k positions alone (0: at all), or at the positions with these k indices.
             call_options: the options of a call of ``generate``; None to read them from ``kwargs``.
-            kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``token_seconds`` and, over bytes,
-                ``prefixes``: each member's token ids before each row. All others are ignored.
+            kwargs: ``settings``, ``weights`` of the pool, ``gate``, ``recorder``, ``token_seconds``, over bytes
+                ``prefixes``, each member's token ids before each row, and beside files ``given``, how many of the first
+                tokens were given, not drawn (all). All others are ignored.
 
         Returns:
             ``logits`` (B, k, v): normalised log-probabilities in nats, fp32 or fp64; ``cache``, as given or made;
@@ -181,6 +182,11 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     ) -> None:
         """Put a new ensemble cache into ``model_kwargs``, unless there is one or ``use_cache`` is off."""
         refuse_other_caches(generation_config, model_kwargs.get(CACHE))
+        if self.claimants and not generation_config.use_cache:
+            raise InvalidInputError(f"expected use_cache=True beside {self.claimants[0].name}: leave it out")
+        # What an earlier call has drawn was given to this one.
+        for one in model_kwargs[CACHE].texts if model_kwargs.get(CACHE) is not None else ():
+            one.begin_claims()
         if model_kwargs.get(CACHE) is None and generation_config.use_cache:
             model_kwargs[CACHE] = self.new_cache()
 

@@ -167,7 +167,16 @@ def begun(model: Ensembled, tokens: Sequence[Sequence[int]], options: CallOption
     """
     own = options.own_prompts
     if own is None:
-        return [Dropped(model, one) for one in tokens]
+        found = [Dropped(model, one) for one in tokens]
+    else:
+        found = _behind_own(model, tokens, own)
+    for text in found:
+        text.given = options.given
+    return found
+
+
+def _behind_own(model: Ensembled, tokens: Sequence[Sequence[int]], own: Sequence[OwnPrompt]) -> list[Dropped]:
+    """Make the texts of sequences that begin with what members read in place of prompts, or before them."""
     if not own or len(tokens) % len(own):
         before = own and not own[0].replaced
         what = f"prefixes for each of {len(tokens)} prompts" if before else f"prompts for {len(tokens)} sequences"
@@ -212,7 +221,9 @@ def read_once(
         on_read(i)
         return found
 
-    claims = [one.read_whole([tokens], [range(1, len(tokens) + 1)]) for one in model.claimants]
+    _, skipped = model.before_claims(())
+    symbols = tokens[skipped:]
+    claims = [one.read_whole([symbols], [range(1 - skipped, len(symbols) + 1)]) for one in model.claimants]
     return [*model.each(read, range(len(model.members))), *claims]
 
 

@@ -324,7 +324,8 @@ class Sequence(Continuation):
     @property
     def reused(self) -> int:
         """How many tokens of the prompt none of these had to read."""
-        return min(0 if row is None else row.known for row in self.rows[self.batched])
+        rows = self.rows[: len(self.model.members)][self.batched]
+        return min(0 if row is None else row.known for row in rows)
 
     def add(self, token: Token) -> list[Token]:
         """Append a drawn token, and return those that belong to the answer for certain and were not returned before."""

@@ -32,7 +32,6 @@ class FilesRow(Row):
     text: list[int] = field(default_factory=list)
     before: int = 0
     given: int | None = None
-    known: int = 0
     relevance: Relevance = field(default_factory=Relevance)
 
     @property
@@ -77,12 +76,10 @@ class FilesReader(ReaderOfRows[FilesRow]):
         return sum(8 * len(row.text) + 200 * len(row.relevance.seen) for row in self._rows)
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
-        """Open a row; of ``text`` all symbols but the last are known at once."""
-        known = list(text[:-1])
+        """Open a row, in which ``own`` and ``text``, which is to be read yet, are given; without text what is read first."""
         if error := self._refused([*own, *text]):
             raise error
-        given = len(own) + len(text) if text else None
-        return self._opened(FilesRow([*own, *known], len(own), given, len(known)))
+        return self._opened(FilesRow(list(own), len(own), len(own) + len(text) if text else None))
 
     def close(self, row: Row) -> None:
         """Give a row up."""
