@@ -99,7 +99,8 @@ class Ensemble:
                 the same time.
             trust_remote_code: run code that comes with a checkpoint.
             offload_folder: a folder for ``"disk"`` weights that cannot be read from the checkpoint unchanged.
-            on_progress: called with each member's name before the member is loaded.
+            on_progress: called with each member's name before the member is loaded, and while files are read, with how
+                far that is.
             loaded: a dict, at first empty, to pass to several calls, which add members to it and load none twice.
             vocabulary: ``"tokens"`` to combine distributions over tokens, for members with the same tokenizer up to
                 padding and added tokens; ``"bytes"`` over bytes, by ``logit-mean`` unless a rule that reads no heads is
@@ -152,7 +153,7 @@ class Ensemble:
         )  # fmt: skip
         weigh(config, models, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
-        give_files(model)
+        give_files(model, on_progress)
         if saved is None and chosen.weights is None:
             warn_of_unequal(model)
         return cls(model, model.tokenizer)

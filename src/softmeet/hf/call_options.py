@@ -148,7 +148,8 @@ class CallOptions:
             model: the ensemble that is called.
             given: the keyword arguments, changed in place. Removed are ``settings``, ``recorder``, ``row_sampler``,
                 ``prefixes``, ``own_prompts``, ``token_seconds``, ``structure``, ``speculate``, ``one_member``,
-                ``given``, ``weights`` and ``gate``. ``prefixes[k][i]``, where members' own tokens are no symbols, are the ids of
+                ``given``, ``weights`` and ``gate``.
+                ``prefixes[k][i]``, where members' own tokens are no symbols, are the ids of
                 those that member i reads before sequence or prompt k; None for the member's default. Without
                 ``settings`` the model's own hold, with the pool's ``weights`` and the ``gate`` (a text such as
                 ``"unsure:0.5"``, ``"none"`` for none) replaced by those given; with ``settings``, which come from

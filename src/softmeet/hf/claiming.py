@@ -15,12 +15,12 @@ from softmeet.readers.files.index import Index
 from softmeet.readers.files.reader import FilesReader
 
 
-def give_files(model: AnyEnsemble, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+def give_files(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda text: None) -> None:
     """Have the files that a model's configuration names claim their part of what its rule answers.
 
     Args:
         model: the model.
-        on_progress: called with what is done, how much, and of how much.
+        on_progress: called with what is done.
 
     Raises:
         InvalidInputError: if the ensemble is over the union of tokens, or a member takes no cache.
@@ -30,15 +30,17 @@ def give_files(model: AnyEnsemble, on_progress: Callable[[str, int, int], None] 
         return
     if model.config.vocabulary.startswith("union"):
         raise InvalidInputError("expected files beside members over tokens or bytes, got vocabulary='union'")
-    told = {} if on_progress is None else {"on_progress": on_progress}
-    model.claimants = [_reader(model, Files.parse(line), told) for line in model.config.files]
+    model.claimants = [_reader(model, Files.parse(line), on_progress) for line in model.config.files]
 
 
-def _reader(model: AnyEnsemble, files: Files, told: dict[str, Any]) -> FilesReader:
+def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]) -> FilesReader:
+    def tell(what: str, done: int, total: int) -> None:
+        on_progress(f"{files.title}: {what} {done:,} of {total:,}")
+
     alphabet, support = model.readers_of_members[0].alphabet, model.combiner.support
     encode, key = _encoding(model)
     texts = find_texts(files.paths, files.include)
-    index = Index.of(texts, encode, alphabet.size, key, file_of("files"), **told)
+    index = Index.of(texts, encode, alphabet.size, key, file_of("files"), tell)
     allowed = None if support is None else support.cpu().numpy()
     return FilesReader(files.title, alphabet, index, allowed, files.weight, files.relevance)
 

@@ -166,10 +166,7 @@ def begun(model: Ensembled, tokens: Sequence[Sequence[int]], options: CallOption
         InvalidInputError: if own prompts are given for a number that does not divide that of the sequences.
     """
     own = options.own_prompts
-    if own is None:
-        found = [Dropped(model, one) for one in tokens]
-    else:
-        found = _behind_own(model, tokens, own)
+    found = [Dropped(model, one) for one in tokens] if own is None else _behind_own(model, tokens, own)
     for text in found:
         text.given = options.given
     return found

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from math import exp, log
 
 import numpy as np
 import pytest
-import torch
 from toys import Letters
 
 from softmeet.readers.files import claim
@@ -43,7 +43,7 @@ def claimed(files, text, given, v):
         row = sum(order >= least for least in (1, 3, 6))
         return claim.WEIGHTS[row][sum(p.max() > most for most in (0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.97))]
 
-    factors, logs = (0.02, 0.1, 0.3, 0.6, 1.0, 1.3), [0.0] * 6
+    factors, logs = (0.02, 0.1, 0.3, 0.6, 1.0, 1.3), [log(p) for p in (0.1, 0.1, 0.1, 0.1, 0.3, 0.3)]
     for k in range(max(0, given - 256), given):
         p, order = followed(files, text[:k], v)
         shares = [min(factor * weight(p, order), 0.97) for factor in factors]
@@ -56,7 +56,13 @@ def claimed(files, text, given, v):
 def index_of(files, tmp_path, v=V):
     for k, file in enumerate(files):
         (tmp_path / f"{k:03}.txt").write_text(" ".join(map(str, file)))
-    return Index.of(find_texts([str(tmp_path)]), lambda every: [[int(word) for word in text.split()] for text in every], v, "toy", None)
+    return Index.of(
+        find_texts([str(tmp_path)]),
+        lambda every: [[int(word) for word in text.split()] for text in every],
+        v,
+        "toy",
+        None,
+    )
 
 
 def corpora():
@@ -66,13 +72,13 @@ def corpora():
     yield from ([], [[]], [[0]], [[], [3, 3, 3], []], [[1, 2, 3, 1, 2]] * 3)
 
 
-@pytest.mark.parametrize("files", list(corpora()), ids=lambda files: str(len(sum(files, []))))
+@pytest.mark.parametrize("files", list(corpora()), ids=lambda files: str(len([*chain(*files)])))
 def test_distributions_and_claims_are_those_of_an_oracle(files, tmp_path):
     reader, chooser = FilesReader("files", Letters(), index_of(files, tmp_path)), random.Random(1)
     for trial in range(4):
-        text = [chooser.choice([*sum(files, []), 0, V - 1]) for _ in range(12)]
+        text = [chooser.choice([*[*chain(*files)], 0, V - 1]) for _ in range(12)]
         # Some of a text stands in the files.
-        text[2:10] = sum(files, [])[trial : trial + 8] if trial % 2 else text[2:10]
+        text[2:10] = [*chain(*files)][trial : trial + 8] if trial % 2 else text[2:10]
         given = chooser.randrange(1, len(text) + 1)
         row = reader.open(text[:given])
         found = finished(reader.read([Read(row, text, range(len(text) + 1))]))
@@ -113,7 +119,7 @@ def test_what_cannot_follow_has_no_share(tmp_path):
 def test_drawn_symbols_prove_nothing(tmp_path):
     """A text that the files have written would prove them right."""
     file = [random.Random(3).randrange(V) for _ in range(60)]
-    reader = FilesReader("files", Letters(), index_of([file], tmp_path))
+    reader = FilesReader("files", Letters(), index_of([file], tmp_path), weight=0.5)
     given, drawn = reader.open(file[:40]), reader.open([V - 1, *file[:4]])
     text = {given: file[:40], drawn: [V - 1, *file[:40]]}
     claims = [finished(reader.read([Read(row, text[row], [len(text[row])])])).claims.item() for row in (given, drawn)]

@@ -26,8 +26,9 @@ WEIGHTS = np.array([
     [0.05, 0.09, 0.12, 0.18, 0.31, 0.46, 0.57, 0.77],
     [0.38, 0.23, 0.36, 0.40, 0.62, 0.81, 0.75, 0.91],
 ])  # fmt: skip
-# What weights may be multiplied with, and the largest share that files ever claim.
+# What weights may be multiplied with, how likely each is beforehand, and the largest share that files ever claim.
 _FACTORS, _MOST = np.array([0.02, 0.1, 0.3, 0.6, 1.0, 1.3]), 0.97
+_PRIOR = np.array([0.1, 0.1, 0.1, 0.1, 0.3, 0.3])
 # The stand-in probability, by how much what was seen counts less a symbol later, and of how many symbols it is kept.
 _STAND_IN, _FADES, _WINDOW = 0.35, 0.98, 256
 
@@ -69,7 +70,7 @@ class Relevance:
 
     def behind(self, count: int) -> float:
         """Return the relevance behind the first ``count`` symbols, of which the last ones were seen."""
-        logs = np.zeros(len(_FACTORS))
+        logs = np.log(_PRIOR)
         for number in range(max(0, count - _WINDOW), count):
             logs = _FADES * logs + self.seen[number]
         posterior = np.exp(logs - logs.max())

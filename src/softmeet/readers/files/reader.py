@@ -76,7 +76,7 @@ class FilesReader(ReaderOfRows[FilesRow]):
         return sum(8 * len(row.text) + 200 * len(row.relevance.seen) for row in self._rows)
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
-        """Open a row, in which ``own`` and ``text``, which is to be read yet, are given; without text what is read first."""
+        """Open a row, in which ``own`` and ``text``, which is yet to be read, are given; or what is read first."""
         if error := self._refused([*own, *text]):
             raise error
         return self._opened(FilesRow(list(own), len(own), len(own) + len(text) if text else None))
