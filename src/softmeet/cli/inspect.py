@@ -119,7 +119,8 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     gated = sum(token["gated"] for token in tokens) / len(tokens)
     trusts = config.settings.trusts() if config.settings.rule.uses_trust else []
     facts = {
-        "members": names, "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model),
+        "members": names, "files": [reader.name for reader in ensemble.model.claimants],
+        "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model),
         "head_widths": [width_of(head) for head in ensemble.model.member_heads], "trust": trusts,
         "average_nats": -sum(token["pool_log_prob"] for token in tokens) / count,
         "bytes": len(text.removeprefix(first).encode()), "bits": nats * count / math.log(2),
@@ -140,13 +141,20 @@ def _show(facts: dict[str, Any]) -> None:
     rows = [
         (
             shown(token["text"]), f"{math.exp(token['log_prob']):.2%}",
-            *(f"{math.exp(x):.2%}" for x in token["member_log_probs"]),
+            *(f"{math.exp(x):.2%}" for x in token["member_log_probs"]), *(f"{x:.0%}" for x in token["claims"]),
             f"{'≤' * all(token['disagreement_is_bound'])}{sum(token['disagreement']):.3f}",
             "  ".join(f"{shown(x)} {math.exp(old):.1%}→{math.exp(new):.1%}" for x, old, new in token["moved"][:2]),
         )
         for token in facts["tokens"]
     ]  # fmt: skip
-    columns = ("token", "ensemble", *facts["members"], "disagreement", "what moved: token, average → answer")
+    columns = (
+        "token",
+        "ensemble",
+        *facts["members"],
+        *(f"{x} claim" for x in facts["files"]),
+        "disagreement",
+        "what moved: token, average → answer",
+    )
     last = len(columns) - 1
     print_table(console, columns, [rows], texts=(0, last), optional=last)
     unit = facts["vocabulary"][:-1]

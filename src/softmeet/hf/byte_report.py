@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class GroupReport:
             most probable first; empty at the start of the text for a member whose tokenizer drops the first byte.
         disagreement: each member's disagreement KL(p‖p̂_i), of the ensemble's p and the member's p̂_i over the next
             byte, summed over the stretch's bytes.
+        claims: the share of the answer that each of the user's files took, in the mean of the stretch's bytes.
     """
 
     text: str
@@ -48,6 +49,7 @@ class GroupReport:
     top: Listed
     member_top: list[Listed]
     disagreement: list[float]
+    claims: list[float] = field(default_factory=list)
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the report as a dict for JSON: its own fields and, as constants, those of :class:`TokenReport`.
@@ -83,11 +85,13 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     Raises:
         InvalidInputError: if the text exceeds a member's context.
     """
-    log_probs = torch.stack(model.hidden_states(torch.tensor([[END, *text]])))[:, :-1]
+    states = [own[:-1] for own in model.hidden_states(torch.tensor([[END, *text]]))]
+    log_probs = torch.stack(states[: len(model.members)])
     expected = [expected_tokens(reader, text, top) for reader in model.readers]
-    solutions = [solution for _, solution in model.combiner.solve_in_chunks(list(log_probs), model.settings)]
+    solutions = [solution for _, solution in model.combiner.solve_in_chunks(states, model.settings)]
     answer = torch.cat([solution.log_probs for solution in solutions])
     apart = torch.cat([solution.disagreement for solution in solutions], -1)
+    claims = [own[:, -1].exp() for own in states[len(log_probs) :]]
     # The first stretch begins at the first byte even if a member's tokenizer drops it.
     places = sorted({0}.union(set.intersection(*(set(found) for found in expected))))
     places = [place for place in places if text[place] & 0xC0 != 0x80]
@@ -105,6 +109,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
                 top=[(shown_byte(k), x) for k, x in most_probable(answer[start], top)],
                 member_top=[own.get(start, []) for own in expected],
                 disagreement=apart[:, rows].sum(-1).tolist(),
+                claims=[own[rows].mean().item() for own in claims],
             )
         )
     return found

@@ -180,12 +180,13 @@ def own_text(model: AnyEnsemble, count: int) -> list[Float[Tensor, "t _"]]:
     limit = getattr(model.config, "max_position_embeddings", None)
     count = count if limit is None else min(count, limit - ids.shape[1])
     settings = model.settings.ungated().changed(rule=model.settings.pool, rule_temperature=1.0, bands=1, trust=0.0)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), settings=settings, row_sampler=RowSampler(_SEED, [0]), do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=count, min_new_tokens=count,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return [states[ids.shape[1] - 1 :] for states in model.hidden_states(out[:, :-1])]
+    with model.without_claims():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), settings=settings, row_sampler=RowSampler(_SEED, [0]),
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=count, min_new_tokens=count,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        return [states[ids.shape[1] - 1 :] for states in model.hidden_states(out[:, :-1])]
 
 
 def _as_meet(settings: Settings) -> Settings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +70,9 @@ class AnyEnsemble(Protocol):
 
     def before_claims(self, own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return the symbols that readers which claim read before a text, and in place of how many of its tokens."""
+
+    def without_claims(self) -> AbstractContextManager[None]:
+        """Return a context in which members alone are asked."""
 
     parameters: Callable[[], Any]
     generate: Callable[..., Any]

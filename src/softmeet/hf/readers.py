@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +77,15 @@ class ReadMembers:
     def before_claims(self, own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return the symbols that readers which claim read before a text: none, as they read the tokens of all."""
         return (), 0
+
+    @contextmanager
+    def without_claims(self) -> Iterator[None]:
+        """Enter a context in which members alone are asked, as for what is measured of them."""
+        before, self.claimants = self.claimants, ()
+        try:
+            yield
+        finally:
+            self.claimants = before
 
     def key_of(self, i: int) -> Any:
         """Return what members share if one reader reads for both."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -70,6 +70,7 @@ class TokenReport:
         gap_is_certified: whether ``gap`` is a proved bound rather than an estimate.
         num_passes: how many times the solver read all heads; reads of a part of their rows count as fractions.
         gated: whether a gate was closed, so that the rule was not solved.
+        claims: the share of the answer that each of the user's files (readers that claim) took, in their order.
     """
 
     token: int
@@ -89,6 +90,7 @@ class TokenReport:
     gap_is_certified: bool
     num_passes: float
     gated: bool = False
+    claims: list[float] = field(default_factory=list)
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the report as a dict for JSON: its attributes by name, and ``text``, the text of ``token``.
@@ -147,6 +149,7 @@ def token_report(solution: Solution, log_probs: Float[Tensor, "n B v"], row: int
         gap_is_certified=bool(solution.gap_is_certified[row]),
         num_passes=solution.num_passes[row].item(),
         gated=bool(solution.gated[row]),
+        claims=[] if solution.claims is None else solution.claims[:, row].tolist(),
     )
 
 

@@ -172,7 +172,7 @@ def begun(model: Ensembled, tokens: Sequence[Sequence[int]], options: CallOption
     return found
 
 
-def _behind_own(model: Ensembled, tokens: Sequence[Sequence[int]], own: Sequence[OwnPrompt]) -> list[Dropped]:
+def _behind_own(model: Ensembled, tokens: Sequence[Sequence[int]], own: Sequence[Any]) -> list[Dropped]:
     """Make the texts of sequences that begin with what members read in place of prompts, or before them."""
     if not own or len(tokens) % len(own):
         before = own and not own[0].replaced
