@@ -58,4 +58,5 @@ def with_passages(
             f"{max(map(len, part.contexts.prefixes))} tokens: shorten it"
         )
     part.generation_config, part.chat = model.generation_config, chat_of(model).of(chosen)
+    part.claimants = model.claimants
     return part

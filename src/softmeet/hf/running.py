@@ -23,6 +23,7 @@ from softmeet.engine.gate import joined, read
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
+from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.refused import require_context
 from softmeet.members.trunk import last_hidden, takes_cache
 from softmeet.readers.reader import Predictions, Work
@@ -172,7 +173,7 @@ def begun(model: Ensembled, tokens: Sequence[Sequence[int]], options: CallOption
     return found
 
 
-def _behind_own(model: Ensembled, tokens: Sequence[Sequence[int]], own: Sequence[Any]) -> list[Dropped]:
+def _behind_own(model: Ensembled, tokens: Sequence[Sequence[int]], own: Sequence[OwnPrompt]) -> list[Dropped]:
     """Make the texts of sequences that begin with what members read in place of prompts, or before them."""
     if not own or len(tokens) % len(own):
         before = own and not own[0].replaced

@@ -156,6 +156,7 @@ async def model(name: str, request: Request) -> dict[str, Any]:
 def _model(served: Served) -> dict[str, Any]:
     facts = {
         "members": list(served.names),
+        **({"files": list(served.files)} if served.files else {}),
         **served.combination(Extension(), ()).shown(),
         "vocabulary": served.ensemble.model.config.vocabulary,
         "context": getattr(served.ensemble.model.config, "max_position_embeddings", None),

@@ -40,10 +40,40 @@ class Served:
     names: tuple[str, ...]
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def _chosen(self, wanted: Sequence[str] | None, explicit: set[str]) -> tuple[EnsembleForCausalLM, tuple[int, ...]]:
+        """Return the ensemble of the members and files that a request names, by default all, and the members' indices.
+
+        Raises:
+            RequestError: if there is none of a name, or no model among them, or weights cannot be scaled.
+        """
+        every = (*self.names, *self.files)
+        known = set(every if wanted is None else wanted)
+        if absent := sorted(known - set(every)):
+            raise RequestError(
+                f"the ensemble {self.name} has no member {absent[0]!r}: expected some of {', '.join(every)}",
+                param="softmeet.members",
+            )
+        chosen = tuple(k for k, name in enumerate(self.names) if name in known)
+        claiming = tuple(k for k, name in enumerate(self.files) if name in known)
+        if not chosen:
+            models = ", ".join(self.names)
+            raise RequestError(f"expected a model among the members, {models}", param="softmeet.members")
+        model = self.ensemble.model
+        if len(chosen) < len(self.names):
+            _require_scalable(model, chosen, explicit)
+        whole = len(chosen) == len(self.names) and len(claiming) == len(self.files)
+        return model if whole else _part(model, chosen, claiming), chosen
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the user's files beside the members; requests choose among them, too."""
+        return tuple(reader.name for reader in self.ensemble.model.claimants)
+
     def combination(self, asked: Extension, allowed: Sequence[str], max_trust: float = float("inf")) -> Combination:
         """Return the members and settings that answer a request: the ensemble's own, with the request's changes.
 
-        If a request names some of the members, their weights in the pool are scaled to the sum that all members' have.
+        If a request names some of the members, the user's files among them, the others are left out; the models' weights
+        in the pool are scaled to the sum that all models' have.
         Where that would turn a member's positive weight into a negative one, the request has to give weights, too.
         The ensemble's own settings that the rule does not use have no effect. Its gate is left out where it cannot be
         used; the combination says why.
@@ -69,17 +99,7 @@ class Served:
             )
         given.pop("passages", None)
         _require_passages(asked)
-        wanted = set(given.pop("members", self.names))
-        if absent := sorted(wanted - set(self.names)):
-            raise RequestError(
-                f"the ensemble {self.name} has no member {absent[0]!r}: expected some of {', '.join(self.names)}",
-                param="softmeet.members",
-            )
-        chosen = tuple(k for k, name in enumerate(self.names) if name in wanted)
-        model = self.ensemble.model
-        if len(chosen) < len(self.names):
-            _require_scalable(model, chosen, explicit)
-            model = _part(model, chosen)
+        model, chosen = self._chosen(given.pop("members", None), explicit)
         settings = _changed(model, given)
         if idle := [name for name in unused(settings.rule) if name in explicit]:
             raise RequestError(
@@ -209,8 +229,8 @@ def _require_scalable(whole: EnsembleForCausalLM, chosen: tuple[int, ...], expli
 
 
 @lru_cache(maxsize=64)
-def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCausalLM:
-    """Return an ensemble of some members, by their indices; their weights are scaled to sum to what all members' do.
+def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...], claiming: tuple[int, ...]) -> EnsembleForCausalLM:
+    """Return an ensemble of some members and files, by their indices; weights are scaled to sum to what they all do.
 
     Where they cannot be, weights are equal, until a request gives others.
     """
@@ -227,6 +247,7 @@ def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...]) -> EnsembleForCau
     part = whole.part(chosen, EnsembleConfig(names, settings=Settings.of(own), **kept))
     part.generation_config = whole.generation_config
     part.chat = chat_of(whole).of(chosen)
+    part.claimants = [whole.claimants[k] for k in claiming]
     return part
 
 

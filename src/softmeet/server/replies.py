@@ -181,7 +181,8 @@ class Reply(ABC):
     def _settings(self) -> dict[str, Any]:
         """Return the members, the settings and the seed that were used for the answer."""
         how = self.asked.combination
-        return {"members": list(how.names), **how.shown(), "seed": self.asked.sampling.seed}
+        files = {"files": [reader.name for reader in how.model.claimants]} if how.model.claimants else {}
+        return {"members": list(how.names), **files, **how.shown(), "seed": self.asked.sampling.seed}
 
     def _choice(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any]:
         """Return one choice as JSON: its content, why it ended and softmeet's own fields, under ``softmeet``.

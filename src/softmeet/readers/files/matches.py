@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
@@ -27,6 +27,7 @@ _DISCOUNT, _BACKED_OFF = 0.6, 1.0
 _MOST, _SAMPLE = 4000, 2000
 
 
+@runtime_checkable
 class Sorted(Protocol):
     """What is read of an index: its symbols, and where they stand in the order of what ends there."""
 
