@@ -38,14 +38,14 @@ def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]
         on_progress(f"{files.title}: {what} {done:,} of {total:,}")
 
     alphabet, support = model.readers_of_members[0].alphabet, model.combiner.support
-    encode, key = _encoding(model)
+    encode, key = encoding_of(model)
     texts = find_texts(files.paths, files.include)
     index = Index.of(texts, encode, alphabet.size, key, file_of("files"), tell)
     allowed = None if support is None else support.cpu().numpy()
     return FilesReader(files.title, alphabet, index, allowed, files.weight, files.relevance)
 
 
-def _encoding(model: AnyEnsemble) -> tuple[Callable[[Sequence[str]], Sequence[Sequence[int]]], str]:
+def encoding_of(model: AnyEnsemble) -> tuple[Callable[[Sequence[str]], Sequence[Sequence[int]]], str]:
     """Return what turns texts into the symbols of a model, and a name for it."""
     if model.over_bytes:
         return lambda texts: [list(text.encode()) for text in texts], "bytes"

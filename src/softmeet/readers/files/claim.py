@@ -33,14 +33,19 @@ _PRIOR = np.array([0.1, 0.1, 0.1, 0.1, 0.3, 0.3])
 _STAND_IN, _FADES, _WINDOW = 0.35, 0.98, 256
 
 
-def weight(match: Match, largest: float) -> float:
-    """Return the weight of files at a place, before their relevance.
+def cell(match: Match, largest: float) -> tuple[int, int]:
+    """Return the row and the column of the table of weights that a place falls in.
 
     Args:
         match: what followed there.
         largest: the largest probability behind it.
     """
-    return float(WEIGHTS[np.searchsorted(_FROM, match.order, "right"), np.searchsorted(_UP_TO, largest)])
+    return int(np.searchsorted(_FROM, match.order, "right")), int(np.searchsorted(_UP_TO, largest))
+
+
+def weight(match: Match, largest: float) -> float:
+    """Return the weight of files at a place, before their relevance; as of :func:`cell`."""
+    return float(WEIGHTS[cell(match, largest)])
 
 
 @dataclass

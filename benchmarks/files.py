@@ -1,0 +1,232 @@
+"""What the user's own files are worth beside a model: python benchmarks/files.py bits MODEL PROJECT…
+
+Each PROJECT is a folder. Some of its files are held out, and the others stand beside the model as files. ``weights``
+fits the table of weights of :mod:`softmeet.readers.files.claim` on projects, and prints it; a project of which it is to
+be judged must not be among them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from report import show
+from softmeet import Ensemble
+from softmeet.hf.claiming import encoding_of
+from softmeet.readers.files import claim
+from softmeet.readers.files.corpus import Texts, find_texts
+from softmeet.readers.files.index import Index
+from softmeet.readers.files.matches import BYTE_ORDERS, ORDERS, match
+from softmeet.readers.files.reader import FilesReader
+from softmeet.readers.reader import Read, finished
+
+app = typer.Typer(add_completion=False)
+# Of each held-out file so many bytes from the beginning are read, and files with fewer are not held out.
+BYTES, LEAST = 1800, 900
+# Behind so many bytes a file's header is past.
+HEADER = 600
+# A file is a near copy if more than the share of its windows of so many bytes stands in the other files.
+WINDOW, SHARE = 100, 0.2
+# The temperatures of which a model's best one is taken, in hindsight.
+TEMPERATURES = [0.8 + 0.05 * k for k in range(17)]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder's files, of which some are held out.
+
+    Attributes:
+        name: the folder's.
+        held: the files that are predicted.
+        kept: those that stand beside the model.
+    """
+
+    name: str
+    held: tuple[Path, ...]
+    kept: Texts
+
+    @classmethod
+    def of(cls, folder: str, count: int, include: str | None, by: str) -> Project:
+        """Hold out files that are drawn at random, by a fixed seed, or all files of folders that are."""
+        texts = find_texts([folder], include)
+        long = [path for path in texts.files if path.stat().st_size >= LEAST]
+        chosen = random.Random(1)
+        if by == "folder":
+            parents = sorted({path.parent for path in long})
+            chosen.shuffle(parents)
+            held = list[Path]()
+            for parent in parents:
+                held += [path for path in long if path.parent == parent] if len(held) < count else []
+            held, gone = held[:count], {path.parent for path in held}
+            kept = tuple(path for path in texts.files if path.parent not in gone)
+        else:
+            held = chosen.sample(long, min(count, len(long) // 4))
+            kept = tuple(path for path in texts.files if path not in held)
+        return cls(Path(folder).name, tuple(sorted(held)), replace(texts, files=kept))
+
+    @cached_property
+    def _windows(self) -> set[bytes]:
+        every = (path.read_bytes() for path in self.kept.files)
+        return {text[k : k + WINDOW] for text in every for k in range(len(text) - WINDOW + 1)}
+
+    def is_near_copy(self, path: Path) -> bool:
+        """Return whether more than a fifth of a file's windows stand in the others."""
+        text = path.read_bytes()
+        windows = [text[k : k + WINDOW] for k in range(max(1, len(text) - WINDOW + 1))]
+        return sum(window in self._windows for window in windows) > SHARE * len(windows)
+
+
+@dataclass(frozen=True, eq=False)
+class Alone:
+    """What a model says of a held-out file's beginning.
+
+    Attributes:
+        symbols: the text.
+        ends: where each symbol but the first ends, in bytes.
+        nats: by temperature, of each symbol but the first (over bytes of each), its log-probability.
+    """
+
+    symbols: list[int]
+    ends: np.ndarray
+    nats: dict[float, np.ndarray]
+
+
+@torch.inference_mode()
+def alone(ensemble: Ensemble, path: Path) -> Alone:
+    """Read a file's beginning by the members alone."""
+    model: Any = ensemble.model
+    text = path.read_bytes()[:BYTES].decode(errors="ignore")
+    encode, _ = encoding_of(model)
+    symbols = list(encode([text])[0])
+    begun = [256, *symbols] if model.over_bytes else symbols
+    hidden = [states[:-1] for states in model.hidden_states(torch.tensor([begun]))]
+    wanted = torch.tensor(begun[1:])
+    found = {t: list[torch.Tensor]() for t in TEMPERATURES}
+    for _, solution in model.combiner.solve_in_chunks(hidden, model.settings.ungated()):
+        some, wanted = wanted[: len(solution.log_probs)], wanted[len(solution.log_probs) :]
+        for t, parts in found.items():
+            parts.append((solution.log_probs / t).log_softmax(-1).gather(-1, some[:, None]).squeeze(-1).double())
+    alphabet = model.readers_of_members[0].alphabet
+    sizes = [len(alphabet.decode([symbol])) for symbol in symbols]
+    return Alone(
+        symbols, np.cumsum(sizes)[len(begun) == len(symbols) :], {t: torch.cat(p).numpy() for t, p in found.items()}
+    )
+
+
+def index_of(ensemble: Ensemble, texts: Texts) -> Index:
+    """Return the index of files, in memory."""
+    encode, key = encoding_of(ensemble.model)
+    return Index.of(texts, encode, ensemble.model.readers_of_members[0].alphabet.size, key, None)
+
+
+def with_files(reader: FilesReader, told: Alone, temperature: float = 1.0) -> np.ndarray:
+    """Return the log-probability of each symbol with files beside the model."""
+    start, symbols = len(told.symbols) - len(told.ends), told.symbols
+    row, found = reader.open(symbols), list[float]()
+    for begin in range(0, len(symbols), 64):
+        piece = symbols[begin : begin + 64]
+        behind = finished(reader.read([Read(row, piece, range(len(piece)))]))
+        assert behind.claims is not None
+        for k, share in enumerate(behind.claims.tolist()):
+            if (place := begin + k) >= start:
+                ours = math.exp(told.nats[temperature][place - start])
+                own = math.exp(behind.log_probs()[k, symbols[place]].item())
+                found.append(math.log((1 - share) * ours + share * own))
+    reader.close(row)
+    return np.array(found)
+
+
+def bits(parts: Sequence[tuple[np.ndarray, np.ndarray]], behind: int = 0) -> float:
+    """Return the bits a byte of log-probabilities, with where their symbols end; ``behind`` so many bytes of each."""
+    nats = sum(own[ends > behind].sum() for own, ends in parts)
+    size = sum(ends[-1] - max(behind, ends[0] - 1) if behind else ends[-1] for _, ends in parts)
+    return -nats / math.log(2) / size
+
+
+Models = Annotated[str, typer.Argument(help="A model; several with commas between are an average.")]
+Projects = Annotated[list[str], typer.Argument(metavar="PROJECT…", help="Folders.")]
+Held = Annotated[int, typer.Option(help="The most files of a project that are held out.")]
+Include = Annotated[str | None, typer.Option(help="A glob of files.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the rows with the command and the machine.")]
+
+
+@app.command("bits")
+def bits_of(
+    models: Models,
+    projects: Projects,
+    unrelated: Annotated[
+        list[str] | None, typer.Option(help="A project whose files have nothing to do with these.")
+    ] = None,
+    held: Held = 12,
+    include: Include = None,
+    by: Annotated[str, typer.Option(help="What is held out at random: file or folder.")] = "file",
+    json: JsonPath = None,
+) -> None:
+    """Print the bits a byte of held-out files, alone and with the project's other files."""
+    ensemble = Ensemble.from_pretrained(models.split(","), "logit-mean")
+    alphabet, rows = ensemble.model.readers_of_members[0].alphabet, []
+    strangers = [(Path(folder).name, index_of(ensemble, find_texts([folder], include))) for folder in unrelated or ()]
+    for project in (Project.of(folder, held, include, by) for folder in projects):
+        told = {path: alone(ensemble, path) for path in project.held}
+        best = min(TEMPERATURES, key=lambda t: bits([(one.nats[t], one.ends) for one in told.values()]))
+        fresh = [path for path in project.held if not project.is_near_copy(path)]
+        for name, index in [(project.name, index_of(ensemble, project.kept)), *strangers]:
+            reader = FilesReader(name, alphabet, index)
+            parts = {path: (with_files(reader, one), one.ends) for path, one in told.items()}
+            heated = [(with_files(reader, one, best), one.ends) for one in told.values()]
+            plain = {path: (one.nats[1.0], one.ends) for path, one in told.items()}
+            rows.append({
+                "text": project.name, "files": name, "MB": round(4 * len(index.symbols) / 1e6, 2), "held out": len(told),
+                "alone": bits(list(plain.values())), "with files": bits(list(parts.values())),
+                "temperature": best, "alone, so": bits([(one.nats[best], one.ends) for one in told.values()]),
+                "with files, so": bits(heated),
+                "alone, behind": bits(list(plain.values()), HEADER), "with files, behind": bits(list(parts.values()), HEADER),
+                "fresh": len(fresh), "alone, fresh": bits([plain[path] for path in fresh]) if fresh else None,
+                "with files, fresh": bits([parts[path] for path in fresh]) if fresh else None,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    show(rows, json)
+
+
+def cells(index: Index, told: Alone, orders: Sequence[int], size: int) -> Iterator[tuple[int, int, float]]:
+    """Yield for each symbol the row and column of the table of weights that it falls in, and the files' probability."""
+    start = len(told.symbols) - len(told.ends)
+    for place in range(start, len(told.symbols)):
+        found = match(index, told.symbols[max(0, place - orders[-1]) : place], orders, size)
+        probs = found.probs()
+        yield *claim.cell(found, float(probs.max())), float(probs[told.symbols[place]])
+
+
+@app.command()
+def weights(models: Models, projects: Projects, held: Held = 12, include: Include = None) -> None:
+    """Print the table of weights that fits held-out files best, by expectation maximisation."""
+    ensemble = Ensemble.from_pretrained(models.split(","), "logit-mean")
+    size, spelled = ensemble.model.readers_of_members[0].alphabet.size, ensemble.model.over_bytes
+    seen = list[tuple[int, int, float, float]]()
+    for project in (Project.of(folder, held, include, "file") for folder in projects):
+        index = index_of(ensemble, project.kept)
+        for one in (alone(ensemble, path) for path in project.held):
+            told = cells(index, one, BYTE_ORDERS if spelled else ORDERS, size)
+            seen += [(*own, math.exp(nats)) for own, nats in zip(told, one.nats[1.0], strict=True)]
+        print(project.name, len(seen), flush=True)
+    rows, columns, files, rule = map(np.array, zip(*seen, strict=True))
+    shape = claim.WEIGHTS.shape
+    where, found = np.ravel_multi_index((rows, columns), shape), np.full(math.prod(shape), 0.5)
+    for _ in range(60):
+        share = found[where] * files / (found[where] * files + (1 - found[where]) * rule)
+        found = (np.bincount(where, share, len(found)) + 1.5) / (np.bincount(where, minlength=len(found)) + 3)
+    for row in found.reshape(shape)[1:]:
+        print("    [" + ", ".join(f"{weight:.2f}" for weight in row) + "],")
+
+
+if __name__ == "__main__":
+    app()
