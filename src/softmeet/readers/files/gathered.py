@@ -122,8 +122,10 @@ def _pieces(files: Sequence[Path], former: Former | None, on_progress: Progress)
             continue
         if known.sha256 in by_hash and before is not None:
             yield known, before[slice(*by_hash[known.sha256])]
+        elif known.symbols < 0 or (text := _text(content)) is None:
+            yield known._replace(symbols=-1), None
         else:
-            yield known, None if known.symbols < 0 else _text(content)
+            yield known, text
     on_progress("reading files", len(files), len(files))
 
 
