@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import translate
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +44,7 @@ class Texts:
     paths: tuple[str, ...]
     include: str | None
     files: tuple[Path, ...]
-    left_out: dict[str, int]
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def find_texts(paths: Sequence[str], include: str | None = None) -> Texts:
@@ -173,7 +173,7 @@ def _rules_in(top: Path, folder: str) -> list[_Rule]:
         lines = (top / folder / ".gitignore").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    said: list[tuple[re.Pattern[str], bool]] = []
+    said: list[tuple[re.Pattern[str], bool | None]] = []
     for line in lines:
         with suppress(ValueError, re.error):  # as git, which passes over what it cannot read
             said += [(one.regex, one.include) for one in GitIgnoreSpec.from_lines([line]).patterns if one.regex]

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from array import array
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import file_digest
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from softmeet.extras import require_extra
 from softmeet.readers.files.corpus import Texts
+from softmeet.readers.files.gathered import Encode, Progress, gather, hash_of, in_order
+from softmeet.readers.files.kept import Entry, Former, Kept, Shelf, Symbols, drop, indexes
 
-Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
-Progress = Callable[[str, int, int], None]
-Symbols = npt.NDArray[np.int32]
-
-
-class Entry(NamedTuple):
-    """A file as it was read: its path, bytes, time of change in ns, SHA-256 and symbols (-1 of what is no text)."""
-
-    path: str
-    size: int
-    modified: int
-    sha256: str
-    symbols: int
+__all__ = ["Encode", "Entry", "Index", "Kept", "Progress", "Symbols", "drop", "indexes"]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -44,8 +33,10 @@ class Index:
         symbols: (n,) int32, the files' symbols one file behind the other, each followed by the separator ``size``.
         order: (n,) int32, the positions of ``symbols`` sorted by the text that ends there, read backwards. So all
             places where one context ends are one interval, and that of a longer context lies within it.
-        entries: each file that was read, sorted by path.
+        entries: what was read of each file, sorted by path.
         left_out: how many files were left out, by the reason.
+
+    Both arrays are mapped from the disk where the index is kept there.
     """
 
     symbols: Symbols
@@ -65,25 +56,85 @@ class Index:
     ) -> Index:
         """Return the index of some files: as it is kept, or made anew where a file has changed.
 
+        Files whose size and time have not changed are not read again, those whose bytes have not are not encoded.
+
         Args:
             texts: the files.
             encode: turns several texts into their symbols, each from 0 to ``size - 1``.
             size: the number of symbols.
             key: names what encodes, such that the indexes of two tokenizers are two.
             folder: where indexes are kept; None to keep this one in memory alone.
-            on_progress: called with what is done (``"reading"``, ``"sorting"``), how much, and of how much.
+            on_progress: called with what is done (``"waiting for another process"``, ``"reading files"``,
+                ``"sorting"``), how much of it is, and of how much.
+
+        Raises:
+            InvalidInputError: if pydivsufsort is missing, ``encode`` gives other symbols, or there are more than
+                2,147,483,647 of them.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from softmeet.readers.files.corpus import find_texts
+            >>> with TemporaryDirectory() as folder:
+            ...     _ = Path(folder, "a.txt").write_text("abab")
+            ...     texts = find_texts([folder])
+            ...     index = Index.of(texts, lambda those: [list(text.encode()) for text in those], 256, "bytes", None)
+            >>> index.symbols.tolist(), index.order.tolist()
+            ([97, 98, 97, 98, 256], [0, 2, 1, 3, 4])
         """
         require_extra("an index of files", "files", "pydivsufsort")
-        entries, symbols = [], array("i")
-        for path in texts.files:
-            content, state = path.read_bytes(), path.stat()
-            own = list(encode([content.decode()])[0])
-            symbols.extend([*own, size])
-            with path.open("rb") as file:
-                digest = file_digest(file, "sha256").hexdigest()
-            entries.append(Entry(str(path), state.st_size, state.st_mtime_ns, digest, len(own)))
-        found = np.frombuffer(symbols, np.int32) if symbols else np.empty(0, np.int32)
-        return cls(found, in_order(found), tuple(entries), texts.left_out)
+        if folder is None:
+            return cls._made(texts, encode, size, None, None, on_progress)
+        shelf = Shelf.of(folder, key, texts.paths, texts.include)
+        if (index := cls._unchanged(texts, shelf.former())) is not None:
+            return index
+        with shelf.alone(lambda: on_progress("waiting for another process", 0, 1)):
+            former = shelf.former()
+            return cls._unchanged(texts, former) or cls._made(texts, encode, size, shelf, former, on_progress)
+
+    @classmethod
+    def _unchanged(cls, texts: Texts, former: Former | None) -> Index | None:
+        """Return the index that is kept, if no file is another, or has another size or time."""
+        if former is None or [entry.path for entry in former.entries] != [str(path) for path in texts.files]:
+            return None
+        try:
+            if not all(entry.is_as(path.stat()) for entry, path in zip(former.entries, texts.files, strict=True)):
+                return None
+        except OSError:  # one is gone
+            return None
+        symbols, order = former.array("symbols"), former.array("order")
+        if symbols is None or order is None:
+            return None
+        return cls._over(symbols, order, former.entries, texts)
+
+    @classmethod
+    def _made(
+        cls, texts: Texts, encode: Encode, size: int, shelf: Shelf | None, former: Former | None, on_progress: Progress
+    ) -> Index:
+        """Make an index of what a former one has and what has changed since then, and keep it."""
+        entries, symbols = gather(texts.files, encode, size, former, on_progress)
+        hashes = [entry.sha256 for entry in entries if entry.symbols >= 0]
+        version = hashlib.sha256("\n".join([str(size), *hashes]).encode()).hexdigest()
+        arrays = {"symbols": symbols}
+        if former is not None and former.version == version:
+            kept = {name: former.array(name) for name in ("symbols", "order")}
+            arrays |= {name: array for name, array in kept.items() if array is not None}
+        if "order" not in arrays:
+            on_progress("sorting", 0, len(symbols))
+            arrays["order"] = in_order(symbols)
+            on_progress("sorting", len(symbols), len(symbols))
+        if shelf is not None:
+            arrays = shelf.keep(entries, version, arrays, former)
+        return cls._over(arrays["symbols"], arrays["order"], entries, texts)
+
+    @classmethod
+    def _over(cls, symbols: Symbols, order: Symbols, entries: tuple[Entry, ...], texts: Texts) -> Index:
+        """Return an index, with what was left out of its files: by name, and when they were read."""
+        more = {
+            "not UTF-8 text": sum(entry.symbols < 0 for entry in entries),
+            "could not be read": len(texts.files) - len(entries),
+        }
+        left_out = dict(Counter(texts.left_out) + Counter(more))
+        return cls(symbols, order, entries, left_out)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -108,64 +159,12 @@ class Index:
 
     def is_stale(self, path: Path) -> bool:
         """Return whether a file is gone, or holds something else than when it was read."""
-        raise NotImplementedError
+        try:
+            entry = self._by_path[str(path)]
+            return not entry.is_as(path.stat()) and hash_of(path) != entry.sha256
+        except (KeyError, OSError):
+            return True
 
-
-@dataclass(frozen=True)
-class Kept:
-    """An index on the disk: its name, what it is of, and how large it is.
-
-    Attributes:
-        name: by which it is dropped.
-        paths, include: what was asked for.
-        files, symbols: how many it has.
-        bytes: how many it takes of the disk.
-        time: when it was made, in seconds since 1970.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    include: str | None
-    files: int
-    symbols: int
-    bytes: int
-    time: float
-
-
-def indexes(folder: Path) -> list[Kept]:
-    """Return the indexes that are kept in a folder, sorted by their paths."""
-    raise NotImplementedError
-
-
-def drop(folder: Path, which: str) -> None:
-    """Remove an index from a folder, by its name."""
-    raise NotImplementedError
-
-
-def in_order(symbols: Symbols) -> Symbols:
-    """Return the positions of symbols, sorted by the text that ends there, read backwards.
-
-    Example:
-        >>> in_order(np.array([1, 0, 1, 2], np.int32)).tolist()
-        [1, 0, 2, 3]
-    """
-    from pydivsufsort import divsufsort
-
-    n = len(symbols)
-    if not n:
-        return np.empty(0, np.int32)
-    present = np.zeros(int(symbols.max()) + 1, np.uint32)
-    present[symbols] = 1
-    # What sorts sorts bytes: each symbol is its rank among those that occur, in as few bytes as will do.
-    ranks = (np.cumsum(present, dtype=np.uint32) - 1)[symbols[::-1]]
-    width = 1 if (count := int(present.sum())) <= 1 << 8 else 2 if count <= 1 << 16 else 3
-    spelt = np.empty((n, width), np.uint8)
-    for k in range(width):
-        spelt[:, k] = ranks >> (8 * (width - 1 - k)) & 0xFF
-    found, order, done = divsufsort(spelt.ravel()), np.empty(n, np.int32), 0
-    for start in range(0, len(found), 1 << 24):
-        piece = found[start : start + (1 << 24)]
-        whole = piece[piece % width == 0]  # the others begin amid a symbol
-        order[done : done + len(whole)] = n - 1 - whole // width
-        done += len(whole)
-    return order
+    @cached_property
+    def _by_path(self) -> dict[str, Entry]:
+        return {entry.path: entry for entry in self.entries}

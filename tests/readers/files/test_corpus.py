@@ -1,0 +1,122 @@
+"""Which files are read of a folder, a file or a glob."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.readers.files.corpus import find_texts
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A repository with what has to be left out, each of it once."""
+    texts = {
+        "README.md": "read me", "src/a.py": "a", "src/b.md": "b", "src/deep/er/c.py": "c", "notes [1].txt": "n",
+        ".gitignore": "*.log\nbuild/\n", "src/.gitignore": "/made/*\n!/made/kept.py\n*.md\n!b.md\n",
+        "run.log": "1", "build/out.py": "2", "src/made/gone.py": "3", "src/made/kept.py": "k", "src/x.md": "4",
+        ".git/HEAD": "5", ".hidden/x.py": "6", "large.txt": "x" * 1_000_001,
+        ".env": "7", ".env.local": "8", "id_rsa": "9", "server.PEM": "10", "credentials.json": "11",
+        "credentials.py": "code", "keys.py": "code",
+    }  # fmt: skip
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "src" / "out").symlink_to("/")
+    (tmp_path / "src" / "circle").symlink_to(tmp_path)
+    (tmp_path / "link.md").symlink_to(tmp_path / "README.md")
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path
+
+
+def names(found, folder):
+    return [path.relative_to(folder).as_posix() for path in found.files]
+
+
+def test_a_folder_is_read_without_what_is_ignored_hidden_linked_large_or_a_key(folder):
+    found = find_texts([str(folder), str(folder / "src")])
+    assert names(found, folder) == [
+        "README.md", "credentials.py", "keys.py", "notes [1].txt", "src/a.py", "src/b.md", "src/deep/er/c.py",
+        "src/made/kept.py",
+    ]  # fmt: skip
+    assert found.left_out == {
+        "hidden": 4,  # two .gitignore, .git, .hidden
+        "ignored by .gitignore": 4,  # run.log, build, gone.py, x.md
+        "names of keys and passwords": 5,
+        "no regular files": 1,
+        "over 1 MB": 1,
+        "symbolic links": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "include", "expected"),
+    [
+        ("", "*.md", ["README.md", "src/b.md"]),
+        ("", "src/**/*.py", ["src/a.py", "src/deep/er/c.py", "src/made/kept.py"]),
+        ("src", "deep/*/*", ["src/deep/er/c.py"]),
+        ("src/*.py", None, ["src/a.py"]),
+        ("**/*.py", "c.*", ["src/deep/er/c.py"]),
+        ("s*/deep", None, ["src/deep/er/c.py"]),
+        ("notes [1].txt", None, ["notes [1].txt"]),  # a file, though it looks like a glob
+        ("run.log", None, ["run.log"]),  # what is named itself is taken, ignored, hidden, large, or a link
+        ("build", None, ["build/out.py"]),
+        (".hidden/x.py", None, [".hidden/x.py"]),
+        ("large.txt", None, ["large.txt"]),
+        ("link.md", None, ["README.md"]),
+        ("id_rsa", None, []),  # but no key
+        ("server.PEM", None, []),
+    ],
+)
+def test_paths_and_globs(folder, path, include, expected):
+    found = find_texts([str(folder / path)], include)
+    assert names(found, folder) == expected
+    assert all(file.is_absolute() for file in found.files)
+
+
+def test_the_gitignores_of_the_folders_above_count_up_to_the_repository(folder):
+    (folder / "src/deep/er/d.log").write_text("ignored above")
+    (folder.parent / ".gitignore").write_text("*.py\n")  # of another repository, if of any
+    found = find_texts([str(folder / "src/deep")])
+    assert names(found, folder) == ["src/deep/er/c.py"]
+    assert found.left_out == {"ignored by .gitignore": 1}
+
+
+def test_the_home_folder_is_meant_by_a_tilde_and_others_from_where_one_is(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder / "src")
+    assert find_texts(["~/src/deep"]) == find_texts(["deep"]) == find_texts([f"{folder}/src/deep/", "deep"])
+
+
+@pytest.mark.parametrize("path", ["nowhere", "", "nowhere/*.py", "src/*.rs", "a\0b"])
+def test_a_path_that_leads_nowhere_is_refused(folder, path, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(CheckpointError, match=r"expected a .*glob"):
+        find_texts([path])
+
+
+@pytest.mark.parametrize("include", ["!", "[z-a]", "a\\"])
+def test_a_glob_that_cannot_be_read_is_refused(folder, include):
+    with pytest.raises(InvalidInputError, match="expected a glob"):
+        find_texts([str(folder)], include)
+
+
+def test_folders_are_walked_without_recursion(tmp_path):
+    deep = tmp_path
+    for _ in range(60):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    (deep / "a.txt").write_text("a")
+    depth, frame = 0, sys._getframe()
+    while frame:
+        depth, frame = depth + 1, frame.f_back
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(depth + 50)
+    try:
+        found = find_texts([str(tmp_path)])
+    finally:
+        sys.setrecursionlimit(limit)
+    assert found.files == (deep / "a.txt",)
