@@ -22,10 +22,11 @@ import typer
 from report import show
 from softmeet import Ensemble
 from softmeet.hf.claiming import encoding_of
-from softmeet.readers.files import claim
+from softmeet.readers.files.claim import BYTES as BYTE_SCHEME
+from softmeet.readers.files.claim import TOKENS, Scheme
 from softmeet.readers.files.corpus import Texts, find_texts
 from softmeet.readers.files.index import Index
-from softmeet.readers.files.matches import BYTE_ORDERS, ORDERS, match
+from softmeet.readers.files.matches import match
 from softmeet.readers.files.reader import FilesReader
 from softmeet.readers.reader import Read, finished
 
@@ -197,34 +198,35 @@ def bits_of(
     show(rows, json)
 
 
-def cells(index: Index, told: Alone, orders: Sequence[int], size: int) -> Iterator[tuple[int, int, float]]:
+def cells(index: Index, told: Alone, scheme: Scheme, size: int) -> Iterator[tuple[int, int, float]]:
     """Yield for each symbol the row and column of the table of weights that it falls in, and the files' probability."""
     start = len(told.symbols) - len(told.ends)
     for place in range(start, len(told.symbols)):
-        found = match(index, told.symbols[max(0, place - orders[-1]) : place], orders, size)
+        found = match(index, told.symbols[max(0, place - scheme.orders[-1]) : place], scheme.orders, size)
         probs = found.probs()
-        yield *claim.cell(found, float(probs.max())), float(probs[told.symbols[place]])
+        yield *scheme.cell(found, float(probs.max())), float(probs[told.symbols[place]])
 
 
 @app.command()
 def weights(models: Models, projects: Projects, held: Held = 12, include: Include = None) -> None:
     """Print the table of weights that fits held-out files best, by expectation maximisation."""
     ensemble = Ensemble.from_pretrained(models.split(","), "logit-mean")
-    size, spelled = ensemble.model.readers_of_members[0].alphabet.size, ensemble.model.over_bytes
+    size = ensemble.model.readers_of_members[0].alphabet.size
+    scheme = BYTE_SCHEME if ensemble.model.over_bytes else TOKENS
     seen = list[tuple[int, int, float, float]]()
     for project in (Project.of(folder, held, include, "file") for folder in projects):
         index = index_of(ensemble, project.kept)
         for one in (alone(ensemble, path) for path in project.held):
-            told = cells(index, one, BYTE_ORDERS if spelled else ORDERS, size)
-            seen += [(*own, math.exp(nats)) for own, nats in zip(told, one.nats[1.0], strict=True)]
+            told = zip(cells(index, one, scheme, size), one.nats[1.0], strict=True)
+            seen += [(*own, math.exp(nats)) for own, nats in told if own[0] >= 0]
         print(project.name, len(seen), flush=True)
     rows, columns, files, rule = map(np.array, zip(*seen, strict=True))
-    shape = claim.WEIGHTS.shape
+    shape = scheme.weights.shape
     where, found = np.ravel_multi_index((rows, columns), shape), np.full(math.prod(shape), 0.5)
     for _ in range(60):
         share = found[where] * files / (found[where] * files + (1 - found[where]) * rule)
         found = (np.bincount(where, share, len(found)) + 1.5) / (np.bincount(where, minlength=len(found)) + 3)
-    for row in found.reshape(shape)[1:]:
+    for row in found.reshape(shape):
         print("    [" + ", ".join(f"{weight:.2f}" for weight in row) + "],")
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from toys import Letters
 
-from softmeet.readers.files import claim
+from softmeet.readers.files.claim import TOKENS
 from softmeet.readers.files.corpus import find_texts
 from softmeet.readers.files.index import Index
-from softmeet.readers.files.matches import ORDERS, match
+from softmeet.readers.files.matches import match
 from softmeet.readers.files.reader import FilesReader
 from softmeet.readers.reader import Read, finished
 from softmeet.testing import check_reader
@@ -24,7 +24,7 @@ V = Letters.size
 def followed(files, text, v):
     """P_n by the formula of the guide, and how many orders matched, by a look at every place of every file."""
     p, order = np.full(v, 1 / v), 0
-    for n in [n for n in ORDERS if n <= len(text)]:
+    for n in [n for n in TOKENS.orders if n <= len(text)]:
         counts = np.zeros(v)
         for file in files:
             for k in range(n, len(file)):
@@ -40,8 +40,10 @@ def claimed(files, text, given, v):
     """The share that is claimed behind a text, of which the first symbols were given."""
 
     def weight(p, order):
-        row = sum(order >= least for least in (1, 3, 6))
-        return claim.WEIGHTS[row][sum(p.max() > most for most in (0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.97))]
+        row, column = (
+            sum(order >= least for least in (1, 3, 6)), sum(p.max() > x for x in (0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.97))
+        )  # fmt: skip
+        return TOKENS.weights[row - 1][column] if row else 0
 
     factors, logs = (0.02, 0.1, 0.3, 0.6, 1.0, 1.3), [log(p) for p in (0.1, 0.1, 0.1, 0.1, 0.3, 0.3)]
     for k in range(max(0, given - 256), given):
@@ -91,15 +93,15 @@ def test_distributions_and_claims_are_those_of_an_oracle(files, tmp_path):
 
 def test_no_file_has_what_another_one_ends_with(tmp_path):
     index = index_of([[1, 2], [3, 4]], tmp_path)
-    assert match(index, [1, 2], ORDERS, V).levels == []
-    assert match(index, [2, 3], ORDERS, V).length == 1
+    assert match(index, [1, 2], TOKENS.orders, V).levels == []
+    assert match(index, [2, 3], TOKENS.orders, V).length == 1
 
 
 def test_many_places_are_counted_by_evenly_spread_ones(tmp_path):
     chooser = random.Random(2)
     files = [[0, chooser.choice([1, 1, 1, 2])] * 10_000]
     index = index_of(files, tmp_path)
-    ((ids, counts), *_) = match(index, [0], ORDERS, V).levels
+    ((ids, counts), *_) = match(index, [0], TOKENS.orders, V).levels
     assert ids.tolist() == [1] if len(set(files[0][1::2])) == 1 else [1, 2]
     assert 2_000 <= counts.sum() <= 4_000
 

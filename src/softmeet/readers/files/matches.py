@@ -19,9 +19,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-# The numbers of symbols that are matched: of tokens, and of bytes.
-ORDERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24)
-BYTE_ORDERS = (*ORDERS, 32, 48, 64)
 _DISCOUNT, _BACKED_OFF = 0.6, 1.0
 # Of more places than the first number, evenly spread ones are counted, at least as many as the second.
 _MOST, _SAMPLE = 4000, 2000
@@ -113,7 +110,7 @@ def match(index: Sorted, text: Sequence[int], orders: Sequence[int], size: int) 
     Example:
         >>> from types import SimpleNamespace
         >>> toy = SimpleNamespace(symbols=np.array([5, 7, 5, 8, 9]), order=np.array([0, 2, 1, 3, 4]))
-        >>> found = match(toy, [7, 5], ORDERS, 9)
+        >>> found = match(toy, [7, 5], (1, 2, 3), 9)
         >>> found.order, found.length, found.probs().argmax()
         (2, 2, 8)
     """

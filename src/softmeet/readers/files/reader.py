@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool
 
 from softmeet.errors import InvalidInputError, SoftmeetError
-from softmeet.readers.files.claim import Relevance, claim, weight
-from softmeet.readers.files.matches import BYTE_ORDERS, ORDERS, Match, Sorted, match
+from softmeet.readers.files.claim import BYTES, TOKENS, Relevance, claim
+from softmeet.readers.files.matches import Match, Sorted, match
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Alphabet, Given, Predictions, Read, Row, Traits, Work
 from softmeet.suspended import Done
@@ -32,7 +32,7 @@ class FilesRow(Row):
     text: list[int] = field(default_factory=list)
     before: int = 0
     given: int | None = None
-    relevance: Relevance = field(default_factory=Relevance)
+    relevance: Relevance = field(default_factory=lambda: Relevance(TOKENS))
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -67,7 +67,7 @@ class FilesReader(ReaderOfRows[FilesRow]):
         super().__init__(FilesRow)
         self.name, self.alphabet, self.limit, self._index = name, alphabet, 1 << 30, index
         self._allowed, self._weight, self._relevance = allowed, weight, relevance
-        self._orders = ORDERS if alphabet.spelling is None else BYTE_ORDERS
+        self._scheme = TOKENS if alphabet.spelling is None else BYTES
         self.traits = Traits(rounding="bitwise", claims=True)
 
     @property
@@ -79,7 +79,8 @@ class FilesReader(ReaderOfRows[FilesRow]):
         """Open a row, in which ``own`` and ``text``, which is yet to be read, are given; or what is read first."""
         if error := self._refused([*own, *text]):
             raise error
-        return self._opened(FilesRow(list(own), len(own), len(own) + len(text) if text else None))
+        given = len(own) + len(text) if text else None
+        return self._opened(FilesRow(list(own), len(own), given, Relevance(self._scheme)))
 
     def close(self, row: Row) -> None:
         """Give a row up."""
@@ -129,15 +130,15 @@ class FilesReader(ReaderOfRows[FilesRow]):
 
     def _told(self, text: Sequence[int], place: int) -> tuple[np.ndarray, float]:
         """Return what follows the first ``place`` symbols of a text, (v,), and the files' weight there."""
-        before = text[max(0, place - self._orders[-1]) : place]
-        found = match(self._index, before, self._orders, self.alphabet.size)
+        before = text[max(0, place - self._scheme.orders[-1]) : place]
+        found = match(self._index, before, self._scheme.orders, self.alphabet.size)
         told = found.probs(self._may_follow(before))
         return told, self._weight_of(found, told)
 
     def _weight_of(self, found: Match, told: np.ndarray) -> float:
         if not found.order:
             return 0.0
-        return weight(found, float(told.max())) if self._weight is None else self._weight
+        return self._scheme.weight(found, float(told.max())) if self._weight is None else self._weight
 
     def _may_follow(self, before: Sequence[int]) -> Any:
         mask = self.alphabet.may_follow(before)
