@@ -124,6 +124,8 @@ class Ensemble:
             ['wide/gpt2', 'wide/llama']
         """
         members, files = parted(members)
+        for one in files:
+            one.require_there()
         saved = saved_config(members)
         names = with_engines(member_names(members), dtype, device)
         any_average = saved is None and rule is None

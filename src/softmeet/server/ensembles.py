@@ -72,8 +72,8 @@ class Served:
     def combination(self, asked: Extension, allowed: Sequence[str], max_trust: float = float("inf")) -> Combination:
         """Return the members and settings that answer a request: the ensemble's own, with the request's changes.
 
-        If a request names some of the members, the user's files among them, the others are left out; the models' weights
-        in the pool are scaled to the sum that all models' have.
+        If a request names some of the members, the user's files among them, the others are left out; the models'
+        weights in the pool are scaled to the sum that all models' have.
         Where that would turn a member's positive weight into a negative one, the request has to give weights, too.
         The ensemble's own settings that the rule does not use have no effect. Its gate is left out where it cannot be
         used; the combination says why.

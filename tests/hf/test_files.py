@@ -1,0 +1,165 @@
+"""The user's own files beside members: what they change, and where they are refused."""
+
+from __future__ import annotations
+
+import json
+
+import httpx as http
+import pytest
+import torch
+from commands import run
+from serving import running, serving_of
+
+from softmeet import Ensemble, Files
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.evaluation.likelihoods import likelihoods
+from softmeet.hf.chat import take_plain
+
+MEMBERS = ["wide/gpt2", "wide/llama"]
+SAID = "Zorblax the quick went to Quixby, and Zorblax the slow went home. "
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("project")
+    (found / "a.txt").write_text(SAID * 3)
+    (found / "b.md").write_text("Nothing of that kind.")
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return Ensemble.from_pretrained(MEMBERS, "logit-mean")
+
+
+@pytest.fixture(scope="module")
+def beside(folder):
+    return Ensemble.from_pretrained([*MEMBERS, Files(folder, include="*.txt")], "logit-mean")
+
+
+def test_a_member_that_has_read_something_else_knows_it(alone, beside):
+    assert beside.generate(SAID[:33], max_new_tokens=8, do_sample=False).startswith(" and Zorblax")
+    assert "Zorblax" not in alone.generate(SAID[:33], max_new_tokens=8, do_sample=False)
+    assert (beside.names, beside.model.config.weights) == (MEMBERS, [0.5, 0.5])
+    # Elsewhere nothing changes by much.
+    apart = [ensemble.next_token("In the beginning", 1).top[0][1] for ensemble in (alone, beside)]
+    assert apart[1] == pytest.approx(apart[0], rel=0.1)
+
+
+def test_the_mixture_is_the_rules_answer_behind_the_claim(alone, beside):
+    (reader,) = beside.model.claimants
+    ids = alone.tokenizer(SAID)["input_ids"]
+    own = reader.read_whole([ids], [[len(ids)]])
+    share, rule = own.claims.item(), alone.next_token(SAID).solution
+    wanted = (1 - share) * rule.log_probs.exp() + share * own.log_probs().exp()
+    found = beside.next_token(SAID).solution
+    assert found.log_probs.exp().numpy() == pytest.approx(wanted.numpy(), abs=1e-7)
+    assert found.claims.tolist() == [[pytest.approx(share)]]
+    assert found.gap.equal(rule.gap)  # what is certified is what the rule has found
+    assert beside.inspect(SAID + "x")[-1].claims == [pytest.approx(share)]
+
+
+@torch.inference_mode()
+def test_several_files_take_their_parts_one_after_the_other(alone, folder):
+    both = Ensemble.from_pretrained(
+        [*MEMBERS, f"files:{folder}+weight=0.5+relevance=1", f"files:{folder}+weight=0.25+relevance=1"], "prob-mean"
+    )
+    ids = torch.tensor([both.tokenizer(SAID)["input_ids"]])
+    found = both.next_token(SAID).solution.log_probs[0].exp()
+    rule = Ensemble(both.model.part([0, 1], alone.model.config), both.tokenizer).model
+    rule = rule(input_ids=ids, settings=both.model.settings).logits[0, -1].exp()
+    first, second = (reader.read_whole([ids[0].tolist()], [[ids.shape[1]]]) for reader in both.model.claimants)
+    assert (first.claims.item(), second.claims.item()) == (0.5, 0.25)
+    behind = 0.5 * rule + 0.5 * first.log_probs()[0].exp()
+    assert found.numpy() == pytest.approx((0.75 * behind + 0.25 * second.log_probs()[0].exp()).numpy(), abs=1e-6)
+
+
+def test_what_one_call_has_drawn_is_given_to_the_next(folder):
+    beside = Ensemble.from_pretrained([*MEMBERS, f"files:{folder}+weight=0.3"], "logit-mean")
+    ids = beside.tokenizer([SAID[:33]], return_tensors="pt")["input_ids"]
+    drawn = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True}
+    out = beside.model.generate(ids, **drawn)
+    again = beside.model.generate(out.sequences, **drawn)
+    kept = beside.model.generate(out.sequences, cache=out.cache, **drawn)
+    assert kept.sequences.equal(again.sequences)
+    with torch.inference_mode():
+        every, some = (beside.model(input_ids=out.sequences, given=given).logits for given in (None, ids.shape[1]))
+    assert every[:, : ids.shape[1]].equal(some[:, : ids.shape[1]])
+    assert not every[0, -1].equal(some[0, -1])
+
+
+def test_likelihoods_and_evaluation_have_the_mixture(beside, folder, tmp_path):
+    before, after = (beside.tokenizer(text)["input_ids"] for text in (SAID[:33], SAID[33:60]))
+    (found,) = likelihoods(beside.model, [(before, after)])
+    ids = torch.tensor([[*before, *after]])
+    with torch.inference_mode():
+        told = beside.model(input_ids=ids, given=len(before)).logits[0, len(before) - 1 : -1].double()
+    assert found.log_prob == pytest.approx(told.gather(-1, torch.tensor(after)[:, None]).sum().item(), abs=1e-5)
+    (tmp_path / "held.txt").write_text(SAID)
+    nats = []
+    for names in MEMBERS, [*MEMBERS, f"files:{folder}"]:
+        named = [word for name in names for word in ("-m", name)]
+        done = run("evaluate", *named, "-t", tmp_path / "held.txt", "--rule", "logit-mean", "--json", "-")
+        nats.append(json.loads(done.stdout)["rules"]["logit-mean"]["bits_per_byte"])
+    assert nats[1] < nats[0] - 1  # bits a byte
+
+
+def test_a_saved_ensemble_keeps_the_paths_alone(beside, folder, tmp_path):
+    beside.save_pretrained(tmp_path / "saved")
+    again = Ensemble.from_pretrained(str(tmp_path / "saved"))
+    assert again.model.config.files == [f"files:{folder}+include=*.txt"]
+    assert again.next_token(SAID).top == beside.next_token(SAID).top
+    assert "Quixby" not in "".join(path.read_text(errors="ignore") for path in (tmp_path / "saved").glob("*.json"))
+
+
+def test_requests_may_leave_files_out(alone, beside):
+    asked = {"prompt": SAID[:33], "max_tokens": 8, "temperature": 0}
+    name = beside.model.claimants[0].name
+    with running(serving_of({"both": beside})) as url:
+        ask = lambda **ours: http.post(f"{url}/v1/completions", json=asked | {"softmeet": ours}).json()  # noqa: E731
+        whole, models, neither = ask(), ask(members=MEMBERS), ask(members=[name])
+        assert http.get(f"{url}/v1/models").json()["data"][0]["softmeet"]["files"] == [name]
+    assert whole["choices"][0]["text"] == beside.generate(SAID[:33], max_new_tokens=8, do_sample=False)
+    assert models["choices"][0]["text"] == alone.generate(SAID[:33], max_new_tokens=8, do_sample=False)
+    assert (whole["softmeet"]["files"], "files" in models["softmeet"]) == ([name], False)
+    assert "expected a model among the members" in neither["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "said"),
+    [
+        (["files:{}"], InvalidInputError, "expected a model beside files"),
+        ([*MEMBERS, "files:{}/nowhere"], CheckpointError, "nowhere"),
+        ([*MEMBERS, "files:{}+colour=red"], InvalidInputError, "keys path, include, weight"),
+        ([*MEMBERS, "files:{}+weight=2"], InvalidInputError, "from 0 to 1"),
+        ([*MEMBERS, "files:{}+relevance=much"], InvalidInputError, "expected a number for relevance"),
+        ([*MEMBERS, "files:"], InvalidInputError, "expected the path of files"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_anything_is_loaded(named, error, said, folder, monkeypatch):
+    monkeypatch.setattr("softmeet.ensemble.load_members", None)
+    with pytest.raises(error, match=said):
+        Ensemble.from_pretrained([one.format(folder) for one in named])
+
+
+def test_what_cannot_have_files_says_so(beside, folder):
+    with pytest.raises(InvalidInputError, match="files beside members over tokens or bytes"):
+        Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama", f"files:{folder}"], vocabulary="union")
+    with pytest.raises(InvalidInputError, match="leave the files out"):
+        beside.decode("a", "particles:n=2", max_new_tokens=2)
+    with pytest.raises(InvalidInputError, match="use_cache=True beside"):
+        beside.generate("a", use_cache=False, max_new_tokens=2)
+
+
+def test_over_bytes_a_conversation_is_what_was_given(folder):
+    both = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama", f"files:{folder}"])
+    assert both.generate(SAID[:33], max_bytes=12, do_sample=False).startswith(" and Zorblax")
+    take_plain(both.model)
+    turns = [{"role": "user", "content": SAID}]
+    (text,) = both.model.claimants
+    seen = []
+    text.open = lambda given=(), own=(), reuse=True: seen.append(bytes(own)) or type(text).open(text, given, own)
+    both.generate(turns, max_bytes=2)
+    assert SAID.strip().encode() in seen[0]
+    reports = both.inspect(SAID[:60])
+    assert all(0 <= report.claims[0] < 0.9701 for report in reports)
