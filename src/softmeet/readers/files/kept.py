@@ -167,9 +167,10 @@ class Shelf:
         except (OSError, ValueError) as error:
             _log.warning("the index of %s is not kept for the next time: %s", ", ".join(paths), error)
             mapped, version = {}, former.version if former is not None else "none"
+        stays = {_LIST, _LOCK, *(f"{version}.{name}.npy" for name in arrays)}
         with suppress(OSError):
             for file in self.folder.iterdir():
-                if file.name not in (_LIST, _LOCK) and not file.name.startswith(version):
+                if file.name not in stays:
                     with suppress(OSError):  # on Windows, while somebody reads it
                         file.unlink()
         return arrays | mapped
@@ -193,7 +194,7 @@ def indexes(folder: Path) -> list[Kept]:
     for own in folder.iterdir() if folder.is_dir() else ():
         with suppress(OSError):  # one that is dropped meanwhile, or somebody else's
             sizes, made, former = [file.stat().st_size for file in own.iterdir()], own.stat().st_mtime, _read(own)
-            said = {"paths": (), "include": None, "time": made} if former is None else former.said
+            said: dict[str, Any] = {"paths": (), "include": None, "time": made} if former is None else former.said
             counts = [entry.symbols for entry in former.entries if entry.symbols >= 0] if former is not None else []
             about = tuple(said["paths"]), said["include"], len(counts), sum(counts)
             found.append(Kept(own.name, *about, bytes=sum(sizes), time=said["time"]))
