@@ -21,6 +21,7 @@ def folder(tmp_path):
         ".git/HEAD": "5", ".hidden/x.py": "6", "large.txt": "x" * 1_000_001,
         ".env": "7", ".env.local": "8", "id_rsa": "9", "server.PEM": "10", "credentials.json": "11",
         "credentials.py": "code", "keys.py": "code",
+        "only/.gitignore": "*\n!*/\n!*.py\n!kept/\n", "only/a/b.py": "b", "only/a/x.md": "12", "only/kept/x.md": "13",
     }  # fmt: skip
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,12 +40,12 @@ def names(found, folder):
 def test_a_folder_is_read_without_what_is_ignored_hidden_linked_large_or_a_key(folder):
     found = find_texts([str(folder), str(folder / "src")])
     assert names(found, folder) == [
-        "README.md", "credentials.py", "keys.py", "notes [1].txt", "src/a.py", "src/b.md", "src/deep/er/c.py",
-        "src/made/kept.py",
+        "README.md", "credentials.py", "keys.py", "notes [1].txt", "only/a/b.py", "src/a.py", "src/b.md",
+        "src/deep/er/c.py", "src/made/kept.py",
     ]  # fmt: skip
     assert found.left_out == {
-        "hidden": 4,  # two .gitignore, .git, .hidden
-        "ignored by .gitignore": 4,  # run.log, build, gone.py, x.md
+        "hidden": 5,  # three .gitignore, .git, .hidden
+        "ignored by .gitignore": 6,  # run.log, build, gone.py, three x.md
         "names of keys and passwords": 5,
         "no regular files": 1,
         "over 1 MB": 1,
@@ -60,6 +61,7 @@ def test_a_folder_is_read_without_what_is_ignored_hidden_linked_large_or_a_key(f
         ("src", "deep/*/*", ["src/deep/er/c.py"]),
         ("src/*.py", None, ["src/a.py"]),
         ("**/*.py", "c.*", ["src/deep/er/c.py"]),
+        ("only", None, ["only/a/b.py"]),
         ("s*/deep", None, ["src/deep/er/c.py"]),
         ("notes [1].txt", None, ["notes [1].txt"]),  # a file, though it looks like a glob
         ("run.log", None, ["run.log"]),  # what is named itself is taken, ignored, hidden, large, or a link
@@ -91,10 +93,25 @@ def test_the_home_folder_is_meant_by_a_tilde_and_others_from_where_one_is(folder
     assert find_texts(["~/src/deep"]) == find_texts(["deep"]) == find_texts([f"{folder}/src/deep/", "deep"])
 
 
-@pytest.mark.parametrize("path", ["nowhere", "", "nowhere/*.py", "src/*.rs", "a\0b"])
-def test_a_path_that_leads_nowhere_is_refused(folder, path, monkeypatch):
+def test_what_is_left_out_of_a_folder_is_taken_where_it_is_named_too(folder):
+    found = find_texts([str(folder / "only"), str(folder / "only/a/x.md")])
+    assert names(found, folder) == ["only/a/b.py", "only/a/x.md"]
+    assert found.left_out == {"hidden": 1, "ignored by .gitignore": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere", "found nothing there"),
+        ("", "found nothing there"),
+        ("a\0b", "found nothing there"),
+        ("nowhere/*.py", "found nothing there"),
+        ("src/*.rs", "found none of it in .*src"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused(folder, path, said, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(CheckpointError, match=r"expected a .*glob"):
+    with pytest.raises(CheckpointError, match=rf"expected a .*glob.*{said}"):
         find_texts([path])
 
 

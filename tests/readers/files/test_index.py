@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from softmeet import extras
 from softmeet.errors import InvalidInputError
 from softmeet.readers.files import gathered, kept
 from softmeet.readers.files.corpus import find_texts
@@ -127,7 +128,11 @@ def test_only_what_has_changed_is_encoded(toys, tmp_path, monkeypatch):
     write(toys / "d.txt", "the king", age=7200)  # touched alone
     write(toys / "0.txt", TOYS["a.txt"])  # a copy
     (toys / "e.txt").unlink()
-    anew = index_of(toys, where, encode)
+    read, real = [], gathered._read
+    with monkeypatch.context() as watched:
+        watched.setattr(gathered, "_read", lambda path: read.append(path.name) or real(path))
+        anew = index_of(toys, where, encode)
+    assert read == ["0.txt", "c.txt", "d.txt"]
     check(anew, [TOYS["a.txt"], TOYS["a.txt"], "", "queen", "the king"])
     assert encode.texts == ["queen"]
     check(again, TOYS.values())  # who has the former one still reads it
@@ -196,7 +201,7 @@ def test_a_full_disk_leaves_the_former_index_and_an_index_in_memory(toys, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         check(index, texts)
         assert "is not kept for the next time" in caplog.text
-        assert before.items() <= {file: file.read_bytes() for file in where.rglob("*") if file.is_file()}.items()
+        assert before == {file: file.read_bytes() for file in where.rglob("*") if file.is_file()}
     check(index_of(toys, where), texts)
     assert len(list(where.rglob("*.npy"))) == 2
 
@@ -218,6 +223,7 @@ def test_a_disk_that_takes_nothing(toys, tmp_path, monkeypatch, call, caplog):
 @pytest.mark.parametrize("change", ["gone", "link", "pipe", "folder"])
 def test_a_file_that_vanishes_or_is_replaced_while_others_are_read(toys, tmp_path, change):
     texts = find_texts([str(toys)])
+    Index.of(texts, Encoder(), SIZE, "bytes", tmp_path / "kept")
     (toys / "a.txt").unlink()
     if change == "link":
         (toys / "a.txt").symlink_to("/etc/hostname")
@@ -279,16 +285,23 @@ def test_indexes_are_listed_and_dropped(toys, tmp_path):
     index = index_of(toys, where)
     Index.of(find_texts([str(other)], "*.md"), Encoder(), SIZE, "bytes", where)
     Index.of(find_texts([str(other)], "*.md"), Encoder(), SIZE, "another tokenizer", where)
+    index_of(other, where)
     listed = {(one.paths, one.include, one.files, one.symbols) for one in indexes(where)}
-    assert listed == {((str(toys),), None, 5, len(index.symbols) - 5), ((str(other),), "*.md", 1, 5)}
-    assert len(indexes(where)) == 3
+    assert listed == {
+        ((str(toys),), None, 5, len(index.symbols) - 5),
+        ((str(other),), "*.md", 1, 5),
+        ((str(other),), None, 1, 5),
+    }
+    assert len(indexes(where)) == 4
+    with pytest.raises(InvalidInputError, match=rf"no index is named 'x': expected one of .*{indexes(where)[0].name}"):
+        drop(where, "x")
     for one in indexes(where):
         assert one.bytes == sum(file.stat().st_size for file in (where / one.name).iterdir())
         assert 0 <= time.time() - one.time < 60
         drop(where, one.name)
     assert indexes(where) == []
     check(index, TOYS.values())
-    with pytest.raises(InvalidInputError, match="expected the name of an index"):
+    with pytest.raises(InvalidInputError, match=r"no index is named '\.\.': none is kept"):
         drop(where, "..")
 
 
@@ -297,6 +310,14 @@ def test_other_symbols_than_was_said_are_refused(toys, monkeypatch):
         index_of(toys, size=100)
     monkeypatch.setattr(gathered, "_MOST", 20)
     with pytest.raises(InvalidInputError, match="at most 20 symbols"):
+        index_of(toys)
+
+
+@pytest.mark.parametrize("package", ["pathspec", "pydivsufsort"])
+def test_a_package_that_is_missing_is_named_with_its_extra(toys, monkeypatch, package):
+    real = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == package else real(name))
+    with pytest.raises(InvalidInputError, match=rf"needs {package}: .*\[files\]"):
         index_of(toys)
 
 

@@ -197,10 +197,6 @@ def _matches(line: re.Pattern[str], path: str) -> bool:
 def _rules_above(base: Path) -> tuple[Path, list[_Rule]]:
     """Return the folder of the repository that a folder is in, or itself, and what is said of it in between."""
     top = next((folder for folder in (base, *base.parents) if (folder / ".git").exists()), base)
-    rules: list[_Rule] = []
     parts = base.relative_to(top).parts
-    for k in range(len(parts)):
-        rules += _rules_in(top, "".join(f"{part}/" for part in parts[:k]))
-        if _ignored("".join(f"{part}/" for part in parts[: k + 1]), rules):
-            return base, []  # it was named all the same
-    return top, rules
+    above = ["".join(f"{part}/" for part in parts[:k]) for k in range(len(parts))]
+    return top, [rule for folder in above for rule in _rules_in(top, folder)]

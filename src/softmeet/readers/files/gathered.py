@@ -75,22 +75,24 @@ def in_order(symbols: Symbols) -> Symbols:
     n = len(symbols)
     if not n:
         return np.empty(0, np.int32)
+    pieces = [slice(start, start + _AT_ONCE) for start in range(0, n, _AT_ONCE)]  # numpy makes 64 bits of what indexes
     present = np.zeros(int(symbols.max()) + 1, np.uint32)
-    present[symbols] = 1
+    for piece in pieces:
+        present[symbols[piece]] = 1
     # What sorts sorts bytes: each symbol is its rank among those that occur, in as few bytes as will do.
-    ranks = (np.cumsum(present, dtype=np.uint32) - 1)[symbols[::-1]]
     width = 1 if (count := int(present.sum())) <= 1 << 8 else 2 if count <= 1 << 16 else 3
-    spelt = np.empty((n, width), np.uint8)
-    for k in range(width):
-        spelt[:, k] = ranks >> (8 * (width - 1 - k)) & 0xFF
-    del ranks
-    found, order, done = divsufsort(spelt.ravel()), np.empty(n, np.int32), 0
+    spelling = (np.cumsum(present) - 1).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 4 - width :]
+    backwards, spelt = symbols[::-1], np.empty((n, width), np.uint8)
+    for piece in pieces:
+        spelt[piece] = spelling[backwards[piece]]
+    found: Symbols = divsufsort(spelt.ravel())
+    done = 0
     for start in range(0, len(found), _AT_ONCE):
-        piece = found[start : start + _AT_ONCE]
-        whole = piece[piece % width == 0]  # the others begin amid a symbol
-        order[done : done + len(whole)] = n - 1 - whole // width
+        begun = found[start : start + _AT_ONCE]
+        whole = begun[begun % width == 0]  # the others begin amid a symbol
+        found[done : done + len(whole)] = n - 1 - whole // width
         done += len(whole)
-    return order
+    return found if width == 1 else found[:n].astype(np.int32)
 
 
 def hash_of(path: Path) -> str:

@@ -166,11 +166,13 @@ class Shelf:
             mapped = {name: _mapped(self.folder / f"{version}.{name}.npy", sums[name]) for name in new}
         except (OSError, ValueError) as error:
             _log.warning("the index of %s is not kept for the next time: %s", ", ".join(paths), error)
-            return arrays
-        for file in self.folder.iterdir():
-            if file.name not in (_LIST, _LOCK) and not file.name.startswith(version):
-                with suppress(OSError):  # on Windows, while somebody reads it
-                    file.unlink()
+            mapped, version = {}, former.version if former is not None else "none"
+        stays = {_LIST, _LOCK, *(f"{version}.{name}.npy" for name in arrays)}
+        with suppress(OSError):
+            for file in self.folder.iterdir():
+                if file.name not in stays:
+                    with suppress(OSError):  # on Windows, while somebody reads it
+                        file.unlink()
         return arrays | mapped
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> str:
@@ -190,13 +192,12 @@ def indexes(folder: Path) -> list[Kept]:
     """Return the indexes that a folder keeps, sorted by their paths."""
     found = []
     for own in folder.iterdir() if folder.is_dir() else ():
-        if own.is_dir():
-            sizes, former = [file.stat().st_size for file in own.iterdir()], _read(own)
-            paths, include, made = (), None, own.stat().st_mtime
-            if former is not None:
-                paths, include, made = tuple(former.said["paths"]), former.said["include"], former.said["time"]
-            counts = [entry.symbols for entry in former.entries if entry.symbols >= 0] if former else []
-            found.append(Kept(own.name, paths, include, len(counts), sum(counts), sum(sizes), made))
+        with suppress(OSError):  # one that is dropped meanwhile, or somebody else's
+            sizes, made, former = [file.stat().st_size for file in own.iterdir()], own.stat().st_mtime, _read(own)
+            said: dict[str, Any] = {"paths": (), "include": None, "time": made} if former is None else former.said
+            counts = [entry.symbols for entry in former.entries if entry.symbols >= 0] if former is not None else []
+            about = tuple(said["paths"]), said["include"], len(counts), sum(counts)
+            found.append(Kept(own.name, *about, bytes=sum(sizes), time=said["time"]))
     return sorted(found, key=lambda one: (one.paths, one.name))
 
 
@@ -212,8 +213,8 @@ def drop(folder: Path, which: str) -> None:
     """
     known = [one.name for one in indexes(folder)]
     if which not in known:
-        there = f"one of {', '.join(known)}" if known else "no name, as none is kept"
-        raise InvalidInputError(f"expected the name of an index, {there}; got {which!r} ({nearest(which, known)})")
+        there = f"{nearest(which, known)}expected one of {', '.join(known)}" if known else "none is kept"
+        raise InvalidInputError(f"no index is named {which!r}: {there}")
     shutil.rmtree(folder / which, ignore_errors=True)
 
 
