@@ -150,7 +150,7 @@ def bits(parts: Sequence[tuple[np.ndarray, np.ndarray]], behind: int = 0) -> flo
     """Return the bits a byte of log-probabilities, with where their symbols end; ``behind`` so many bytes of each."""
     nats = sum(own[ends > behind].sum() for own, ends in parts)
     size = sum(ends[-1] - max(behind, ends[0] - 1) if behind else ends[-1] for _, ends in parts)
-    return -nats / math.log(2) / size
+    return float(-nats / math.log(2) / size)
 
 
 Models = Annotated[str, typer.Argument(help="A model; several with commas between are an average.")]
@@ -195,7 +195,7 @@ def bits_of(
                 "with files, fresh": bits([parts[path] for path in fresh]) if fresh else None,
             })  # fmt: skip
             print(rows[-1], flush=True)
-    show(rows, json)
+    show("Bits a byte of held-out files", rows, json)
 
 
 def cells(index: Index, told: Alone, scheme: Scheme, size: int) -> Iterator[tuple[int, int, float]]:

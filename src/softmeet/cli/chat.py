@@ -17,6 +17,7 @@ from softmeet.cli.messages import say
 from softmeet.cli.talk import Talk, TalkFlags
 from softmeet.cli.typed import CtrlC, Typed, messages_above
 from softmeet.errors import InvalidInputError
+from softmeet.members.files import is_files
 from softmeet.members.names import require_there
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def chat(
     ),
     members: options.Members = None,
     system: str | None = optional("The system's message before the conversation.", panel="Text"),
+    sources: bool = switch("Behind an answer, list where stretches of it stand in files:PATH.", panel="Output"),
     colors: bool = switch("Colour text by the model that finds it likelier than the others do.", panel="Output"),
     sampling: TalkFlags,
     loading: options.LoadingFlags,
@@ -45,6 +47,8 @@ def chat(
         every, "type it once the chat has begun, or answer once by softmeet generate {} --chat -m MODEL"
     )
     loading.refuse_over_union([], ["--one-member"] if sampling.one_member else [])
+    if sources and not any(map(is_files, every)):
+        raise InvalidInputError("--sources lists places in files: name them beside the models, as in files:~/project")
     if colors and sampling.one_member:
         raise InvalidInputError("--colors needs what all members say: leave out --one-member")
     typed, text, ctrl_c = Typed(), None, CtrlC()
@@ -56,7 +60,7 @@ def chat(
     else:
         ensemble = load()
     _take_templates(ensemble)
-    talk = Talk(ensemble, sampling, system, ctrl_c)
+    talk = Talk(ensemble, sampling, system, ctrl_c, sources=sources)
     if colors:
         talk.do_colors()
     with ctrl_c.obeyed():

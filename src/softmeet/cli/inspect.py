@@ -143,18 +143,13 @@ def _show(facts: dict[str, Any]) -> None:
             shown(token["text"]), f"{math.exp(token['log_prob']):.2%}",
             *(f"{math.exp(x):.2%}" for x in token["member_log_probs"]), *(f"{x:.0%}" for x in token["claims"]),
             f"{'≤' * all(token['disagreement_is_bound'])}{sum(token['disagreement']):.3f}",
-            "  ".join(f"{shown(x)} {math.exp(old):.1%}→{math.exp(new):.1%}" for x, old, new in token["moved"][:2]),
+            _places(token) if facts["files"] else _moved(token),
         )
         for token in facts["tokens"]
     ]  # fmt: skip
-    columns = (
-        "token",
-        "ensemble",
-        *facts["members"],
-        *(f"{x} claim" for x in facts["files"]),
-        "disagreement",
-        "what moved: token, average → answer",
-    )
+    claims = [f"{name} claim" for name in facts["files"]]
+    told = "stands in: file, line, length" if claims else "what moved: token, average → answer"
+    columns = ("token", "ensemble", *facts["members"], *claims, "disagreement", told)
     last = len(columns) - 1
     print_table(console, columns, [rows], texts=(0, last), optional=last)
     unit = facts["vocabulary"][:-1]
@@ -165,6 +160,19 @@ def _show(facts: dict[str, Any]) -> None:
         "nats, summed over members"
         + (f"; gate {facts['gate']} closed at {facts['gated']:.1%} of the tokens" if facts["gate"] else "")
     )
+
+
+def _moved(token: dict[str, Any]) -> str:
+    """Return what the rule moved most at a token."""
+    from softmeet.hf.report import shown
+
+    return "  ".join(f"{shown(x)} {math.exp(old):.1%}→{math.exp(new):.1%}" for x, old, new in token["moved"][:2])
+
+
+def _places(token: dict[str, Any]) -> str:
+    """Return where the most of the last tokens stand in files."""
+    found = filter(None, token["sources"])
+    return "  ".join(f"{Path(one['path']).name}:{one['line']} ({one['end'] - one['start']})" for one in found)
 
 
 def _rule(facts: dict[str, Any]) -> str:

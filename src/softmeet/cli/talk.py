@@ -64,9 +64,13 @@ class Talk:
         sampling: how answers are drawn.
         system: the system's message; None for none.
         ctrl_c: is told when an answer is written.
+        sources: whether it is said where stretches of an answer stand in files.
     """
 
-    def __init__(self, ensemble: Ensemble, sampling: TalkFlags, system: str | None, ctrl_c: CtrlC) -> None:
+    def __init__(
+        self, ensemble: Ensemble, sampling: TalkFlags, system: str | None, ctrl_c: CtrlC, *, sources: bool = False
+    ) -> None:
+        self._sources = sources
         self._ensemble, self._sampling, self._ctrl_c = ensemble, sampling, ctrl_c
         self._weights: Any = None
         self._colored = False
@@ -87,6 +91,14 @@ class Talk:
             except SoftmeetError as error:
                 say(str(error))
         console.print()
+        if self._sources and self._said.turns[-1:] and self._said.turns[-1]["role"] == "assistant":
+            self._say_sources(self._said.turns[-1]["content"])
+
+    def _say_sources(self, answer: str) -> None:
+        """Say where stretches of an answer stand in files, and how many symbols each has."""
+        for reader in self._ensemble.model.claimants:
+            for one in reader.sources(answer):
+                say(str(one))
 
     def _written(self, turns: Any) -> Iterator[Piece]:
         """Stream an answer to turns, with what each member makes of it where colours are asked for."""

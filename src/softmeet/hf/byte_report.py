@@ -18,6 +18,7 @@ from softmeet.members.spelling import Spelling
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.next_tokens import END
+from softmeet.readers.reader import Source
 
 if TYPE_CHECKING:
     from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
@@ -41,6 +42,7 @@ class GroupReport:
         disagreement: each member's disagreement KL(p‖p̂_i), of the ensemble's p and the member's p̂_i over the next
             byte, summed over the stretch's bytes.
         claims: the share of the answer that each of the user's files took, in the mean of the stretch's bytes.
+        sources: where in each of these the most of the last bytes stand, the stretch's included.
     """
 
     text: str
@@ -50,6 +52,7 @@ class GroupReport:
     member_top: list[Listed]
     disagreement: list[float]
     claims: list[float] = field(default_factory=list)
+    sources: list[Source | None] = field(default_factory=list)
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the report as a dict for JSON: its own fields and, as constants, those of :class:`TokenReport`.
@@ -110,6 +113,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
                 member_top=[own.get(start, []) for own in expected],
                 disagreement=apart[:, rows].sum(-1).tolist(),
                 claims=[own[rows].mean().item() for own in claims],
+                sources=[reader.source(list(text[:end])) for reader in model.claimants],
             )
         )
     return found

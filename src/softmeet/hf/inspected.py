@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +34,9 @@ def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, t
     before = TokensBefore.of(inputs["input_ids"][:, -1], tokenizer)
     log_probs, solution = model.combiner.solve_rows(hidden, resolved(model, model.settings), before=before)
     members = {name: likeliest(own[0]) for name, own in zip(model.config.members, log_probs, strict=True)}
-    return NextToken(likeliest(solution.log_probs[0]), members, solution)
+    symbols = inputs["input_ids"][0].tolist()[model.begin is not None :]
+    sources = [reader.source(symbols) for reader in model.claimants]
+    return NextToken(likeliest(solution.log_probs[0]), members, solution, sources)
 
 
 def reports_of(
@@ -54,4 +58,9 @@ def reports_of(
     hidden = [states[:-1] for states in model.hidden_states(inputs["input_ids"])]
     for log_probs, solution in model.combiner.solve_in_chunks(hidden, resolved(model, model.settings)):
         reports.add(solution, log_probs)
-    return [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
+    found = [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
+    ids = inputs["input_ids"][0].tolist()
+    if not model.claimants:
+        return found
+    each = ([reader.source(ids[: row + 2]) for reader in model.claimants] for row in range(len(found)))
+    return [replace(one, sources=own) for one, own in zip(found, each, strict=True)]

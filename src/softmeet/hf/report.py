@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.engine.recorder import Recorder
+from softmeet.readers.reader import Source
 from softmeet.rules.solution import Solution
 from softmeet.solvers.base import Status
 
@@ -34,11 +35,13 @@ class NextToken:
         top: (text, probability) of the ensemble's most probable tokens (bytes), the most probable first.
         members: by each member's name, the same list for that member's own distribution.
         solution: the log-probabilities of all tokens in nats, (1, v), with status and gap.
+        sources: where in each of the user's files the most of the last tokens of the prompt stand.
     """
 
     top: list[tuple[str, float]]
     members: dict[str, list[tuple[str, float]]]
     solution: Solution
+    sources: list[Source | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class TokenReport:
         num_passes: how many times the solver read all heads; reads of a part of their rows count as fractions.
         gated: whether a gate was closed, so that the rule was not solved.
         claims: the share of the answer that each of the user's files (readers that claim) took, in their order.
+        sources: where in each of these the most of the last tokens stand, this one included; None if it does nowhere.
     """
 
     token: int
@@ -91,6 +95,7 @@ class TokenReport:
     num_passes: float
     gated: bool = False
     claims: list[float] = field(default_factory=list)
+    sources: list[Source | None] = field(default_factory=list)
 
     def spelled(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return the report as a dict for JSON: its attributes by name, and ``text``, the text of ``token``.
@@ -109,6 +114,7 @@ class TokenReport:
             "top": [[text(j), x] for j, x in self.top],
             "member_top": [[[text(j), x] for j, x in rows] for rows in self.member_top],
             "moved": [[text(j), before, after] for j, before, after in self.moved],
+            "sources": [one and asdict(one) for one in self.sources],
         }
 
 

@@ -288,6 +288,28 @@ class Explanation:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where symbols of a text stand in files that a reader knows; of several places it is one.
+
+    Attributes:
+        start, end: which symbols of the text these are.
+        path: the file.
+        line: that of the first of them, from 1.
+        changed: whether the file is gone, or holds something else than when it was read.
+    """
+
+    start: int
+    end: int
+    path: str
+    line: int
+    changed: bool
+
+    def __str__(self) -> str:
+        """Return the file, the line and the number of symbols, as in ``a.py:12 (7)``."""
+        return f"{self.path}:{self.line} ({self.end - self.start}{', changed since' if self.changed else ''})"
+
+
 class Reader(ABC):
     """One member that reads texts, each in a row of its own.
 
@@ -403,6 +425,14 @@ class Reader(ABC):
             at: behind how many of the row's symbols; None for all. Nothing is listed where that is no longer known.
         """
         return Explanation()
+
+    def source(self, symbols: Sequence[int]) -> Source | None:
+        """Return where the most of the last symbols of a text stand in files; None, as most readers know of none."""
+        return None
+
+    def sources(self, text: str, least: int | None = None) -> list[Source]:
+        """Return where stretches of a text of at least so many symbols stand in files; most readers know of none."""
+        return []
 
     def abort(self) -> None:  # noqa: B027 - most readers wait for nothing
         """End what waits for an answer from elsewhere at once, by an error, from any thread, and ask nothing any more.

@@ -114,27 +114,28 @@ def match(index: Sorted, text: Sequence[int], orders: Sequence[int], size: int) 
         >>> found.order, found.length, found.probs().argmax()
         (2, 2, 8)
     """
-    intervals = _intervals(index, text[-orders[-1] :])
+    found = intervals(index, text[-orders[-1] :])
     levels = list[tuple[np.ndarray, np.ndarray]]()
     for k, n in enumerate(orders):
-        if n > len(intervals):
+        if n > len(found):
             break
-        if k and intervals[n - 1] == intervals[orders[k - 1] - 1]:
+        if k and found[n - 1] == found[orders[k - 1] - 1]:
             levels.append(levels[-1])
             continue
-        counted = _followed(index, *intervals[n - 1], size)
+        counted = _followed(index, *found[n - 1], size)
         if not len(counted[0]):
             break
         levels.append(counted)
-    return Match(size, levels, len(intervals), int(index.order[intervals[-1][0]]) if intervals else -1)
+    return Match(size, levels, len(found), int(index.order[found[-1][0]]) if found else -1)
 
 
-def _intervals(index: Sorted, text: Sequence[int]) -> list[tuple[int, int]]:
+def intervals(index: Sorted, text: Sequence[int]) -> list[tuple[int, int]]:
     """Return for each n from 1 the interval of ``order`` of all places where the last n symbols end, while there are.
 
     Each lies in the one before, and is found by bisection of the symbol that stands n before.
     """
-    symbols, order = index.symbols.data, index.order.data  # numbers of Python, which are quicker than numpy's
+    # Numbers of Python, which are quicker than numpy's.
+    symbols, order = index.symbols.view(np.intc).data, index.order.view(np.intc).data
     low, high, found = 0, len(order), list[tuple[int, int]]()
     for n, symbol in enumerate(reversed(text)):
         start, end = low, high

@@ -12,10 +12,15 @@ from jaxtyping import Bool
 
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.readers.files.claim import BYTES, TOKENS, Relevance, claim
-from softmeet.readers.files.matches import Match, Sorted, match
+from softmeet.readers.files.index import Index
+from softmeet.readers.files.matches import Match, match
+from softmeet.readers.files.sources import source_of, sources_of
 from softmeet.readers.open_rows import ReaderOfRows
-from softmeet.readers.reader import Alphabet, Given, Predictions, Read, Row, Traits, Work
+from softmeet.readers.reader import Alphabet, Given, Predictions, Read, Row, Source, Traits, Work
 from softmeet.suspended import Done
+
+# The fewest tokens of a stretch of a text whose place in the files is told.
+_STRETCH = 6
 
 
 @dataclass(eq=False)
@@ -59,13 +64,13 @@ class FilesReader(ReaderOfRows[FilesRow]):
         self,
         name: str,
         alphabet: Alphabet,
-        index: Sorted,
+        index: Index,
         allowed: Bool[np.ndarray, " v"] | None = None,
         weight: float | None = None,
         relevance: float | None = None,
     ) -> None:
         super().__init__(FilesRow)
-        self.name, self.alphabet, self.limit, self._index = name, alphabet, 1 << 30, index
+        self.name, self.alphabet, self.limit, self.index = name, alphabet, 1 << 30, index
         self._allowed, self._weight, self._relevance = allowed, weight, relevance
         self._scheme = TOKENS if alphabet.spelling is None else BYTES
         self.traits = Traits(rounding="bitwise", claims=True)
@@ -119,6 +124,20 @@ class FilesReader(ReaderOfRows[FilesRow]):
         work = Work(0, sum(len(one.symbols) for _, one in pairs))
         return Given(probs.log(), counts, errors, work, claims=torch.tensor(claims, dtype=torch.float64))
 
+    def sources(self, text: str, least: int | None = None) -> list[Source]:
+        """Return where stretches of a text stand in the files, in order.
+
+        Args:
+            text: the text.
+            least: the fewest symbols of a stretch; None for 6 tokens, or 24 bytes.
+        """
+        fewest = least or (_STRETCH if self.alphabet.spelling is None else 4 * _STRETCH)
+        return sources_of(self.index, self.alphabet.encode(text), self.alphabet.decode, fewest)
+
+    def source(self, symbols: Sequence[int]) -> Source | None:
+        """Return where the most of the last symbols of a text stand in the files; None if the last one does nowhere."""
+        return source_of(self.index, symbols, self.alphabet.decode)
+
     def _behind(self, text: Sequence[int], place: int, given: int, relevance: Relevance) -> tuple[np.ndarray, float]:
         """Return what follows the first ``place`` symbols of a text, (v,), and the share that is claimed there."""
         seen = min(place, given)
@@ -131,7 +150,7 @@ class FilesReader(ReaderOfRows[FilesRow]):
     def _told(self, text: Sequence[int], place: int) -> tuple[np.ndarray, float]:
         """Return what follows the first ``place`` symbols of a text, (v,), and the files' weight there."""
         before = text[max(0, place - self._scheme.orders[-1]) : place]
-        found = match(self._index, before, self._scheme.orders, self.alphabet.size)
+        found = match(self.index, before, self._scheme.orders, self.alphabet.size)
         told = found.probs(self._may_follow(before))
         return told, self._weight_of(found, told)
 

@@ -1,0 +1,56 @@
+"""Where a text stands in files: which of its symbols, in which file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from softmeet.readers.files.index import Index
+from softmeet.readers.files.matches import intervals
+from softmeet.readers.reader import Source
+
+# Symbols of a text further apart are not matched in one.
+_LONGEST = 2048
+
+
+def source_of(index: Index, symbols: Sequence[int], decode: Callable[[Sequence[int]], bytes]) -> Source | None:
+    """Return where the most of the last symbols of a text stand in files; None if the last one stands nowhere.
+
+    Args:
+        index: the files.
+        symbols: the text.
+        decode: makes bytes of symbols.
+    """
+    found = intervals(index, symbols[-_LONGEST:])
+    if not found:
+        return None
+    last = int(index.order[found[-1][0]])
+    path, _ = index.place(last)
+    line = index.line(last - len(found) + 1, decode)
+    return Source(len(symbols) - len(found), len(symbols), str(path), line, index.is_stale(path))
+
+
+def sources_of(
+    index: Index, symbols: Sequence[int], decode: Callable[[Sequence[int]], bytes], least: int
+) -> list[Source]:
+    """Return where stretches of a text stand in files, in order; none of them overlap.
+
+    Each is the longest that ends where it does, and the last ones are taken first.
+
+    Args:
+        index, symbols, decode: as of :func:`source_of`.
+        least: the fewest symbols of a stretch.
+    """
+    return list(_backwards(index, symbols, decode, least))[::-1]
+
+
+def _backwards(
+    index: Index, symbols: Sequence[int], decode: Callable[[Sequence[int]], bytes], least: int
+) -> Iterator[Source]:
+    end = len(symbols)
+    while end >= least:
+        length = len(intervals(index, symbols[max(0, end - _LONGEST) : end]))
+        if length < least:
+            end -= 1
+        elif (found := source_of(index, symbols[:end], decode)) is not None:
+            yield found
+            end -= length

@@ -1,0 +1,82 @@
+"""Where texts stand in files: by a look at every place, and after files have changed."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import pairwise
+
+import pytest
+from commands import run
+
+from softmeet.readers.files.corpus import find_texts
+from softmeet.readers.files.index import Index
+from softmeet.readers.files.sources import source_of, sources_of
+
+decode = bytes
+
+
+@pytest.fixture
+def texts(tmp_path):
+    chooser = random.Random(4)
+    found = {
+        f"{k}.txt": "".join(chooser.choices("ab\n", k=60)) + "a longer line that stands here alone\n" * (k == 1)
+        for k in range(3)
+    }
+    for name, text in found.items():
+        (tmp_path / name).write_text(text)
+    return found
+
+
+@pytest.fixture
+def index(texts, tmp_path):
+    return Index.of(find_texts([str(tmp_path)]), lambda every: [list(one.encode()) for one in every], 256, "b", None)
+
+
+def test_the_longest_match_stands_where_it_is_said_to(texts, index, tmp_path):
+    chooser = random.Random(5)
+    for _ in range(40):
+        text = "".join(chooser.choices("abc\n", k=14))
+        longest = next((n for n in range(len(text), 0, -1) if any(text[-n:] in one for one in texts.values())), 0)
+        found = source_of(index, list(text.encode()), decode)
+        assert (found is None) == (longest == 0)
+        if found is not None:
+            lines = (tmp_path / found.path).read_text().split("\n")
+            assert (found.end, found.end - found.start) == (len(text), longest)
+            assert "\n".join(lines[found.line - 1 :]).find(text[-longest:]) in range(len(lines[found.line - 1]) + 1)
+
+
+def test_stretches_do_not_overlap_and_files_that_have_changed_are_named(index, tmp_path):
+    said = b"So a longer line that stands here, and again: longer line that stands here alone."
+    found = sources_of(index, list(said), decode, least=12)
+    stretches = [said[one.start : one.end] for one in found]
+    assert stretches == [b" a longer line that stands here", b" longer line that stands here alone"] or (
+        stretches[0].endswith(b"a longer line that stands here")
+    )
+    assert all(a.end <= b.start for a, b in pairwise(found))
+    assert not any(one.changed for one in found)
+    (tmp_path / "1.txt").write_text("gone")
+    assert all(one.changed for one in sources_of(index, list(said), decode, least=12))
+
+
+def test_commands_say_where_it_stands(tmp_path):
+    (tmp_path / "a.txt").write_text("\nZorblax went to Quixby and came home again with all.\n")
+    beside = f"files:{tmp_path}"
+    done = run("inspect", "Zorblax went to Quixby and", "wide/gpt2", beside, "--json")
+    last = json.loads(done.stdout)["tokens"][-1]
+    (source,) = last["sources"]
+    assert (source["path"], source["line"], source["changed"]) == (str(tmp_path / "a.txt"), 2, False)
+    assert "a.txt:2 (" in run("inspect", "Zorblax went to Quixby and", "wide/gpt2", beside).stdout
+    chat = [
+        "chat",
+        "wide/gpt2",
+        f"{beside}+weight=0.9+relevance=1",
+        "--sources",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "12",
+    ]
+    said = run(*chat, stdin="Zorblax went to Quixby and\n")
+    assert (said.returncode, f"{tmp_path / 'a.txt'}:2 (" in said.stderr.replace("\n", "")) == (0, True), said.stdout
+    assert "name them beside the models" in run("chat", "wide/gpt2", "wide/llama", "--sources").stderr
