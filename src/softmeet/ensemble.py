@@ -19,7 +19,7 @@ from softmeet.hf.byte_report import GroupReport
 from softmeet.hf.chat import Messages, is_chat
 from softmeet.hf.checkpoint import member_names as member_names
 from softmeet.hf.checkpoint import saved_config
-from softmeet.hf.claiming import give_files
+from softmeet.hf.claiming import give_claims
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.decoded import decoded
 from softmeet.hf.inspected import next_token, reports_of
@@ -124,8 +124,6 @@ class Ensemble:
             ['wide/gpt2', 'wide/llama']
         """
         members, files = parted(members)
-        for one in files:
-            one.require_there()
         saved = saved_config(members)
         names = with_engines(member_names(members), dtype, device)
         any_average = saved is None and rule is None
@@ -155,7 +153,7 @@ class Ensemble:
         )  # fmt: skip
         weigh(config, models, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
-        give_files(model, on_progress)
+        give_claims(model, on_progress)
         if saved is None and chosen.weights is None:
             warn_of_unequal(model)
         return cls(model, model.tokenizer)

@@ -327,6 +327,23 @@ def _refused(reader: Reader, what: str) -> Iterator[None]:
         raise AssertionError(f"expected a SoftmeetError for {what}")
 
 
+def claims_are_shares(reader: Reader, texts: Texts) -> None:
+    """Check that a reader which claims does so at every place, by shares of what it was given, however it is read."""
+    for text in texts if reader.traits.claims else ():
+        told = list[list[float]]()
+        for pieces in ([text], [text[:2], text[2:]]):
+            row, claims = reader.open(text), list[float]()
+            for piece in pieces:
+                found = finished(reader.read([Read(row, piece[row.known :], range(1, len(piece) + 1))])).claims
+                assert found is not None, "expected claims of a reader whose traits say that it claims"
+                assert found.shape == (len(piece),), f"expected a claim for each of {len(piece)} places, got {found}"
+                claims += found.tolist()
+            reader.close(row)
+            told.append(claims)
+        assert all(0 <= share < 1 for share in told[0]), f"expected claims of 0 or more, below 1, got {told[0]}"
+        assert told[0] == told[1], f"expected the same claims, whole or in pieces, got {told[0]} and {told[1]}"
+
+
 LAWS: tuple[Callable[[Reader, Texts], None], ...] = (
     tells_distributions,
     whole_equals_one_by_one,
@@ -340,6 +357,7 @@ LAWS: tuple[Callable[[Reader, Texts], None], ...] = (
     predictions_are_their_own,
     what_cannot_be_read_harms_nobody,
     closed_rows_are_given_back,
+    claims_are_shares,
 )
 
 

@@ -13,11 +13,12 @@ import transformers as tf
 from byte_members import EXACT, member_of
 from toys import TOYS, Few, Letters, Table, read
 
-from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
+from softmeet.errors import InvalidInputError, NonFiniteError, ReaderError, UnsupportedHeadError
 from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
-from softmeet.readers.reader import Given, finished
+from softmeet.readers.guarded import GuardedReader
+from softmeet.readers.reader import Given, Traits, finished
 from softmeet.readers.recurrent import RecurrentReader
 from softmeet.readers.stateless import StatelessReader
 from softmeet.readers.token_alphabet import TokenAlphabet
@@ -358,6 +359,29 @@ class Deaf(StatelessReader):
         return torch.stack([self.table[sum(text) % 97] for text in texts])
 
 
+class Boasts(StatelessReader):
+    """Claims more than there is, or whatever was drawn as well."""
+
+    def __init__(self, share=lambda text, given: 1.0):
+        super().__init__("boasts", TokenAlphabet.of(tiny.tokenizer()), 64, Traits(claims=True))
+        self.share = share
+
+    def next_logits(self, texts):
+        return torch.zeros(len(texts), self.alphabet.size)
+
+    def next_claims(self, texts, given):
+        return torch.tensor([self.share(text, count) for text, count in zip(texts, given, strict=True)])
+
+
+def test_claims_of_a_reader_of_ones_own_are_looked_at():
+    check_reader(Boasts(lambda text, given: given / 100))
+    counts = iter(range(10_000))
+    with pytest.raises(AssertionError, match="whole or in pieces"):
+        check_reader(Boasts(lambda text, given: next(counts) / 10_000))
+    with pytest.raises(ReaderError, match="boasts claimed no share from 0 to below 1"):
+        GuardedReader(Boasts()).read_whole([[1, 2]], [[2]])
+
+
 # By a reader that breaks it, the law that finds it.
 BROKEN = {
     Unnormalised: "tells_distributions",
@@ -375,6 +399,7 @@ BROKEN = {
     Halfway: "what_cannot_be_read_harms_nobody",
     Hoards: "closed_rows_are_given_back",
     Dead: "closed_rows_are_given_back",
+    Boasts: "claims_are_shares",
 }
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf.assembly import assemble
 from softmeet.hf.card import card
-from softmeet.hf.claiming import give_files
+from softmeet.hf.claiming import give_claims
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary
@@ -197,7 +197,7 @@ def load(
         on_loaded=reading(config),
     )
     model = assemble(over_tokens, config, members, vocabulary, tokenizers)
-    give_files(model)
+    give_claims(model)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -9,14 +9,18 @@ from typing import Any
 from softmeet.errors import InvalidInputError
 from softmeet.hf.protocol import AnyEnsemble
 from softmeet.hf.remembered import file_of
-from softmeet.members.files import Files
+from softmeet.members.files import Files, is_files
+from softmeet.members.member import Member
+from softmeet.members.registered import registered_reader
 from softmeet.readers.files.corpus import find_texts
 from softmeet.readers.files.index import Index
 from softmeet.readers.files.reader import FilesReader
+from softmeet.readers.guarded import GuardedReader
+from softmeet.readers.reader import Reader
 
 
-def give_files(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda text: None) -> None:
-    """Have the files that a model's configuration names claim their part of what its rule answers.
+def give_claims(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda text: None) -> None:
+    """Have the files and readers that a model's configuration names claim their part of what its rule answers.
 
     Args:
         model: the model.
@@ -30,7 +34,23 @@ def give_files(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda t
         return
     if model.config.vocabulary.startswith("union"):
         raise InvalidInputError("expected files beside members over tokens or bytes, got vocabulary='union'")
-    model.claimants = [_reader(model, Files.parse(line), on_progress) for line in model.config.files]
+    model.claimants = [
+        _reader(model, Files.parse(line), on_progress) if is_files(line) else _registered(model, line)
+        for line in model.config.files
+    ]
+
+
+def _registered(model: AnyEnsemble, line: str) -> Reader:
+    """Return a registered reader that claims, if its symbols are those of a model."""
+    reader: Reader = registered_reader(Member.parse(line))
+    alphabet, own = model.readers_of_members[0].alphabet, reader.alphabet
+    text = "".join(chr(k) for k in range(33, 256))
+    if own.size != alphabet.size or own.encode(text) != alphabet.encode(text):
+        raise InvalidInputError(
+            f"expected a reader over the symbols of the other members, {alphabet.size:,} of them, got {line} with "
+            f"{own.size:,}: give it their tokenizer"
+        )
+    return GuardedReader(reader)
 
 
 def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]) -> FilesReader:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from softmeet.errors import CheckpointError, InvalidInputError, nearest
+from softmeet.members.member import Member
+from softmeet.members.registered import is_registered, registered_reader
 
 _KIND = "files:"
 _KEYS = ("path", "include", "weight", "relevance", "name")
@@ -121,22 +123,39 @@ def is_files(named: Any) -> bool:
     return isinstance(named, Files) or (isinstance(named, str) and named.startswith(_KIND))
 
 
-def parted(named: Any) -> tuple[Any, list[Files]]:
-    """Return what is named of members, and the files among it.
+def parted(named: Any) -> tuple[Any, list[str]]:
+    """Return what is named of members, and the lines of what claims beside them: files, and readers that claim.
 
     Args:
         named: one member, a saved ensemble, or several, with files among them.
 
     Raises:
-        InvalidInputError: if nothing but files is named.
+        InvalidInputError: if nothing but files is named, or what is named makes no sense.
+        CheckpointError: if there are no such files, or a reader cannot be made.
     """
     several = isinstance(named, Iterable) and not isinstance(named, str) and not hasattr(named, "keys")
     every = list(named) if several else [named]
-    files = [one if isinstance(one, Files) else Files.parse(one) for one in every if is_files(one)]
-    members = [one for one in every if not is_files(one)]
-    if files and not members:
+    claiming, members = list[str](), list[Any]()
+    for one in every:
+        if is_files(one):
+            files = one if isinstance(one, Files) else Files.parse(one)
+            files.require_there()
+            claiming.append(str(files))
+        elif claims(one):
+            claiming.append(str(Member.of(one)))
+        else:
+            members.append(one)
+    if claiming and not members:
         raise InvalidInputError("expected a model beside files, as in softmeet chat a.gguf files:~/project")
-    if not files:
+    if not claiming:
         return named, []
     # One name may be a saved ensemble, or a family.
-    return members[0] if len(members) == 1 else members, files
+    return members[0] if len(members) == 1 else members, claiming
+
+
+def claims(named: Any) -> bool:
+    """Return whether what is named is a registered reader that claims, and no member."""
+    if not isinstance(named, str | Member):
+        return False
+    member = Member.of(named)
+    return is_registered(member) and bool(registered_reader(member).traits.claims)

@@ -109,9 +109,7 @@ def require_there(lines: Iterable[str]) -> None:
         CheckpointError: as of :func:`find`.
         InvalidInputError: if a line of text is none of a member.
     """
-    models, files = parted(list(lines))
-    for one in files:
-        one.require_there()
+    models, _ = parted(list(lines))
     for line in [models] if isinstance(models, str) else models:
         for member in map(Member.of, zoo.expand(line)):
             if not is_registered(member):

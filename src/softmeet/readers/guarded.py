@@ -122,7 +122,8 @@ class GuardedReader(Reader):
         errors, places, counts = dict(found.errors), list[int](), [0] * len(asked)
         for k, (one, length) in enumerate(zip(asked, before, strict=True)):
             own = found.of(k)
-            if k in errors or (error := self._harm(one, length, logits[own])) is None:
+            claims = None if found.claims is None else found.claims[own]
+            if k in errors or (error := self._harm(one, length, logits[own], claims)) is None:
                 counts[k] = own.stop - own.start
                 places += range(own.start, own.stop)
             else:
@@ -131,20 +132,26 @@ class GuardedReader(Reader):
         told = slice(None) if len(places) == len(found) else torch.tensor(places, dtype=torch.long)
         most = found.bounds()
         hidden = None if self.head is None else found.hidden(told)
-        return Given(logits[told], counts, errors, found.work, None if most is None else most[told], hidden)
+        claims = None if found.claims is None else found.claims[told]
+        return Given(logits[told], counts, errors, found.work, None if most is None else most[told], hidden, claims)
 
-    def _harm(self, one: Read, before: int, own: Float[Tensor, "t v"]) -> SoftmeetError | None:
+    def _harm(
+        self, one: Read, before: int, own: Float[Tensor, "t v"], claims: Float[Tensor, " t"] | None
+    ) -> SoftmeetError | None:
         """Return which law an answer to one read breaks; None if it breaks none.
 
         Args:
             one: what was asked.
             before: the row's length before it was.
             own: what was told.
+            claims: how much was claimed.
         """
         if len(own) != len(one.at):
             return self._broken(f"told {len(own)} places of a row, of which {len(one.at)} were asked for")
         if one.row.length != (length := before + one.keep * len(one.symbols)):
             return self._broken(f"left a row at length {one.row.length}, where it was to be {length}")
+        if self.traits.claims and (claims is None or len(claims) != len(own) or not _are_shares(claims)):
+            return self._broken("claimed no share from 0 to below 1 at each place")
         # numpy is done with a row before torch has woken its threads.
         on_cpu = own.device.type == "cpu"
         most = own.detach().numpy().max(-1, initial=-np.inf) if on_cpu else own.amax(-1).cpu().numpy()
@@ -168,3 +175,7 @@ class GuardedReader(Reader):
         error = ReaderError(f"the reader {self.name} {how}: try it by softmeet.testing.check_reader")
         _log.error("%s", error)
         return error
+
+
+def _are_shares(claims: Float[Tensor, " t"]) -> bool:
+    return bool(((claims >= 0) & (claims < 1)).all())

@@ -208,12 +208,10 @@ class Predictions(ABC):
 
         Behind the log-probabilities of a reader that claims stands the logarithm of its claim, (k, v + 1).
         """
-        if type(self).hidden is not Predictions.hidden:
-            return self.hidden()
-        log_probs = self.log_probs()
-        if self.claims is None:
-            return log_probs
-        return torch.cat([log_probs, self.claims.log()[:, None].to(log_probs)], -1)
+        if self.claims is not None:
+            log_probs = self.log_probs()
+            return torch.cat([log_probs, self.claims.log()[:, None].to(log_probs)], -1)
+        return self.log_probs() if type(self).hidden in (Predictions.hidden, Given.hidden) else self.hidden()
 
     def bounds(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, " k"] | None:
         """Return, of a reader that knows some symbols alone, the largest log-probability that any other can have.
@@ -261,9 +259,7 @@ class Given(Predictions):
         """Return hidden states, or log-probabilities where there are none; they sum to less where some are unknown."""
         if self._hidden is not None:
             return self._hidden
-        if self.claims is not None:
-            return torch.cat([self._found, self.claims.log()[:, None].to(self._found)], -1)
-        return self.log_probs() if self._most is None else self._found
+        return super().states() if self._most is None else self._found
 
     def logits(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
         """Return logits at some places."""

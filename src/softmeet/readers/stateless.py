@@ -21,10 +21,11 @@ _PLAIN = Traits()
 
 @dataclass(eq=False)
 class Symbols(Row):
-    """A row: the member's own tokens before a text, and the symbols that were read."""
+    """A row: the member's own tokens before a text, the symbols that were read, and how many of both were given."""
 
     own: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
+    given: int | None = None
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -66,6 +67,15 @@ class StatelessReader(ReaderOfRows[Symbols]):
             texts: the symbols of each, behind the member's own tokens before it; some may be empty.
         """
 
+    def next_claims(self, texts: Sequence[Sequence[int]], given: Sequence[int]) -> Float[Tensor, " k"]:
+        """Return the share of the mass that is claimed behind each of k texts, in [0, 1), if the traits say ``claims``.
+
+        Args:
+            texts: as of :meth:`next_logits`.
+            given: how many of each one's first symbols were given; the others were drawn, and should prove nothing.
+        """
+        raise self.cannot("say how much it claims: define next_claims")
+
     @property
     def bytes(self) -> int:
         """The bytes of the symbols of all open rows, 8 each."""
@@ -73,7 +83,7 @@ class StatelessReader(ReaderOfRows[Symbols]):
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`; nothing is known of earlier texts."""
-        row = Symbols(own=tuple(own))
+        row = Symbols(own=tuple(own), given=len(own) + len(text) if text else None)
         if error := self._refused(row, own):
             raise error
         return self._opened(row)
@@ -89,6 +99,7 @@ class StatelessReader(ReaderOfRows[Symbols]):
         """Take back the symbols behind the first ``length``."""
         one = self._mine(row)
         one.text = one.text[:length]
+        one.given = None if one.given is None else min(one.given, len(one.own) + length)
 
     def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`, with one call of :meth:`next_logits`."""
@@ -97,12 +108,24 @@ class StatelessReader(ReaderOfRows[Symbols]):
         well = [pair for k, pair in enumerate(pairs) if k not in errors]
         texts = [(*row.own, *row.text, *one.symbols[:place]) for row, one in well for place in one.at]
         found = (yield from self.asked_for(texts)) if texts else torch.zeros(0, self.alphabet.size)
+        claims = self._claims(well, texts) if self.traits.claims else None
         for row, one in well:
             if one.keep:
                 row.text = (*row.text, *one.symbols)
+                row.given = len(row.own) + len(row.text) if row.given is None else row.given
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
         work = Work(1 if texts else 0, sum(len(one.symbols) for _, one in well))
-        return Given(found, counts, errors, work)
+        return Given(found, counts, errors, work, claims=claims)
+
+    def _claims(self, well: Sequence[tuple[Symbols, Read]], texts: Sequence[Sequence[int]]) -> Float[Tensor, " k"]:
+        """Return what is claimed behind texts, of which as much was given as their rows say, or what is read first."""
+        first = [
+            len(row.own) + len(row.text) + len(one.symbols) if row.given is None else row.given
+            for row, one in well
+            for _ in one.at
+        ]
+        given = [min(count, len(text)) for count, text in zip(first, texts, strict=True)]
+        return self.next_claims(texts, given).double() if texts else torch.zeros(0, dtype=torch.float64)
 
     def asked_for(self, texts: Sequence[Sequence[int]]) -> Generator[Done, None, Tensor]:
         """Return what :meth:`next_logits` does; a reader that waits for it yields meanwhile."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.readers.files.claim import BYTES, TOKENS, Relevance, claim
@@ -43,6 +44,14 @@ class FilesRow(Row):
     def length(self) -> int:  # type: ignore[override]
         """The number of symbols that were read."""
         return len(self.text) - self.before
+
+
+class _Distributions(Given):
+    """Predictions whose logits are log-probabilities."""
+
+    def log_probs(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k v"]:
+        """Return log-probabilities at some places."""
+        return self.logits(places)
 
 
 class FilesReader(ReaderOfRows[FilesRow]):
@@ -122,7 +131,7 @@ class FilesReader(ReaderOfRows[FilesRow]):
         counts = [0 if k in errors else len(one.at) for k, one in enumerate(asked)]
         probs = torch.from_numpy(np.stack(found)) if found else torch.zeros(0, self.alphabet.size, dtype=torch.float64)
         work = Work(0, sum(len(one.symbols) for _, one in pairs))
-        return Given(probs.log(), counts, errors, work, claims=torch.tensor(claims, dtype=torch.float64))
+        return _Distributions(probs.log(), counts, errors, work, claims=torch.tensor(claims, dtype=torch.float64))
 
     def sources(self, text: str, least: int | None = None) -> list[Source]:
         """Return where stretches of a text stand in the files, in order.
