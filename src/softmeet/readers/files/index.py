@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -139,18 +138,22 @@ class Index:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The path of each file that is a text."""
-        return tuple(Path(entry.path) for entry in self.entries if entry.symbols >= 0)
+        return tuple(Path(entry.path) for entry in self._texts)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
         """(files,) int64, the position of each file's first symbol (of its separator, if it is empty)."""
-        lengths = [entry.symbols + 1 for entry in self.entries if entry.symbols >= 0]
-        return np.array([*accumulate(lengths, initial=0)][:-1], np.int64)
+        ends = np.cumsum([entry.symbols + 1 for entry in self._texts], dtype=np.int64)
+        return np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+
+    @cached_property
+    def _texts(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.symbols >= 0)
 
     def place(self, position: int) -> tuple[Path, int]:
         """Return the file that a position of ``symbols`` is in, and the position of that file's first symbol."""
         which = int(np.searchsorted(self.starts, position, "right")) - 1
-        return self.files[which], int(self.starts[which])
+        return Path(self._texts[which].path), int(self.starts[which])
 
     def line(self, position: int, decode: Callable[[Sequence[int]], bytes]) -> int:
         """Return the line, from 1, in which the symbol at a position begins; ``decode`` makes bytes of symbols."""

@@ -162,7 +162,7 @@ class Shelf:
             said = {"key": key, "paths": list(paths), "include": include, "version": version, "sums": sums}
             if former is None or former.entries != entries or former.said | said != former.said:
                 text = json.dumps({**said, "time": time.time(), "entries": entries}).encode()
-                self._write(_LIST, lambda file: file.write(_hash(text) + b"\n" + text))
+                self._write(_LIST, lambda file: file.writelines((_hash(text), b"\n", text)))
             mapped = {name: _mapped(self.folder / f"{version}.{name}.npy", sums[name]) for name in new}
         except (OSError, ValueError) as error:
             _log.warning("the index of %s is not kept for the next time: %s", ", ".join(paths), error)
