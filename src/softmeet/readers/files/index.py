@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from softmeet.extras import require_extra
-from softmeet.readers.files.corpus import Texts
+from softmeet.readers.files.corpus import Corpus
 from softmeet.readers.files.gathered import Encode, Progress, gather, hash_of, in_order
-from softmeet.readers.files.kept import Entry, Former, Kept, Shelf, Symbols, drop, indexes
+from softmeet.readers.files.kept import Entry, Former, KeptIndex, Shelf, Symbols, drop, indexes
 
-__all__ = ["Encode", "Entry", "Index", "Kept", "Progress", "Symbols", "drop", "indexes"]
+__all__ = ["Encode", "Entry", "Index", "KeptIndex", "Progress", "Symbols", "drop", "indexes"]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -46,7 +46,7 @@ class Index:
     @classmethod
     def of(
         cls,
-        texts: Texts,
+        texts: Corpus,
         encode: Encode,
         size: int,
         key: str,
@@ -91,7 +91,7 @@ class Index:
             return cls._unchanged(texts, former) or cls._made(texts, encode, size, shelf, former, on_progress)
 
     @classmethod
-    def _unchanged(cls, texts: Texts, former: Former | None) -> Index | None:
+    def _unchanged(cls, texts: Corpus, former: Former | None) -> Index | None:
         """Return the index that is kept, if no file is another, or has another size or time."""
         if former is None or [entry.path for entry in former.entries] != [str(path) for path in texts.files]:
             return None
@@ -107,7 +107,7 @@ class Index:
 
     @classmethod
     def _made(
-        cls, texts: Texts, encode: Encode, size: int, shelf: Shelf | None, former: Former | None, on_progress: Progress
+        cls, texts: Corpus, encode: Encode, size: int, shelf: Shelf | None, former: Former | None, on_progress: Progress
     ) -> Index:
         """Make an index of what a former one has and what has changed since then, and keep it."""
         entries, symbols = gather(texts.files, encode, size, former, on_progress)
@@ -126,7 +126,7 @@ class Index:
         return cls._over(arrays["symbols"], arrays["order"], entries, texts)
 
     @classmethod
-    def _over(cls, symbols: Symbols, order: Symbols, entries: tuple[Entry, ...], texts: Texts) -> Index:
+    def _over(cls, symbols: Symbols, order: Symbols, entries: tuple[Entry, ...], texts: Corpus) -> Index:
         """Return an index, with what was left out of its files: by name, and when they were read."""
         more = {
             "not UTF-8 text": sum(entry.symbols < 0 for entry in entries),

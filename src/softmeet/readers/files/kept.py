@@ -58,7 +58,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptIndex:
     """An index on the disk.
 
     Attributes:
@@ -188,7 +188,7 @@ class Shelf:
         return found
 
 
-def indexes(folder: Path) -> list[Kept]:
+def indexes(folder: Path) -> list[KeptIndex]:
     """Return the indexes that a folder keeps, sorted by their paths."""
     found = []
     for own in folder.iterdir() if folder.is_dir() else ():
@@ -197,7 +197,7 @@ def indexes(folder: Path) -> list[Kept]:
             said: dict[str, Any] = {"paths": (), "include": None, "time": made} if former is None else former.said
             counts = [entry.symbols for entry in former.entries if entry.symbols >= 0] if former is not None else []
             about = tuple(said["paths"]), said["include"], len(counts), sum(counts)
-            found.append(Kept(own.name, *about, bytes=sum(sizes), time=said["time"]))
+            found.append(KeptIndex(own.name, *about, bytes=sum(sizes), time=said["time"]))
     return sorted(found, key=lambda one: (one.paths, one.name))
 
 
