@@ -176,15 +176,12 @@ class Shelf:
         return arrays | mapped
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> str:
-        """Write a file of the folder, all of it or nothing, and return its hash."""
+        """Write a file of the folder under its name once all of it is written, and return its hash."""
         mine = self.folder / f"{name}.{secrets.token_hex(8)}"
-        try:
-            with mine.open("wb") as file:
-                write(file)
-            found = _sum(mine)
-            mine.replace(self.folder / name)
-        finally:
-            mine.unlink(missing_ok=True)
+        with mine.open("wb") as file:
+            write(file)
+        found = _sum(mine)
+        mine.replace(self.folder / name)
         return found
 
 
