@@ -31,7 +31,7 @@ _KEYS_SAID = "names of keys and passwords"
 
 
 @dataclass(frozen=True)
-class Texts:
+class Corpus:
     """The files of some paths.
 
     Attributes:
@@ -47,7 +47,7 @@ class Texts:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def find_texts(paths: Sequence[str], include: str | None = None) -> Texts:
+def find_texts(paths: Sequence[str], include: str | None = None) -> Corpus:
     """Find the files of some paths, by their names and sizes: what is no text is told when they are read.
 
     Left out are what a .gitignore names, what is hidden, symbolic links, files over 1 MB, and those that hold keys by
@@ -91,7 +91,7 @@ def find_texts(paths: Sequence[str], include: str | None = None) -> Texts:
         left_out |= {file: why for file, why in found if why}
         files |= {file for file, why in found if not why}
     reasons = Counter(why for file, why in left_out.items() if file not in files)
-    return Texts(tuple(sorted(asked)), include, tuple(map(Path, sorted(files))), dict(sorted(reasons.items())))
+    return Corpus(tuple(sorted(asked)), include, tuple(map(Path, sorted(files))), dict(sorted(reasons.items())))
 
 
 def _split(path: str) -> tuple[Path, str]:

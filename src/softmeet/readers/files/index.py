@@ -7,18 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from softmeet.extras import require_extra
-from softmeet.readers.files.corpus import Texts
+from softmeet.readers.files.corpus import Corpus
 from softmeet.readers.files.gathered import Encode, Progress, gather, hash_of, in_order
-from softmeet.readers.files.kept import Entry, Former, Kept, Shelf, Symbols, drop, indexes
+from softmeet.readers.files.kept import Entry, Former, KeptIndex, Shelf, Symbols, drop, indexes
 
-__all__ = ["Encode", "Entry", "Index", "Kept", "Progress", "Symbols", "drop", "indexes"]
+__all__ = ["Encode", "Entry", "Index", "KeptIndex", "Progress", "Symbols", "drop", "indexes"]
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -47,7 +46,7 @@ class Index:
     @classmethod
     def of(
         cls,
-        texts: Texts,
+        texts: Corpus,
         encode: Encode,
         size: int,
         key: str,
@@ -92,7 +91,7 @@ class Index:
             return cls._unchanged(texts, former) or cls._made(texts, encode, size, shelf, former, on_progress)
 
     @classmethod
-    def _unchanged(cls, texts: Texts, former: Former | None) -> Index | None:
+    def _unchanged(cls, texts: Corpus, former: Former | None) -> Index | None:
         """Return the index that is kept, if no file is another, or has another size or time."""
         if former is None or [entry.path for entry in former.entries] != [str(path) for path in texts.files]:
             return None
@@ -108,7 +107,7 @@ class Index:
 
     @classmethod
     def _made(
-        cls, texts: Texts, encode: Encode, size: int, shelf: Shelf | None, former: Former | None, on_progress: Progress
+        cls, texts: Corpus, encode: Encode, size: int, shelf: Shelf | None, former: Former | None, on_progress: Progress
     ) -> Index:
         """Make an index of what a former one has and what has changed since then, and keep it."""
         entries, symbols = gather(texts.files, encode, size, former, on_progress)
@@ -127,7 +126,7 @@ class Index:
         return cls._over(arrays["symbols"], arrays["order"], entries, texts)
 
     @classmethod
-    def _over(cls, symbols: Symbols, order: Symbols, entries: tuple[Entry, ...], texts: Texts) -> Index:
+    def _over(cls, symbols: Symbols, order: Symbols, entries: tuple[Entry, ...], texts: Corpus) -> Index:
         """Return an index, with what was left out of its files: by name, and when they were read."""
         more = {
             "not UTF-8 text": sum(entry.symbols < 0 for entry in entries),
@@ -139,18 +138,22 @@ class Index:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The path of each file that is a text."""
-        return tuple(Path(entry.path) for entry in self.entries if entry.symbols >= 0)
+        return tuple(Path(entry.path) for entry in self._texts)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
         """(files,) int64, the position of each file's first symbol (of its separator, if it is empty)."""
-        lengths = [entry.symbols + 1 for entry in self.entries if entry.symbols >= 0]
-        return np.array([*accumulate(lengths, initial=0)][:-1], np.int64)
+        ends = np.cumsum([entry.symbols + 1 for entry in self._texts], dtype=np.int64)
+        return np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+
+    @cached_property
+    def _texts(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.symbols >= 0)
 
     def place(self, position: int) -> tuple[Path, int]:
         """Return the file that a position of ``symbols`` is in, and the position of that file's first symbol."""
         which = int(np.searchsorted(self.starts, position, "right")) - 1
-        return self.files[which], int(self.starts[which])
+        return Path(self._texts[which].path), int(self.starts[which])
 
     def line(self, position: int, decode: Callable[[Sequence[int]], bytes]) -> int:
         """Return the line, from 1, in which the symbol at a position begins; ``decode`` makes bytes of symbols."""

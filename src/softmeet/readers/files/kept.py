@@ -58,7 +58,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptIndex:
     """An index on the disk.
 
     Attributes:
@@ -162,7 +162,7 @@ class Shelf:
             said = {"key": key, "paths": list(paths), "include": include, "version": version, "sums": sums}
             if former is None or former.entries != entries or former.said | said != former.said:
                 text = json.dumps({**said, "time": time.time(), "entries": entries}).encode()
-                self._write(_LIST, lambda file: file.write(_hash(text) + b"\n" + text))
+                self._write(_LIST, lambda file: file.writelines((_hash(text), b"\n", text)))
             mapped = {name: _mapped(self.folder / f"{version}.{name}.npy", sums[name]) for name in new}
         except (OSError, ValueError) as error:
             _log.warning("the index of %s is not kept for the next time: %s", ", ".join(paths), error)
@@ -176,19 +176,16 @@ class Shelf:
         return arrays | mapped
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> str:
-        """Write a file of the folder, all of it or nothing, and return its hash."""
+        """Write a file of the folder under its name once all of it is written, and return its hash."""
         mine = self.folder / f"{name}.{secrets.token_hex(8)}"
-        try:
-            with mine.open("wb") as file:
-                write(file)
-            found = _sum(mine)
-            mine.replace(self.folder / name)
-        finally:
-            mine.unlink(missing_ok=True)
+        with mine.open("wb") as file:
+            write(file)
+        found = _sum(mine)
+        mine.replace(self.folder / name)
         return found
 
 
-def indexes(folder: Path) -> list[Kept]:
+def indexes(folder: Path) -> list[KeptIndex]:
     """Return the indexes that a folder keeps, sorted by their paths."""
     found = []
     for own in folder.iterdir() if folder.is_dir() else ():
@@ -197,7 +194,7 @@ def indexes(folder: Path) -> list[Kept]:
             said: dict[str, Any] = {"paths": (), "include": None, "time": made} if former is None else former.said
             counts = [entry.symbols for entry in former.entries if entry.symbols >= 0] if former is not None else []
             about = tuple(said["paths"]), said["include"], len(counts), sum(counts)
-            found.append(Kept(own.name, *about, bytes=sum(sizes), time=said["time"]))
+            found.append(KeptIndex(own.name, *about, bytes=sum(sizes), time=said["time"]))
     return sorted(found, key=lambda one: (one.paths, one.name))
 
 
