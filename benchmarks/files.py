@@ -24,7 +24,7 @@ from softmeet import Ensemble
 from softmeet.hf.claiming import encoding_of
 from softmeet.readers.files.claim import BYTES as BYTE_SCHEME
 from softmeet.readers.files.claim import TOKENS, Scheme
-from softmeet.readers.files.corpus import Texts, find_texts
+from softmeet.readers.files.corpus import Corpus, find_texts
 from softmeet.readers.files.index import Index
 from softmeet.readers.files.matches import match
 from softmeet.readers.files.reader import FilesReader
@@ -53,7 +53,7 @@ class Project:
 
     name: str
     held: tuple[Path, ...]
-    kept: Texts
+    kept: Corpus
 
     @classmethod
     def of(cls, folder: str, count: int, include: str | None, by: str) -> Project:
@@ -123,7 +123,7 @@ def alone(ensemble: Ensemble, path: Path) -> Alone:
     )
 
 
-def index_of(ensemble: Ensemble, texts: Texts) -> Index:
+def index_of(ensemble: Ensemble, texts: Corpus) -> Index:
     """Return the index of files, in memory."""
     encode, key = encoding_of(ensemble.model)
     return Index.of(texts, encode, ensemble.model.readers_of_members[0].alphabet.size, key, None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from softmeet.errors import InvalidInputError
+from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf.protocol import AnyEnsemble
 from softmeet.hf.remembered import file_of
 from softmeet.members.files import Files, is_files
@@ -17,6 +18,8 @@ from softmeet.readers.files.index import Index
 from softmeet.readers.files.reader import FilesReader
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.reader import Reader
+
+_log = logging.getLogger("softmeet.files")
 
 
 def give_claims(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda text: None) -> None:
@@ -61,6 +64,13 @@ def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]
     encode, key = encoding_of(model)
     texts = find_texts(files.paths, files.include)
     index = Index.of(texts, encode, alphabet.size, key, file_of("files"), tell)
+    left_out = ", ".join(f"{count:,} {why}" for why, count in index.left_out.items())
+    if not len(index.symbols):
+        raise CheckpointError(f"found no text in {files}" + (f"; left out: {left_out}" if left_out else ""))
+    _log.warning(
+        "%s: %s files of %s %s%s", files.title, f"{len(index.files):,}", f"{len(index.symbols):,}",
+        model.config.vocabulary, f"; left out: {left_out}" if left_out else "",
+    )  # fmt: skip
     allowed = None if support is None else support.cpu().numpy()
     return FilesReader(files.title, alphabet, index, allowed, files.weight, files.relevance)
 
