@@ -60,7 +60,7 @@ class Project:
         """Hold out files that are drawn at random, by a fixed seed, or all files of folders that are."""
         texts = find_texts([folder], include)
         long = [path for path in texts.files if path.stat().st_size >= LEAST]
-        chosen = random.Random(1)
+        chosen = random.Random(1)  # noqa: S311 - which files are held out is no secret
         if by == "folder":
             parents = sorted({path.parent for path in long})
             chosen.shuffle(parents)
@@ -153,6 +153,15 @@ def bits(parts: Sequence[tuple[np.ndarray, np.ndarray]], behind: int = 0) -> flo
     return float(-nats / math.log(2) / size)
 
 
+Parts = dict[Path, tuple[np.ndarray, np.ndarray]]
+
+
+def _both(how: str, alone: Parts, beside: Parts, behind: int = 0) -> dict[str, float]:
+    """Return the bits without and with files, in one way of counting."""
+    named = {f"alone{how}": alone, f"with files{how}": beside}
+    return {name: bits(list(parts.values()), behind) for name, parts in named.items() if parts}
+
+
 Models = Annotated[str, typer.Argument(help="A model; several with commas between are an average.")]
 Projects = Annotated[list[str], typer.Argument(metavar="PROJECT…", help="Folders.")]
 Held = Annotated[int, typer.Option(help="The most files of a project that are held out.")]
@@ -180,20 +189,23 @@ def bits_of(
         told = {path: alone(ensemble, path) for path in project.held}
         best = min(TEMPERATURES, key=lambda t: bits([(one.nats[t], one.ends) for one in told.values()]))
         fresh = [path for path in project.held if not project.is_near_copy(path)]
+        plain = {path: (one.nats[1.0], one.ends) for path, one in told.items()}
         for name, index in [(project.name, index_of(ensemble, project.kept)), *strangers]:
             reader = FilesReader(name, alphabet, index)
             parts = {path: (with_files(reader, one), one.ends) for path, one in told.items()}
-            heated = [(with_files(reader, one, best), one.ends) for one in told.values()]
-            plain = {path: (one.nats[1.0], one.ends) for path, one in told.items()}
-            rows.append({
-                "text": project.name, "files": name, "MB": round(4 * len(index.symbols) / 1e6, 2), "held out": len(told),
-                "alone": bits(list(plain.values())), "with files": bits(list(parts.values())),
-                "temperature": best, "alone, so": bits([(one.nats[best], one.ends) for one in told.values()]),
-                "with files, so": bits(heated),
-                "alone, behind": bits(list(plain.values()), HEADER), "with files, behind": bits(list(parts.values()), HEADER),
-                "fresh": len(fresh), "alone, fresh": bits([plain[path] for path in fresh]) if fresh else None,
-                "with files, fresh": bits([parts[path] for path in fresh]) if fresh else None,
-            })  # fmt: skip
+            row: dict[str, Any] = {"text": project.name, "files": name, "MB": round(4 * len(index.symbols) / 1e6, 2)}
+            row |= {
+                "held out": len(told),
+                **_both("", plain, parts),
+                **_both(", behind 600 bytes", plain, parts, HEADER),
+            }
+            row |= {
+                "fresh": len(fresh),
+                **_both(", fresh", *({path: all_[path] for path in fresh} for all_ in (plain, parts))),
+            }
+            heated = {path: (with_files(reader, one, best), one.ends) for path, one in told.items()}
+            cool = {path: (one.nats[best], one.ends) for path, one in told.items()}
+            rows.append(row | {"temperature": best, **_both(", at it", cool, heated)})
             print(rows[-1], flush=True)
     show("Bits a byte of held-out files", rows, json)
 
