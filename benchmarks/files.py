@@ -21,7 +21,7 @@ import typer
 
 from report import show
 from softmeet import Ensemble
-from softmeet.hf.claiming import encoding_of
+from softmeet.hf.claiming import symbols_of
 from softmeet.readers.files.claim import BYTES as BYTE_SCHEME
 from softmeet.readers.files.claim import TOKENS, Scheme
 from softmeet.readers.files.corpus import Corpus, find_texts
@@ -106,8 +106,8 @@ def alone(ensemble: Ensemble, path: Path) -> Alone:
     """Read a file's beginning by the members alone."""
     model: Any = ensemble.model
     text = path.read_bytes()[:BYTES].decode(errors="ignore")
-    encode, _ = encoding_of(model)
-    symbols = list(encode([text])[0])
+    alphabet = symbols_of(model)
+    symbols = alphabet.encode(text)
     begun = [256, *symbols] if model.over_bytes else symbols
     hidden = [states[:-1] for states in model.hidden_states(torch.tensor([begun]))]
     wanted = torch.tensor(begun[1:])
@@ -116,7 +116,6 @@ def alone(ensemble: Ensemble, path: Path) -> Alone:
         some, wanted = wanted[: len(solution.log_probs)], wanted[len(solution.log_probs) :]
         for t, parts in found.items():
             parts.append((solution.log_probs / t).log_softmax(-1).gather(-1, some[:, None]).squeeze(-1).double())
-    alphabet = model.readers_of_members[0].alphabet
     sizes = [len(alphabet.decode([symbol])) for symbol in symbols]
     return Alone(
         symbols, np.cumsum(sizes)[len(begun) == len(symbols) :], {t: torch.cat(p).numpy() for t, p in found.items()}
@@ -125,8 +124,8 @@ def alone(ensemble: Ensemble, path: Path) -> Alone:
 
 def index_of(ensemble: Ensemble, texts: Corpus) -> Index:
     """Return the index of files, in memory."""
-    encode, key = encoding_of(ensemble.model)
-    return Index.of(texts, encode, ensemble.model.readers_of_members[0].alphabet.size, key, None)
+    alphabet = symbols_of(ensemble.model)
+    return Index.of(texts, alphabet.encode_all, alphabet.size, alphabet.identity, None)
 
 
 def with_files(reader: FilesReader, told: Alone, temperature: float = 1.0) -> np.ndarray:
@@ -201,7 +200,7 @@ def bits_of(
             }
             row |= {
                 "fresh": len(fresh),
-                **_both(", fresh", *({path: all_[path] for path in fresh} for all_ in (plain, parts))),
+                **_both(", fresh", {path: plain[path] for path in fresh}, {path: parts[path] for path in fresh}),
             }
             heated = {path: (with_files(reader, one, best), one.ends) for path, one in told.items()}
             cool = {path: (one.nats[best], one.ends) for path, one in told.items()}

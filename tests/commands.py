@@ -8,12 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from warnings import catch_warnings, simplefilter
 
 import pytest
 
-from softmeet import freed_memory
+from softmeet import freed_memory, interrupts
 from softmeet.cli import main as cli
 
 _OWN, _END = os.getpid(), os._exit
@@ -34,6 +35,7 @@ def run(*arguments, stdin="", columns=120, stdout=None):
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
         patch.setattr(freed_memory, "keep", lambda: None)
+        patch.setattr(interrupts, "_came", threading.Event())
         patch.setattr(os, "_exit", leave)
         patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:

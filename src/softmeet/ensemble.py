@@ -55,7 +55,7 @@ class Ensemble:
 
     Attributes:
         model: the ensemble as a causal LM of transformers.
-        tokenizer: the members' common tokenizer; for an ensemble over bytes, one whose tokens are bytes.
+        tokenizer: the members' common tokenizer; over bytes, one whose tokens are bytes.
         names: the members' names.
     """
 
@@ -90,28 +90,24 @@ class Ensemble:
 
         Args:
             members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
-                adapter, a prompt and so on behind it, or as a :class:`softmeet.Member`; or one saved ensemble. Among
-                them may be the user's own files, as ``files:PATH`` or :class:`softmeet.Files`.
+                adapter and so on behind it, or a :class:`softmeet.Member`; the user's files (:class:`softmeet.Files`);
+                or one saved ensemble.
             rule: ``meet`` by default; a name, as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
             dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.
             device: None for CPU, a device, ``"auto"`` to let accelerate decide, or a dict with a device, ``"cpu"`` or
-                ``"disk"`` for each module by name; one for all members or one each. Members on different devices run at
-                the same time.
+                ``"disk"`` for each module by name; one for all or one each. Those on different devices run at once.
             trust_remote_code: run code that comes with a checkpoint.
             offload_folder: a folder for ``"disk"`` weights that cannot be read from the checkpoint unchanged.
-            on_progress: called with each member's name before the member is loaded, and while files are read, with how
-                far that is.
+            on_progress: called with each member's name before it is loaded, and with how far files are read.
             loaded: a dict, at first empty, to pass to several calls, which add members to it and load none twice.
-            vocabulary: ``"tokens"`` to combine distributions over tokens, for members with the same tokenizer up to
-                padding and added tokens; ``"bytes"`` over bytes, by ``logit-mean`` unless a rule that reads no heads is
-                named, where ``max_new_tokens`` counts the first member's tokens; ``"auto"``, the default, for bytes if
-                tokenizers differ, which is logged; ``"union"`` for the union of their tokens, to write alone, by
-                ``prob-mean`` by default, ``"union:k=10"`` for each one's ten likeliest; ``"union:as=gac"`` and
-                ``"union:k=10:as=unite"`` as their authors' code has it.
+            vocabulary: ``"tokens"`` for members with one tokenizer up to padding and added tokens; ``"bytes"``, by
+                ``logit-mean`` unless a rule that reads no heads is named, where ``max_new_tokens`` counts the first
+                member's tokens; ``"auto"``, the default, for bytes if tokenizers differ, which is logged; ``"union"``
+                for the union of their tokens, to write alone, by ``prob-mean`` by default, ``"union:k=10"`` for each
+                one's ten likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code has it.
             prune: over bytes, the least share of probability mass, by default 0.01, at which another tokenization runs.
             prefixes: for each member the token ids that it reads before every text; None for its tokenizer's.
-            settings: the fields of :class:`softmeet.Settings`, and options of the rule; the gate of a new ensemble is
-                ``auto`` by default.
+            settings: the fields of :class:`softmeet.Settings`, and options of the rule; the gate is ``auto`` by default.
 
         Raises:
             InvalidInputError: if a setting is wrong, or no member is named.

@@ -386,13 +386,14 @@ def test_threads_of_clients_get_their_own_tokens(url):
     """Many at once, in any order: every answer is the one that the same request gets alone."""
     fields = [{"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 8, "seed": k, "logprobs": 0} for k in range(16)]
     alone = [http.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
+    before = threading.active_count()
     with ThreadPoolExecutor(16) as pool:
         together = list(
             pool.map(lambda f: http.post(f"{url}/v1/completions", json=f, timeout=300).json()["choices"][0], fields)
         )
     for a, b in zip(alone, together, strict=True):
         assert (a["text"], a["finish_reason"]) == (b["text"], b["finish_reason"])
-    assert threading.active_count() < 40
+    assert threading.active_count() < before + 20
 
 
 def test_schemathesis_finds_only_errors_that_are_objects(url):

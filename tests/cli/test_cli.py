@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -262,7 +261,6 @@ def test_ctrl_c_that_is_lost_while_members_are_loaded_ends_the_command(monkeypat
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", load)
-    monkeypatch.setattr(interrupts, "_came", threading.Event())
     interrupts.note()
     assert run("generate", "x", "-m", "wide/gpt2").returncode == 130
     said = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
@@ -275,6 +273,7 @@ def test_ctrl_c_during_an_answer_is_said(monkeypatch):
     assert (done.returncode, done.stderr) == (130, "stopped\n")
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("kind", [ModuleNotFoundError, CheckpointError])
 def test_ctrl_c_that_a_library_makes_another_error_of_ends_a_command(kind, monkeypatch, capsys):
     """As transformers does within an import; what is made of that is one, too."""

@@ -177,9 +177,9 @@ def test_an_empty_batch():
 
 def test_the_public_names_are_pinned():
     assert softmeet.__all__ == [
-        "RULES", "Decoder", "Decoding", "Ensemble", "Member", "Passage", "Reader", "Rule", "Settings", "SoftmaxHead",
-        "Solution", "Status", "StoppedBy", "Structure", "__version__", "combine", "decoder_names", "register_decoder",
-        "register_reader", "register_rule", "rule_names", "time_is_over", "time_limit",
+        "RULES", "Decoder", "Decoding", "Ensemble", "Files", "Member", "Passage", "Reader", "Rule", "Settings",
+        "SoftmaxHead", "Solution", "Status", "StoppedBy", "Structure", "__version__", "combine", "decoder_names",
+        "register_decoder", "register_reader", "register_rule", "rule_names", "time_is_over", "time_limit",
     ]  # fmt: skip
     assert all(hasattr(softmeet, name) for name in softmeet.__all__)
     assert [rule.name for rule in softmeet.RULES] == [

@@ -34,7 +34,7 @@ class Ensembled(Protocol):
     def before(self, i: int, prompt: Sequence[int], own: Own) -> tuple[Sequence[int], int]:
         """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
 
-    def before_claims(self, own: Own) -> tuple[Sequence[int], int]:
+    def before_claims(self, prompt: Sequence[int], own: Own) -> tuple[Sequence[int], int]:
         """Return the symbols that readers which claim read before a text, and in place of how many of its tokens."""
 
 
@@ -90,7 +90,7 @@ class Continuation:
             known = self.tokens[self.skipped[i] :] if reuse else ()
             found = self.rows[i] = self.readers[i].open(known, own)
         elif found is None:
-            own, self.skipped[i] = self.model.before_claims(self.own)
+            own, self.skipped[i] = self.model.before_claims(self.tokens, self.own)
             found = self.rows[i] = self.readers[i].open(self.tokens[self.skipped[i] : self.given], own)
         return found
 

@@ -53,7 +53,7 @@ def _behind(model: Any, before: Sequence[int], texts: Sequence[Sequence[int]]) -
     for i in range(len(model.members)):
         own, skipped = model.before(i, before, ())
         states.append(_read(model.readers_of_members[i], own, skipped, before, texts))
-    own, skipped = model.before_claims(())
+    own, skipped = model.before_claims(before, ())
     states += [_read(reader, own, skipped, before, texts) for reader in model.claimants]
     every, found, start = torch.tensor([symbol for text in texts for symbol in text]), list[Tensor](), 0
     for members, solution in model.combiner.solve_in_chunks(states, resolved(model, model.settings)):

@@ -54,7 +54,7 @@ class Alone:
         self.members, self.garbage = nn.ModuleList([model.members[i]]), model.garbage
         self.readers_of_members, self.reading = [reader], Members(1)
 
-    def before_claims(self, own: Own) -> tuple[Sequence[int], int]:
+    def before_claims(self, prompt: Sequence[int], own: Own) -> tuple[Sequence[int], int]:
         """Return nothing: no reader claims a part of what a member says by itself."""
         return (), 0
 

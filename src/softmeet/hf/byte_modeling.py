@@ -147,9 +147,9 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
             raise InvalidInputError("expected a prefix of at least one token, such as the one that begins a text")
         return self.readers[i].prefix if mine is None else mine, 0
 
-    def before_claims(self, own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+    def before_claims(self, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return the bytes of what the first member reads in place of its prefix, such as a conversation."""
-        return list(self.readers[0].spelling.spelled(own[0])) if own and own[0] else (), 1
+        return list(self.readers[0].spelling.spelled(own[0])) if own and own[0] else (), int(list(prompt[:1]) == [END])
 
     def require(self, settings: Settings) -> None:
         """Raise the errors of :func:`softmeet.hf.vocabulary.require_for_bytes`."""

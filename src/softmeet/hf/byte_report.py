@@ -18,7 +18,7 @@ from softmeet.members.spelling import Spelling
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.next_tokens import END
-from softmeet.readers.reader import Source
+from softmeet.readers.source import Source
 
 if TYPE_CHECKING:
     from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 from softmeet.errors import CheckpointError, InvalidInputError
-from softmeet.hf.protocol import AnyEnsemble
 from softmeet.hf.remembered import file_of
 from softmeet.members.files import Files, is_files
 from softmeet.members.member import Member
 from softmeet.members.registered import registered_reader
+from softmeet.readers.byte_alphabet import ByteAlphabet
 from softmeet.readers.files.corpus import find_texts
 from softmeet.readers.files.index import Index
 from softmeet.readers.files.reader import FilesReader
 from softmeet.readers.guarded import GuardedReader
 from softmeet.readers.reader import Reader
+from softmeet.readers.token_alphabet import TokenAlphabet
+
+if TYPE_CHECKING:
+    from softmeet.hf.protocol import AnyEnsemble
 
 _log = logging.getLogger("softmeet.files")
 
@@ -46,7 +49,7 @@ def give_claims(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda 
 def _registered(model: AnyEnsemble, line: str) -> Reader:
     """Return a registered reader that claims, if its symbols are those of a model."""
     reader: Reader = registered_reader(Member.parse(line))
-    alphabet, own = model.readers_of_members[0].alphabet, reader.alphabet
+    alphabet, own = symbols_of(model), reader.alphabet
     text = "".join(chr(k) for k in range(33, 256))
     if own.size != alphabet.size or own.encode(text) != alphabet.encode(text):
         raise InvalidInputError(
@@ -60,10 +63,9 @@ def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]
     def tell(what: str, done: int, total: int) -> None:
         on_progress(f"{files.title}: {what} {done:,} of {total:,}")
 
-    alphabet, support = model.readers_of_members[0].alphabet, model.combiner.support
-    encode, key = encoding_of(model)
+    alphabet, support = symbols_of(model), model.combiner.support
     texts = find_texts(files.paths, files.include)
-    index = Index.of(texts, encode, alphabet.size, key, file_of("files"), tell)
+    index = Index.of(texts, alphabet.encode_all, alphabet.size, alphabet.identity, file_of("files"), tell)
     left_out = ", ".join(f"{count:,} {why}" for why, count in index.left_out.items())
     if not len(index.symbols):
         raise CheckpointError(f"found no text in {files}" + (f"; left out: {left_out}" if left_out else ""))
@@ -75,12 +77,6 @@ def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]
     return FilesReader(files.title, alphabet, index, allowed, files.weight, files.relevance)
 
 
-def encoding_of(model: AnyEnsemble) -> tuple[Callable[[Sequence[str]], Sequence[Sequence[int]]], str]:
-    """Return what turns texts into the symbols of a model, and a name for it."""
-    if model.over_bytes:
-        return lambda texts: [list(text.encode()) for text in texts], "bytes"
-    tokenizer: Any = model.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    encode = lambda texts: tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-    return encode, hashlib.sha256(said.encode()).hexdigest()[:16]
+def symbols_of(model: AnyEnsemble) -> TokenAlphabet | ByteAlphabet:
+    """Return the symbols that the members of a model share."""
+    return cast(TokenAlphabet | ByteAlphabet, model.readers_of_members[0].alphabet)

@@ -34,7 +34,7 @@ def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, t
     before = TokensBefore.of(inputs["input_ids"][:, -1], tokenizer)
     log_probs, solution = model.combiner.solve_rows(hidden, resolved(model, model.settings), before=before)
     members = {name: likeliest(own[0]) for name, own in zip(model.config.members, log_probs, strict=True)}
-    symbols = inputs["input_ids"][0].tolist()[model.begin is not None :]
+    symbols = inputs["input_ids"][0].tolist()
     sources = [reader.source(symbols) for reader in model.claimants]
     return NextToken(likeliest(solution.log_probs[0]), members, solution, sources)
 

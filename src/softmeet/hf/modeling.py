@@ -67,8 +67,8 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     OF_A_KIND = (
         "over_bytes", "begin", "symbols_of_token", "limit_of_symbols", "member_heads", "room", "window", "spent",
-        "pruning", "own_tokens", "part", "find_heads_again", "key_of", "new_reader", "before", "require",
-        "require_tokens", "generate", "_get_logits_processor",
+        "pruning", "own_tokens", "part", "find_heads_again", "key_of", "new_reader", "before",
+        "before_claims", "require", "require_tokens", "generate", "_get_logits_processor",
     )  # fmt: skip
     over_bytes, symbols_of_token = False, 1  # About how many symbols, written one by one, a token has.
     limit_of_symbols = "max_new_tokens"  # The option of ``generate`` that limits how many symbols are written.

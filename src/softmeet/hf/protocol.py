@@ -68,7 +68,7 @@ class AnyEnsemble(Protocol):
     def before(self, i: int, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return what member i reads of its own at the beginning of a text, and in place of how many of its tokens."""
 
-    def before_claims(self, own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+    def before_claims(self, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return the symbols that readers which claim read before a text, and in place of how many of its tokens."""
 
     def without_claims(self) -> AbstractContextManager[None]:

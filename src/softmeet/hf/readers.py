@@ -74,7 +74,7 @@ class ReadMembers:
         """The symbols of the texts that members share, of which the first member says how many tokens they are."""
         return self.readers_of_members[0].alphabet
 
-    def before_claims(self, own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
+    def before_claims(self, prompt: Sequence[int], own: Sequence[Sequence[int] | None]) -> tuple[Sequence[int], int]:
         """Return the symbols that readers which claim read before a text: none, as they read the tokens of all."""
         return (), 0
 

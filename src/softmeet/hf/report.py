@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.engine.recorder import Recorder
-from softmeet.readers.reader import Source
+from softmeet.readers.source import Source
 from softmeet.rules.solution import Solution
 from softmeet.solvers.base import Status
 

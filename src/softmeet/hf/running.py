@@ -219,7 +219,7 @@ def read_once(
         on_read(i)
         return found
 
-    _, skipped = model.before_claims(())
+    _, skipped = model.before_claims(tokens, ())
     symbols = tokens[skipped:]
     claims = [one.read_whole([symbols], [range(1 - skipped, len(symbols) + 1)]) for one in model.claimants]
     return [*model.each(read, range(len(model.members))), *claims]

@@ -32,6 +32,15 @@ class ByteAlphabet:
         """Return the bytes of a text in UTF-8."""
         return list(text.encode())
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the bytes of several texts."""
+        return list(map(self.encode, texts))
+
+    @property
+    def identity(self) -> str:
+        """The name of how texts are cut into bytes, which is the same for all."""
+        return "bytes"
+
     def decode(self, symbols: Sequence[int]) -> bytes:
         """Return the bytes that symbols are, without those that end a text."""
         return bytes([symbol for symbol in symbols if symbol != END])

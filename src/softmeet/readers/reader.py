@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.members.opaque import Head
-from softmeet.members.spelling import Spelling
+from softmeet.readers.alphabet import Alphabet as Alphabet
+from softmeet.readers.source import Source
 from softmeet.suspended import Done
 from softmeet.suspended import finished as finished
 
@@ -85,38 +86,6 @@ class Traits:
     row_cost: float = 0.0
     waits: bool = False
     claims: bool = False
-
-
-@runtime_checkable
-class Alphabet(Protocol):
-    """The symbols of a reader: how many there are, how texts are made of them, and which of them end a text."""
-
-    @property
-    def size(self) -> int:
-        """The number v of symbols, which are 0 to v - 1."""
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """The symbols that end a text."""
-
-    @property
-    def spelling(self) -> Spelling | None:
-        """How the tokens are spelled that :meth:`count` counts; None where symbols are tokens."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the symbols of a text."""
-
-    def decode(self, symbols: Sequence[int]) -> bytes:
-        """Return the bytes that symbols stand for, none for those that end a text, whole characters or not."""
-
-    def count(self, symbols: Sequence[int]) -> int:
-        """Return how many tokens symbols are, as limits and prices count them."""
-
-    def may_follow(self, symbols: Sequence[int]) -> Tensor | None:
-        """Return which symbols can follow, (v,) bool; None if all can.
-
-        What it returns depends on the last few symbols alone, as of characters that are written by several bytes.
-        """
 
 
 class Row:
@@ -282,28 +251,6 @@ class Explanation:
 
     expected: tuple[tuple[str, float], ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where symbols of a text stand in files that a reader knows; of several places it is one.
-
-    Attributes:
-        start, end: which symbols of the text these are.
-        path: the file.
-        line: that of the first of them, from 1.
-        changed: whether the file is gone, or holds something else than when it was read.
-    """
-
-    start: int
-    end: int
-    path: str
-    line: int
-    changed: bool
-
-    def __str__(self) -> str:
-        """Return the file, the line and the number of symbols, as in ``a.py:12 (7)``."""
-        return f"{self.path}:{self.line} ({self.end - self.start}{', changed since' if self.changed else ''})"
 
 
 class Reader(ABC):

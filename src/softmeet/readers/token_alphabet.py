@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,6 +47,17 @@ class TokenAlphabet:
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without those that the tokenizer puts before every text."""
         return list(self._texts.encode(text, add_special_tokens=False))
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of several texts, as :meth:`encode` does, at the same time if the tokenizer can."""
+        return list(map(list, self._texts(list(texts), add_special_tokens=False, verbose=False)["input_ids"]))
+
+    @property
+    def identity(self) -> str:
+        """A hash of how texts are cut into tokens."""
+        backend: Any = getattr(self._texts, "backend_tokenizer", None)
+        said = repr(sorted(self._texts.get_vocab().items())) if backend is None else backend.to_str()
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def decode(self, symbols: Sequence[int]) -> bytes:
         """Return the bytes of tokens."""

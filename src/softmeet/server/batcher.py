@@ -118,8 +118,7 @@ class Batcher(threading.Thread):
         """Append sequences to the queue: all of them, or none if there is no room for all.
 
         Args:
-            sequences: new sequences, usually one request's; their events come by each sequence's ``emit``, which is
-                called on the batcher's thread.
+            sequences: new ones, usually a request's; ``emit`` of each gets its events, on the batcher's thread.
 
         Raises:
             BusyError: if there are more sequences than free places in the batch and the queue.
@@ -135,9 +134,8 @@ class Batcher(threading.Thread):
                     f"{'is' if free == 1 else 'are'} free: ask again later"
                 )
             for s in sequences:
-                model = s.combination.model
-                members = (self.readers[model.key_of(i)] for i in range(len(model.members)))
-                s.readers = [*members, *model.claimants]
+                model: Any = s.model
+                s.readers = [self.readers[model.key_of(i)] for i in range(len(model.members))] + [*model.claimants]
             self._waiting += sequences
             self._wake.notify()
 

@@ -17,7 +17,8 @@ from softmeet.readers.files.index import Index
 from softmeet.readers.files.matches import Match, match
 from softmeet.readers.files.sources import source_of, sources_of
 from softmeet.readers.open_rows import ReaderOfRows
-from softmeet.readers.reader import Alphabet, Given, Predictions, Read, Row, Source, Traits, Work
+from softmeet.readers.reader import Alphabet, Given, Predictions, Read, Row, Traits, Work
+from softmeet.readers.source import Source
 from softmeet.suspended import Done
 
 # The fewest tokens of a stretch of a text whose place in the files is told.

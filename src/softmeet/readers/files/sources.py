@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from softmeet.readers.files.index import Index
 from softmeet.readers.files.matches import intervals
-from softmeet.readers.reader import Source
+from softmeet.readers.source import Source
 
 # Symbols of a text further apart are not matched in one.
 _LONGEST = 2048
