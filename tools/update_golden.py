@@ -53,7 +53,7 @@ def main() -> None:
     logging.disable()
     disable_progress_bar()
     with TemporaryDirectory() as folder:
-        os.environ["SOFTMEET_CACHE"] = folder
+        os.environ["SOFTMEET_CACHE"] = f"{folder}/cache"
         golden: Any = importlib.import_module("golden")
         worlds: Any = importlib.import_module("worlds").make_worlds(Path(folder))
         known, found = golden.texts(), golden.made(worlds)

@@ -84,9 +84,7 @@ class Ensemble:
         prefixes: Sequence[Sequence[int] | None] | None = None,
         **settings: Any,
     ) -> Ensemble:
-        """Load members and combine them by a rule, or load a saved ensemble.
-
-        An argument of None means the default for a new ensemble, and the saved value for a saved one.
+        """Load members and combine them by a rule, or load a saved ensemble; None means the default, or what was saved.
 
         Args:
             members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
@@ -107,7 +105,7 @@ class Ensemble:
                 one's ten likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code has it.
             prune: over bytes, the least share of probability mass, by default 0.01, at which another tokenization runs.
             prefixes: for each member the token ids that it reads before every text; None for its tokenizer's.
-            settings: the fields of :class:`softmeet.Settings`, and options of the rule; the gate is ``auto`` by default.
+            settings: fields of :class:`softmeet.Settings`, and options of the rule; the gate is ``auto`` if not given.
 
         Raises:
             InvalidInputError: if a setting is wrong, or no member is named.
