@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
+from functools import partial
 from traceback import clear_frames
 from typing import TypeAlias, TypeVar
 
@@ -166,8 +167,9 @@ def finished(work: Generator[Done, None, T], pause: Callable[[], object] = lambd
 def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], object] = lambda: None) -> list[T]:
     """Run generators to their ends, each from one of its yields to the next in turn, and return what they return.
 
-    The :func:`control` hears after each turn of all how much is done, in sum, and of work that took several turns that
-    it ended. If one raises an exception, the others are closed, and it is raised.
+    The :func:`control` hears how much is done, in sum, as work within each tells it, too, and of work that took several
+    turns that it ended. Those that have not begun are taken for as much as the others are in the mean. If one raises an
+    exception, the others are closed, and it is raised.
 
     Args:
         works: the generators.
@@ -185,28 +187,54 @@ def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], obje
         >>> by_turns([work(3), work(1)])
         [3, 1]
     """
-    found, going = dict[int, T](), dict(enumerate(works))
-    done, total, took_turns, own = [0] * len(works), [0] * len(works), False, control()
+    found, going, own = dict[int, T](), dict(enumerate(works)), control()
+    hear, every, took_turns = own.hear, _Sum(len(works), own.hear), False
     try:
         while going:
             for k, work in list(going.items()):
                 own.check()
+                own.hear = partial(every.tell, k)
                 try:
                     told = next(work)
                 except StopIteration as end:
                     found[k] = end.value
                     del going[k]
-                    done[k] = total[k]
+                    every.end(k)
                     continue
-                if told is not None:
-                    done[k], total[k] = told
+                every.note(k, *(told or ()))
                 pause()
-            took_turns = took_turns or bool(going)
-            if going and any(total):
-                own.hear(sum(done), sum(total))
+            took_turns = took_turns or bool(going) or any(every.total)
+            if going and any(every.total):
+                hear(sum(every.done), sum(every.total))
     finally:
+        own.hear = hear
         for work in going.values():
             work.close()
     if took_turns:
-        own.hear(sum(total), sum(total))
+        hear(sum(every.total), sum(every.total))
     return list(map(found.__getitem__, range(len(works))))
+
+
+class _Sum:
+    """How much several works have done, of how much: those that have not begun are taken for the mean of the others."""
+
+    def __init__(self, count: int, hear: Callable[[int, int], object]) -> None:
+        self.done, self.total, self._begun, self._hear = [0] * count, [0] * count, set[int](), hear
+
+    def note(self, k: int, done: int | None = None, total: int = 0) -> None:
+        """Take note of what work k has told where it may be left, maybe nothing."""
+        self._begun.add(k)
+        if done is not None:
+            self.done[k], self.total[k] = done, total
+
+    def tell(self, k: int, done: int, total: int) -> None:
+        """Take note of what work k tells meanwhile, and pass the sum on unless that is all."""
+        self.note(k, done, total)
+        whole = sum(self.total) * len(self.total) // len(self._begun)
+        if sum(self.done) < whole:
+            self._hear(sum(self.done), whole)
+
+    def end(self, k: int) -> None:
+        """Take note that work k has ended."""
+        self._begun.add(k)
+        self.done[k] = self.total[k]

@@ -29,6 +29,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.save import save
 from softmeet.evaluation.verdict import figures, plainly
+from softmeet.hf import unequal
 from softmeet.hf.remembered import file_of, known, members_hash
 from softmeet.hf.unequal import unwarned
 from softmeet.members.member import short
@@ -195,8 +196,10 @@ def test_the_first_line_says_what_to_do_and_whether_it_is_worth_it(members):
     said = [plainly(Advice(judged, verdict, candidate, nats, gated, time)) for time in (0.9, 1.2, 1.9)]
     best = short(judged.best)
     assert said[0] == f"Combine them: 4.0 % fewer bits than {best} alone, in no more time."
-    assert said[1].startswith(f"Combine them: 4.0 % fewer bits than {best} alone for 20 % more time, more than larger")
-    assert said[2].startswith(f"4.0 % fewer bits than {best} alone for 90 % more time: keep {best}, or take a larger")
+    assert said[1].startswith(
+        f"Combine them: 4.0 % fewer bits than {best} alone for 20 % more time, more than a larger"
+    )
+    assert said[2].startswith(f"4.0 % fewer bits than {best} alone for 90 % more time: keep {best}, or try a larger")
     slower = replace(
         judged,
         times=[time * (1 + (name != judged.best)) for name, time in zip(judged.names, judged.times, strict=True)],
@@ -355,6 +358,7 @@ def command(*words):
 def test_the_command(folders, texts, tmp_path, monkeypatch):
     told = stages(monkeypatch, "advise")
     monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(unequal, "_ENOUGH", 1)
     asked = [*folders, "-t", texts, "--folds", 2, "--instead", folders[0]]
     done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
     assert done.exit_code == 0, done.output

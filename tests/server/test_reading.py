@@ -90,3 +90,18 @@ def test_how_much_is_read_is_told_of_all_in_sum():
         by_turns([work(8), iter(()), work(40)])
     assert heard == sorted(heard)
     assert (heard[0], heard[-1], {total for _, total in heard}) == ((0, 48), (48, 48), {48})
+
+
+def test_works_that_read_one_after_the_other_never_go_back():
+    """As members over bytes, each of which tells what it reads, and leaves off for nobody."""
+
+    def work(total):
+        for done in range(0, total, 4):
+            control().hear(done, total)
+        return total
+        yield
+
+    heard = []
+    with Control(lambda done, total: heard.append(done / total)).over():
+        assert by_turns([work(8), work(12)]) == [8, 12]
+    assert heard == sorted(heard) == [0, 0.25, 0.4, 0.6, 0.8, 1]

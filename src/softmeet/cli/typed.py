@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -84,8 +85,8 @@ class Typed:
             except KeyboardInterrupt:
                 say("/bye or Ctrl-D ends the program")
                 continue
-            if text.startswith(_LINES):
-                text = text.removeprefix(_LINES).removesuffix(_LINES).strip()
+            if text.startswith(_LINES) and (text := text.removeprefix(_LINES).removesuffix(_LINES).strip()):
+                return text
             if text:
                 return None if text in _ENDS else text
 
@@ -105,23 +106,36 @@ class Typed:
         """Return a text that is typed at a prompt.
 
         Each prompt is a new one, as Ctrl-C during an answer has a terminal forget what was typed: which may be the end
-        of a paste, for which the old one would wait.
+        of a paste, for which the old one would wait. Ctrl-C right behind a text leaves it.
         """
         from prompt_toolkit import PromptSession
+        from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+        from prompt_toolkit.keys import Keys
 
         self._prompt = PromptSession(
-            "> ", multiline=True, key_bindings=_keys(), history=self._history, reserve_space_for_menu=0, **terminal()
-        )
+            "> ", multiline=True, key_bindings=_keys(), history=self._history, reserve_space_for_menu=0,
+            enable_suspend=True, **terminal(),
+        )  # fmt: skip
         self._history = self._prompt.history
-        return self._prompt.prompt(pre_run=self._leave)
+        text = self._prompt.prompt(pre_run=self._leave)
+        ahead = get_typeahead(self._prompt.input)
+        if any(typed.key == Keys.ControlC for typed in ahead):
+            raise KeyboardInterrupt
+        store_typeahead(self._prompt.input, ahead)
+        return text
 
 
 def terminal() -> dict[str, Any]:
-    """Return where a prompt reads and is shown: at the terminal, where stdout is a file, too."""
+    """Return where a prompt reads and is shown: at the terminal, where stdout and stderr are files, too."""
     from prompt_toolkit.input import create_input
     from prompt_toolkit.output import create_output
 
-    return {"input": create_input(), "output": create_output(always_prefer_tty=True)}
+    # Who asks a terminal for the cursor's place waits where it does not answer, and takes Ctrl-C for a key meanwhile.
+    os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"
+    shown = next((stream for stream in (sys.stdout, sys.stderr) if stream.isatty()), None)
+    with suppress(OSError):  # as on Windows
+        shown = shown or open("/dev/tty", "w")  # noqa: PTH123, SIM115 - as long as the prompt lasts
+    return {"input": create_input(), "output": create_output(shown)}
 
 
 @contextmanager
@@ -137,10 +151,11 @@ def messages_above() -> Iterator[None]:
 
 
 def _keys() -> KeyBindings:
-    """Return what Enter does: it ends a text, but within marks a line."""
+    """Return what Enter does, which ends a text, but within marks a line, and Tab, which is one."""
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
+    keys.add("tab")(lambda event: event.current_buffer.insert_text("\t"))
 
     @keys.add("enter")
     def enter(event: Any) -> None:

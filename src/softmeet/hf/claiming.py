@@ -49,6 +49,8 @@ def give_claims(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda 
 def _registered(model: AnyEnsemble, line: str) -> Reader:
     """Return a registered reader that claims, if its symbols are those of a model."""
     reader: Reader = registered_reader(Member.parse(line))
+    if not reader.traits.claims:
+        raise InvalidInputError(f"expected a reader that claims of {line}, as its factory says so: see its traits")
     alphabet, own = symbols_of(model), reader.alphabet
     text = "".join(chr(k) for k in range(33, 256))
     if own.size != alphabet.size or own.encode(text) != alphabet.encode(text):

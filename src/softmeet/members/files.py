@@ -13,7 +13,7 @@ from typing import Any
 
 from softmeet.errors import CheckpointError, InvalidInputError, nearest
 from softmeet.members.member import Member
-from softmeet.members.registered import is_registered, registered_reader
+from softmeet.members.registered import claims
 
 _KIND = "files:"
 _KEYS = ("path", "include", "weight", "relevance", "name")
@@ -141,7 +141,7 @@ def parted(named: Any) -> tuple[Any, list[str]]:
             files = one if isinstance(one, Files) else Files.parse(one)
             files.require_there()
             claiming.append(str(files))
-        elif claims(one):
+        elif isinstance(one, str | Member) and claims(Member.of(one)):
             claiming.append(str(Member.of(one)))
         else:
             members.append(one)
@@ -151,11 +151,3 @@ def parted(named: Any) -> tuple[Any, list[str]]:
         return named, []
     # One name may be a saved ensemble, or a family.
     return members[0] if len(members) == 1 else members, claiming
-
-
-def claims(named: Any) -> bool:
-    """Return whether what is named is a registered reader that claims, and no member."""
-    if not isinstance(named, str | Member):
-        return False
-    member = Member.of(named)
-    return is_registered(member) and bool(registered_reader(member).traits.claims)

@@ -60,6 +60,14 @@ def is_registered(member: Member) -> bool:
     return bool(colon) and (name in _registered or name in _installed())
 
 
+def claims(member: Member) -> bool:
+    """Return whether a member is a registered reader that claims, as the attribute ``claims`` of its factory says."""
+    if not is_registered(member):
+        return False
+    name = member.source.partition(":")[0]
+    return bool(getattr(_registered[name] if name in _registered else _installed()[name].load(), "claims", False))
+
+
 def refuse_servers(members: Iterable[Member], where: str = "a saved ensemble") -> None:
     """Check that no member that a file names is behind a server: whoever loads the file would send it prompts and key.
 

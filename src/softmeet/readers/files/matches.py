@@ -109,9 +109,9 @@ def match(index: Sorted, text: Sequence[int], orders: Sequence[int], size: int) 
 
     Example:
         >>> from types import SimpleNamespace
-        >>> toy = SimpleNamespace(symbols=np.array([5, 7, 5, 8, 9]), order=np.array([0, 2, 1, 3, 4]))
+        >>> toy = SimpleNamespace(symbols=np.intc([5, 7, 5, 8, 9]), order=np.intc([0, 2, 1, 3, 4]))
         >>> found = match(toy, [7, 5], (1, 2, 3), 9)
-        >>> found.order, found.length, found.probs().argmax()
+        >>> found.order, found.length, int(found.probs().argmax())
         (2, 2, 8)
     """
     found = intervals(index, text[-orders[-1] :])
