@@ -143,6 +143,12 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(named, error, 
 
 
 def test_what_cannot_have_files_says_so(beside, folder):
+    asked = '{"id": "1", "question": "Who?", "answer": "Zorblax"}'
+    (folder.parent / "q.jsonl").write_text(asked)
+    for command in ["advise"], ["fit", "--out", "x"], ["trace", "x"], ["answer", folder.parent / "q.jsonl"]:
+        named = [word for name in (*MEMBERS, f"files:{folder}") for word in ("-m", name)]
+        done = run(*command, *named, *(["-t", folder / "a.txt"] if command[0] in ("fit", "trace") else []))
+        assert (done.returncode, "with files yet" in " ".join(done.stderr.split())) == (2, True), done.stderr
     with pytest.raises(InvalidInputError, match="files beside members over tokens or bytes"):
         Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama", f"files:{folder}"], vocabulary="union")
     with pytest.raises(InvalidInputError, match="leave the files out"):

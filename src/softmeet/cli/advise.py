@@ -78,6 +78,7 @@ def advise(
     Example: softmeet advise wide/gpt2 wide/llama --text 'books/*.txt' --save my-ensemble
     """
     every = options.named([*(named or ()), *(members or ())])
+    options.refuse_files(every, "advise on members")
     require_there([*every, *(instead or ())])
     from softmeet.evaluation.files import PieceCache, require_ensemble_folder, write_text
 

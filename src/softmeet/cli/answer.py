@@ -179,6 +179,7 @@ def answer(
 
 def _who(members: list[str] | None, ensembles: list[str] | None, instead: list[str] | None) -> list[Subject]:
     named = members or [] if ensembles else options.named(members)
+    options.refuse_files([*named, *(word for line in ensembles or () for word in line.split())], "answer questions")
     require_there([*named, *(instead or ())])
     from softmeet.answers.subjects import subjects
 

@@ -111,6 +111,7 @@ def fit(
     found = source.documents()
     named = options.named(source.members(members))
     refuse_servers(map(Member.of, named))
+    options.refuse_files(named, "fit members")
     loading.refuse_exact(named, [document.text for document in found], source.surely_read)
     reads = rule is not None and rule_of(rule).reads_heads
     ensemble = loading.ensemble(named, {"rule": rule} if reads else {}, prune=source.prune(None))

@@ -174,6 +174,7 @@ def generate(
     alone = {"--one-member": sampling.one_member, "--speculate": sampling.speculate not in (None, "0", "auto")}
     scored = ["--prompt-weights"] if prompt_weights else []
     loading.refuse_over_union(scored, [name for name, given in alone.items() if given])
+    loading.refuse_exact(members or [options.DEFAULT], texts, None)
     loaded = loading.ensemble(members, retrieved.settings(passages, settings), to_write=True, rather=rather)
     ensemble = retrieved.behind(passages, loaded)
     asked = written.asked(ensemble, texts)

@@ -43,6 +43,7 @@ def trace(
         raise unknown(f"cannot store numbers as {store!r}", store, ["float32", "float16"])
     found = source.documents()
     who = options.named(members)
+    options.refuse_files(who, "trace members")
     loading.refuse_exact(who, [document.text for document in found], source.surely_read)
     ensemble = loading.ensemble(who, prune=options.MEASURED)
     from softmeet.evaluation.trace import record

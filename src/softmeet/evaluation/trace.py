@@ -111,6 +111,26 @@ class Trace:
         """Return the path of shard ``k``, counted from 0, whether the file exists or not."""
         return self.folder / f"shard-{k:05d}.parquet"
 
+    def _require_member(self, own: dict[str, Any], theirs: dict[str, Any]) -> None:
+        """Check one member; ``own`` and ``theirs`` are its facts here and in the trace, as :func:`identity` has them."""
+        if own["head"] != theirs["head"] and own["body"] == theirs.get("body") and own["width"] != theirs["width"]:
+            raise TraceError(
+                f"{self.folder} keeps what {theirs['name']} predicts without its output layer (head), which a rule "
+                "read here: evaluate it from the text, with --text and the members, or leave the rule out"
+            )
+        if own["head"] != theirs["head"]:
+            dtype = theirs.get("dtype", own["dtype"])
+            advice = "name the members that made it, in order" if dtype == own["dtype"] else f"try --dtype {dtype}"
+            raise TraceError(
+                f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}, {dtype}), but in its "
+                f"place stands {own['name']} (head {own['head'][:12]}, {own['dtype']}): {advice}, or trace again"
+            )
+        if own["body"] != theirs.get("body", own["body"]):
+            raise TraceError(
+                f"{self.folder} was made by {theirs['name']}, but {own['name']} in its place has other weights "
+                "below the same head: name the members that made it, in order, or trace again"
+            )
+
     def require(self, ensemble: Ensemble) -> None:
         """Check that an ensemble has the members, in order, and the tokenizer that made the trace.
 
@@ -126,18 +146,7 @@ class Trace:
                 f"{len(here['members'])}: name those, in that order, or trace again"
             )
         for own, theirs in zip(here["members"], made["members"], strict=True):
-            if own["head"] != theirs["head"]:
-                dtype = theirs.get("dtype", own["dtype"])
-                advice = "name the members that made it, in order" if dtype == own["dtype"] else f"try --dtype {dtype}"
-                raise TraceError(
-                    f"{self.folder} was made by {theirs['name']} (head {theirs['head'][:12]}, {dtype}), but in its "
-                    f"place stands {own['name']} (head {own['head'][:12]}, {own['dtype']}): {advice}, or trace again"
-                )
-            if own["body"] != theirs.get("body", own["body"]):
-                raise TraceError(
-                    f"{self.folder} was made by {theirs['name']}, but {own['name']} in its place has other weights "
-                    "below the same head: name the members that made it, in order, or trace again"
-                )
+            self._require_member(own, theirs)
         if here.get("prune") != made.get("prune"):
             over = [f"over bytes (prune {x['prune']})" if "prune" in x else "over tokens" for x in (made, here)]
             both = "prune" in here and "prune" in made
