@@ -112,7 +112,7 @@ class Trace:
         return self.folder / f"shard-{k:05d}.parquet"
 
     def _require_member(self, own: dict[str, Any], theirs: dict[str, Any]) -> None:
-        """Check one member; ``own`` and ``theirs`` are its facts here and in the trace, as :func:`identity` has them."""
+        """Check one member; ``own`` and ``theirs`` are its facts here and in the trace, by :func:`identity`."""
         is_it = own["body"] == theirs.get("body")
         if is_it and own["head"] != theirs["head"] and own["width"] != theirs["width"]:
             raise TraceError(
