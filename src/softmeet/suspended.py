@@ -193,15 +193,15 @@ def by_turns(works: Sequence[Generator[Done, None, T]], pause: Callable[[], obje
         while going:
             for k, work in list(going.items()):
                 own.check()
-                own.hear = partial(every.tell, k)
+                own.hear, every.begun = partial(every.tell, k), max(every.begun, k + 1)
                 try:
                     told = next(work)
                 except StopIteration as end:
-                    found[k] = end.value
+                    found[k], every.done[k] = end.value, every.total[k]
                     del going[k]
-                    every.end(k)
                     continue
-                every.note(k, *(told or ()))
+                if told is not None:
+                    every.done[k], every.total[k] = told
                 pause()
             took_turns = took_turns or bool(going) or any(every.total)
             if going and any(every.total):
@@ -219,22 +219,11 @@ class _Sum:
     """How much several works have done, of how much: those that have not begun are taken for the mean of the others."""
 
     def __init__(self, count: int, hear: Callable[[int, int], object]) -> None:
-        self.done, self.total, self._begun, self._hear = [0] * count, [0] * count, set[int](), hear
-
-    def note(self, k: int, done: int | None = None, total: int = 0) -> None:
-        """Take note of what work k has told where it may be left, maybe nothing."""
-        self._begun.add(k)
-        if done is not None:
-            self.done[k], self.total[k] = done, total
+        self.done, self.total, self.begun, self._hear = [0] * count, [0] * count, 0, hear
 
     def tell(self, k: int, done: int, total: int) -> None:
-        """Take note of what work k tells meanwhile, and pass the sum on unless that is all."""
-        self.note(k, done, total)
-        whole = sum(self.total) * len(self.total) // len(self._begun)
+        """Take note of what work k tells while it goes on, and pass the sum on unless that is all."""
+        self.done[k], self.total[k] = done, total
+        whole = sum(self.total) * len(self.total) // self.begun
         if sum(self.done) < whole:
             self._hear(sum(self.done), whole)
-
-    def end(self, k: int) -> None:
-        """Take note that work k has ended."""
-        self._begun.add(k)
-        self.done[k] = self.total[k]

@@ -37,7 +37,5 @@ def claimed(ours: Float[Tensor, "B v"], states: Sequence[Float[Tensor, "B _"]]) 
 
 def behind_claims(solution: Solution, states: Sequence[Float[Tensor, "B _"]]) -> Solution:
     """Return a solution with the claims of readers in its log-probabilities; all else is what the rule has found."""
-    if not states:
-        return solution
     shares = torch.stack([own[:, -1].exp() for own in states]).double()
     return replace(solution, log_probs=claimed(solution.log_probs, states), claims=shares)

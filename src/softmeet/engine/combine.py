@@ -111,14 +111,12 @@ class Combiner:
         """
         if not (settings.rule.is_average and quick.may(settings, len(hidden[0]), self.v)):
             return None
-        members, claims = self._parted(hidden)
-        logits = self._own_logits(members, native=True)
+        n = len(self.heads)
+        logits = self._own_logits(hidden[:n], native=True)
         found = quick.average(logits, settings, self.support, self.v)
-        return None if found is None else (claimed(found, claims), logits)
-
-    def _parted(self, hidden: Hidden) -> tuple[Hidden, Hidden]:
-        """Return the members' hidden states, and the states of readers that claim."""
-        return hidden[: len(self.heads)], hidden[len(self.heads) :]
+        if found is None or len(hidden) == n:
+            return None if found is None else (found, logits)
+        return claimed(found, hidden[n:]), logits
 
     def solve_in_chunks(
         self,
@@ -203,7 +201,7 @@ class Combiner:
         all logits of the other members are 0, and their heads are not read.
         """
         place, v = self.heads[0].device, self.v
-        hidden, _ = self._parted(hidden)
+        hidden = hidden[: len(self.heads)]
         if deferral is None:
             found = self._own_logits(hidden)
         else:
@@ -308,7 +306,7 @@ class Combiner:
             self.require(settings)
         heads, dtype = self.given, scores.dtype
         log_p = self.normalised(scores)
-        hidden, claims = self._parted(hidden or ())
+        hidden, claims = (hidden or ())[: len(self.heads)], (hidden or ())[len(self.heads) :]
         if settings.free_radial:
             self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
@@ -336,7 +334,8 @@ class Combiner:
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)
-        return behind_claims(solution if bands == 1 else solution.by_member(bands), claims)
+        solution = solution if bands == 1 else solution.by_member(bands)
+        return behind_claims(solution, claims) if claims else solution
 
     def average(self, settings: Settings) -> tuple[float, ...] | None:
         """Return the members' weights in the logit mean that the rule is here, as their heads are one; None if not."""

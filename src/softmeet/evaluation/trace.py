@@ -113,8 +113,7 @@ class Trace:
 
     def _require_member(self, own: dict[str, Any], theirs: dict[str, Any]) -> None:
         """Check one member; ``own`` and ``theirs`` are its facts here and in the trace, by :func:`identity`."""
-        is_it = own["body"] == theirs.get("body")
-        if is_it and own["head"] != theirs["head"] and own["width"] != theirs["width"]:
+        if own["body"] == theirs.get("body") and own["width"] != theirs["width"]:
             raise TraceError(
                 f"{self.folder} keeps what {theirs['name']} predicts without its output layer (head), which a rule "
                 "read here: evaluate it from the text, with --text and the members, or leave the rule out"

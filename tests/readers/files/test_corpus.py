@@ -23,6 +23,7 @@ def folder(tmp_path):
         "credentials.py": "code", "keys.py": "code",
         "only/.gitignore": "*\n!*/\n!*.py\n!kept/\n", "only/a/b.py": "b", "only/a/x.md": "12", "only/kept/x.md": "13",
     }  # fmt: skip
+    tmp_path /= "repository"  # above which another one may be, of this test alone
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
