@@ -85,7 +85,7 @@ def test_the_wheels_are_built_from_the_sdist_install_and_generate(dist, tmp_path
 @pytest.mark.slow
 def test_the_weights_are_in_the_wheel_of_the_bundled_members_alone(dist):
     package, members = wheels(dist)
-    assert package.stat().st_size < 1e6
+    assert package.stat().st_size < 1.2e6  # code alone
     assert not [name for name in zipfile.ZipFile(package).namelist() if name.endswith(".safetensors")]
     names = zipfile.ZipFile(members).namelist()
     assert sum(name.endswith("/model.safetensors") for name in names) == 9
