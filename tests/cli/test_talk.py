@@ -143,7 +143,7 @@ def keyboard(monkeypatch):
     """What types keys at a terminal, and what reads texts of it."""
     with create_pipe_input() as keys:
         monkeypatch.setattr("softmeet.cli.typed.terminal", lambda: {"input": keys, "output": DummyOutput()})
-        typed = Typed()
+        typed = Typed(CtrlC())
         typed.at_terminal = True
         yield keys.send_text, typed
 
@@ -162,7 +162,7 @@ def test_texts_of_several_lines(keyboard, monkeypatch):
     keys("\r".join(SEVERAL) + "\r")
     lines = iter(SEVERAL)
     monkeypatch.setattr("builtins.input", lambda: next(lines))
-    piped = Typed()
+    piped = Typed(CtrlC())
     piped.at_terminal = False
     for texts in typed, piped:
         assert [texts.next() for _ in range(3)] == ["def f():\n    return 1", "one", None]
@@ -176,13 +176,17 @@ def test_a_paste_is_one_text(keyboard):
 
 def test_ctrl_c_stops_what_is_waited_for_and_is_nothing_elsewhere():
     ctrl_c, answer, task = CtrlC(), Control(), Future()
-    ctrl_c(2, None)
     with ctrl_c.stops(answer):
         ctrl_c(2, None)
     assert answer.stopped
+    behind = Control()  # of a text behind which it came
+    with ctrl_c.stops(behind):
+        assert behind.stopped
+    ctrl_c.forget()
     with ctrl_c.obeyed():
         threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
         assert not ctrl_c.waited(task)
+        ctrl_c.forget()
         threading.Timer(0.1, task.set_result, [None]).start()
         assert ctrl_c.waited(task)
 

@@ -51,7 +51,8 @@ def chat(
         raise InvalidInputError("--sources lists places in files: name them beside the models, as in files:~/project")
     if colors and sampling.one_member:
         raise InvalidInputError("--colors needs what all members say: leave out --one-member")
-    typed, text, ctrl_c = Typed(), None, CtrlC()
+    ctrl_c, text = CtrlC(), None
+    typed = Typed(ctrl_c)
     load = partial(loading.ensemble, every or None, settings, to_write=True, shown=not typed.at_terminal)
     if typed.at_terminal:
         require_there(every)

@@ -25,17 +25,23 @@ _ENDS, _LINES = ("/bye", "/exit", "/quit", "exit", "quit"), '"""'
 class CtrlC:
     """What Ctrl-C does in a chat: it ends what is waited for, an answer or the loading of models.
 
-    At all other moments it does nothing. An exception, as Python raises it, could come in the middle of anything. While
+    It does so, too, if it comes before that has begun, but behind the text. An exception, as Python raises it, could come in the middle of anything. While
     a text is typed, Ctrl-C is a key, which :class:`Typed` takes.
     """
 
     def __init__(self) -> None:
         self._awaited: Control | None = None
+        self._came = False
 
     def __call__(self, number: int, frame: Any) -> None:
         """Handle the signal."""
+        self._came = True
         if self._awaited is not None:
             self._awaited.stop()
+
+    def forget(self) -> None:
+        """Have a Ctrl-C that has come end nothing, as a text is typed."""
+        self._came = False
 
     @contextmanager
     def obeyed(self) -> Iterator[None]:
@@ -50,6 +56,8 @@ class CtrlC:
     def stops(self, control: Control) -> Iterator[None]:
         """Enter a context in which something under a control is waited for."""
         self._awaited = control
+        if self._came:
+            control.stop()
         try:
             yield
         finally:
@@ -68,16 +76,20 @@ class Typed:
     """Texts that are typed at a terminal, each at a prompt where it can be edited, or that come through a pipe.
 
     A paste is one text, and a text of several lines stands between two marks.
+
+    Args:
+        ctrl_c: is told when a text is typed.
     """
 
-    def __init__(self) -> None:
-        self.at_terminal, self._ended = sys.stdin.isatty(), False
+    def __init__(self, ctrl_c: CtrlC) -> None:
+        self.at_terminal, self._ended, self._ctrl_c = sys.stdin.isatty(), False, ctrl_c
         self._prompt: PromptSession[str] | None = None
         self._history: History | None = None
 
     def next(self) -> str | None:
         """Return the next text; None at the end. Ctrl-C leaves what is typed, and ends nothing."""
         while True:
+            self._ctrl_c.forget()
             try:
                 text = (self._edited() if self.at_terminal else _piped()).strip()
             except EOFError:
@@ -117,7 +129,7 @@ class Typed:
             enable_suspend=True, **terminal(),
         )  # fmt: skip
         self._history = self._prompt.history
-        text = self._prompt.prompt(pre_run=self._leave)
+        text = self._prompt.prompt(pre_run=self._leave, handle_sigint=False)
         ahead = get_typeahead(self._prompt.input)
         if any(typed.key == Keys.ControlC for typed in ahead):
             raise KeyboardInterrupt
