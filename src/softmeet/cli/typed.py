@@ -25,8 +25,8 @@ _ENDS, _LINES = ("/bye", "/exit", "/quit", "exit", "quit"), '"""'
 class CtrlC:
     """What Ctrl-C does in a chat: it ends what is waited for, an answer or the loading of models.
 
-    It does so, too, if it comes before that has begun, but behind the text. An exception, as Python raises it, could come in the middle of anything. While
-    a text is typed, Ctrl-C is a key, which :class:`Typed` takes.
+    It does so, too, if it comes before that has begun, but behind the text. An exception, as Python raises it, could
+    come in the middle of anything. While a text is typed, Ctrl-C is a key, which :class:`Typed` takes.
     """
 
     def __init__(self) -> None:
@@ -130,10 +130,15 @@ class Typed:
         )  # fmt: skip
         self._history = self._prompt.history
         text = self._prompt.prompt(pre_run=self._leave, handle_sigint=False)
-        ahead = get_typeahead(self._prompt.input)
+        # What has come behind the text is a key, though it would be a signal now.
+        keys = self._prompt.input
+        ahead = get_typeahead(keys)
+        with keys.raw_mode():
+            while more := keys.read_keys():
+                ahead += more
         if any(typed.key == Keys.ControlC for typed in ahead):
             raise KeyboardInterrupt
-        store_typeahead(self._prompt.input, ahead)
+        store_typeahead(keys, ahead)
         return text
 
 
