@@ -13,6 +13,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from softmeet import Ensemble
+from softmeet.cli import typed as typed_module
 from softmeet.cli.chat import while_typing
 from softmeet.cli.conversation import Conversation
 from softmeet.cli.talk import Talk, TalkFlags, color_of
@@ -152,6 +153,16 @@ def test_ctrl_c_without_an_answer_ends_nothing(keyboard):
     keys, typed = keyboard
     keys("half a line\x03hello\r\x04")
     assert (typed.next(), typed.next()) == ("hello", None)
+
+
+def test_ctrl_c_while_a_prompt_is_made_stops_no_later_answer(keyboard, monkeypatch):
+    keys, typed = keyboard
+    made, answer = typed_module.terminal, Control()
+    monkeypatch.setattr(typed_module, "terminal", lambda: typed._ctrl_c(2, None) or made())
+    keys("hello\r")
+    assert typed.next() == "hello"
+    with typed._ctrl_c.stops(answer):
+        assert not answer.stopped
 
 
 SEVERAL = '"""def f():', "    return 1", '"""', "", '"""one"""', "exit", "never read"

@@ -161,7 +161,7 @@ class Talk:
         say(f"begun anew, with{' this' if system else 'out a'} system message")
 
     def do_show(self, _: str = "") -> None:
-        """Say what is set."""
+        """Print the models, how answers are drawn, and the system's message."""
         config, sampling = self._ensemble.model.config, self._sampling.arguments()
         weights = self._weights or config.weights
         models = (f"{options.short(name)} {weight:.2f}" for name, weight in zip(config.members, weights, strict=True))
@@ -210,7 +210,7 @@ class Talk:
         say(f"wrote {path}")
 
     def do_clear(self, _: str) -> None:
-        """Forget what was said."""
+        """Forget all turns but the system's message."""
         self._said.clear()
         say("what was said is forgotten")
 

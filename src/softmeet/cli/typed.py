@@ -109,6 +109,11 @@ class Typed:
             with suppress(RuntimeError):  # as the prompt has just ended
                 loop.call_soon_threadsafe(self._leave)
 
+    def _begin(self) -> None:
+        """Have a Ctrl-C that has come while the prompt was made be none of the text's; leave it if all is ended."""
+        self._ctrl_c.forget()
+        self._leave()
+
     def _leave(self) -> None:
         """Leave the prompt if all is ended."""
         if self._ended and self._prompt and self._prompt.app.is_running and not self._prompt.app.is_done:
@@ -129,7 +134,7 @@ class Typed:
             enable_suspend=True, **terminal(),
         )  # fmt: skip
         self._history = self._prompt.history
-        text = self._prompt.prompt(pre_run=self._leave, handle_sigint=False)
+        text = self._prompt.prompt(pre_run=self._begin, handle_sigint=False)
         # What has come behind the text is a key, though it would be a signal now.
         keys = self._prompt.input
         ahead = get_typeahead(keys)

@@ -59,7 +59,7 @@ class EnsembleConfig(PreTrainedConfig):
             model is run on a tokenization; those of less mass are estimated. 0 to estimate none.
         prefixes: over bytes, for each member the token ids that it reads before every text, None for those that its
             tokenizer puts there; None for these for all members.
-        files: the user's files beside the members, each as a line of text (:class:`softmeet.Files`).
+        files: the user's files (:class:`softmeet.Files`) and readers that claim, each as a line of text.
         movement: the calibrated factors of the gate ``movement`` for these members, by the settings they were measured
             for (:func:`softmeet.hf.calibrated.key_of`); None for a factor that could not be measured in time.
 

@@ -97,7 +97,7 @@ class Files:
 
     @property
     def title(self) -> str:
-        """The name to show."""
+        """The name by which the files are shown in tables, answers and requests."""
         return self.name or f"{_KIND}{os.path.basename(os.path.abspath(os.path.expanduser(self.paths[0])))}"  # noqa: PTH100, PTH111, PTH119
 
     def require_there(self) -> None:

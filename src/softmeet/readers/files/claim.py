@@ -89,10 +89,12 @@ class Relevance:
     Attributes:
         scheme: how they are weighed.
         seen: for each given symbol that was looked at, by its number, the log-likelihood of each factor.
+        known: the relevance behind so many of them, as far as it was asked for: while a text is written it stays.
     """
 
     scheme: Scheme
     seen: dict[int, Float64[np.ndarray, " 6"]] = field(default_factory=dict)
+    known: dict[int, float] = field(default_factory=dict)
 
     def see(self, number: int, prob: float, weight: float) -> None:
         """Take note of a symbol that was given.
@@ -111,15 +113,18 @@ class Relevance:
 
     def behind(self, count: int) -> float:
         """Return the relevance behind the first ``count`` symbols, of which the last ones were seen."""
+        if count in self.known:
+            return self.known[count]
         logs = np.log(_PRIOR)
         for number in range(max(0, count - self.scheme.window), count):
             logs = self.scheme.fades * logs + self.seen[number]
         posterior = np.exp(logs - logs.max())
-        return float(posterior @ _FACTORS / posterior.sum())
+        self.known[count] = float(posterior @ _FACTORS / posterior.sum())
+        return self.known[count]
 
     def forked(self) -> Relevance:
         """Return another one that has seen the same."""
-        return Relevance(self.scheme, dict(self.seen))
+        return Relevance(self.scheme, dict(self.seen), dict(self.known))
 
 
 def claim(weight: float, relevance: float) -> float:

@@ -44,18 +44,14 @@ class Match:
     Attributes:
         size: the number of symbols that there are.
         levels: for each order that matched, the symbols that followed, ascending, and how often.
-        length: how many of the last symbols the longest match has, at most those of the largest order.
-        place: where the last symbol of such a match stands in the index; -1 without a match.
     """
 
     size: int
     levels: Sequence[tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]]
-    length: int
-    place: int
 
     @property
     def order(self) -> int:
-        """How many orders matched."""
+        """The number of orders for which something followed the text in the files."""
         return len(self.levels)
 
     @cached_property
@@ -70,14 +66,6 @@ class Match:
             for ids, counts in self.levels
             for total in [int(counts.sum())]
         ]
-
-    def prob(self, symbol: int) -> float:
-        """Return the probability of a symbol, whose P_0 is that of all symbols alike."""
-        found = 1 / self.size
-        for ids, own, left in self._parts:
-            k = int(np.searchsorted(ids, symbol))
-            found = left * found + (float(own[k]) if k < len(ids) and ids[k] == symbol else 0.0)
-        return found
 
     def probs(self, allowed: Bool[np.ndarray, " v"] | None = None) -> Float64[np.ndarray, " v"]:
         """Return the distribution, (v,).
@@ -111,8 +99,8 @@ def match(index: Sorted, text: Sequence[int], orders: Sequence[int], size: int) 
         >>> from types import SimpleNamespace
         >>> toy = SimpleNamespace(symbols=np.intc([5, 7, 5, 8, 9]), order=np.intc([0, 2, 1, 3, 4]))
         >>> found = match(toy, [7, 5], (1, 2, 3), 9)
-        >>> found.order, found.length, int(found.probs().argmax())
-        (2, 2, 8)
+        >>> found.order, int(found.probs().argmax())
+        (2, 8)
     """
     found = intervals(index, text[-orders[-1] :])
     levels = list[tuple[np.ndarray, np.ndarray]]()
@@ -126,7 +114,7 @@ def match(index: Sorted, text: Sequence[int], orders: Sequence[int], size: int) 
         if not len(counted[0]):
             break
         levels.append(counted)
-    return Match(size, levels, len(found), int(index.order[found[-1][0]]) if found else -1)
+    return Match(size, levels)
 
 
 def intervals(index: Sorted, text: Sequence[int]) -> list[tuple[int, int]]:

@@ -98,7 +98,7 @@ class FilesReader(ReaderOfRows[FilesRow]):
         return self._opened(FilesRow(list(own), len(own), given, Relevance(self._scheme)))
 
     def close(self, row: Row) -> None:
-        """Give a row up."""
+        """Give a row up; nothing more can be read in it."""
         self._rows.pop(self._mine(row))
 
     def _copied(self, row: FilesRow) -> FilesRow:
