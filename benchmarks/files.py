@@ -72,7 +72,7 @@ class Project:
         else:
             held = chosen.sample(long, min(count, len(long) // 4))
             kept = tuple(path for path in texts.files if path not in held)
-        return cls(Path(folder).name, tuple(sorted(held)), replace(texts, files=kept))
+        return cls("/".join(Path(folder).parts[-2:]), tuple(sorted(held)), replace(texts, files=kept))
 
     @cached_property
     def _windows(self) -> set[bytes]:
@@ -183,7 +183,10 @@ def bits_of(
     """Print the bits a byte of held-out files, alone and with the project's other files."""
     ensemble = Ensemble.from_pretrained(models.split(","), "logit-mean")
     alphabet, rows = ensemble.model.readers_of_members[0].alphabet, []
-    strangers = [(Path(folder).name, index_of(ensemble, find_texts([folder], include))) for folder in unrelated or ()]
+    strangers = [
+        ("/".join(Path(folder).parts[-2:]), index_of(ensemble, find_texts([folder], include)))
+        for folder in unrelated or ()
+    ]
     for project in (Project.of(folder, held, include, by) for folder in projects):
         told = {path: alone(ensemble, path) for path in project.held}
         best = min(TEMPERATURES, key=lambda t: bits([(one.nats[t], one.ends) for one in told.values()]))
@@ -192,7 +195,11 @@ def bits_of(
         for name, index in [(project.name, index_of(ensemble, project.kept)), *strangers]:
             reader = FilesReader(name, alphabet, index)
             parts = {path: (with_files(reader, one), one.ends) for path, one in told.items()}
-            row: dict[str, Any] = {"text": project.name, "files": name, "MB": round(4 * len(index.symbols) / 1e6, 2)}
+            row: dict[str, Any] = {
+                "text": project.name,
+                "files": name,
+                "MB": round(sum(one.size for one in index.entries) / 1e6, 2),
+            }
             row |= {
                 "held out": len(told),
                 **_both("", plain, parts),

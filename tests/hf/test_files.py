@@ -14,6 +14,8 @@ from softmeet import Ensemble, Files
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.evaluation.likelihoods import likelihoods
 from softmeet.hf.chat import take_plain
+from softmeet.server.ensembles import load
+from softmeet.server.naming import named
 
 MEMBERS = ["wide/gpt2", "wide/llama"]
 SAID = "Zorblax the quick went to Quixby, and Zorblax the slow went home. "
@@ -169,3 +171,15 @@ def test_over_bytes_a_conversation_is_what_was_given(folder):
     assert SAID.strip().encode() in seen[0]
     reports = both.inspect(SAID[:60])
     assert all(0 <= report.claims[0] < 0.9701 for report in reports)
+
+
+def test_a_server_puts_files_beside_its_models(folder, tmp_path):
+    beside, file = f"files:{folder}", tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    assert named([str(file), beside]) == {"default": [str(file), beside]}
+    assert named(["wide", beside]) == {"wide": ["wide", beside]}
+    assert named([], ["big=wide/gpt2", f"big={beside}"]) == {"big": ["wide/gpt2", beside]}
+    with pytest.raises(InvalidInputError, match="say -m NAME=files"):
+        named(["wide", "narrow", beside])
+    found = load(named(["wide", beside]), rule="logit-mean")
+    assert found.find("wide").files == (found.find("wide").ensemble.model.claimants[0].name,)

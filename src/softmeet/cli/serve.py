@@ -9,7 +9,6 @@ import socket
 import threading
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +186,8 @@ def serve(
         )
     _check_engine(running, ui=bool(access.ui))
     allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
-    require_there(chain.from_iterable(asked.values()))
+    for models in asked.values():
+        require_there(models)
     with listening(host, access.port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
         with uncollected(), quick_imports():

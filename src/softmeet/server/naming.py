@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softmeet.errors import InvalidInputError
+from softmeet.members.files import is_files
 from softmeet.members.local_names import located
 from softmeet.members.member import Member
 from softmeet.members.zoo import DEFAULT
@@ -21,7 +22,8 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
     Args:
         given: saved ensembles and bundled families, each as ``NAME=PATH``, or as ``PATH`` alone, whose last part is
             then the name, or of two that are alike the last two parts; a file alone, by its path or by its name in
-            another program, is a member of ``default``.
+            another program, is a member of ``default``. The user's files stand beside these or, if there are none,
+            beside the one ensemble that is named.
         members: single members: ``MEMBER`` belongs to the ensemble ``default``, ``NAME=MEMBER`` to the ensemble
             ``NAME``.
 
@@ -33,10 +35,13 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
 
     >>> named(["narrow", "big=folder/wide"])
     {'narrow': ['narrow'], 'big': ['folder/wide']}
+    >>> named(["narrow", "files:src"])
+    {'narrow': ['narrow', 'files:src']}
     >>> named([], ["gpt2", "other=distilgpt2", "opt"])
     {'default': ['gpt2', 'opt'], 'other': ['distilgpt2']}
     """
     joined: dict[str, list[str]] = {}
+    beside, given = [text for text in given if is_files(text)], [text for text in given if not is_files(text)]
     files = [text for text in given if not _PREFIX.match(text) and Path(located(Member.of(text)).source).is_file()]
     for text in (*files, *members):
         prefix = _PREFIX.match(text)
@@ -57,7 +62,13 @@ def named(given: Sequence[str], members: Sequence[str] = ()) -> dict[str, list[s
             today = " ".join(f"-m {prefix.group() if prefix else ''}{part}" for part in parts.split(","))
             raise InvalidInputError(f"expected one ensemble, got members joined by commas: say {today}")
         found[name] = [parts]
-    return found | joined or {"default": [DEFAULT]}
+    every = found | joined or {"default": [DEFAULT]}
+    if beside and "default" not in every and len(every) > 1:
+        raise InvalidInputError(
+            f"say -m NAME={beside[0]}, NAME being the one of {', '.join(every)} that gets these files"
+        )
+    every["default" if "default" in every else next(iter(every))] += beside
+    return every
 
 
 def _last(path: str, others: Sequence[str]) -> str:
