@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections import deque
 from types import SimpleNamespace
 
@@ -125,7 +126,7 @@ def test_a_token_of_one_member_is_of_that_member():
     model, members = ensemble(Table(0), Table(1)), Members(2)
     texts = [Continuation(model, [k]) for k in range(3)]
     for drawn in ([0, 1, 1], [1, 1, 0]):
-        found = of_one_each(texts, drawn, members)
+        found = of_one_each(texts, drawn, members, random.random)
         for own, text, i in zip(found, texts, drawn, strict=True):
             assert torch.allclose(own, model.members[i].follows(text.tokens), atol=1e-12)
             assert text.read_by(i) == len(text.tokens)

@@ -90,6 +90,27 @@ def test_what_one_call_has_drawn_is_given_to_the_next(folder):
     assert not every[0, -1].equal(some[0, -1])
 
 
+@pytest.mark.parametrize("members", [MEMBERS[:1], MEMBERS])
+@pytest.mark.parametrize("drawing", [{"do_sample": False}, {"do_sample": True, "temperature": 0.2, "seed": 3}])
+def test_files_draft_what_they_are_sure_of(folder, members, drawing):
+    beside = Ensemble.from_pretrained([*members, Files(folder)], "logit-mean")
+    counts, texts = [], []
+    for speculate in (0, 6):
+        calls = []
+        hook = beside.model.members[-1].base_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        texts.append(beside.generate(SAID[:33], max_new_tokens=30, speculate=speculate, **drawing))
+        counts.append(len(calls))
+        hook.remove()
+    assert texts[0] == texts[1]
+    assert counts[1] < 0.8 * counts[0]
+
+
+def test_drafts_of_one_member_need_files():
+    one = Ensemble.from_pretrained(MEMBERS[:1], "logit-mean")
+    with pytest.raises(InvalidInputError, match="speculate=4 cannot be used with a single member"):
+        one.generate("ab", max_new_tokens=3, do_sample=False, speculate=4)
+
+
 def test_likelihoods_and_evaluation_have_the_mixture(beside, folder, tmp_path):
     before, after = (beside.tokenizer(text)["input_ids"] for text in (SAID[:33], SAID[33:60]))
     (found,) = likelihoods(beside.model, [(before, after)])

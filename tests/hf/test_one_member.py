@@ -13,6 +13,7 @@ from softmeet.engine import combine as combining
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
 
+SAID = "Zorblax the quick went to Quixby, and Zorblax the slow went home. "
 WEIGHTS = [0.3, 0.7]
 
 
@@ -76,6 +77,26 @@ def test_tokens_follow_the_mean(ensemble):
         assert fits(tokens, mean) > 1e-3
     # One member alone is another law.
     assert fits(made[:, 0], own(ensemble, 0, prompt).exp()) < 1e-6
+
+
+def test_files_are_drawn_without_a_model(tmp_path):
+    (tmp_path / "a.txt").write_text(SAID * 3)
+    beside = Ensemble.from_pretrained(["wide/gpt2", f"files:{tmp_path}+weight=0.6+relevance=1"], "prob-mean")
+    ids = beside.tokenizer([SAID[:33]], return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        wanted = beside.model(input_ids=ids).logits[0, -1].double().softmax(-1)
+    read = []
+    hook = beside.model.members[0].base_model.register_forward_hook(lambda *_: read.append(1))
+    torch.manual_seed(1)
+    many = ids.repeat(2000, 1)
+    drawn = beside.model.generate(
+        many, attention_mask=torch.ones_like(many), do_sample=True, top_k=0, max_new_tokens=1, one_member=True
+    )[:, -1]
+    assert fits(drawn, wanted) > 1e-3
+    read.clear()
+    beside.generate(SAID[:33], do_sample=True, top_k=0, max_new_tokens=24, one_member=True)
+    hook.remove()
+    assert len(read) < 20
 
 
 def fits(tokens, p):

@@ -6,7 +6,7 @@ place where this is done, behind the rule, whatever asked for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -39,3 +39,19 @@ def behind_claims(solution: Solution, states: Sequence[Float[Tensor, "B _"]]) ->
     """Return a solution with the claims of readers in its log-probabilities; all else is what the rule has found."""
     shares = torch.stack([own[:, -1].exp() for own in states]).double()
     return replace(solution, log_probs=claimed(solution.log_probs, states), claims=shares)
+
+
+def claim_drawn(states: Sequence[Float[Tensor, "1 _"]], chance: Callable[[], float]) -> Float[Tensor, " v"] | None:
+    """Draw who answers by the shares of readers that claim; return the log-probabilities of the one that does.
+
+    Args:
+        states: as of :func:`claimed`, behind one text.
+        chance: returns a number drawn evenly from [0, 1).
+
+    Returns:
+        those, (v,), in nats; None if it is the rule.
+    """
+    for own in reversed(states):
+        if chance() < float(own[0, -1].exp()):
+            return own[0, :-1]
+    return None

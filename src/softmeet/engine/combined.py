@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softmeet.engine import quick
 from softmeet.engine.ask import Hidden, Members
-from softmeet.engine.claims import claimed
+from softmeet.engine.claims import claim_drawn
 from softmeet.engine.continuation import Continuation, Ensembled
 from softmeet.engine.deferral import Deferral
 from softmeet.engine.gate import joined
@@ -100,25 +100,33 @@ def of_rows(
     return (Combined(solution.log_probs, log_probs, solution) for log_probs, solution in solved)
 
 
-def of_one_each(texts: Sequence[Continuation], drawn: Sequence[int], members: Members) -> Float[Tensor, "B v"]:
+def of_one_each(
+    texts: Sequence[Continuation], drawn: Sequence[int], members: Members, chance: Callable[[], float]
+) -> Float[Tensor, "B v"]:
     """Have one member read what it has not read of each text, and return its log-probabilities of what follows.
+
+    A reader that claims answers in the member's place as often as it claims, and then no member reads.
 
     Args:
         texts: B texts of one ensemble.
         drawn: for each, the number of the member.
         members: those who read.
-
-    Returns:
-        that, with the claims of readers that take their share of whatever member answers.
+        chance: returns a number drawn evenly from [0, 1).
 
     Raises:
         SoftmeetError: if a member cannot read a text.
     """
-    chosen = {one: slice(i, i + 1) for one, i in zip(texts, drawn, strict=True)}
-    model, told = texts[0].model, members.read_on(texts, chosen)
+    model, combiner = texts[0].model, texts[0].model.combiner
     claims = members.read_on(texts, slice(len(model.members), None)) if model.claimants else {}
+    found = {one: told for one, own in claims.items() if (told := claim_drawn(own, chance)) is not None}
+    asked = {one: i for one, i in zip(texts, drawn, strict=True) if one not in found}
+    read = members.read_on([*asked], {one: slice(i, i + 1) for one, i in asked.items()}) if asked else {}
     for one in texts:
         one.check()
-    combiner = model.combiner
-    ours = quick.of_drawn(combiner.heads, [told[one][0] for one in texts], drawn, combiner.support, combiner.v)
-    return claimed(ours, [torch.cat(own) for own in zip(*claims.values(), strict=True)])
+    if asked:
+        states = [read[one][0] for one in asked]
+        ours = quick.of_drawn(combiner.heads, states, [*asked.values()], combiner.support, combiner.v)
+        if not found:
+            return ours
+        found |= zip(asked, ours, strict=True)
+    return torch.stack([found[one].double() for one in texts])

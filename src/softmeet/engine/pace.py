@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 # How much an observation counts after the next one: the last ten or so decide.
@@ -10,8 +11,8 @@ _KEPT = 0.9
 # much longer a call takes for each further token, as a share of its time for one, with the weight of so many tokens.
 _ACCEPTED, _DRAFTS = 0.7, 2.0
 _SHARE, _TOKENS = 0.1, 1.0
-# The most tokens drafted at a turn.
-MOST = 8
+# The most tokens drafted at a turn, by a member and by readers that claim.
+MOST, OF_CLAIMS = 8, 16
 # Drafting is for at least so much more speed. After so many tokens without it, one draft tells whether it would pay.
 _GAIN, _WAIT = 1.05, 32
 
@@ -83,7 +84,7 @@ class Pace:
         calls: for each member the seconds of a call by its tokens.
         rule: the seconds of the rule by its positions.
         drafting: the seconds of drafting a token from a distribution that is known.
-        shares: for each member the share of its drafts that was accepted.
+        shares: for each member the share of its drafts that was accepted, and behind them for readers that claim.
     """
 
     n: int
@@ -99,7 +100,7 @@ class Pace:
     def __post_init__(self) -> None:
         """Begin without observations."""
         self.calls = [Seconds() for _ in range(self.n)]
-        self.shares = [Share(_DRAFTS * _ACCEPTED**self.rows) for _ in range(self.n)]
+        self.shares = [Share(_DRAFTS * _ACCEPTED**self.rows) for _ in range(self.n + 1)]
 
     def speed(self, count: int) -> float:
         """Estimate the tokens a second with ``count`` drafts of the cheapest member at a turn; 0 for no drafts."""
@@ -118,6 +119,19 @@ class Pace:
         reading = sum(self.calls[i].at(count + 1) for i in others)
         drafts = (count + 1) * self.drafting.at(1)
         return tokens / max(own + reading + drafts + self.rule.at(count + 1), 1e-9)
+
+    def pays(self, chance: float, tokens: float) -> bool:
+        """Return whether another draft is worth its time that costs nothing itself, as no member makes it.
+
+        It is if it adds more to the tokens that are expected than to the time in which members read them.
+
+        Args:
+            chance: how likely it is that it is right, and all drafts before it.
+            tokens: how many tokens are expected without it, with the one behind the last draft.
+        """
+        count = math.ceil(tokens)
+        known, more = (sum(own.at(k) for own in (*self.calls, self.rule)) for k in (count, count + 1))
+        return chance * known > tokens * (more - known)
 
     def choose(self) -> int:
         """Return how many tokens to draft at the next turn: 0 where it does not pay."""

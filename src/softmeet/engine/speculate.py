@@ -1,7 +1,8 @@
 """The turns of members in speculation: who reads on, who drafts, and what the rule makes of what all have read.
 
 A text's *columns* are its tokens in order: those that are settled, and behind them drafts. Every member reads columns
-in its own calls; behind each column that all of them have read, the rule's distribution is known.
+in its own calls; behind each column that all of them have read, the rule's distribution is known. Readers that claim
+draft, too, where what they claim makes it likely that they are right, and no member is run for it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from softmeet.engine.claims import claimed
 from softmeet.engine.combine import rows_at_once
 from softmeet.engine.combined import Combined
 from softmeet.engine.continuation import Continuation
-from softmeet.engine.pace import MOST, Pace
+from softmeet.engine.pace import MOST, OF_CLAIMS, Pace
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
+
+# Where a number of drafts is asked for, how likely those of readers that claim have to be right.
+_SURE = 0.5
 
 
 class FullError(Exception):
@@ -68,7 +72,8 @@ class MemberTurns(ABC):
         # Of members of about one size, the one that weighs most is the nearest to the rule.
         self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
         self.pace = Pace(n, self._order[0], rows)
-        most = rows * (n + (MOST if speculate == "auto" else speculate))
+        self._most = OF_CLAIMS if speculate == "auto" else speculate
+        most = rows * (n + (MOST if speculate == "auto" else speculate) + self._most * bool(self._claiming))
         self._quick = settings.rule.is_average and not reported and quick.may(settings, most, v)
         self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
         self._count, self.is_over = 0, False
@@ -127,10 +132,13 @@ class MemberTurns(ABC):
         """
 
     def turn(self) -> None:
-        """Let the member that has read the least read on; it then drafts what is its share."""
+        """Let the member that has read the least read on; it then drafts what is its share.
+
+        Before it, readers that claim draft as long as that is likely to pay, and then it drafts nothing.
+        """
         i = min(self._order, key=self.read.__getitem__)
-        count = self._drafts(i)
         try:
+            count = 0 if self._draft_by_claims() else self._drafts(i)
             for k in range(max(count, 1)):
                 self._read_on(i)
                 if not self._settle() or k == count or not self.is_room or not self._draft(i):
@@ -179,6 +187,8 @@ class MemberTurns(ABC):
 
     def _drafts(self, i: int) -> int:
         """Return how many tokens member i drafts at its turn: the cheapest as many as pay, each other one token."""
+        if len(self._order) == 1:
+            return 0
         if i == self._order[0]:
             self._count = self.pace.choose() if self._speculate == "auto" else self._speculate
         return self._count if i == self._order[0] else min(self._count, 1)
@@ -199,16 +209,54 @@ class MemberTurns(ABC):
         return nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
 
     def _draft(self, i: int) -> bool:
-        """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can."""
+        """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can.
+
+        What is claimed of it is drafted by those who claim it.
+        """
         begun, combiner = self.clock(), self._model.combiner
         logits = self._logits[i][-1] if self._quick else self._padded(combiner.heads[i].logits(self._hidden[i][-1]))
         logits = logits / self._settings.rule_temperature
         logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
+        return self._drafted(i, claimed(logits.log_softmax(-1), self._claims()), begun)
+
+    def _draft_by_claims(self) -> int:
+        """Draft tokens from what is claimed, as long as they are likely to be right; return how many there are."""
+        if not self._claiming:
+            return 0
+        count, sure, tokens = 0, 1.0, 1.0
+        for author in self._authors:
+            sure *= self.pace.shares[author].value
+            tokens += sure
+        while self.is_room and len(self._authors) < self._most:
+            begun, states = self.clock(), self._claims()
+            # What is claimed alone, as if the rule had answered nothing.
+            log_probs = claimed(torch.full_like(states[0][:, :-1], -torch.inf), states)
+            sure *= float(log_probs.amax(-1).exp().prod())
+            pays = self.pace.pays(sure, tokens) if self._speculate == "auto" else sure > _SURE
+            if not pays or not self._drafted(len(self._order), log_probs.log_softmax(-1), begun):
+                break
+            count, tokens = count + 1, tokens + sure
+        return count
+
+    def _claims(self) -> list[Float[Tensor, "B _"]]:
+        """Return what readers that claim say behind the last column, which they read before."""
+        for i in self._claiming:
+            self._read_claims(i)
+        return [self._hidden[i][-1] for i in self._claiming]
+
+    def _read_claims(self, i: int) -> None:
+        """Have a reader that claims read all columns that it has not read."""
+        one = self.texts[0]
+        if one.read_by(i) < len(one.tokens) + len(one.drafts):
+            self._hidden[i] += self.run(i).unbind(1)
+
+    def _drafted(self, author: int, log_probs: Float[Tensor, "B v"], begun: float) -> bool:
+        """Draft from log-probabilities in nats, and return whether there is a draft."""
         # What another member has no id for, it could not read.
-        logits[:, min(one.v for one in combiner.heads) :] = -torch.inf
-        found = self.draft(logits.log_softmax(-1))
+        log_probs[:, min(one.v for one in self._model.combiner.heads) :] = -torch.inf
+        found = self.draft(log_probs)
         if found:
-            self._authors.append(i)
+            self._authors.append(author)
         self.pace.drafting.add(1, self.clock() - begun)
         return found
 
@@ -216,7 +264,7 @@ class MemberTurns(ABC):
         """Settle the tokens behind every column that all members have read; returns whether drafts remain."""
         count = min(self.read) - (self.length - 1)
         for i in self._claiming if count else ():
-            self._hidden[i] += self.run(i).unbind(1)
+            self._read_claims(i)
         for start in range(0, count, self._at_once):
             begun, stop = self.clock(), min(start + self._at_once, count)
             found = self.combined(start, stop)

@@ -91,7 +91,7 @@ def _is_noticed(model: AnyEnsemble, processors: Sequence[Any]) -> bool:
 def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: Sequence[Any]) -> list[str]:
     """Return what stands against speculation, for messages."""
     found = {
-        "a single member": len(model.members) < 2,
+        "a single member": len(model.members) + len(model.claimants) < 2,
         "one_member": options.one_member,
         f"vocabulary={model.config.vocabulary!r}, which all members make together": model.combiner.joint,
         "the gate unsure, by which members already lag behind": options.unsure is not None,
@@ -103,7 +103,7 @@ def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: 
     }
     names = [name for name, given in found.items() if given]
     names += [type(one).__name__ for one in processors if type(one).__name__ in _STATEFUL]
-    readers = [] if names else model.readers_of_members
+    readers = [] if names else [*model.readers_of_members, *model.claimants]
     fixed = [i for i, one in enumerate(readers) if not one.traits.can_crop]
     return names or [f"member {i}, whose cache cannot be cut back" for i in fixed]
 
@@ -249,7 +249,7 @@ class Steps:
         if options.one_member:
             weights = torch.tensor(weights_of(settings), dtype=torch.float64)
             drawn = torch.multinomial(weights, len(texts), replacement=True)
-            ours = of_one_each(texts, drawn.tolist(), members)
+            ours = of_one_each(texts, drawn.tolist(), members, lambda: float(torch.rand(())))
             end_full(texts, ours)
         else:
             hidden = [*read(texts, members, settings).values()]

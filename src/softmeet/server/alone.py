@@ -47,9 +47,9 @@ class OneMember:
         self._random = secrets.SystemRandom()
 
     def go_on(self, task: Task) -> None:
-        """Draw a member by its weight, and the next token from it; then give the token."""
-        s = self._s
-        ours = of_one_each([s], self._random.choices(range(len(self._weights)), self._weights), self._members)
+        """Draw a member by its weight, or a reader by its claim, and the next token from it; then give the token."""
+        s, members = self._s, self._random.choices(range(len(self._weights)), self._weights)
+        ours = of_one_each([s], members, self._members, self._random.random)
         if s.is_full:
             s.alone = False  # it ends as in a batch
             return
@@ -163,7 +163,11 @@ def alone(
     """
     how, request = s.combination, s.request
     members = s.readers[: len(how.model.members)]
-    if how.unsure is not None or how.model.combiner.joint or len(set(members)) < max(len(members), 2):
+    if (
+        how.unsure is not None
+        or how.model.combiner.joint
+        or len(set(members)) < max(len(members), 1 if how.model.claimants else 2)
+    ):
         return None
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
