@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +77,13 @@ class Model:
         told = [finished(reader.read([Read(row, symbols, at)])).log_probs().float() for reader, row in pairs]
         return told[0] if len(told) == 1 else torch.stack(told).mean(0).log_softmax(-1)
 
+    def begun(self, prompt: Sequence[int]) -> list[Row]:
+        """Return rows in which a prompt has been read."""
+        rows = [reader.open(reuse=False) for reader in self.readers]
+        for begin in range(0, len(prompt), PIECE):
+            self.read(rows, prompt[begin : begin + PIECE], [])
+        return rows
+
     def forked(self, rows: Sequence[Row], length: int) -> list[Row]:
         """Return rows in which the first symbols of others have been read."""
         return [reader.fork(row, 1, length)[0] for reader, row in zip(self.readers, rows, strict=True)]
@@ -90,18 +97,22 @@ class Memory:
         model: what they stand beside.
         index: the files; None for the text's own beginning.
         text: the symbols of a prompt, and of the held-out file.
+        before: how many are the prompt's.
         relevance: what the text has shown.
     """
 
     model: Model
     index: Sorted | None
     text: Sequence[int]
+    before: int
     relevance: Relevance = field(init=False)
     _last: int = -1
     _told: tuple[np.ndarray, float] = (np.zeros(0), 0.0)
 
     def __post_init__(self) -> None:
         self.relevance = Relevance(self.model.scheme)
+        for place in range(max(0, self.before - self.model.scheme.window), self.before + 1):
+            self.see(place)
 
     def told(self, place: int, text: Sequence[int] | None = None) -> tuple[np.ndarray, float]:
         """Return what follows the first symbols of the text, or of another, (v,), and the weight before relevance."""
@@ -162,7 +173,7 @@ def measure_behind(
     prompt: Sequence[int],
     symbols: Sequence[int],
     lines: Sequence[Line],
-    indexes: dict[str, Sorted | None],
+    indexes: Mapping[str, Sorted | None],
 ) -> dict[str, Any]:
     """Return what is said of each symbol but the first behind a prompt, and which lines are written right.
 
@@ -171,13 +182,9 @@ def measure_behind(
         and ``NAME c``, the files' probability and their claim, (n - 1,). ``right``, for each line, and ``right with
         files``.
     """
-    text, rows, before = [*prompt, *symbols], [reader.open(reuse=False) for reader in model.readers], len(prompt)
-    memories = {name: Memory(model, index, text) for name, index in indexes.items()}
-    for memory in memories.values():
-        for place in range(max(0, before - model.scheme.window), before + 1):
-            memory.see(place)
-    for begin in range(0, before, PIECE):
-        model.read(rows, text[begin : min(before, begin + PIECE)], [])
+    text, before = [*prompt, *symbols], len(prompt)
+    rows = model.begun(prompt)
+    memories = {name: Memory(model, index, text, before) for name, index in indexes.items()}
     lines = [replace(line, start=line.start + before) for line in lines]
     nats, said = list[torch.Tensor](), {f"{name} {what}": list[float]() for name in indexes for what in "qc"}
     plain, mixed, files = dict[int, int](), dict[int, int](), memories.get("files")
@@ -240,7 +247,7 @@ def measure_one(
     symbols = model.text_of(path)
     ends = np.cumsum([len(model.alphabet.decode([symbol])) for symbol in symbols])
     lines = lines_of(model, symbols, ends)
-    others: dict[str, Sorted | None] = {"files": index, "own": None} | ({"unrelated": stranger} if stranger else {})
+    others = {"files": index, "own": None} | ({"unrelated": stranger} if stranger else {})
     found = {"alone": measure_behind(model, [], symbols, lines, others)}
     if controls:
         encode = model.alphabet.encode

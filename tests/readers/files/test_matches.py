@@ -49,7 +49,7 @@ def claimed(files, text, given, v):
     for k in range(max(0, given - 256), given):
         p, order = followed(files, text[:k], v)
         shares = [min(factor * weight(p, order), 0.97) for factor in factors]
-        logs = [0.98 * old + log((1 - c) * 0.35 + c * p[text[k]]) for old, c in zip(logs, shares, strict=True)]
+        logs = [0.99 * old + log((1 - c) * 0.5 + c * p[text[k]]) for old, c in zip(logs, shares, strict=True)]
     odds = [exp(one - max(logs)) for one in logs]
     relevance = sum(f * o for f, o in zip(factors, odds, strict=True)) / sum(odds)
     return min(relevance * weight(*followed(files, text, v)), 0.97)

@@ -67,7 +67,7 @@ TOKENS = Scheme(
         [0.05, 0.09, 0.12, 0.18, 0.31, 0.46, 0.57, 0.77],
         [0.38, 0.23, 0.36, 0.40, 0.62, 0.81, 0.75, 0.91],
     ]),
-    stand_in=0.35, fades=0.98, window=256,
+    stand_in=0.5, fades=0.99, window=256,
 )  # fmt: skip
 BYTES = Scheme(
     orders=(*TOKENS.orders, 32, 48, 64),
