@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -10,6 +12,8 @@ from serving import http, running, serving_of
 
 from softmeet import Ensemble
 from softmeet.hf.chat import take_plain
+from softmeet.server import ui
+from softmeet.server.ui_html import text_of
 
 SAID = "Zorblax the quick went to Quixby, and Zorblax the slow went home.\nNobody saw a häuschen there.\n"
 PROMPT = SAID[:33]
@@ -39,8 +43,13 @@ def ensembles(folders):
 
 
 @pytest.fixture(scope="module")
-def url(ensembles):
-    with running(serving_of(ensembles, sources=True)) as found:
+def serving(ensembles):
+    return serving_of(ensembles, sources=True, speculate=2)
+
+
+@pytest.fixture(scope="module")
+def url(serving):
+    with running(serving) as found:
         yield found
 
 
@@ -116,5 +125,26 @@ def test_a_server_tells_no_place_unless_it_was_started_so(ensembles, folders):
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "softmeet.sources")
         assert "softmeet serve --sources" in refused.json()["error"]["message"]
         told = [sent(url, softmeet={"report": 2}, **more).text for more in ({}, {"stream": True}, {"logprobs": 2})]
-        told += [http.get(f"{url}{path}").text for path in ("/", "/v1/models", "/metrics", "/api/tags", "/openapi.json")]
+        told += [
+            http.get(f"{url}{path}").text for path in ("/", "/v1/models", "/metrics", "/api/tags", "/openapi.json")
+        ]
     assert not any("a.txt" in text or str(folders) in text for text in told)
+
+
+@pytest.mark.parametrize(("model", "below"), [("tokens", "deep/a.txt"), ("bytes", "src/deep/a.txt")])
+def test_the_page_shows_what_was_claimed_and_places_where_the_server_tells_them(
+    url, serving, ensembles, folders, model, below
+):
+    async def written():
+        own = ui._controls(serving.ensembles.find(model))
+        asked = [PROMPT, model, own["members"], own["rule"], "nothing", own["trust"], 24, 0.0, 4]
+        return [picture[-1] async for picture in ui._pictures(serving, *asked)][-1]
+
+    (told,) = asyncio.run(written())
+    untold, last = replace(told, is_told=False), len(told.tokens) - 1
+    line = f"{ensembles[model].model.claimants[0].name} claimed {told.tokens[last]['claims'][0]:.1%} of the mix"
+    assert f"{line}; this and what is before stands in {below}:3 (" in told.details(last)
+    assert line in untold.details(last)
+    assert (str(folders) in told.details(last), "a.txt" in untold.details(last)) == (False, False)
+    mean = fmean(token["claims"][0] for token in told.tokens)
+    assert f"claimed by files {mean:.1%}" in text_of(told.tokens, PROMPT, "logit-mean", done=True)

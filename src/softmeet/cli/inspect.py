@@ -195,7 +195,8 @@ def _page(facts: dict[str, Any]) -> str:
 
     rule, tokens = facts["rule"], facts["tokens"]
     sections = [
-        f'<div class="panel" id="t{k}">{details_of(t, facts["members"], rule)}</div>' for k, t in enumerate(tokens)
+        f'<div class="panel" id="t{k}">{details_of(t, facts["members"], rule, facts["files"])}</div>'
+        for k, t in enumerate(tokens)
     ]
     return Template(files("softmeet.cli").joinpath("inspect.html").read_text(encoding="utf-8")).substitute(
         style=files("softmeet.server").joinpath("page.css").read_text(encoding="utf-8"),

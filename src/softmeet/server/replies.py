@@ -218,11 +218,6 @@ class Reply(ABC):
             self._statuses[delta.index].update(token.status for token in tokens)
             if delta.finish is not None:
                 found["statuses"] = dict(self._statuses[delta.index])
-        if self.asked.sources:
-            whole = self._written.setdefault(delta.index, ChoiceDelta(delta.index))
-            whole.join(delta)
-            if delta.finish is not None:
-                found |= told(self.asked, whole.text, whole.tokens)
         if self.asked.combination.gate:
             gate = self._gates[delta.index]
             for token in delta.tokens:
@@ -231,7 +226,13 @@ class Reply(ABC):
                 gate["seconds_saved"] += token.saved
             if delta.finish is not None:
                 found["gate"] = gate | {"share": gate["gated"] / max(gate["tokens"], 1)}
-        return found
+        return found | (self._sources(delta) if self.asked.sources else {})
+
+    def _sources(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """Return where a choice stands in files, and how much these claimed, once it has ended."""
+        whole = self._written.setdefault(delta.index, ChoiceDelta(delta.index))
+        whole.join(delta)
+        return {} if delta.finish is None else told(self.asked, whole.text, whole.tokens)
 
     def _prompt_log_probs(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return vLLM's field ``prompt_logprobs``: for each of the prompt's tokens but the first an object by token id.

@@ -36,7 +36,9 @@ def source_of(
 
 def _below(path: Path, folders: Sequence[Path]) -> str:
     """Return a path below the innermost of the folders; of several, behind that one's name."""
-    around = max((one for one in folders if path.is_relative_to(one)), key=lambda one: len(one.parts), default=path.parent)
+    around = max(
+        (one for one in folders if path.is_relative_to(one)), key=lambda one: len(one.parts), default=path.parent
+    )
     return path.relative_to(around.parent if len(folders) > 1 else around).as_posix()
 
 
