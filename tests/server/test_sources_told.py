@@ -32,7 +32,9 @@ def folders(tmp_path_factory):
 def ensembles(folders):
     src, docs = folders / "src", folders / "docs"
     found = {
-        "tokens": Ensemble.from_pretrained(["wide/gpt2", "wide/llama", f"files:{src}+weight=0.9+relevance=1"]),
+        "tokens": Ensemble.from_pretrained(
+            ["wide/gpt2", "wide/llama", f"files:{src}+weight=0.9+relevance=1"], "logit-mean"
+        ),
         "bytes": Ensemble.from_pretrained(
             ["mixed/gpt2", "mixed/llama", f"files:{src}+path={docs}+weight=0.97+relevance=1+name=mine"]
         ),
@@ -102,6 +104,14 @@ def test_what_was_claimed_is_the_mean_over_the_answers_tokens_and_asking_changes
             assert "softmeet" not in silent
 
 
+@pytest.mark.parametrize("model", ["tokens", "bytes"])
+def test_of_any_text_that_can_be_had_written_it_is_told_and_places_are_those_of_characters(url, model):
+    forced = {"structured_outputs": {"choice": ["Höhöhö! Zorblax the slow went home.\nHöhöhö!"]}, "max_tokens": 99}
+    text, ours = choice(url, model=model, **forced, softmeet={"sources": True})
+    (one,) = ours["sources"]
+    assert text[one["start"] : one["end"]].strip() == "Zorblax the slow went home."
+
+
 def test_chats_and_responses_have_them_too_and_who_has_no_files_has_none(url):
     ours = {"softmeet": {"sources": True}, "temperature": 0}
     said = {"messages": [{"role": "user", "content": SAID + PROMPT}], "max_tokens": 24}
@@ -115,6 +125,9 @@ def test_chats_and_responses_have_them_too_and_who_has_no_files_has_none(url):
         assert all(text[one["start"] : one["end"]] in SAID for one in found["softmeet"]["sources"])
     assert last["softmeet"] == whole["softmeet"]
     assert choice(url, model="models", **ours)[1] == {"claims": [], "sources": []}
+    # Plain sampling by prob-mean, for which each token would else be drawn from one member.
+    plain = {"temperature": 1, "softmeet": {"rule": "prob-mean", "sources": True}}
+    assert choice(url, model="tokens", **plain)[1]["claims"][0] > 0
     left_out = ours | {"softmeet": {"sources": True, "members": ["wide/gpt2"]}}
     assert choice(url, **left_out)[1] == {"claims": [], "sources": []}
 
