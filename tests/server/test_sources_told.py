@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from dataclasses import replace
 from statistics import fmean
 
 import pytest
-from serving import http, running, serving_of
+from commands import run
+from serving import http, running, serve, serving_of
 
 from softmeet import Ensemble
 from softmeet.hf.chat import take_plain
@@ -142,6 +145,21 @@ def test_a_server_tells_no_place_unless_it_was_started_so(ensembles, folders):
             http.get(f"{url}{path}").text for path in ("/", "/v1/models", "/metrics", "/api/tags", "/openapi.json")
         ]
     assert not any("a.txt" in text or str(folders) in text for text in told)
+
+
+def test_the_command_tells_them_if_it_is_started_so(folders):
+    def asked(url):
+        try:
+            return choice(url, softmeet={"sources": True})[1]
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    beside = f"files:{folders / 'src'}+weight=0.9+relevance=1"
+    done, ours = serve("-m", "wide/gpt2", "-m", beside, "--sources", "--no-ui", meanwhile=asked)
+    assert ours["sources"][0]["path"] == "deep/a.txt", done.stderr
+    # An address that is not this machine's, so that nothing is served.
+    alone = run("serve", "wide", "--sources", "--open", "--host", "203.0.113.1")
+    assert "name them beside the models" in " ".join(alone.stderr.split())
 
 
 @pytest.mark.parametrize(("model", "below"), [("tokens", "deep/a.txt"), ("bytes", "src/deep/a.txt")])

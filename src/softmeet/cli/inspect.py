@@ -158,7 +158,7 @@ def _show(facts: dict[str, Any]) -> None:
     for sentence in endings(facts["statuses"], facts["fallbacks"], "token"):
         console.print(sentence)
     for name, share in zip(facts["files"], facts["claims"], strict=True):
-        console.print(f"{name} claimed {share:.1%} of the answers, in the mean")
+        console.print(f"{name} claimed {share:.1%} of the answers, in the mean of the rows above")
     console.print(
         f"{_rule(facts)}: {facts['nats']:.3f} nats a {unit}, the average {facts['average_nats']:.3f}; disagreement in "
         "nats, summed over members"

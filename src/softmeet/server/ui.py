@@ -251,7 +251,7 @@ def _inside(serving: Serving) -> None:
 
 
 def _controls(served: Served) -> dict[str, Any]:
-    """Return the controls' values for an ensemble's own settings: members, rule, and the first trust, at most 4."""
+    """Return the controls' values for an ensemble: members and files, its rule, and its first trust, at most 4."""
     config = served.ensemble.model.config
     return {"members": [*served.names, *served.files], "rule": config.rule, "trust": min(config.trust[0], 4)}
 
