@@ -249,11 +249,13 @@ def test_reports_of_bytes_become_reports_of_characters():
         "disagreement": [0.25, 0.5], "top": [["h", -0.1]], "text": "h",
     }  # fmt: skip
     symbols = [104, *"\u00e9".encode(), END, *"\u20ac".encode()[:2]]
-    found = character_reports([one | {"token": symbol, "text": shown_byte(symbol)} for symbol in symbols])
+    own = ({"token": symbol, "text": shown_byte(symbol), "claims": [k / 8]} for k, symbol in enumerate(symbols))
+    found = character_reports([one | each for each in own])
     assert [report["text"] for report in found] == ["h", "\u00e9", "<|end|>"]
     assert found[1]["log_prob"] == -2.0
     assert found[1]["member_log_probs"] == [-2.0, -4.0]
     assert found[1]["disagreement"] == [0.5, 1.0]
+    assert [report["claims"] for report in found] == [[0.0], [0.1875], [0.375]]
 
 
 def test_a_members_own_tokens_are_those_that_its_covers_allow(ensemble):

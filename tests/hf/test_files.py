@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import fmean
 
 import httpx as http
 import pytest
@@ -14,6 +15,7 @@ from softmeet import Ensemble, Files
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.evaluation.likelihoods import likelihoods
 from softmeet.hf.chat import take_plain
+from softmeet.hf.report import TokenReports
 from softmeet.server.ensembles import load
 from softmeet.server.naming import named
 
@@ -119,12 +121,39 @@ def test_likelihoods_and_evaluation_have_the_mixture(beside, folder, tmp_path):
         told = beside.model(input_ids=ids, given=len(before)).logits[0, len(before) - 1 : -1].double()
     assert found.log_prob == pytest.approx(told.gather(-1, torch.tensor(after)[:, None]).sum().item(), abs=1e-5)
     (tmp_path / "held.txt").write_text(SAID)
-    nats = []
-    for names in MEMBERS, [*MEMBERS, f"files:{folder}"]:
-        named = [word for name in names for word in ("-m", name)]
-        done = run("evaluate", *named, "-t", tmp_path / "held.txt", "--rule", "logit-mean", "--json", "-")
-        nats.append(json.loads(done.stdout)["rules"]["logit-mean"]["bits_per_byte"])
-    assert nats[1] < nats[0] - 1  # bits a byte
+    alone, both = (evaluated(tmp_path, *MEMBERS, *files) for files in ((), (f"files:{folder}",)))
+    assert both["rules"]["logit-mean"]["bits_per_byte"] < alone["rules"]["logit-mean"]["bits_per_byte"] - 1
+
+
+def evaluated(folder, *names):
+    """The figures of ``softmeet evaluate`` on the text in a folder, and under ``said`` what it prints."""
+    words = [word for name in names for word in ("-m", name)]
+    out = folder / "figures.json"
+    done = run("evaluate", *words, "-t", folder / "held.txt", "--rule", "logit-mean", "--json", out, "--force")
+    return json.loads(out.read_text()) | {"said": done.stdout}
+
+
+def test_commands_say_how_much_was_claimed_in_the_mean(beside, folder, tmp_path):
+    (reader,), ids = beside.model.claimants, beside.tokenizer(SAID)["input_ids"]
+    files = f"files:{folder}+include=*.txt"
+    share = reader.read_whole([ids[:-1]], [range(1, len(ids))]).claims.mean().item()
+    (tmp_path / "held.txt").write_text(SAID)
+    facts = evaluated(tmp_path, *MEMBERS, files)
+    assert facts["claims"] == {reader.name: pytest.approx(share)}
+    assert f"{reader.name} claimed {share:.1%} of every rule's answers" in facts["said"]
+    assert f"{reader.name} claimed {share:.1%} of the answers" in run("inspect", SAID, *MEMBERS, files).stdout
+    run("inspect", SAID, *MEMBERS, files, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert f"claimed by files {share:.1%}" in page
+    assert f"{reader.name} claimed {beside.inspect(SAID)[-1].claims[0]:.1%} of the mix; this and what is before" in page
+    reports, asked = TokenReports(1), {"max_new_tokens": 4, "do_sample": False}
+    beside.generate(SAID[:33], recorder=reports, **asked)
+    shares = [reports.at(k, 0).claims[0] for k in range(4)]
+    words = [word for name in (*MEMBERS, files) for word in ("-m", name)]
+    drawn = ["--rule", "logit-mean", "--no-do-sample", "--max-new-tokens", 4]
+    done = run("generate", SAID[:33], *words, *drawn, "--json", "--summary")
+    assert json.loads(done.stdout)["claims"] == {reader.name: pytest.approx(fmean(shares))}
+    assert f"{reader.name} claimed {fmean(shares):.1%} of the answers" in done.stderr
 
 
 def test_a_saved_ensemble_keeps_the_paths_alone(beside, folder, tmp_path):

@@ -173,17 +173,20 @@ def report(text, **changes):
         "member_top": [[["a", -1.0]]],
         "moved": [["a", -1.0, -0.5]], "pushes": [[0.5]], "disagreement": [0.1], "disagreement_is_bound": [False],
         "status": "OPTIMAL", "fallback": False, "gap": 0.0, "gap_is_certified": True, "num_passes": 3.0,
+        "claims": [], "sources": [],
     }  # fmt: skip
     return found | changes
 
 
 def test_nothing_that_a_model_or_a_user_writes_becomes_markup():
     evil = "<script>alert(1)</script>'\""
-    token = report(evil, top=[[evil, -1.0]], moved=[[evil, -math.inf, -1.0]])
-    for html in (text_of([token], evil, evil, done=True), details_of(token, [evil], evil)):
+    source = {"start": 0, "end": 7, "path": evil, "below": evil, "line": 3, "changed": False}
+    claims = {"claims": [0.25], "sources": [source]}
+    token = report(evil, top=[[evil, -1.0]], moved=[[evil, -math.inf, -1.0]], **claims)
+    for html in (text_of([token], evil, evil, done=True), details_of(token, [evil], evil, [evil])):
         assert "<script" not in html
         assert evil not in html
-    assert "–" in details_of(token, ["m"], "meet")
+    assert "–" in details_of(token, ["m"], "meet", ["files"])
 
 
 def test_the_page_asks_for_nothing_that_the_server_would_refuse():

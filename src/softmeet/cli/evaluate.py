@@ -303,6 +303,8 @@ def show(facts: dict[str, Any]) -> None:
             console.print(f"{labels[name]}: {note}")
     for caution in [*_cautions(facts), *repeats(one["name"] for one in facts.get("run", {}).get("members", ()))]:
         console.print(caution)
+    for files, share in facts.get("claims", {}).items():
+        console.print(f"{files} claimed {share:.1%} of every rule's answers, in the mean.")
     console.print(
         f"The baseline is {labels.get(facts['baseline'])}. Differences are in nats a {unit[:-1]}, negative is better, "
         f"with their 95 % intervals. The members disagree by "

@@ -287,8 +287,10 @@ def _facts(
         member["forward_steps"] = (new.calls - old.calls) / rows
         member["tokens_run"] = (new.tokens - old.tokens) / rows
         member["dropped"] = (new.dropped - old.dropped) / rows
+    shares = zip(ensemble.model.claimants, (recorder.claims / rows).tolist(), strict=False)
     return {
         "members": members,
+        "claims": {reader.name: share for reader, share in shares},
         "rule": config.rule,
         "vocabulary": config.vocabulary,
         "tokens": recorder.rows,
@@ -334,6 +336,8 @@ def _show(facts: dict[str, Any]) -> None:
         speed += f", {passes}, largest gap {facts['largest_gap']:.1e} nats"
     print_table(err, columns, [rows], title=title)
     err.print(speed, soft_wrap=True)
+    for files, share in facts["claims"].items():
+        err.print(f"{files} claimed {share:.1%} of the answers, in the mean")
     if facts["gate"]:
         saved = "" if facts["seconds_saved"] is None else f", which saved about {facts['seconds_saved']:.1f} s"
         err.print(f"gate {facts['gate']}: closed at {facts['gated']:.1%} of the {unit}{saved}")

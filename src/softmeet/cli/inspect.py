@@ -10,6 +10,7 @@ from contextlib import suppress
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,7 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
         "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model),
         "head_widths": [width_of(head) for head in ensemble.model.member_heads], "trust": trusts,
         "average_nats": -sum(token["pool_log_prob"] for token in tokens) / count,
+        "claims": [fmean(own) for own in zip(*(token["claims"] for token in tokens), strict=True)],
         "bytes": len(text.removeprefix(first).encode()), "bits": nats * count / math.log(2),
         "member_bits": [-math.fsum(own) / math.log(2) for own in every],
     }  # fmt: skip
@@ -155,6 +157,8 @@ def _show(facts: dict[str, Any]) -> None:
     unit = facts["vocabulary"][:-1]
     for sentence in endings(facts["statuses"], facts["fallbacks"], "token"):
         console.print(sentence)
+    for name, share in zip(facts["files"], facts["claims"], strict=True):
+        console.print(f"{name} claimed {share:.1%} of the answers, in the mean of the rows above")
     console.print(
         f"{_rule(facts)}: {facts['nats']:.3f} nats a {unit}, the average {facts['average_nats']:.3f}; disagreement in "
         "nats, summed over members"
@@ -195,7 +199,8 @@ def _page(facts: dict[str, Any]) -> str:
 
     rule, tokens = facts["rule"], facts["tokens"]
     sections = [
-        f'<div class="panel" id="t{k}">{details_of(t, facts["members"], rule)}</div>' for k, t in enumerate(tokens)
+        f'<div class="panel" id="t{k}">{details_of(t, facts["members"], rule, facts["files"])}</div>'
+        for k, t in enumerate(tokens)
     ]
     return Template(files("softmeet.cli").joinpath("inspect.html").read_text(encoding="utf-8")).substitute(
         style=files("softmeet.server").joinpath("page.css").read_text(encoding="utf-8"),

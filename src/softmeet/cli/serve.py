@@ -22,6 +22,7 @@ from softmeet.cli.sampling import checked_drafts, drafts_of
 from softmeet.cli.terminal import harmless
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.members.files import is_files
 from softmeet.members.names import require_there
 from softmeet.server.naming import named
 from softmeet.startup import quick_imports, uncollected
@@ -69,6 +70,9 @@ class AccessFlags(Flags, panel="Address and access"):
         "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
     ui: bool | None = optional("Serve the page at /ui.", shown="if gradio is installed")
+    sources: bool = switch(
+        "Tell who asks where an answer stands in files:PATH: paths below that folder, and lines.", "--sources"
+    )
 
 
 class LimitFlags(Flags, panel="Limits"):
@@ -188,6 +192,8 @@ def serve(
     allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
     for models in asked.values():
         require_there(models)
+    if access.sources and not any(options.is_saved(own) or any(map(is_files, own)) for own in asked.values()):
+        raise InvalidInputError("--sources tells places in files: name them beside the models, as in files:~/project")
     with listening(host, access.port) as sockets:
         # Imported only now, since it takes seconds, in which nobody should wait to hear that the port is in use.
         with uncollected(), quick_imports():
@@ -220,6 +226,7 @@ def serve(
             speculate=drafts_of(running.speculate),
             one_member=running.one_member,
             plain_chat=plain_chat,
+            sources=access.sources,
             strict=strict,
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if access.ui is None else access.ui,

@@ -30,12 +30,20 @@ class Combined:
         members: (n, B, v), the members' own; None of an average that was computed without them.
         solution: how the rule was solved; None of such an average.
         logits: of such an average, each member's logits, (B, v_i).
+        claiming: of such an average, what readers that claim told, as :func:`claimed` takes it.
     """
 
     ours: Float[Tensor, "B v"]
     members: Float[Tensor, "n B v"] | None = None
     solution: Solution | None = None
     logits: Sequence[Float[Tensor, "B _"]] = ()
+    claiming: Sequence[Float[Tensor, "B _"]] = ()
+
+    def claims(self, row: int) -> list[float]:
+        """Return the share of the answer that each reader which claims took at one of the positions."""
+        if self.solution is None:
+            return [own[row, -1].exp().item() for own in self.claiming]
+        return [] if self.solution.claims is None else self.solution.claims[:, row].tolist()
 
     def tell(self, recorder: Recorder) -> None:
         """Have a recorder count these positions."""
@@ -94,7 +102,7 @@ def of_rows(
     """
     combiner = model.combiner
     if quickly and asked is None and (found := combiner.quickly(hidden, settings)) is not None:
-        return [Combined(found[0], logits=found[1])]
+        return [Combined(found[0], logits=found[1], claiming=hidden[len(combiner.heads) :])]
     known = TokensBefore.of(before(), model.tokenizer)
     solved = combiner.solve_in_chunks(hidden, settings, asked, known, proved=False)
     return (Combined(solution.log_probs, log_probs, solution) for log_probs, solution in solved)

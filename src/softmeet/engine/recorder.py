@@ -69,6 +69,7 @@ class Recorder:
         gate: the work that the gate saved.
         disagreement: (n,), each member's ``Solution.disagreement`` in nats, summed over the rows at which it ran; no
             elements before the first row.
+        claims: (m,), the share that each reader which claims took, summed over the rows; no elements where none does.
         coming: the numbers of the sequences of which the next rows are, where ``generate`` says so: those that go on.
     """
 
@@ -83,6 +84,7 @@ class Recorder:
     largest_gap: float = 0.0
     gate: Savings = field(default_factory=Savings)
     disagreement: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
+    claims: Float[Tensor, " m"] = field(default_factory=lambda: torch.zeros(0))
     coming: list[int] = field(default_factory=list)
 
     def came(self, rows: int) -> list[int]:
@@ -118,3 +120,6 @@ class Recorder:
         self.largest_gap = max(self.largest_gap, solution.gap[is_open].max().item() if is_open.any() else 0.0)
         total = solution.disagreement.nan_to_num(0.0).flatten(1).sum(-1).cpu()
         self.disagreement = total if not len(self.disagreement) else self.disagreement + total
+        if solution.claims is not None:
+            shares = solution.claims.flatten(1).sum(-1).cpu()
+            self.claims = shares if not len(self.claims) else self.claims + shares

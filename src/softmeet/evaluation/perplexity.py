@@ -180,6 +180,9 @@ def _score_piece(
             by_prompt = {"weights": weights[choice.prompt]} if choice.prompt else {}
             scores[choice.name] = solver.scores(settings[choice.name].changed(**by_prompt))
         pieces.append(replace(chunk, hidden=[], costs=[]).tensors() | {"disagreement": disagreement(log_probs)})
+        pieces[-1] |= {
+            f"claim {k}": own[:, -1].double().exp().cpu() for k, own in enumerate(chunk.hidden[len(names) :])
+        }
         for k, name in enumerate([*names, *(choice.name for choice in choices)]):
             pieces[-1] |= {f"{field} {k}": value for field, value in vars(scores[name]).items()}
         on_progress(len(chunk))
@@ -191,6 +194,7 @@ def _as_evaluation(
 ) -> Evaluation:
     """Join the tensors of pieces, in order, to an evaluation without hidden states; ``names`` are the documents'."""
     tensors = join_tensors(pieces)
+    files = numbered([reader.name for reader in ensemble.model.claimants])
     scores = (Scores(*(tensors[f"{field.name} {k}"] for field in fields(Scores))) for k in count())
     return Evaluation(
         from_tensors(tensors, names),
@@ -198,6 +202,7 @@ def _as_evaluation(
         {choice.name: next(scores) for choice in choices},
         tensors["disagreement"],
         ensemble.model.config.vocabulary,
+        claims={name: tensors[f"claim {k}"] for k, name in enumerate(files)},
     )
 
 

@@ -31,9 +31,10 @@ def summary(
     share of positions ``gated``, ``gain_by_disagreement``, and, if it was measured, ``movement``
     (:meth:`Movement.figures`). Members over bytes have, per byte, ``dropped`` (the share of mass estimated),
     ``forward_steps`` (model calls) and ``tokens_run``. The other entries are ``vocabulary``, the counts of
-    ``tokens``, ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, and
-    ``baseline``: the row of that name, else the single member of the lowest loss, with its own fitted temperature
-    where temperatures are fitted. It is chosen on the text that it is compared on, so it is, if anything, too good.
+    ``tokens``, ``bytes``, ``documents`` and ``clusters``, the mean ``disagreement`` of the members in nats, the mean
+    share that each of the user's files ``claims``, and ``baseline``: the row of that name, else the single member of
+    the lowest loss, with its own fitted temperature where temperatures are fitted. It is chosen on the text that it is
+    compared on, so it is, if anything, too good.
     All pairs of the rows named in ``pairs`` are compared (:func:`softmeet.evaluation.pairs.all_pairs`).
 
     ``best_baseline``, the member or average of the lowest loss unless ``best`` names another, and every row's ``vs``,
@@ -89,6 +90,7 @@ def summary(
         "baseline": baseline,
         "best_baseline": best,
         "disagreement": found.disagreement.mean().item(),
+        "claims": {name: own.mean().item() for name, own in found.claims.items()},
         **({"pairs": all_pairs({name: rows[name] for name in pairs}, within)} if pairs else {}),
     }
 

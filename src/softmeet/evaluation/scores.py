@@ -79,6 +79,7 @@ class Evaluation:
         disagreement: the mean over members i of KL(p̂_i‖m), m the mean of all members' p̂_i, (N,), fp64, in nats.
         vocabulary: ``"tokens"`` or ``"bytes"``, the entries that are predicted.
         fitted: of choices that were fitted on this text by folds, the settings that were fitted on all of it, by name.
+        claims: the share of every choice's answers that each of the user's files took, (N,), fp64, by name.
     """
 
     positions: Positions
@@ -87,6 +88,7 @@ class Evaluation:
     disagreement: Float[Tensor, " N"]
     vocabulary: str
     fitted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    claims: dict[str, Float[Tensor, " N"]] = field(default_factory=dict)
 
     def take(self, rows: Int[Tensor, " k"]) -> Evaluation:
         """Return the evaluation at the positions with the indices ``rows``, in that order."""
@@ -102,6 +104,7 @@ class Evaluation:
             self.disagreement[rows],
             self.vocabulary,
             self.fitted,
+            {name: own[rows] for name, own in self.claims.items()},
         )
 
 

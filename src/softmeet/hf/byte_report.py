@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,8 +123,9 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
 def character_reports(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join reports of single bytes to one for each whole character of the text.
 
-    Log-probabilities, disagreement and passes are summed; what is listed is what was listed at the first byte. Each has
-    a further field, ``unit``: "character". The bytes of a last character that is not whole yet are left out.
+    Log-probabilities, disagreement and passes are summed, and claims averaged; what is listed is what was listed at the
+    first byte. Each has a further field, ``unit``: "character". The bytes of a last character that is not whole yet are
+    left out.
 
     Args:
         reports: as :meth:`softmeet.hf.report.TokenReport.with_texts` returns them.
@@ -144,7 +146,8 @@ def _joined(reports: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
         name: [sum(own) for own in zip(*(r[name] for r in reports), strict=True)]
         for name in ("member_log_probs", "disagreement")
     }
-    return reports[0] | sums | by_member | {"text": text, "unit": "character"}
+    claims = [fmean(own) for own in zip(*(r["claims"] for r in reports), strict=True)]
+    return reports[0] | sums | by_member | {"claims": claims, "text": text, "unit": "character"}
 
 
 def expected_tokens(reader: ByteMember, text: bytes, top: int) -> dict[int, Listed]:

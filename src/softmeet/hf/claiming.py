@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from softmeet.errors import CheckpointError, InvalidInputError
@@ -76,7 +77,13 @@ def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]
         model.config.vocabulary, f"; left out: {left_out}" if left_out else "",
     )  # fmt: skip
     allowed = None if support is None else support.cpu().numpy()
-    return FilesReader(files.title, alphabet, index, allowed, files.weight, files.relevance)
+    folders = list(dict.fromkeys(_folder(Path(path)) for path in texts.paths))
+    return FilesReader(files.title, alphabet, index, allowed, files.weight, files.relevance, folders)
+
+
+def _folder(path: Path) -> Path:
+    """Return a folder that was named, or the one that a file or a glob is in."""
+    return next(one for one in (path, *path.parents) if one.is_dir())
 
 
 def symbols_of(model: AnyEnsemble) -> TokenAlphabet | ByteAlphabet:

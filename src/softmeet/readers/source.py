@@ -12,6 +12,7 @@ class Source:
     Attributes:
         start, end: which symbols of the text these are.
         path: the file.
+        below: its path below the folder that was named, for those who need not know where that is.
         line: that of the first of them, from 1.
         changed: whether the file is gone, or holds something else than when it was read.
     """
@@ -19,6 +20,7 @@ class Source:
     start: int
     end: int
     path: str
+    below: str
     line: int
     changed: bool
 

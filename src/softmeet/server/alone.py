@@ -83,7 +83,7 @@ class Ahead(MemberTurns):
         metrics: Metrics,
         seconds: float,
     ) -> None:
-        how, reported = s.combination, s.request.report is not None
+        how, reported = s.combination, s.request.report is not None or s.request.sources
         super().__init__([s], members, how.settings, speculate, reported=reported)
         self._s, self._give, self._counted = s, give, count
         self._metrics, self._seconds = metrics, seconds
@@ -171,7 +171,8 @@ def alone(
         return None
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
-    if one_member and mean and settings.bands == 1 and request.sampling.is_plain and told == (None, None):
+    plain = request.sampling.is_plain and told == (None, None) and not request.sources
+    if one_member and mean and settings.bands == 1 and plain:
         return OneMember(s, run, give)
     # What is read at once depends on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)

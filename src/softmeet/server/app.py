@@ -309,9 +309,10 @@ async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
             yield first
         asked = answer.request.combination
         async for delta in answer.parts(0.0 if asked.symbols_are_tokens else _PAUSE):
-            # A prompt's scores may be long, and so may all log-probabilities together.
-            write = partial(reply.written, delta)
-            if text := write() if delta.scored is None else await TURNS_AT_LOCK.written(write):
+            # A prompt's scores may be long, and so may all log-probabilities together, or a look into files.
+            write, sought = partial(reply.written, delta), answer.request.sources and delta.finish is not None
+            is_long = sought or delta.scored is not None
+            if text := await TURNS_AT_LOCK.written(write) if is_long else write():
                 yield text
         write = partial(reply.ended, answer.completion_tokens)
         last = write() if reply.body.listed is None else await TURNS_AT_LOCK.written(write)

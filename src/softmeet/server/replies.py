@@ -21,6 +21,7 @@ from softmeet.server.errors import described
 from softmeet.server.events import LAST_EVENT, event
 from softmeet.server.schemas import CompletionRequest, Generation
 from softmeet.server.sequences import GenerationRequest, Token
+from softmeet.server.sources import told
 from softmeet.server.texts import Cutting, Places, shown_bytes, token_texts
 
 # The log-probability that OpenAI writes for probability zero, since JSON has no -inf.
@@ -66,6 +67,8 @@ class Reply(ABC):
         self._cut: dict[int, tuple[Cutting, list[Token]]] = {}
         self._gates = defaultdict[int, Any](lambda: {"tokens": 0, "gated": 0, "seconds_saved": 0.0})
         self._statuses = defaultdict[int, Counter[str]](Counter)
+        # Of each choice, all that was written, if it is to be told where it stands in files.
+        self._written = dict[int, ChoiceDelta]()
         # Of each choice, the symbols so far that count.
         self._drawn = defaultdict[int, list[int]](list)
         # Of each choice, how many calls of functions there were.
@@ -200,7 +203,8 @@ class Reply(ABC):
         """Return softmeet's own fields of a choice, of what is new in it.
 
         These are reports of tokens, if they are asked for, and at the choice's end the counts of its gate and, if they
-        are asked for, how many tokens ended with each :class:`softmeet.Status`, scored ones of the prompt included.
+        are asked for, how many tokens ended with each :class:`softmeet.Status`, scored ones of the prompt included, and
+        where it stands in files.
 
         Args:
             delta: new text and tokens of the choice, or, without streaming, the whole choice.
@@ -222,7 +226,13 @@ class Reply(ABC):
                 gate["seconds_saved"] += token.saved
             if delta.finish is not None:
                 found["gate"] = gate | {"share": gate["gated"] / max(gate["tokens"], 1)}
-        return found
+        return found | (self._sources(delta) if self.asked.sources else {})
+
+    def _sources(self, delta: ChoiceDelta) -> dict[str, Any]:
+        """Return where a choice stands in files, and how much these claimed, once it has ended."""
+        whole = self._written.setdefault(delta.index, ChoiceDelta(delta.index))
+        whole.join(delta)
+        return {} if delta.finish is None else told(self.asked, whole.text, whole.tokens)
 
     def _prompt_log_probs(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return vLLM's field ``prompt_logprobs``: for each of the prompt's tokens but the first an object by token id.

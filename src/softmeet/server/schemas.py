@@ -84,6 +84,7 @@ class Extension(Strict):
     )
     report: Listed | None = _optional("Report every token, and list so many of each distribution.")
     statuses: bool | None = _optional("Count the tokens of each choice by status.")
+    sources: bool | None = _optional("Say where each choice stands in files, and how much these claimed.")
     max_bytes: Positive | None = _optional("Over bytes, the most bytes of a choice.")
     byte_logprobs: bool | None = _optional("Over bytes, list log-probabilities of a chat by byte, not by token.")
     top_k: TopK | None = None

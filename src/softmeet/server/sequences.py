@@ -136,6 +136,7 @@ class Token:
             first token.
         gated: whether a gate was closed at this position.
         saved: about how many seconds the closed gate saved here; 0 if it was open.
+        claims: the share that each of the user's files took here, if sources were asked for.
     """
 
     token: int
@@ -146,6 +147,7 @@ class Token:
     status: str = ""
     gated: bool = False
     saved: float = 0.0
+    claims: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ class GenerationRequest:
         top: how many of the most probable tokens to list at each token; 0 for the token's own log-probability and rank
             alone, None for no log-probabilities.
         report: how many tokens to list of each distribution in the report of each token; None for no reports.
+        sources: whether it is told where answers stand in files, and how much these claimed.
         score_prompt: whether the prompts' own tokens are scored as well.
         deadline: the time after which its sequences fail, in seconds on the clock of ``time.monotonic``.
         prompts: each prompt's token ids, at least one, below the vocabulary's size, and no more than fit into the
@@ -242,6 +245,7 @@ class GenerationRequest:
     max_bytes: int | None = None
     top: int | None = None
     report: int | None = None
+    sources: bool = False
     score_prompt: bool = False
     deadline: float = float("inf")
     prompts: tuple[tuple[int, ...], ...] = ()

@@ -33,6 +33,7 @@ from softmeet.server.passed_over import PassedOver
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
+from softmeet.server.sources import asks
 from softmeet.server.structures import Structures
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
@@ -63,6 +64,7 @@ class ServerSettings:
         one_member: whether plain sampling by ``prob-mean`` draws each token from one member while a single sequence
             runs, unless ``reproducible``.
         plain_chat: whether members without a chat template take a plain one.
+        sources: whether requests may ask where answers stand in the user's files.
         strict: whether unknown fields and models of requests are refused; else they are passed over, and the first
             ensemble answers.
         cors: origins (such as ``https://example.org``) whose pages may call the API from a browser.
@@ -81,6 +83,7 @@ class ServerSettings:
     speculate: int | Literal["auto"] = "auto"
     one_member: bool = True
     plain_chat: bool = False
+    sources: bool = False
     strict: bool = False
     cors: Sequence[str] = field(default_factory=tuple)
     ui: bool = True
@@ -213,6 +216,7 @@ class Serving:
             RuleError: if the rule comes from a package that fails to provide it.
         """
         served, ours = self.ensembles.find(body.model, self.passed_over), body.softmeet or Extension()
+        sources = asks(ours, told=self.settings.sources)
         combination = served.combination(ours, self.settings.allowed, self.settings.max_trust)
         most = _symbols(_limit(body, self.settings.max_tokens, combination), ours, combination)
         _check_together(body, most, combination.unit)
@@ -248,6 +252,7 @@ class Serving:
             max_bytes=ours.max_bytes,
             top=top,
             report=ours.report,
+            sources=sources,
             score_prompt=score_prompt,
             deadline=time.monotonic() + self.settings.seconds,
             prompts=tuple(found),

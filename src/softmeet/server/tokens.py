@@ -104,6 +104,8 @@ def tokens_of(
             # Only scored prompts show ranks, which take a pass over the vocabulary.
             rank = 1 + int((ours > ours[token]).sum().item()) if scored else None
             made = replace(made, log_prob=ours[token].item(), top=listed, rank=rank)
+        if asked.sources:
+            made = replace(made, claims=found.claims(row))
         if asked.report is not None:
             made = replace(made, report=_report(s, found, row, token, scored=scored))
         yield made

@@ -7,8 +7,8 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_report import character_reports
+from softmeet.readers.alphabet import Alphabet
+from softmeet.readers.reader import Reader
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import rule_of
 from softmeet.server.answer import AnswerStream
@@ -62,6 +64,8 @@ class Side:
         members: the members' names.
         prompt: the text that it continues.
         by_character: whether the page shows characters, as its tokens are parts of these.
+        files: the user's files beside the members.
+        is_told: whether it is said where the text stands in them.
         reports: the reports of its tokens so far, as the batcher's events have them.
     """
 
@@ -69,12 +73,28 @@ class Side:
     members: tuple[str, ...]
     prompt: str
     by_character: bool
+    files: Sequence[Reader] = ()
+    is_told: bool = False
     reports: list[Report] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[Report]:
         """The reports of what the page shows one by one: its tokens, or its characters."""
         return character_reports(self.reports) if self.by_character else self.reports
+
+    def details(self, k: int) -> str:
+        """Return the details of what is shown as number k, as HTML."""
+        shown = self.tokens
+        found = [reader.source(self._symbols(shown[: k + 1], reader.alphabet)) for reader in self.files if self.is_told]
+        sources = [one and asdict(replace(one, path=one.below)) for one in found]
+        names = [reader.name for reader in self.files]
+        return details_of(shown[k] | {"sources": sources}, self.members, self.rule, names)
+
+    def _symbols(self, shown: Sequence[Report], alphabet: Alphabet) -> list[int]:
+        """Return the symbols of the prompt and of the first of what is shown."""
+        if self.by_character:
+            return alphabet.encode(self.prompt + "".join(one["text"] for one in shown))
+        return [*alphabet.encode(self.prompt), *(one["token"] for one in shown)]
 
 
 def mount(app: FastAPI, serving: Serving) -> None:
@@ -231,9 +251,9 @@ def _inside(serving: Serving) -> None:
 
 
 def _controls(served: Served) -> dict[str, Any]:
-    """Return the controls' values for an ensemble's own settings: members, rule, and the first trust, at most 4."""
+    """Return the controls' values for an ensemble: members and files, its rule, and its first trust, at most 4."""
     config = served.ensemble.model.config
-    return {"members": list(served.names), "rule": config.rule, "trust": min(config.trust[0], 4)}
+    return {"members": [*served.names, *served.files], "rule": config.rule, "trust": min(config.trust[0], 4)}
 
 
 def _rules(served: Served) -> list[str]:
@@ -264,7 +284,7 @@ def _choosing(k: int) -> Any:
 
     def choose(sides: list[Side], event: gr.EventData) -> str:
         side, index = sides[k], int(event.k)
-        return details_of(side.tokens[index], side.members, side.rule) if index < len(side.tokens) else _HINT
+        return side.details(index) if index < len(side.tokens) else _HINT
 
     return choose
 
@@ -289,7 +309,11 @@ async def _pictures(serving: Serving, *inputs: Any) -> AsyncIterator[Any]:
             request = await serving.prepare(CompletionRequest.model_validate(given | {"softmeet": asked}))
             answers.append(AnswerStream(serving.batcher, request))
         hows = [answer.request.combination for answer in answers]
-        sides = [Side(str(how.settings.rule), how.names, prompt, not how.symbols_are_tokens) for how in hows]
+        sides = [
+            Side(str(how.settings.rule), how.names, prompt, not how.symbols_are_tokens, how.model.claimants,
+                 is_told=serving.settings.sources)
+            for how in hows
+        ]  # fmt: skip
         feeds = [asyncio.create_task(_feed(a, side)) for a, side in zip(answers, sides, strict=True)]
         while not all(feed.done() for feed in feeds):
             yield *_texts(sides, done=False), _HINT, _trouble(""), sides

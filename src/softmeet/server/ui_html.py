@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment
 
 from softmeet.hf.report import heat, known_sum, shown
+from softmeet.readers.source import Source
 from softmeet.rules.endings import endings
 from softmeet.solvers.base import Status
 
@@ -60,9 +61,9 @@ def text_of(tokens: Sequence[Report], prompt: str, rule: str, *, done: bool, lin
 
 
 def summary(tokens: Sequence[Report]) -> str:
-    """Return a line with a text's means per token: disagreement, surprise in nats, and reads of all heads if there are.
+    """Return a line with a text's means per token: disagreement, surprise in nats, reads of all heads if there are any.
 
-    The surprise is the negative log-probability.
+    The surprise is the negative log-probability. Beside files there is also the mean share that these claimed.
 
     Args:
         tokens: the tokens' reports, as ``TokenReport.spelled`` returns them, gated tokens included; if there are none,
@@ -75,10 +76,12 @@ def summary(tokens: Sequence[Report]) -> str:
     passes, nats = fmean(t["num_passes"] for t in tokens), -fmean(t["log_prob"] for t in tokens)
     unit = tokens[0].get("unit", "token")
     said = f"{len(tokens)} {unit}s · on average: disagreement {bound}{disagreement:.3f} nats, surprise {nats:.2f}"
-    return said + (f", {passes:.1f} reads of all output layers" if passes else "")
+    said += f", {passes:.1f} reads of all output layers" if passes else ""
+    shares = [f"{fmean(own):.1%}" for own in zip(*(t["claims"] for t in tokens), strict=True)]
+    return said + (f", claimed by files {' and '.join(shares)}" if shares else "")
 
 
-def details_of(token: Report, members: Sequence[str], rule: str) -> str:
+def details_of(token: Report, members: Sequence[str], rule: str, files: Sequence[str] = ()) -> str:
     """Return the HTML behind one token: the ensemble's and each member's most probable tokens, and the rule's changes.
 
     The changes are the tokens whose probability the rule moved most from the pool's, with the nats that each member
@@ -88,6 +91,7 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
         token: the token's report, as ``TokenReport.spelled`` returns it.
         members: the members' names.
         rule: the name of the rule.
+        files: the names of the user's files, of each of which the report has a claim and perhaps a source.
     """
     scale = math.exp(max(x for rows in [token["top"], *token["member_top"]] for _, x in rows))
     average = f"by the average alone {math.exp(token['pool_log_prob']):.2%}"
@@ -110,7 +114,10 @@ def details_of(token: Report, members: Sequence[str], rule: str) -> str:
     pushing = [*members, "all alike"] if any(any(pushes) for pushes in token["pushes"]) else []
     # What is the same for all tokens makes probabilities sum to one, and each row add up to its change.
     moves = [(moved, [*own, moved[2] - moved[1] - sum(own)]) for moved, own in moves]
-    return str(_MACROS.details(token, rule, figures, cards, scale, moves, pushing))
+    claimed = [f"{name} claimed {share:.1%} of the mix" for name, share in zip(files, token["claims"], strict=True)]
+    for k, source in enumerate(token["sources"]):
+        claimed[k] += f"; this and what is before stands in {Source(**source)}" if source else ""
+    return str(_MACROS.details(token, rule, figures, cards, scale, moves, pushing, claimed))
 
 
 def alert(message: str) -> str:

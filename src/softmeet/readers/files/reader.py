@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ class FilesReader(ReaderOfRows[FilesRow]):
         allowed: which symbols can have a probability above 0, (v,) bool; None for all.
         weight: in place of the weight that goes by matches; None for that.
         relevance: in place of the relevance that goes by what was given; None for that.
+        folders: those that were named, below which sources tell paths.
     """
 
     def __init__(
@@ -78,10 +80,11 @@ class FilesReader(ReaderOfRows[FilesRow]):
         allowed: Bool[np.ndarray, " v"] | None = None,
         weight: float | None = None,
         relevance: float | None = None,
+        folders: Sequence[Path] = (),
     ) -> None:
         super().__init__(FilesRow)
         self.name, self.alphabet, self.limit, self.index = name, alphabet, 1 << 30, index
-        self._allowed, self._weight, self._relevance = allowed, weight, relevance
+        self._allowed, self._weight, self._relevance, self._folders = allowed, weight, relevance, folders
         self._scheme = TOKENS if alphabet.spelling is None else BYTES
         self.traits = Traits(rounding="bitwise", claims=True)
 
@@ -142,11 +145,11 @@ class FilesReader(ReaderOfRows[FilesRow]):
             least: the fewest symbols of a stretch; None for 6 tokens, or 24 bytes.
         """
         fewest = least or (_STRETCH if self.alphabet.spelling is None else 4 * _STRETCH)
-        return sources_of(self.index, self.alphabet.encode(text), self.alphabet.decode, fewest)
+        return sources_of(self.index, self.alphabet.encode(text), self.alphabet.decode, fewest, self._folders)
 
     def source(self, symbols: Sequence[int]) -> Source | None:
         """Return where the most of the last symbols of a text stand in the files; None if the last one does nowhere."""
-        return source_of(self.index, symbols, self.alphabet.decode)
+        return source_of(self.index, symbols, self.alphabet.decode, self._folders)
 
     def _behind(self, text: Sequence[int], place: int, given: int, relevance: Relevance) -> tuple[np.ndarray, float]:
         """Return what follows the first ``place`` symbols of a text, (v,), and the share that is claimed there."""
