@@ -175,7 +175,7 @@ class MemberTurns(ABC):
             average = quick.average(logits, self._settings, combiner.support, combiner.v)
             if average is not None:
                 claims = [torch.cat(self._hidden[i][start:stop]) for i in self._claiming]
-                return Combined(claimed(average, claims))
+                return Combined(claimed(average, claims), claiming=claims)
             # A rule without a quick form has none anywhere.
             self._quick = False
         # Before the first of the positions is the newest token, before the others are drafts.

@@ -83,7 +83,7 @@ class Ahead(MemberTurns):
         metrics: Metrics,
         seconds: float,
     ) -> None:
-        how, reported = s.combination, s.request.report is not None or s.request.sources
+        how, reported = s.combination, s.request.report is not None
         super().__init__([s], members, how.settings, speculate, reported=reported)
         self._s, self._give, self._counted = s, give, count
         self._metrics, self._seconds = metrics, seconds
@@ -163,11 +163,8 @@ def alone(
     """
     how, request = s.combination, s.request
     members = s.readers[: len(how.model.members)]
-    if (
-        how.unsure is not None
-        or how.model.combiner.joint
-        or len(set(members)) < max(len(members), 1 if how.model.claimants else 2)
-    ):
+    fewest = 1 if how.model.claimants else 2
+    if how.unsure is not None or how.model.combiner.joint or len(set(members)) < max(len(members), fewest):
         return None
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
