@@ -6,7 +6,7 @@ goes on where it was stopped; ``python benchmarks/files_tables.py`` makes tables
 :mod:`softmeet.readers.files.claim` on projects; one of which they are to be judged must not be among them.
 
 The controls: the model at the temperature that suits it best, told the file's name, beside an n-gram of the file's own
-beginning, and with three chunks of the other files in its prompt, which BM25 finds by the first 600 bytes.
+beginning, and with three chunks of the other files in its prompt, which BM25 finds by the path and the first 600 bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from softmeet.readers.reader import Read, Reader, Row, finished
 
 app = typer.Typer(add_completion=False)
 # The temperatures of which a model's best one is taken, in hindsight.
-TEMPERATURES = [0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
+TEMPERATURES = [1.0, 1.1, 1.2, 1.3]
 # So many symbols are read in a call.
 PIECE = 128
 
@@ -178,9 +178,9 @@ def measure_behind(
     """Return what is said of each symbol but the first behind a prompt, and which lines are written right.
 
     Returns:
-        ``nats``, by temperature the log-probability of each symbol, (8, n - 1). For each name of an index, ``NAME q``
-        and ``NAME c``, the files' probability and their claim, (n - 1,). ``right``, for each line, and ``right with
-        files``.
+        ``nats``, by temperature the log-probability of each symbol, (4, n - 1), behind a prompt at 1 alone. For each
+        name of an index, ``NAME q`` and ``NAME c``, the files' probability and their claim, (n - 1,). ``right``, for
+        each line, and ``right with files``.
     """
     text, before = [*prompt, *symbols], len(prompt)
     rows = model.begun(prompt)
@@ -192,7 +192,8 @@ def measure_behind(
         piece = text[begin : min(len(text) - 1, begin + PIECE)]
         log_probs = model.read(rows, piece, range(1, len(piece) + 1))
         ours = torch.tensor(text[begin + 1 : begin + 1 + len(piece)])[:, None]
-        nats.append(torch.cat([(log_probs / t).log_softmax(-1).gather(-1, ours) for t in TEMPERATURES], 1).T)
+        temperatures = [] if prompt else TEMPERATURES[1:]
+        nats.append(torch.cat([log_probs.gather(-1, ours), *heated(log_probs, ours, temperatures)], 1).T)
         for place, told in enumerate(log_probs, begin + 1):
             for name, memory in memories.items():
                 share = memory.share_behind(place)
@@ -207,6 +208,11 @@ def measure_behind(
     for reader, row in zip(model.readers, rows, strict=True):
         reader.close(row)
     return found
+
+
+def heated(log_probs: torch.Tensor, ours: torch.Tensor, temperatures: Sequence[float]) -> list[torch.Tensor]:
+    """Return the log-probabilities of some symbols at further temperatures."""
+    return [log_probs.gather(-1, ours) / t - (log_probs / t).logsumexp(-1, keepdim=True) for t in temperatures]
 
 
 def is_right(
@@ -251,7 +257,7 @@ def measure_one(
     found = {"alone": measure_behind(model, [], symbols, lines, others)}
     if controls:
         encode = model.alphabet.encode
-        chunks = project.retrieved(path.read_bytes()[:HEADER].decode(errors="ignore"))
+        chunks = project.retrieved(path, path.read_bytes()[:HEADER].decode(errors="ignore"))
         found["named"] = measure_behind(model, encode(project.named(path)), symbols, [], {})
         prompt = encode(chunks + project.named(path))
         found["retrieved"] = measure_behind(model, prompt, symbols, lines, {"files": index})
@@ -317,7 +323,7 @@ def weights(models: Models, projects: Projects, held: Held = 12, include: Includ
         index = model.index_of(project.kept)
         for path in project.held:
             symbols = model.text_of(path)
-            nats = measure_behind(model, [], symbols, [], {})["nats"][TEMPERATURES.index(1.0)]
+            nats = measure_behind(model, [], symbols, [], {})["nats"][0]
             seen += cells(model, index, symbols, nats)
         print(project.name, len(seen), flush=True)
     rows, columns, files, rule = map(np.array, zip(*seen, strict=True))

@@ -39,7 +39,8 @@ class Told:
     def __init__(self, path: Path) -> None:
         with np.load(path) as kept:
             self._kept = dict(kept)
-        self.project, self.unrelated = str(self._kept["project"]), str(self._kept["unrelated"])
+        self.name, self.unrelated = path.name, _short(str(self._kept["unrelated"]))
+        self.project = _short(str(self._kept["project"]))
         self.megabytes, self.fresh = float(self._kept["MB"]), bool(self._kept["fresh"])
 
     def has(self, where: str) -> bool:
@@ -70,13 +71,19 @@ class Told:
         return np.asarray(self._kept["verbatim"], dtype=bool)
 
 
+def _short(project: str) -> str:
+    """Return a project's name without the owner of its repository."""
+    return project.rpartition("+")[2]
+
+
 def groups(kept: Path) -> dict[tuple[str, str, str], list[Told]]:
     """Return all files by model, by how they were held out, and by project."""
     found = dict[tuple[str, str, str], list[Told]]()
     for path in sorted(kept.glob("*/*/*/*.npz")):
         if not path.name.endswith(".part.npz"):
             who, by = path.parts[-4:-2]
-            found.setdefault((who, by, Told(path).project), []).append(Told(path))
+            told = Told(path)
+            found.setdefault((who.upper(), by, told.project), []).append(told)
     return found
 
 
@@ -153,6 +160,23 @@ def _row(files: Sequence[Told], behind: int) -> dict[str, Any]:
         **row, "named": of_all(sums("named")), "retrieval": of_all(prompt), "both": of_all(both),
         "both over the better": more, "both low": least, "both high": most,
     }  # fmt: skip
+
+
+@app.command()
+def sizes(kept: Kept, small: str, large: str, json: JsonPath = None) -> None:
+    """Print the bits a byte that two models need of the same files, alone and with the project's other files."""
+    rows, every = list[dict[str, Any]](), groups(kept)
+    for (who, by, project), files in every.items():
+        both = {one.name for one in files} & {one.name for one in every.get((large, by, project), ())}
+        if who == small and by == "file" and both:
+            for way, behind in (("whole", 0), ("behind 600 bytes", HEADER)):
+                row: dict[str, Any] = {"project": project, "way": way, "files": len(both)}
+                for name, told in ((small, files), (large, every[large, by, project])):
+                    some = [one for one in told if one.name in both]
+                    for what, memory in (("alone", None), ("with files", "files")):
+                        row[f"{name} {what}"] = of_all([one.sums(one.nats("alone", memory), behind) for one in some])
+                rows.append(row)
+    show("Files beside a model, and a larger model", rows, json)
 
 
 @app.command()

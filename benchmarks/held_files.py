@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -73,10 +74,16 @@ class Project:
         """Return whether a line stands in one of the other files."""
         return line.strip() in self._lines
 
-    def retrieved(self, text: str) -> str:
-        """Return the chunks of the other files that BM25 finds for a text, the best one last, under their paths."""
+    def retrieved(self, path: Path, text: str) -> str:
+        """Return the chunks of the other files that BM25 finds for a file, the best one last, under their paths.
+
+        Args:
+            path: the file's, whose words count.
+            text: its beginning, of which lines count that no tenth of the other files has, such as those of a licence.
+        """
         engine, chunks = self._engine
-        best, _ = engine.retrieve(_words(text), k=min(CHUNKS, len(chunks)), show_progress=False)
+        rare = [line for line in text.splitlines() if 10 * self._lines[line.strip()] < len(self._texts)]
+        best, _ = engine.retrieve(_words("\n".join([self.named(path), *rare])), k=CHUNKS, show_progress=False)
         return "\n".join(chunks[k] for k in reversed(best[0].tolist())) + "\n"
 
     @cached_property
@@ -89,8 +96,8 @@ class Project:
         return {hash(text[k : k + WINDOW]) for text in every for k in range(len(text) - WINDOW + 1)}
 
     @cached_property
-    def _lines(self) -> set[str]:
-        return {line.strip() for _, text in self._texts for line in text.splitlines()}
+    def _lines(self) -> Counter[str]:
+        return Counter(line for _, text in self._texts for line in {line.strip() for line in text.splitlines()})
 
     @cached_property
     def _engine(self) -> tuple[bm25s.BM25, list[str]]:
