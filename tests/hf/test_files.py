@@ -88,6 +88,11 @@ def test_what_one_call_has_drawn_is_given_to_the_next(folder):
         every, some = (beside.model(input_ids=out.sequences, given=given).logits for given in (None, ids.shape[1]))
     assert every[:, : ids.shape[1]].equal(some[:, : ids.shape[1]])
     assert not every[0, -1].equal(some[0, -1])
+    # Scores, too, are told how much was given.
+    text, targets = beside.tokenizer.decode(out.sequences[0]), out.sequences[0, 1:, None]
+    for given, logits in (None, every), (ids.shape[1], some):
+        found = [one.log_prob for one in beside.inspect(text, given=given)]
+        assert found == pytest.approx(logits[0, :-1].gather(-1, targets).squeeze(-1).tolist(), abs=1e-5)
 
 
 def test_likelihoods_and_evaluation_have_the_mixture(beside, folder, tmp_path):
@@ -98,12 +103,17 @@ def test_likelihoods_and_evaluation_have_the_mixture(beside, folder, tmp_path):
         told = beside.model(input_ids=ids, given=len(before)).logits[0, len(before) - 1 : -1].double()
     assert found.log_prob == pytest.approx(told.gather(-1, torch.tensor(after)[:, None]).sum().item(), abs=1e-5)
     (tmp_path / "held.txt").write_text(SAID)
-    nats = []
+    bits = []
     for names in MEMBERS, [*MEMBERS, f"files:{folder}"]:
         named = [word for name in names for word in ("-m", name)]
-        done = run("evaluate", *named, "-t", tmp_path / "held.txt", "--rule", "logit-mean", "--json", "-")
-        nats.append(json.loads(done.stdout)["rules"]["logit-mean"]["bits_per_byte"])
-    assert nats[1] < nats[0] - 1  # bits a byte
+        done = run(
+            "evaluate", *named, "-t", tmp_path / "held.txt", "--rule", "logit-mean", "--gate", "unsure:0.01",
+            "--json", "-",
+        )  # fmt: skip
+        rows = json.loads(done.stdout)["rules"]
+        bits.append([row["bits_per_byte"] for name, row in rows.items() if name.startswith("logit-mean")])
+    assert len(bits[0]) == 2
+    assert max(bits[1]) < min(bits[0]) - 1  # where the gate is closed, too
 
 
 def test_a_saved_ensemble_keeps_the_paths_alone(beside, folder, tmp_path):
@@ -145,9 +155,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(named, error, 
 
 
 def test_what_cannot_have_files_says_so(beside, folder):
-    asked = '{"id": "1", "question": "Who?", "answer": "Zorblax"}'
-    (folder.parent / "q.jsonl").write_text(asked)
-    for command in ["advise"], ["fit", "--out", "x"], ["trace", "x"], ["answer", folder.parent / "q.jsonl"]:
+    for command in ["advise"], ["fit", "--out", "x"], ["trace", "x"]:
         named = [word for name in (*MEMBERS, f"files:{folder}") for word in ("-m", name)]
         done = run(*command, *named, *(["-t", folder / "a.txt"] if command[0] in ("fit", "trace") else []))
         assert (done.returncode, "with files yet" in " ".join(done.stderr.split())) == (2, True), done.stderr
