@@ -154,11 +154,19 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(named, error, 
         Ensemble.from_pretrained([one.format(folder) for one in named])
 
 
-def test_what_cannot_have_files_says_so(beside, folder):
-    for command in ["advise"], ["fit", "--out", "x"], ["trace", "x"]:
-        named = [word for name in (*MEMBERS, f"files:{folder}") for word in ("-m", name)]
-        done = run(*command, *named, *(["-t", folder / "a.txt"] if command[0] in ("fit", "trace") else []))
-        assert (done.returncode, "with files yet" in " ".join(done.stderr.split())) == (2, True), done.stderr
+def test_what_cannot_have_files_says_so(beside, folder, tmp_path):
+    text, named = ["-t", folder / "a.txt"], [word for name in (*MEMBERS, f"files:{folder}") for word in ("-m", name)]
+    beside.save_pretrained(tmp_path / "saved")
+    for command, said in (
+        (["trace", tmp_path / "x", *named, *text], "trace the models alone"),
+        (["trace", tmp_path / "x", "-m", tmp_path / "saved", *text], "trace the models alone"),
+        (["evaluate", *named, "--trace", tmp_path / "x"], "name the files with a text"),
+        (["fit", "--out", tmp_path / "y", *named, "--trace", tmp_path / "x"], "name the files with a text"),
+        (["evaluate", *named, *text, "--folds", 2], "leave --folds out"),
+        (["evaluate", "-m", tmp_path / "saved", *text, "--folds", 2], "leave --folds out"),
+    ):
+        done = run(*command)
+        assert (done.returncode, said in " ".join(done.stderr.split())) == (2, True), done.stderr
     with pytest.raises(InvalidInputError, match="files beside members over tokens or bytes"):
         Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama", f"files:{folder}"], vocabulary="union")
     with pytest.raises(InvalidInputError, match="leave the files out"):

@@ -12,12 +12,12 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.checkpoint import member_names, saved_config
+from softmeet.hf.claiming import fingerprints
 from softmeet.members.files import Files, is_files
 from softmeet.members.gguf_file import fingerprint
 from softmeet.members.member import Member, short, titles
 from softmeet.members.native import with_hash
 from softmeet.members.zoo import expand
-from softmeet.readers.files.corpus import find_texts
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import parse_rule
 
@@ -65,15 +65,12 @@ class Subject:
         config = saved_config(self.saved) if self.saved else None
         # With the words of prompts that are files, and with files' hashes.
         members = [str(with_hash(Member.of(line))) for line in self.members]
-        files = [_files(line) for line in (*self.members, *self.beside)]
+        files = [*(_files(line) for line in self.members), *([fingerprints(self.beside)] if self.beside else [])]
         return {**vars(self), "members": members, "files": files, "config": config and config.to_json_string()}
 
 
 def _files(line: str) -> list[str]:
-    """Return what tells the files of the folders apart that a member is loaded from, or the user's files."""
-    if is_files(line):
-        files = Files.parse(line)
-        return [fingerprint(file) for file in find_texts(files.paths, files.include).files]
+    """Return what tells the files of the folders apart that a member is loaded from."""
     member = Member.of(line)
     places = [Path(place, member.subfolder or "") for place in (member.checkpoint, member.adapter) if place]
     return [
