@@ -42,8 +42,10 @@ def claims_of(model: EnsembleForCausalLM, ids: Int[Tensor, " ids"], count: int) 
                 )
                 for error in behind.errors.values():
                     raise error
-                states = behind.states().double().cpu()
-                parts.append(torch.cat([states.gather(-1, came), states[:, -1:]], -1))
+                assert behind.claims is not None, "it claims, as its traits say"
+                log_probs = behind.log_probs()
+                two = log_probs.gather(-1, came.to(log_probs.device)).squeeze(-1), behind.claims.log()
+                parts.append(torch.stack([one.double().cpu() for one in two], -1))
         finally:
             reader.close(row)
         found.append(torch.cat(parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,19 +54,19 @@ def hold_out(
     if documents is None:
         if not every:
             return None
-        held, documents = zip(*_drawn(every), strict=True)
+        held, documents = _drawn(every)
     else:
         sizes, texts = {len(one.text.encode()) for one in documents}, {one.text for one in documents}
-        held = tuple(path for path in every if path.stat().st_size in sizes and _text(path) in texts)
+        held = [path for path in every if path.stat().st_size in sizes and _text(path) in texts]
     if held and len(held) == len(every):
         raise InvalidInputError("expected a text that is a part of the files at the most, got all of them: name fewer")
     if held:
         give_claims(model, on_progress, without=held)
-    return list(documents)
+    return documents
 
 
-def _drawn(every: Sequence[Path]) -> Iterator[tuple[Path, Document]]:
-    """Yield files that are held out, each with its beginning."""
+def _drawn(every: Sequence[Path]) -> tuple[list[Path], list[Document]]:
+    """Return files that are held out, and their beginnings."""
     long = [path for path in every if path.stat().st_size >= _LEAST and _text(path) is not None]
     if len(long) < _SHARE:
         raise InvalidInputError(
@@ -74,8 +74,8 @@ def _drawn(every: Sequence[Path]) -> Iterator[tuple[Path, Document]]:
             "text by --text"
         )
     chosen = random.Random(1)  # noqa: S311 - which files are held out is no secret
-    for path in sorted(chosen.sample(long, min(_MOST, len(long) // _SHARE))):
-        yield path, Document(str(path), path.read_bytes()[:_BYTES].decode(errors="ignore"))
+    held = sorted(chosen.sample(long, min(_MOST, len(long) // _SHARE)))
+    return held, [Document(str(path), path.read_bytes()[:_BYTES].decode(errors="ignore")) for path in held]
 
 
 def _text(path: Path) -> str | None:

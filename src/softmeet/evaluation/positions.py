@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -241,8 +241,8 @@ class Positions:
 
     def take(self, rows: slice | Tensor) -> Positions:
         """Return the positions at ``rows`` (a slice, indices or a mask), in that order."""
-        own = {name: [one[rows] for one in getattr(self, name)] for name in _BY_MEMBER}
-        return Positions(**own, **{name: getattr(self, name)[rows] for name in _OF_TEXT}, names=self.names)
+        own: dict[str, Any] = {name: [one[rows] for one in getattr(self, name)] for name in _BY_MEMBER}
+        return Positions(**own | {name: getattr(self, name)[rows] for name in _OF_TEXT}, names=self.names)
 
     def chunks(self, size: int) -> Iterator[Positions]:
         """Yield all positions, in order, ``size`` at a time; the last chunk may be smaller."""
@@ -263,21 +263,21 @@ def from_tensors(found: Tensors, names: list[str]) -> Positions:
             maybe ``costs i``, and ``claims i`` for each reader that claims.
         names: the documents' names, which ``document`` indexes.
     """
-    own = {
+    own: dict[str, Any] = {
         name: [found[f"{name} {i}"] for i in range(sum(key.startswith(f"{name} ") for key in found))]
         for name in _BY_MEMBER
     }
-    return Positions(**own, **{name: found[name] for name in _OF_TEXT}, names=names)
+    return Positions(**own | {name: found[name] for name in _OF_TEXT}, names=names)
 
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
     """Join one or more runs of positions, in order, to one; ``names`` are the documents' names that all parts index."""
-    own = {
+    own: dict[str, Any] = {
         name: [torch.cat(one) for one in zip(*(getattr(part, name) for part in parts), strict=True)]
         for name in _BY_MEMBER
     }
-    of_text = {name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT}
-    return Positions(**own, **of_text, names=names)
+    own |= {name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT}
+    return Positions(**own, names=names)
 
 
 @torch.no_grad()  # not inference mode: a fit's graph may hold these tensors
