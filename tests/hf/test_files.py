@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import httpx as http
 import pytest
@@ -12,6 +13,8 @@ from serving import running, serving_of
 
 from softmeet import Ensemble, Files
 from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.evaluation.claimed import beside as losses_beside
+from softmeet.evaluation.claimed import claims_of
 from softmeet.evaluation.likelihoods import likelihoods
 from softmeet.hf.chat import take_plain
 from softmeet.server.ensembles import load
@@ -185,8 +188,16 @@ def test_over_bytes_a_conversation_is_what_was_given(folder):
     text.open = lambda given=(), own=(), reuse=True: seen.append(bytes(own)) or type(text).open(text, given, own)
     both.generate(turns, max_bytes=2)
     assert SAID.strip().encode() in seen[0]
+    del text.open
     reports = both.inspect(SAID[:60])
     assert all(0 <= report.claims[0] < 0.9701 for report in reports)
+    # Two numbers a place are enough for losses, and are what whole distributions say there.
+    ids = torch.tensor([256, *(SAID * 2).encode()])
+    ours = losses_beside(torch.full((100,), 2.0), claims_of(both.model, ids, 100))
+    ((*_, states),) = [both.model.hidden_states(ids[None, :-1])]
+    own, log_c = states[-100:, :-1].exp(), states[-100:, -1]
+    wanted = (1 - log_c.exp()) * math.exp(-2) + log_c.exp() * own.gather(-1, ids[-100:, None]).squeeze(-1)
+    assert ours.neg().exp().tolist() == pytest.approx(wanted.tolist())
 
 
 def test_a_server_puts_files_beside_its_models(folder, tmp_path):
