@@ -198,16 +198,17 @@ class Ensemble:
         return next_token(self.model, self.tokenizer, text, top)
 
     @torch.inference_mode()
-    def inspect(self, text: str, top: int = 5) -> list[TokenReport] | list[GroupReport]:
+    def inspect(self, text: str, top: int = 5, given: int | None = None) -> list[TokenReport] | list[GroupReport]:
         """Report how probable the ensemble and each member found every token of ``text`` after the first one.
 
         Args:
             text: at least two tokens; over bytes, one byte.
             top: the number of most probable tokens to list of each distribution.
+            given: beside files, how many first tokens (bytes) were given, not drawn; None for all.
 
         Returns:
-            A report for each token, log-probabilities in nats. Over bytes, a report for each stretch of characters that
-            begins and ends at token boundaries of all members, the first included.
+            A report for each token, log-probabilities in nats; over bytes for each stretch of characters that begins
+            and ends at token boundaries of all members, the first included.
 
         Raises:
             InvalidInputError: if the text is too short, or not shorter than the shortest member's context.
@@ -217,7 +218,7 @@ class Ensemble:
             >>> [round(report.log_prob, 2) for report in reports]
             [-2.99, -6.61, -0.15]
         """
-        return reports_of(self.model, self.tokenizer, text, top)
+        return reports_of(self.model, self.tokenizer, text, top, given)
 
     @torch.inference_mode()
     def prompt_weights(self, text: str) -> list[float]:
@@ -247,8 +248,7 @@ class Ensemble:
             limit: the largest number of tokens to predict, at least 1.
 
         Yields:
-            For each window of t positions, (each member's last hidden states, (t, d_i), in its dtype; the ids of the
-            tokens that follow, (t,)).
+            For each window, (each member's last hidden states, (t, d_i), in its dtype; the ids that follow, (t,)).
 
         Raises:
             InvalidInputError: if the text has fewer than two tokens, or the ensemble is over bytes.

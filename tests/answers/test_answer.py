@@ -52,14 +52,17 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("members", ["folders", "over_bytes"])
-def test_likelihoods_of_options_are_the_harnesss(members, request):
+def test_likelihoods_of_options_are_the_harnesss(members, beside, request, tmp_path):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
     from softmeet.evaluation.harness import harness_model
 
     names = request.getfixturevalue(members)
+    (tmp_path / "a.txt").write_text("the fox jumps over the lazy dog and the fox jumps. " * 3)
+    names = [*names, f"files:{tmp_path}"] if beside else names
     ensemble = Ensemble.from_pretrained(names, "logit-mean", dtype=torch.float64)
     prompt, options = "Question: the dog\nAnswer: ", ["the fox jumps", "fox", " over the lazy dog", "q"]
     asked = [Instance("loglikelihood", {}, (prompt, option), k) for k, option in enumerate(options)]
@@ -83,6 +86,47 @@ def test_where_no_option_has_a_probability_none_is_chosen(folders, files, tmp_pa
     told = [json.loads(line, parse_constant=pytest.fail) for line in out.read_text().splitlines()]
     mine = [(one["answer"], one["right"], one["doubt"]) for one in told if one["name"] == "cut"]
     assert mine == [("", False, None)] * len(CHOICES)
+
+
+@torch.inference_mode()
+def naive(ensemble, prompt, option):
+    """The log-probability of an option behind a prompt by one call of ``forward``, to which the prompt is given."""
+    model = ensemble.model
+    before, whole = (list(ensemble.tokenizer(text, verbose=False)["input_ids"]) for text in (prompt, prompt + option))
+    told = model(input_ids=torch.tensor([whole]), given=len(before)).logits[0, len(before) - 1 : -1].double()
+    return told.gather(-1, torch.tensor(whole[len(before) :])[:, None]).sum().item()
+
+
+@pytest.mark.parametrize("members", ["folders", "over_bytes"])
+def test_files_stand_beside_everybody_in_rows_of_their_own(members, files, tmp_path, request):
+    names, project, out = request.getfixturevalue(members), tmp_path / "project", tmp_path / "a.jsonl"
+    project.mkdir()
+    (project / "a.txt").write_text("Question: What does the fox do?\nAnswer: a fox jumps over the dog\n" * 3)
+    lines, beside = [x for m in names for x in ("-m", m)], f"files:{project}"
+    done = run(
+        "answer", files / "choices.jsonl", *lines, "-m", beside, "-e", f"both={' '.join(names)} prob-mean",
+        "-e", f"one={names[0]} {beside}+weight=0.5 logit-mean", "--how", "option", "--answers", out,
+        "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = {(one["name"], one["id"]): one["scores"] for one in map(json.loads, out.read_text().splitlines())}
+    rows = dict.fromkeys(name for name, _ in told)
+    first, more = (f"{one.name}" for one in (subjects(names, [])[0], subjects([names[0], beside], [])[1]))
+    assert list(rows) == [*rows][:2] + ["both", "one"] + [f"{name} + files:project" for name in [*rows][:2]] + [
+        "both + files:project"
+    ]
+    asked = read_questions(files / "choices.jsonl")[0]
+    prompt, options = Form("option").prompt(asked), Form("option").options(asked)
+    for name, rule, loaded in (
+        ("both + files:project", "prob-mean", [*names, beside]), (more, "logit-mean", [names[0], beside]),
+        ("one", "logit-mean", [names[0], f"{beside}+weight=0.5"]), (first, "logit-mean", [names[0]]),
+    ):  # fmt: skip
+        ensemble = Ensemble.from_pretrained(loaded, rule)
+        expected = [naive(ensemble, prompt, option) for option in options]
+        assert told[name, asked.id] == pytest.approx(expected, abs=1e-4), name
+    assert told[more, asked.id] != pytest.approx(told[first, asked.id], abs=0.5)
+    run_facts = json.loads((tmp_path / "a.json").read_text())["run"]
+    assert run_facts["files"] == [f"{beside}+weight=0.5", beside]
 
 
 def test_a_union_has_no_likelihoods(over_bytes):

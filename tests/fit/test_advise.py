@@ -13,12 +13,13 @@ import pytest
 import tiny
 import torch
 from commands import stages
-from texts import documents
+from texts import LETTERS, documents
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app
 from softmeet.evaluation import advise as advising
+from softmeet.evaluation import own_files
 from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
 from softmeet.evaluation.costs import Others, milliseconds
 from softmeet.evaluation.documents import Document
@@ -29,7 +30,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.save import save
 from softmeet.evaluation.verdict import figures, plainly
-from softmeet.hf import unequal
+from softmeet.hf import claiming, unequal
 from softmeet.hf.remembered import file_of, known, members_hash
 from softmeet.hf.unequal import unwarned
 from softmeet.members.member import short
@@ -385,6 +386,49 @@ def test_the_command(folders, texts, tmp_path, monkeypatch):
         (kept,) = known(file_of("weights.json"))[members_hash(Ensemble.from_pretrained(folders).model)].values()
     assert kept["gain"] == facts["equal_weights"]["gain"]
     assert kept["weights"] == facts["candidates"]["logit-mean"]["weights"]
+
+
+def test_files_are_judged_on_those_that_are_held_out(folders, tmp_path, unmeasured):
+    project, kept = tmp_path / "project", []
+    project.mkdir()
+    for document in documents(48, 450):
+        (project / f"{document.name}.txt").write_text(f"{document.text} {' '.join(LETTERS.split()[::-1])} " * 2)
+    model = Ensemble.from_pretrained([folders[0], f"files:{project}"]).model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_files, "give_claims", lambda *args, **how: kept.append(how["without"]) or give(*args, **how))
+        give = claiming.give_claims
+        done = command(
+            folders[0], f"files:{project}", "--json", tmp_path / "a.json", "--save", tmp_path / "saved",
+            "--html", tmp_path / "a.html",
+        )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    ((*held,),) = kept
+    facts = json.loads((tmp_path / "a.json").read_text())
+    assert (facts["documents"], facts["files"]["held_out"], len(held)) == (12, 12, 12)
+    assert facts["clusters"]["kind"] == "documents"
+    claiming.give_claims(model, without=held)
+    (reader,) = model.claimants
+    assert set(reader.index.files) == {*project.iterdir()} - {*held}
+    assert facts["files"]["worth_it"]
+    assert facts["plainly"].startswith(f"Put files:project beside {short(str(folders[0]))}: ")
+    assert "each read without itself" in facts["plainly"]
+    assert facts["files"]["behind_header"]["interval"][0] > 0
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["files"] == [f"files:{project}"]
+    assert "What is advised, and files:project beside it" in (tmp_path / "a.html").read_text()
+
+
+def test_files_that_say_nothing_of_a_text_are_left_out(folders, texts, tmp_path, unmeasured):
+    (tmp_path / "other.txt").write_text("0123456789" * 200)
+    line = f"files:{tmp_path}/other.txt"
+    done = command(*folders, line, "-t", texts, "--folds", 2, "--json", "-", "--save", tmp_path / "saved")
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    assert facts["plainly"].startswith("Leave files:other.txt out: ")
+    assert "combine" in facts["plainly"].lower()  # and what to do with the models
+    assert facts["files"]["gain"] == pytest.approx(0, abs=0.01)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["files"] == []
+    few = command(folders[0], line)
+    assert "expected 4 files or more of 900 bytes" in str(few.exception)
 
 
 def test_members_are_named_by_options_too(folders, texts, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -201,6 +202,34 @@ def test_one_member_is_a_temperature(folders):
     found = fit(ensemble, observe_text(ensemble, documents()), Options(evaluations=4))
     assert [candidate.name for candidate in found.candidates] == ensemble.names
     assert found.chosen.settings["rule_temperature"] != 1.0
+
+
+@pytest.mark.parametrize("folds", [[], ["--folds", 2]])
+def test_what_files_add_is_told_of_what_is_judged_each_read_without_itself(folders, tmp_path, folds):
+    project = tmp_path / "project"
+    project.mkdir()
+    for document in documents():
+        (project / f"{document.name}.txt").write_text(document.text)
+        (project / f"{document.name} again.md").write_text(f"{document.text[5:25]} {document.text[20:30]}")
+    done = run(
+        "fit", *tiny.each("-m", folders), "-m", f"files:{project}", "-t", project / "*.txt", "--out", tmp_path / "out",
+        "--json", tmp_path / "fit.json", "--evaluations", 2, "--meet-tokens", 20, "--premise-tokens", 10, *folds,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "With the files beside it" in " ".join(done.stdout.split())
+    facts, saved = (json.loads((tmp_path / name).read_text()) for name in ("fit.json", "out/config.json"))
+    assert saved["files"] == [f"files:{project}"]
+    found, part = facts["files"], facts["splits"]["test"]
+    bytes_read = facts["test"]["nll"] * part["tokens"] / math.log(2) / found["alone"]
+    for path in project.glob("*.txt"):
+        path.unlink()
+    ensemble = Ensemble.from_pretrained(tmp_path / "out")
+    texts = [document.text for document in documents() if f"{project}/{document.name}.txt" in part["documents"]]
+    nats = -sum(report.log_prob for text in texts for report in ensemble.inspect(text))
+    # By folds what is saved was fitted on what is judged, and differs a little.
+    assert found["beside"] == pytest.approx(nats / math.log(2) / bytes_read, rel=0.05 if folds else 1e-4)
+    assert found["gain"] == pytest.approx(found["alone"] - found["beside"])
+    assert found["interval"][0] > 0
 
 
 def test_the_command(folders, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from statistics import fmean
 
 import httpx as http
@@ -13,6 +14,8 @@ from serving import running, serving_of
 
 from softmeet import Ensemble, Files
 from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.evaluation.claimed import beside as losses_beside
+from softmeet.evaluation.claimed import claims_of
 from softmeet.evaluation.likelihoods import likelihoods
 from softmeet.hf.chat import take_plain
 from softmeet.hf.report import TokenReports
@@ -90,6 +93,11 @@ def test_what_one_call_has_drawn_is_given_to_the_next(folder):
         every, some = (beside.model(input_ids=out.sequences, given=given).logits for given in (None, ids.shape[1]))
     assert every[:, : ids.shape[1]].equal(some[:, : ids.shape[1]])
     assert not every[0, -1].equal(some[0, -1])
+    # Scores, too, are told how much was given.
+    text, targets = beside.tokenizer.decode(out.sequences[0]), out.sequences[0, 1:, None]
+    for given, logits in (None, every), (ids.shape[1], some):
+        found = [one.log_prob for one in beside.inspect(text, given=given)]
+        assert found == pytest.approx(logits[0, :-1].gather(-1, targets).squeeze(-1).tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("members", [MEMBERS[:1], MEMBERS])
@@ -121,8 +129,17 @@ def test_likelihoods_and_evaluation_have_the_mixture(beside, folder, tmp_path):
         told = beside.model(input_ids=ids, given=len(before)).logits[0, len(before) - 1 : -1].double()
     assert found.log_prob == pytest.approx(told.gather(-1, torch.tensor(after)[:, None]).sum().item(), abs=1e-5)
     (tmp_path / "held.txt").write_text(SAID)
-    alone, both = (evaluated(tmp_path, *MEMBERS, *files) for files in ((), (f"files:{folder}",)))
-    assert both["rules"]["logit-mean"]["bits_per_byte"] < alone["rules"]["logit-mean"]["bits_per_byte"] - 1
+    bits = []
+    for names in MEMBERS, [*MEMBERS, f"files:{folder}"]:
+        named = [word for name in names for word in ("-m", name)]
+        done = run(
+            "evaluate", *named, "-t", tmp_path / "held.txt", "--rule", "logit-mean", "--gate", "unsure:0.01",
+            "--json", "-",
+        )  # fmt: skip
+        rows = json.loads(done.stdout)["rules"]
+        bits.append([row["bits_per_byte"] for name, row in rows.items() if name.startswith("logit-mean")])
+    assert len(bits[0]) == 2
+    assert max(bits[1]) < min(bits[0]) - 1  # where the gate is closed, too
 
 
 def evaluated(folder, *names):
@@ -194,13 +211,19 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(named, error, 
         Ensemble.from_pretrained([one.format(folder) for one in named])
 
 
-def test_what_cannot_have_files_says_so(beside, folder):
-    asked = '{"id": "1", "question": "Who?", "answer": "Zorblax"}'
-    (folder.parent / "q.jsonl").write_text(asked)
-    for command in ["advise"], ["fit", "--out", "x"], ["trace", "x"], ["answer", folder.parent / "q.jsonl"]:
-        named = [word for name in (*MEMBERS, f"files:{folder}") for word in ("-m", name)]
-        done = run(*command, *named, *(["-t", folder / "a.txt"] if command[0] in ("fit", "trace") else []))
-        assert (done.returncode, "with files yet" in " ".join(done.stderr.split())) == (2, True), done.stderr
+def test_what_cannot_have_files_says_so(beside, folder, tmp_path):
+    text, named = ["-t", folder / "a.txt"], [word for name in (*MEMBERS, f"files:{folder}") for word in ("-m", name)]
+    beside.save_pretrained(tmp_path / "saved")
+    for command, said in (
+        (["trace", tmp_path / "x", *named, *text], "trace the models alone"),
+        (["trace", tmp_path / "x", "-m", tmp_path / "saved", *text], "trace the models alone"),
+        (["evaluate", *named, "--trace", tmp_path / "x"], "name the files with a text"),
+        (["fit", "--out", tmp_path / "y", *named, "--trace", tmp_path / "x"], "name the files with a text"),
+        (["evaluate", *named, *text, "--folds", 2], "leave --folds out"),
+        (["evaluate", "-m", tmp_path / "saved", *text, "--folds", 2], "leave --folds out"),
+    ):
+        done = run(*command)
+        assert (done.returncode, said in " ".join(done.stderr.split())) == (2, True), done.stderr
     with pytest.raises(InvalidInputError, match="files beside members over tokens or bytes"):
         Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama", f"files:{folder}"], vocabulary="union")
     with pytest.raises(InvalidInputError, match="leave the files out"):
@@ -219,8 +242,16 @@ def test_over_bytes_a_conversation_is_what_was_given(folder):
     text.open = lambda given=(), own=(), reuse=True: seen.append(bytes(own)) or type(text).open(text, given, own)
     both.generate(turns, max_bytes=2)
     assert SAID.strip().encode() in seen[0]
+    del text.open
     reports = both.inspect(SAID[:60])
     assert all(0 <= report.claims[0] < 0.9701 for report in reports)
+    # Two numbers a place are enough for losses, and are what whole distributions say there.
+    ids = torch.tensor([256, *(SAID * 2).encode()])
+    ours = losses_beside(torch.full((100,), 2.0), claims_of(both.model, ids, 100))
+    ((*_, states),) = [both.model.hidden_states(ids[None, :-1])]
+    own, log_c = states[-100:, :-1].exp(), states[-100:, -1]
+    wanted = (1 - log_c.exp()) * math.exp(-2) + log_c.exp() * own.gather(-1, ids[-100:, None]).squeeze(-1)
+    assert ours.neg().exp().tolist() == pytest.approx(wanted.tolist())
 
 
 def test_a_server_puts_files_beside_its_models(folder, tmp_path):

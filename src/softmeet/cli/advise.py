@@ -13,10 +13,11 @@ from softmeet.cli import answer_tables, options, texts
 from softmeet.cli.answer import FormFlags
 from softmeet.cli.flags import argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
-from softmeet.cli.progress import progress
+from softmeet.cli.progress import progress, working
 from softmeet.cli.tables import candidate, counted, difference, out, print_table
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
+from softmeet.members.files import is_files
 from softmeet.members.member import Member
 from softmeet.members.names import require_there
 from softmeet.members.registered import refuse_servers
@@ -33,7 +34,8 @@ class AdvisedTextFlags(texts.DocumentFlags):
     )
     tokens: int = flag(
         1000,
-        "Without --text: the tokens (over bytes: bytes) that the members write themselves, for a less certain answer.",
+        "Without --text and files: the tokens (over bytes: bytes) that the members write themselves, for a less "
+        "certain answer.",
         min=100,
     )
 
@@ -41,7 +43,9 @@ class AdvisedTextFlags(texts.DocumentFlags):
 @flags()
 def advise(
     *,
-    named: list[str] | None = argument("Two models or more, as -m takes them.", metavar="MODEL..."),
+    named: list[str] | None = argument(
+        "Two models or more, as -m takes them; or one and more, beside files:PATH.", metavar="MODEL..."
+    ),
     members: options.Members = None,
     source: AdvisedTextFlags,
     questions: Path | None = optional(
@@ -73,19 +77,19 @@ def advise(
 
     It fits averages, and meet where it differs from them, on some of the documents and judges them on the others, and
     measures what each member and the ensemble cost. Give text like that which you will use them on, and on which no
-    member was trained.
+    member was trained. With files:PATH it says whether these are worth having beside them; without text, on some of
+    these files themselves, each read without itself.
 
     Example: softmeet advise wide/gpt2 wide/llama --text 'books/*.txt' --save my-ensemble
     """
     every = options.named([*(named or ()), *(members or ())])
-    options.refuse_files(every, "advise on members")
     require_there([*every, *(instead or ())])
     from softmeet.evaluation.files import PieceCache, require_ensemble_folder, write_text
 
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
     if saved is not None:
         require_ensemble_folder(saved)
-        refuse_servers(map(Member.of, every))
+        refuse_servers(Member.of(line) for line in every if not is_files(line))
     result.require(saved, html, saved and saved / "config.json")
     documents = source.documents() if source.text else None
     asked, put = form.read(questions) if questions else ([], Form(""))
@@ -95,10 +99,14 @@ def advise(
     from softmeet.answers.advised import documents_of, right_answers
     from softmeet.evaluation import advise as advising
     from softmeet.evaluation.equal import remember
+    from softmeet.evaluation.own_files import hold_out
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.verdict import figures, is_worth_it, plainly
 
     documents, cut = documents_of(asked, put) if asked and documents is None else documents, dict[str, int]()
+    with working("reading files") as reading_files:
+        text = hold_out(ensemble, documents, reading_files)
+    held_out, documents = documents is None and text is not None, text
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if documents is None:
             found = advising.own_documents(ensemble, source.tokens, begin)
@@ -109,7 +117,8 @@ def advise(
         kept = PieceCache(result.resume, texts.pinned(ensemble, found) | settings)
         reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
         positions = observe_text(ensemble, found, bos=source.bos, engine=engine, cache=kept, begin=reading, **cut)
-        advice = advising.advise(ensemble, found, positions, folds=folds, begin=begin, engine=engine, cache=kept)
+        where: dict[str, Any] = {"engine": engine, "cache": kept}
+        advice = advising.advise(ensemble, found, positions, held_out=held_out, folds=folds, begin=begin, **where)
         for name in instead or ():
             advice.alternatives.append(advising.alternative(name, found, loading.arguments(), begin, bos=source.bos))
         right = right_answers(advice, asked, put, {**loading.arguments(), "vocabulary": None}, begin) if asked else None
@@ -118,7 +127,8 @@ def advise(
     if html is not None:
         from softmeet.evaluation.page import page
 
-        shown = (facts["says"], tables(facts), cautions(facts), differences(facts))
+        says = f"{facts['plainly']} {facts['says']}" if facts["files"] else facts["says"]
+        shown = (says, tables(facts), cautions(facts), differences(facts))
         write_text(html, page(advice.judged, *shown))
         say(f"written to {html}")
     if advice.equal is not None:
@@ -150,7 +160,7 @@ def show(facts: dict[str, Any]) -> None:
     console = out()
     console.print(facts["plainly"], style="bold")
     console.print(_MEANT)
-    for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4)), strict=True):
+    for (title, columns, rows), wide in zip(tables(facts), ((0,), (0, 3, 4), (0,)), strict=False):
         print_table(console, columns, [rows], title=title, texts=wide)
     console.print(differences(facts))
     for caution in cautions(facts):
@@ -178,6 +188,7 @@ def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Seq
     alone += [(m, f"instead: {options.short(m['name'])}", "", _gain(m)) for m in facts["alternatives"]]
     candidates = facts["candidates"].items()
     fitted = [candidate(name, own, f"{own['bits_per_byte']:.4f}", _gain(own)) for name, own in candidates]
+    beside = [_of_files(facts["files"])] if facts["files"] else []
     return [
         (
             f"{unit}{facts['bytes']:,} bytes of {many}",
@@ -189,7 +200,16 @@ def tables(facts: dict[str, Any]) -> list[tuple[str, Sequence[str], Sequence[Seq
             ("fitted", "bits a byte", "gain over the best alone", "weights", "trust", "temperature"),
             fitted,
         ),
+        *beside,
     ]
+
+
+def _of_files(files: dict[str, Any]) -> tuple[str, Sequence[str], Sequence[Sequence[str]]]:
+    """Return the table of what files add to what is advised."""
+    parts = [("whole", files), *([("behind the first 600 bytes", late)] if (late := files["behind_header"]) else [])]
+    rows = [(name, f"{own['alone']:.4f}", f"{own['beside']:.4f}", _gain(own)) for name, own in parts]
+    names = ", ".join(files["names"])
+    return f"What is advised, and {names} beside it", ("", "bits a byte", "with files", "gain"), rows
 
 
 def cautions(facts: dict[str, Any]) -> list[str]:

@@ -32,6 +32,7 @@ from softmeet.cli.texts import ResultFlags, require_places
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.record import Record
 from softmeet.extras import require_extra
+from softmeet.members.files import is_files
 from softmeet.members.member import Member
 from softmeet.members.names import require_there
 from softmeet.rules.frozen import unknown
@@ -125,7 +126,7 @@ def answer(
     ),
     members: options.Members = None,
     ensembles: list[str] | None = optional(
-        "An ensemble: NAME=A B RULE, members by their names or the last part of those of -m, and maybe "
+        "An ensemble: NAME=A B RULE, members by their names or the last part of those of -m, and maybe files:PATH, "
         "vocabulary=union, gate=safe or decoder=agreement; or NAME=SAVED. It can be repeated.",
         "--ensemble",
         "-e",
@@ -147,7 +148,8 @@ def answer(
     """Ask models questions, alone and together, and count right answers, with margins of error.
 
     Every member is asked alone, too, and each row is set against the best of them, question by question (McNemar's
-    exact test). A last row has the questions that any member answers rightly.
+    exact test). A last row has the questions that any member answers rightly. With -m files:PATH everybody is asked
+    once more beside these files.
 
     Example: softmeet answer questions.jsonl -m A -m B -e 'both=A B logit-mean' --shots train.jsonl
     """
@@ -179,12 +181,11 @@ def answer(
 
 def _who(members: list[str] | None, ensembles: list[str] | None, instead: list[str] | None) -> list[Subject]:
     named = members or [] if ensembles else options.named(members)
-    options.refuse_files([*named, *(word for line in ensembles or () for word in line.split())], "answer questions")
-    require_there([*named, *(instead or ())])
+    require_there([*(line for line in named if not (ensembles and is_files(line))), *(instead or ())])
     from softmeet.answers.subjects import subjects
 
     found = subjects(named, ensembles or [], instead or [])
-    require_there(dict.fromkeys(line for one in found for line in one.members))
+    require_there(dict.fromkeys(line for one in found for line in (*one.members, *one.beside)))
     return found
 
 
@@ -310,7 +311,9 @@ def _asked(work: _Work, votes: int | None, result: ResultFlags) -> _Found:
     from softmeet.members.native import with_engine
 
     lines = dict.fromkeys(str(with_engine(Member.of(line))) for one in work.who for line in one.members)
-    return _Found(facts, found, {**told, "members": [*lines]}, [work.way.seed] if drawn else [])
+    files = dict.fromkeys(line for one in work.who for line in one.beside)
+    told |= {"members": [*lines], **({"files": [*files]} if files else {})}
+    return _Found(facts, found, told, [work.way.seed] if drawn else [])
 
 
 def _compared(
@@ -353,7 +356,7 @@ def _loaded(one: Subject, loaded: dict[Any, Any]) -> Any:
 
         given: dict[str, Any] = {**one.loading, "loaded": loaded}
         with unwarned():
-            return Ensemble.from_pretrained(one.saved or list(one.members), one.rule, **given)
+            return Ensemble.from_pretrained(one.named, one.rule, **given)
 
 
 def _hash(questions: Sequence[Question]) -> str:

@@ -29,6 +29,7 @@ from softmeet.evaluation.choices import (
 from softmeet.evaluation.labels import labels_of, row_of
 from softmeet.evaluation.record import Record, read_as, repeats
 from softmeet.extras import require_extra
+from softmeet.members.files import TRACED, refuse_files
 from softmeet.rules.endings import endings
 from softmeet.rules.frozen import unknown
 from softmeet.rules.registry import rule_names
@@ -44,6 +45,8 @@ _RULE = (
 )
 
 
+# Why files are no part of what is fitted by folds.
+_FOLDED = "averages are fitted to models alone, which softmeet fit --folds N does beside files; leave --folds out"
 # From so many tokens or bytes on, intervals are taken to be sound.
 _ENOUGH = 500
 
@@ -121,9 +124,11 @@ def evaluate(
     _require_once(rules or [], settings)
     settings["rule"] = loaded_by(rules or [])
     who = options.named(source.members(members))
+    _refuse_files(who, folds, source.trace)
     loading.refuse_exact(who, [document.text for document in found], source.surely_read)
     ensemble = loading.ensemble(who, settings, prune=source.prune(options.MEASURED))
     own = ensemble.model.config
+    _refuse_files(own.files, folds, source.trace)
     named = rules or [own.rule]
     if prompt_weights:
         named = [*named, f"{POOLS[0]}:prompt_weights={prompt_weights}"]
@@ -195,6 +200,12 @@ def _require_output(
         raise InvalidInputError("--tokens is for --losses FILE, which it writes by token: name a file")
     if adaptive and folds is None:
         raise InvalidInputError("--adaptive is about averages that are fitted by folds: give --folds N")
+
+
+def _refuse_files(lines: list[str], folds: int | None, trace: Path | None) -> None:
+    """Raise InvalidInputError if files are named where models alone are measured."""
+    if folds or trace:
+        refuse_files(lines, _FOLDED if folds else TRACED)
 
 
 def _compared(pairs: str | None, labels: dict[str, str]) -> list[str]:

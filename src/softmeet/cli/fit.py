@@ -13,13 +13,14 @@ import typer
 from softmeet.cli import options, texts
 from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
-from softmeet.cli.progress import progress
+from softmeet.cli.progress import progress, working
 from softmeet.cli.tables import candidate, difference, print_table
 from softmeet.cli.tables import out as stdout
 from softmeet.cli.terminal import harmless
 from softmeet.evaluation.choices import loaded_by
 from softmeet.evaluation.record import repeats
 from softmeet.extras import require_extra
+from softmeet.members.files import TRACED, is_files, refuse_files
 from softmeet.members.member import Member
 from softmeet.members.registered import refuse_servers
 from softmeet.rules.settings import rule_of
@@ -110,13 +111,15 @@ def fit(
     rule = loaded_by(fitting.rules or [])
     found = source.documents()
     named = options.named(source.members(members))
-    refuse_servers(map(Member.of, named))
-    options.refuse_files(named, "fit members")
+    refuse_servers(Member.of(line) for line in named if not is_files(line))
+    if source.trace:
+        refuse_files(named, TRACED)
     loading.refuse_exact(named, [document.text for document in found], source.surely_read)
     reads = rule is not None and rule_of(rule).reads_heads
     ensemble = loading.ensemble(named, {"rule": rule} if reads else {}, prune=source.prune(None))
     from softmeet.evaluation.equal import remember_fitted
     from softmeet.evaluation.fit import fit as learn
+    from softmeet.evaluation.own_files import hold_out
     from softmeet.evaluation.positions import observe_text
     from softmeet.evaluation.save import figures, save
 
@@ -124,6 +127,8 @@ def fit(
     # ``bands`` is no part of the key: pieces kept by a fit with other bands are used again.
     settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
     positions, pinned = source.identified(ensemble, found)
+    with working("reading files") as show:
+        hold_out(ensemble, found, show)
     kept = PieceCache(result.resume, pinned | settings)
     if fitting.bands > 1:
         ensemble.model.require_tokens("--bands")
@@ -163,5 +168,9 @@ def _show(members: Sequence[str], facts: dict[str, Any]) -> None:
         rows.append(candidate(name, row, f"{row['test_nll']:.4f}", against))
     print_table(stdout(), columns, [rows], title=title, texts=(0, 3, 4))
     stdout().print(verdict(facts), style="bold")
+    if facts["files"]:
+        alone, beside = facts["files"]["alone"], facts["files"]["beside"]
+        gain = difference(facts["files"]["gain"], facts["files"]["interval"])
+        stdout().print(f"With the files beside it {beside:.4f} bits a byte, without {alone:.4f}: a gain of {gain}.")
     for line in repeats(members):
         stdout().print(line)

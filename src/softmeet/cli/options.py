@@ -16,7 +16,7 @@ from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import working
 from softmeet.errors import InvalidInputError
 from softmeet.extras import require_extra
-from softmeet.members.files import is_files, parted
+from softmeet.members.files import parted
 from softmeet.members.member import short as short
 from softmeet.members.names import require_there
 from softmeet.members.zoo import DEFAULT as DEFAULT
@@ -63,12 +63,6 @@ def require_models(lines: Iterable[str], advice: str) -> None:
     """Raise InvalidInputError with advice, ``{}`` in it for the word, if one of these has spaces and is no path."""
     if said := next((line for line in lines if " " in line and "+" not in line and not Path(line).exists()), None):
         raise InvalidInputError(f"expected models alone, got {said!r}: {advice.format(shlex.quote(said))}")
-
-
-def refuse_files(lines: Iterable[str], what: str) -> None:
-    """Raise InvalidInputError if files are named beside members of what does not take them, a verb with its object."""
-    if line := next(filter(is_files, lines), None):
-        raise InvalidInputError(f"expected members alone, got {line}: softmeet does not {what} with files yet")
 
 
 def placement(given: list[str] | None) -> Any:

@@ -178,10 +178,13 @@ class SourceFlags(TextFlags):
 def pinned(ensemble: Ensemble, documents: Sequence[Document]) -> dict[str, Any]:
     """Return what identifies members, their dtypes and a text, as JSON has it."""
     from softmeet.evaluation.trace import identity
+    from softmeet.hf.claiming import fingerprints
 
     text = "".join(f"{document.name}\0{document.text}\0" for document in documents)
     dtypes = [str(head.dtype) for head in ensemble.model.member_heads]
-    return {**identity(ensemble), "dtypes": dtypes, "source": hashlib.sha256(text.encode()).hexdigest()}
+    own = {**identity(ensemble), "dtypes": dtypes, "source": hashlib.sha256(text.encode()).hexdigest()}
+    lines = ensemble.model.config.files
+    return own | ({"files": [*lines, *fingerprints(lines)]} if lines else {})
 
 
 class ResultFlags(Flags, panel="Output"):

@@ -14,6 +14,7 @@ from softmeet.cli.progress import progress
 from softmeet.cli.terminal import harmless
 from softmeet.evaluation.record import repeats
 from softmeet.extras import require_extra
+from softmeet.members.files import TRACED, refuse_files
 from softmeet.rules.frozen import unknown
 
 
@@ -43,7 +44,7 @@ def trace(
         raise unknown(f"cannot store numbers as {store!r}", store, ["float32", "float16"])
     found = source.documents()
     who = options.named(members)
-    options.refuse_files(who, "trace members")
+    refuse_files(who, TRACED)
     loading.refuse_exact(who, [document.text for document in found], source.surely_read)
     ensemble = loading.ensemble(who, prune=options.MEASURED)
     from softmeet.evaluation.trace import record

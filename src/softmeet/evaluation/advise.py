@@ -14,6 +14,7 @@ import torch
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.candidates import Begin, Candidate, Options, sample_size
 from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.claimed import beside
 from softmeet.evaluation.costs import Others, ensemble_run, member_runs, milliseconds, written
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.equal import Equal, evaluate_equal, spread_rows
@@ -21,6 +22,7 @@ from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Fitted, fit
 from softmeet.evaluation.intervals import Clusters, Difference, paired
 from softmeet.evaluation.judged import Gated, Judged
+from softmeet.evaluation.own_files import Beside, Worth, behind_header
 from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation
@@ -183,6 +185,7 @@ class Advice:
         busy: the share of the processors that other programs took while times were measured.
         alternatives: single models that could take the ensemble's place.
         equal: what an average with equal weights gains over the best member; None of a single member.
+        files: what files add to what is advised; None without files.
     """
 
     judged: Judged
@@ -194,6 +197,13 @@ class Advice:
     busy: float = 0.0
     alternatives: list[Alternative] = field(default_factory=list)
     equal: Equal | None = None
+    files: Beside | None = None
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """The losses of what is advised, in nats, (N,), with files if they pay."""
+        bare = self.judged.base if self.verdict == "single" or self.nats is None else self.nats
+        return bare if self.files is None or not self.files.pays else beside(bare, self.judged.found.positions.claims)
 
     @property
     def fitted(self) -> Fitted:
@@ -202,8 +212,9 @@ class Advice:
 
     @property
     def ensemble(self) -> Ensemble:
-        """The ensemble that is advised, with the member that answers alone first if there is a gate."""
-        return part(self.judged.ensemble, *self._ordered())
+        """The ensemble that is advised, with the member that answers alone first if there is a gate, and with files."""
+        found = part(self.judged.ensemble, *self._ordered())
+        return with_files(found, self.judged.ensemble) if self.files is not None and self.files.pays else found
 
     def _ordered(self) -> tuple[list[int], dict[str, Any]]:
         """Return (the numbers of the members in the ensemble that is advised, in order; its settings)."""
@@ -233,7 +244,7 @@ class Advice:
         """
         judged = self.judged
         sizes = judged.documents.sums(judged.bytes)
-        ours = judged.documents.sums(judged.base if self.verdict == "single" or self.nats is None else self.nats)
+        ours = judged.documents.sums(self.losses)
         theirs, each = own.nats * sizes / own.sizes, Clusters(torch.arange(len(sizes)), "documents")
         return paired(ours / math.log(2), theirs / math.log(2), each, sizes)
 
@@ -248,11 +259,39 @@ def part(ensemble: Ensemble, order: Sequence[int], settings: dict[str, Any]) -> 
     return Ensemble(ensemble.model.part(order, EnsembleConfig(names, **settings, **kept)), ensemble.tokenizer)
 
 
+def with_files(ensemble: Ensemble, whole: Ensemble) -> Ensemble:
+    """Have an ensemble, which is returned, have the files of another one with the same symbols."""
+    ensemble.model.config.files, ensemble.model.claimants = whole.model.config.files, whole.model.claimants
+    return ensemble
+
+
+def _files(advice: Advice, positions: Positions, text: str, held_out: int) -> Beside:
+    """Return what files add to what is advised, in bits and in time.
+
+    Args:
+        advice: without files.
+        positions: the whole text's.
+        text: of which the first bytes are the prompt when time is measured.
+        held_out: how many of the files the text is; 0 for another text.
+    """
+    judged, whole = advice.judged, advice.judged.ensemble
+    worth, late = Worth.of(judged.found.positions, advice.losses, judged.within), None
+    if len(judged.found.positions) == len(positions):
+        rows = behind_header(positions)
+        late = Worth.of(positions.take(rows), advice.losses[rows], judged.within.take(rows)) if len(rows) else None
+    runs = [ensemble_run(advice.ensemble, text), ensemble_run(with_files(advice.ensemble, whole), text)]
+    bare, ours = milliseconds([run for run, _ in runs])
+    assert worth is not None, "the files have claimed at each place"
+    names = tuple(reader.name for reader in whole.model.claimants)
+    return Beside(names, worth, late, held_out, ours / bare if bare > 0 else 1.0)
+
+
 def advise(
     ensemble: Ensemble,
     documents: Sequence[Document],
     positions: Positions,
     *,
+    held_out: bool = False,
     folds: int = 5,
     begin: Begin = lambda description, done, total: lambda count: None,
     engine: Engine | None = None,
@@ -264,6 +303,7 @@ def advise(
         ensemble: the members.
         documents: the text.
         positions: its positions, with hidden states, as :func:`observe_text` returns them.
+        held_out: whether the documents are files that were held out of those beside the ensemble.
         folds: the number of folds that documents are dealt out to.
         begin: as of :func:`softmeet.evaluation.fit.fit`.
         engine: evaluates losses and scores; None for this process.
@@ -305,5 +345,8 @@ def advise(
         both = [runs[judged.names.index(judged.best)], ensemble_run(found.ensemble, text)]
         alone, ours = (ms * rate for ms, (_, rate) in zip(milliseconds([run for run, _ in both]), both, strict=True))
         found.time *= ours / alone if alone > 0 else 1.0
+    if positions.claims:
+        begin("measuring what the files cost", 0, None)
+        found.files = _files(found, positions, text, len(documents) if held_out else 0)
     found.busy = others.share()
     return found

@@ -48,7 +48,8 @@ def log_likelihoods(
     for read, group in groupby(pairs, key=lambda pair: [*(pair[0] or [END]), *pair[1]][:-1]):
         continuations = [torch.tensor(after) for _, after in group]
         longest = max(map(len, continuations))
-        hidden = model.hidden_states(torch.tensor([fitting(model, read, least=longest)]))
+        text = fitting(model, read, least=longest)
+        hidden = model.hidden_states(torch.tensor([text]), given=len(text) - longest + 1)
         last = [rows[-longest:] for rows in hidden]
         log_probs = torch.cat([part.log_probs for _, part in model.combiner.solve_in_chunks(last, settings)]).cpu()
         for after in continuations:

@@ -18,6 +18,17 @@ from softmeet.members.reader_model import ReaderModel
 # New tokens in the shorter and in the longer of two runs, whose difference leaves out the prompt; bytes of the prompt.
 _SHORT, _LONG, _PROMPT = 4, 20, 100
 _REPEATS = 4
+# A larger model of one kind takes so many times the bits for so many times the time: Qwen2.5-Coder 1.5B beside 0.5B on
+# prose and code (docs/reference/results.md: 0.695 and 0.741 to 0.804 and 0.843 bits a byte, 85 ms a byte to 34).
+_LARGER_BITS, _LARGER_TIME = 0.872, 2.5
+# The ratio of times below which they count as the same.
+SAME = 1.01
+
+
+def larger(ratio: float) -> float:
+    """Return how many percent fewer bits a larger model gives for so many times the time."""
+    kept: float = _LARGER_BITS ** (math.log(ratio) / math.log(_LARGER_TIME))
+    return 100 * (1 - kept)
 
 
 class Others:

@@ -72,8 +72,9 @@ class EnsembleLM(HFLM):  # type: ignore[misc]
         found: Iterator[tuple[float, bool]]
         if self.model.symbols_of_token > 1:
             found = byte_harness.log_likelihoods(self.model, [(before, after) for _, before, after in requests])
-        elif any(isinstance(member, ReaderModel) for member in self.model.members):
-            # A reader tells logits where it is asked alone, and the harness would ask it everywhere.
+        elif self.model.claimants or any(isinstance(member, ReaderModel) for member in self.model.members):
+            # A reader tells logits where it is asked alone, and the harness would ask it everywhere. To readers that
+            # claim, the context alone is given.
             each = likelihoods(self.model, (self._fitting(before, after) for _, before, after in requests))
             found = ((one.log_prob, one.greedy) for one in each)
         else:

@@ -22,13 +22,13 @@ def page(judged: Judged, says: str, tables: Sequence[Table], cautions: Sequence[
     """Return a self-contained HTML page.
 
     Args:
-        judged: what the text says; its fitted averages and ``meet`` are plotted against its best member.
+        judged: what the text says; its fitted averages and ``meet``, or its one member, are plotted beside the best.
         says: the verdict in a sentence.
         tables: (title, the columns' titles, rows of cells) of each table.
         cautions: sentences on what may mislead.
         differences: sentences on how far members differ.
     """
-    plotted = [*judged.averages, *judged.meets]
+    plotted = [*judged.averages, *judged.meets] or judged.fitted.candidates
     choices = {own.name: judged.found.choices[own.label] for own in plotted}
     facts = summary(replace(judged.found, choices=choices), best=judged.best, baseline=judged.best)
     return Template(files("softmeet.evaluation").joinpath("advice.html").read_text(encoding="utf-8")).substitute(

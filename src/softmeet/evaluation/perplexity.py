@@ -151,7 +151,7 @@ def _piece_size(ensemble: Ensemble, lengths: Sequence[int], choices: Sequence[Ru
 
 
 def _observe_and_score(ensemble: Ensemble, read: Sequence[Window], choices: Sequence[RuleChoice]) -> Tensors:
-    return _score_piece(ensemble, observe(ensemble, read), choices)
+    return _score_piece(ensemble, observe(ensemble, read, mixed=True), choices)
 
 
 @torch.inference_mode()
@@ -304,8 +304,8 @@ class _Solver:
         closed = ~gate.open(solution.problem)
         if not closed.any():
             return scores
-        logits = None if self.logits is None else self.logits[:, closed]
-        solved = self.model.combiner.combine_rows(self.log_probs[:, closed], logits, settings)
+        logits, hidden = None if self.logits is None else self.logits[:, closed], [own[closed] for own in self.hidden]
+        solved = self.model.combiner.combine_rows(self.log_probs[:, closed], logits, settings, hidden=hidden)
         there = _solution_scores(solved, self.targets[closed])
         both = zip(_without_movement(scores), _without_movement(there), strict=True)
         return Scores(*(whole.masked_scatter(closed.cpu(), own) for whole, own in both))

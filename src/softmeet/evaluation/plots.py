@@ -53,7 +53,8 @@ def _rivals(facts: dict[str, Any]) -> dict[str, Any]:
 def gain_plot(facts: dict[str, Any]) -> Any:
     """Draw each rule's gain over the baseline by disagreement, from figures of :func:`summary`."""
     figure, axes = blank()
-    for name, rule in _rivals(facts).items():
+    rivals = _rivals(facts)
+    for name, rule in rivals.items():
         bins = rule["gain_by_disagreement"]
         x, y = [b["disagreement"] for b in bins], [b["gain"] for b in bins]
         axes.errorbar(x, y, yerr=[2 * b["error"] for b in bins], marker="o", markersize=4, capsize=2, label=name)
@@ -61,7 +62,8 @@ def gain_plot(facts: dict[str, Any]) -> Any:
     axes.set_xscale("symlog", linthresh=0.01)
     axes.set_xlabel("disagreement of the members (Jensen-Shannon divergence, nats)")
     axes.set_ylabel(f"gain over {short(facts['baseline'])} (nats per {facts['vocabulary'][:-1]})")
-    axes.legend(frameon=False)
+    if rivals:
+        axes.legend(frameon=False)
     return figure
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -23,16 +23,17 @@ from transformers import PreTrainedTokenizerBase
 
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.claimed import claims_of
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
-from softmeet.hf.running import read_once
+from softmeet.hf.running import claims_once, read_once
 from softmeet.readers.reader import Predictions
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 
 # About how many positions a piece has: enough to be worth sending to a worker, few enough to lose if a run is stopped.
 PIECE = 256
-_OF_TEXT, _BY_MEMBER = ("targets", "document", "sizes"), ("hidden", "costs")
+_OF_TEXT, _BY_MEMBER = ("targets", "document", "sizes"), ("hidden", "costs", "claims")
 
 
 class Windowing(TypedDict, total=False):
@@ -223,6 +224,8 @@ class Positions:
         costs: of each member that leaves out some probability mass, as over bytes, what reading has cost, (N, 3) fp64:
             the share of mass that was estimated or dropped there and, at the last position of a window, the calls of
             the model and the tokens that were run in them for the whole window, elsewhere zeros. Else an empty list.
+        claims: of each reader that claims, what it tells of the targets, (N, 2), as of
+            :func:`softmeet.evaluation.claimed.claims_of`; an empty list if there is none, or ``hidden`` has its states.
     """
 
     hidden: list[Tensor]
@@ -231,14 +234,15 @@ class Positions:
     sizes: Int[Tensor, " N"]
     names: list[str]
     costs: list[Float[Tensor, "N 3"]] = field(default_factory=list)
+    claims: list[Float[Tensor, "N 2"]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, rows: slice | Tensor) -> Positions:
         """Return the positions at ``rows`` (a slice, indices or a mask), in that order."""
-        hidden, costs = [own[rows] for own in self.hidden], [own[rows] for own in self.costs]
-        return Positions(hidden, self.targets[rows], self.document[rows], self.sizes[rows], self.names, costs)
+        own: dict[str, Any] = {name: [one[rows] for one in getattr(self, name)] for name in _BY_MEMBER}
+        return Positions(**own | {name: getattr(self, name)[rows] for name in _OF_TEXT}, names=self.names)
 
     def chunks(self, size: int) -> Iterator[Positions]:
         """Yield all positions, in order, ``size`` at a time; the last chunk may be smaller."""
@@ -256,27 +260,33 @@ def from_tensors(found: Tensors, names: list[str]) -> Positions:
 
     Args:
         found: tensors by name: ``targets``, ``document``, ``sizes`` and, for each member i from 0, ``hidden i`` and
-            maybe ``costs i``.
+            maybe ``costs i``, and ``claims i`` for each reader that claims.
         names: the documents' names, which ``document`` indexes.
     """
-    hidden, costs = (
-        [found[f"{name} {i}"] for i in range(sum(key.startswith(f"{name} ") for key in found))] for name in _BY_MEMBER
-    )
-    return Positions(hidden, **{name: found[name] for name in _OF_TEXT}, names=names, costs=costs)
+    own: dict[str, Any] = {
+        name: [found[f"{name} {i}"] for i in range(sum(key.startswith(f"{name} ") for key in found))]
+        for name in _BY_MEMBER
+    }
+    return Positions(**own | {name: found[name] for name in _OF_TEXT}, names=names)
 
 
 def join(parts: Sequence[Positions], names: list[str]) -> Positions:
     """Join one or more runs of positions, in order, to one; ``names`` are the documents' names that all parts index."""
-    hidden, costs = (
-        [torch.cat(own) for own in zip(*(getattr(part, name) for part in parts), strict=True)] for name in _BY_MEMBER
-    )
-    of_text = {name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT}
-    return Positions(hidden, **of_text, names=names, costs=costs)
+    own: dict[str, Any] = {
+        name: [torch.cat(one) for one in zip(*(getattr(part, name) for part in parts), strict=True)]
+        for name in _BY_MEMBER
+    }
+    own |= {name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_TEXT}
+    return Positions(**own, names=names)
 
 
 @torch.no_grad()  # not inference mode: a fit's graph may hold these tensors
 def observe(
-    ensemble: Ensemble, read: Sequence[Window], advance: Callable[[int], object] = lambda count: None
+    ensemble: Ensemble,
+    read: Sequence[Window],
+    advance: Callable[[int], object] = lambda count: None,
+    *,
+    mixed: bool = False,
 ) -> Positions:
     """Run every member over some windows, one window at a time, and keep its hidden states.
 
@@ -284,6 +294,7 @@ def observe(
         ensemble: the members.
         read: at least one window, as :func:`windows` yields them or as a group of :func:`grouped`.
         advance: called when a member has read a window, with its share of the window's positions.
+        mixed: whether ``hidden`` has the states of readers that claim, too, so that rules are solved with them.
 
     Returns:
         The predicted positions of all windows, in order, on the ensemble's device; ``names`` is empty.
@@ -292,10 +303,12 @@ def observe(
     for window in read:
         ids, predicted = window.ids.to(ensemble.model.device), slice(-len(window), None)
         told = read_once(ensemble.model, ids[None, :-1], partial(_advanced, advance, len(window), n))
-        hidden = [one.states()[predicted] for one in told]
+        more = claims_once(ensemble.model, ids[None, :-1]) if mixed else []
+        hidden = [one.states()[predicted] for one in (*told, *more)]
         costs = [own[predicted] for own in map(_costs, told) if len(own)]
+        claims = [] if mixed else claims_of(ensemble.model, ids, len(window))
         document, sizes = torch.full_like(ids[predicted], window.document), window.sizes.to(ids.device)
-        parts.append(Positions(hidden, ids[predicted], document, sizes, [], costs))
+        parts.append(Positions(hidden, ids[predicted], document, sizes, [], costs, claims))
     return join(parts, [])
 
 

@@ -12,6 +12,7 @@ from softmeet.ensemble import Ensemble
 from softmeet.evaluation.files import replace_together, require_ensemble_folder, write_json
 from softmeet.evaluation.fit import Fitted
 from softmeet.evaluation.intervals import Difference, paired
+from softmeet.evaluation.own_files import Worth
 from softmeet.evaluation.perplexity import distinct_names
 from softmeet.hf.checkpoint import relative
 from softmeet.hf.configuration import EnsembleConfig
@@ -20,7 +21,7 @@ from softmeet.rules.values import POOLS
 
 # Fields of the configuration that depend on the members alone, and stay.
 _KEPT = (
-    "vocabulary", "prune", "prefixes", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
+    "vocabulary", "prune", "prefixes", "files", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
     "pad_token_id",
 )  # fmt: skip
 _CARD = """
@@ -57,14 +58,16 @@ def figures(fitted: Fitted) -> dict[str, Any]:
 
     ``chosen`` (the rule), ``candidate`` (its name), ``weights``, ``trust``, ``temperature`` and ``pool`` are of the
     chosen candidate. ``test`` has its loss on the part to judge by, and its difference there from the best baseline.
-    ``rival`` has the difference there of the candidate that was best on the part to choose by, and ``fell_back`` says
-    whether the best baseline was chosen in its place. ``candidates`` has settings, losses and differences of all,
-    ``caution`` is a sentence if the text was short, else empty. ``members`` has the unfitted members' losses on the
-    part to judge by, ``premise`` the results of the premise test, ``splits`` for each of the three parts the numbers of
-    ``tokens`` and ``clusters``, the ``kind`` of cluster, and the names of the ``documents``; ``folds`` is 0, or the
-    number of folds that take the place of three parts.
+    ``files`` has the bits a byte there ``alone`` and ``beside`` the files, with ``gain`` and its 95 % ``interval``, or
+    is None without files. ``rival`` has the difference there of the candidate that was best on the part to choose by,
+    and ``fell_back`` says whether the best baseline was chosen in its place. ``candidates`` has settings, losses and
+    differences of all, ``caution`` is a sentence if the text was short, else empty. ``members`` has the unfitted
+    members' losses on the part to judge by, ``premise`` the results of the premise test, ``splits`` for each of the
+    three parts the numbers of ``tokens`` and ``clusters``, the ``kind`` of cluster, and the names of the ``documents``;
+    ``folds`` is 0, or the number of folds that take the place of three parts.
     """
     test, chosen, best = fitted.test, fitted.chosen, fitted.best_baseline
+    worth = Worth.of(test.positions, test.choices[chosen.label].nats, fitted.parts["test"].within)
     rows = {}
     for candidate in fitted.candidates:
         scores = test.choices[candidate.label]
@@ -90,6 +93,7 @@ def figures(fitted: Fitted) -> dict[str, Any]:
             "best_baseline": best.name,
             **{key: rows[chosen.name][key] for key in ("delta", "ci95")},
         },
+        "files": worth and worth.figures(),
         "fell_back": fitted.fell_back,
         "rival": {"candidate": fitted.rival.name, **fitted.difference.figures()},
         "folds": len(fitted.refits),

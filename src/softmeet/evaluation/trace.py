@@ -25,6 +25,7 @@ from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import turn_at, write_atomically, write_text
 from softmeet.evaluation.positions import Positions, TokenizedDocument, Windowing, cut, grouped, join, observe
 from softmeet.heads import SoftmaxHead
+from softmeet.members.files import TRACED, refuse_files
 from softmeet.members.identity import body_hash
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
@@ -132,13 +133,13 @@ class Trace:
             )
 
     def require(self, ensemble: Ensemble) -> None:
-        """Check that an ensemble has the members, in order, and the tokenizer that made the trace.
-
-        The members' prompts, and over bytes ``prune``, have to be the same, too.
+        """Check that an ensemble has the trace's members, in order, their tokenizer, prompts and over bytes ``prune``.
 
         Raises:
+            InvalidInputError: if files stand beside them.
             TraceError: if something differs; the message names the first difference.
         """
+        refuse_files(ensemble.model.config.files, TRACED)
         here, made = identity(ensemble), self.facts
         if len(here["members"]) != len(made["members"]):
             raise TraceError(
@@ -188,8 +189,7 @@ class Trace:
         for k, size in enumerate(self.facts["shards"]):
             found[k] = self.read_if_whole(k, on_damage, says.format(size))
             on_progress(size)
-        parts = [part for part in found.values() if part is not None]
-        if not parts:
+        if not (parts := [part for part in found.values() if part is not None]):
             raise TraceError(f"no shard of {self.folder} is whole: run softmeet trace as before")
         return join(parts, parts[0].names), [k for k, part in found.items() if part is None]
 
@@ -257,12 +257,12 @@ def record(
             :class:`softmeet.evaluation.positions.Windowing`.
 
     Raises:
-        InvalidInputError: if the text is too short, the windows do not fit, an argument has a bad value, hidden states
-            overflow fp16.
+        InvalidInputError: if the text is too short, windows do not fit, a value is bad, there are files or overflows.
         TraceError: if the folder holds another trace, or the disk is full.
     """
     from softmeet.evaluation.shards import write_shard
 
+    refuse_files(ensemble.model.config.files, TRACED)
     if dtype not in ("float32", "float16") or shard_size < 1:
         raise InvalidInputError(f"expected float32 or float16 and a positive shard size, got {dtype} and {shard_size}")
     tokens, window, stride = cut(ensemble, documents, **windowing)

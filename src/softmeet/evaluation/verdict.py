@@ -7,15 +7,12 @@ from typing import Any
 
 from softmeet.evaluation.advise import Advice, Alternative
 from softmeet.evaluation.candidates import Candidate
+from softmeet.evaluation.costs import SAME, larger
 from softmeet.evaluation.intervals import Difference
 from softmeet.evaluation.judged import Judged
+from softmeet.evaluation.own_files import HEADER
 from softmeet.members.member import short
 
-# A larger model of one kind takes so many times the bits for so many times the time: Qwen2.5-Coder 1.5B beside 0.5B on
-# prose and code (docs/reference/results.md: 0.695 and 0.741 to 0.804 and 0.843 bits a byte, 85 ms a byte to 34).
-_LARGER_BITS, _LARGER_TIME = 0.872, 2.5
-# The ratio of times below which they count as the same.
-_SAME = 1.01
 # The share of the processors from which on others make measured times longer.
 _BUSY = 0.1
 
@@ -30,8 +27,9 @@ def figures(advice: Advice) -> dict[str, Any]:
     that of the best member; ``plainly`` says in a sentence what to do and whether it is worth it beside a larger model,
     as ``worth_it`` has it, ``says`` with which settings. ``members`` has each one's ``bits_per_byte`` and
     ``ms_per_byte``, and how often it ``knows_better`` than all others; ``candidates`` each fit's settings,
-    ``bits_per_byte``, ``gain`` and ``interval``. ``movement`` says how far ``meet`` moves the average, ``alternatives``
-    what single models make of the same text, ``cautions`` what may mislead.
+    ``bits_per_byte``, ``gain`` and ``interval``. ``files`` has what files add to what is advised, as of
+    :meth:`softmeet.evaluation.own_files.Beside.figures`; None without files. ``movement`` says how far ``meet`` moves
+    the average, ``alternatives`` what single models make of the same text, ``cautions`` what may mislead.
     """
     judged, found = advice.judged, advice.judged.found
     gain = None if advice.nats is None else judged.gain(advice.nats)
@@ -42,11 +40,11 @@ def figures(advice: Advice) -> dict[str, Any]:
         "rule": settings and settings["rule"],
         "weights": settings and settings["weights"],
         "settings": settings,
-        "members_in_order": None if instead else advice.ensemble.names,
+        "members_in_order": None if instead else [*advice.ensemble.names, *advice.ensemble.model.config.files],
         **_gained(gain),
         "cost_ratio": (instead[0].time if instead else advice.time) / best if best else None,
         "equal_weights": _gained(advice.equal.gain if advice.equal else None),
-        "plainly": plainly(advice),
+        "plainly": " ".join(filter(None, (on_files(advice), plainly(advice) if advice.judged.averages else ""))),
         "worth_it": is_worth_it(advice),
         "says": says(advice),
         "best_member": judged.best,
@@ -60,6 +58,7 @@ def figures(advice: Advice) -> dict[str, Any]:
             for name, time, better in zip(judged.names, judged.times, judged.knows_better(), strict=True)
         ],
         "candidates": {own.name: _candidate(judged, own) for own in judged.fitted.candidates},
+        "files": advice.files and advice.files.figures(),
         "meet": _meet(judged),
         "movement": _movement(judged),
         "gate": advice.gated and {"gate": advice.gated.gate, "alone": advice.gated.alone},
@@ -118,12 +117,6 @@ def _meet(judged: Judged) -> dict[str, Any] | None:
     return {"fitted": False, **_gained(judged.unfitted_gain(compared))}
 
 
-def _larger(ratio: float) -> float:
-    """Return how many percent fewer bits a larger model gives for so many times the time."""
-    kept: float = _LARGER_BITS ** (math.log(ratio) / math.log(_LARGER_TIME))
-    return 100 * (1 - kept)
-
-
 def _gain_and_time(advice: Advice) -> tuple[float, float]:
     """Return how many percent fewer bits what is advised needs than the best member, and the ratio of their times."""
     judged = advice.judged
@@ -136,12 +129,12 @@ def is_worth_it(advice: Advice) -> bool:
     if advice.verdict == "single" or advice.instead():
         return False
     fewer, ratio = _gain_and_time(advice)
-    return _rather(advice) is None and (ratio < _SAME or fewer >= _larger(ratio))
+    return _rather(advice) is None and (ratio < SAME or fewer >= larger(ratio))
 
 
 def _bits_of_advice(advice: Advice) -> float:
     """Return the bits a byte of what is advised."""
-    return advice.judged.bits(advice.judged.base if advice.nats is None else advice.nats)
+    return advice.judged.bits(advice.losses)
 
 
 def _rather(advice: Advice) -> Alternative | None:
@@ -150,7 +143,7 @@ def _rather(advice: Advice) -> Alternative | None:
     better = [
         own for own in advice.alternatives
         if advice.against(own).low > 0
-        and 100 * advice.against(own).mean / ours >= _larger(max(own.time / advice.time, 1.0))
+        and 100 * advice.against(own).mean / ours >= larger(max(own.time / advice.time, 1.0))
     ]  # fmt: skip
     return max(better, key=lambda own: advice.against(own).mean, default=None)
 
@@ -169,7 +162,7 @@ def plainly(advice: Advice) -> str:
         than = 100 * advice.against(rather).mean / _bits_of_advice(advice)
         longer = 100 * (rather.time / advice.time - 1)
         return f"Use {short(rather.name)} alone: {than:.1f} % fewer bits than all together, for {longer:+.0f} % time."
-    if ratio < _SAME:
+    if ratio < SAME:
         return f"Combine them: {fewer:.1f} % fewer bits than {best} alone, in no more time."
     found = f"{fewer:.1f} % fewer bits than {best} alone for {100 * (ratio - 1):.0f} % more time"
     if is_worth_it(advice):
@@ -178,8 +171,26 @@ def plainly(advice: Advice) -> str:
         return f"{found}: keep {best}."
     return (
         f"{found}: keep {best}, or try a larger model by --instead MODEL: Qwen2.5-Coder's gave about "
-        f"{_larger(ratio):.0f} % for such a time."
+        f"{larger(ratio):.0f} % for such a time."
     )
+
+
+def on_files(advice: Advice) -> str:
+    """Return whether to have the files beside what is advised, in a sentence; an empty one if there are none."""
+    if (files := advice.files) is None:
+        return ""
+    it = "them" if advice.verdict != "single" else short(advice.judged.best)
+    where = f"on {files.held_out} of their own, each read without itself" if files.held_out else "on this text"
+    names, whole, late = " and ".join(files.names), files.whole, files.late
+    if whole.gain.low <= 0:
+        return f"Leave {names} out: beside {it} no gain is shown {where}."
+    behind = ""
+    if late is not None:
+        shown = f"{late.percent:.1f} %" if late.gain.low > 0 else "none is shown"
+        behind = f" ({shown} behind the first {HEADER} bytes)"
+    took = "in no more time" if files.ratio < SAME else f"for {100 * (files.ratio - 1):.0f} % more time"
+    gains = f"{whole.percent:.1f} % fewer bits {where}{behind}, {took}"
+    return f"Put {names} beside {it}: {gains}." if files.pays else f"Leave {names} out: beside {it} {gains}."
 
 
 def says(advice: Advice) -> str:

@@ -75,13 +75,14 @@ class GroupReport:
         }
 
 
-def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list[GroupReport]:
+def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int, given: int | None = None) -> list[GroupReport]:
     """Report on each stretch of a text, in order: those between places at which every member's tokenizer cuts it.
 
     Args:
         model: the ensemble.
         text: the text in valid UTF-8, at least one byte.
         top: how many bytes or tokens to list in each report's ``top`` and in each member's ``member_top``.
+        given: how many first bytes were given to readers that claim, not drawn; None for all.
 
     Returns:
         The reports; their ``text`` joined is the whole text. The model's own settings hold, without prefixes of a call.
@@ -89,7 +90,8 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int) -> list
     Raises:
         InvalidInputError: if the text exceeds a member's context.
     """
-    states = [own[:-1] for own in model.hidden_states(torch.tensor([[END, *text]]))]
+    first = None if given is None else given + 1  # with what begins the text
+    states = [own[:-1] for own in model.hidden_states(torch.tensor([[END, *text]]), first)]
     log_probs = torch.stack(states[: len(model.members)])
     expected = [expected_tokens(reader, text, top) for reader in model.readers]
     solutions = [solution for _, solution in model.combiner.solve_in_chunks(states, model.settings)]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf.remembered import file_of
 from softmeet.members.files import Files, is_files
+from softmeet.members.gguf_file import fingerprint
 from softmeet.members.member import Member
 from softmeet.members.registered import registered_reader
 from softmeet.readers.byte_alphabet import ByteAlphabet
-from softmeet.readers.files.corpus import find_texts
+from softmeet.readers.files.corpus import Corpus, find_texts
 from softmeet.readers.files.index import Index
 from softmeet.readers.files.reader import FilesReader
 from softmeet.readers.guarded import GuardedReader
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger("softmeet.files")
 
 
-def give_claims(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda text: None) -> None:
+def give_claims(
+    model: AnyEnsemble, on_progress: Callable[[str], None] = lambda text: None, without: Collection[Path] = ()
+) -> None:
     """Have the files and readers that a model's configuration names claim their part of what its rule answers.
 
     Args:
         model: the model.
         on_progress: called with what is done.
+        without: files that are left out, as they are held out; the index of the others is then not kept.
 
     Raises:
         InvalidInputError: if the ensemble is over the union of tokens, or a member takes no cache.
@@ -42,9 +47,24 @@ def give_claims(model: AnyEnsemble, on_progress: Callable[[str], None] = lambda 
     if model.config.vocabulary.startswith("union"):
         raise InvalidInputError("expected files beside members over tokens or bytes, got vocabulary='union'")
     model.claimants = [
-        _reader(model, Files.parse(line), on_progress) if is_files(line) else _registered(model, line)
+        _reader(model, Files.parse(line), on_progress, without) if is_files(line) else _registered(model, line)
         for line in model.config.files
     ]
+
+
+def files_of(model: AnyEnsemble) -> list[Files]:
+    """Return the user's files that stand beside the members of a model."""
+    return [Files.parse(line) for line in model.config.files if is_files(line)]
+
+
+def texts_of(files: Files) -> Corpus:
+    """Return which files are read."""
+    return find_texts(files.paths, files.include)
+
+
+def fingerprints(lines: Iterable[str]) -> list[str]:
+    """Return what tells apart what was read of files, by their lines of text; of other readers nothing is known."""
+    return [fingerprint(path) for line in lines if is_files(line) for path in texts_of(Files.parse(line)).files]
 
 
 def _registered(model: AnyEnsemble, line: str) -> Reader:
@@ -62,13 +82,16 @@ def _registered(model: AnyEnsemble, line: str) -> Reader:
     return GuardedReader(reader)
 
 
-def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]) -> FilesReader:
+def _reader(
+    model: AnyEnsemble, files: Files, on_progress: Callable[[str], None], without: Collection[Path]
+) -> FilesReader:
     def tell(what: str, done: int, total: int) -> None:
         on_progress(f"{files.title}: {what} {done:,} of {total:,}")
 
     alphabet, support = symbols_of(model), model.combiner.support
-    texts = find_texts(files.paths, files.include)
-    index = Index.of(texts, alphabet.encode_all, alphabet.size, alphabet.identity, file_of("files"), tell)
+    texts, folder = texts_of(files), None if without else file_of("files")
+    texts = replace(texts, files=tuple(path for path in texts.files if path not in without))
+    index = Index.of(texts, alphabet.encode_all, alphabet.size, alphabet.identity, folder, tell)
     left_out = ", ".join(f"{count:,} {why}" for why, count in index.left_out.items())
     if not len(index.symbols):
         raise CheckpointError(f"found no text in {files}" + (f"; left out: {left_out}" if left_out else ""))

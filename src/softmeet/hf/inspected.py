@@ -40,14 +40,14 @@ def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, t
 
 
 def reports_of(
-    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, top: int
+    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str, top: int, given: int | None = None
 ) -> list[TokenReport] | list[GroupReport]:
     """Report on every token of a text, as :meth:`softmeet.Ensemble.inspect` does."""
     if isinstance(model, ByteEnsembleForCausalLM):
         require_unicode(text)
         if not text:
             raise InvalidInputError("expected a text of at least one byte, got an empty one")
-        return group_reports(model, text.encode(), top)
+        return group_reports(model, text.encode(), top, given)
     model.require_likelihood("a report on a text")
     inputs = encoded(model, tokenizer, [text])
     tokens = inputs["input_ids"][0, 1:]
@@ -55,7 +55,7 @@ def reports_of(
         raise InvalidInputError(f"expected a text of at least two tokens, got {text!r}")
     reports = TokenReports(top)
     # All members run at every position, so that they can be reported, also where a gate is closed.
-    hidden = [states[:-1] for states in model.hidden_states(inputs["input_ids"])]
+    hidden = [states[:-1] for states in model.hidden_states(inputs["input_ids"], given)]
     for log_probs, solution in model.combiner.solve_in_chunks(hidden, resolved(model, model.settings)):
         reports.add(solution, log_probs)
     found = [reports.at(row, token) for row, token in enumerate(tokens.tolist())]

@@ -27,7 +27,7 @@ from softmeet.hf.decoding import decode, decodes, is_to_speculate
 from softmeet.hf.partial import require_all, require_known
 from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
-from softmeet.hf.running import NewTokens, combined_behind, read_once
+from softmeet.hf.running import NewTokens, claims_once, combined_behind, read_once
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head
@@ -143,12 +143,13 @@ class EnsembleForCausalLM(ReadMembers, PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=log_probs, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=log_probs, **{CACHE: cache})
 
-    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
+    def hidden_states(self, input_ids: Int[Tensor, "1 t"], given: int | None = None) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states, (t, d_i), row k after token k.
 
         Members over bytes have none: these are log-probabilities, (t, 257), of the text's first byte too behind a 256.
+        Behind them are the states of readers that claim, to which the first ``given`` tokens were given (None: all).
         """
-        return [one.states() for one in read_once(self, input_ids)]
+        return [one.states() for one in (*read_once(self, input_ids), *claims_once(self, input_ids, given))]
 
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Generate tokens as transformers' ``generate`` does.

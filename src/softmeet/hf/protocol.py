@@ -89,5 +89,5 @@ class AnyEnsemble(Protocol):
     def require_likelihood(self, what: str) -> None:
         """Check that a text has one likelihood, which ``what`` needs."""
 
-    def hidden_states(self, input_ids: Int[Tensor, "1 t"]) -> list[Float[Tensor, "t _"]]:
+    def hidden_states(self, input_ids: Int[Tensor, "1 t"], given: int | None = None) -> list[Float[Tensor, "t _"]]:
         """Run the members over one text, and return each one's last hidden states."""

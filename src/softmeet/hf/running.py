@@ -198,6 +198,8 @@ def read_once(
 ) -> list[Predictions]:
     """Have every member read one text, as to score it; returns what each predicts behind each of its t tokens.
 
+    Readers that claim are asked by :func:`claims_once`.
+
     Nothing that is kept of texts is shared, so that several threads may do so at the same time.
 
     Args:
@@ -219,10 +221,23 @@ def read_once(
         on_read(i)
         return found
 
+    found: list[Predictions] = model.each(read, range(len(model.members)))
+    return found
+
+
+def claims_once(model: AnyEnsemble, input_ids: Int[Tensor, "1 t"], given: int | None = None) -> list[Predictions]:
+    """Return what each reader that claims tells behind each of a text's t tokens, as :func:`read_once` does of members.
+
+    Args:
+        model: the ensemble.
+        input_ids: (1, t), the text.
+        given: how many of its first tokens were given, not drawn; None for all.
+    """
+    tokens: list[int] = input_ids[0].tolist()
     _, skipped = model.before_claims(tokens, ())
-    symbols = tokens[skipped:]
-    claims = [one.read_whole([symbols], [range(1 - skipped, len(symbols) + 1)]) for one in model.claimants]
-    return [*model.each(read, range(len(model.members))), *claims]
+    symbols, first = tokens[skipped:], None if given is None else max(0, given - skipped)
+    places = range(1 - skipped, len(symbols) + 1)
+    return [one.read_whole([symbols], [places], given=first) for one in model.claimants]
 
 
 def _read_once(model: AnyEnsemble, i: int, tokens: list[int], *, anew: bool) -> Predictions:

@@ -123,6 +123,19 @@ def is_files(named: Any) -> bool:
     return isinstance(named, Files) or (isinstance(named, str) and named.startswith(_KIND))
 
 
+# Why files are no part of a trace.
+TRACED = (
+    "a trace keeps what members predict, to try rules on it, and of files it would have to keep whole distributions; "
+    "trace the models alone, or name the files with a text, by --text"
+)
+
+
+def refuse_files(lines: Iterable[str], why: str) -> None:
+    """Raise InvalidInputError, with a reason, if files, or readers that claim, are named among members."""
+    if line := next((line for line in lines if is_files(line) or claims(Member.of(line))), None):
+        raise InvalidInputError(f"expected models alone, got {line}: {why}")
+
+
 def parted(named: Any) -> tuple[Any, list[str]]:
     """Return what is named of members, and the lines of what claims beside them: files, and readers that claim.
 

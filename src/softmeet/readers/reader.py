@@ -311,7 +311,11 @@ class Reader(ABC):
         """Give a row up; nothing more can be read in it."""
 
     def read_whole(
-        self, texts: Sequence[Sequence[int]], at: Sequence[Sequence[int]], own: Sequence[int] = ()
+        self,
+        texts: Sequence[Sequence[int]],
+        at: Sequence[Sequence[int]],
+        own: Sequence[int] = (),
+        given: int | None = None,
     ) -> Predictions:
         """Read texts from their beginnings, each in a row of its own that is closed again.
 
@@ -319,14 +323,17 @@ class Reader(ABC):
             texts: their symbols.
             at: for each, behind how many of its symbols predictions are wanted, as in :class:`Read`.
             own: the member's own tokens before each, as in :meth:`open`.
+            given: to a reader that claims, how many first symbols of each were given, not drawn; None for all.
 
         Raises:
             SoftmeetError: if a text cannot be read.
         """
         rows = list[Row]()
         try:
-            for _ in texts:
-                rows.append(self.open(own=own, reuse=False))
+            for text in texts:
+                rows.append(self.open(text[:given] if given else (), own, reuse=False))
+            if given == 0:  # what is read first is given
+                finished(self.read([Read(row, (), ()) for row in rows]))
             each = zip(rows, texts, at, strict=True)
             found = finished(self.read([Read(row, text, list(places), keep=False) for row, text, places in each]))
         finally:
