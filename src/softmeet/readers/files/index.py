@@ -15,7 +15,7 @@ import numpy.typing as npt
 from softmeet.extras import require_extra
 from softmeet.readers.files.corpus import Corpus
 from softmeet.readers.files.gathered import Encode, Progress, gather, hash_of, in_order
-from softmeet.readers.files.kept import Entry, Former, KeptIndex, Shelf, Symbols, drop, indexes
+from softmeet.readers.files.kept import ARRAYS, Entry, Former, KeptIndex, Shelf, Symbols, drop, indexes
 
 __all__ = ["Encode", "Entry", "Index", "KeptIndex", "Progress", "Symbols", "drop", "indexes"]
 
@@ -100,7 +100,7 @@ class Index:
                 return None
         except OSError:  # one is gone
             return None
-        symbols, order = former.array("symbols"), former.array("order")
+        symbols, order = map(former.array, ARRAYS)
         if symbols is None or order is None:
             return None
         return cls._over(symbols, order, former.entries, texts)
@@ -113,17 +113,21 @@ class Index:
         entries, symbols = gather(texts.files, encode, size, former, on_progress)
         hashes = [entry.sha256 for entry in entries if entry.symbols >= 0]
         version = hashlib.sha256("\n".join([str(size), *hashes]).encode()).hexdigest()
-        arrays = {"symbols": symbols}
-        if former is not None and former.version == version:
-            kept = {name: former.array(name) for name in ("symbols", "order")}
-            arrays |= {name: array for name, array in kept.items() if array is not None}
-        if "order" not in arrays:
+        making = None if shelf is None else shelf.version(version, former)
+        kept = [None, None] if former is None or former.version != version else [*map(former.array, ARRAYS)]
+
+        def stored(name: str, array: Symbols) -> Symbols:
+            return array if making is None else making.put(name, array)
+
+        # Before they are sorted, so that they take no memory meanwhile.
+        symbols = stored("symbols", symbols) if kept[0] is None else kept[0]
+        if (order := kept[1]) is None:
             on_progress("sorting", 0, len(symbols))
-            arrays["order"] = in_order(symbols)
+            order = stored("order", in_order(symbols))
             on_progress("sorting", len(symbols), len(symbols))
-        if shelf is not None:
-            arrays = shelf.keep(entries, version, arrays, former)
-        return cls._over(arrays["symbols"], arrays["order"], entries, texts)
+        if making is not None:
+            making.keep(entries)
+        return cls._over(symbols, order, entries, texts)
 
     @classmethod
     def _over(cls, symbols: Symbols, order: Symbols, entries: tuple[Entry, ...], texts: Corpus) -> Index:
