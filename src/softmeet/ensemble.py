@@ -24,6 +24,7 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.decoded import decoded
 from softmeet.hf.inspected import next_token, reports_of
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.own_files import with_own
 from softmeet.hf.prompts import Prompt, encoded
 from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
@@ -108,7 +109,7 @@ class Ensemble:
             settings: fields of :class:`softmeet.Settings`, and options of the rule; the gate is ``auto`` if not given.
 
         Raises:
-            InvalidInputError: if a setting is wrong, or no member is named.
+            InvalidInputError: if a setting is wrong, no member is named, or a saved ensemble from elsewhere names files.
             CheckpointError: if a member cannot be loaded.
             VocabularyMismatchError: if the tokenizers differ; over bytes, if one of them cannot be read by bytes.
             UnsupportedHeadError: if the rule reads heads, and one is quantised, or the ensemble is over bytes.
@@ -134,7 +135,8 @@ class Ensemble:
             require_for_bytes(chosen, vocabulary)
         config = EnsembleConfig(
             names, settings=unsized(chosen), vocabulary=vocabulary, prune=prune, movement=before.movement,
-            prefixes=before.prefixes if prefixes is None else prefixes, files=[*before.files, *files],
+            prefixes=before.prefixes if prefixes is None else prefixes,
+            files=with_own(before.files, files, str(members), trust_remote_code),
         )  # fmt: skip
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         refuse_quantised(config, require_loadable(names, **loading), any_average=any_average)

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from softmeet.derived import file_of
 from softmeet.errors import CheckpointError, InvalidInputError
-from softmeet.hf.remembered import file_of
 from softmeet.members.files import Files, is_files
 from softmeet.members.member import Member
 from softmeet.members.registered import registered_reader
@@ -66,13 +66,14 @@ def _reader(model: AnyEnsemble, files: Files, on_progress: Callable[[str], None]
         on_progress(f"{files.title}: {what} {done:,} of {total:,}")
 
     alphabet, support = symbols_of(model), model.combiner.support
-    texts = find_texts(files.paths, files.include)
-    index = Index.of(texts, alphabet.encode_all, alphabet.size, alphabet.identity, file_of("files"), tell)
+    where = file_of("files")
+    texts = find_texts(files.paths, files.include, where)
+    index = Index.of(texts, alphabet.encode_all, alphabet.size, alphabet.identity, where, tell)
     left_out = ", ".join(f"{count:,} {why}" for why, count in index.left_out.items())
     if not len(index.symbols):
         raise CheckpointError(f"found no text in {files}" + (f"; left out: {left_out}" if left_out else ""))
     _log.warning(
-        "%s: %s files of %s %s%s", files.title, f"{len(index.files):,}", f"{len(index.symbols):,}",
+        "%s: %s files of %s %s%s", files.title, f"{len(index.starts):,}", f"{len(index.symbols):,}",
         model.config.vocabulary, f"; left out: {left_out}" if left_out else "",
     )  # fmt: skip
     allowed = None if support is None else support.cpu().numpy()

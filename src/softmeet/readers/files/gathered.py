@@ -61,7 +61,9 @@ def gather(
 
 
 def _too_many(most: int) -> InvalidInputError:
-    return InvalidInputError(f"expected files of at most {most:,} symbols together, got more: name fewer, or say include=")
+    return InvalidInputError(
+        f"expected files of at most {most:,} symbols together, got more: name fewer, or say include="
+    )
 
 
 def in_order(symbols: Symbols) -> Symbols:

@@ -78,7 +78,7 @@ class KeptIndex:
 
     Attributes:
         name: the one by which it is dropped.
-        paths, include: what it was asked for; no paths if its list is damaged, so that it will be made anew.
+        paths, include: what it was asked for; no paths if its list is damaged, or another version of softmeet's.
         files, symbols: how many it has.
         bytes: how many it takes.
         time: when it was made, in seconds since 1970.
@@ -199,7 +199,7 @@ class Version:
             entries: what was read of each file.
         """
         (key, paths, include), stays = self.shelf.what, self.version
-        said = {"key": key, "paths": list(paths), "include": include, "version": self.version}
+        said = {"form": _FORM, "key": key, "paths": list(paths), "include": include, "version": self.version}
         said["arrays"] = {name: list(one) for name, one in self.written.items()}
         try:
             if self.error is not None:
@@ -255,22 +255,27 @@ def drop(folder: Path, which: str) -> None:
         which: its name.
 
     Raises:
-        InvalidInputError: if there is none of this name.
+        InvalidInputError: if there is none of this name, or the disk does not let us.
     """
     known = [one.name for one in indexes(folder)]
     if which not in known:
         there = f"{nearest(which, known)}expected one of {', '.join(known)}" if known else "none is kept"
         raise InvalidInputError(f"no index is named {which!r}: {there}")
-    shutil.rmtree(folder / which, ignore_errors=True)
+    try:
+        shutil.rmtree(folder / which)
+    except OSError as error:
+        raise InvalidInputError(f"the index {which} could not be removed: {error}") from error
 
 
 def _read(folder: Path) -> Former | None:
-    """Return what the list of an index says; None if it is not there, or damaged."""
+    """Return what the list of an index says; None if it is not there, damaged, or of another version's form."""
     try:
         written, _, text = (folder / _LIST).read_bytes().partition(b"\n")
     except OSError:
         return None
-    return Former(folder, json.loads(text)) if written == _hash(text) else None
+    if written != _hash(text) or (said := json.loads(text)).get("form") != _FORM:
+        return None
+    return Former(folder, said)
 
 
 def _hash(text: bytes) -> bytes:
