@@ -39,6 +39,7 @@ def written(path, tokenizer, **said):
 def elsewhere(tmp_path, monkeypatch):
     """A home with a file of ollama's, one of LM Studio's and one of the Hub's cache, and where they are."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     one, other = byte_tokenizers.byte_level(), byte_tokenizers.llama()
@@ -110,8 +111,7 @@ def test_where_there_is_nothing_it_says_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_indexes_of_files_are_listed_below_the_models_and_dropped(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
+def test_indexes_of_files_are_listed_below_the_models_and_dropped(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("abab")
     texts = find_texts([str(tmp_path / "texts")], "*.txt")

@@ -18,7 +18,8 @@ def index_rows() -> list[dict[str, Any]]:
     return [
         {
             "model": None, "from": "softmeet", "kind": "index", "bytes": one.bytes, "tokens": "", "context": None,
-            "chat": False, "path": str(where / one.name), "name": one.name, "paths": list(one.paths),
+            "chat": False, "path": str(where / one.name), "name": one.name,
+            "paths": [path.encode(errors="backslashreplace").decode() for path in one.paths],
             "include": one.include, "files": one.files, "symbols": one.symbols,
             "time": datetime.fromtimestamp(one.time).astimezone().isoformat(timespec="seconds"),
         }

@@ -45,8 +45,8 @@ def with_own(saved: Sequence[str], named: Sequence[str], where: str, trusted: bo
     if foreign and not trusted:
         said = " ".join(foreign)
         raise InvalidInputError(
-            f"the ensemble in {where} was not saved here, and would read files of yours: {said}; if you mean them, name "
-            f"them yourself, as in softmeet chat {where} {said}, or take them out of its config.json"
+            f"the ensemble in {where} was not saved here, and would read files of yours: {said}; if you mean them, "
+            f"name them yourself, as in softmeet chat {where} {said}, or take them out of its config.json"
         )
     return [*kept, *named]
 

@@ -290,13 +290,17 @@ def _sum(file: Path) -> str:
 def _mapped(file: Path, written: Written) -> Symbols:
     """Map an array from the disk, if it is still what was written.
 
-    Of a large one the hash is looked at where its time is another, as it takes a second for each GB.
+    Of a large one the hash is looked at where its time is another, as it takes a second for each GB; if it is the same,
+    as a copy's, so is its time from then on.
 
     Raises:
         OSError, ValueError: if it is gone, or damaged.
     """
     state = file.stat()
-    known = written.size > _QUICK and state.st_mtime_ns == written.modified
-    if state.st_size != written.size or not (known or _sum(file) == written.sha256):
+    timely = state.st_mtime_ns == written.modified
+    if state.st_size != written.size or not ((timely and written.size > _QUICK) or _sum(file) == written.sha256):
         raise ValueError("it is not what was written")
+    if not timely:
+        with suppress(OSError):
+            os.utime(file, ns=(state.st_atime_ns, written.modified))
     return np.asarray(np.load(file, mmap_mode="r"))

@@ -26,7 +26,8 @@ def source_of(index: Index, symbols: Sequence[int], decode: Callable[[Sequence[i
     last = int(index.order[found[-1][0]])
     path, _ = index.place(last)
     line = index.line(last - len(found) + 1, decode)
-    return Source(len(symbols) - len(found), len(symbols), str(path), line, index.is_stale(path))
+    told = str(path).encode(errors="backslashreplace").decode()  # no JSON has bytes that are not UTF-8
+    return Source(len(symbols) - len(found), len(symbols), told, line, index.is_stale(path))
 
 
 def sources_of(
