@@ -109,8 +109,8 @@ class Ensemble:
             settings: fields of :class:`softmeet.Settings`, and options of the rule; the gate is ``auto`` if not given.
 
         Raises:
-            InvalidInputError: if a setting is wrong, no member is named, or an ensemble saved elsewhere names files.
-            CheckpointError: if a member cannot be loaded.
+            InvalidInputError: if a setting is wrong, or no member is named.
+            CheckpointError: if a member cannot be loaded, or a saved ensemble from elsewhere names files.
             VocabularyMismatchError: if the tokenizers differ; over bytes, if one of them cannot be read by bytes.
             UnsupportedHeadError: if the rule reads heads, and one is quantised, or the ensemble is over bytes.
 

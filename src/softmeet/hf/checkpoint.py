@@ -174,10 +174,9 @@ def load(
         changes: settings in place of the saved ones, by name, if ``config`` is None; unknown names are ignored.
 
     Raises:
-        CheckpointError: if a member cannot be found or loaded.
+        CheckpointError: if a member cannot be found or loaded, or files are named that were not saved here.
         InvalidInputError: if a device is unknown, ``device_map`` names a member that does not exist, a list of dtypes
-            or devices does not have one per member, a setting is not valid, or it would read files that were not saved
-            here.
+            or devices does not have one per member, or a setting is not valid.
         VocabularyMismatchError: if the tokenizers do not fit the ensemble's vocabulary, tokens or bytes.
         UnsupportedHeadError: if the rule needs softmax matrices, as ``meet`` does, and a member's cannot be read, or
             the ensemble is over bytes.

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 
 from softmeet.derived import file_of
-from softmeet.errors import InvalidInputError
+from softmeet.errors import cannot_load
 from softmeet.hf.remembered import keep, known
 from softmeet.members.files import Files, is_files
 
@@ -36,17 +37,17 @@ def with_own(saved: Sequence[str], named: Sequence[str], where: str, trusted: bo
         trusted: whether code that comes with it may run, which could read anything.
 
     Raises:
-        InvalidInputError: if the saved ensemble would read files that were neither saved here nor are named.
+        CheckpointError: if the saved ensemble would read files that were neither saved here nor are named.
     """
     meant = {_of(line) for line in named if is_files(line)}
     kept = [line for line in saved if not (is_files(line) and _of(line) in meant)]
     here = known(file_of(_FILE))
     foreign = [line for line in kept if is_files(line) and _of(line) not in here]
     if foreign and not trusted:
-        said = " ".join(foreign)
-        raise InvalidInputError(
-            f"the ensemble in {where} was not saved here, and would read files of yours: {said}; if you mean them, "
-            f"name them yourself, as in softmeet chat {where} {said}, or take them out of its config.json"
+        raise cannot_load(
+            where,
+            f"it was not saved here, and would read files of yours: {' '.join(foreign)}; if you mean them, name them "
+            f"yourself, as in softmeet chat {shlex.join([where, *foreign])}, or take them out of its config.json",
         )
     return [*kept, *named]
 

@@ -13,7 +13,8 @@ from stat import S_ISREG
 import numpy as np
 
 from softmeet.errors import InvalidInputError
-from softmeet.readers.files.kept import Entry, Former, Symbols
+from softmeet.readers.files.entries import Entry
+from softmeet.readers.files.kept import Former, Symbols
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 Progress = Callable[[str, int, int], None]

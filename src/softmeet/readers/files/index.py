@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from softmeet.extras import require_extra
 from softmeet.readers.files.corpus import Corpus
+from softmeet.readers.files.entries import Entries, Entry
 from softmeet.readers.files.gathered import Encode, Progress, gather, hash_of, in_order
-from softmeet.readers.files.kept import ARRAYS, Entry, Former, KeptIndex, Shelf, Symbols, drop, indexes
+from softmeet.readers.files.kept import ARRAYS, Former, KeptIndex, Shelf, Symbols, drop, indexes
 
 __all__ = ["Encode", "Entry", "Index", "KeptIndex", "Progress", "Symbols", "drop", "indexes"]
 
@@ -40,7 +41,7 @@ class Index:
 
     symbols: Symbols
     order: Symbols
-    entries: tuple[Entry, ...]
+    entries: Entries
     left_out: dict[str, int]
 
     @classmethod
@@ -137,27 +138,27 @@ class Index:
             "could not be read": len(texts.files) - len(entries),
         }
         left_out = dict(Counter(texts.left_out) + Counter(more))
-        return cls(symbols, order, entries, left_out)
+        return cls(symbols, order, Entries(entries), left_out)
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
         """The path of each file that is a text."""
-        return tuple(Path(entry.path) for entry in self._texts)
+        return tuple(Path(self.entries[k].path) for k in self._texts)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
         """(files,) int64, the position of each file's first symbol (of its separator, if it is empty)."""
-        ends = np.cumsum([entry.symbols + 1 for entry in self._texts], dtype=np.int64)
-        return np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.entries.symbols[self._texts] + 1)])[:-1]
 
     @cached_property
-    def _texts(self) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.symbols >= 0)
+    def _texts(self) -> npt.NDArray[np.int64]:
+        """The numbers of the entries that are texts."""
+        return np.flatnonzero(self.entries.symbols >= 0)
 
     def place(self, position: int) -> tuple[Path, int]:
         """Return the file that a position of ``symbols`` is in, and the position of that file's first symbol."""
         which = int(np.searchsorted(self.starts, position, "right")) - 1
-        return Path(self._texts[which].path), int(self.starts[which])
+        return Path(self.entries[self._texts[which]].path), int(self.starts[which])
 
     def line(self, position: int, decode: Callable[[Sequence[int]], bytes]) -> int:
         """Return the line, from 1, in which the symbol at a position begins; ``decode`` makes bytes of symbols."""
@@ -166,12 +167,8 @@ class Index:
 
     def is_stale(self, path: Path) -> bool:
         """Return whether a file is gone, or holds something else than when it was read."""
+        entry = self.entries.find(str(path))
         try:
-            entry = self._by_path[str(path)]
-            return not entry.is_as(path.stat()) and hash_of(path) != entry.sha256
-        except (KeyError, OSError):
+            return entry is None or not (entry.is_as(path.stat()) or hash_of(path) == entry.sha256)
+        except OSError:
             return True
-
-    @cached_property
-    def _by_path(self) -> dict[str, Entry]:
-        return {entry.path: entry for entry in self.entries}

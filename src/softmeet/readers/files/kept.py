@@ -26,6 +26,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from softmeet.errors import InvalidInputError, nearest
+from softmeet.readers.files.entries import Entry
 
 _log = logging.getLogger("softmeet")
 
@@ -38,30 +39,6 @@ ARRAYS = ("symbols", "order")
 _PATIENCE = 3600.0
 # The bytes of an array up to which its hash is looked at, at each start, though its size and time are still the same.
 _QUICK = 1 << 25
-
-
-class Entry(NamedTuple):
-    """What was read of a file.
-
-    Attributes:
-        path: the file, absolute.
-        size: in bytes.
-        modified, changed: the times of its last change, and of that of what the disk keeps of it (which no program can
-            set back), in nanoseconds; the first is -1 if it may have changed since then.
-        sha256: of its bytes, in hexadecimal.
-        symbols: how many it has; -1 of what is no text.
-    """
-
-    path: str
-    size: int
-    modified: int
-    changed: int
-    sha256: str
-    symbols: int
-
-    def is_as(self, state: os.stat_result) -> bool:
-        """Return whether the file's size and times are still the same."""
-        return (self.size, self.modified, self.changed) == (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 class Written(NamedTuple):
@@ -139,7 +116,7 @@ class Shelf:
         """
         lock = FileLock(self.folder / _LOCK)
         with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what it holds are texts of the user's
+            self.made()
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -149,6 +126,15 @@ class Shelf:
             yield
         finally:
             lock.release()
+
+    def made(self) -> Path:
+        """Return the folder, which is made if it is not there.
+
+        Raises:
+            OSError: if it cannot be made.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what it holds are texts of the user's
+        return self.folder
 
     def former(self) -> Former | None:
         """Return what is kept; None if nothing is, or its list is damaged."""
@@ -220,7 +206,7 @@ class Version:
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> Written:
         """Write a file of the index under its name, once all of it is on the disk."""
-        mine = self.shelf.folder / f"{name}.{secrets.token_hex(8)}"
+        mine = self.shelf.made() / f"{name}.{secrets.token_hex(8)}"
         try:
             with mine.open("wb") as file:
                 write(file)
@@ -237,7 +223,11 @@ class Version:
 def indexes(folder: Path) -> list[KeptIndex]:
     """Return the indexes that a folder keeps, sorted by their paths."""
     found = []
-    for own in folder.iterdir() if folder.is_dir() else ():
+    try:
+        every = list(folder.iterdir())
+    except OSError:  # there is none, or none that we may read
+        return []
+    for own in every:
         with suppress(OSError):  # one that is dropped meanwhile, or somebody else's
             sizes, made, former = [file.stat().st_size for file in own.iterdir()], own.stat().st_mtime, _read(own)
             said: dict[str, Any] = {"paths": (), "include": None, "time": made} if former is None else former.said
