@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +61,9 @@ class Entries:
         path, sha256 = self._paths[self._ends[k] : self._ends[k + 1]], self._hashes[32 * k : 32 * k + 32]
         size, modified, changed, symbols = self._numbers[k].tolist()
         return Entry(os.fsdecode(path), size, modified, changed, sha256.hex(), symbols)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.__getitem__, range(len(self)))
 
     def find(self, path: str) -> Entry | None:
         """Return the entry of a file, if there is one; they are sorted by path."""
