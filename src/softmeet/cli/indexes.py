@@ -32,13 +32,16 @@ def print_indexes(console: PlainConsole, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     cells = [
-        [row["name"], " ".join(row["paths"]) or "(cannot be read)", row["include"] or "", f"{row['files']:,}",
-         f"{row['symbols']:,}", f"{row['bytes'] / 1e6:,.1f}", row["time"][:16].replace("T", " ")]
+        [row["name"], " ".join(row["paths"]) or "(unfinished, damaged or of another version)", row["include"] or "",
+         f"{row['files']:,}", f"{row['symbols']:,}", f"{row['bytes'] / 1e6:,.1f}", row["time"][:16].replace("T", " ")]
         for row in rows
     ]  # fmt: skip
     columns = ("index", "files:", "include", "files", "symbols", "MB", "made")
     print_table(console, columns, [cells], texts=(0, 1, 2, 6))
-    console.print(f"softmeet models --drop {rows[0]['name']} removes an index; where it is asked for, it is made anew.")
+    console.print(
+        f"softmeet models --drop {rows[0]['name']} removes an index; where it is asked for, it is made anew.",
+        soft_wrap=True,
+    )
 
 
 def drop_index(console: PlainConsole, name: str) -> None:
@@ -53,4 +56,7 @@ def drop_index(console: PlainConsole, name: str) -> None:
     drop(file_of("files"), name)
     if row is not None:
         of = " ".join(row["paths"]) or "files that are not known any more"
-        console.print(f"Dropped the index of {of} ({counted(row['files'], 'file')}, {row['bytes'] / 1e6:,.1f} MB).")
+        console.print(
+            f"Dropped the index of {of} ({counted(row['files'], 'file')}, {row['bytes'] / 1e6:,.1f} MB).",
+            soft_wrap=True,
+        )

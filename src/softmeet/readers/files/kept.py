@@ -55,7 +55,7 @@ class KeptIndex:
 
     Attributes:
         name: the one by which it is dropped.
-        paths, include: what it was asked for; no paths if its list is damaged, or another version of softmeet's.
+        paths, include: what it was asked for; no paths if its list is not there yet, damaged, or another version's.
         files, symbols: how many it has.
         bytes: how many it takes.
         time: when it was made, in seconds since 1970.
@@ -172,7 +172,7 @@ class Version:
         try:
             if self.error is None:
                 file = f"{self.version}.{name}.npy"
-                self.written[name] = self._write(file, partial(np.save, arr=array))
+                self.written[name] = self._write(file, partial(_save, array))
                 return _mapped(self.shelf.folder / file, self.written[name])
         except (OSError, ValueError) as error:
             self.error = error
@@ -233,7 +233,8 @@ def indexes(folder: Path) -> list[KeptIndex]:
             said: dict[str, Any] = {"paths": (), "include": None, "time": made} if former is None else former.said
             counts = [entry.symbols for entry in former.entries if entry.symbols >= 0] if former is not None else []
             about = tuple(said["paths"]), said["include"], len(counts), sum(counts)
-            found.append(KeptIndex(own.name, *about, bytes=sum(sizes), time=said["time"]))
+            if sum(sizes):  # else the disk took nothing
+                found.append(KeptIndex(own.name, *about, bytes=sum(sizes), time=said["time"]))
     return sorted(found, key=lambda one: (one.paths, one.name))
 
 
@@ -275,6 +276,12 @@ def _hash(text: bytes) -> bytes:
 def _sum(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _save(array: Symbols, file: BinaryIO) -> None:
+    """Write an array as numpy does, whose own errors do not say that a disk is full."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
 
 
 def _mapped(file: Path, written: Written) -> Symbols:
