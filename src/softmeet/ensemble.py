@@ -88,9 +88,8 @@ class Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble; None means the default, or what was saved.
 
         Args:
-            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
-                adapter and so on behind it, or a :class:`softmeet.Member`; the user's files (:class:`softmeet.Files`);
-                or one saved ensemble.
+            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, maybe with an adapter
+                and so on behind, or :class:`softmeet.Member`; one saved ensemble; the user's :class:`softmeet.Files`.
             rule: ``meet`` by default; a name, as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
             dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.
             device: None for CPU, a device, ``"auto"`` to let accelerate decide, or a dict with a device, ``"cpu"`` or
@@ -249,8 +248,7 @@ class Ensemble:
             limit: the largest number of tokens to predict, at least 1.
 
         Yields:
-            For each window of t positions, (each member's last hidden states, (t, d_i), in its dtype; the ids of the
-            tokens that follow, (t,)).
+            For each window of t positions, (members' last hidden states, (t, d_i) in their dtypes; the next ids, (t,)).
 
         Raises:
             InvalidInputError: if the text has fewer than two tokens, or the ensemble is over bytes.
