@@ -1,8 +1,9 @@
-"""What takes long to make and can be made again, kept in a file for the next time."""
+"""What takes long to make and can be made again, kept in a file for the next time, and where such files are."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,3 +43,16 @@ def derived(
         finally:
             mine.unlink(missing_ok=True)
     return found
+
+
+def file_of(name: str) -> Path:
+    """Return where this machine keeps what is made of a user's members and files, by the name of that.
+
+    It is in ``$SOFTMEET_CACHE`` or, without that, in ``softmeet`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:  # a container's user whom nobody knows
+        home = Path("/")
+    base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
+    return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / name

@@ -24,6 +24,7 @@ from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.decoded import decoded
 from softmeet.hf.inspected import next_token, reports_of
 from softmeet.hf.modeling import EnsembleForCausalLM
+from softmeet.hf.own_files import with_own
 from softmeet.hf.prompts import Prompt, encoded
 from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
@@ -33,7 +34,7 @@ from softmeet.hf.unequal import unsized, warn_of_unequal, weigh
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
 from softmeet.members import zoo
-from softmeet.members.files import parted
+from softmeet.members.files import Files, parted
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, require_loadable, with_engines
 from softmeet.members.passages import Passage
 from softmeet.members.placement import Device
@@ -70,7 +71,7 @@ class Ensemble:
     @takes_settings
     def from_pretrained(
         cls,
-        members: Sequence[Named] | Named = zoo.DEFAULT,
+        members: Sequence[Named | Files] | Named = zoo.DEFAULT,
         rule: str | Rule | None = None,
         *,
         dtype: Dtype | Sequence[Dtype] = None,
@@ -87,9 +88,8 @@ class Ensemble:
         """Load members and combine them by a rule, or load a saved ensemble; None means the default, or what was saved.
 
         Args:
-            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, each maybe with an
-                adapter and so on behind it, or a :class:`softmeet.Member`; the user's files (:class:`softmeet.Files`);
-                or one saved ensemble.
+            members: hub ids (``org/model@revision``), folders, ``.gguf`` files or bundled names, maybe with an adapter
+                and so on behind, or :class:`softmeet.Member`; one saved ensemble; the user's :class:`softmeet.Files`.
             rule: ``meet`` by default; a name, as in ``"meet:trust=1/0.3"``, or an instance of :class:`softmeet.Rule`.
             dtype: None for fp32 on CPU and the checkpoint's own dtype elsewhere; one for all members or one each.
             device: None for CPU, a device, ``"auto"`` to let accelerate decide, or a dict with a device, ``"cpu"`` or
@@ -109,7 +109,7 @@ class Ensemble:
 
         Raises:
             InvalidInputError: if a setting is wrong, or no member is named.
-            CheckpointError: if a member cannot be loaded.
+            CheckpointError: if a member cannot be loaded, or a saved ensemble from elsewhere names files.
             VocabularyMismatchError: if the tokenizers differ; over bytes, if one of them cannot be read by bytes.
             UnsupportedHeadError: if the rule reads heads, and one is quantised, or the ensemble is over bytes.
 
@@ -134,7 +134,8 @@ class Ensemble:
             require_for_bytes(chosen, vocabulary)
         config = EnsembleConfig(
             names, settings=unsized(chosen), vocabulary=vocabulary, prune=prune, movement=before.movement,
-            prefixes=before.prefixes if prefixes is None else prefixes, files=[*before.files, *files],
+            prefixes=before.prefixes if prefixes is None else prefixes,
+            files=with_own(before.files, files, str(members), trust_remote_code),
         )  # fmt: skip
         loading: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         refuse_quantised(config, require_loadable(names, **loading), any_average=any_average)
@@ -228,8 +229,8 @@ class Ensemble:
             InvalidInputError: if the text has fewer than two tokens, or not fewer than the shortest member's context.
 
         Example:
-            >>> weights = Ensemble.from_pretrained("wide", "logit-mean").prompt_weights("In the beginning")
-            >>> [round(weight, 2) for weight in weights]
+            >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
+            >>> [round(weight, 2) for weight in ensemble.prompt_weights("In the beginning")]
             [0.35, 0.26, 0.39]
         """
         self.model.require_likelihood("weighing members by a prompt")
@@ -248,7 +249,7 @@ class Ensemble:
             limit: the largest number of tokens to predict, at least 1.
 
         Yields:
-            For each window, (each member's last hidden states, (t, d_i), in its dtype; the ids that follow, (t,)).
+            For each window, (the members' last hidden states, each (t, d_i); the ids that follow, (t,)).
 
         Raises:
             InvalidInputError: if the text has fewer than two tokens, or the ensemble is over bytes.
@@ -303,10 +304,9 @@ class Ensemble:
                 tokenizer cuts it, and ``min_new_tokens`` and ``max_length`` count bytes; ``structure``, what
                 the text has to be (:class:`softmeet.Structure`); ``weights`` (n numbers) and ``gate`` ("none" for none)
                 for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`);
-                ``one_member=True``, to draw each token from one member, itself drawn by its weight: in plain sampling
-                by ``prob-mean`` the same law at about the price of one member; ``speculate``, how many tokens the
-                cheapest member drafts before the others read them (``"auto"`` for as many as pay, 0 for none): the same
-                tokens, in less time where drafts are mostly right. Without it, "auto" in single precision.
+                ``one_member=True``, to draw each token from one member, drawn by its weight: in plain sampling by
+                ``prob-mean`` the same law at about the price of one member; ``speculate``, how many tokens the cheapest
+                member drafts ("auto" for as many as pay, 0 for none): the same, in less time where most are right.
 
         Raises:
             InvalidInputError: if options are wrong or exclude each other, or a prompt is empty or fills a context.

@@ -17,6 +17,8 @@ from softmeet.cli.main import app
 from softmeet.members import registered
 from softmeet.members.local_names import known_names
 from softmeet.members.zoo import expand
+from softmeet.readers.files.corpus import find_texts
+from softmeet.readers.files.index import Index
 from softmeet.server.naming import named
 
 SHAPE = {
@@ -37,6 +39,7 @@ def written(path, tokenizer, **said):
 def elsewhere(tmp_path, monkeypatch):
     """A home with a file of ollama's, one of LM Studio's and one of the Hub's cache, and where they are."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     one, other = byte_tokenizers.byte_level(), byte_tokenizers.llama()
@@ -105,3 +108,25 @@ def test_where_there_is_nothing_it_says_what_to_do(tmp_path, monkeypatch):
     done = run("models", tmp_path / "none.gguf")
     assert (done.returncode, done.stdout) == (2, "")
     assert "none.gguf: there is no such file or folder" in done.stderr
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_indexes_of_files_are_listed_below_the_models_and_dropped(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("abab")
+    texts = find_texts([str(tmp_path / "texts")], "*.txt")
+    Index.of(texts, lambda those: [list(one.encode()) for one in those], 257, "bytes", tmp_path / "cache" / "files")
+    rows = json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)
+    assert [row["model"] for row in rows] == ["hub", "lm", "qwen:0.5b", None]
+    assert rows[-1].keys() > rows[0].keys()
+    kept = {key: rows[-1][key] for key in ("kind", "paths", "include", "files", "symbols")}
+    assert kept == {
+        "kind": "index", "paths": [str(tmp_path / "texts")], "include": "*.txt", "files": 1, "symbols": 4,
+    }  # fmt: skip
+    assert f"softmeet models --drop {rows[-1]['name']}" in CliRunner().invoke(app, ["models"]).stdout
+    done = run("models", "--drop", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"no index is named 'x': expected one of {rows[-1]['name']}" in " ".join(done.stderr.split())
+    dropped = CliRunner().invoke(app, ["models", "--drop", rows[-1]["name"]]).stdout
+    assert f"Dropped the index of {tmp_path / 'texts'} (1 file" in dropped
+    assert len(json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)) == 3

@@ -131,6 +131,7 @@ def test_progress_of_what_has_any_name(monkeypatch):
 @pytest.mark.parametrize("columns", [200, 20])
 def test_names_of_files_are_shown_and_quoted(columns, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))  # where no indexes are
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in ("a b;c", "d'e"):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app
+from softmeet.derived import file_of
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation import own_files
 from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
@@ -31,7 +32,7 @@ from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.save import save
 from softmeet.evaluation.verdict import figures, plainly
 from softmeet.hf import claiming, unequal
-from softmeet.hf.remembered import file_of, known, members_hash
+from softmeet.hf.remembered import known, members_hash
 from softmeet.hf.unequal import unwarned
 from softmeet.members.member import short
 

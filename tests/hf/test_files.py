@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from statistics import fmean
 
 import httpx as http
@@ -11,6 +12,7 @@ import pytest
 import torch
 from commands import run
 from serving import running, serving_of
+from transformers import AutoModelForCausalLM
 
 from softmeet import Ensemble, Files
 from softmeet.errors import CheckpointError, InvalidInputError
@@ -179,6 +181,40 @@ def test_a_saved_ensemble_keeps_the_paths_alone(beside, folder, tmp_path):
     assert again.model.config.files == [f"files:{folder}+include=*.txt"]
     assert again.next_token(SAID).top == beside.next_token(SAID).top
     assert "Quixby" not in "".join(path.read_text(errors="ignore") for path in (tmp_path / "saved").glob("*.json"))
+
+
+def test_a_saved_ensemble_from_elsewhere_reads_no_files_that_are_not_named(beside, folder, tmp_path, monkeypatch):
+    beside.save_pretrained(tmp_path / "saved")
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "of somebody else"))
+    saved, line = str(tmp_path / "saved"), f"files:{folder}+include=*.txt"
+    with monkeypatch.context() as before_loading:
+        before_loading.setattr("softmeet.ensemble.load_members", None)
+        before_loading.setattr("softmeet.hf.checkpoint.load_members", None)
+        for load_it in Ensemble.from_pretrained, AutoModelForCausalLM.from_pretrained:
+            with pytest.raises(CheckpointError, match=rf"would read files of yours: {re.escape(line)}; if you mean"):
+                load_it(saved)
+        with pytest.raises(CheckpointError, match="would read files of yours"):  # other files are no leave
+            Ensemble.from_pretrained([saved, f"files:{folder}"])
+    named = Ensemble.from_pretrained([saved, f"{line}+weight=0.5"])
+    assert named.model.config.files == [f"{line}+weight=0.5"]
+    monkeypatch.chdir(folder.parent)
+    trusted = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+    assert trusted.config.files == [line]
+    with pytest.raises(InvalidInputError, match="got files of this machine"):
+        trusted.push_to_hub("me/mine")
+    trusted.config.files = [f"files:{folder.name}+include=*.txt"]  # from here
+    trusted.save_pretrained(tmp_path / "again")
+    monkeypatch.chdir(tmp_path)
+    assert Ensemble.from_pretrained(str(tmp_path / "again")).model.config.files == [line]
+
+
+def test_the_index_is_no_part_of_itself(folder, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(SAID)
+    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        (reader,) = Ensemble.from_pretrained(["wide/gpt2", f"files:{tmp_path}"]).model.claimants
+        assert [file.name for file in reader.index.files] == ["a.txt"]
+    assert reader.index.left_out == {"indexes of softmeet's": 1}
 
 
 def test_requests_may_leave_files_out(alone, beside):

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app
+from softmeet.derived import file_of
 from softmeet.errors import InvalidInputError
 from softmeet.hf import unequal
-from softmeet.hf.remembered import file_of, known, members_hash
+from softmeet.hf.remembered import known, members_hash
 from softmeet.members.member import short
 from softmeet.rules.settings import Settings
 

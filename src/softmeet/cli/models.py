@@ -1,4 +1,4 @@
-"""``softmeet models``: the GGUF files on this machine, and which of them can be combined over tokens."""
+"""``softmeet models``: the GGUF files on this machine, which of them have the same tokens, and indexes of files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from softmeet.cli.indexes import drop_index, index_rows, print_indexes
 from softmeet.cli.progress import working
 from softmeet.cli.tables import out, print_table
-from softmeet.cli.terminal import harmless
+from softmeet.cli.terminal import PlainConsole, harmless
 from softmeet.errors import SoftmeetError
 from softmeet.members.local_names import FETCH, located
 from softmeet.members.member import Member
@@ -26,15 +27,20 @@ def models(
         list[Path] | None, typer.Argument(metavar="FOLDER...", help="Look in these folders, or at these files, too.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    drop: Annotated[str | None, typer.Option(metavar="NAME", help="Remove the index of this name instead.")] = None,
 ) -> None:
     """List GGUF files on this machine: those of ollama, LM Studio, llama.cpp and Hugging Face's cache.
 
     All commands take a name of the column "model" for the file; of folders that you name, take the paths below. Files
     with the same letter in the column "tokens" have the same tokens, and are mixed by tokens; others by bytes. Those
-    for chat have a template for it.
+    for chat have a template for it. Below are the indexes of files that were named as files:PATH.
 
     Example: softmeet models
     """
+    console = out()
+    if drop is not None:
+        drop_index(console, drop)
+        return
     with working("looking for GGUF files"):
         from softmeet.members.local_files import local_files
 
@@ -48,13 +54,19 @@ def models(
         }
         for one in found
     ]  # fmt: skip
-    console = out()
+    kept = index_rows()
     if json:
-        typer.echo(writing.dumps(rows, indent=1))
+        typer.echo(writing.dumps([*rows, *kept], indent=1))
         return
-    if not rows:
+    if rows:
+        _print_models(console, rows, found)
+    else:
         console.print(f"No GGUF file was found: {FETCH}; or name a folder, as in softmeet models ~/models")
-        return
+    print_indexes(console, kept)
+
+
+def _print_models(console: PlainConsole, rows: list[dict[str, Any]], found: list[LocalFile]) -> None:
+    """Print the rows of files as a table, where each is, and a pair that is mixed by tokens."""
     cells = [
         [row["model"], row["from"], row["kind"], f"{row['bytes'] / 1e6:,.0f}", str(row["context"] or ""),
          "chat" if row["chat"] else "", row["tokens"]]

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.hf.remembered import file_of, keep, known, members_hash
+from softmeet.derived import file_of
+from softmeet.hf.remembered import keep, known, members_hash
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.rules.gates import PredictedMovement

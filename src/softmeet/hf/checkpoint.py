@@ -16,10 +16,12 @@ from softmeet.hf.assembly import assemble
 from softmeet.hf.card import card
 from softmeet.hf.claiming import give_claims
 from softmeet.hf.configuration import EnsembleConfig
+from softmeet.hf.own_files import saved_lines, with_own
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import names as known
 from softmeet.members import zoo
+from softmeet.members.files import Files, is_files
 from softmeet.members.huggingface import Dtype, load_members, load_tokenizers, random_member, require_loadable
 from softmeet.members.member import Member
 from softmeet.members.native import TRANSFORMERS, is_gguf, with_hash
@@ -55,7 +57,7 @@ def _has_no_folder(member: Member) -> bool:
     return is_registered(member) or zoo.expand(member) != [str(member)] or zoo.locate(member.source) != member.source
 
 
-def member_names(members: Sequence[Named] | Named) -> list[str]:
+def member_names(members: Sequence[Named | Files] | Named) -> list[str]:
     """Return the members, in order, each as a line of text: of a saved ensemble, a family, or a list of names.
 
     Raises:
@@ -172,7 +174,7 @@ def load(
         changes: settings in place of the saved ones, by name, if ``config`` is None; unknown names are ignored.
 
     Raises:
-        CheckpointError: if a member cannot be found or loaded.
+        CheckpointError: if a member cannot be found or loaded, or files are named that were not saved here.
         InvalidInputError: if a device is unknown, ``device_map`` names a member that does not exist, a list of dtypes
             or devices does not have one per member, or a setting is not valid.
         VocabularyMismatchError: if the tokenizers do not fit the ensemble's vocabulary, tokens or bytes.
@@ -182,6 +184,7 @@ def load(
     if config is None:
         config, _ = EnsembleConfig.from_pretrained(str(folder), return_unused_kwargs=True, **changes)
     config.members = absolute(config.members, folder)
+    config.files = with_own(config.files, (), str(folder), trust_remote_code)
     device = places(device_map, len(config.members))
     quantised = require_loadable(config.members, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     refuse_quantised(config, quantised)
@@ -238,8 +241,10 @@ def require_on_hub(config: EnsembleConfig) -> None:
     """Check that all members and adapters are on the Hub, so that others can load the ensemble.
 
     Raises:
-        InvalidInputError: if one is a local folder.
+        InvalidInputError: if one is a local folder, or there are files of this machine.
     """
+    if files := [line for line in config.files if is_files(line)]:
+        raise InvalidInputError(f"expected members on the hub, got files of this machine, {files}: leave them out")
     parts = [own for name in config.members for own in Member.parse(name).places]
     if local := [name for name in parts if Path(name).exists()]:
         raise InvalidInputError(
@@ -260,7 +265,7 @@ def save(model: AnyEnsemble, folder: Path) -> None:
     refuse_servers(map(Member.parse, model.config.members))
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.config)
-    config.members = relative(config.members, folder)
+    config.members, config.files = relative(config.members, folder), saved_lines(config.files)
     described = card(model.config, config.members)
     config.architectures = [type(model).__name__]
     for part in (config, model.generation_config, model.tokenizer):

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from softmeet.derived import file_of
 from softmeet.errors import CheckpointError, InvalidInputError
-from softmeet.hf.remembered import file_of
 from softmeet.members.files import Files, is_files
 from softmeet.members.gguf_file import fingerprint
 from softmeet.members.member import Member
@@ -59,7 +59,7 @@ def files_of(model: AnyEnsemble) -> list[Files]:
 
 def texts_of(files: Files) -> Corpus:
     """Return which files are read."""
-    return find_texts(files.paths, files.include)
+    return find_texts(files.paths, files.include, file_of("files"))
 
 
 def fingerprints(lines: Iterable[str]) -> list[str]:
@@ -96,7 +96,7 @@ def _reader(
     if not len(index.symbols):
         raise CheckpointError(f"found no text in {files}" + (f"; left out: {left_out}" if left_out else ""))
     _log.warning(
-        "%s: %s files of %s %s%s", files.title, f"{len(index.files):,}", f"{len(index.symbols):,}",
+        "%s: %s files of %s %s%s", files.title, f"{len(index.starts):,}", f"{len(index.symbols):,}",
         model.config.vocabulary, f"; left out: {left_out}" if left_out else "",
     )  # fmt: skip
     allowed = None if support is None else support.cpu().numpy()

@@ -24,15 +24,6 @@ def members_hash(model: AnyEnsemble) -> str:
     return hashlib.sha256("".join([*map(body_hash, model.members), *prompts]).encode()).hexdigest()
 
 
-def file_of(name: str) -> Path:
-    """Return the path of a JSON file of this machine for what is measured of members.
-
-    It is in ``$SOFTMEET_CACHE`` or, without that, in ``softmeet`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SOFTMEET_CACHE") or Path(base) / "softmeet") / name
-
-
 def known(file: Path) -> dict[str, dict[str, Any]]:
     """Read what a file holds by members' hash; return an empty dict if it is missing or damaged."""
     try:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from transformers import PreTrainedModel
 
+from softmeet.derived import file_of
 from softmeet.engine.unread import AVERAGE
 from softmeet.errors import InvalidInputError
-from softmeet.hf.remembered import file_of, keep, known, members_hash
+from softmeet.hf.remembered import keep, known, members_hash
 from softmeet.members.member import short
 from softmeet.members.reader_model import ReaderModel
 from softmeet.rules.pools import PowerMean

@@ -96,9 +96,16 @@ class Files:
         return cls(*paths, **found)
 
     @property
+    def absolute(self) -> Files:
+        """The same files by absolute paths, which mean the same in every folder."""
+        paths = (os.path.abspath(os.path.expanduser(path)) for path in self.paths)  # noqa: PTH100, PTH111
+        return Files(*paths, include=self.include, weight=self.weight, relevance=self.relevance, name=self.name)
+
+    @property
     def title(self) -> str:
         """The name by which the files are shown in tables, answers and requests."""
-        return self.name or f"{_KIND}{os.path.basename(os.path.abspath(os.path.expanduser(self.paths[0])))}"  # noqa: PTH100, PTH111, PTH119
+        last = os.path.basename(self.absolute.paths[0])  # noqa: PTH119
+        return self.name or f"{_KIND}{last.encode(errors='backslashreplace').decode()}"
 
     def require_there(self) -> None:
         """Raise CheckpointError if there is nothing at one of the paths."""

@@ -13,14 +13,13 @@ from typing import Any
 
 from softmeet.errors import CheckpointError, nearest
 from softmeet.extras import install_line
-from softmeet.members.files import Files
 from softmeet.members.local_names import located
 from softmeet.members.member import Member
 
 FAMILIES = ("wide", "narrow", "mixed")
 DEFAULT = "wide"
-# A member in any of its forms, files that stand beside members, or a bundled family, by name.
-Named = Member | Files | str | Path | Mapping[str, Any]
+# A member in any of its forms, or a bundled family, by name.
+Named = Member | str | Path | Mapping[str, Any]
 
 
 def folder() -> Path:
@@ -44,7 +43,7 @@ def installed() -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def expand(name: Member | str | Path | Mapping[str, Any]) -> list[str]:
+def expand(name: Named) -> list[str]:
     """Return the members that a bundled family's name stands for, each as a line of text; else the one member's line.
 
     What is put behind a family's name (``wide+dtype=bfloat16``) goes for each of its members. A model (a file, or a

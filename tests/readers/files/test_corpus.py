@@ -138,3 +138,15 @@ def test_folders_are_walked_without_recursion(tmp_path):
     finally:
         sys.setrecursionlimit(limit)
     assert found.files == (deep / "a.txt",)
+
+
+def test_a_folder_that_is_to_be_left_out_is(folder):
+    (folder / "linked").symlink_to(folder / "only")
+    for without in folder / "only", folder / "linked":  # wherever one names it from
+        found = find_texts(
+            [str(folder), str(folder / "only"), str(folder / "only/a"), str(folder / "on*")], None, without
+        )
+        assert not [name for name in names(found, folder) if name.startswith("only")]
+        assert found.left_out["indexes of softmeet's"] == 2  # the folder, and the one in it that is named
+    kept = find_texts([str(folder)], None, folder / "on")
+    assert "only/a/b.py" in names(kept, folder)

@@ -156,6 +156,45 @@ def test_a_change_that_size_and_time_do_not_tell_is_seen(toys, tmp_path):
     check(index_of(toys, tmp_path / "kept"), [*list(TOYS.values())[:2], "q", "the king", "the king"])
 
 
+@pytest.mark.parametrize("how", ["written", "another in its place"])
+def test_who_sets_the_time_of_a_change_back_is_seen(toys, tmp_path, how):
+    index = index_of(toys, tmp_path / "kept")
+    time.sleep(0.02)  # a tick of the clock that cannot be set
+    if how == "written":
+        write(toys / "c.txt", "q")
+    else:
+        write(tmp_path / "q", "q")
+    state = next(entry for entry in index.entries if entry.path.endswith("c.txt"))
+    os.utime(toys / "c.txt" if how == "written" else tmp_path / "q", ns=(state.modified, state.modified))
+    if how != "written":
+        (tmp_path / "q").rename(toys / "c.txt")
+    assert index.is_stale(toys / "c.txt")
+    check(index_of(toys, tmp_path / "kept"), [*list(TOYS.values())[:2], "q", "the king", "the king"])
+
+
+def test_of_a_large_array_the_hash_is_looked_at_where_its_time_is_another(toys, tmp_path, monkeypatch):
+    where = tmp_path / "kept"
+    index_of(toys, where)
+    monkeypatch.setattr(kept, "_QUICK", 0)
+    looked_at, real = [], kept._sum
+    monkeypatch.setattr(kept, "_sum", lambda file: looked_at.append(file) or real(file))
+    monkeypatch.setattr("softmeet.readers.files.index.in_order", None)
+    check(index_of(toys, where), TOYS.values())
+    assert not looked_at
+    for file in where.rglob("*.npy"):
+        os.utime(file, ns=(0, 0))  # a copy
+    for _ in range(2):
+        check(index_of(toys, where), TOYS.values())
+        assert len(looked_at) == 2
+
+
+def test_long_texts_are_encoded_in_pieces_that_end_with_lines(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(gathered, "_AT_ONCE", 10)
+    encode = Encoder()
+    check(index_of(toys, encode=encode), TOYS.values())
+    assert encode.texts == ["the king t", "he king\n", "said the", "", "k", "the king", "the king"]
+
+
 def test_stale_files_are_told(toys):
     index = index_of(toys)
     assert not any(index.is_stale(path) for path in index.files)
@@ -279,7 +318,7 @@ def test_threads_that_find_it_made_anew_read_the_one_or_the_other(toys, tmp_path
     assert not wrong
 
 
-def test_indexes_are_listed_and_dropped(toys, tmp_path):
+def test_indexes_are_listed_and_dropped(toys, tmp_path, monkeypatch):
     where, other = tmp_path / "kept", written(tmp_path / "other", {"a.md": "other"})
     assert indexes(where) == []
     index = index_of(toys, where)
@@ -292,7 +331,9 @@ def test_indexes_are_listed_and_dropped(toys, tmp_path):
         ((str(other),), "*.md", 1, 5),
         ((str(other),), None, 1, 5),
     }
-    assert len(indexes(where)) == 4
+    with monkeypatch.context() as later:
+        later.setattr(kept, "_FORM", -1)  # of another version
+        assert [one.paths for one in indexes(where)] == [()] * 4
     with pytest.raises(InvalidInputError, match=rf"no index is named 'x': expected one of .*{indexes(where)[0].name}"):
         drop(where, "x")
     for one in indexes(where):
@@ -311,6 +352,9 @@ def test_other_symbols_than_was_said_are_refused(toys, monkeypatch):
     monkeypatch.setattr(gathered, "_MOST", 20)
     with pytest.raises(InvalidInputError, match="at most 20 symbols"):
         index_of(toys)
+    monkeypatch.setattr(gathered, "_MOST", 600)
+    with pytest.raises(InvalidInputError, match="at most 300 symbols"):  # of two bytes each
+        gathered.in_order(np.arange(301, dtype=np.int32))
 
 
 @pytest.mark.parametrize("package", ["pathspec", "pydivsufsort"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from itertools import pairwise
 
@@ -28,9 +29,13 @@ def texts(tmp_path):
     return found
 
 
+def index_of(folder):
+    return Index.of(find_texts([str(folder)]), lambda every: [list(one.encode()) for one in every], 256, "b", None)
+
+
 @pytest.fixture
 def index(texts, tmp_path):
-    return Index.of(find_texts([str(tmp_path)]), lambda every: [list(one.encode()) for one in every], 256, "b", None)
+    return index_of(tmp_path)
 
 
 def test_the_longest_match_stands_where_it_is_said_to(texts, index, tmp_path):
@@ -55,6 +60,12 @@ def test_stretches_do_not_overlap_and_files_that_have_changed_are_named(index, t
     assert not any(one.changed for one in found)
     (tmp_path / "1.txt").write_text("gone")
     assert all(one.changed for one in sources_of(index, list(said), decode, least=12))
+
+
+def test_the_name_of_a_file_that_is_not_utf_8_is_spelled(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a longer line")
+    found = source_of(index_of(tmp_path), list(b"longer"), decode)
+    assert str(found) == f"{tmp_path}/caf\\udce9.txt:1 (6)"
 
 
 def test_commands_say_where_it_stands(tmp_path):

@@ -27,7 +27,7 @@ _KEYS = re.compile("|".join(map(translate, (
     ".git-credentials", "credentials", "credentials.*[!y]", "credentials.y*ml", "*secrets.json", "*secrets.toml",
     "*secrets.y*ml", "client_secret*.json", "service*account*.json",
 ))), re.IGNORECASE)  # fmt: skip
-_KEYS_SAID = "names of keys and passwords"
+_KEYS_SAID, _INDEXES_SAID = "names of keys and passwords", "indexes of softmeet's"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Corpus:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def find_texts(paths: Sequence[str], include: str | None = None) -> Corpus:
+def find_texts(paths: Sequence[str], include: str | None = None, without: Path | None = None) -> Corpus:
     """Find the files of some paths, by their names and sizes: what is no text is told when they are read.
 
     Left out are what a .gitignore names, what is hidden, symbolic links, files over 1 MB, and those that hold keys by
@@ -57,6 +57,7 @@ def find_texts(paths: Sequence[str], include: str | None = None) -> Corpus:
         paths: folders, files or globs (``**`` for folders at any depth); ``~`` is the home folder.
         include: a glob on files' names (``"*.py"``) or on their paths below a folder (``"src/**/*.md"``); None for
             all.
+        without: a folder that is left out; None for none.
 
     Raises:
         CheckpointError: if nothing is at a path.
@@ -83,9 +84,8 @@ def find_texts(paths: Sequence[str], include: str | None = None) -> Corpus:
             found = [(str(base), _KEYS_SAID if _KEYS.match(base.name) else "")]
         else:
             wanted = [*globs, _glob(f"/{rest}")] if rest else globs
-            found = [
-                (f"{base / below}", why) for below, why in _walk(base) if all(one.match_file(below) for one in wanted)
-            ]
+            walked = _walk(base, None if without is None else os.path.realpath(without))
+            found = [(path, why) for path, below, why in walked if all(one.match_file(below) for one in wanted)]
         if rest and not found:
             raise cannot_load(f"files:{path}", f"expected a glob of files that are there, found none of it in {base}")
         left_out |= {file: why for file, why in found if why}
@@ -116,8 +116,11 @@ def _glob(pattern: str) -> GitIgnoreSpec:
         raise InvalidInputError(f'expected a glob such as "*.py" or "src/**/*.md", got {pattern!r}') from error
 
 
-def _walk(base: Path) -> Iterator[tuple[str, str]]:
-    """Yield the path of each file below a folder, and "" or why it is left out; so, too, of folders that are."""
+def _walk(base: Path, without: str | None) -> Iterator[tuple[str, str, str]]:
+    """Yield each file below a folder, its path from there, and "" or why it is left out; so, too, folders that are."""
+    if without is not None and base.is_relative_to(without):
+        yield str(base), ".", _INDEXES_SAID
+        return
     top, rules = _rules_above(base)
     begin = f"{base.relative_to(top).as_posix()}/" if base != top else ""
     pending = [(begin, rules)]
@@ -128,14 +131,13 @@ def _walk(base: Path) -> Iterator[tuple[str, str]]:
             with os.scandir(top / folder) as entries:
                 for entry in entries:
                     path = folder + entry.name
-                    if why := _why_not(entry, path, rules):
-                        yield path[len(begin) :], why
-                    elif entry.is_dir():
-                        pending.append((f"{path}/", rules))
+                    why = _INDEXES_SAID if entry.path == without else _why_not(entry, path, rules)
+                    if why or not entry.is_dir():
+                        yield entry.path, path[len(begin) :], why
                     else:
-                        yield path[len(begin) :], ""
+                        pending.append((f"{path}/", rules))
         except OSError:
-            yield folder[len(begin) :] or ".", "could not be read"
+            yield str(top / folder), folder[len(begin) :] or ".", "could not be read"
 
 
 # What tells of a path below its folder whether it is ignored, None where it says nothing; with the length of what is

@@ -13,7 +13,8 @@ from stat import S_ISREG
 import numpy as np
 
 from softmeet.errors import InvalidInputError
-from softmeet.readers.files.kept import Entry, Former, Symbols
+from softmeet.readers.files.entries import Entry
+from softmeet.readers.files.kept import Former, Symbols
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 Progress = Callable[[str, int, int], None]
@@ -44,27 +45,33 @@ def gather(
     entries: list[Entry] = []
     symbols = array("i")
     for group in _grouped(_pieces(files, former, on_progress)):
-        texts = [piece for _, piece in group if isinstance(piece, str)]
-        encoded = iter(encode(texts) if texts else ())
+        encoded = _encoded([piece for _, piece in group if isinstance(piece, str)], encode)
         for entry, piece in group:
             if piece is None:
                 entries.append(entry)
                 continue
-            own = np.asarray(next(encoded) if isinstance(piece, str) else piece, np.int32)
+            own = next(encoded) if isinstance(piece, str) else piece
             if own.size and not 0 <= own.min() <= own.max() < size:
                 raise InvalidInputError(f"expected symbols from 0 to {size - 1}, got {own.min()} to {own.max()}")
             symbols.frombytes(own.tobytes())
             symbols.append(size)
             entries.append(entry._replace(symbols=own.size))
         if len(symbols) > _MOST:
-            raise InvalidInputError(
-                f"expected files of at most {_MOST:,} symbols together, got more: name fewer, or say include="
-            )
+            raise _too_many(_MOST)
     return tuple(entries), np.frombuffer(symbols, np.int32) if symbols else np.empty(0, np.int32)
+
+
+def _too_many(most: int) -> InvalidInputError:
+    return InvalidInputError(
+        f"expected files of at most {most:,} symbols together, got more: name fewer, or say include="
+    )
 
 
 def in_order(symbols: Symbols) -> Symbols:
     """Return the positions of symbols, sorted by the text that ends there, read backwards.
+
+    Raises:
+        InvalidInputError: if there are too many to be sorted, of tokens about 700 million.
 
     Example:
         >>> in_order(np.array([1, 0, 1, 2], np.int32)).tolist()
@@ -81,11 +88,14 @@ def in_order(symbols: Symbols) -> Symbols:
         present[symbols[piece]] = 1
     # What sorts sorts bytes: each symbol is its rank among those that occur, in as few bytes as will do.
     width = 1 if (count := int(present.sum())) <= 1 << 8 else 2 if count <= 1 << 16 else 3
+    if n > _MOST // width:
+        raise _too_many(_MOST // width)
     spelling = (np.cumsum(present) - 1).astype(">u4").view(np.uint8).reshape(-1, 4)[:, 4 - width :]
     backwards, spelt = symbols[::-1], np.empty((n, width), np.uint8)
     for piece in pieces:
         spelt[piece] = spelling[backwards[piece]]
     found: Symbols = divsufsort(spelt.ravel())
+    del spelt
     done = 0
     for start in range(0, len(found), _AT_ONCE):
         begun = found[start : start + _AT_ONCE]
@@ -142,11 +152,12 @@ def _read(path: Path) -> tuple[Entry, bytes]:
         state, now = os.fstat(file.fileno()), time.time_ns()
         if not S_ISREG(state.st_mode):
             raise OSError(f"{path} is no regular file")
-        content = file.read()
+        content = file.read(state.st_size)  # while somebody adds to it
         after = os.fstat(file.fileno())
     settled = len(content) == state.st_size and state.st_mtime_ns == after.st_mtime_ns < now - _UNSETTLED
     modified = state.st_mtime_ns if settled else -1
-    return Entry(str(path), len(content), modified, hashlib.sha256(content).hexdigest(), 0), content
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Entry(str(path), len(content), modified, state.st_ctime_ns, sha256, 0), content
 
 
 def _text(content: bytes) -> str | None:
@@ -155,6 +166,26 @@ def _text(content: bytes) -> str | None:
         return None if b"\0" in content else content.decode()
     except UnicodeDecodeError:
         return None
+
+
+def _encoded(texts: Sequence[str], encode: Encode) -> Iterator[Symbols]:
+    """Yield the symbols of each of several texts; long ones are cut where lines end, and encoded piece by piece."""
+    short = [text for text in texts if len(text) <= _AT_ONCE]
+    encoded = iter(encode(short) if short else ())
+    for text in texts:
+        if len(text) <= _AT_ONCE:
+            yield np.asarray(next(encoded), np.int32)
+        else:
+            yield np.concatenate([np.asarray(encode([piece])[0], np.int32) for piece in _pieces_of(text)])
+
+
+def _pieces_of(text: str) -> Iterator[str]:
+    """Yield the pieces of a text, each up to the end of a line, if that is not too far."""
+    start = 0
+    while start < len(text):
+        end = text.rfind("\n", start, start + _AT_ONCE) + 1 or start + _AT_ONCE
+        yield text[start:end]
+        start = end
 
 
 def _grouped(pieces: Iterator[tuple[Entry, _Piece]]) -> Iterator[list[tuple[Entry, _Piece]]]:

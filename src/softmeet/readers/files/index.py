@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from softmeet.extras import require_extra
 from softmeet.readers.files.corpus import Corpus
+from softmeet.readers.files.entries import Entries, Entry
 from softmeet.readers.files.gathered import Encode, Progress, gather, hash_of, in_order
-from softmeet.readers.files.kept import Entry, Former, KeptIndex, Shelf, Symbols, drop, indexes
+from softmeet.readers.files.kept import ARRAYS, Former, KeptIndex, Shelf, Symbols, drop, indexes
 
 __all__ = ["Encode", "Entry", "Index", "KeptIndex", "Progress", "Symbols", "drop", "indexes"]
 
@@ -40,7 +41,7 @@ class Index:
 
     symbols: Symbols
     order: Symbols
-    entries: tuple[Entry, ...]
+    entries: Entries
     left_out: dict[str, int]
 
     @classmethod
@@ -100,7 +101,7 @@ class Index:
                 return None
         except OSError:  # one is gone
             return None
-        symbols, order = former.array("symbols"), former.array("order")
+        symbols, order = map(former.array, ARRAYS)
         if symbols is None or order is None:
             return None
         return cls._over(symbols, order, former.entries, texts)
@@ -113,17 +114,21 @@ class Index:
         entries, symbols = gather(texts.files, encode, size, former, on_progress)
         hashes = [entry.sha256 for entry in entries if entry.symbols >= 0]
         version = hashlib.sha256("\n".join([str(size), *hashes]).encode()).hexdigest()
-        arrays = {"symbols": symbols}
-        if former is not None and former.version == version:
-            kept = {name: former.array(name) for name in ("symbols", "order")}
-            arrays |= {name: array for name, array in kept.items() if array is not None}
-        if "order" not in arrays:
+        making = None if shelf is None else shelf.version(version, former)
+        kept = [None, None] if former is None or former.version != version else [*map(former.array, ARRAYS)]
+
+        def stored(name: str, array: Symbols) -> Symbols:
+            return array if making is None else making.put(name, array)
+
+        # Before they are sorted, so that they take no memory meanwhile.
+        symbols = stored("symbols", symbols) if kept[0] is None else kept[0]
+        if (order := kept[1]) is None:
             on_progress("sorting", 0, len(symbols))
-            arrays["order"] = in_order(symbols)
+            order = stored("order", in_order(symbols))
             on_progress("sorting", len(symbols), len(symbols))
-        if shelf is not None:
-            arrays = shelf.keep(entries, version, arrays, former)
-        return cls._over(arrays["symbols"], arrays["order"], entries, texts)
+        if making is not None:
+            making.keep(entries)
+        return cls._over(symbols, order, entries, texts)
 
     @classmethod
     def _over(cls, symbols: Symbols, order: Symbols, entries: tuple[Entry, ...], texts: Corpus) -> Index:
@@ -133,27 +138,27 @@ class Index:
             "could not be read": len(texts.files) - len(entries),
         }
         left_out = dict(Counter(texts.left_out) + Counter(more))
-        return cls(symbols, order, entries, left_out)
+        return cls(symbols, order, Entries(entries), left_out)
 
-    @cached_property
+    @property
     def files(self) -> tuple[Path, ...]:
         """The path of each file that is a text."""
-        return tuple(Path(entry.path) for entry in self._texts)
+        return tuple(Path(self.entries[k].path) for k in self._texts)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
         """(files,) int64, the position of each file's first symbol (of its separator, if it is empty)."""
-        ends = np.cumsum([entry.symbols + 1 for entry in self._texts], dtype=np.int64)
-        return np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.entries.symbols[self._texts] + 1)])[:-1]
 
     @cached_property
-    def _texts(self) -> tuple[Entry, ...]:
-        return tuple(entry for entry in self.entries if entry.symbols >= 0)
+    def _texts(self) -> npt.NDArray[np.int64]:
+        """The numbers of the entries that are texts."""
+        return np.flatnonzero(self.entries.symbols >= 0)
 
     def place(self, position: int) -> tuple[Path, int]:
         """Return the file that a position of ``symbols`` is in, and the position of that file's first symbol."""
         which = int(np.searchsorted(self.starts, position, "right")) - 1
-        return Path(self._texts[which].path), int(self.starts[which])
+        return Path(self.entries[self._texts[which]].path), int(self.starts[which])
 
     def line(self, position: int, decode: Callable[[Sequence[int]], bytes]) -> int:
         """Return the line, from 1, in which the symbol at a position begins; ``decode`` makes bytes of symbols."""
@@ -162,12 +167,8 @@ class Index:
 
     def is_stale(self, path: Path) -> bool:
         """Return whether a file is gone, or holds something else than when it was read."""
+        entry = self.entries.find(str(path))
         try:
-            entry = self._by_path[str(path)]
-            return not entry.is_as(path.stat()) and hash_of(path) != entry.sha256
-        except (KeyError, OSError):
+            return entry is None or not (entry.is_as(path.stat()) or hash_of(path) == entry.sha256)
+        except OSError:
             return True
-
-    @cached_property
-    def _by_path(self) -> dict[str, Entry]:
-        return {entry.path: entry for entry in self.entries}

@@ -1,7 +1,8 @@
 """Where indexes of files are kept: a folder for each, with what was read of which file, and the arrays of one version.
 
 A version's arrays are named after what they are of, and written before the list that names them, so that whoever is
-killed or short of space at any moment leaves the former version. Each file has its hash, so that none is used in part.
+killed or short of space at any moment leaves the former version. Each file has its size, its time and its hash, so that
+none is used in part.
 """
 
 from __future__ import annotations
@@ -25,36 +26,27 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from softmeet.errors import InvalidInputError, nearest
+from softmeet.readers.files.entries import Entry
 
 _log = logging.getLogger("softmeet")
 
 Symbols = npt.NDArray[np.int32]
 # To be raised when other things are kept of the same files.
-_FORM = 1
+_FORM = 2
 _LIST, _LOCK = "files.json", "lock"
-# Seconds to wait for another process that makes the same index, before it is made beside that one.
-_PATIENCE = 600.0
+ARRAYS = ("symbols", "order")
+# Seconds to wait for another process that makes the same index, before it is made beside that one: 2 GB take a while.
+_PATIENCE = 3600.0
+# The bytes of an array up to which its hash is looked at, at each start, though its size and time are still the same.
+_QUICK = 1 << 25
 
 
-class Entry(NamedTuple):
-    """What was read of a file.
+class Written(NamedTuple):
+    """What was written as a file: its SHA-256, in hexadecimal, its bytes, and the time of its last change."""
 
-    Attributes:
-        path: the file, absolute.
-        size, modified: in bytes, and the time of its last change in nanoseconds; -1 if it may have changed since then.
-        sha256: of its bytes, in hexadecimal.
-        symbols: how many it has; -1 of what is no text.
-    """
-
-    path: str
+    sha256: str
     size: int
     modified: int
-    sha256: str
-    symbols: int
-
-    def is_as(self, state: os.stat_result) -> bool:
-        """Return whether the file's size and time are still the same."""
-        return (self.size, self.modified) == (state.st_size, state.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,7 @@ class KeptIndex:
 
     Attributes:
         name: the one by which it is dropped.
-        paths, include: what it was asked for; no paths if its list is damaged, so that it will be made anew.
+        paths, include: what it was asked for; no paths if its list is not there yet, damaged, or another version's.
         files, symbols: how many it has.
         bytes: how many it takes.
         time: when it was made, in seconds since 1970.
@@ -91,7 +83,7 @@ class Former:
         """Return ``symbols`` or ``order``, mapped from the disk; None if it is damaged or gone."""
         file = self._folder / f"{self.version}.{name}.npy"
         try:
-            return _mapped(file, self.said["sums"][name])
+            return _mapped(file, Written(*self.said["arrays"][name]))
         except (OSError, ValueError) as error:
             _log.debug("%s is made anew: %s", file, error)
             return None
@@ -124,7 +116,7 @@ class Shelf:
         """
         lock = FileLock(self.folder / _LOCK)
         with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what it holds are texts of the user's
+            self.made()
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -135,66 +127,114 @@ class Shelf:
         finally:
             lock.release()
 
+    def made(self) -> Path:
+        """Return the folder, which is made if it is not there.
+
+        Raises:
+            OSError: if it cannot be made.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what it holds are texts of the user's
+        return self.folder
+
     def former(self) -> Former | None:
         """Return what is kept; None if nothing is, or its list is damaged."""
         return _read(self.folder)
 
-    def keep(
-        self, entries: tuple[Entry, ...], version: str, arrays: dict[str, Symbols], former: Former | None
-    ) -> dict[str, Symbols]:
-        """Keep an index in place of a former one.
+    def version(self, version: str, former: Former | None) -> Version:
+        """Return what a version of the index is put into.
+
+        Args:
+            version: the hash of what its arrays are of.
+            former: what is kept.
+        """
+        written = former.said["arrays"] if former is not None and former.version == version else {}
+        return Version(self, version, former, dict(written))
+
+
+@dataclass
+class Version:
+    """A version of an index that is being made.
+
+    Attributes:
+        shelf, version, former: where it is kept, its name, and what was kept before.
+        written: what was written of each array.
+        error: why it cannot be kept; None if it can.
+    """
+
+    shelf: Shelf
+    version: str
+    former: Former | None
+    written: dict[str, Written]
+    error: Exception | None = None
+
+    def put(self, name: str, array: Symbols) -> Symbols:
+        """Write an array, and return it mapped from the disk; as it is, where the disk does not take it."""
+        try:
+            if self.error is None:
+                file = f"{self.version}.{name}.npy"
+                self.written[name] = self._write(file, partial(_save, array))
+                return _mapped(self.shelf.folder / file, self.written[name])
+        except (OSError, ValueError) as error:
+            self.error = error
+        return array
+
+    def keep(self, entries: tuple[Entry, ...]) -> None:
+        """Keep the version in place of the former one, which stays where the disk did not take this one.
 
         Args:
             entries: what was read of each file.
-            version: the hash of what the arrays are of.
-            arrays: ``symbols`` and ``order``; those that are mapped from the disk are the former's.
-            former: what was kept.
-
-        Returns:
-            The arrays, mapped from the disk; as they are, where it does not let us, and then the former stays.
         """
-        key, paths, include = self.what
-        sums = dict(former.said["sums"]) if former is not None else {}
+        (key, paths, include), stays = self.shelf.what, self.version
+        said = {"form": _FORM, "key": key, "paths": list(paths), "include": include, "version": self.version}
+        said["arrays"] = {name: list(one) for name, one in self.written.items()}
         try:
-            new = [name for name, array in arrays.items() if not isinstance(array.base, np.memmap)]
-            for name in new:
-                sums[name] = self._write(f"{version}.{name}.npy", partial(np.save, arr=arrays[name]))
-            said = {"key": key, "paths": list(paths), "include": include, "version": version, "sums": sums}
+            if self.error is not None:
+                raise self.error
+            former = self.former
             if former is None or former.entries != entries or former.said | said != former.said:
                 text = json.dumps({**said, "time": time.time(), "entries": entries}).encode()
                 self._write(_LIST, lambda file: file.writelines((_hash(text), b"\n", text)))
-            mapped = {name: _mapped(self.folder / f"{version}.{name}.npy", sums[name]) for name in new}
         except (OSError, ValueError) as error:
             _log.warning("the index of %s is not kept for the next time: %s", ", ".join(paths), error)
-            mapped, version = {}, former.version if former is not None else "none"
-        stays = {_LIST, _LOCK, *(f"{version}.{name}.npy" for name in arrays)}
+            stays = self.former.version if self.former is not None else "none"
+        names = {_LIST, _LOCK, *(f"{stays}.{name}.npy" for name in ARRAYS)}
         with suppress(OSError):
-            for file in self.folder.iterdir():
-                if file.name not in stays:
+            for file in self.shelf.folder.iterdir():
+                if file.name not in names:
                     with suppress(OSError):  # on Windows, while somebody reads it
                         file.unlink()
-        return arrays | mapped
 
-    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> str:
-        """Write a file of the folder under its name once all of it is written, and return its hash."""
-        mine = self.folder / f"{name}.{secrets.token_hex(8)}"
-        with mine.open("wb") as file:
-            write(file)
-        found = _sum(mine)
-        mine.replace(self.folder / name)
+    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> Written:
+        """Write a file of the index under its name, once all of it is on the disk."""
+        mine = self.shelf.made() / f"{name}.{secrets.token_hex(8)}"
+        try:
+            with mine.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            found = Written(_sum(mine), (state := mine.stat()).st_size, state.st_mtime_ns)
+            mine.replace(self.shelf.folder / name)
+        finally:
+            with suppress(OSError):
+                mine.unlink()
         return found
 
 
 def indexes(folder: Path) -> list[KeptIndex]:
     """Return the indexes that a folder keeps, sorted by their paths."""
     found = []
-    for own in folder.iterdir() if folder.is_dir() else ():
+    try:
+        every = list(folder.iterdir())
+    except OSError:  # there is none, or none that we may read
+        return []
+    for own in every:
         with suppress(OSError):  # one that is dropped meanwhile, or somebody else's
             sizes, made, former = [file.stat().st_size for file in own.iterdir()], own.stat().st_mtime, _read(own)
             said: dict[str, Any] = {"paths": (), "include": None, "time": made} if former is None else former.said
             counts = [entry.symbols for entry in former.entries if entry.symbols >= 0] if former is not None else []
             about = tuple(said["paths"]), said["include"], len(counts), sum(counts)
-            found.append(KeptIndex(own.name, *about, bytes=sum(sizes), time=said["time"]))
+            if sum(sizes):  # else the disk took nothing
+                found.append(KeptIndex(own.name, *about, bytes=sum(sizes), time=said["time"]))
     return sorted(found, key=lambda one: (one.paths, one.name))
 
 
@@ -206,22 +246,27 @@ def drop(folder: Path, which: str) -> None:
         which: its name.
 
     Raises:
-        InvalidInputError: if there is none of this name.
+        InvalidInputError: if there is none of this name, or the disk does not let us.
     """
     known = [one.name for one in indexes(folder)]
     if which not in known:
         there = f"{nearest(which, known)}expected one of {', '.join(known)}" if known else "none is kept"
         raise InvalidInputError(f"no index is named {which!r}: {there}")
-    shutil.rmtree(folder / which, ignore_errors=True)
+    try:
+        shutil.rmtree(folder / which)
+    except OSError as error:
+        raise InvalidInputError(f"the index {which} could not be removed: {error}") from error
 
 
 def _read(folder: Path) -> Former | None:
-    """Return what the list of an index says; None if it is not there, or damaged."""
+    """Return what the list of an index says; None if it is not there, damaged, or of another version's form."""
     try:
         written, _, text = (folder / _LIST).read_bytes().partition(b"\n")
     except OSError:
         return None
-    return Former(folder, json.loads(text)) if written == _hash(text) else None
+    if written != _hash(text) or (said := json.loads(text)).get("form") != _FORM:
+        return None
+    return Former(folder, said)
 
 
 def _hash(text: bytes) -> bytes:
@@ -233,12 +278,26 @@ def _sum(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _mapped(file: Path, own: str) -> Symbols:
-    """Map an array from the disk, after its hash has been found to be its own.
+def _save(array: Symbols, file: BinaryIO) -> None:
+    """Write an array as numpy does, whose own errors do not say that a disk is full."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
+
+
+def _mapped(file: Path, written: Written) -> Symbols:
+    """Map an array from the disk, if it is still what was written.
+
+    Of a large one the hash is looked at where its time is another, as it takes a second for each GB; if it is the same,
+    as a copy's, so is its time from then on.
 
     Raises:
         OSError, ValueError: if it is gone, or damaged.
     """
-    if (found := _sum(file)) != own:
-        raise ValueError(f"expected a file with the hash {own}, got {found}")
+    state = file.stat()
+    timely = state.st_mtime_ns == written.modified
+    if state.st_size != written.size or not ((timely and written.size > _QUICK) or _sum(file) == written.sha256):
+        raise ValueError("it is not what was written")
+    if not timely:
+        with suppress(OSError):
+            os.utime(file, ns=(state.st_atime_ns, written.modified))
     return np.asarray(np.load(file, mmap_mode="r"))

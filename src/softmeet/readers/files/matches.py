@@ -47,7 +47,7 @@ class Match:
     """
 
     size: int
-    levels: Sequence[tuple[Int64[np.ndarray, " k"], Int64[np.ndarray, " k"]]]
+    levels: Sequence[tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]]
 
     @property
     def order(self) -> int:

@@ -31,7 +31,13 @@ def source_of(
     path, _ = index.place(last)
     line = index.line(last - len(found) + 1, decode)
     start, changed = len(symbols) - len(found), index.is_stale(path)
-    return Source(start, len(symbols), str(path), _below(path, folders), line, changed)
+    told, below = (_spelled(name) for name in (str(path), _below(path, folders)))
+    return Source(start, len(symbols), told, below, line, changed)
+
+
+def _spelled(path: str) -> str:
+    """Return a path with bytes that are not UTF-8 spelled, as no JSON has them."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _below(path: Path, folders: Sequence[Path]) -> str:
