@@ -202,7 +202,8 @@ def _as_evaluation(
         {choice.name: next(scores) for choice in choices},
         tensors["disagreement"],
         ensemble.model.config.vocabulary,
-        claims={name: tensors[f"claim {k}"] for k, name in enumerate(files)},
+        # What a fit reads is what the members say alone.
+        claims={name: tensors[key] for k, name in enumerate(files) if (key := f"claim {k}") in tensors},
     )
 
 

@@ -41,7 +41,7 @@ _PATIENCE = 3600.0
 _QUICK = 1 << 25
 
 
-class Written(NamedTuple):
+class KeptArray(NamedTuple):
     """What was written as a file: its SHA-256, in hexadecimal, its bytes, and the time of its last change."""
 
     sha256: str
@@ -83,7 +83,7 @@ class Former:
         """Return ``symbols`` or ``order``, mapped from the disk; None if it is damaged or gone."""
         file = self._folder / f"{self.version}.{name}.npy"
         try:
-            return _mapped(file, Written(*self.said["arrays"][name]))
+            return _mapped(file, KeptArray(*self.said["arrays"][name]))
         except (OSError, ValueError) as error:
             _log.debug("%s is made anew: %s", file, error)
             return None
@@ -164,7 +164,7 @@ class Version:
     shelf: Shelf
     version: str
     former: Former | None
-    written: dict[str, Written]
+    written: dict[str, KeptArray]
     error: Exception | None = None
 
     def put(self, name: str, array: Symbols) -> Symbols:
@@ -204,7 +204,7 @@ class Version:
                     with suppress(OSError):  # on Windows, while somebody reads it
                         file.unlink()
 
-    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> Written:
+    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> KeptArray:
         """Write a file of the index under its name, once all of it is on the disk."""
         mine = self.shelf.made() / f"{name}.{secrets.token_hex(8)}"
         try:
@@ -212,7 +212,7 @@ class Version:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            found = Written(_sum(mine), (state := mine.stat()).st_size, state.st_mtime_ns)
+            found = KeptArray(_sum(mine), (state := mine.stat()).st_size, state.st_mtime_ns)
             mine.replace(self.shelf.folder / name)
         finally:
             with suppress(OSError):
@@ -284,7 +284,7 @@ def _save(array: Symbols, file: BinaryIO) -> None:
     file.write(array.data)
 
 
-def _mapped(file: Path, written: Written) -> Symbols:
+def _mapped(file: Path, written: KeptArray) -> Symbols:
     """Map an array from the disk, if it is still what was written.
 
     Of a large one the hash is looked at where its time is another, as it takes a second for each GB; if it is the same,
