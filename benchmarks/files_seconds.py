@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from held_files import Project
-from report import show
+from report import named, show
 from softmeet import Ensemble, Files
 
 Taken = tuple[float, float, list[int]]
@@ -70,7 +70,7 @@ def main(
     plain = {"with files, drafts": "with files", "both, drafts": "both"}
     rows = [
         {
-            "models": models, "project": texts.name, "way": way, "files": len(taken),
+            "models": named(models), "project": texts.name.rpartition("+")[2], "way": way, "files": len(taken),
             "seconds to the first token": median(one[0] for one in taken),
             "milliseconds a token": 1000 * median(one[1] for one in taken),
             "times plain": median(b[1] / a[1] for a, b in zip(ways[plain.get(way, "alone")], taken, strict=True)),

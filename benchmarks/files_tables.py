@@ -133,7 +133,9 @@ def bits(kept: Kept, json: JsonPath = None) -> None:
             ]  # fmt: skip
             if those:
                 mean = sum(row["change"] for row in those) / len(those)
-                rows.append({"model": who, "held out by": by, "project": "mean", "way": way, "change": mean})
+                rows.append(
+                    {"model": who, "held out by": by, "project": "mean", "way": way, "change": mean, "saved": -mean}
+                )
     show("Bits a byte of held-out files", rows, json)
 
 
@@ -147,7 +149,7 @@ def _row(files: Sequence[Told], behind: int) -> dict[str, Any]:
     share, low, high = change(ours, theirs)
     best = min(range(len(TEMPERATURES)), key=lambda t: of_all(sums("alone", None, t)))
     row = {
-        "alone": of_all(ours), "with files": of_all(theirs), "change": share, "low": low, "high": high,
+        "alone": of_all(ours), "with files": of_all(theirs), "change": share, "saved": -share, "low": low, "high": high,
         "temperature": TEMPERATURES[best], "alone at it": of_all(sums("alone", None, best)),
         "with files at it": of_all(sums("alone", "files", best)), "own beginning": of_all(sums("alone", "own")),
     }  # fmt: skip
@@ -221,10 +223,12 @@ def _lines(files: Sequence[Told]) -> dict[str, Any]:
     row: dict[str, Any] = {"lines": len(ways["alone"])}
     row["stand in the files"] = int(np.concatenate([one.verbatim for one in files]).sum())
     row |= {name: int(found.sum()) for name, found in ways.items()}
-    for one, other in (("alone", "with files"), ("with files", "retrieval"), ("retrieval", "both")):
+    pairs = {"alone to files": ("alone", "with files"), "retrieval to files": ("retrieval", "with files"),
+             "retrieval to both": ("retrieval", "both")}  # fmt: skip
+    for pair, (one, other) in pairs.items():
         lost, won = int((ways[one] & ~ways[other]).sum()), int((~ways[one] & ways[other]).sum())
         p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-        row |= {f"{one} alone right, not {other}": lost, f"{other} right, not {one}": won, f"p {one}, {other}": p}
+        row |= {f"{pair}, lost": lost, f"{pair}, won": won, f"{pair}, p": p}
     return row
 
 

@@ -1,9 +1,9 @@
 """Run the README's shell commands as printed, from a fresh clone, without network: python tools/run_readme.py FOLDER.
 
 The first command, which clones, is replaced with a clone of this repository into FOLDER, which is left there; what is
-said behind ``&&`` holds for the commands after it. Bundled models stand in for its GGUF files. ``softmeet chat`` is
-told a line, and ``softmeet serve`` is asked for its models, and then stopped. ``make test`` is left to those who run
-this.
+said behind ``&&`` holds for the commands after it. Bundled models stand in for its GGUF files, and the clone's guides
+for the user's own files. ``softmeet chat`` is told a line, and ``softmeet serve`` is asked for its models, and then
+stopped. ``make test`` is left to those who run this.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 SERVER = "http://127.0.0.1:8000"
 # The GGUF files that the README names, and the bundled models that stand in for them.
 FILES = {"a.gguf": "mixed/gpt2", "b.gguf": "mixed/llama"}
+# The user's own files, and those that stand in for them.
+OWN, GUIDES = "~/project", "docs/guides"
 _WRITE = """
 import sys
 sys.path.insert(0, "tests")
@@ -80,7 +82,7 @@ def main(folder: Path) -> None:
     for command in others:
         print(f"\n$ {command}", flush=True)
         started = time.monotonic()
-        does, _, after = command.partition(" && ")
+        does, _, after = command.replace(OWN, GUIDES).partition(" && ")
         if does.startswith("softmeet serve"):
             serve("\n".join([*before, f"exec {does}"]), environment)
         elif does != "make test":
