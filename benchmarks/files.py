@@ -23,8 +23,9 @@ import numpy as np
 import torch
 import typer
 
-from held_files import BYTES, HEADER, Project
+from held_files import BYTES, Project
 from softmeet import Ensemble
+from softmeet.evaluation.own_files import HEADER
 from softmeet.hf.claiming import symbols_of
 from softmeet.readers.files.claim import BYTES as BYTE_SCHEME
 from softmeet.readers.files.claim import TOKENS, Relevance, claim

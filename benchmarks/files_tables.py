@@ -15,8 +15,8 @@ import typer
 from scipy.stats import binomtest
 
 from files import TEMPERATURES
-from held_files import HEADER
 from report import show
+from softmeet.evaluation.own_files import HEADER
 
 app = typer.Typer(add_completion=False)
 PLAIN = TEMPERATURES.index(1.0)

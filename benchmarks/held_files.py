@@ -14,8 +14,6 @@ from softmeet.readers.files.corpus import Corpus, find_texts
 
 # Of each held-out file so many bytes from the beginning are read, and files with fewer are not held out.
 BYTES, LEAST = 1800, 1200
-# Behind so many bytes a file's header is past.
-HEADER = 600
 # A file is a near copy if more than the share of its windows of so many bytes stands in the other files.
 WINDOW, SHARE = 100, 0.2
 # Chunks have so many lines, and so many of them are retrieved.

@@ -451,11 +451,15 @@ def test_the_pace_follows_what_pays(single, accepted, drafts):
     observed(pace, single, 0.05, accepted)
     pace.choose()
     assert (pace.choose() > 0) == drafts
+    # What no member has to draft pays as long as it is likelier to be right than it is to take long.
+    assert [pace.pays(chance, tokens) for chance, tokens in ((0.5, 1.0), (0.5, 4.0), (0.1, 4.0))] == [True, True, False]
     # Where calls of several tokens take as long as so many calls, only the order of work changes.
     slow = Pace(2, 0)
     observed(slow, single, 1.0, accepted)
     slow.choose()
     assert slow.choose() == 0
+    assert not slow.pays(0.5, 1.0)
+    assert not Pace(1, 0).pays(1.0, 1.0)  # nothing is known yet
 
 
 def test_a_pace_expects_little_of_many_sequences():

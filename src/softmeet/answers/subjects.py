@@ -56,7 +56,7 @@ class Subject:
 
     @property
     def named(self) -> str | list[str]:
-        """What ``Ensemble.from_pretrained`` loads."""
+        """What ``Ensemble.from_pretrained`` loads it from: a saved ensemble or members, and files behind them."""
         first = [self.saved] if self.saved else self.members
         return self.saved if self.saved and not self.beside else [*first, *self.beside]
 

@@ -38,6 +38,7 @@ from softmeet.rules.values import POOLS
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
+    from softmeet.hf.configuration import EnsembleConfig
 
 _RULE = (
     "A rule to measure, with options after colons and slashes between numbers, as in meet:trust=1/0.3:pool=prob-mean; "
@@ -129,12 +130,7 @@ def evaluate(
     ensemble = loading.ensemble(who, settings, prune=source.prune(options.MEASURED))
     own = ensemble.model.config
     _refuse_files(own.files, folds, source.trace)
-    named = rules or [own.rule]
-    if prompt_weights:
-        named = [*named, f"{POOLS[0]}:prompt_weights={prompt_weights}"]
-    gates = gates or ([own.gate] if own.gate and own.gate != "auto" else [])
-    parsed = under_gates(parse_choices(named, len(ensemble.names), own.bands), gates)
-    choices = with_baselines(parsed, own.weights or (), own.rule_temperature)
+    choices = _choices(own, rules, gates, prompt_weights)
     from softmeet.evaluation.perplexity import distinct_names
     from softmeet.evaluation.report import require_row, summary
 
@@ -200,6 +196,18 @@ def _require_output(
         raise InvalidInputError("--tokens is for --losses FILE, which it writes by token: name a file")
     if adaptive and folds is None:
         raise InvalidInputError("--adaptive is about averages that are fitted by folds: give --folds N")
+
+
+def _choices(
+    own: EnsembleConfig, rules: list[str] | None, gates: list[str] | None, prompt_weights: int | None
+) -> list[RuleChoice]:
+    """Return what is measured of an ensemble, by its own rule and gate where none is named, and averages beside it."""
+    named = rules or [own.rule]
+    if prompt_weights:
+        named = [*named, f"{POOLS[0]}:prompt_weights={prompt_weights}"]
+    gates = gates or ([own.gate] if own.gate and own.gate != "auto" else [])
+    parsed = under_gates(parse_choices(named, len(own.members), own.bands), gates)
+    return with_baselines(parsed, own.weights or (), own.rule_temperature)
 
 
 def _refuse_files(lines: list[str], folds: int | None, trace: Path | None) -> None:

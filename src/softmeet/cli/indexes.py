@@ -8,6 +8,7 @@ from typing import Any
 from softmeet.cli.tables import counted, print_table
 from softmeet.cli.terminal import PlainConsole
 from softmeet.derived import file_of
+from softmeet.members.files import spelled
 
 
 def index_rows() -> list[dict[str, Any]]:
@@ -19,7 +20,7 @@ def index_rows() -> list[dict[str, Any]]:
         {
             "model": None, "from": "softmeet", "kind": "index", "bytes": one.bytes, "tokens": "", "context": None,
             "chat": False, "path": str(where / one.name), "name": one.name,
-            "paths": [path.encode(errors="backslashreplace").decode() for path in one.paths],
+            "paths": [*map(spelled, one.paths)],
             "include": one.include, "files": one.files, "symbols": one.symbols,
             "time": datetime.fromtimestamp(one.time).astimezone().isoformat(timespec="seconds"),
         }

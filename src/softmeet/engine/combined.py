@@ -137,4 +137,4 @@ def of_one_each(
         if not found:
             return ours
         found |= zip(asked, ours, strict=True)
-    return torch.stack([found[one].double() for one in texts])
+    return torch.stack([found[one].to(combiner.heads[0].device, torch.float64) for one in texts])

@@ -227,10 +227,11 @@ class MemberTurns(ABC):
         for author in self._authors:
             sure *= self.pace.shares[author].value
             tokens += sure
+        combiner = self._model.combiner
+        # As if the rule had answered nothing, so that what is claimed alone is left.
+        nothing = torch.full((len(self.texts), combiner.v), -torch.inf, device=combiner.heads[0].device)
         while self.is_room and len(self._authors) < self._most:
-            begun, states = self.clock(), self._claims()
-            # What is claimed alone, as if the rule had answered nothing.
-            log_probs = claimed(torch.full_like(states[0][:, :-1], -torch.inf), states)
+            begun, log_probs = self.clock(), claimed(nothing, self._claims())
             sure *= float(log_probs.amax(-1).exp().prod())
             pays = self.pace.pays(sure, tokens) if self._speculate == "auto" else sure > _SURE
             if not pays or not self._drafted(len(self._order), log_probs.log_softmax(-1), begun):

@@ -89,9 +89,10 @@ def _reader(
         on_progress(f"{files.title}: {what} {done:,} of {total:,}")
 
     alphabet, support = symbols_of(model), model.combiner.support
-    texts, folder = texts_of(files), None if without else file_of("files")
+    texts = texts_of(files)
     texts = replace(texts, files=tuple(path for path in texts.files if path not in without))
-    index = Index.of(texts, alphabet.encode_all, alphabet.size, alphabet.identity, folder, tell)
+    made = alphabet.encode_all, alphabet.size, alphabet.identity, file_of("files"), tell
+    index = Index.of(texts, *made, keep=not without)
     left_out = ", ".join(f"{count:,} {why}" for why, count in index.left_out.items())
     if not len(index.symbols):
         raise CheckpointError(f"found no text in {files}" + (f"; left out: {left_out}" if left_out else ""))

@@ -105,13 +105,18 @@ class Files:
     def title(self) -> str:
         """The name by which the files are shown in tables, answers and requests."""
         last = os.path.basename(self.absolute.paths[0])  # noqa: PTH119
-        return self.name or f"{_KIND}{last.encode(errors='backslashreplace').decode()}"
+        return self.name or f"{_KIND}{spelled(last)}"
 
     def require_there(self) -> None:
         """Raise CheckpointError if there is nothing at one of the paths."""
         for path in self.paths:
             if not (_exists(path) or glob.has_magic(path)):
                 raise CheckpointError(f"there is no file or folder {path}: check the path behind {_KIND}")
+
+
+def spelled(path: str) -> str:
+    """Return a path with bytes that are not UTF-8 spelled, as neither tables nor JSON can have them."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def _exists(path: str) -> bool:

@@ -8,6 +8,7 @@ import random
 import resource
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -144,6 +145,12 @@ def test_only_what_has_changed_is_encoded(toys, tmp_path, monkeypatch):
         moved = index_of(toys, where, encode)
     assert moved.files[-1].name == "f.txt"
     assert encode.texts == ["queen"]
+
+    before, every = sorted(where.rglob("*")), find_texts([str(toys)])  # without some files, for once
+    fewer = Index.of(replace(every, files=every.files[2:]), encode, SIZE, "bytes", where, keep=False)
+    check(fewer, ["", "queen", "the king"])
+    assert encode.texts == ["queen"]
+    assert sorted(where.rglob("*")) == before
 
 
 def test_a_change_that_size_and_time_do_not_tell_is_seen(toys, tmp_path):

@@ -53,6 +53,8 @@ class Index:
         key: str,
         folder: Path | None,
         on_progress: Progress = _silent,
+        *,
+        keep: bool = True,
     ) -> Index:
         """Return the index of some files: as it is kept, or made anew where a file has changed.
 
@@ -66,6 +68,7 @@ class Index:
             folder: where indexes are kept; None to keep this one in memory alone.
             on_progress: called with what is done (``"waiting for another process"``, ``"reading files"``,
                 ``"sorting"``), how much of it is, and of how much.
+            keep: whether it is kept in place of a former one, whose symbols are used in any case.
 
         Raises:
             InvalidInputError: if pydivsufsort is missing, ``encode`` gives other symbols, or there are more than
@@ -85,6 +88,8 @@ class Index:
         if folder is None:
             return cls._made(texts, encode, size, None, None, on_progress)
         shelf = Shelf.of(folder, key, texts.paths, texts.include)
+        if not keep:
+            return cls._made(texts, encode, size, None, shelf.former(), on_progress)
         if (index := cls._unchanged(texts, shelf.former())) is not None:
             return index
         with shelf.alone(lambda: on_progress("waiting for another process", 0, 1)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from softmeet.members.files import spelled
 from softmeet.readers.files.index import Index
 from softmeet.readers.files.matches import intervals
 from softmeet.readers.source import Source
@@ -31,13 +32,8 @@ def source_of(
     path, _ = index.place(last)
     line = index.line(last - len(found) + 1, decode)
     start, changed = len(symbols) - len(found), index.is_stale(path)
-    told, below = (_spelled(name) for name in (str(path), _below(path, folders)))
+    told, below = (spelled(name) for name in (str(path), _below(path, folders)))
     return Source(start, len(symbols), told, below, line, changed)
-
-
-def _spelled(path: str) -> str:
-    """Return a path with bytes that are not UTF-8 spelled, as no JSON has them."""
-    return path.encode(errors="backslashreplace").decode()
 
 
 def _below(path: Path, folders: Sequence[Path]) -> str:
