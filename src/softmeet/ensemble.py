@@ -306,7 +306,7 @@ class Ensemble:
                 for this call; ``token_seconds``, how long solvers may take for a token (:func:`softmeet.time_limit`);
                 ``one_member=True``, to draw each token from one member, drawn by its weight: in plain sampling by
                 ``prob-mean`` the same law at about the price of one member; ``speculate``, how many tokens the cheapest
-                member drafts (0 for none, "auto", the default in single precision, for as many as save time).
+                member drafts (0 for none, "auto", the default where seeds still repeat, for as many as save time).
 
         Raises:
             InvalidInputError: if options are wrong or exclude each other, or a prompt is empty or fills a context.

@@ -117,12 +117,6 @@ def test_files_draft_what_they_are_sure_of(folder, members, drawing):
     assert counts[1] < 0.8 * counts[0]
 
 
-def test_drafts_of_one_member_need_files():
-    one = Ensemble.from_pretrained(MEMBERS[:1], "logit-mean")
-    with pytest.raises(InvalidInputError, match="speculate=4 cannot be used with a single member"):
-        one.generate("ab", max_new_tokens=3, do_sample=False, speculate=4)
-
-
 def test_likelihoods_and_evaluation_have_the_mixture(beside, folder, tmp_path):
     before, after = (beside.tokenizer(text)["input_ids"] for text in (SAID[:33], SAID[33:60]))
     (found,) = likelihoods(beside.model, [(before, after)])

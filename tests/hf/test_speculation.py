@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from inspect import signature
 
 import byte_tokenizers
@@ -425,6 +426,24 @@ def test_what_cannot_be_speculated_is_refused_by_name(names):
     assert made(model, "auto", gate="unsure:0.5").equal(made(model, 0, gate="unsure:0.5"))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_text_that_repeats_itself_drafts(names, count, monkeypatch):
+    model = ensemble(names, "near", count, "prob-mean").model
+    for reader in model.readers_of_members:
+        # So that no member drafts: each of its calls takes as long as one of many tokens.
+        monkeypatch.setattr(reader, "traits", replace(reader.traits, calls=((1, 1.0), (32, 1.5))))
+    ids = torch.tensor([[5, 9, 11, 3, 8, 14, 2, 6] * 3])
+    options = {"ids": ids, "mask": torch.ones_like(ids)}
+    options["sequence_bias"] = [[[a, b], 50.0] for a, b in zip(ids[0, :8].tolist(), ids[0, 1:9].tolist(), strict=True)]
+    calls = Calls(model, monkeypatch)
+    plain = made(model, 0, 1, sample=False, count=32, **options)
+    assert [len(own) for own in calls.lengths] == [32] * count
+    for own in calls.lengths:
+        own.clear()
+    assert made(model, None, 1, sample=False, count=32, **options).equal(plain)
+    assert all(len(own) <= 4 for own in calls.lengths)
+
+
 def test_members_whose_cache_cannot_be_cut(tmp_path, names):
     config = tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=1, state_size=4, **tiny.IDS)
     tf.MambaForCausalLM(config).save_pretrained(tmp_path)
@@ -451,15 +470,34 @@ def test_the_pace_follows_what_pays(single, accepted, drafts):
     observed(pace, single, 0.05, accepted)
     pace.choose()
     assert (pace.choose() > 0) == drafts
-    # What no member has to draft pays as long as it is likelier to be right than it is to take long.
-    assert [pace.pays(chance, tokens) for chance, tokens in ((0.5, 1.0), (0.5, 4.0), (0.1, 4.0))] == [True, True, False]
+    # What no member has to draft pays as long as it adds tokens at a higher rate than they come without it.
+    likely, unlikely = [1.0, 1.9, 2.7, 3.4], [1.0, 1.04, 1.05]
+    assert [pace.worth(tokens, 0) for tokens in (likely, unlikely)] == [3, 0]
+    assert pace.worth([1.0, 1.9, 1.95], 1) == 0  # a member's draft stays
     # Where calls of several tokens take as long as so many calls, only the order of work changes.
     slow = Pace(2, 0)
     observed(slow, single, 1.0, accepted)
     slow.choose()
     assert slow.choose() == 0
-    assert not slow.pays(0.5, 1.0)
-    assert not Pace(1, 0).pays(1.0, 1.0)  # nothing is known yet
+    assert slow.worth([1.0, 1.9, 2.7], 0) == 0
+    assert not Pace(1, 0).worth([1.0, 2.0], 0)  # nothing is known yet
+
+
+def test_a_pace_of_kept_costs_hangs_on_no_clock():
+    def chosen(noise):
+        pace, found = Pace(2, 0, kept=[((1, 1.0), (4, 1.2)), ((1, 4.0), (4, 4.5))], v=10), []
+        for k in range(40):
+            for own in (*pace.calls, pace.rule, pace.drafting):
+                own.add(1 + k % 3, noise * k)
+            pace.shares[0].add(k % 7 != 0)
+            found.append((pace.choose(), pace.worth([1.0, 1.8, 2.4], 0)))
+        return found
+
+    assert chosen(0.0) == chosen(100.0)
+    assert all(count > 0 for count, _ in chosen(1.0))
+    # A call of two tokens that is dear does not stand against one of eight that is not.
+    steps = Pace(1, 0, kept=[((1, 1.0), (2, 3.0), (8, 3.5))], v=10)
+    assert [steps.worth([0.95 * k + 1 for k in range(n)], 0) for n in (2, 9)] == [0, 8]
 
 
 def test_a_pace_expects_little_of_many_sequences():

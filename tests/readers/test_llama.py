@@ -25,6 +25,7 @@ from softmeet.members.gguf_head import gguf_head, rounded
 from softmeet.members.identity import body_hash
 from softmeet.members.member import short
 from softmeet.members.reader_model import ReaderModel
+from softmeet.readers import llama_costs
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError, RowTokens
 from softmeet.readers.llama_cpp import LlamaReader
 from softmeet.readers.reader import Read, finished
@@ -90,14 +91,70 @@ def test_a_file_that_cannot_be_taken_back_obeys_them_too(made, monkeypatch):
     """As of recurrent models, of which the tests write none."""
 
     class Recurrent(LlamaModel):
-        def __init__(self, *given):
-            super().__init__(*given)
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
             self.can_crop = False
 
-    monkeypatch.setattr("softmeet.readers.llama_cpp.LlamaModel", Recurrent)
+    monkeypatch.setattr("softmeet.readers.llama_costs.LlamaModel", Recurrent)
     reader = LlamaReader(made("llama")[0])
     assert not reader.traits.can_crop
     check_reader(reader)
+
+
+def test_layout_and_costs_are_measured_once_on_a_machine(made, monkeypatch, tmp_path):
+    path, _ = made("qwen2", 4)
+    assert LlamaReader(path).traits.calls == ()  # of so small a file nothing is
+    monkeypatch.setattr("softmeet.readers.llama_costs.folder_for", lambda path: tmp_path)
+    measured = []
+    times = {False: 2.0, True: 1.0}
+
+    def calls(model, lengths):
+        measured.append(model)
+        return dict.fromkeys(lengths, times[model.repack])
+
+    monkeypatch.setattr(llama_costs, "_calls", calls)
+    first = LlamaReader(path)
+    assert first._model.repack
+    assert first.traits.calls == tuple((k, 1.0) for k in (1, 2, 3, 4, 6, 8, 16, 32))
+    assert [model.repack for model in measured] == [False, True, True]
+    # Another time they are known, as for the layout that is asked for, and nothing hangs on a clock.
+    times[True] = 3.0
+    assert LlamaReader(path).traits == first.traits
+    assert len(measured) == 3
+    Ensemble.from_pretrained([f"{path}+repack=off"], "logit-mean")
+    assert [model.repack for model in measured[3:]] == [False]
+    # Another processor, other threads and a damaged file have them measured anew.
+    for change in ("processor", "threads", "damage"):
+        with monkeypatch.context() as other:
+            if change == "processor":
+                other.setattr(llama_costs, "_processor", lambda: "another")
+            elif change == "threads":
+                other.setattr(torch, "get_num_threads", lambda: 7)
+            else:
+                for kept in tmp_path.iterdir():
+                    kept.write_bytes(b"no costs")
+            assert not LlamaReader(path)._model.repack, change
+
+
+def test_drafts_by_kept_costs_need_not_be_asked_for(made, monkeypatch):
+    ensemble = Ensemble.from_pretrained([made("qwen2", 4)[0], made("qwen2", 8)[0]], "logit-mean")
+    text = "And the king said: " * 8
+    told = dict.fromkeys(("before", "after"))
+    for when in told:
+        calls, read = [], LlamaContext.run
+
+        def run(own, pieces, calls=calls, read=read):
+            calls.append(len(pieces[0].tokens))
+            return read(own, pieces)
+
+        with monkeypatch.context() as noted:
+            noted.setattr(LlamaContext, "run", run)
+            told[when] = [ensemble.generate(text, max_new_tokens=24, seed=1, temperature=0.01) for _ in range(2)]
+        told[when].append(max(calls[-40:]) > 1)
+        for reader in ensemble.model.readers_of_members:
+            monkeypatch.setattr(reader, "traits", replace(reader.traits, calls=((1, 1.0), (32, 1.2))))
+    assert told["before"] == [told["before"][0]] * 2 + [False]
+    assert told["after"] == [told["before"][0]] * 2 + [True]
 
 
 def test_more_rows_and_more_tokens_than_there_was_room_for(made):
@@ -304,6 +361,7 @@ def test_a_head_is_read_where_a_rule_that_reads_it_is_named_alone(made, caplog):
         ("+context=many", "got +context=many"),
         ("+gpu_layers=-1", "got +gpu_layers=-1"),
         ("+gpu_layers=99999999999", "got +gpu_layers=99999999999"),
+        ("+repack=yes", "got 'yes'"),
         ("+context=2147483648", "got +context=2147483648"),
         (f"+context={'9' * 5000}", "got +context=999"),  # more digits than Python reads
         ("+context=100+engine=transformers", "expected +context of a GGUF file that llama.cpp runs alone"),

@@ -34,8 +34,8 @@ _MEMBERS = (
     "A file, folder or name of the Hugging Face Hub: a GGUF file, by its path or as softmeet models lists it, a "
     "checkpoint, or a bundled model such as wide/gpt2; repeat it for each member. NAME:REST is a reader that a package "
     "brings. Behind it, +key=value may say how it is loaded and what it reads: prompt (a text or a file), adapter, "
-    "quantization, dtype, device, of a GGUF file engine, context, gpu_layers and hash, of a model behind a server "
-    "(http://HOST:PORT/v1#MODEL) tokenizer and top, subfolder, file, name. Or, alone, a bundled family (wide, the "
+    "quantization, dtype, device, of a GGUF file engine, context, gpu_layers, repack and hash, of a model behind a "
+    "server (http://HOST:PORT/v1#MODEL) tokenizer and top, subfolder, file, name. Or, alone, a bundled family (wide, the "
     "default; narrow, with very narrow heads; mixed, with two tokenizers) or the folder of a saved ensemble, whose "
     "settings then take the place of the defaults shown here."
 )

@@ -63,9 +63,9 @@ class SamplingFlags(Flags, panel="Sampling"):
         callback=_positive,
     )
     speculate: str | None = optional(
-        "Let the cheapest member draft N tokens before the others read them at once: the same text in less time where "
-        "drafts are mostly right. N may be auto, for as many as pay by what is measured, or 0.",
-        metavar="N", shown="auto over tokens in single precision, else 0", callback=checked_drafts,
+        "Let the cheapest member, files or what the text repeats draft N tokens, which members read at once: the same "
+        "text in less time where drafts are mostly right. N may be auto, for as many as pay, or 0.",
+        metavar="N", shown="auto where a seed still repeats its text, else 0", callback=checked_drafts,
     )  # fmt: skip
     one_member: bool = switch(
         "By prob-mean, draw each token from one member, itself drawn by its weight: the same law at about the price of "

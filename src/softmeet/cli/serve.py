@@ -129,9 +129,9 @@ class RunFlags(Flags, panel="Engine"):
     )
     speculate: str = flag(
         "auto",
-        "While a single sequence runs, let the cheapest member draft N tokens before the others read them at once: the "
-        "same tokens in less time where drafts are mostly right. N may be auto, for as many as pay by what is measured "
-        "where answers still repeat, or 0.",
+        "While a single sequence runs, let the cheapest member, files or what the text repeats draft N tokens, which "
+        "members read at once: the same tokens in less time where drafts are mostly right. N may be auto, for as many "
+        "as pay where answers still repeat, or 0.",
         metavar="N",
         callback=checked_drafts,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # How much an observation counts after the next one: the last ten or so decide.
@@ -11,8 +11,12 @@ _KEPT = 0.9
 # much longer a call takes for each further token, as a share of its time for one, with the weight of so many tokens.
 _ACCEPTED, _DRAFTS = 0.7, 2.0
 _SHARE, _TOKENS = 0.1, 1.0
-# The most tokens drafted at a turn, by a member and by readers that claim.
-MOST, OF_CLAIMS = 8, 16
+# The same for what follows the last 16, 8, 4 and 2 tokens of a text where they stood before.
+_REPEATED = (0.9, 0.8, 0.6, 0.4)
+# The most tokens drafted at a turn, by a member and without one.
+MOST, FREELY = 8, 31
+# The seconds of the rule for each number of a member's prediction, where those of calls are kept.
+_A_NUMBER = 1e-8
 # Drafting is for at least so much more speed. After so many tokens without it, one draft tells whether it would pay.
 _GAIN, _WAIT = 1.05, 32
 
@@ -54,6 +58,32 @@ class Seconds:
         return mean + max(slope, 0.0) * (length - middle)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """The seconds of a call by the number of its tokens, as they were measured once: straight lines between those.
+
+    Args:
+        calls: (tokens, seconds), ascending.
+    """
+
+    calls: Sequence[tuple[int, float]]
+
+    def add(self, length: int, seconds: float) -> None:
+        """Take no note of a call, as seeds must repeat their texts."""
+
+    def at(self, length: int) -> float:
+        """Return the seconds of a call of ``length`` tokens.
+
+        Example:
+            >>> Kept(((1, 0.02), (2, 0.03), (4, 0.04))).at(3)
+            0.035
+        """
+        known = self.calls
+        k = next((k for k in range(1, len(known) - 1) if known[k][0] >= length), len(known) - 1)
+        (low, before), (high, behind) = known[max(k - 1, 0)], known[k]
+        return before + (behind - before) * (length - low) / max(high - low, 1)
+
+
 @dataclass
 class Share:
     """The share of drafts that was accepted of late."""
@@ -75,32 +105,44 @@ class Share:
 class Pace:
     """The choice of how many tokens the cheapest member drafts before the others read them.
 
+    Where the costs of all calls are kept, it hangs on nothing but these, and which drafts were accepted.
+
     Args:
         n: the number of members.
         cheapest: the number of the member that drafts.
         rows: the number of sequences; a draft is accepted if it is right in all of them.
+        kept: for each member (tokens, seconds) of its calls, as they are kept; () to learn them from a clock.
+        v: the number of tokens that there are.
 
     Attributes:
         calls: for each member the seconds of a call by its tokens.
         rule: the seconds of the rule by its positions.
         drafting: the seconds of drafting a token from a distribution that is known.
-        shares: for each member the share of its drafts that was accepted, and behind them for readers that claim.
+        shares: for each member the share of its drafts that was accepted, then for readers that claim, and for what a
+            text repeats, by the length of what stood before.
     """
 
     n: int
     cheapest: int
     rows: int = 1
-    calls: list[Seconds] = field(init=False)
+    kept: Sequence[Sequence[tuple[int, float]]] = ()
+    v: int = 0
+    calls: Sequence[Seconds | Kept] = field(init=False)
     shares: list[Share] = field(init=False)
-    rule: Seconds = field(default_factory=Seconds)
-    drafting: Seconds = field(default_factory=Seconds)
+    rule: Seconds | Kept = field(default_factory=Seconds)
+    drafting: Seconds | Kept = field(default_factory=Seconds)
     _waited: int = 0
     _begun: bool = False
 
     def __post_init__(self) -> None:
-        """Begin without observations."""
+        """Begin with what is kept, or without observations."""
         self.calls = [Seconds() for _ in range(self.n)]
-        self.shares = [Share(_DRAFTS * _ACCEPTED**self.rows) for _ in range(self.n + 1)]
+        if self.kept:
+            self.calls, self._begun = [Kept(calls) for calls in self.kept], True
+            one, more = (Kept([(k, k * _A_NUMBER * count * self.v) for k in (1, 2)]) for count in (1, self.n))
+            self.drafting, self.rule = one, more
+        shares = [_ACCEPTED**self.rows] * (self.n + 1) + list(_REPEATED)
+        self.shares = [Share(_DRAFTS * share) for share in shares]
 
     def speed(self, count: int) -> float:
         """Estimate the tokens a second with ``count`` drafts of the cheapest member at a turn; 0 for no drafts."""
@@ -120,18 +162,28 @@ class Pace:
         drafts = (count + 1) * self.drafting.at(1)
         return tokens / max(own + reading + drafts + self.rule.at(count + 1), 1e-9)
 
-    def pays(self, chance: float, tokens: float) -> bool:
-        """Return whether another draft is worth its time that costs nothing itself, as no member makes it.
+    def best(self) -> float:
+        """Return the tokens a second without drafts or with as many as are best, by members alone."""
+        return max(self.speed(count) for count in range(MOST + 1 if self.n > 1 else 1))
 
-        It is if it adds more to the tokens that are expected than to the time in which members read them.
+    def worth(self, tokens: Sequence[float], pending: int) -> int:
+        """Return how many drafts are worth their time for which no member is run.
+
+        They are if tokens then come at a higher rate than without them, and as many as have the highest.
 
         Args:
-            chance: how likely it is that it is right, and all drafts before it.
-            tokens: how many tokens are expected without it, with the one behind the last draft.
+            tokens: how many tokens are expected with 0, 1, … drafts, with the one behind the last draft.
+            pending: how many of the drafts a member made, so that they stay.
         """
-        count = math.ceil(tokens)
-        known, more = (sum(own.at(k) for own in (*self.calls, self.rule)) for k in (count, count + 1))
-        return chance * known > tokens * (more - known)
+        if not self.reading(1):
+            return 0
+        rates = [expected / self.reading(count + 1) for count, expected in enumerate(tokens)][pending:]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return best if pending or rates[best] > _GAIN * self.best() else 0
+
+    def reading(self, count: int) -> float:
+        """Return the seconds in which every member reads ``count`` tokens, and the rule is asked for each."""
+        return sum(own.at(count) for own in (*self.calls, self.rule))
 
     def choose(self) -> int:
         """Return how many tokens to draft at the next turn: 0 where it does not pay."""

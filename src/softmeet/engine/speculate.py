@@ -2,7 +2,7 @@
 
 A text's *columns* are its tokens in order: those that are settled, and behind them drafts. Every member reads columns
 in its own calls; behind each column that all of them have read, the rule's distribution is known. Readers that claim
-draft, too, where what they claim makes it likely that they are right, and no member is run for it.
+draft, too, as does the text itself where it repeats, if that is likely to be right: no member is run for it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,21 @@ from softmeet.engine.claims import claimed
 from softmeet.engine.combine import rows_at_once
 from softmeet.engine.combined import Combined
 from softmeet.engine.continuation import Continuation
-from softmeet.engine.pace import MOST, OF_CLAIMS, Pace
+from softmeet.engine.pace import FREELY, MOST, Pace
+from softmeet.engine.repeats import Repeats
+from softmeet.readers.reader import Reader
 from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
 
-# Where a number of drafts is asked for, how likely those of readers that claim have to be right.
+# Where a number of drafts is asked for, how likely those without a member have to be right.
 _SURE = 0.5
+# As likely as that has to be what is drafted without a member before it is asked whether it pays.
+_UNLIKELY = 0.1
+
+
+def repeats(members: Sequence[Reader], settings: Settings) -> bool:
+    """Return whether "auto" drafts by costs that are kept alone, so that the same drafts are made another time."""
+    return settings.rule.is_average and all(reader.traits.calls for reader in members)
 
 
 class FullError(Exception):
@@ -71,9 +80,11 @@ class MemberTurns(ABC):
         sizes, weights = [reader.traits.cost for reader in self.texts[0].readers[:n]], quick.weights_of(settings)
         # Of members of about one size, the one that weighs most is the nearest to the rule.
         self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
-        self.pace = Pace(n, self._order[0], rows)
-        self._most = OF_CLAIMS if speculate == "auto" else speculate
-        most = rows * (n + (MOST if speculate == "auto" else speculate) + self._most * bool(self._claiming))
+        readers = self.texts[0].readers[:n]
+        kept = [reader.traits.calls for reader in readers] if repeats(readers, settings) else ()
+        self.pace, self._repeats = Pace(n, self._order[0], rows, kept, v), Repeats()
+        self._most = FREELY if speculate == "auto" else speculate
+        most = rows * (n + (MOST if speculate == "auto" else speculate) + self._most)
         self._quick = settings.rule.is_average and not reported and quick.may(settings, most, v)
         self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
         self._count, self.is_over = 0, False
@@ -134,11 +145,11 @@ class MemberTurns(ABC):
     def turn(self) -> None:
         """Let the member that has read the least read on; it then drafts what is its share.
 
-        Before it, readers that claim draft as long as that is likely to pay, and then it drafts nothing.
+        Before it, files and the text itself draft as long as that is likely to pay, and then it drafts nothing.
         """
         i = min(self._order, key=self.read.__getitem__)
         try:
-            count = 0 if self._draft_by_claims() else self._drafts(i)
+            count = 0 if self._draft_freely() else self._drafts(i)
             for k in range(max(count, 1)):
                 self._read_on(i)
                 if not self._settle() or k == count or not self.is_room or not self._draft(i):
@@ -219,25 +230,56 @@ class MemberTurns(ABC):
         logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
         return self._drafted(i, claimed(logits.log_softmax(-1), self._claims()), begun)
 
-    def _draft_by_claims(self) -> int:
-        """Draft tokens from what is claimed, as long as they are likely to be right; return how many there are."""
-        if not self._claiming:
+    def _draft_freely(self) -> int:
+        """Draft tokens for which no member is run, as many as are likely to pay; return how many there are.
+
+        None is drafted where a member has read all columns, since it would have to read these in another call.
+        """
+        pending = len(self._authors)
+        if max(self.read) == self.length + pending:
             return 0
-        count, sure, tokens = 0, 1.0, 1.0
+        sure, tokens = 1.0, [1.0]
         for author in self._authors:
             sure *= self.pace.shares[author].value
-            tokens += sure
-        combiner = self._model.combiner
-        # As if the rule had answered nothing, so that what is claimed alone is left.
-        nothing = torch.full((len(self.texts), combiner.v), -torch.inf, device=combiner.heads[0].device)
+            tokens.append(tokens[-1] + sure)
         while self.is_room and len(self._authors) < self._most:
-            begun, log_probs = self.clock(), claimed(nothing, self._claims())
-            sure *= float(log_probs.amax(-1).exp().prod())
-            pays = self.pace.pays(sure, tokens) if self._speculate == "auto" else sure > _SURE
-            if not pays or not self._drafted(len(self._order), log_probs.log_softmax(-1), begun):
+            begun, (log_probs, chance, author) = self.clock(), self._likeliest()
+            sure *= chance
+            if sure < (_UNLIKELY if self._speculate == "auto" else _SURE) or not self._drafted(
+                author, log_probs, begun
+            ):
                 break
-            count, tokens = count + 1, tokens + sure
+            tokens.append(tokens[-1] + sure)
+        count = len(self._authors) - pending
+        if count and self._speculate == "auto":
+            count = self.pace.worth(tokens, pending)
+            self._drop(pending + count)
         return count
+
+    def _drop(self, count: int) -> None:
+        """Forget the drafts behind the first ``count``, which nobody but readers that claim has read."""
+        for one in self.texts:
+            del one.drafts[count:]
+            for i in self._claiming:
+                one.crop(i, self.length + count)
+        del self._authors[count:]
+        for i in self._claiming:
+            del self._hidden[i][count + 1 :]
+
+    def _likeliest(self) -> tuple[Float[Tensor, "B v"], float, int]:
+        """Return what is known without a member of the next column: log-probabilities, its chance, and the author."""
+        n, combiner, (one, *others) = len(self._order), self._model.combiner, self.texts
+        # As if the rule had answered nothing, so that what is known alone is left.
+        nothing = torch.full((len(self.texts), combiner.v), -torch.inf, device=combiner.heads[0].device)
+        found, chance, author = nothing, 0.0, n
+        if self._claiming:
+            found = claimed(nothing, self._claims())
+            chance = float(found.amax(-1).exp().prod())
+        if not others and (repeated := self._repeats.next(one.tokens, one.drafts)) is not None:
+            token, level = repeated
+            if (share := self.pace.shares[n + 1 + level].value) > chance:
+                found, chance, author = nothing.index_fill(-1, torch.tensor(token), 0.0), share, n + 1 + level
+        return found.log_softmax(-1) if chance else found, chance, author
 
     def _claims(self) -> list[Float[Tensor, "B _"]]:
         """Return what readers that claim say behind the last column, which they read before."""

@@ -108,9 +108,9 @@ class CallOptions:
         structure: what each new text has to be, as a :class:`softmeet.Structure`; None for anything.
         one_member: whether each token is drawn from one member, which is drawn by its weight: the probability mean's
             distribution at about the price of one member.
-        speculate: how many tokens the cheapest member drafts before the others read them; "auto" for as many as pay,
-            by what is measured, and none where nothing does; 0 for none; None for "auto" where nobody could notice
-            anything but the time (:func:`softmeet.hf.decoding.is_to_speculate`), and none elsewhere.
+        speculate: how many tokens the cheapest member, files or what the text repeats draft before members read them;
+            "auto" for as many as pay, and none where nothing does; 0 for none; None for "auto" where nobody could
+            notice anything but the time (:func:`softmeet.hf.decoding.is_to_speculate`), and none elsewhere.
         given: how many of the first tokens of texts that begin were given to readers that claim, not drawn; None for
             all that are read first.
     """

@@ -25,7 +25,7 @@ from softmeet.engine.continuation import Dropped
 from softmeet.engine.draw import Noise
 from softmeet.engine.gate import read
 from softmeet.engine.quick import weights_of
-from softmeet.engine.speculate import MemberTurns
+from softmeet.engine.speculate import MemberTurns, repeats
 from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
@@ -66,7 +66,7 @@ def is_to_speculate(
     # Members on devices of their own run at the same time, and those of one model in one call, but drafts in turn.
     cannot_pay = rows > _ROWS or model.apart or len({*map(id, model.members)}) < len(model.members)
     # A draft of less than a token, such as a byte, saves nearly nothing.
-    is_left = asked is None and (model.symbols_of_token > 1 or _is_noticed(model, processors))
+    is_left = asked is None and (model.symbols_of_token > 1 or _is_noticed(model, options, processors))
     if asked == 0 or is_left or (asked in ("auto", None) and cannot_pay):
         return False
     against = _against(model, options, config, processors)
@@ -77,21 +77,21 @@ def is_to_speculate(
     return not against
 
 
-def _is_noticed(model: AnyEnsemble, processors: Sequence[Any]) -> bool:
+def _is_noticed(model: AnyEnsemble, options: CallOptions, processors: Sequence[Any]) -> bool:
     """Return whether somebody could notice more of speculation than the time that it takes.
 
-    Texts which should repeat would not where members round coarsely. Processors and functions of the caller's own may
-    remember what they were called with.
+    Texts which should repeat would not where members round coarsely and drafts are paced by a clock. Processors and
+    functions of the caller's own may remember what they were called with.
     """
     ours, given = ("transformers.", "softmeet."), "PrefixConstrainedLogitsProcessor"
     foreign = (not f"{type(one).__module__}.".startswith(ours) or type(one).__name__ == given for one in processors)
-    return any(foreign) or any(map(rounds_coarsely, model.members))
+    coarse = any(map(rounds_coarsely, model.members))
+    return any(foreign) or (coarse and not repeats(model.readers_of_members, options.settings))
 
 
 def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: Sequence[Any]) -> list[str]:
     """Return what stands against speculation, for messages."""
     found = {
-        "a single member": len(model.members) + len(model.claimants) < 2,
         "one_member": options.one_member,
         f"vocabulary={model.config.vocabulary!r}, which all members make together": model.combiner.joint,
         "the gate unsure, by which members already lag behind": options.unsure is not None,

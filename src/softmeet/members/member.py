@@ -47,6 +47,8 @@ class Member:
             llama.cpp where that is installed and no adapter, dtype, quantisation or device is asked for.
         context: the most tokens of a text of a GGUF file that llama.cpp runs; None for those that the file names.
         gpu_layers: how many layers of such a file are put on a GPU, where the library has one; None for none.
+        repack: whether llama.cpp copies such a file's weights into its layout for the processor, ``on`` or ``off``;
+            None for the layout that is faster, which is measured once on a machine.
         tokenizer: the member whose tokenizer a model behind a server has.
         top: how many of the likeliest tokens such a server is asked for, or ``all``.
         hash: what :func:`softmeet.members.gguf_file.fingerprint` returns for a GGUF file, which is refused if it has
@@ -77,6 +79,7 @@ class Member:
     engine: str | None = None
     context: str | None = None
     gpu_layers: str | None = None
+    repack: str | None = None
     tokenizer: str | None = None
     top: str | None = None
     hash: str | None = None

@@ -30,6 +30,7 @@ TRANSFORMERS, LLAMA, VLLM = "transformers", "llama.cpp", "vllm"
 _NAME = "gguf"
 # What llama.cpp alone has for a member, and transformers alone.
 _NUMBERS, _MOST = ("context", "gpu_layers"), (1 << 31) - 1
+_OWN, _LAYOUTS = (*_NUMBERS, "repack"), {None: None, "on": True, "off": False}
 _OTHERS = ("adapter", "dtype", "quantization", "device")
 _log = logging.getLogger("softmeet")
 _made: WeakValueDictionary[Any, Any] = WeakValueDictionary()
@@ -116,7 +117,7 @@ def _require_sensible(member: Member, others: Sequence[str]) -> None:
         raise InvalidInputError(
             f"expected a GGUF file and nothing that transformers alone has beside +engine={LLAMA}, got {got}"
         )
-    own = [key for key in _NUMBERS if getattr(member, key) is not None]
+    own = [key for key in _OWN if getattr(member, key) is not None]
     if own and (member.engine == TRANSFORMERS or others or not is_gguf(member)):
         raise InvalidInputError(
             f"expected +{own[0]} of a GGUF file that llama.cpp runs alone, got it for {member.title}: leave it out"
@@ -198,7 +199,9 @@ def reader_of(member: Member) -> Any:
     own = member.base, path.resolve(), state.st_mtime_ns, state.st_size
     if (known := _made.get(own)) is None:
         (entry,) = entry_points(group=GROUP, name=_NAME)
-        options = {key: count for key in _NUMBERS if (count := number(member, key)) is not None}
+        options: dict[str, Any] = {key: count for key in _NUMBERS if (count := number(member, key)) is not None}
+        if (repack := _repack(member)) is not None:
+            options["repack"] = repack
         known = _made[own] = entry.load()(path, member.title, **options)
     return known
 
@@ -218,6 +221,17 @@ def number(member: Member, key: str) -> int | None:
     return int(given)
 
 
+def _repack(member: Member) -> bool | None:
+    """Return whether a member's weights are copied into llama.cpp's own layout, as its line says; None if it does not.
+
+    Raises:
+        InvalidInputError: if it says anything else than on or off.
+    """
+    if member.repack not in _LAYOUTS:
+        raise InvalidInputError(f"expected +repack=on or +repack=off behind {member.source}, got {member.repack!r}")
+    return _LAYOUTS[member.repack]
+
+
 def require_reader(member: Member) -> None:
     """Check what can be wrong with a member that :func:`has_reader`, before others are loaded.
 
@@ -228,5 +242,6 @@ def require_reader(member: Member) -> None:
         registered_reader(member)
     else:
         path_of(member)
+        _repack(member)
         for key in _NUMBERS:
             number(member, key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,16 +97,18 @@ class NoRoomError(InvalidInputError):
 
 
 class LlamaModel:
-    """The weights of a GGUF file, mapped into memory by llama.cpp.
+    """The weights of a GGUF file in llama.cpp: mapped into memory, or copied into another layout.
 
     Args:
         file: what the file says of itself.
         name: the member's, for messages.
         gpu_layers: how many layers are put on a GPU.
+        repack: whether weights are copied into the layout that llama.cpp has for this processor.
 
     Attributes:
         v: the number of tokens.
         can_crop: whether a text can be taken back, as of models without recurrent layers.
+        repack: as given.
         bytes: of all weights.
         parameters: the number of all weights.
 
@@ -115,14 +116,17 @@ class LlamaModel:
         CheckpointError: if llama.cpp is not installed, or cannot load the file.
     """
 
-    def __init__(self, file: GgufFile, name: str, gpu_layers: int = 0) -> None:
+    def __init__(self, file: GgufFile, name: str, gpu_layers: int = 0, *, repack: bool = False) -> None:
         require_types(file, name)
         self.library: Library = library()
-        self.file, self.name, call = file, name, self.library.functions
+        self.file, self.name, self.repack, call = file, name, repack, self.library.functions
         options = call.llama_model_default_params()
         options.n_gpu_layers = gpu_layers
-        # On x86 a second copy of the weights in another order takes a third more memory, and saves no time.
-        options.use_extra_bufts = platform.machine() not in ("x86_64", "AMD64", "i686")
+        options.use_extra_bufts = repack
+        # Where weights are copied, a map of the file would be memory for nothing. Libraries name it in either way.
+        for unmapped, value in (("load_mode", 0), ("use_mmap", False)) if repack else ():
+            if hasattr(options, unmapped):
+                setattr(options, unmapped, value)
         self.library.said.clear()
         found = call.llama_model_load_from_file(os.fsencode(file.path), options)
         if not found:
@@ -136,7 +140,7 @@ class LlamaModel:
         self.can_crop = not (call.llama_model_is_recurrent(found) or call.llama_model_is_hybrid(found))
         self.bytes = int(call.llama_model_size(found))
         self.parameters = int(call.llama_model_n_params(found))
-        self._unpacks = file.is_of_k_quants and not options.use_extra_bufts and not gpu_layers
+        self._unpacks = file.is_of_k_quants and not repack and not gpu_layers
         # Not by a clock, since rounding depends on how many tokens are read at once.
         self._most = max(_LONG, min(MOST_TOKENS, 1 << int(_A_WHILE / self.bytes).bit_length() - 1))
 

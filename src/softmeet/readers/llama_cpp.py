@@ -17,15 +17,8 @@ from softmeet.heads import SoftmaxHead
 from softmeet.members.gguf_assets import folder_of
 from softmeet.members.gguf_head import gguf_head, require_its_logits
 from softmeet.members.gguf_tokenizer import known_file
-from softmeet.readers.llama_context import (
-    MOST_ROWS,
-    MOST_TOLD,
-    LlamaContext,
-    LlamaModel,
-    NoRoomError,
-    RowTokens,
-    longest_text,
-)
+from softmeet.readers.llama_context import MOST_ROWS, MOST_TOLD, LlamaContext, NoRoomError, RowTokens, longest_text
+from softmeet.readers.llama_costs import loaded
 from softmeet.readers.llama_rows import Job, LlamaRow
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache, weakly
@@ -52,6 +45,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         own: the tokens before every text for which no others are given; None for those that its tokenizer puts there.
         context: the most tokens of a text; None for those of the texts that it was trained on.
         gpu_layers: how many layers llama.cpp puts on a GPU, where its library has one.
+        repack: whether weights are copied into the layout that llama.cpp has for this processor; None for the layout
+            that is faster here, which is measured once.
 
     Raises:
         CheckpointError: if the file cannot be read, or llama.cpp is not installed or cannot load it.
@@ -61,17 +56,17 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         self,
         path: str | Path,
         name: str | None = None,
-        *,
         own: Sequence[int] | None = None,
         context: int | None = None,
         gpu_layers: int = 0,
+        repack: bool | None = None,
     ) -> None:
         super().__init__(LlamaRow)
-        self._made_of, self._stored = ((path, name), {"own": own, "context": context, "gpu_layers": gpu_layers}), 0
+        self._made_of, self._stored = (path, name, own, context, gpu_layers, repack), 0
         self.name = name or Path(path).name
         self.file, tokenizer = known_file(Path(path), self.name)
         self.assets = folder_of(tokenizer)
-        self._model = LlamaModel(self.file, self.name, gpu_layers)
+        self._model, costs = loaded(self.file, self.name, gpu_layers, repack)
         self._context = longest_text(self.file, self.name, context)
         self.own = tuple(tokenizer.encode("") if own is None else own)
         self.limit = self._context - len(self.own)
@@ -79,7 +74,7 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         self.traits = Traits(
             can_crop=self._model.can_crop, rounding="coarse" if self.file.is_quantised else "fine",
             bound=_COARSE if self.file.is_quantised else 1e-3, rows=MOST_ROWS, places=("cpu",), cost=self._model.bytes,
-            row_cost=_ROW_COST,
+            row_cost=_ROW_COST, calls=costs.calls,
         )  # fmt: skip
         self._cells, self.parameters = LlamaContext(self._model, self._context), self._model.parameters
         self._free = list(range(self._cells.rows))
@@ -386,15 +381,14 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             self._prefixes.keep(row.tokens, row.tokens)
 
 
-def gguf_reader(path: str | Path, name: str | None = None, **options: int) -> LlamaReader:
+def gguf_reader(path: str | Path, name: str | None = None, **options: Any) -> LlamaReader:
     """Return a :class:`LlamaReader` whose texts begin with the tokens that they are given, as ensembles give them."""
     return LlamaReader(path, name, own=(), **options)
 
 
 def _again(made_of: tuple[Any, ...], head: SoftmaxHead | None, kind: int) -> LlamaReader:
     """Make a reader of the same file, which tells hidden states if there is a head."""
-    given, options = made_of
-    found = LlamaReader(*given, **options)
+    found = LlamaReader(*made_of)
     if head is not None:
         found._tell_hidden(head, kind)
     return found

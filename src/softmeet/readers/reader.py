@@ -66,6 +66,8 @@ class Traits:
         places: the names of the devices on which it computes, such as ``cuda:0``; readers with none in common may read
             at the same time.
         cost: the bytes of memory that one call reads, about its time; 0 if that is not known.
+        calls: (tokens, seconds) of calls of one row, by ascending numbers of tokens, as they were measured once on this
+            machine and kept; () if that was not done.
         row_cost: the time that a call takes longer for each row more, as a share of the time of a call of one row; 0 if
             that is not known. Where it is near 1, nothing is read ahead of need.
         waits: whether :meth:`Reader.read` waits for answers from elsewhere, and yields meanwhile, so that others go on.
@@ -83,6 +85,7 @@ class Traits:
     room: int | None = None
     places: tuple[str, ...] = ()
     cost: int = 0
+    calls: tuple[tuple[int, float], ...] = ()
     row_cost: float = 0.0
     waits: bool = False
     claims: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor
 from softmeet.engine import quick
 from softmeet.engine.ask import Members
 from softmeet.engine.combined import Combined, of_one_each
-from softmeet.engine.speculate import MemberTurns
+from softmeet.engine.speculate import MemberTurns, repeats
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
 from softmeet.server.limits import Limits
@@ -163,17 +163,16 @@ def alone(
     """
     how, request = s.combination, s.request
     members = s.readers[: len(how.model.members)]
-    fewest = 1 if how.model.claimants else 2
-    if how.unsure is not None or how.model.combiner.joint or len(set(members)) < max(len(members), fewest):
+    if how.unsure is not None or how.model.combiner.joint or len(set(members)) < len(members):
         return None
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
     plain = request.sampling.is_plain and told == (None, None) and not request.sources
     if one_member and mean and settings.bands == 1 and plain:
         return OneMember(s, run, give)
-    # What is read at once depends on the time that calls take, and rounding on what is read at once.
+    # What is read at once may depend on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)
-    if request.sampling.is_seeded or request.sampling.is_greedy:
+    if (request.sampling.is_seeded or request.sampling.is_greedy) and not repeats(members, settings):
         noticed |= any(reader.traits.rounding == "coarse" for reader in s.readers)
     if not all(reader.traits.can_crop for reader in s.readers):
         return None
