@@ -226,7 +226,7 @@ class LoadingFlags(Flags, panel="Models"):
                 from transformers.utils import logging
 
                 from softmeet.ensemble import Ensemble
-                from softmeet.hf.unequal import unwarned
+                from softmeet.hf.by_size import untold
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
@@ -235,7 +235,7 @@ class LoadingFlags(Flags, panel="Models"):
             arguments["vocabulary"] = rather
         if self.prune is None and not is_saved(members):
             arguments["prune"] = prune
-        with working("loading", shown=shown) as show, nullcontext() if to_write else unwarned():
+        with working("loading", shown=shown) as show, nullcontext() if "weights" in (settings or ()) else untold():
             found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
                 on_progress=lambda name: show(f"loading {short(name)}"),
