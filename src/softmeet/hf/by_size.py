@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from softmeet.hf.configuration import EnsembleConfig
 
 _log = logging.getLogger("softmeet.weights")
+# How weights may be quantised so that their number is still told.
+_COUNTED = (None, "gguf", "torchao", "bitsandbytes")
 
 
 @contextmanager
@@ -36,14 +38,15 @@ def untold() -> Iterator[None]:
 
 
 def parameters(name: str, model: PreTrainedModel) -> int:
-    """Return the number of a member's parameters; 0 of a reader that does not tell it.
+    """Return the number of a member's parameters; 0 where it is not known.
 
+    It is not of a reader that does not tell it, and of weights that a quantised checkpoint packs in a way of its own.
     An output layer that a GGUF file stores beside an embedding that is the same is counted once.
     """
     if isinstance(model, ReaderModel):
         found: int = getattr(model.reader, "parameters", None) or 0
     else:
-        found = sum(parameter.numel() for parameter in model.parameters())
+        found = model.num_parameters() if getattr(model, "quantization_method", None) in _COUNTED else 0
     member = Member.parse(name)
     return found - stored_twice(known_file(path_of(member), name)[0]) if found and is_gguf(member) else found
 

@@ -68,15 +68,18 @@ def require_its_logits(
 def stored_twice(file: GgufFile) -> int:
     """Return how many weights of a file's output layer are those of its embedding, maybe rounded otherwise.
 
-    A few rows tell: those of one matrix, in two types, point the same way, and those of two matrices do not.
+    A few rows tell: those of one matrix, in two types, point the same way, and those of two matrices do not. Of types
+    that nothing here can read it is not known, and none.
     """
     output, embedding = map(file.tensors.get, _NAMES)
     if output is None or embedding is None or output.shape != embedding.shape:
         return 0
-    require_extra("comparing the output layer of a GGUF file with its embedding", "gguf", "gguf")
     rows = slice(None, None, -(-output.shape[0] // _ROWS))
-    alike = torch.cosine_similarity(*(_dequantised(file, key, rows) for key in _NAMES)).median().item()
-    return math.prod(output.shape) if alike > _ALIKE else 0
+    try:
+        first, second = (_dequantised(file, key, rows) for key in _NAMES)
+    except (ImportError, NotImplementedError, ValueError):
+        return 0
+    return math.prod(output.shape) if torch.cosine_similarity(first, second).median().item() > _ALIKE else 0
 
 
 def _dequantised(file: GgufFile, key: str, rows: slice = slice(None)) -> Float[Tensor, ...]:
