@@ -73,6 +73,9 @@ def test_an_average_without_weights_goes_by_size(rule, given, is_by_size, folder
 def test_equal_and_unknown_sizes_are_nothing_to_speak_of(folders, monkeypatch, said):
     one = folders[0][0]
     assert Ensemble.from_pretrained([one, f"{one}+name=again"], "logit-mean").model.config.weights == [0.5, 0.5]
+    packed = Ensemble.from_pretrained(one, "logit-mean").model.members[0]
+    packed.quantization_method = "gptq"
+    assert by_size.parameters(one, packed) == 0
     monkeypatch.setattr(by_size, "parameters", lambda name, model: 0)
     assert Ensemble.from_pretrained(folders[0], "logit-mean").model.config.weights == [0.5, 0.5]
     assert not said()
