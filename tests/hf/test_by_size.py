@@ -98,7 +98,7 @@ def test_a_saved_ensemble_keeps_its_weights(folders, shares, tmp_path, said):
     assert Ensemble.from_pretrained(tmp_path / "equal", weights="auto").model.config.weights == shares
 
 
-def test_commands_say_who_counts_how_much(folders, shares, tmp_path):
+def test_commands_say_who_counts_how_much(folders, shares, said, tmp_path):
     (tmp_path / "a.txt").write_text("".join(random.Random(1).choices("abc \n", k=180)))
     who = [*tiny.each("-m", folders[0]), "--rule", "logit-mean"]
 
@@ -113,7 +113,10 @@ def test_commands_say_who_counts_how_much(folders, shares, tmp_path):
     assert [*told["rules"]] == ["uniform logit-mean", "uniform prob-mean", "prob-mean", "logit-mean"]
     both = ", ".join(f"{weight:.2f}" for weight in shares.expected)
     assert f"where a rule names none, are {both}." in " ".join(run("evaluate", *who, *text).stdout.split())
-    assert "weights by size" not in run("fit", *who[:4], *text, "--out", tmp_path / "out", "--meet-tokens", 9).output
+    assert len(said()) == 3
+    run("fit", *who[:4], *text, "--vocabulary", "bytes", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+    assert not said()
 
 
 def test_weights_that_are_none():
