@@ -54,9 +54,9 @@ class Asked:
 
 _QWEN = ("QWEN05", "QWEN15")
 _PAIR = (
-    "logit-mean=QWEN05 QWEN15 logit-mean",
+    "logit-mean=QWEN05 QWEN15 logit-mean:weights=1/1",
     "logit-mean-1-to-4=QWEN05 QWEN15 logit-mean:weights=0.2/0.8",
-    "prob-mean=QWEN05 QWEN15 prob-mean",
+    "prob-mean=QWEN05 QWEN15 prob-mean:weights=1/1",
 )
 _FOUR = "four-prompts=QWEN15+prompt={work}/0.txt QWEN15+prompt={work}/1.txt QWEN15+prompt={work}/2.txt "
 _LETTERS = "--how letter --shots {data}/arc_challenge_validation.jsonl --count 4"
@@ -66,7 +66,7 @@ SETS = {
     ),
     "PIQA": Asked(
         "piqa_200.jsonl", "piqa_300.jsonl", "--how option-byte", ("SMOLLM2", "GEMMA"),
-        ("logit-mean=SMOLLM2 GEMMA logit-mean",), ("QWEN05",),
+        ("logit-mean=SMOLLM2 GEMMA logit-mean:weights=1/1",), ("QWEN05",),
     ),
     "ARC-C, four sets of shots": Asked(
         "arc_challenge_validation.jsonl", "arc_challenge_test_200.jsonl", "--how letter", (),
@@ -75,7 +75,7 @@ SETS = {
     "HumanEval": Asked("humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", _QWEN, _PAIR[:2]),
     "HumanEval, other tokenizers": Asked(
         "humaneval_test.jsonl", "humaneval_test.jsonl", "--how code --run-code", ("GEMMA", "QWEN05"), (
-            "bytes=GEMMA QWEN05 logit-mean vocabulary=bytes",
+            "bytes=GEMMA QWEN05 logit-mean:weights=1/1 vocabulary=bytes",
             "bytes-1-to-4=GEMMA QWEN05 logit-mean:weights=0.2/0.8 vocabulary=bytes",
             "GaC=GEMMA QWEN05 prob-mean vocabulary=union:as=gac",
             "UniTE=GEMMA QWEN05 prob-mean vocabulary=union:k=10:as=unite",

@@ -1,8 +1,8 @@
 """Weights that need no text of one's own: python benchmarks/auto_weights.py -m A -m B -m C -t 'texts/*.txt'
 
 Members read texts over bytes, and a sample of 4 kB (prose, code, a dialogue). Two ways to weigh them are tried on every
-pair, each with its constant chosen on the other pairs: by the number of parameters to the power ``a``, of which 1 is
-what ``weights="auto"`` takes, and by exp(-k Δ), where a member needs Δ bits a byte more on the sample than the best.
+pair, each with its constant chosen on the other pairs: by the number of parameters to the power ``a``, which is 1 in an
+average without weights, and by exp(-k Δ), where a member needs Δ bits a byte more on the sample than the best.
 The mean of logits is set against the best member: both as they are; and with the temperatures that suit each member on
 the sample, against the best member at the temperature that suits it on the very text. Differences are paired by
 document.
@@ -26,7 +26,7 @@ from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
 from softmeet.evaluation.intervals import Clusters, Difference, paired
 from softmeet.evaluation.positions import Positions
-from softmeet.hf.unequal import parameters
+from softmeet.hf.by_size import parameters
 from softmeet.members.member import short
 from softmeet.rules.values import POOLS
 
@@ -98,7 +98,7 @@ def main(
     """Print what every two and three members gain over the best of them, on every text."""
     ensemble = Ensemble.from_pretrained(members, POOLS[0], vocabulary="bytes")
     names = [short(by_variable(name)) for name in ensemble.names]
-    size = [parameters(model) or 0 for model in ensemble.model.members]
+    size = list(map(parameters, ensemble.names, ensemble.model.members))
     files = ["benchmarks/sample/*.txt"]
     sample = Observed(observed(ensemble, read_documents(files), "sample", None, kept, bos=False))
     texts = {own: Observed(observed(ensemble, read_documents([own]), own, each, kept, bos=False)) for own in text}

@@ -77,7 +77,8 @@ def main(
 
         texts = [book.text[1000:] for book in held_out_books()]
     texts = texts[:documents]
-    ensemble = Ensemble.from_pretrained(member or "mixed", "logit-mean", vocabulary="bytes")
+    even = [1] * (len(member) if member else 2)
+    ensemble = Ensemble.from_pretrained(member or "mixed", "logit-mean", vocabulary="bytes", weights=even)
     gates = ["none", *(f"unsure:{float(one):g}" for one in thresholds.split(","))]
     choices = under_gates([RuleChoice("logit-mean", {"rule": "logit-mean"})], gates)
     read = [Document(str(k), own[:bytes_read]) for k, own in enumerate(texts)]

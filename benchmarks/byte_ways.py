@@ -79,7 +79,8 @@ def main(
     """Print one table."""
     torch.set_num_threads(threads)
     texts = [one.text for one in read_documents(text)] if text else [book.text[1000:] for book in held_out_books()]
-    ensemble = Ensemble.from_pretrained(member or "mixed", rule, vocabulary="bytes")
+    even = [1] * (len(member) if member else 2)
+    ensemble = Ensemble.from_pretrained(member or "mixed", rule, vocabulary="bytes", weights=even)
     totals = ways(thresholds)
     for total in totals.values():  # what a first call prepares is nobody's
         generate(ensemble, Total(total.options), texts[0][:100], 0, 8)

@@ -18,6 +18,7 @@ import typer
 
 import softmeet
 from report import show
+from softmeet.members.zoo import expand
 
 FOLDER = str(Path(softmeet.__file__).parent)
 PROMPT = "And the king said"
@@ -42,7 +43,7 @@ def counted(ensemble: softmeet.Ensemble, tokens: int) -> Counter[str]:
 
 def calls_a_token(family: str, rule: str) -> dict[str, float]:
     """Calls a token of each function, the most frequent first."""
-    ensemble = softmeet.Ensemble.from_pretrained(family, rule)
+    ensemble = softmeet.Ensemble.from_pretrained(family, rule, weights=[1] * len(expand(family)))
     counted(ensemble, 2)  # what is made once is made
     one, six = counted(ensemble, 1), counted(ensemble, 6)
     six.subtract(one)

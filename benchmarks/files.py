@@ -59,7 +59,8 @@ class Model:
     """Members that answer as one, by the mean of their log-probabilities."""
 
     def __init__(self, names: str) -> None:
-        ensemble = Ensemble.from_pretrained(names.split(","), "logit-mean")
+        members = names.split(",")
+        ensemble = Ensemble.from_pretrained(members, "logit-mean", weights=[1] * len(members))
         self.readers: list[Reader] = ensemble.model.readers_of_members
         self.alphabet = symbols_of(ensemble.model)
         self.scheme = BYTE_SCHEME if ensemble.model.over_bytes else TOKENS

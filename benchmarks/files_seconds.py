@@ -47,9 +47,10 @@ def main(
 ) -> None:
     """Print the seconds to the first token and the milliseconds of each further one, by way."""
     texts, names, loaded = Project.of(project, held, include, "file"), models.split(","), dict[Any, Any]()
-    alone = Ensemble.from_pretrained(names, "logit-mean", loaded=loaded)
+    how: dict[str, Any] = {"rule": "logit-mean", "weights": [1] * len(names), "loaded": loaded}
+    alone = Ensemble.from_pretrained(names, **how)
     files = Files(*map(str, texts.kept.files), name="files")
-    beside = Ensemble.from_pretrained([*names, files], "logit-mean", loaded=loaded)
+    beside = Ensemble.from_pretrained([*names, files], **how)
     salt, ways = count(), dict[str, list[Taken]]()
     for path in texts.held:
         text = path.read_bytes()[:prompt].decode(errors="ignore")

@@ -85,7 +85,7 @@ def main(
     rows = list[dict[str, Any]]()
     for folder in trace:
         opened = Trace.open(folder)
-        ensemble = Ensemble.from_pretrained(opened.members, POOLS[0])
+        ensemble = Ensemble.from_pretrained(opened.members, POOLS[0], weights=[1] * len(opened.members))
         positions = opened.read()
         nats, features = known(ensemble, positions)
         within = clusters(positions.document)

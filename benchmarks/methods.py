@@ -47,7 +47,8 @@ def main(
     rows, loaded = list[dict[str, Any]](), dict[Any, Any]()
     for name, vocabulary, rule, options in METHODS:
         try:
-            ensemble = Ensemble.from_pretrained(members, rule, vocabulary=vocabulary, loaded=loaded)
+            how: dict[str, Any] = {"vocabulary": vocabulary, "weights": [1] * len(members), "loaded": loaded}
+            ensemble = Ensemble.from_pretrained(members, rule, **how)
         except InvalidInputError as error:
             typer.echo(f"{name}: {error}", err=True)
             continue

@@ -86,7 +86,7 @@ def main(
         "logit-mean, drawn, plain": writing(ensemble, tokens, do_sample=True, speculate=0),
         "logit-mean, greedy, as shipped": writing(ensemble, tokens, do_sample=False),
     }
-    mean = Ensemble.from_pretrained(members, "prob-mean")
+    mean = Ensemble.from_pretrained(members, "prob-mean", weights=[1] * len(members))
     ways["prob-mean, one member a token"] = writing(mean, tokens, do_sample=True, one_member=True)
     if dequantised:
         floats = Ensemble.from_pretrained([f"{name}+engine=transformers" for name in members], "logit-mean")

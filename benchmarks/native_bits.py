@@ -37,8 +37,10 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
 ) -> None:
     """Print a table."""
-    native = Ensemble.from_pretrained([f"{name}+engine=llama.cpp" for name in members], "logit-mean")
-    floats = Ensemble.from_pretrained([f"{name}+engine=transformers" for name in members], "logit-mean")
+    native, floats = (
+        Ensemble.from_pretrained([f"{name}+engine={one}" for name in members], "logit-mean", weights=[1] * len(members))
+        for one in ("llama.cpp", "transformers")
+    )
     paths = sorted(texts.glob("*/*.txt"))
     chosen = paths[:: max(1, len(paths) // documents)][:documents]
     who = [*(Path(name).stem for name in members), "logit-mean"]

@@ -16,6 +16,7 @@ import typer
 from report import median, seconds, show
 from servers import PROMPTS
 from softmeet import Ensemble
+from softmeet.members.zoo import expand
 
 
 def main(
@@ -28,7 +29,7 @@ def main(
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for rule in ("logit-mean", "prob-mean", "meet"):
-        ensemble = Ensemble.from_pretrained(family, rule)
+        ensemble = Ensemble.from_pretrained(family, rule, weights=[1] * len(expand(family)))
         for number in (2, 8, 32):
             prompts = [PROMPTS[k % len(PROMPTS)] for k in range(number)]
             given = {"seed": 1, "max_new_tokens": tokens, "eos_token_id": None}

@@ -132,4 +132,5 @@ def save_two(folder):
 
 def unpruned(folders):
     """All tokenizations followed, of which short texts have few: to untrained members they make all the difference."""
-    return Ensemble.from_pretrained(folders, vocabulary="bytes", prune=0.0, dtype=torch.float64)
+    even = [1] * len(folders)
+    return Ensemble.from_pretrained(folders, vocabulary="bytes", prune=0.0, dtype=torch.float64, weights=even)

@@ -15,6 +15,7 @@ from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
 from softmeet.hf.arguments import arguments_of
 from softmeet.hf.assembly import assemble
+from softmeet.hf.by_size import unsized, weigh
 from softmeet.hf.byte_report import GroupReport
 from softmeet.hf.chat import Messages, is_chat
 from softmeet.hf.checkpoint import member_names as member_names
@@ -30,7 +31,6 @@ from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible
 from softmeet.hf.streaming import PieceStreamer, by_member, streamed
-from softmeet.hf.unequal import unsized, warn_of_unequal, weigh
 from softmeet.hf.unread import reading, refuse_quantised
 from softmeet.hf.vocabulary import choose_vocabulary, kind_of, require_for_bytes, require_gate, require_vocabulary
 from softmeet.members import zoo
@@ -105,7 +105,8 @@ class Ensemble:
                 one's ten likeliest; ``"union:as=gac"`` and ``"union:k=10:as=unite"`` as their authors' code has it.
             prune: over bytes, the least share of probability mass, by default 0.01, at which another tokenization runs.
             prefixes: for each member the token ids that it reads before every text; None for its tokenizer's.
-            settings: fields of :class:`softmeet.Settings`, and options of the rule; the gate is ``auto`` if not given.
+            settings: fields of :class:`softmeet.Settings`, and options of the rule; the gate is ``auto`` if not given,
+                and an average without ``weights`` counts members by size, where sizes are known, which is logged.
 
         Raises:
             InvalidInputError: if a setting is wrong, or no member is named.
@@ -149,8 +150,6 @@ class Ensemble:
         weigh(config, models, chosen)
         model = assemble(EnsembleForCausalLM, config, models, common, tokenizers)
         give_claims(model, on_progress)
-        if saved is None and chosen.weights is None:
-            warn_of_unequal(model)
         return cls(model, model.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -217,7 +216,7 @@ class Ensemble:
         Example:
             >>> reports = Ensemble.from_pretrained("wide", "logit-mean").inspect("In the beginning")
             >>> [round(report.log_prob, 2) for report in reports]
-            [-2.99, -6.61, -0.15]
+            [-2.91, -6.57, -0.17]
         """
         return reports_of(self.model, self.tokenizer, text, top, given)
 
@@ -394,7 +393,7 @@ class Ensemble:
         Example:
             >>> ensemble = Ensemble.from_pretrained("wide", "logit-mean")
             >>> next(ensemble.stream_with_disagreement("In the beginning", do_sample=False))
-            (' of', 0.28...)
+            (' of', 0.30...)
         """
         told = by_member(self.model, self.tokenizer, text, seed=seed, recorder=recorder, **options)
         yield from ((piece, sum(nats, 0.0)) for piece, nats, _ in told)

@@ -56,7 +56,7 @@ def test_doubt_of_texts_in_a_batch_is_that_of_reading_each_again(ensemble, drawn
         hidden = [own[len(before) - 1 :] for own in ensemble.model.hidden_states(torch.tensor([[*before, *ids[:-1]]]))]
         log_probs, _ = ensemble.model.combiner.own_log_probs(hidden)
         assert doubt.disagreement == pytest.approx(float(disagreement(log_probs).mean()), abs=1e-4)
-        p = log_probs.exp().mean(0)
+        p = torch.tensordot(torch.tensor(ensemble.model.config.weights).to(log_probs), log_probs.exp(), 1)
         assert doubt.entropy == pytest.approx(float(torch.special.entr(p).sum(-1).mean()), abs=1e-4)
 
 

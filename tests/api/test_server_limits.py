@@ -191,14 +191,13 @@ def test_settings_without_effect_are_refused_where_asked_for_and_else_not_told(u
         ({"rule": "meet:trust=x"}, "rule", "expected NUMBER"),
         ({"rule": "meet", "trust": [1, 2, 3]}, "trust", "one per member, 2 in all"),
         ({"rule": "meet", "pool": "mean"}, "pool", "expected pool"),
-        ({"weights": [1, 2]}, "weights", "divide by the sum, or start the server with --free-weights to use them"),
+        ({"weights": [1, 2, 3]}, "weights", "one weight per member, 2 in all"),
         ({"gate": "sure:1"}, "gate", "expected a gate as"),
     ],
 )
 def test_an_invalid_setting_is_named_as_the_request_has_it(url, ours, param, message):
     error = refused(url, softmeet=ours)
     assert message in error["message"]
-    assert "free_weights=" not in error["message"]
     assert (error["type"], error["param"], error["code"]) == (
         "invalid_request_error", f"softmeet.{param}", "invalid_value",
     )  # fmt: skip

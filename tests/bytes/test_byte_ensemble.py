@@ -421,7 +421,8 @@ def test_members_begin_after_prompts_of_their_own(ensemble, folders, tmp_path):
         if "num_beams" not in options:
             greedy = alone[0]
             assert together == ensemble.generate(PROMPTS[:2], prefixes=prefixes, use_cache=False, **options)
-    fixed = Ensemble.from_pretrained(folders, vocabulary="bytes", prune=0.0, dtype=torch.float64, prefixes=prefixes[0])
+    how = {"vocabulary": "bytes", "prune": 0.0, "dtype": torch.float64, "weights": [1, 1]}
+    fixed = Ensemble.from_pretrained(folders, **how, prefixes=prefixes[0])
     assert fixed.generate(PROMPTS[0], **GREEDY) == greedy
     fixed.save_pretrained(tmp_path / "fixed")
     again = Ensemble.from_pretrained(tmp_path / "fixed", dtype=torch.float64)

@@ -107,9 +107,9 @@ def test_what_is_set_holds_from_then_on(talk, capsys, tmp_path):
         assert talk.obey(text)
         return " ".join(capsys.readouterr().err.split())
 
-    assert "mixed/gpt2 0.50, mixed/llama 0.50, mixed by logit-mean over bytes" in said("/show")
+    assert "mixed/gpt2 0.53, mixed/llama 0.47, mixed by logit-mean over bytes" in said("/show")
     assert "always the likeliest, seed none, at most 6 tokens" in said("/show")
-    assert "0.25, mixed/llama 0.75" in said("/set weights 0.25,0.75")
+    assert "0.25, mixed/llama 0.75" in said("/set weights 1,3")
     assert "temperature 0.5, seed none" in said("/set temperature 0.5")
     assert "temperature 0.5, seed 7" in said("/set seed 7")
     for wrong in ("/set temperature x", "/set seed -1", "/set weights 1,x", "/set weights 1", "/set colour", "/save"):
@@ -235,8 +235,10 @@ def test_models_that_cannot_be_loaded_end_the_typing(keyboard):
 
 
 def test_what_does_not_fit_is_said_and_the_conversation_goes_on(caplog):
-    done = run(*BOTH, "--rule", "logit-mean:weights=auto", stdin=f"{'king ' * 600}\nAnd the king said\n")
-    assert "mixed by logit-mean: wide/gpt2 0.69, wide/llama 0.31" in caplog.text
+    done = run(*BOTH, "--rule", "logit-mean", stdin=f"{'king ' * 600}\nAnd the king said\n")
+    assert caplog.messages == [
+        "weights by size: 0.69 for wide/gpt2, 0.31 for wide/llama; --weights 1,1 makes them equal"
+    ]
     assert done.returncode == 0, done.stderr
     assert "context" in done.stderr
     assert done.stdout.strip()

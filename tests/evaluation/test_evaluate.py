@@ -206,7 +206,7 @@ def test_the_baseline_is_the_best_of_members_and_averages(ensemble):
         ("meet:trust=much", "expected NUMBER or NUMBER/NUMBER"),
         ("meet:trust=1/2/3", "one trust"),
         ("meet:trust=-1", "trusts from 0"),
-        ("prob-mean:weights=1/1", "sum to 1"),
+        ("prob-mean:weights=1/1/1", "one weight per member"),
         ("meet:pool=both", "pool to be 'logit-mean' or"),
         ("meet:temperature=0", "temperature to be greater than 0"),
         ("", "at least one rule"),

@@ -39,7 +39,7 @@ def ensemble():
 
 @pytest.fixture(scope="module")
 def over_bytes():
-    return Ensemble.from_pretrained("mixed")
+    return Ensemble.from_pretrained("mixed", weights=[1, 1])
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.main import app
-from softmeet.derived import file_of
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation import own_files
 from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
@@ -31,9 +30,7 @@ from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import best_hidden
 from softmeet.evaluation.save import save
 from softmeet.evaluation.verdict import figures, plainly
-from softmeet.hf import claiming, unequal
-from softmeet.hf.remembered import known, members_hash
-from softmeet.hf.unequal import unwarned
+from softmeet.hf import claiming
 from softmeet.members.member import short
 
 N, DOCUMENTS = 1000, 20
@@ -123,15 +120,6 @@ def test_a_much_better_member_is_used_alone(members, tmp_path):
     assert found["interval"][0] <= 0
     assert found["cost_ratio"] == pytest.approx(1)
     assert f"Use {short(members.names[0])} alone" in found["says"]
-    own = advice.judged.fitted.parts["test"].positions
-    mean = sum(members.model.heads[0].logits(hidden).log_softmax(-1) for hidden in own.hidden) / 2
-    nats = -mean.log_softmax(-1).gather(-1, own.targets[:, None]).squeeze(-1)
-    gain = advice.judged.gain(nats)
-    assert found["equal_weights"] == {
-        "gain": pytest.approx(gain.mean),
-        "interval": pytest.approx([gain.low, gain.high]),
-    }
-    assert gain.high < 0
 
 
 def test_the_same_member_twice_is_one(members, unmeasured):
@@ -359,8 +347,6 @@ def command(*words):
 
 def test_the_command(folders, texts, tmp_path, monkeypatch):
     told = stages(monkeypatch, "advise")
-    monkeypatch.setenv("SOFTMEET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(unequal, "_ENOUGH", 1)
     asked = [*folders, "-t", texts, "--folds", 2, "--instead", folders[0]]
     done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
     assert done.exit_code == 0, done.output
@@ -383,10 +369,6 @@ def test_the_command(folders, texts, tmp_path, monkeypatch):
     again = Ensemble.from_pretrained(tmp_path / "saved")
     assert again.model.config.weights == pytest.approx(facts["weights"])
     assert facts["says"] in (tmp_path / "saved" / "README.md").read_text()
-    with unwarned():
-        (kept,) = known(file_of("weights.json"))[members_hash(Ensemble.from_pretrained(folders).model)].values()
-    assert kept["gain"] == facts["equal_weights"]["gain"]
-    assert kept["weights"] == facts["candidates"]["logit-mean"]["weights"]
 
 
 def test_files_are_judged_on_those_that_are_held_out(folders, tmp_path, unmeasured):

@@ -204,7 +204,7 @@ def test_beams_under_it(default_gate, pair, monkeypatch):
         gate: Ensemble.from_pretrained(pair, gate=gate, trust=3.0).generate("a b", **beams)
         for gate in ("movement:1e9", "movement:1e-12", "none")
     }
-    pool = Ensemble.from_pretrained(pair, "logit-mean").generate("a b", **beams)
+    pool = Ensemble.from_pretrained(pair, "logit-mean", weights=[1, 1]).generate("a b", **beams)
     assert found["movement:1e9"] == pool
     assert found["movement:1e-12"] == found["none"]
     assert found["none"] != pool

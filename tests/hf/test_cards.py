@@ -45,7 +45,7 @@ def test_the_card_of_an_ensemble_of_bundled_members(narrow, tmp_path):
 def test_the_card_names_no_path_of_this_machine(tmp_path):
     folders = [tiny.save(tmp_path / "members" / name, name) for name in ("gpt2", "llama")]
     (tmp_path / "members" / "gpt2" / "README.md").write_text("---\nlicense: mit\n---\n")
-    ensemble = Ensemble.from_pretrained(folders, "logit-mean")
+    ensemble = Ensemble.from_pretrained(folders, "logit-mean", weights=[1, 1])
     ensemble.save_pretrained(tmp_path / "ensemble")
     raw, text = checked(tmp_path / "ensemble" / "README.md"), (tmp_path / "ensemble" / "README.md").read_text()
     assert not {"base_model", "license"} & set(raw)  # one member names none

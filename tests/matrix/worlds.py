@@ -95,12 +95,17 @@ class World:
         made, key = self._made, (rule, gate, files)
         if key not in made:
             given = {"rule": rule} | ({} if gate is None else {"gate": gate})
-            given |= {"vocabulary": "bytes"} if self.name == "bytes" else {}
+            given |= {"weights": self.even} | ({"vocabulary": "bytes"} if self.name == "bytes" else {})
             who = [[*self.members, *self.beside(files)]] if self.members else []
             made[key] = Ensemble.from_pretrained(*who, **given, dtype=self.dtype, loaded=self.loaded)
             # Requests may name the gate movement only where its factor is known.
             resolved(made[key].model, made[key].model.settings)
         return made[key]
+
+    @property
+    def even(self) -> list[int]:
+        """Return equal weights, which the golden texts were written by."""
+        return [1] * (3 if self.name == "family" else 2)
 
     def beside(self, files: str) -> list[str]:
         """Return the files beside the members, if a case has them."""
@@ -109,6 +114,7 @@ class World:
     def arguments(self, files: str) -> list[str]:
         """Return the command's flags for these members."""
         named = [word for member in (*self.members, *self.beside(files)) for word in ("-m", member)]
+        named += ["--weights", ",".join(map(str, self.even))]
         named += [] if self.dtype is None else ["--dtype", self.dtype]
         return named + (["--vocabulary", "bytes"] if self.name == "bytes" else [])
 

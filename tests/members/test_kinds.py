@@ -149,7 +149,8 @@ class Kind:
         self.folder, self.name, made = folder, name, KINDS[name](folder)
         self.members = [member for member, _, _ in made]
         self.by_hand = [(model, reads) for _, model, reads in made]
-        self.ensemble = Ensemble.from_pretrained(self.members, "logit-mean", dtype="float64")
+        even = [1] * len(self.members)
+        self.ensemble = Ensemble.from_pretrained(self.members, "logit-mean", dtype="float64", weights=even)
         self.tokenizer = self.ensemble.tokenizer
 
     @property

@@ -60,7 +60,6 @@ def broken(member, row, value):
         ({"weights": [1.5, -0.5]}, InvalidInputError, r"the rule meet takes no weight below 0, got \[1.5, -0.5\]"),
         ({"weights": [0.0, 0.0]}, InvalidInputError, "a positive weight"),
         ({"weights": [0.5, math.nan]}, InvalidInputError, "finite weights"),
-        ({"weights": [0.5, 0.6]}, InvalidInputError, "sum to 1.*free_weights=True"),
         ({"trust": -1.0}, InvalidInputError, "trusts from 0 to inf"),
         ({"trust": math.nan}, InvalidInputError, "trusts from 0 to inf"),
         ({"trust": [1.0, 2.0, 3.0]}, InvalidInputError, "2 in all, got 3"),

@@ -98,10 +98,9 @@ def advise(
     ensemble = loading.ensemble(every)
     from softmeet.answers.advised import documents_of, right_answers
     from softmeet.evaluation import advise as advising
-    from softmeet.evaluation.equal import remember
     from softmeet.evaluation.own_files import hold_out
     from softmeet.evaluation.positions import observe_text
-    from softmeet.evaluation.verdict import figures, is_worth_it, plainly
+    from softmeet.evaluation.verdict import figures
 
     documents, cut = documents_of(asked, put) if asked and documents is None else documents, dict[str, int]()
     with working("reading files") as reading_files:
@@ -131,10 +130,6 @@ def advise(
         shown = (says, tables(facts), cautions(facts), differences(facts))
         write_text(html, page(advice.judged, *shown))
         say(f"written to {html}")
-    if advice.equal is not None:
-        (fitted,) = (own for own in advice.judged.averages if own.name == "logit-mean")
-        told = "" if is_worth_it(advice) else plainly(advice)
-        remember(ensemble, advice.equal, "softmeet advise", fitted.settings["weights"], told)
     if saved is not None:
         _save(advice, facts, saved)
 
@@ -226,10 +221,6 @@ _OWN_TEXT = (
 def differences(facts: dict[str, Any]) -> str:
     """Return sentences on how far the members, and ``meet`` and its average, differ."""
     said = [f"The members disagree by {facts['disagreement']:.3f} nats a {facts['vocabulary'][:-1]} (Jensen-Shannon)."]
-    if facts["equal_weights"]["gain"] is not None:
-        equal = facts["equal_weights"]
-        gain = difference(equal["gain"], equal["interval"])
-        said.append(f"With equal weights, the default, the gain over the best model at a fitted temperature is {gain}.")
     if facts["movement"]:
         said.append(f"At trust 0.3 {facts['movement']['says']}")
     if facts["meet"]:

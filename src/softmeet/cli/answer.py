@@ -127,7 +127,8 @@ def answer(
     members: options.Members = None,
     ensembles: list[str] | None = optional(
         "An ensemble: NAME=A B RULE, members by their names or the last part of those of -m, and maybe files:PATH, "
-        "vocabulary=union, gate=safe or decoder=agreement; or NAME=SAVED. It can be repeated.",
+        "vocabulary=union, gate=safe or decoder=agreement; or NAME=SAVED. An average goes by size unless it names "
+        "weights, as logit-mean:weights=1/1 does. It can be repeated.",
         "--ensemble",
         "-e",
         panel="Models",
@@ -352,10 +353,10 @@ def _require_likelihoods(who: Sequence[Subject], what: str, needed: bool = True)
 def _loaded(one: Subject, loaded: dict[Any, Any]) -> Any:
     with working(f"loading {one.name}"):
         from softmeet.ensemble import Ensemble
-        from softmeet.hf.unequal import unwarned
+        from softmeet.hf.by_size import untold
 
         given: dict[str, Any] = {**one.loading, "loaded": loaded}
-        with unwarned():
+        with untold():
             return Ensemble.from_pretrained(one.named, one.rule, **given)
 
 

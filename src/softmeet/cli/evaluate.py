@@ -141,7 +141,6 @@ def evaluate(
         require_row(baseline, labels)
     compared = _compared(pairs, labels)
     from softmeet.evaluation.by_folds import evaluate_by_folds
-    from softmeet.evaluation.equal import remember_evaluated
     from softmeet.evaluation.files import PieceCache
     from softmeet.evaluation.losses import write_losses
     from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
@@ -175,7 +174,6 @@ def evaluate(
         run = _whole(run, ensemble, choices)
         facts = summary(made, baseline=baseline, pairs=compared) | {"run": run}
     result.report(facts, show if table is None else partial(_print_paper, table))
-    remember_evaluated(ensemble, made)
     if losses is not None:
         write_losses(losses, made, each=by_token)
         say(f"losses are in {losses}")
@@ -322,6 +320,9 @@ def show(facts: dict[str, Any]) -> None:
             console.print(f"{labels[name]}: {note}")
     for caution in [*_cautions(facts), *repeats(one["name"] for one in facts.get("run", {}).get("members", ()))]:
         console.print(caution)
+    if run := facts.get("run"):
+        shares = ", ".join(f"{weight:.2f}" for weight in run["rules"]["ensemble"]["weights"])
+        console.print(f"The members' weights, where a rule names none, are {shares}.")
     for files, share in facts.get("claims", {}).items():
         console.print(f"{files} claimed {share:.1%} of every rule's answers, in the mean.")
     console.print(

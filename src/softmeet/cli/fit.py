@@ -117,7 +117,6 @@ def fit(
     loading.refuse_exact(named, [document.text for document in found], source.surely_read)
     reads = rule is not None and rule_of(rule).reads_heads
     ensemble = loading.ensemble(named, {"rule": rule} if reads else {}, prune=source.prune(None))
-    from softmeet.evaluation.equal import remember_fitted
     from softmeet.evaluation.fit import fit as learn
     from softmeet.evaluation.own_files import hold_out
     from softmeet.evaluation.positions import observe_text
@@ -145,7 +144,6 @@ def fit(
         save(ensemble, fitted, out)
     if facts["caution"]:
         say(facts["caution"])
-    remember_fitted(ensemble, fitted)
     if result.as_json != Path("-"):
         typer.echo(harmless(f"saved in {out}; the settings of the other candidates are in its fit.json"))
 

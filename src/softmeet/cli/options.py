@@ -35,8 +35,8 @@ _MEMBERS = (
     "checkpoint, or a bundled model such as wide/gpt2; repeat it for each member. NAME:REST is a reader that a package "
     "brings. Behind it, +key=value may say how it is loaded and what it reads: prompt (a text or a file), adapter, "
     "quantization, dtype, device, of a GGUF file engine, context, gpu_layers, repack and hash, of a model behind a "
-    "server (http://HOST:PORT/v1#MODEL) tokenizer and top, subfolder, file, name. Or, alone, a bundled family (wide, the "
-    "default; narrow, with very narrow heads; mixed, with two tokenizers) or the folder of a saved ensemble, whose "
+    "server (http://HOST:PORT/v1#MODEL) tokenizer and top, subfolder, file, name. Or, alone, a bundled family (wide, "
+    "the default; narrow, with very narrow heads; mixed, with two tokenizers) or the folder of a saved ensemble, whose "
     "settings then take the place of the defaults shown here."
 )
 Members = Annotated[
@@ -226,7 +226,7 @@ class LoadingFlags(Flags, panel="Models"):
                 from transformers.utils import logging
 
                 from softmeet.ensemble import Ensemble
-                from softmeet.hf.unequal import unwarned
+                from softmeet.hf.by_size import untold
 
             logging.set_verbosity_error()
             logging.disable_progress_bar()
@@ -235,7 +235,7 @@ class LoadingFlags(Flags, panel="Models"):
             arguments["vocabulary"] = rather
         if self.prune is None and not is_saved(members):
             arguments["prune"] = prune
-        with working("loading", shown=shown) as show, nullcontext() if to_write else unwarned():
+        with working("loading", shown=shown) as show, nullcontext() if "weights" in (settings or ()) else untold():
             found = Ensemble.from_pretrained(
                 members[0] if members and len(members) == 1 else members or DEFAULT,
                 on_progress=lambda name: show(f"loading {short(name)}"),

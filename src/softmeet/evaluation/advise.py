@@ -17,7 +17,6 @@ from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.claimed import beside
 from softmeet.evaluation.costs import Others, ensemble_run, member_runs, milliseconds, written
 from softmeet.evaluation.documents import Document
-from softmeet.evaluation.equal import Equal, evaluate_equal, spread_rows
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.fit import Fitted, fit
 from softmeet.evaluation.intervals import Clusters, Difference, paired
@@ -184,7 +183,6 @@ class Advice:
         time: the milliseconds that a byte takes by what is advised.
         busy: the share of the processors that other programs took while times were measured.
         alternatives: single models that could take the ensemble's place.
-        equal: what an average with equal weights gains over the best member; None of a single member.
         files: what files add to what is advised; None without files.
     """
 
@@ -196,7 +194,6 @@ class Advice:
     time: float
     busy: float = 0.0
     alternatives: list[Alternative] = field(default_factory=list)
-    equal: Equal | None = None
     files: Beside | None = None
 
     @property
@@ -334,11 +331,6 @@ def advise(
     too_long = _SECONDS / afforded * len(_TRUSTS) * len(positions) if moved and not meets else None
     judged = Judged(ensemble, fitted, times, compared, too_long)
     found = Advice(judged, *judged.chosen(), time=times[judged.names.index(judged.best)])
-    if len(ensemble.names) > 1:
-        whole = fitted.parts["test"].positions
-        rows = spread_rows(ensemble, whole)
-        even = evaluate_equal(ensemble, whole.take(rows), engine, cache)
-        found.equal = Equal.of(even, "equal", judged.base[rows], judged.names.index(judged.best))
     if found.verdict != "single":
         begin("measuring what the ensemble costs", 0, None)
         # Side by side with the best member, so that the ratio can be relied on where the machine has slowed down.

@@ -21,15 +21,15 @@ def figures(advice: Advice) -> dict[str, Any]:
     """Return what is advised, and why, as a dictionary for JSON; losses and gains are in bits a byte.
 
     ``verdict`` is ``single``, ``average``, ``meet`` or ``gate``; ``rule``, ``weights`` and ``settings`` are those that
-    are advised, None if a model that is no member is. ``equal_weights`` has what equal ones gain over the best member;
-    ``gain`` is what they gain over the best member, with the 95 % ``interval``, on documents that took no part in
-    fitting or choosing (for ``single``: what the best ensemble would gain); ``cost_ratio`` is the time of a byte over
-    that of the best member; ``plainly`` says in a sentence what to do and whether it is worth it beside a larger model,
-    as ``worth_it`` has it, ``says`` with which settings. ``members`` has each one's ``bits_per_byte`` and
-    ``ms_per_byte``, and how often it ``knows_better`` than all others; ``candidates`` each fit's settings,
-    ``bits_per_byte``, ``gain`` and ``interval``. ``files`` has what files add to what is advised, as of
-    :meth:`softmeet.evaluation.own_files.Beside.figures`; None without files. ``movement`` says how far ``meet`` moves
-    the average, ``alternatives`` what single models make of the same text, ``cautions`` what may mislead.
+    are advised, None if a model that is no member is; ``gain`` is what they gain over the best member, with the 95 %
+    ``interval``, on documents that took no part in fitting or choosing (for ``single``: what the best ensemble would
+    gain); ``cost_ratio`` is the time of a byte over that of the best member; ``plainly`` says in a sentence what to do
+    and whether it is worth it beside a larger model, as ``worth_it`` has it, ``says`` with which settings. ``members``
+    has each one's ``bits_per_byte`` and ``ms_per_byte``, and how often it ``knows_better`` than all others;
+    ``candidates`` each fit's settings, ``bits_per_byte``, ``gain`` and ``interval``. ``files`` has what files add to
+    what is advised, as of :meth:`softmeet.evaluation.own_files.Beside.figures`; None without files. ``movement`` says
+    how far ``meet`` moves the average, ``alternatives`` what single models make of the same text, ``cautions`` what may
+    mislead.
     """
     judged, found = advice.judged, advice.judged.found
     gain = None if advice.nats is None else judged.gain(advice.nats)
@@ -43,7 +43,6 @@ def figures(advice: Advice) -> dict[str, Any]:
         "members_in_order": None if instead else [*advice.ensemble.names, *advice.ensemble.model.config.files],
         **_gained(gain),
         "cost_ratio": (instead[0].time if instead else advice.time) / best if best else None,
-        "equal_weights": _gained(advice.equal.gain if advice.equal else None),
         "plainly": " ".join(filter(None, (on_files(advice), plainly(advice) if advice.judged.averages else ""))),
         "worth_it": is_worth_it(advice),
         "says": says(advice),

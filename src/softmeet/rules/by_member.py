@@ -8,22 +8,24 @@ from typing import Any
 
 from softmeet.errors import InvalidInputError
 
-# Weights sum to 1 within the first; to 0, if their sum is below the second as a share of their absolute sum.
+# Weights that sum to 1 within the first are left alone; they sum to 0 if their sum is below the second as a share of
+# their absolute sum.
 _ONE, _ZERO = 1e-6, 1e-9
 
 
 def checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
-    """Return n weights, of which None stands for 1/n each, and a number for that of a single member.
+    """Return n weights that sum to 1; None stands for 1/n each, and a number for that of a single member.
 
     Args:
         weights: None, a number or a sequence of numbers; which signs a rule takes is not checked.
         n: the number of members.
-        free: whether they may sum to anything but 0, not only to 1.
+        free: whether they stay as they are, and are not divided by their sum.
 
     Raises:
-        InvalidInputError: if there are not n, one is not finite, none is positive, or their sum is wrong.
+        InvalidInputError: if there are not n, one is not finite, none is positive, or they sum to 0, or, unless
+            ``free``, to less.
 
-    >>> checked_weights([1.5, -0.5], 2, free=False)
+    >>> checked_weights([3.0, -1.0], 2, free=False)
     (1.5, -0.5)
     """
     if isinstance(weights, str):
@@ -38,18 +40,13 @@ def checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
         raise InvalidInputError(f"expected finite weights with a finite sum, got {list(values)}")
     if n and not any(w > 0 for w in values):
         raise InvalidInputError(f"expected a positive weight, got {list(values)}")
-    if n and abs(total) <= _ZERO * size:
+    if n and (abs(total) if free else total) <= _ZERO * size:
+        more = "do not sum to 0" if abs(total) <= _ZERO * size else "sum to more than 0"
         raise InvalidInputError(
-            f"expected weights that do not sum to 0, got {list(values)}: let one be larger, so that they sum to 1, as "
-            "1.5 and -0.5 do"
+            f"expected weights that {more}, got {list(values)}: let one be larger, so that they sum to 1, as 1.5 and "
+            "-0.5 do"
         )
-    if n and not free and abs(total - 1) > _ONE:
-        divide = "divide by the sum" if total > 0 else "let one be larger, so that they sum to 1"
-        raise InvalidInputError(
-            f"expected weights that sum to 1, got {list(values)} with sum {total:g}: {divide}, or say "
-            "free_weights=True to use them as exponents"
-        )
-    return values
+    return values if free or abs(total - 1) <= _ONE else tuple(value / total for value in values)
 
 
 def checked_trust(trust: float | Sequence[float], n: int, bands: int) -> tuple[float, ...]:

@@ -93,8 +93,9 @@ class SettingValues(Frozen):
     same as under its own prediction.
     """
     weights: Annotated[tuple[float, ...] | float | Literal["auto"] | None, BeforeValidator(_weights)] = None
-    """How much each model counts, in their order, as in 0.3,0.7, or auto, by size (all the same if left out).
-    These weights sum to 1. auto counts parameters. For the rule logit-mean weights may be below 0, as in 1.5,-0.5.
+    """How much each model counts, in their order, as in 0.3,0.7 or 1,1. Left out, an average goes by size (numbers of
+    parameters), where it is known; by other rules, and over a union, all count the same. auto goes by size with any
+    rule. For the rule logit-mean weights may be below 0, as in 1.5,-0.5.
     """
     pool: Pool = "logit-mean"
     """The average that a rule starts from: logit-mean (of logits) or prob-mean (of probabilities)."""
@@ -109,7 +110,7 @@ class SettingValues(Frozen):
     uses the rule meet, and raise stops with an error.
     """
     free_weights: bool = False
-    """Do not require that weights sum to 1."""
+    """Use weights as they are, and do not divide them by their sum."""
     rank: Annotated[int | None, BeforeValidator(_count)] = None
     """Use only the N strongest principal directions of each head (output layer). All by default."""
     free_radial: bool = False
@@ -129,14 +130,13 @@ class SettingValues(Frozen):
     def for_members(self, n: int) -> Self:
         """Return a copy for n members, with n weights and n · ``bands`` trusts: member by member, then band by band.
 
-        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n.
-        ``trust`` may be a number (not a list of one), which serves all members; n numbers, each of which serves all
-        bands of its member; or n · ``bands`` numbers.
+        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n;
+        unless ``free_weights``, others are divided by their sum. ``trust`` may be a number (not a list of one), which
+        serves all members; n numbers, each of which serves all bands of its member; or n · ``bands`` numbers.
 
         Raises:
             InvalidInputError: if weights are ``"auto"``, or their number or that of trusts does not fit; or a weight is
-                not finite, none is positive, they sum to 0, or, without ``free_weights``, they do not sum to 1 within
-                10⁻⁶.
+                not finite, none is positive, or they sum to 0, or, without ``free_weights``, to less.
         """
         weights = checked_weights(self.weights, n, free=self.free_weights)
         return self.model_copy(update={"weights": weights, "trust": checked_trust(self.trust, n, self.bands)})

@@ -185,9 +185,7 @@ def _fails(model: EnsembleForCausalLM, name: str, value: Any) -> bool:
 
 def _refused(error: SoftmeetError | str, param: str) -> RequestError:
     """Return what is wrong with a setting as a request's error, with advice that can be followed in a request."""
-    # Whether weights have to sum to 1 is the server's choice, not a request's.
-    said = str(error).replace("say free_weights=True", "start the server with --free-weights")
-    return RequestError(said, param=param, code="invalid_value")
+    return RequestError(str(error), param=param, code="invalid_value")
 
 
 def _with_gate(model: EnsembleForCausalLM, settings: Settings) -> tuple[Settings, str | None]:
