@@ -59,7 +59,7 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptSeconds:
     """The seconds of a call by the number of its tokens, as they were measured once: straight lines between those.
 
     Args:
@@ -75,7 +75,7 @@ class Kept:
         """Return the seconds of a call of ``length`` tokens.
 
         Example:
-            >>> Kept(((1, 0.02), (2, 0.03), (4, 0.04))).at(3)
+            >>> KeptSeconds(((1, 0.02), (2, 0.03), (4, 0.04))).at(3)
             0.035
         """
         known = self.calls
@@ -127,10 +127,10 @@ class Pace:
     rows: int = 1
     kept: Sequence[Sequence[tuple[int, float]]] = ()
     v: int = 0
-    calls: Sequence[Seconds | Kept] = field(init=False)
+    calls: Sequence[Seconds | KeptSeconds] = field(init=False)
     shares: list[Share] = field(init=False)
-    rule: Seconds | Kept = field(default_factory=Seconds)
-    drafting: Seconds | Kept = field(default_factory=Seconds)
+    rule: Seconds | KeptSeconds = field(default_factory=Seconds)
+    drafting: Seconds | KeptSeconds = field(default_factory=Seconds)
     _waited: int = 0
     _begun: bool = False
 
@@ -138,8 +138,8 @@ class Pace:
         """Begin with what is kept, or without observations."""
         self.calls = [Seconds() for _ in range(self.n)]
         if self.kept:
-            self.calls, self._begun = [Kept(calls) for calls in self.kept], True
-            one, more = (Kept([(k, k * _A_NUMBER * count * self.v) for k in (1, 2)]) for count in (1, self.n))
+            self.calls, self._begun = [KeptSeconds(calls) for calls in self.kept], True
+            one, more = (KeptSeconds([(k, k * _A_NUMBER * count * self.v) for k in (1, 2)]) for count in (1, self.n))
             self.drafting, self.rule = one, more
         shares = [_ACCEPTED**self.rows] * (self.n + 1) + list(_REPEATED)
         self.shares = [Share(_DRAFTS * share) for share in shares]
