@@ -11,8 +11,6 @@ _KEPT = 0.9
 # much longer a call takes for each further token, as a share of its time for one, with the weight of so many tokens.
 _ACCEPTED, _DRAFTS = 0.7, 2.0
 _SHARE, _TOKENS = 0.1, 1.0
-# The same for what follows the last 16, 8, 4 and 2 tokens of a text where they stood before.
-_REPEATED = (0.9, 0.8, 0.6, 0.4)
 # The most tokens drafted at a turn, by a member and without one.
 MOST, FREELY = 8, 31
 # The seconds of the rule for each number of a member's prediction, where those of calls are kept.
@@ -119,7 +117,7 @@ class Pace:
         rule: the seconds of the rule by its positions.
         drafting: the seconds of drafting a token from a distribution that is known.
         shares: for each member the share of its drafts that was accepted, then for readers that claim, and for what a
-            text repeats, by the length of what stood before.
+            text repeats.
     """
 
     n: int
@@ -141,8 +139,7 @@ class Pace:
             self.calls, self._begun = [KeptSeconds(calls) for calls in self.kept], True
             one, more = (KeptSeconds([(k, k * _A_NUMBER * count * self.v) for k in (1, 2)]) for count in (1, self.n))
             self.drafting, self.rule = one, more
-        shares = [_ACCEPTED**self.rows] * (self.n + 1) + list(_REPEATED)
-        self.shares = [Share(_DRAFTS * share) for share in shares]
+        self.shares = [Share(_DRAFTS * _ACCEPTED**self.rows) for _ in range(self.n + 2)]
 
     def speed(self, count: int) -> float:
         """Estimate the tokens a second with ``count`` drafts of the cheapest member at a turn; 0 for no drafts."""

@@ -7,40 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# How many tokens are looked for, the most first.
-LENGTHS = (16, 8, 4, 2)
+from softmeet.engine.pace import Share
+
+# How many tokens are looked for, the most first; and before anything is known, how often what followed them follows
+# again, with the weight of so many times.
+LENGTHS, _SHARES, _TIMES = (16, 8, 4, 2), (0.9, 0.8, 0.6, 0.4), 2.0
 
 
 class Repeats:
-    """The tokens of a text, by those before them.
+    """The tokens of a text, by those before them, and how often they were what followed then.
 
     Example:
         >>> Repeats().next([5, 6, 7, 8, 5, 6])
-        (7, 3)
+        (7, 0.4)
     """
 
     def __init__(self) -> None:
         self._places: list[dict[tuple[int, ...], int]] = [{} for _ in LENGTHS]
+        self._shares = [Share(_TIMES * share, _TIMES) for share in _SHARES]
         self._known = 0
 
-    def next(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> tuple[int, int] | None:
+    def next(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> tuple[int, float]:
         """Return what followed the last time, behind as many tokens as possible.
 
         Args:
-            tokens: the text; what an earlier call was given is its beginning.
+            tokens: the text; what an earlier call was given is its beginning. What follows that beginning tells how
+                often such a draft would have been right.
             drafts: what may follow it.
 
         Returns:
-            (the token, the number of the length in ``LENGTHS`` at which its tokens stood before); None if none did.
+            (the token, how likely it is to be right); (0, 0.0) if the last tokens stand nowhere before.
         """
         for place in range(self._known, len(tokens)):
+            before = tokens[max(0, place - LENGTHS[0]) : place]
+            if self._known:
+                level, found = self._find(before)
+                if found is not None:
+                    self._shares[level].add(tokens[found] == tokens[place])
             for places, length in zip(self._places, LENGTHS, strict=True):
                 if place >= length:
-                    places[tuple(tokens[place - length : place])] = place
+                    places[tuple(before[-length:])] = place
         self._known = len(tokens)
-        text = [*tokens[-LENGTHS[0] :], *drafts][-LENGTHS[0] :]
-        for level, length in enumerate(LENGTHS):
-            found = self._places[level].get(tuple(text[-length:]))
-            if found is not None:
-                return tokens[found], level
-        return None
+        level, found = self._find([*tokens[-LENGTHS[0] :], *drafts][-LENGTHS[0] :])
+        return (0, 0.0) if found is None else (tokens[found], self._shares[level].value)
+
+    def _find(self, text: Sequence[int]) -> tuple[int, int | None]:
+        """Return the number of the longest length at which the end of a text stood before, and what followed it."""
+        for level, places in enumerate(self._places):
+            if (found := places.get(tuple(text[-LENGTHS[level] :]))) is not None:
+                return level, found
+        return 0, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -129,6 +129,9 @@ class MemberTurns(ABC):
             one.check()
         return torch.stack([states for (states,) in found.values()])
 
+    def drafted(self, count: int) -> None:  # noqa: B027
+        """Be told that there are so many drafts more."""
+
     @abstractmethod
     def draft(self, log_probs: Float[Tensor, "B v"]) -> bool:
         """Add a draft to each text, drawn from log-probabilities in nats; return whether there is one."""
@@ -228,7 +231,12 @@ class MemberTurns(ABC):
         logits = self._logits[i][-1] if self._quick else self._padded(combiner.heads[i].logits(self._hidden[i][-1]))
         logits = logits / self._settings.rule_temperature
         logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
-        return self._drafted(i, claimed(logits.log_softmax(-1), self._claims()), begun)
+        found = self.draft(self._readable(claimed(logits.log_softmax(-1), self._claims())))
+        if found:
+            self._authors.append(i)
+            self.drafted(1)
+        self.pace.drafting.add(1, self.clock() - begun)
+        return found
 
     def _draft_freely(self) -> int:
         """Draft tokens for which no member is run, as many as are likely to pay; return how many there are.
@@ -243,17 +251,17 @@ class MemberTurns(ABC):
             sure *= self.pace.shares[author].value
             tokens.append(tokens[-1] + sure)
         while self.is_room and len(self._authors) < self._most:
-            begun, (log_probs, chance, author) = self.clock(), self._likeliest()
+            chance, author, draft = self._likeliest()
             sure *= chance
-            if sure < (_UNLIKELY if self._speculate == "auto" else _SURE) or not self._drafted(
-                author, log_probs, begun
-            ):
+            if sure < (_UNLIKELY if self._speculate == "auto" else _SURE) or not draft():
                 break
+            self._authors.append(author)
             tokens.append(tokens[-1] + sure)
         count = len(self._authors) - pending
         if count and self._speculate == "auto":
             count = self.pace.worth(tokens, pending)
             self._drop(pending + count)
+        self.drafted(count)
         return count
 
     def _drop(self, count: int) -> None:
@@ -266,20 +274,24 @@ class MemberTurns(ABC):
         for i in self._claiming:
             del self._hidden[i][count + 1 :]
 
-    def _likeliest(self) -> tuple[Float[Tensor, "B v"], float, int]:
-        """Return what is known without a member of the next column: log-probabilities, its chance, and the author."""
+    def _likeliest(self) -> tuple[float, int, Callable[[], bool]]:
+        """Return what is known of the next column without a member: its chance, its author, and what drafts it."""
         n, combiner, (one, *others) = len(self._order), self._model.combiner, self.texts
-        # As if the rule had answered nothing, so that what is known alone is left.
-        nothing = torch.full((len(self.texts), combiner.v), -torch.inf, device=combiner.heads[0].device)
-        found, chance, author = nothing, 0.0, n
+        token, share = (0, 0.0) if others else self._repeats.next(one.tokens, one.drafts)
         if self._claiming:
+            # As if the rule had answered nothing, so that what is claimed alone is left.
+            nothing = torch.full((len(self.texts), combiner.v), -torch.inf, device=combiner.heads[0].device)
             found = claimed(nothing, self._claims())
             chance = float(found.amax(-1).exp().prod())
-        if not others and (repeated := self._repeats.next(one.tokens, one.drafts)) is not None:
-            token, level = repeated
-            if (share := self.pace.shares[n + 1 + level].value) > chance:
-                found, chance, author = nothing.index_fill(-1, torch.tensor(token), 0.0), share, n + 1 + level
-        return found.log_softmax(-1) if chance else found, chance, author
+            if chance >= share:
+                return chance, n, lambda: self.draft(self._readable(found.log_softmax(-1)))
+        return share, n + 1, lambda: self._repeat(one, token)
+
+    def _repeat(self, one: Continuation, token: int) -> bool:
+        """Draft a token that every member can read; return whether there is one."""
+        readable = token < min(head.v for head in self._model.combiner.heads)
+        one.drafts += [token] * readable
+        return readable
 
     def _claims(self) -> list[Float[Tensor, "B _"]]:
         """Return what readers that claim say behind the last column, which they read before."""
@@ -293,15 +305,10 @@ class MemberTurns(ABC):
         if one.read_by(i) < len(one.tokens) + len(one.drafts):
             self._hidden[i] += self.run(i).unbind(1)
 
-    def _drafted(self, author: int, log_probs: Float[Tensor, "B v"], begun: float) -> bool:
-        """Draft from log-probabilities in nats, and return whether there is a draft."""
-        # What another member has no id for, it could not read.
-        log_probs[:, min(one.v for one in self._model.combiner.heads) :] = -torch.inf
-        found = self.draft(log_probs)
-        if found:
-            self._authors.append(author)
-        self.pace.drafting.add(1, self.clock() - begun)
-        return found
+    def _readable(self, log_probs: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
+        """Leave out what another member has no id for, as it could not read that."""
+        log_probs[:, min(head.v for head in self._model.combiner.heads) :] = -torch.inf
+        return log_probs
 
     def _settle(self) -> bool:
         """Settle the tokens behind every column that all members have read; returns whether drafts remain."""

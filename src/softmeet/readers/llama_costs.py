@@ -25,12 +25,12 @@ from softmeet.members.gguf_file import GgufFile
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, RowTokens
 
 # To be raised when costs are measured otherwise.
-_FORM = 4
+_FORM = 6
 # The lengths of calls by which layouts are compared, those that are measured of the faster one, too, and how often
 # each is: of a busy machine the least time tells the most.
-_COMPARED, _OTHERS, _TIMES = (1, 4, 16), (2, 3, 6, 8, 32), 2
+_COMPARED, _OTHERS, _TIMES = (1, 4, 32), (2, 3, 6, 8, 16), 2
 # Behind so many tokens; and the seconds after which no longer calls are measured.
-_BEHIND, _PATIENCE = 16, 2.0
+_BEHIND, _PATIENCE = 4, 2.0
 # The other layout takes longer to load, and has to be so much faster in the mean.
 _FASTER = 0.95
 
@@ -113,11 +113,10 @@ def _measured(model: Callable[[bool], LlamaModel], repack: bool | None) -> Costs
 def _calls(model: LlamaModel, lengths: Sequence[int]) -> dict[int, float]:
     """Return the least seconds of calls by their lengths, which ascend."""
     context, found = LlamaContext(model, 256), dict[int, float]()
-    text = [k % model.v for k in range(_BEHIND, 2 * _BEHIND)]
+    text = [k % model.v for k in range(_BEHIND, _BEHIND + max(lengths))]
     # The first calls fetch the weights.
-    for where in range(2):
+    for where in range(_BEHIND):
         context.run([RowTokens(0, where, text[:1], (0,))])
-    context.run([RowTokens(0, 2, text[2:], ())])
     begun = time.perf_counter()
     for length in lengths:
         if found and time.perf_counter() - begun > _PATIENCE:

@@ -113,8 +113,11 @@ class Ahead(MemberTurns):
         (token,), failed = drawn([s], log_probs), s.dead_end is not None
         s.dead_end = None
         s.drafts += [] if failed else [token]
-        self._metrics.drafted.inc(not failed)
         return not failed
+
+    def drafted(self, count: int) -> None:
+        """Count drafts."""
+        self._metrics.drafted.inc(count)
 
     def combined(self, start: int, stop: int) -> Combined:
         """Return what the rule makes of the positions, in as much time as it may take for so many tokens."""
