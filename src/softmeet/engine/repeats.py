@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from softmeet.engine.pace import Share
 
 # How many tokens are looked for, the most first; and before anything is known, how often what followed them follows
-# again, with the weight of so many times.
-LENGTHS, _SHARES, _TIMES = (16, 8, 4, 2), (0.9, 0.8, 0.6, 0.4), 2.0
+# again, and what goes on as far behind as before where none of them stood before, with the weight of so many times.
+LENGTHS, _SHARES, _TIMES = (16, 8, 4, 2), (0.9, 0.8, 0.6, 0.4, 0.3), 2.0
 
 
 class Repeats:
@@ -25,10 +25,12 @@ class Repeats:
     def __init__(self) -> None:
         self._places: list[dict[tuple[int, ...], int]] = [{} for _ in LENGTHS]
         self._shares = [Share(_TIMES * share, _TIMES) for share in _SHARES]
-        self._known = 0
+        self._known = self._behind = 0
 
     def next(self, tokens: Sequence[int], drafts: Sequence[int] = ()) -> tuple[int, float]:
         """Return what followed the last time, behind as many tokens as possible.
+
+        Behind a token that was replaced, as in an edited text, what is repeated goes on as far behind as before.
 
         Args:
             tokens: the text; what an earlier call was given is its beginning. What follows that beginning tells how
@@ -36,24 +38,26 @@ class Repeats:
             drafts: what may follow it.
 
         Returns:
-            (the token, how likely it is to be right); (0, 0.0) if the last tokens stand nowhere before.
+            (the token, how likely it is to be right); (0, 0.0) if nothing is repeated.
         """
         for place in range(self._known, len(tokens)):
             before = tokens[max(0, place - LENGTHS[0]) : place]
-            if self._known:
-                level, found = self._find(before)
-                if found is not None:
-                    self._shares[level].add(tokens[found] == tokens[place])
+            if self._known and (found := self._find(before, place)) is not None:
+                level, source = found
+                self._shares[level].add(tokens[source] == tokens[place])
+                self._behind = place - source
             for places, length in zip(self._places, LENGTHS, strict=True):
                 if place >= length:
                     places[tuple(before[-length:])] = place
         self._known = len(tokens)
-        level, found = self._find([*tokens[-LENGTHS[0] :], *drafts][-LENGTHS[0] :])
-        return (0, 0.0) if found is None else (tokens[found], self._shares[level].value)
+        found = self._find([*tokens[-LENGTHS[0] :], *drafts][-LENGTHS[0] :], len(tokens) + len(drafts))
+        if found is None or found[1] >= len(tokens):
+            return 0, 0.0
+        return tokens[found[1]], self._shares[found[0]].value
 
-    def _find(self, text: Sequence[int]) -> tuple[int, int | None]:
-        """Return the number of the longest length at which the end of a text stood before, and what followed it."""
+    def _find(self, before: Sequence[int], place: int) -> tuple[int, int] | None:
+        """Return what a place repeats behind some tokens: (the number of the length at which they match, where)."""
         for level, places in enumerate(self._places):
-            if (found := places.get(tuple(text[-LENGTHS[level] :]))) is not None:
-                return level, found
-        return 0, None
+            if (source := places.get(tuple(before[-LENGTHS[level] :]))) is not None:
+                return level, source
+        return (len(LENGTHS), place - self._behind) if self._behind else None
