@@ -21,6 +21,7 @@ from softmeet.cli.main import app
 from softmeet.engine import quick
 from softmeet.engine.pace import Pace
 from softmeet.engine.recorder import Recorder
+from softmeet.engine.repeats import Repeats
 from softmeet.errors import InvalidInputError
 from softmeet.hf.sampling import RowSampler
 from softmeet.noise import noisy
@@ -442,6 +443,18 @@ def test_a_text_that_repeats_itself_drafts(names, count, monkeypatch):
         own.clear()
     assert made(model, None, 1, sample=False, count=32, **options).equal(plain)
     assert all(len(own) <= 4 for own in calls.lengths)
+
+
+def test_what_is_repeated_goes_on_behind_a_token_that_was_replaced():
+    text, repeats = [*range(10, 30)], Repeats()
+    written, right = list(text), []
+    for token in [*text[:6], 99, *text[7:12], 99, *text[13:]]:
+        right.append(repeats.next(written)[0] == token)
+        written.append(token)
+    assert [k for k, own in enumerate(right) if not own] == [0, 1, 6, 12]
+    # What was never right is not likely to be so.
+    drawn, unlike = Repeats(), [1, 2, 3, 1, 2, 4, 1, 2, 5, 1, 2, 6, 1, 2, 7, 1, 2]
+    assert [drawn.next(unlike[:k])[1] for k in (5, 17)] == [0.4, pytest.approx(0.1, abs=0.05)]
 
 
 def test_members_whose_cache_cannot_be_cut(tmp_path, names):
