@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -103,6 +105,22 @@ def test_a_repeated_prefix_is_not_computed_again(serve):
         assert listener.tokens() == generated(model, one.prompt)
     reused = engine.metrics.registry.get_sample_value("softmeet_reused_tokens_total")
     assert reused == 0 + 9 + 10 + 5
+
+
+def test_members_that_round_coarsely_read_a_seeded_request_anew(serve, monkeypatch):
+    """As what they have read before changes their rounding."""
+    model = ensemble_of(("gpt2", "llama"))
+    engine, begun = serve(model), []
+    for reader in engine.readers.values():
+        monkeypatch.setattr(reader, "traits", replace(reader.traits, rounding="coarse"))
+        monkeypatch.setattr(reader, "to_itself", lambda own=reader: begun.append(own) or nullcontext())
+    counts = []
+    for is_seeded in (False, True, True, False):
+        one, listener = sequence(model, prompt(3, 10), sampling={"is_seeded": is_seeded})
+        engine.submit([one])
+        listener.tokens()
+        counts.append(len(begun))
+    assert counts == [0, 2, 4, 4]
 
 
 def test_prefixes_forget_the_oldest_and_always_leave_a_token():

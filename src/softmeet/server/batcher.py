@@ -173,11 +173,7 @@ class Batcher(threading.Thread):
                 self._fail(s, error)
 
     def _admit(self) -> list[Sequence] | None:
-        """Wait until there is work, and return the queued sequences that begin in this round, perhaps none.
-
-        Returns:
-            the sequences, at least one if a row is free; None if the batcher is closed and every sequence has ended.
-        """
+        """Wait for work; return the queued sequences that begin now, None if it is closed and every one has ended."""
         with self._wake:
             while not (self._waiting or self._running or self._closing):
                 TURNS_AT_LOCK.beside(0, self)
@@ -192,6 +188,8 @@ class Batcher(threading.Thread):
                     break
                 new.append(self._waiting.popleft())
                 new[-1].account = self._prompts
+            for s in [] if self._running else new[:1]:
+                s.begin_anew()
             self._running += new
             return new
 

@@ -315,6 +315,16 @@ class Sequence(Continuation):
         self.reading: tuple[Several[Sequence], Control] = (self,), Control()
         self.alone: Any = None
 
+    def begin_anew(self) -> None:
+        """Have members that round coarsely read a seeded sequence as if they had read nothing before.
+
+        What is kept of earlier prompts would change rounding, and with it now and then a token.
+        """
+        for reader in {*self.readers} if self.request.sampling.is_seeded else ():
+            if reader.traits.rounding == "coarse":
+                with reader.to_itself():
+                    pass
+
     @property
     def waits(self) -> bool:
         """Whether a member waits for answers from elsewhere."""
