@@ -79,7 +79,7 @@ def config(**model):
 
 @pytest.fixture(scope="module")
 def ensemble():
-    return Ensemble.from_pretrained([OWN, OTHER], "logit-mean")
+    return Ensemble.from_pretrained([OWN, OTHER], "logit-mean", weights=[1, 1])
 
 
 @pytest.fixture(scope="module")

@@ -334,7 +334,7 @@ def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkey
         patched.setattr("softmeet.members.token_bytes._words", None)
         assert loaded() == plain
     files = [file for file in kept.rglob("*") if file.is_file()]
-    assert len(files) == 3
+    assert len(files) == 4
     for damaged in (lambda raw: raw[:100], lambda raw: raw[: len(raw) // 2] + b"\xff" + raw[len(raw) // 2 + 1 :]):
         for file in files:
             file.write_bytes(damaged(file.read_bytes()))

@@ -105,7 +105,7 @@ def test_ten_passages_cost_little_more_than_one_of_the_same_length(base):
     for passages in (["abc"] * 10, ["abc" * 10]):
         calls.clear()
         behind = base.with_passages([Passage(text, 0.0) for text in passages])
-        behind.generate("the", max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        behind.generate("the", max_new_tokens=5, min_new_tokens=5, do_sample=False, speculate=0)
         rows, n = [shape[0] for shape in calls], len(passages)
         assert len(calls) == 5
         assert set(rows) == {n}
