@@ -13,7 +13,8 @@ _ACCEPTED, _DRAFTS = 0.7, 2.0
 _SHARE, _TOKENS = 0.1, 1.0
 # The most tokens drafted at a turn, by a member and without one: readers over bytes can take back so many.
 MOST, FREELY = 8, 15
-# The seconds of the rule for each number of a member's prediction, where those of calls are kept.
+# The seconds of the rule for each number of a member's prediction, where those of calls are kept: of two members with
+# 151,936 tokens 3 ms were seen.
 _A_NUMBER = 1e-8
 # Drafting is for at least so much more speed. After so many tokens without it, one draft tells whether it would pay.
 _GAIN, _WAIT = 1.05, 32

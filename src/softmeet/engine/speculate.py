@@ -34,7 +34,7 @@ _SURE = 0.5
 _UNLIKELY = 0.1
 
 
-def repeats(members: Sequence[Reader], settings: Settings) -> bool:
+def by_kept_costs(members: Sequence[Reader], settings: Settings) -> bool:
     """Return whether "auto" drafts by costs that are kept alone, so that the same drafts are made another time."""
     return settings.rule.is_average and all(reader.traits.calls for reader in members)
 
@@ -81,7 +81,7 @@ class MemberTurns(ABC):
         # Of members of about one size, the one that weighs most is the nearest to the rule.
         self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
         readers = self.texts[0].readers[:n]
-        kept = [reader.traits.calls for reader in readers] if repeats(readers, settings) else ()
+        kept = [reader.traits.calls for reader in readers] if by_kept_costs(readers, settings) else ()
         self.pace, self._repeats = Pace(n, self._order[0], rows, kept, v), Repeats()
         self._most = FREELY if speculate == "auto" else speculate
         most = rows * (n + (MOST if speculate == "auto" else speculate) + self._most)

@@ -25,7 +25,7 @@ from softmeet.engine.continuation import Dropped
 from softmeet.engine.draw import Noise
 from softmeet.engine.gate import read
 from softmeet.engine.quick import weights_of
-from softmeet.engine.speculate import MemberTurns, repeats
+from softmeet.engine.speculate import MemberTurns, by_kept_costs
 from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
@@ -86,7 +86,7 @@ def _is_noticed(model: AnyEnsemble, options: CallOptions, processors: Sequence[A
     ours, given = ("transformers.", "softmeet."), "PrefixConstrainedLogitsProcessor"
     foreign = (not f"{type(one).__module__}.".startswith(ours) or type(one).__name__ == given for one in processors)
     coarse = any(map(rounds_coarsely, model.members))
-    return any(foreign) or (coarse and not repeats(model.readers_of_members, options.settings))
+    return any(foreign) or (coarse and not by_kept_costs(model.readers_of_members, options.settings))
 
 
 def _against(model: AnyEnsemble, options: CallOptions, config: Any, processors: Sequence[Any]) -> list[str]:

@@ -29,7 +29,7 @@ _FORM = 6
 # The lengths of calls by which layouts are compared, those that are measured of the faster one, too, and how often
 # each is: of a busy machine the least time tells the most.
 _COMPARED, _OTHERS, _TIMES = (1, 4, 32), (2, 3, 6, 8, 16), 2
-# Behind so many tokens; and the seconds after which no longer calls are measured.
+# Behind so many tokens; and the seconds after which no longer calls are measured, if there are two lengths to compare.
 _BEHIND, _PATIENCE = 4, 2.0
 # The other layout takes longer to load, and has to be so much faster in the mean.
 _FASTER = 0.95
@@ -48,12 +48,12 @@ class Costs:
     calls: tuple[tuple[int, float], ...] = ()
 
     def written(self) -> bytes:
-        """Return the text that is kept."""
+        """Return the costs as a text that can be kept."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def read(cls, kept: bytes) -> Costs:
-        """Read what was kept."""
+        """Read costs from the text that :meth:`written` returned."""
         said = json.loads(kept)
         return cls(bool(said["repack"]), tuple((int(count), float(cost)) for count, cost in said["calls"]))
 
@@ -119,7 +119,7 @@ def _calls(model: LlamaModel, lengths: Sequence[int]) -> dict[int, float]:
         context.run([RowTokens(0, where, text[:1], (0,))])
     begun = time.perf_counter()
     for length in lengths:
-        if found and time.perf_counter() - begun > _PATIENCE:
+        if len(found) > 1 and time.perf_counter() - begun > _PATIENCE:
             break
         taken = list[float]()
         for _ in range(_TIMES):

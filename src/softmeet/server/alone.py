@@ -16,7 +16,7 @@ from torch import Tensor
 from softmeet.engine import quick
 from softmeet.engine.ask import Members
 from softmeet.engine.combined import Combined, of_one_each
-from softmeet.engine.speculate import MemberTurns, repeats
+from softmeet.engine.speculate import MemberTurns, by_kept_costs
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
 from softmeet.server.limits import Limits
@@ -116,7 +116,7 @@ class Ahead(MemberTurns):
         return not failed
 
     def drafted(self, count: int) -> None:
-        """Count drafts."""
+        """Count what was drafted in the server's metrics."""
         self._metrics.drafted.inc(count)
 
     def combined(self, start: int, stop: int) -> Combined:
@@ -175,7 +175,7 @@ def alone(
         return OneMember(s, run, give)
     # What is read at once may depend on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)
-    if (request.sampling.is_seeded or request.sampling.is_greedy) and not repeats(members, settings):
+    if (request.sampling.is_seeded or request.sampling.is_greedy) and not by_kept_costs(members, settings):
         noticed |= any(reader.traits.rounding == "coarse" for reader in s.readers)
     if not all(reader.traits.can_crop for reader in s.readers):
         return None
