@@ -188,8 +188,8 @@ class Batcher(threading.Thread):
                     break
                 new.append(self._waiting.popleft())
                 new[-1].account = self._prompts
-            for s in [] if self._running else new[:1]:
-                s.begin_anew()
+            if len(new) == 1 and not self._running:
+                new[0].begin_anew()
             self._running += new
             return new
 
