@@ -21,6 +21,11 @@ NO_CODE = {
 }  # fmt: skip
 
 
+def span(node: ast.stmt) -> set[int]:
+    """Return the numbers of the lines that `node` takes."""
+    return set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+
+
 def docstring_lines(tree: ast.AST) -> set[int]:
     """Return the numbers of the lines that docstrings take."""
     lines: set[int] = set()
@@ -29,7 +34,7 @@ def docstring_lines(tree: ast.AST) -> set[int]:
             continue
         first = node.body[0]
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            lines.update(range(first.lineno, first.end_lineno + 1))
+            lines.update(span(first))
     return lines
 
 
@@ -48,7 +53,7 @@ def long_functions(source: str, longest: int = LONGEST_FUNCTION) -> list[tuple[s
     functions = (
         node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     )
-    counted = ((node.name, len(code & set(range(node.lineno, node.end_lineno + 1)))) for node in functions)
+    counted = ((node.name, len(code & span(node))) for node in functions)
     return [(name, lines) for name, lines in counted if lines > longest]
 
 
