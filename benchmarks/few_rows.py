@@ -15,7 +15,7 @@ import torch
 import typer
 
 from report import seconds, show
-from softmeet.products import product_in_parts
+from softmeet.members.trunk import product_in_parts
 
 # (rows of W, columns): a feed-forward block's two shapes, and the heads of GPT-2 small and of Qwen2.5 0.5B.
 SHAPES = [(4864, 896), (896, 4864), (50257, 768), (151936, 896)]

@@ -14,7 +14,7 @@ from warnings import catch_warnings, simplefilter
 
 import pytest
 
-from softmeet import freed_memory, interrupts
+from softmeet import freed_memory, suspended
 from softmeet.cli import main as cli
 
 _OWN, _END = os.getpid(), os._exit
@@ -35,7 +35,7 @@ def run(*arguments, stdin="", columns=120, stdout=None):
         patch.setattr(sys, "argv", ["softmeet", *map(str, arguments)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
         patch.setattr(freed_memory, "keep", lambda: None)
-        patch.setattr(interrupts, "_came", threading.Event())
+        patch.setattr(suspended, "_came", threading.Event())
         patch.setattr(os, "_exit", leave)
         patch.setenv("COLUMNS", str(columns))
         with pytest.raises(SystemExit) as end:

@@ -9,9 +9,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from softmeet._auto import register as _register
 from softmeet._version import __version__
-from softmeet.startup import few_spins, paused_collection
+from softmeet.startup import few_spins, paused_collection, register_auto_classes
 
 if TYPE_CHECKING:
     RULES: tuple[Rule, ...]
@@ -68,7 +67,7 @@ _HOMES = {
 }
 
 few_spins()
-_register()
+register_auto_classes()
 
 
 def __getattr__(name: str) -> Any:

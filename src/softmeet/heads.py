@@ -21,7 +21,6 @@ from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError
 from softmeet.norms import FinalNorm
-from softmeet.products import MOST, product
 from softmeet.simplex import capped, log_normalize
 
 # Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
@@ -30,6 +29,32 @@ _BLOCK_ELEMENTS = 1 << 20
 _RANK_TOLERANCE = 1e-6
 # Centring an fp32 product cancels digits if columns' means exceed their spreads; past this ratio, products are fp64.
 _LARGE_OFFSET = 30.0
+# The most rows for which (W xᵀ)ᵀ can be the faster form of x Wᵀ, as in a step of generation for two to four sequences:
+# torch's x Wᵀ takes two to four times as long for them in fp32 on a CPU as for one row, and (W xᵀ)ᵀ hardly longer
+# (``benchmarks/few_rows.py``); with one thread, if W has many more rows than columns.
+MOST = 4
+# The least elements of W for that: with several threads; and with one, for which W also has to have so many rows for
+# each column, and four rows of x need still more of them.
+LARGE, _LARGE_ALONE, _WIDE, _WIDER = 1 << 19, 1 << 22, 4, 16
+
+
+def product(x: Float[Tensor, "b d"], weight: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
+    """Return x Wᵀ in the faster of two forms, which round differently; both are of one dtype and device.
+
+    >>> product(torch.tensor([[2.0, 3.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    tensor([[2., 5.]])
+    """
+    return (weight @ x.T).T.contiguous() if is_faster_turned(x, weight, len(x)) else x @ weight.T
+
+
+def is_faster_turned(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Return whether (W xᵀ)ᵀ is the faster form of the product of so many rows."""
+    if not 1 < rows <= MOST or x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    if torch.get_num_threads() > 1:
+        return weight.numel() >= LARGE
+    wide = _WIDER if rows == MOST else _WIDE
+    return weight.numel() >= _LARGE_ALONE and weight.shape[0] >= wide * weight.shape[1]
 
 
 def _is_finite(value: object) -> bool:

@@ -8,16 +8,18 @@ import logging
 import marshal
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from softmeet.after_import import after_import
 from softmeet.derived import derived
 
 _READ = "create_import_structure_from_path"
@@ -28,6 +30,8 @@ _TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
 _DECORATED = ("transformers.modeling_utils", "transformers.generation.utils")
 _COMPILER, _MASKS, _INDEX = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op", "TransformGetItemToIndex"
 _DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")
+
+_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
 
 # How often a thread of GNU's OpenMP looks whether the others have come before it sleeps, unless the environment says,
 # even where there are more threads than cores, as where texts are written in a thread of their own: there it looks a
@@ -43,6 +47,44 @@ def few_spins() -> None:
     """
     if sys.platform == "linux" and not _SPINS.keys() & os.environ.keys():
         os.environ.update(_SPINS)
+
+
+def register_auto_classes() -> None:
+    """Have ``AutoModelForCausalLM.from_pretrained`` load ensembles, without importing transformers, or torch, for it.
+
+    The Auto classes hear of ensembles when some other code has imported them, or at once if it has already.
+    """
+    after_import(_AUTO_CLASSES, lambda _: import_module("softmeet.hf"))
+
+
+def after_import(name: str, act: Callable[[ModuleType], object]) -> None:
+    """Call a function with a module, at once if it is imported already, else right after it has been, once."""
+    if (module := sys.modules.get(name)) is not None:
+        act(module)
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, act))
+
+
+class _AfterImport(MetaPathFinder):
+    def __init__(self, name: str, act: Callable[[ModuleType], object]) -> None:
+        self._name, self._act = name, act
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                self._act(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
 
 
 @contextmanager

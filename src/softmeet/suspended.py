@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -10,11 +11,41 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from traceback import clear_frames
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 # How much is done, of how much; None where that is not known.
 Done: TypeAlias = tuple[int, int] | None
+# Whether Ctrl-C has come: its exception is lost in a callback of compiled code, or in an import that makes another.
+_came = threading.Event()
+
+
+def note_interrupts() -> None:
+    """Have Ctrl-C noted from now on, beside the KeyboardInterrupt that it raises; one that is ignored stays ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _heard)
+
+
+def interrupts_raise() -> bool:
+    """Return whether Ctrl-C raises KeyboardInterrupt: nothing else handles or ignores it."""
+    return signal.getsignal(signal.SIGINT) in (signal.default_int_handler, _heard)
+
+
+def _heard(number: int, frame: Any) -> None:
+    """Handle the signal."""
+    _came.set()
+    raise KeyboardInterrupt
+
+
+def interrupt_came() -> bool:
+    """Return whether Ctrl-C has come."""
+    return _came.is_set()
+
+
+def check_interrupted() -> None:
+    """Raise KeyboardInterrupt in the main thread, which is where it would have been raised, if Ctrl-C has come."""
+    if interrupt_came() and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
 
 
 class StoppedError(KeyboardInterrupt):

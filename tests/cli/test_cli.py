@@ -20,10 +20,11 @@ from commands import process, run
 from ensembles import Asking
 
 import softmeet
-from softmeet import Ensemble, interrupts
+from softmeet import Ensemble
 from softmeet.__main__ import main as started
 from softmeet.errors import CheckpointError
 from softmeet.rules import registry
+from softmeet.suspended import note_interrupts
 
 
 def test_a_prompt_streams_and_is_summed_up(members):
@@ -261,7 +262,7 @@ def test_ctrl_c_that_is_lost_while_members_are_loaded_ends_the_command(monkeypat
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", load)
-    interrupts.note()
+    note_interrupts()
     assert run("generate", "x", "-m", "wide/gpt2").returncode == 130
     said = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
     assert said["project"]["scripts"] == {"softmeet": "softmeet.__main__:main"}

@@ -12,7 +12,7 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from softmeet import Ensemble, _auto, after_import
+from softmeet import Ensemble, startup
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 
@@ -119,14 +119,14 @@ def test_local_members_are_not_pushed(ours):
 
 def test_auto_classes_that_are_there_already_are_told_at_once(monkeypatch):
     imported = []
-    monkeypatch.setattr(_auto, "import_module", imported.append)
+    monkeypatch.setattr(startup, "import_module", imported.append)
     monkeypatch.setattr(sys, "meta_path", before := list(sys.meta_path))
-    _auto.register()
+    startup.register_auto_classes()
     assert imported == ["softmeet.hf"]
-    monkeypatch.delitem(sys.modules, _auto._AUTO_CLASSES)
-    _auto.register()
+    monkeypatch.delitem(sys.modules, startup._AUTO_CLASSES)
+    startup.register_auto_classes()
     assert imported == ["softmeet.hf"]
-    assert isinstance(before[0], after_import._AfterImport)
+    assert isinstance(before[0], startup._AfterImport)
 
 
 def test_an_ensemble_can_be_made_of_its_configuration_alone(ours, tmp_path):

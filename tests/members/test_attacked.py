@@ -13,9 +13,11 @@ from serving import serving_of
 from tokenizers import processors
 from transformers.pytorch_utils import Conv1D
 
-from softmeet import Ensemble, Member, Passage, products
+from softmeet import Ensemble, Member, Passage
 from softmeet.errors import CheckpointError, InvalidInputError
-from softmeet.products import few_rows, product
+from softmeet.heads import product
+from softmeet.members import trunk
+from softmeet.members.trunk import few_rows
 from softmeet.server.app import create_app
 from softmeet.server.ensembles import Served
 from softmeet.server.prompts import encoded
@@ -218,8 +220,8 @@ def test_products_of_few_rows(rows):
 def test_layers_that_hold_their_matrix_the_other_way_around(rows, threads, width, monkeypatch):
     torch.manual_seed(rows)
     layer, x, taken = Conv1D(2048, width), torch.randn(1, rows, width), []
-    original = products.product_in_parts
-    monkeypatch.setattr(products, "product_in_parts", lambda *given: (taken.append(1), original(*given))[1])
+    original = trunk.product_in_parts
+    monkeypatch.setattr(trunk, "product_in_parts", lambda *given: (taken.append(1), original(*given))[1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     wanted = (x.double() @ layer.weight.double()).float() + layer.bias
     with torch.no_grad(), few_rows(layer, torch.device("cpu")):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet import interrupts
 from softmeet.cli.flags import Flags, at_least_one, checked_settings, flag, optional, switch
 from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import working
@@ -22,6 +21,7 @@ from softmeet.members.names import require_there
 from softmeet.members.zoo import DEFAULT as DEFAULT
 from softmeet.rules.frozen import unknown
 from softmeet.startup import quick_imports, uncollected
+from softmeet.suspended import check_interrupted
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
@@ -243,7 +243,7 @@ class LoadingFlags(Flags, panel="Models"):
                 **given,
                 **more,
             )
-        interrupts.check()
+        check_interrupted()
         if not to_write:
             found.model.require_likelihood("what this command does")
         return found

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softmeet.errors import InvalidInputError
+from softmeet.heads import LARGE, MOST, is_faster_turned, product
 from softmeet.members.placement import body, gives_logits, head_device, home
-from softmeet.products import MOST, few_rows
 
 _ALL = slice(None)
+# GPT-2's layers hold Wᵀ: for two to four rows torch's x Wᵀ takes twice as long as for one, and as the sum of so many
+# products, each of a part of the columns of x, hardly longer, as threads then share them.
+_PARTS = 4
+# Of models that were run, whether a matrix of a layer is large.
+_has_large: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 # What transformers calls a cache; 5.19, which vLLM 0.32 asks for, has ``past_key_values``.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -90,3 +99,55 @@ def require_cache(model: PreTrainedModel) -> PreTrainedModel:
             "to generate, which reads the whole text for each token"
         )
     return model
+
+
+def product_in_parts(x: Float[Tensor, "b d"], transposed: Float[Tensor, "d v"]) -> Float[Tensor, "b v"]:
+    """Return x Wᵀ from Wᵀ, whose rows are in four equal parts, as the sum of the products with each.
+
+    >>> product_in_parts(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.eye(4))
+    tensor([[1., 2., 3., 4.]])
+    """
+    parts = transposed.unflatten(0, (_PARTS, -1))
+    return torch.bmm(x.unflatten(1, (_PARTS, -1)).transpose(0, 1), parts).sum(0)
+
+
+def _is_faster_in_parts(x: Tensor, transposed: Tensor) -> bool:
+    """Return whether a product with Wᵀ is faster in parts."""
+    shared = 1 < len(x) <= MOST and torch.get_num_threads() > 1 and transposed.numel() >= LARGE
+    known = x.dtype == transposed.dtype == torch.float32 and transposed.device.type == "cpu"
+    return shared and known and transposed.is_contiguous() and not len(transposed) % _PARTS
+
+
+class _FewRows(TorchFunctionMode):
+    """A mode in which linear layers multiply few rows in the faster form; it holds for the thread that enters it."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``; in place of torch's linear layer, and of GPT-2's, the faster form."""
+        if func is nn.functional.linear and not kwargs:
+            x, weight, *bias = args
+            if type(weight) is nn.Parameter and is_faster_turned(x, weight, x.numel() // x.shape[-1]):
+                found = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
+                return found + bias[0] if bias and bias[0] is not None else found
+        if func is torch.addmm and not kwargs:
+            bias, x, transposed = args
+            if type(transposed) is nn.Parameter and _is_faster_in_parts(x, transposed):
+                return product_in_parts(x, transposed) + bias
+        return func(*args, **(kwargs or {}))
+
+
+def few_rows(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which a model multiplies few rows fast, where that is possible and it has large layers.
+
+    Args:
+        model: the model.
+        device: where it runs.
+    """
+    if device.type != "cpu" or torch.is_grad_enabled():
+        return nullcontext()
+    if model not in _has_large:
+        others = (one for one in model.modules() if not isinstance(one, nn.Embedding))
+        matrices = (p for one in others for p in one.parameters(recurse=False) if p.dim() == 2)
+        _has_large[model] = any(weight.numel() >= LARGE for weight in matrices)
+    return _FewRows() if _has_large[model] else nullcontext()

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.batched import Batched
 from softmeet.rules.problem import Problem
 from softmeet.simplex import kl
 from softmeet.solvers.base import Status
+from softmeet.solvers.batched import Batched
 
 
 @dataclass

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.batched import Batched
 from softmeet.errors import DisjointSupportError, InvalidInputError
 from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
 from softmeet.rules.values import SettingValues
 from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
+from softmeet.solvers.batched import Batched
 from softmeet.solvers.projection import Projection
 
 _POOLING = {"logit-mean": logit_mean, "prob-mean": prob_mean}

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from softmeet import interrupts
 from softmeet.scaling.base import Engine, Items, R, T
+from softmeet.suspended import interrupts_raise
 
 
 def cores() -> int:
@@ -35,7 +35,7 @@ def _deferred_interrupt(on_first: Callable[[str], None] | None) -> Iterator[Call
     """
     came = False
     here = threading.current_thread() is threading.main_thread()
-    if on_first is None or not here or not interrupts.raises():
+    if on_first is None or not here or not interrupts_raise():
         yield lambda: False
         return
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.batched import Batched
 from softmeet.solvers.base import Status
+from softmeet.solvers.batched import Batched
 from softmeet.solvers.clock import time_is_over
 from softmeet.solvers.projection import Point, Projection
 

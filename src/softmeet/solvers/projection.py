@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from softmeet.batched import Batched
 from softmeet.heads import WhitenedHead
 from softmeet.simplex import kl
+from softmeet.solvers.batched import Batched
 
 # Moments hold if they are this close to the members', in whitened coordinates.
 MOMENT_TOLERANCE = 1e-6
