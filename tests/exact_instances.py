@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,18 +12,16 @@ from exact_oracles import constraints, is_feasible, stacked
 from instances import INSTANCES, Instance, best_outputs, outputs, random_heads, zipf
 
 from softmeet.heads import SoftmaxHead
-from softmeet.norms import FinalNorm
 
 
 @dataclass(frozen=True)
 class Case:
-    """Members, options of ``combine``, and whether all rows are feasible (None: some may be)."""
+    """Members, and whether all rows are feasible (None: some may be)."""
 
     build: Callable[[], Instance]
     feasible: bool | None
     constant: bool = True  # the linear and the quadratic program choose nothing
     boundary: bool = False  # C gives some tokens no probability
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def biased() -> Instance:
@@ -130,16 +127,6 @@ def of_text(*positions: int) -> Instance:
     return torch.stack(rows).detach(), heads
 
 
-def normed() -> Instance:
-    """Heads behind a LayerNorm and an RMS norm, whose lost directions are free."""
-    heads = random_heads(48, (5, 6), seed=51)
-    generator = torch.Generator().manual_seed(51)
-    gains = [1 + 0.3 * torch.rand(W.shape[1], generator=generator, dtype=torch.float64) for W in heads]
-    norms = [FinalNorm(gains[0], 0.1 * gains[0], centred=True), FinalNorm(gains[1])]
-    made = [SoftmaxHead(W, norm=norm) for W, norm in zip(heads, norms, strict=True)]
-    return best_outputs(heads, zipf(2, 48, seed=51)), made
-
-
 def soft_capped() -> Instance:
     """Soft-caps: the slopes make the programs discriminate; one member is uniform enough to keep C non-empty."""
     heads = random_heads(48, (3, 4), seed=61)
@@ -164,12 +151,9 @@ CASES: dict[str, Case] = {
     "nd = v": Case(as_wide_as_the_vocabulary, True),
     "nd > v": Case(wider, True),
     "biased": Case(biased, True, constant=False),
-    "truncated": Case(INSTANCES["premise"], True, constant=False, options={"rank": 3}),
-    "free radial": Case(normed, True, constant=False, options={"free_radial": True}),
     "soft-capped": Case(soft_capped, None, constant=False),
     "trained": Case(trained, False),
     "text": Case(lambda: of_text(27, 52), True),
-    "text, truncated": Case(lambda: of_text(13, 35), True, constant=False, options={"rank": 4}),
     "v = 1024": Case(large, True),
     "v = 1024, biased": Case(large_biased, True, constant=False),
     "v = 1024, infeasible": Case(large_infeasible, False),
@@ -181,7 +165,7 @@ def instance(name):
     """(log_probs, heads, options, per row (matrices, targets, G, g, feasible))."""
     case = CASES[name]
     log_p, heads = case.build()
-    options = dict(case.options)
+    options = {}
     if any(getattr(head, "soft_cap", None) for head in heads):
         options["logits"] = LOGITS[name](log_p, heads)
     rows = []

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog, minimize, nnls
 
 from softmeet.heads import as_head
-from softmeet.norms import FinalNorm
 
 Array = NDArray[np.float64]
 
@@ -23,7 +22,7 @@ Array = NDArray[np.float64]
 def constraints(log_p: torch.Tensor, heads: list[Any], options: dict[str, Any]) -> tuple[list[Array], list[Array]]:
     """Per member W_i as a row's constraints have it, (v, d_i), and W_iᵀ p̂_i; dense, by their definitions.
 
-    ``log_p`` is (n, v). Free directions u are projected out, and truncated heads rebuilt from their singular vectors.
+    ``log_p`` is (n, v).
     """
     matrices, targets = [], []
     for own, given in zip(log_p, heads, strict=True):
@@ -34,13 +33,6 @@ def constraints(log_p: torch.Tensor, heads: list[Any], options: dict[str, Any]) 
             W = W * head.slope(options["logits"][len(matrices)]).numpy()[:, None]
         else:
             W = W - W.mean(0)
-        if "rank" in options:
-            U, s, _ = np.linalg.svd(W, full_matrices=False)
-            W = U[:, : options["rank"]] * s[: options["rank"]]
-        if options.get("free_radial"):
-            h = np.linalg.lstsq(W, (own - own.mean()).numpy(), rcond=None)[0]
-            lost = (head.norm or FinalNorm()).lost_directions(torch.from_numpy(h)[None])[0].numpy().T
-            W = W - W @ lost @ np.linalg.pinv(lost)
         p = own.exp().numpy()
         matrices.append(W)
         targets.append(p @ W)

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError
-from softmeet.norms import FinalNorm
 from softmeet.simplex import capped, log_normalize
 
 # Elements of a block when it has to be cast: 4 MiB in fp32, about a core's share of cache.
@@ -72,7 +71,6 @@ class SoftmaxHead:
         bias: β, (v,), any floating dtype; None for zeros.
         scale: a factor on the logits.
         soft_cap: c > 0, or None for no soft-cap.
-        norm: the model's last normalisation, whose output is h; needed for the setting ``free_radial`` alone.
 
     Attributes:
         v: the number of tokens, padding included.
@@ -81,8 +79,8 @@ class SoftmaxHead:
         tails: a cache that solvers fill; of no use to others.
 
     Raises:
-        InvalidInputError: if a shape does not fit, the weight is not floating, the soft-cap is not positive, it or the
-            scale is no finite number, or the norm is none; from :meth:`whitening`, if the weight is not finite.
+        InvalidInputError: if a shape does not fit, the weight is not floating, the soft-cap is not positive, or it or
+            the scale is no finite number; from :meth:`whitening`, if the weight is not finite.
 
     Example:
         >>> head = SoftmaxHead(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), bias=torch.tensor([0.0, 0.0, 1.0]))
@@ -94,12 +92,11 @@ class SoftmaxHead:
     bias: Float[Tensor, " v"] | None = None
     scale: float = 1.0
     soft_cap: float | None = None
-    norm: FinalNorm | None = None
     v: int = field(init=False, repr=False)
     d: int = field(init=False, repr=False)
     device: torch.device = field(init=False, repr=False)
     dtype: torch.dtype = field(init=False, repr=False)
-    _whitening: dict[tuple[torch.device, bool, int | None], Whitening] = field(default_factory=dict, repr=False)
+    _whitening: dict[tuple[torch.device, bool], Whitening] = field(default_factory=dict, repr=False)
     # A cache of solvers/direction.py: the tails of ensembles with this head as the first, by their whitenings.
     tails: list[tuple[tuple[Whitening, ...], object]] = field(default_factory=list, repr=False)
 
@@ -125,8 +122,6 @@ class SoftmaxHead:
             raise InvalidInputError(f"a soft-cap is a positive number or None, got {self.soft_cap!r}")
         if not _is_finite(self.scale):
             raise InvalidInputError(f"a head's scale is a finite number, got {self.scale!r}")
-        if not (self.norm is None or isinstance(self.norm, FinalNorm)):
-            raise InvalidInputError(f"a head's norm is a FinalNorm or None, got {type(self.norm).__name__}")
 
     def blocks(self, dtype: torch.dtype, *, cut: bool = False) -> Iterator[tuple[slice, Float[Tensor, "b d"]]]:
         """Yield (slice of tokens, W of these tokens in ``dtype``) for the whole head, a block at a time.
@@ -206,13 +201,10 @@ class SoftmaxHead:
             return None
         return torch.where(logits.isneginf(), 0.0, 1 - (logits / self.soft_cap) ** 2)
 
-    def whitening(self, rank: int | None = None) -> Whitening:
+    def whitening(self) -> Whitening:
         """Compute the centre c and the factor R with which Q = (W - 1cᵀ) R has orthonormal columns; cached.
 
         c is the mean of W's rows, or 0 for a head with a soft-cap.
-
-        Args:
-            rank: keep only this many of the largest singular directions of W - 1cᵀ; None for all.
 
         Raises:
             InvalidInputError: if the weight, or its squares, are not finite.
@@ -222,10 +214,9 @@ class SoftmaxHead:
             >>> head.whitening().rank, head.whitening().center.tolist()
             (1, [2.0, 2.0])
         """
-        key = (self.weight.device, self.soft_cap is None, rank)
+        key = (self.weight.device, self.soft_cap is None)
         if key not in self._whitening:
-            whole = self._whiten(centred=self.soft_cap is None) if rank is None else self.whitening()
-            self._whitening[key] = whole if rank is None or rank >= whole.rank else whole.truncated(rank)
+            self._whitening[key] = self._whiten(centred=self.soft_cap is None)
         return self._whitening[key]
 
     def _whiten(self, *, centred: bool) -> Whitening:
@@ -275,22 +266,6 @@ class Whitening:
     def rank(self) -> int:
         """The number of Q's columns: the numerical rank of W - 1cᵀ, or less if the whitening was cut."""
         return self.factor.shape[1]
-
-    def narrowed(self, basis: Float[Tensor, "rank k"]) -> Whitening:
-        """Return the whitening whose Q is this one's Q times ``basis``, fp64, which has k orthonormal columns."""
-        return Whitening(self.center, self.factor @ basis, basis.T @ self.inverse, self.offset)
-
-    def truncated(self, rank: int) -> Whitening:
-        """Return the whitening whose Q spans only the ``rank`` (at least 1) largest singular directions of W - 1cᵀ."""
-        return self.narrowed(torch.linalg.svd(self.inverse, full_matrices=False).U[:, :rank])
-
-    def without(self, directions: Float[Tensor, "k d"]) -> Whitening:
-        """Return a copy whose ``inverse`` maps ``directions``, k vectors in the coordinates of W, to 0.
-
-        The columns of ``factor`` have to be orthogonal to them, so that ``inverse`` remains its left inverse.
-        """
-        basis = torch.linalg.qr(directions.to(self.inverse).T).Q
-        return Whitening(self.center, self.factor, self.inverse - (self.inverse @ basis) @ basis.T, self.offset)
 
     def to(self, device: torch.device) -> Whitening:
         """Return a copy of this whitening whose tensors are on ``device``."""

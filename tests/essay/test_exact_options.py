@@ -10,16 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from exact_instances import CASES, biased, boundary, normed
+from exact_instances import CASES, biased, boundary
 from instances import INSTANCES, best_outputs, outputs, random_heads, zipf
 
 import softmeet
 from softmeet import Status
-from softmeet.errors import InfeasibleError, InvalidInputError, UnsupportedHeadError
-from softmeet.heads import SoftmaxHead
+from softmeet.errors import InfeasibleError, InvalidInputError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.members.heads import final_norm, head_of
-from softmeet.norms import FinalNorm
 from softmeet.simplex import entropy, kl, total_variation
 
 pytestmark = pytest.mark.checked
@@ -170,61 +167,18 @@ def test_as_many_moments_as_tokens_leave_one_answer():
         assert (solution.verify(wide, outputs(wide, 2, seed=31)).status == Status.INFEASIBLE).all()
 
 
-@pytest.mark.parametrize("rule", ["meet", *EXACT])
-def test_rank(rule):
-    log_p, heads = CASES["premise"].build()
-    log_p = log_p[:, :2]
-    whole = softmeet.combine(log_p, heads, rule, **OPTIONS)
-    same = softmeet.combine(log_p, heads, rule, rank=6, **OPTIONS)
-    assert not same.relaxed
-    assert total_variation(whole.log_probs, same.log_probs).max() < 1e-6
-    cut = softmeet.combine(log_p, heads, rule, rank=2, **OPTIONS)
-    assert cut.relaxed
-    assert cut.residual.max() < (1e-3 if rule != "meet" else 1)
-    assert (cut.verify(heads, log_p).gap < 1e-7).all()
-    # Fewer constraints: the largest entropy and the least t can only gain.
-    if rule in ("max-entropy", "min-underestimation", "min-reverse-cross-entropy"):
-        assert (cut.objective <= whole.objective + 1e-6).all()
-
-
 @pytest.mark.parametrize("rule", [rule.name for rule in softmeet.RULES])
 def test_relaxed_is_said_only_of_rules_that_the_option_is_for(rule):
     log_p, heads = CASES["premise"].build()
-    log_p, given = log_p[:, :1], {"rank": 2, "slack": 0.1}
-    alone = {name: softmeet.combine(log_p, heads, rule, **{name: given[name]}).relaxed for name in given}
-    assert alone["rank"] == (rule == "meet" or rule in EXACT)
-    assert alone["slack"] == (rule in PROGRAMS)
-
-
-def test_a_rank_is_an_integer_of_any_kind():
-    log_p, heads = CASES["premise"].build()
-    ours, theirs = (softmeet.combine(log_p, heads, rank=rank, **OPTIONS) for rank in (2, np.int64(2)))
-    assert torch.equal(ours.log_probs, theirs.log_probs)
-    assert type(theirs.problem.settings.rank) is int
-
-
-@pytest.mark.parametrize("rule", ["meet", *EXACT])
-def test_free_radial(rule):
-    log_p, heads = normed()
-    solution = softmeet.combine(log_p, heads, rule, free_radial=True, **OPTIONS)
-    assert solution.relaxed
-    assert torch.equal(solution.verify(heads, log_p).status, solution.status)
-    # Hidden states that are given count, not those that would be recovered.
-    hidden = []
-    for head, own in zip(heads, log_p, strict=True):
-        centred = head.weight - head.weight.mean(0)
-        hidden.append(torch.linalg.lstsq(centred, (own - own.mean(-1, keepdim=True)).T).solution.T)
-    given = softmeet.combine(log_p, heads, rule, free_radial=True, hidden=hidden, **OPTIONS)
-    assert total_variation(given.log_probs, solution.log_probs).max() < 1e-6
-    with pytest.raises(InvalidInputError, match="hidden states of shapes"):
-        softmeet.combine(log_p, heads, rule, free_radial=True, hidden=hidden[:1], **OPTIONS)
+    assert softmeet.combine(log_p[:, :1], heads, rule, slack=0.1).relaxed == (rule in PROGRAMS)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "expected rank to be an integer of at least 1"),
-        ({"rank": True}, "rank to be an integer of at least 1, got True"),
+        ({"max_steps": 0}, "expected max_steps to be an integer of at least 1"),
+        ({"rank": 2}, "got rank, which is none since"),
+        ({"rule": "meet:bands=2"}, "got bands, which is none since"),
         ({"metric": "cosine"}, "metric of least-squares to be 'whitened' or 'raw', got 'cosine'"),
         ({"slack": -1.0}, "slack of min-cross-entropy to be"),
         ({"slack": math.nan}, "slack of min-cross-entropy to be"),
@@ -233,30 +187,7 @@ def test_free_radial(rule):
 def test_options_are_checked(change, message):
     log_p, heads = CASES["premise"].build()
     with pytest.raises(InvalidInputError, match=message):
-        softmeet.combine(log_p, heads, "least-squares", **change)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "neox", "cohere scale", "phi bias"])
-def test_final_norms_are_found(name):
-    """What a norm hides is what its Jacobian's left null space says."""
-    model = tiny.build(name)
-    with torch.no_grad():
-        for parameter in model.base_model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.rand(len(parameter), generator=torch.Generator().manual_seed(1)))
-    norm = final_norm(model)
-    assert isinstance(norm, FinalNorm)
-    (module,) = [
-        m
-        for path, m in model.base_model.named_modules()
-        if "norm" in type(m).__name__.lower() and not any(part.isdigit() for part in path.split("."))
-    ]
-    x = torch.randn(32, generator=torch.Generator().manual_seed(2))
-    jacobian = torch.autograd.functional.jacobian(lambda x: module(x[None, None])[0, 0], x)
-    lost = norm.lost_directions(module(x[None, None])[0].detach())[0]
-    assert lost.shape[0] == (2 if norm.centred else 1)
-    assert (lost @ jacobian).norm() < 1e-3 * jacobian.norm()
-    assert head_of(model).norm is not None
+        softmeet.combine(log_p, heads, **{"rule": "least-squares", **change})
 
 
 def build(rule, **options):
@@ -280,25 +211,18 @@ def test_zeros_go_through_sampling_and_beams(rule):
 
 
 def test_options_reach_the_ensemble(tmp_path):
-    config = EnsembleConfig(members=["a", "b"], rule="least-squares", metric="raw", rank=7, on_infeasible="raise")
+    config = EnsembleConfig(members=["a", "b"], rule="least-squares", metric="raw", max_steps=7, on_infeasible="raise")
     config.save_pretrained(tmp_path)
     again = EnsembleConfig.from_pretrained(tmp_path)
-    assert (again.rank, again.on_infeasible, again.rule) == (7, "raise", "least-squares:metric=raw")
+    assert (again.max_steps, again.on_infeasible, again.rule) == (7, "raise", "least-squares:metric=raw")
     with pytest.raises(InvalidInputError, match="expected metric of least-squares"):
         EnsembleConfig(members=["a"], metric="none")
     with pytest.raises(InvalidInputError, match="on_infeasible"):
         EnsembleConfig(members=["a"], on_infeasible="guess")
-    for name in ("bands", "max_steps", "rank"):
-        with pytest.raises(InvalidInputError, match=f"expected {name} to be an integer of at least 1, got True"):
-            EnsembleConfig(members=["a"], **{name: True})
-    radial = build("max-entropy", free_radial=True, tol=1e-8)
-    hidden = [torch.randn(2, 32, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
-    log_p, solution = radial.combiner.solve_rows(hidden, radial.settings)
-    assert solution.relaxed
-    assert log_p.shape == (2, 2, tiny.V)
-    radial.heads[0] = SoftmaxHead(radial.heads[0].weight)
-    with pytest.raises(UnsupportedHeadError, match="final norm of a known kind"):
-        radial.combiner.solve_rows(hidden, radial.settings)
+    with pytest.raises(InvalidInputError, match="expected max_steps to be an integer of at least 1, got True"):
+        EnsembleConfig(members=["a"], max_steps=True)
+    with pytest.raises(InvalidInputError, match="got free_radial, which is none since"):
+        EnsembleConfig(members=["a"], free_radial=True)
 
 
 @pytest.mark.parametrize("rule", ["min-reverse-cross-entropy", "min-underestimation"])

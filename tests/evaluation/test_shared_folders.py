@@ -106,7 +106,7 @@ def saved(tmp_path_factory):
     "changed",
     [
         None, [1], "[" * 10_000, '{"a":' * 10_000, {"members": None}, {"members": 5}, {"members": [None]},
-        {"bands": 10**9}, {"vocabulary": 5}, {"prefixes": 5}, {"prefixes": [1, 2]}, {"movement": 5},
+        {"bands": 2}, {"vocabulary": 5}, {"prefixes": 5}, {"prefixes": [1, 2]}, {"movement": 5},
         {"movement": {"a": "b"}},
     ],
 )  # fmt: skip

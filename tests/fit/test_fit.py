@@ -63,18 +63,17 @@ def test_the_gradient_is_that_of_the_loss(ensemble, positions, pool, free):
         assert gradient[k].item() == pytest.approx(slope, abs=1e-6)
 
 
-@pytest.mark.parametrize("bands", [1, 2])
-def test_a_member_without_trust_is_one_of_next_to_none(ensemble, positions, bands):
+def test_a_member_without_trust_is_one_of_next_to_none(ensemble, positions):
     few, tol = positions.take(slice(6)), 1e-12
-    both = Objective(ensemble.model, few, Layout(2, 2 * bands), "logit-mean", bands=bands, tol=tol)
-    one = Objective(ensemble.model, few, Layout(2, bands), "logit-mean", bands=bands, trusted=[1], tol=tol)
-    weights, trust = (0.3, 0.7), (0.4, 1.5)[:bands]
+    both = Objective(ensemble.model, few, Layout(2, 2), "logit-mean", tol=tol)
+    one = Objective(ensemble.model, few, Layout(2, 1), "logit-mean", trusted=[1], tol=tol)
+    weights, trust = (0.3, 0.7), (0.4,)
     alone = mean_loss(one, one.layout.pack(Values(weights, 1.2, trust)))
-    theta = both.layout.pack(Values(weights, 1.2, (0.0,) * bands + trust))
-    theta[3 : 3 + bands] = -25.0  # below the bounds of a fit
+    theta = both.layout.pack(Values(weights, 1.2, (0.0, *trust)))
+    theta[3] = -25.0  # below the bounds of a fit
     beside = mean_loss(both, theta)
     assert alone[0] == pytest.approx(beside[0], abs=1e-8)
-    assert torch.allclose(alone[1], torch.cat([beside[1][:3], beside[1][3 + bands :]]), atol=1e-7)
+    assert torch.allclose(alone[1], torch.cat([beside[1][:3], beside[1][4:]]), atol=1e-7)
 
 
 @pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
@@ -145,7 +144,7 @@ def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, en
 
 def test_the_ensembles_own_settings_do_not_matter(fitted, folders, positions):
     other = Ensemble.from_pretrained(folders)
-    own = {"rank": 4, "max_steps": 1, "tol": 0.1, "free_radial": True, "bands": 2, "trust": [0.5, 0.1, 1.0, 0.0]}
+    own = {"max_steps": 1, "tol": 0.1, "free_weights": True, "trust": [0.5, 0.1]}
     for name, value in own.items():
         setattr(other.model.config, name, value)
     found = fit(other, positions, Options(meet_positions=40, premise_positions=40, evaluations=4))
@@ -283,24 +282,15 @@ def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
     assert loss(parts) < loss(whole) + 0.01
 
 
-def test_minibatches_are_kept_and_a_fit_with_bands_goes_on_from_one_without(ensemble, positions, tmp_path, monkeypatch):
+def test_minibatches_are_kept(ensemble, positions, tmp_path, monkeypatch):
     options = Options(meet_positions=20, premise_positions=20, evaluations=3, batch=8, judge_positions=20)
-    kept, banded, names = PieceCache(tmp_path / "kept", {}), replace(options, bands=2), set()
-    first, alone = figures(fit(ensemble, positions, options, cache=kept)), figures(fit(ensemble, positions, banded))
+    first = figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {})))
 
     def again(self, theta):
         raise AssertionError("a loss was evaluated again")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Objective, "sums", again)
-        assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == first
-    write = PieceCache._write
-    monkeypatch.setattr(PieceCache, "_write", lambda self, name, found: (names.add(name), write(self, name, found)))
-    both = figures(fit(ensemble, positions, banded, cache=kept))
-    assert names
-    assert all(" 2-" in name for name in names)
-    assert both == alone
-    assert {name: both["candidates"][name] for name in first["candidates"]} == first["candidates"]
+    monkeypatch.setattr(Objective, "sums", again)
+    assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == first
 
 
 @pytest.mark.parametrize("command", [["fit", "--out", "there"], ["evaluate"]])

@@ -124,7 +124,6 @@ def test_nan_names_its_member(rule, weights):
         {"gate": "unsure:0.5"},
         {"gate": "disagreement:0.1"},
         {"weights": (1.0, 0.0)},
-        {"bands": 2},
         {"rule": "logit-mean:plausibility=0.1"},
         {"rule": "meet"},
     ],

@@ -255,9 +255,6 @@ def test_rules_and_settings_that_read_heads_refuse_them_by_name(kind):
     with pytest.raises(UnsupportedHeadError, match=f"the rule meet reads heads .* wide/llama {why}.*choose logit-mean"):
         assembled(("wide/neox", "wide/llama"), models, rule="meet")
     ours = assembled(("wide/neox", "wide/llama"), models)
-    for setting, value in {"bands": 2, "rank": 3, "free_radial": True}.items():
-        with pytest.raises(UnsupportedHeadError, match=f"the setting {setting} reads heads .* wide/llama {why}"):
-            ours.generate(torch.tensor([[5, 6]]), settings=ours.settings.changed(**{setting: value}), **GREEDY)
     with pytest.raises(UnsupportedHeadError, match=f"the rule meet reads heads .* wide/llama {why}"):
         premise_scores(Ensemble(ours, ours.tokenizer), "In the beginning God created")
     with pytest.raises(UnsupportedHeadError, match="the rule max-entropy reads heads"):

@@ -204,7 +204,6 @@ def test_no_rows_are_verified(rule):
 
 CAPPED = [SoftmaxHead(HEADS[0], soft_cap=9.0), HEADS[1]]
 MASK = torch.arange(20) < 18
-HIDDEN = [torch.randn(3, W.shape[1], generator=torch.Generator().manual_seed(2)).double() for W in HEADS]
 
 
 def read_only(tensor):
@@ -227,13 +226,13 @@ def read_only(tensor):
     ids=["array", "lists", "list of tensors", "read-only", "list of arrays", "strides", "byte order"],
 )
 def test_arrays_and_lists_are_as_good_as_tensors(form):
-    heads, hidden, log_p = list(map(form, HEADS)), list(map(form, HIDDEN)), form(LOG_P)
-    ours = softmeet.combine(log_p, heads, support=form(MASK), hidden=hidden, free_radial=True)
-    theirs = softmeet.combine(LOG_P, HEADS, support=MASK, hidden=HIDDEN, free_radial=True)
+    heads, log_p = list(map(form, HEADS)), form(LOG_P)
+    ours = softmeet.combine(log_p, heads, support=form(MASK))
+    theirs = softmeet.combine(LOG_P, HEADS, support=MASK)
     assert torch.equal(ours.log_probs, theirs.log_probs)
     assert ours.log_probs.dtype == torch.float64
-    verified = ours.verify(heads, log_p, hidden=hidden)
-    assert torch.equal(verified.gap, theirs.verify(HEADS, LOG_P, hidden=HIDDEN).gap)
+    verified = ours.verify(heads, log_p)
+    assert torch.equal(verified.gap, theirs.verify(HEADS, LOG_P).gap)
     capped = softmeet.combine(LOG_P, CAPPED, logits=log_p)
     assert torch.equal(capped.log_probs, softmeet.combine(LOG_P, CAPPED, logits=LOG_P).log_probs)
 
@@ -267,7 +266,6 @@ def test_the_dtype_of_arrays_counts_as_that_of_tensors():
         ({"heads": HEADS[0].numpy()}, r"a floating tensor of shape \(v, d\)"),
         ({"support": [1.0] * 20}, "expected a bool mask"),
         ({"heads": CAPPED, "logits": "none"}, "expected logits as a tensor"),
-        ({"hidden": [[0.0], "?"], "free_radial": True}, "expected the hidden states of member 1 as a tensor"),
     ],
 )
 def test_what_is_no_array_is_refused(change, message):

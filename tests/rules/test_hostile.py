@@ -105,14 +105,12 @@ def test_a_member_without_weight_or_mass_brings_no_nan():
         ({"heads": [SoftmaxHead(HEADS[0].to("meta")), HEADS[1]]}, InvalidInputError, "load the weights first"),
         ({"support": torch.ones(60, dtype=torch.bool).to_sparse()}, InvalidInputError, "support as a dense tensor"),
         ({"heads": CAPPED, "logits": LOG_P.to_sparse()}, InvalidInputError, "logits as a dense tensor"),
-        ({"free_radial": True, "hidden": 3}, InvalidInputError, "a list of hidden states, one per member, got int"),
         ({"heads": [torch.zeros(60, 0), HEADS[1]]}, InvalidInputError, "at least one row and one column"),
         ({"heads": [HEADS[0] * 1e200, HEADS[1]]}, InvalidInputError, "overflows"),
         ({"heads": BROKEN, "logits": LOG_P}, InvalidInputError, "finite"),
         ({"heads": CAPPED, "logits": LOG_P + 50}, NonFiniteError, "soft-cap 9"),
         ({"heads": CAPPED, "logits": LOG_P * math.nan}, NonFiniteError, "none NaN"),
         ({"heads": CAPPED, "logits": LOG_P - 50}, NonFiniteError, "beyond its soft-cap 9"),
-        ({"free_radial": True, "hidden": [LOG_P[0, :, :d] * math.inf for d in (3, 5)]}, NonFiniteError, "finite hidd"),
         (
             {"heads": CAPPED, "logits": LOG_P.transpose(0, 1)},
             InvalidInputError,
@@ -156,7 +154,7 @@ def test_a_head_is_made_of_tensors(weight, bias):
 
 @pytest.mark.parametrize(
     "part",
-    [{"scale": "x"}, {"scale": math.nan}, {"soft_cap": math.inf}, {"soft_cap": 0.0}, {"soft_cap": "x"}, {"norm": 3}],
+    [{"scale": "x"}, {"scale": math.nan}, {"soft_cap": math.inf}, {"soft_cap": 0.0}, {"soft_cap": "x"}],
 )
 def test_a_head_is_told_what_is_wrong_with_its_parts(part):
     with pytest.raises(InvalidInputError, match=next(iter(part)).replace("_", "-")):

@@ -151,8 +151,6 @@ def test_what_a_support_takes_is_proved_and_else_solved(monkeypatch):
         ({"pool": "prob-mean"}, {}),
         ({"trust": [math.inf, 1.0, 1.0]}, {}),
         ({"rule": "max-entropy"}, {}),
-        ({"rank": 3}, {}),
-        ({"bands": 2}, {}),
         ({"weights": [1.0, 1.0, 0.0], "free_weights": True}, {"bias": True}),
         ({}, {"cap": 5.0}),
     ],

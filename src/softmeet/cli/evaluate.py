@@ -204,7 +204,7 @@ def _choices(
     if prompt_weights:
         named = [*named, f"{POOLS[0]}:prompt_weights={prompt_weights}"]
     gates = gates or ([own.gate] if own.gate and own.gate != "auto" else [])
-    parsed = under_gates(parse_choices(named, len(own.members), own.bands), gates)
+    parsed = under_gates(parse_choices(named, len(own.members)), gates)
     return with_baselines(parsed, own.weights or (), own.rule_temperature)
 
 

@@ -41,12 +41,6 @@ class FitFlags(Flags, panel="Finding weights"):
     signed_weights: bool = switch(
         "Also try logit-mean with weights that may be below 0 and sum to 1: they move it away from a member."
     )
-    bands: int = flag(
-        1,
-        "Also try separate trusts for N groups (bands) of the principal directions of each head, from the strongest "
-        "to the weakest; 1 for one trust.",
-        min=1,
-    )
     meet_tokens: int = flag(2000, "The tokens on which meet is fitted; averages are fitted on all.", min=1)
     evaluations: int = flag(
         15, "The most times to compute the loss when fitting meet; for averages, five times as many.", min=1
@@ -123,15 +117,11 @@ def fit(
     from softmeet.evaluation.save import figures, save
 
     given = fitting.options()
-    # ``bands`` is no part of the key: pieces kept by a fit with other bands are used again.
-    settings = {name: value for name, value in asdict(given).items() if name != "bands"} | {"threads": running.threads}
+    settings = asdict(given) | {"threads": running.threads}
     positions, pinned = source.identified(ensemble, found)
     with working("reading files") as show:
         hold_out(ensemble, found, show)
     kept = PieceCache(result.resume, pinned | settings)
-    if fitting.bands > 1:
-        ensemble.model.require_tokens("--bands")
-    ensemble.model.combiner.banded_heads(fitting.bands)  # made here, so that workers share them
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
         if positions is None:
             reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)

@@ -23,7 +23,7 @@ from softmeet.rules.values import BY_SIZE
 
 C = TypeVar("C", bound=Callable[..., Any])
 # Settings without a flag: their values come from a fit.
-_WITHOUT_FLAG = ("bands", "rule_temperature")
+_WITHOUT_FLAG = ("rule_temperature",)
 # The settings of the rule that most users need; help lists the others with advanced options.
 _OF_THE_RULE = ("rule", "trust", "weights", "pool", "gate")
 # Defaults that are not the field's own: these commands make ensembles, which may be over bytes and have a gate.
@@ -82,7 +82,7 @@ def flags(*but: str, only: tuple[str, ...] = ()) -> Callable[[C], C]:
     A command gets a flag for each parameter declared with :func:`flag`, :func:`optional` or :func:`switch`, an argument
     for each with :func:`argument`, and ``--config``; parameters with an annotation of typer's stay as they are. A
     parameter whose type is a group of :class:`Flags` is replaced with a flag for each of its fields, and is passed as
-    an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings` but ``bands`` and
+    an instance; ``**settings`` is replaced with a flag for each field of :class:`softmeet.Settings` but
     ``rule_temperature``.
 
     Args:

@@ -269,14 +269,14 @@ def _facts(
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
     own = [weights for prompt in each for weights in prompt.values()]
     used = list(map(fmean, zip(*own, strict=True))) or config.weights
-    disagreement, trusts = recorder.disagreement.tolist() or [0.0] * len(ensemble.names), config.settings.trusts()
-    trusts = trusts if config.settings.rule.uses_trust else [[] for _ in ensemble.names]
+    disagreement, trusts = recorder.disagreement.tolist() or [0.0] * len(ensemble.names), config.settings.member_trust
+    trusts = trusts if config.settings.rule.uses_trust else [None] * len(ensemble.names)
     members: list[dict[str, Any]] = [
         {
             "name": options.short(name),
             "width": width_of(head),
             "weight": w,
-            "trust": "/".join(f"{rho:g}" for rho in t) or None,
+            "trust": None if t is None else f"{t:g}",
         }
         for name, head, w, t in zip(ensemble.names, ensemble.model.member_heads, used, trusts, strict=True)
     ]  # fmt: skip

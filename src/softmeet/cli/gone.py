@@ -10,6 +10,9 @@ _OF_A_FILE = "it is said behind a GGUF file: file.gguf+{}=N"
 _MEMBER, _TOKENS = "members are named by -m, or --member", "it is --max-new-tokens"
 # By an option's name, without its dashes. Words are those of ollama, llama.cpp, vLLM, llm and lm-eval.
 _OPTIONS = {
+    **dict.fromkeys(
+        ("rank", "free-radial", "bands"), "rules read whole heads since 0.3.0; a smaller --trust asks for less"
+    ),
     **{name: _OF_A_RULE.format(name) for name in ("metric", "slack", "vertex")},
     **dict.fromkeys(("model", "models", "hf-repo", "hf", "model-path", "pretrained"), _MEMBER),
     **dict.fromkeys(("n", "n-predict", "predict", "num-predict", "max-tokens", "max-gen-toks", "tokens"), _TOKENS),

@@ -118,7 +118,7 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     count = len(text.encode()) if over_bytes else len(tokens)
     nats = -sum(token["log_prob"] for token in tokens) / count
     gated = sum(token["gated"] for token in tokens) / len(tokens)
-    trusts = config.settings.trusts() if config.settings.rule.uses_trust else []
+    trusts = [[rho] for rho in config.settings.member_trust] if config.settings.rule.uses_trust else []
     facts = {
         "members": names, "files": [reader.name for reader in ensemble.model.claimants],
         "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model),

@@ -19,9 +19,8 @@ from softmeet.engine import quick
 from softmeet.engine.claims import behind_claims, claimed
 from softmeet.engine.deferral import Deferral
 from softmeet.engine.unread import require_read
-from softmeet.errors import InvalidInputError, NonFiniteError, UnsupportedHeadError
+from softmeet.errors import NonFiniteError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.bands import bands
 from softmeet.members.heads import one_head
 from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.rules.combine import product_dtype, solve
@@ -29,7 +28,7 @@ from softmeet.rules.gates import Unsure
 from softmeet.rules.problem import Problem, TokensBefore
 from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
-from softmeet.rules.validate import free_directions, normalised, slopes_of
+from softmeet.rules.validate import normalised, slopes_of
 
 # Each member's last hidden states at B positions, (B, d_i); and all members' logits or log-probabilities there.
 Hidden = Sequence[Float[Tensor, "B _"]]
@@ -75,7 +74,6 @@ class Combiner:
         self.v = max(head.v for head in heads)
         self.capped = any(head.soft_cap is not None for head in self.given)
         self._unread = self.given != self.heads
-        self._banded: tuple[int, list[SoftmaxHead]] | None = None
 
     def require(self, settings: Settings) -> None:
         """Raise UnsupportedHeadError, as :func:`require_read` does, if the settings read a head that cannot be read."""
@@ -183,7 +181,7 @@ class Combiner:
         if deferral is not None:
             settings = settings.model_copy(update={"gate": Unsure(1.0, deferral.rows.to(logits.device))})
         solution = self.combine_rows(logits, logits, settings, hidden=hidden, proved=proved, before=before)
-        log_probs = self._as_told(solution.problem.log_p[:: settings.bands], logits)
+        log_probs = self._as_told(solution.problem.log_p, logits)
         return (log_probs, solution) if deferral is None else _nan_where_not_run(log_probs, solution)
 
     def _as_told(self, log_probs: Scores, logits: Scores) -> Scores:
@@ -281,8 +279,8 @@ class Combiner:
             scores: (n, B, v), the members' log-probabilities in nats, or their logits, which are normalised.
             logits: (n, B, v), the members' logits, soft-cap included; needed if a head has a soft-cap, else unused.
             settings: all settings, from :meth:`Settings.for_members`.
-            hidden: for each member i, its last hidden states, (B, d_i), for ``free_radial`` and for where the rule
-                is an :meth:`average`; None to recover them from the log-probabilities, and to solve in any case. The
+            hidden: for each member i, its last hidden states, (B, d_i), for where the rule is an :meth:`average`;
+                None to solve in any case. The
                 states of readers that claim, if there are any, stand behind them.
             start: a solution of the same rows by this combiner and a rule like ``meet``, which tilts the pool, at whose
                 dual variables to begin; None to begin at the pool.
@@ -295,9 +293,8 @@ class Combiner:
 
         Raises:
             NonFiniteError: if ``scores`` hold NaN, +inf or a row of -inf only; the message names the member.
-            UnsupportedHeadError: if a head that is to be read cannot be (:func:`require_read`), or ``free_radial`` is
-                set and a member's final norm is unknown.
-            InvalidInputError: if ``free_radial`` is set with several bands, ``start`` or ``relaxed`` does not fit, or
+            UnsupportedHeadError: if a head that is to be read cannot be (:func:`require_read`).
+            InvalidInputError: if ``start`` or ``relaxed`` does not fit, or
                 the gate is ``movement`` without a calibrated factor.
             InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
             RuleError: if the rule fails, or returns something other than distributions.
@@ -307,16 +304,9 @@ class Combiner:
         heads, dtype = self.given, scores.dtype
         log_p = self.normalised(scores)
         hidden, claims = (hidden or ())[: len(self.heads)], (hidden or ())[len(self.heads) :]
-        if settings.free_radial:
-            self._refuse_unknown_norms(settings)
         capped = None if logits is None or not self.capped else logits
         average = bool(hidden) and self.one_head and self.average(settings) is not None
-        hidden = [own.to(log_p.device) for own in hidden] if average or settings.free_radial else ()
-        bands = settings.bands
-        if bands > 1:
-            heads, settings = self.banded_heads(bands), settings.for_bands()
-            log_p = log_p.repeat_interleave(bands, 0)
-            capped = None if capped is None else capped.repeat_interleave(bands, 0)
+        hidden = [own.to(log_p.device) for own in hidden] if average else ()
         problem = Problem(
             log_p=log_p,
             heads=tuple(heads),
@@ -324,7 +314,6 @@ class Combiner:
             settings=settings,
             support=self.support,
             dtype=product_dtype(dtype, settings.tol),
-            free=free_directions(heads, log_p, capped, hidden or None, log_p.shape) if settings.free_radial else (),
             start=None if start is None else start.as_start(heads, log_p),
             precision=torch.finfo(dtype).eps,
             proved=proved,
@@ -334,7 +323,6 @@ class Combiner:
         )
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)
-        solution = solution if bands == 1 else solution.by_member(bands)
         return behind_claims(solution, claims) if claims else solution
 
     def average(self, settings: Settings) -> tuple[float, ...] | None:
@@ -345,31 +333,6 @@ class Combiner:
     def one_head(self) -> bool:
         """Whether the heads of two or more members are one (:func:`softmeet.members.heads.one_head`)."""
         return one_head(self.heads)
-
-    def _refuse_unknown_norms(self, settings: Settings) -> None:
-        """Raise an error if ``free_radial`` cannot be used: a final norm is unknown, or heads are cut into bands."""
-        if settings.bands > 1:
-            raise InvalidInputError(
-                f"free_radial needs whole heads, got {settings.bands} bands of each: leave out one of both"
-            )
-        names = zip(self.names, self.given, strict=True)
-        if unknown := [name for name, head in names if head.norm is None]:
-            raise UnsupportedHeadError(
-                f"free_radial needs a final norm of a known kind right before the output layer, and found none in "
-                f"{', '.join(unknown)}: leave it out"
-            )
-
-    def banded_heads(self, count: int) -> list[SoftmaxHead]:
-        """Cut each head into ``count`` bands: heads of their own, of groups of its matrix's principal directions.
-
-        They are listed member by member and, for each, from the largest singular values to the smallest. They are kept
-        until another ``count`` is asked for, and together take as much memory as the heads.
-        """
-        if count == 1:
-            return self.given
-        if self._banded is None or self._banded[0] != count:
-            self._banded = count, [band for head in self.given for band in bands(head, count)]
-        return self._banded[1]
 
 
 def _where_run(head: Head, states: Float[Tensor, "B d"], deferral: Deferral, *, first: bool) -> Float[Tensor, "B v"]:

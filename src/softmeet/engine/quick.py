@@ -28,9 +28,8 @@ def may(settings: Settings, rows: int, v: int) -> bool:
     It has to if a gate may close, a member has weight 0, heads are read, or the rows are so many that they would have
     to be cut, as of a long prompt whose tokens are all scored.
     """
-    plain = settings.bands == 1 and not settings.free_radial and that_closes(settings.gate) is None
     weights = weights_of(settings)
-    return plain and all(weights) and rows * v * len(weights) <= _ELEMENTS
+    return that_closes(settings.gate) is None and all(weights) and rows * v * len(weights) <= _ELEMENTS
 
 
 def native_logits(head: Head, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:

@@ -22,8 +22,7 @@ def reader_of(settings: Settings) -> str | None:
     """Return what in the settings reads heads, such as ``"the rule meet"``; None if nothing does."""
     if settings.rule.reads_heads:
         return f"the rule {settings.rule.name}"
-    set_ = {"bands": settings.bands > 1, "rank": settings.rank is not None, "free_radial": settings.free_radial}
-    return next((f"the setting {name}" for name, given in set_.items() if given), None)
+    return None
 
 
 def require_read(settings: Settings, names: Sequence[str], heads: Sequence[Head]) -> None:
@@ -35,7 +34,7 @@ def require_read(settings: Settings, names: Sequence[str], heads: Sequence[Head]
         heads: their heads, in the same order.
 
     Raises:
-        UnsupportedHeadError: if the rule, or ``bands``, ``rank`` or ``free_radial``, reads such a head.
+        UnsupportedHeadError: if the rule reads such a head.
     """
     reader = reader_of(settings)
     for name, head in zip(names, heads, strict=True):

@@ -39,13 +39,6 @@ class CrossEntropyRule(ExactRule):
         """Return whether the answer must have the members' moments, which it must unless ``slack`` is positive."""
         return self.slack == 0
 
-    def relaxes(self, problem: Problem) -> bool:
-        """Return whether the rule asks for less than every member's exact moments.
-
-        It does if the settings leave directions unconstrained (:meth:`Rule.relaxes`), or ``slack`` is positive.
-        """
-        return super().relaxes(problem) or self.slack > 0
-
     def why_degenerate(self, problem: Problem) -> str:
         """Explain in a sentence why the objective is constant on the feasible set, and which distribution was taken."""
         plain = all(head.bias is None and head.soft_cap is None for head in problem.heads)

@@ -248,8 +248,8 @@ class FeasibleSet:
 def may_be_unique(problem: Problem) -> bool:
     """Return whether :attr:`FeasibleSet.unique` is possible in some row of the batch, judged by ranks alone.
 
-    It is possible only if 1 + Σ_i rank(Q_i), Q_i the whitened heads cut to ``settings.rank``, is at least the number of
+    It is possible only if 1 + Σ_i rank(Q_i), Q_i the whitened heads, is at least the number of
     tokens to which every member gives more than 0 in the row with the fewest of them. ``problem`` must have a row.
     """
     alive = (~problem.log_p.isneginf()).all(0).sum(-1)
-    return 1 + sum(head.whitening(problem.settings.rank).rank for head in problem.heads) >= int(alive.min())
+    return 1 + sum(head.whitening().rank for head in problem.heads) >= int(alive.min())

@@ -15,7 +15,7 @@ from softmeet.essay.feasible_set import FeasibleSet
 class MinCrossEntropy(CrossEntropyRule):
     """The rule that minimises -Σ w_i pᵀ log p̂_i over the feasible set C, w the members' weights: a linear program.
 
-    Without bias, soft-cap, free direction or slack it chooses nothing: on C the objective is Σ w_i H(p̂_i). The same
+    Without bias, soft-cap or slack it chooses nothing: on C the objective is Σ w_i H(p̂_i). The same
     holds if Σ w_i log p̂_i is in the span of [1, A], A = [W_1 | … | W_n], for any other reason. Such rows are
     DEGENERATE, which is proved by evaluation: for any multipliers y the objective lies between the least and the
     largest entry of c - G y, where c = -Σ w_i log p̂_i and G holds the tokens' moments less the members', and these are

@@ -15,7 +15,7 @@ from softmeet.essay.feasible_set import FeasibleSet
 class MinSquaredCrossEntropy(CrossEntropyRule):
     """The rule that minimises Σ w_i (pᵀ log p̂_i)² over the feasible set C: a convex quadratic program of rank n.
 
-    Without bias, soft-cap, free direction or slack it chooses nothing, as every pᵀ log p̂_i is constant on C. The
+    Without bias, soft-cap or slack it chooses nothing, as every pᵀ log p̂_i is constant on C. The
     largest value over C is bounded by Σ w_i (largest -pᵀ log p̂_i over C)², from n linear programs; the bound is
     attained if n = 1.
     """

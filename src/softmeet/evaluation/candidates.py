@@ -52,8 +52,6 @@ class Options:
         free_weights: whether a logit mean's weights may sum to anything, not only to one.
         signed_weights: whether to add a candidate, a logit mean with weights that may be below zero and sum to one. It
             is no baseline: like any rule it is used only if the third part shows it to be better.
-        bands: the number of bands, groups of principal directions, that each head is cut into; more than one adds a
-            candidate, ``meet`` with a trust for each band.
         meet_positions: the most positions that ``meet`` is fitted on.
         premise_positions: the most positions of the premise test (:class:`~softmeet.evaluation.premise.Premise`), which
             suggests the first trusts.
@@ -76,7 +74,6 @@ class Options:
 
     free_weights: bool = False
     signed_weights: bool = False
-    bands: int = 1
     meet_positions: int = 2000
     premise_positions: int = 512
     evaluations: int = 15
@@ -177,48 +174,43 @@ class Fitter:
     def _meets(
         self, part: SplitPart, begun: Sequence[Candidate], premise: Sequence[Premise], suffix: str
     ) -> list[Candidate]:
-        """Fit ``meet`` from each of the averages ``begun``, and by direction if there are bands.
+        """Fit ``meet`` from each of the averages ``begun``.
 
         ``suffix`` ends the names of what is kept of these fits.
         """
         subset, meets = part.spread(self.options.meet_positions).positions, []
         for average in begun:
             name = DEFAULT if average.name == POOLS[0] else f"{DEFAULT} from {average.name}"
-            meets.append(self.meet(subset, name, average, _first_trusts(premise, average), 1, suffix))
-        if (bands := self.options.bands) > 1:
-            meet = min(meets, key=lambda candidate: candidate.fit_nll)
-            trust = [rho for rho in meet.settings["trust"] for _ in range(bands)]
-            meets.append(self.meet(subset, f"{meet.name} by direction", meet, trust, bands, suffix))
+            meets.append(self.meet(subset, name, average, _first_trusts(premise, average), suffix))
         return meets
 
     def meet(
-        self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], bands: int, suffix: str = ""
+        self, positions: Positions, name: str, start: Candidate, trust: Sequence[float], suffix: str = ""
     ) -> Candidate:
         """Fit weights, temperature and trusts of ``meet`` together, beginning at those of ``start`` and at ``trust``.
 
-        A member whose first trusts are all below 0.005 keeps trust 0: its moments would be the costliest to meet.
+        A member whose first trust is below 0.005 keeps trust 0: its moments would be the costliest to meet.
 
         Args:
             positions: to fit on.
             name: the candidate's name.
             start: a fitted average, or a fitted ``meet``.
-            trust: the first trusts, one for each band of each member.
-            bands: the number of bands of each head.
+            trust: the first trusts, one for each member.
             suffix: ends the names of what is kept of the fit.
         """
         n, pool = len(self.ensemble.names), start.settings["pool"]
-        trusted = [i for i in range(n) if max(trust[i * bands : (i + 1) * bands]) >= NO_TRUST]
-        begun = tuple(rho for i in trusted for rho in trust[i * bands : (i + 1) * bands])
+        trusted = [i for i in range(n) if trust[i] >= NO_TRUST]
+        begun = tuple(trust[i] for i in trusted)
         layout = Layout(n, len(begun), free=self.free(pool))
         at = Values(tuple(start.settings["weights"]), start.settings["rule_temperature"], begun)
-        whole = Objective(self.ensemble.model, positions, layout, pool, bands=bands, trusted=trusted)
-        piece, batch, evaluations = piece_of(name, bands) + suffix, self.options.batch, self.options.evaluations
+        whole = Objective(self.ensemble.model, positions, layout, pool, trusted=trusted)
+        piece, batch, evaluations = name + suffix, self.options.batch, self.options.evaluations
         advance = self.begin(f"fitting {piece}", 0, evaluations * (batch or len(positions)))
         how: dict[str, Any] = {"batch": batch, "cache": self.cache, "name": piece, "on_progress": advance}
         values, loss, count = minimise(whole, at, evaluations, self.engine, **how)
         found = iter(values.trust)
-        every = tuple(next(found) if i in trusted else 0.0 for i in range(n) for _ in range(bands))
-        own = self.settings(DEFAULT, values, every) | {"pool": pool, "free_weights": self.free(pool), "bands": bands}
+        every = tuple(next(found) if i in trusted else 0.0 for i in range(n))
+        own = self.settings(DEFAULT, values, every) | {"pool": pool, "free_weights": self.free(pool)}
         return Candidate(name, own, False, loss, count)
 
     def free(self, pool: Pool) -> bool:
@@ -306,11 +298,6 @@ def _first_trusts(premise: Sequence[Premise], average: Candidate) -> list[float]
     scores = [min(max(p.score, _LOW), _HIGH) if math.isfinite(p.score) else _LOW for p in premise]
     weights = average.settings["weights"]
     return [score * min(1.0, len(weights) * w / sum(weights)) for score, w in zip(scores, weights, strict=True)]
-
-
-def piece_of(name: str, bands: int) -> str:
-    """Name the pieces in the cache for a number of bands."""
-    return name if bands == 1 else f"{name} {bands}"
 
 
 def _as_written(text: str, average: Candidate, n: int) -> Candidate:

@@ -37,7 +37,7 @@ class RuleChoice:
     prompt: int = 0
 
 
-def parse_choices(rules: Sequence[str], n: int, bands: int = 1) -> list[RuleChoice]:
+def parse_choices(rules: Sequence[str], n: int) -> list[RuleChoice]:
     """Read rules in the form of the command line, such as ``logit-mean`` or ``meet:trust=1/0/0.3:pool=prob-mean``.
 
     Options may be the rule's own, an ensemble's settings, or ``prompt_weights=TOKENS``, which becomes ``prompt``.
@@ -45,8 +45,6 @@ def parse_choices(rules: Sequence[str], n: int, bands: int = 1) -> list[RuleChoi
     Args:
         rules: a text for each rule; one that is repeated counts once.
         n: the number of members.
-        bands: the number of bands (groups of principal directions) that each member's head is cut into; trusts may then
-            be given for each band, member by member.
 
     Raises:
         InvalidInputError: if a rule or an option is unknown or has a bad value, or ``rules`` is empty.
@@ -54,16 +52,16 @@ def parse_choices(rules: Sequence[str], n: int, bands: int = 1) -> list[RuleChoi
     >>> parse_choices(["meet:trust=1/0.3"], n=2)
     [RuleChoice(name='meet:trust=1/0.3', settings={'rule': 'meet', 'trust': [1.0, 0.3]}, prompt=0)]
     """
-    found = {entry: _parse(entry, n, bands) for entry in map(str.strip, rules)}
+    found = {entry: _parse(entry, n) for entry in map(str.strip, rules)}
     if not found:
         raise InvalidInputError("expected at least one rule, such as meet or logit-mean")
     return list(found.values())
 
 
-def _parse(entry: str, n: int, bands: int) -> RuleChoice:
+def _parse(entry: str, n: int) -> RuleChoice:
     text, prompt = without_prompt(entry)
     rule, settings = parse_rule(text)
-    complete = Settings(rule=rule, **{"bands": bands, **settings}).for_members(n).plain()
+    complete = Settings(rule=rule, **settings).for_members(n).plain()
     return RuleChoice(entry, {"rule": str(rule)} | {key: complete[key] for key in settings}, prompt)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.evaluation.adaptive import adaptive_averages
-from softmeet.evaluation.candidates import DEFAULTS, Begin, Candidate, Fitter, piece_of
+from softmeet.evaluation.candidates import DEFAULTS, Begin, Candidate, Fitter
 from softmeet.evaluation.candidates import Options as Options
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.files import PieceCache
@@ -188,13 +188,8 @@ def _two_best(candidates: Sequence[Candidate], scored: Evaluation) -> tuple[Cand
 
 
 def _scored(fitter: Fitter, name: str, positions: Positions, candidates: Sequence[Candidate]) -> Evaluation:
-    """Score candidates on a part, one number of bands at a time, so that another fit can reuse the scores."""
-    counts = [candidate.settings.get("bands", 1) for candidate in candidates]
-    advance = fitter.reads(f"scoring the {name} part", len(positions) * len(set(counts)))
-    scored = []
-    for bands in sorted(set(counts)):
-        some = [candidate for candidate, count in zip(candidates, counts, strict=True) if count == bands]
-        choices = [RuleChoice(candidate.label, {**DEFAULTS, **candidate.settings}) for candidate in some]
-        where: dict[str, Any] = {"engine": fitter.engine, "cache": fitter.cache, "stage": piece_of(name, bands)}
-        scored.append(evaluate_positions(fitter.ensemble, positions, choices, **where, on_progress=advance))
-    return replace(scored[0], choices={name: s for one in scored for name, s in one.choices.items()})
+    """Score candidates on a part."""
+    advance = fitter.reads(f"scoring the {name} part", len(positions))
+    choices = [RuleChoice(candidate.label, {**DEFAULTS, **candidate.settings}) for candidate in candidates]
+    where: dict[str, Any] = {"engine": fitter.engine, "cache": fitter.cache, "stage": name}
+    return evaluate_positions(fitter.ensemble, positions, choices, **where, on_progress=advance)

@@ -34,8 +34,7 @@ class Values:
     Attributes:
         weights: the pool's weight of each member.
         temperature: that of the rule's answer p, above 0: the ensemble's distribution is ∝ p^(1/temperature).
-        trust: trusts ρ in nats per nat, of each member whose moments count and, within it, of each band into which its
-            head's directions are cut; empty for an average.
+        trust: trusts ρ in nats per nat, of each member whose moments count; empty for an average.
         order: that of a power mean, from 0 to 1; without meaning for other averages.
     """
 

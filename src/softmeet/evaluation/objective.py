@@ -56,11 +56,10 @@ class Objective:
     Attributes:
         model: the ensemble, for its members' heads.
         positions: those of the text to fit on, with hidden states, as :func:`observe_text` returns them.
-        layout: the parameters in θ, with a trust for each of the ``bands`` of each of the ``trusted`` members.
+        layout: the parameters in θ, with a trust for each of the ``trusted`` members.
         pool: the average from which ``meet`` starts, ``"logit-mean"`` or ``"prob-mean"``.
-        bands: the number of bands, groups of principal directions, that each head is cut into; each has its own trust.
-        trusted: indices of the members whose moments ``meet`` constrains, in the order of the layout's trusts (all
-            bands of one before the next); None for all.
+        trusted: indices of the members whose moments ``meet`` constrains, in the order of the layout's
+            trusts; None for all.
         tol: the solver's tolerance, in nats.
         keep: whether log-probabilities are kept between evaluations, rather than computed again from hidden states.
     """
@@ -69,7 +68,6 @@ class Objective:
     positions: Positions
     layout: Layout
     pool: Pool
-    bands: int = 1
     trusted: Sequence[int] | None = None
     tol: float = 1e-4
     keep: bool = True
@@ -105,11 +103,10 @@ class Objective:
     def _met(
         self, log_q: Float[Tensor, "B v"], trust: Tensor, log_p: Float[Tensor, "n B v"], logits: Tensor | None
     ) -> Float[Tensor, "B v"]:
-        """Return the log-probabilities of ``meet`` from the pool ``log_q``; each band of a head counts as a member."""
+        """Return the log-probabilities of ``meet`` from the pool ``log_q``."""
         who = range(len(log_p)) if self.trusted is None else self.trusted
-        banded = self.model.combiner.banded_heads(self.bands)
-        rows = [i for i in who for _ in range(self.bands)]
-        heads = tuple(banded[i * self.bands + band] for i in who for band in range(self.bands))
+        rows = list(who)
+        heads = tuple(self.model.combiner.given[i] for i in rows)
         log_p = log_normalize(log_p[rows].double())
         problem = Problem(
             log_p=log_p,

@@ -98,7 +98,7 @@ def premise_at(ensemble: Ensemble, stretches: Iterable[tuple[list[Tensor], Tenso
         UnsupportedHeadError: if a member's head cannot be read.
     """
     # Solve for the pool itself, whatever the ensemble's rule is.
-    own = ensemble.model.settings.ungated().changed(**{**pool, "rule_temperature": 1.0, "bands": 1, "trust": 0.0})
+    own = ensemble.model.settings.ungated().changed(**{**pool, "rule_temperature": 1.0, "trust": 0.0})
     ensemble.model.require(own.changed(rule="meet"))
     settings = own.changed(rule=own.pool)
     members, found = range(len(ensemble.names)), []

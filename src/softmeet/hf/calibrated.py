@@ -43,7 +43,7 @@ _FILE = "movement.json"
 # The prompt and the seed of the text that an ensemble samples.
 _PROMPT, _SEED = "The", 0
 # The settings that the factor depends on, beside the members.
-_SETTINGS = ("rule", "trust", "weights", "pool", "rank", "bands", "free_radial", "free_weights")
+_SETTINGS = ("rule", "trust", "weights", "pool", "free_weights")
 _log = logging.getLogger("softmeet")
 
 
@@ -107,7 +107,7 @@ def _kept(model: AnyEnsemble, own: str) -> float | None:
 def key_of(settings: Settings) -> str:
     """Return the settings that a factor depends on, as JSON text: the key under which the factor is kept.
 
-    They are ``rule``, ``trust``, ``weights``, ``pool``, ``rank``, ``bands``, ``free_radial`` and ``free_weights``;
+    They are ``rule``, ``trust``, ``weights``, ``pool`` and ``free_weights``;
     ``settings`` come from :meth:`Settings.for_members`, so that weights and trusts have one form.
     """
     plain = settings.plain()
@@ -180,7 +180,7 @@ def own_text(model: AnyEnsemble, count: int) -> list[Float[Tensor, "t _"]]:
     ids = tokenizer(_PROMPT, return_tensors="pt")["input_ids"].to(model.device)
     limit = getattr(model.config, "max_position_embeddings", None)
     count = count if limit is None else min(count, limit - ids.shape[1])
-    settings = model.settings.ungated().changed(rule=model.settings.pool, rule_temperature=1.0, bands=1, trust=0.0)
+    settings = model.settings.ungated().changed(rule=model.settings.pool, rule_temperature=1.0, trust=0.0)
     with model.without_claims():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), settings=settings, row_sampler=RowSampler(_SEED, [0]),

@@ -81,8 +81,8 @@ def card(config: EnsembleConfig, names: list[str]) -> ModelCard:
 
 def _text(config: EnsembleConfig, names: list[str], licences: list[str | None]) -> str:
     rows = []
-    for name, weight, own, licence in zip(names, config.weights, config.settings.trusts(), licences, strict=True):
-        trust = ", ".join(f"{rho:g}" for rho in own) if config.settings.rule.uses_trust else ""
+    for name, weight, rho, licence in zip(names, config.weights, config.settings.member_trust, licences, strict=True):
+        trust = f"{rho:g}" if config.settings.rule.uses_trust else ""
         rows.append(f"| `{name}` | {weight:g} | {trust} | {licence or 'not known here'} |")
     where = ""
     if any(_is_bundled(Member.parse(name)) for name in config.members):

@@ -14,7 +14,7 @@ from softmeet.members.files import Files
 from softmeet.members.member import Member
 from softmeet.members.registered import refuse_servers
 from softmeet.rules.registry import rule_names, source_of
-from softmeet.rules.settings import Settings, parse_rule
+from softmeet.rules.settings import GONE, Settings, parse_rule
 
 # Options of single rules that checkpoints before version 0.2 hold even if their rule has no such option.
 _OF_RULES = ("metric", "slack", "vertex")
@@ -86,7 +86,7 @@ class EnsembleConfig(PreTrainedConfig):
     ) -> None:
         if settings is None:
             _require_rule(rule, rule_source)
-            own = {name: given.pop(name) for name in (*_names_of(rule), *_OF_RULES) if name in given}
+            own = {name: given.pop(name) for name in (*_names_of(rule), *_OF_RULES, *GONE) if name in given}
             settings = Settings.of({"rule": rule, **own})
         self.members, self.vocabulary, self.prune = [str(Member.of(one)) for one in members], vocabulary, prune
         self.settings = settings.for_members(len(self.members))

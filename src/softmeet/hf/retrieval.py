@@ -43,7 +43,7 @@ def with_passages(
     members = reading([Member.parse(name) for name in model.config.members], passages)
     given = dict(own) | {
         "weights": [weight * share for weight in own.member_weights for share in shares],
-        "trust": [rho for i in chosen for rho in own.trusts()[i]],
+        "trust": [own.member_trust[i] for i in chosen],
     }
     if rule is not None:
         given["rule"] = rule

@@ -16,7 +16,6 @@ from softmeet.heads import SoftmaxHead, Whitening
 from softmeet.members.opaque import Head, OpaqueHead, is_readable, reason
 from softmeet.members.placement import gives_logits, home, in_memory, let_give_logits, without_head
 from softmeet.members.reader_model import ReaderModel
-from softmeet.norms import FinalNorm
 
 # Names, in models' configurations, of factors of the logits and of a divisor; most configurations have none.
 _FACTORS, _DIVISOR = ("logit_scale", "lm_head_multiplier"), "logits_scaling"
@@ -56,35 +55,7 @@ def replace_weight(head: Head, model: PreTrainedModel) -> Head:
     layer = model.get_output_embeddings()
     if isinstance(head, OpaqueHead) or layer is None or layer.weight.is_meta:
         return head
-    return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap, head.norm)
-
-
-@torch.inference_mode()
-def final_norm(model: PreTrainedModel) -> FinalNorm | None:
-    """Find the model's last norm, RMS norm or LayerNorm, whose output is the head's input, by running it.
-
-    Returns:
-        The norm; None unless the model has exactly one module outside its layers with "norm" in its class's name, the
-        module's first parameter is in memory and has the head's width d, and the hidden size is even.
-    """
-    outside = [
-        module
-        for name, module in without_head(model).named_modules()
-        if "norm" in type(module).__name__.lower() and not any(part.isdigit() for part in name.split("."))
-    ]
-    if len(outside) != 1 or model.config.hidden_size % 2:
-        return None
-    own = in_memory(outside[0])
-    weight = next(iter(own.values()), None)
-    if weight is None or weight.is_meta or len(weight) != model.get_output_embeddings().weight.shape[1]:
-        return None
-    ones = torch.ones_like(weight)
-    signs = ones.clone()
-    signs[::2] = -1
-    up, down, flat = (outside[0](x[None, None])[0, 0].float() for x in (signs, -signs, ones))
-    bias = (up + down) / 2
-    centred = bool((flat - bias).abs().max() < 1e-3 * (up - bias).abs().max())
-    return FinalNorm(((up - down) / 2) * signs.float(), bias, centred)
+    return SoftmaxHead(layer.weight, layer.bias, head.scale, head.soft_cap)
 
 
 @torch.inference_mode()
@@ -124,7 +95,7 @@ def _layer_of(model: PreTrainedModel, own: Float[Tensor, "1 t v"], ids: Int[Tens
     cap, weights = getattr(config, "final_logit_softcapping", None), in_memory(layer)
     head: Head
     if is_readable(layer) and not weights["weight"].is_meta:
-        head = SoftmaxHead(weights["weight"], weights.get("bias"), scale, cap, final_norm(model))
+        head = SoftmaxHead(weights["weight"], weights.get("bias"), scale, cap)
     else:
         head = OpaqueHead(model, own.shape[-1], 0, *reason(layer), scale, cap)
     try:

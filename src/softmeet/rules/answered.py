@@ -21,8 +21,7 @@ _MASS_TOLERANCE = 1e-3
 def answered(rule: Rule, problem: Problem) -> Answer:
     """Solve every row of a problem by a rule, and check that each answer is a distribution.
 
-    ``rule.solve`` is called once with the problem, but once per row if ``problem.free`` has directions. If the time is
-    over then (:func:`softmeet.time_is_over`), rows that are NOT_CONVERGED get the status BUDGET.
+    If the time is over then (:func:`softmeet.time_is_over`), rows that are NOT_CONVERGED get the status BUDGET.
 
     Returns:
         The rule's own answer; or, from a rule that returns log-probabilities alone, an answer with these, restricted to
@@ -36,7 +35,7 @@ def answered(rule: Rule, problem: Problem) -> Answer:
             over ``problem.support`` counts); the message names the rule.
         DisjointSupportError: if the rule returns log-probabilities alone, and a row has no mass on the support.
     """
-    answer = Answer.joined([_one(rule, part) for part in problem.pieces()])
+    answer = _one(rule, problem)
     answer.status = ended(answer.status)
     return answer
 

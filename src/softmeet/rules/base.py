@@ -166,16 +166,6 @@ class Rule(Frozen, ABC):
         """
         return "every feasible distribution is optimal: the objective is constant on the feasible set"
 
-    def relaxes(self, problem: Problem) -> bool:
-        """Return whether ``problem.settings`` make this rule match only a part of the members' moments.
-
-        They do if ``free_radial`` is set, which leaves the directions that the final norm removes unconstrained, or if
-        ``rank`` is below the rank of at least one whitened head; never for a rule that reads no heads.
-        """
-        rank, free = problem.settings.rank, problem.settings.free_radial
-        cut = (rank is not None and rank < head.whitening().rank for head in problem.heads)
-        return self.reads_heads and (free or any(cut))
-
     def own_options(self) -> dict[str, object]:
         """Return the rule's options, by name, whose values differ from their defaults."""
         return self.model_dump(exclude_defaults=True)

@@ -49,16 +49,13 @@ def checked_weights(weights: Any, n: int, *, free: bool) -> tuple[float, ...]:
     return values if free or abs(total - 1) <= _ONE else tuple(value / total for value in values)
 
 
-def checked_trust(trust: float | Sequence[float], n: int, bands: int) -> tuple[float, ...]:
-    """Return n · bands trusts; one number serves every member, and a member's trust all of its bands.
+def checked_trust(trust: float | Sequence[float], n: int) -> tuple[float, ...]:
+    """Return n trusts; one number serves every member.
 
     Raises:
-        InvalidInputError: if there are neither one, nor n, nor n · bands.
+        InvalidInputError: if there are neither one nor n.
     """
     values = (trust,) * n if isinstance(trust, float) else tuple(trust)
-    if len(values) not in (n, n * bands):
-        each = f", or one for each member's {bands} bands, {n * bands} in all" if bands > 1 else ""
-        raise InvalidInputError(
-            f"expected one trust, or one per member, {n} in all{each}, got {len(values)}: {list(values)}"
-        )
-    return values if len(values) == n * bands else tuple(rho for rho in values for _ in range(bands))
+    if len(values) != n:
+        raise InvalidInputError(f"expected one trust, or one per member, {n} in all, got {len(values)}: {list(values)}")
+    return values

@@ -37,7 +37,6 @@ def combine(
     throw: bool = False,
     logits: Float[Tensor, "n *batch v"] | ArrayLike | None = None,
     support: Bool[Tensor, " v"] | ArrayLike | None = None,
-    hidden: Sequence[Tensor | ArrayLike] | None = None,
     start: Solution | None = None,
     **settings: Any,
 ) -> Solution:
@@ -59,12 +58,10 @@ def combine(
         logits: the members' logits, after soft-caps, (n, *batch, v); needed if a head has a soft-cap.
         support: a bool mask, (v,), of the tokens that may have positive probability, such as the ids that the tokenizer
             knows if heads are padded; None for all.
-        hidden: the members' last hidden states, n tensors (*batch, d_i), used if ``free_radial`` is set; None to
-            recover them from the log-probabilities.
         start: what an earlier call of ``combine`` returned for the same rows and heads with the rule ``meet`` or
             ``max-entropy``, perhaps at other trusts; solvers begin at its dual variables. None to begin at the pool.
             The answer is the same within ``tol``.
-        settings: the fields of :class:`softmeet.Settings`, except ``bands``, and options of the rule.
+        settings: the fields of :class:`softmeet.Settings`, and options of the rule.
             ``on_infeasible`` also takes what an earlier call of ``combine`` returned for the same rows, heads and
             settings with the rule ``meet``, infinite trusts replaced by 0.3, no gate, and a ``tol`` that is not larger;
             it then answers the rows without a feasible distribution at no cost.
@@ -74,11 +71,11 @@ def combine(
 
     Raises:
         InvalidInputError: if a shape, sign, length or name is wrong, the probabilities of a row do not sum to 1 within
-            5 %, ``logits`` or ``hidden`` is needed and missing, the solution given as ``start`` or ``on_infeasible``
-            does not fit, ``bands`` is above 1, or the gate is ``auto`` or ``movement``, which only an ``Ensemble`` can
+            5 %, ``logits`` are needed and missing, the solution given as ``start`` or ``on_infeasible``
+            does not fit, or the gate is ``auto`` or ``movement``, which only an ``Ensemble`` can
             calibrate, and the rule is ``meet`` with finite trusts.
-        NonFiniteError: if a log-probability is NaN or +inf, a row of a member is all -inf, a hidden state is not
-            finite, or a logit is NaN, or beyond its soft-cap and not -inf.
+        NonFiniteError: if a log-probability is NaN or +inf, a row of a member is all -inf, or a logit is NaN, or beyond
+            its soft-cap and not -inf.
         DisjointSupportError: if in some row no token of ``support`` has positive probability under every member; for
             ``logit-mean`` and ``one-hot``, every member of nonzero weight; for ``prob-mean`` and ``power-mean`` (at an
             order above 0), any such member.
@@ -104,8 +101,6 @@ def combine(
     chosen = Settings.of({"rule": rule, **settings})
     if start is not None and not isinstance(start, Solution):
         raise InvalidInputError(f"expected what combine returned as start=, got {type(start).__name__}")
-    if chosen.bands > 1:
-        raise InvalidInputError("bands are cut from heads by an ensemble: pass each band as a head, or leave bands out")
     log_p = validate.checked_log_probs(log_probs)
     found = validate.checked_heads(heads, log_p)
     problem = Problem(
@@ -115,7 +110,6 @@ def combine(
         settings=chosen.for_members(len(log_p)),
         support=validate.checked_support(support, log_p),
         dtype=product_dtype(log_probs.dtype, chosen.tol),
-        free=validate.free_directions(found, log_p, logits, hidden, log_probs.shape) if chosen.free_radial else (),
         start=None if start is None else start.as_start(found, log_p),
         precision=torch.finfo(log_probs.dtype).eps,
     )

@@ -134,7 +134,6 @@ def _of_the_first(problem: Problem) -> Answer:
         heads=problem.heads[:1],
         slopes=problem.slopes[:1],
         settings=problem.settings.model_copy(update={"weights": (1.0,), "trust": problem.trust[:1]}),
-        free=problem.free[:1],
         states=problem.states[:1],
     )
     # Rules that read heads would answer with this one member's own distribution.

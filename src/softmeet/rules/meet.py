@@ -111,12 +111,11 @@ class Meet(Rule):
     def one_head_weights(self, settings: SettingValues) -> tuple[float, ...] | None:
         """Return (w_i + ρ_i) / (1 + Σ ρ), with w_i the weights and ρ_i the trusts; None unless the closed form holds.
 
-        It holds for the logit mean with weights that sum to 1 as the pool, finite trusts, and whole heads.
+        It holds for the logit mean with weights that sum to 1 as the pool, and finite trusts.
         """
         trust, weights = self.effective_trust(settings.member_trust), settings.member_weights
-        whole = settings.bands == 1 and settings.rank is None and not settings.free_radial
         total = 1 + sum(trust)
-        if not whole or settings.pool != "logit-mean" or math.isinf(total) or abs(sum(weights) - 1) > _ONE:
+        if settings.pool != "logit-mean" or math.isinf(total) or abs(sum(weights) - 1) > _ONE:
             return None
         return tuple([(w + rho) / total for w, rho in zip(weights, trust, strict=True)])
 
@@ -280,10 +279,7 @@ def _proves_empty(problem: Problem, ray: Sequence[Float[Tensor, " _"]]) -> bool:
 def _scores(
     projection: Projection, dual: Sequence[Float[Tensor, " _"]]
 ) -> tuple[Float[Tensor, "1 D"], Float[Tensor, "1 n v"]]:
-    """Convert a row's λ_i, in the coordinates of W_i, to whitened dual variables ν and their scores Q_i ν_i.
-
-    Components of λ_i along directions that carry no constraint are dropped.
-    """
+    """Convert a row's λ_i, in the coordinates of W_i, to whitened dual variables ν and their scores Q_i ν_i."""
     parts = zip(dual, projection.alpha, projection.heads, strict=True)
     nu = torch.cat([h.whitening.inverse @ lam / alpha for lam, alpha, h in parts])[None]
     return nu, projection.scores(nu)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from softmeet.errors import DisjointSupportError, InvalidInputError
-from softmeet.heads import SoftmaxHead, WhitenedHead, Whitening
+from softmeet.heads import SoftmaxHead, WhitenedHead
 from softmeet.rules.values import SettingValues
 from softmeet.simplex import kl, log_normalize, logit_mean, prob_mean
 from softmeet.solvers.batched import Batched
@@ -95,11 +95,9 @@ class Problem:
         log_p: the members' log-probabilities log p̂_i in nats, (n, B, v), fp64, normalised; -inf for probability 0.
         heads: the n members' heads; a head of fewer than v rows gives the tokens past its last row probability 0.
         slopes: for each member, the derivative of its soft-cap at its logits, (B, v); None for a head without one.
-        settings: all settings, as returned by :meth:`SettingValues.for_members` for n members, with ``bands`` 1.
+        settings: all settings, as returned by :meth:`SettingValues.for_members` for n members.
         support: a mask of the tokens that may have positive probability in the answer, (v,); None for all tokens.
         dtype: of products with heads: fp32 or fp64.
-        free: for each member, the directions of its hidden state that carry no constraint, (B, k_i, d_i), fp64; an
-            empty tuple if there are none, as there are only with the setting ``free_radial``.
         start: dual variables from which solvers begin, of :meth:`softmeet.Solution.as_start`; None for zeros, which
             stand for the pool.
         precision: ``torch.finfo(…).eps`` of the dtype in which the caller gave the log-probabilities.
@@ -115,7 +113,6 @@ class Problem:
     settings: SettingValues
     support: Bool[Tensor, " v"] | None
     dtype: torch.dtype
-    free: tuple[Float[Tensor, "B _ _"], ...] = ()
     start: Start | None = None
     precision: float = torch.finfo(torch.float64).eps
     proved: bool = True
@@ -150,9 +147,9 @@ class Problem:
     def take(self, rows: Int[Tensor, " k"]) -> Problem:
         """Return the problem that has only the rows with the indices ``rows``, (k,)."""
         slopes = tuple(None if s is None else s[rows] for s in self.slopes)
-        free, states = (tuple(x[rows] for x in every) for every in (self.free, self.states))
+        states = tuple(x[rows] for x in self.states)
         start, before = (None if x is None else x.take(rows) for x in (self.start, self.before))
-        own: dict[str, Any] = {"slopes": slopes, "free": free, "states": states, "start": start, "before": before}
+        own: dict[str, Any] = {"slopes": slopes, "states": states, "start": start, "before": before}
         return replace(self, log_p=self.log_p[:, rows], **own)
 
     def text_before(self) -> list[str]:
@@ -171,13 +168,6 @@ class Problem:
     def rows(self) -> list[Problem]:
         """Split the batch into problems of one row each."""
         return [self.take(torch.tensor([k], device=self.log_p.device)) for k in range(self.log_p.shape[1])]
-
-    def pieces(self) -> list[Problem]:
-        """Split into problems whose rows share one whitened view of each head.
-
-        That is this problem alone; but if ``free`` has directions, which differ from row to row, one problem per row.
-        """
-        return self.rows() if self.free and self.log_p.shape[1] > 1 else [self]
 
     def restricted(self, log_q: Float[Tensor, "B v"]) -> Float[Tensor, "B v"]:
         """Set log-probabilities of tokens outside ``support`` to -inf, and renormalise each row.
@@ -216,37 +206,21 @@ class Problem:
     def views(self, members: Sequence[int]) -> tuple[WhitenedHead, ...]:
         """Return whitened views Q_i of the heads of some members, through which solvers read them.
 
-        A view has the slopes of the head's soft-cap, leaves out the directions in ``free`` and beyond
-        ``settings.rank``, multiplies in ``dtype``, and counts reads (``rows_read``) from zero.
+        A view has the slopes of the head's soft-cap, multiplies in ``dtype``, and counts reads (``rows_read``) from
+        zero.
 
         Args:
             members: the indices i of the members, from 0, in the order in which views are returned.
 
         Raises:
-            AssertionError: if there are ``free`` directions and more than one row; split by :meth:`pieces` before.
             InvalidInputError: if a head's weight is not finite.
         """
         batch, v = self.log_p.shape[1:]
         place = self.log_p.device
         return tuple([
-            WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch, place, self._whitening(i))
+            WhitenedHead(self.heads[i], v, self.dtype, self.slopes[i], batch, place)
             for i in members
         ])  # fmt: skip
-
-    def _whitening(self, i: int) -> Whitening:
-        """Return the whitening of head i, cut to ``settings.rank`` directions, without the head's free directions.
-
-        Moments may differ from the member's along a free direction u, and W_iᵀ(p - p̂_i) = R⁻ᵀ Q_iᵀ(p - p̂_i) lies in
-        the span of the u exactly if Q_iᵀ(p - p̂_i) lies in the span of the Rᵀu: the columns of Q_i are cut to the
-        complement of that span.
-        """
-        whole = self.heads[i].whitening(self.settings.rank)
-        if not self.free or not self.log_p.shape[1]:
-            return whole
-        assert self.log_p.shape[1] == 1, "rows with free directions are solved one by one"
-        lost = self.free[i][0].to(whole.factor) @ whole.factor  # (k, rank)
-        kept = torch.linalg.svd(lost, full_matrices=True).Vh[len(lost) :]
-        return whole.narrowed(kept.T).without(self.free[i][0])
 
     def projection(self, members: Sequence[int], trust: Sequence[float]) -> Projection:
         """Return the relaxed I-projection of the pool q with some members, as solvers take it.
@@ -260,7 +234,7 @@ class Problem:
 
         Raises:
             DisjointSupportError: if a row of the pool has no token, as by :attr:`log_pool`.
-            AssertionError, InvalidInputError: as by :meth:`views`.
+            InvalidInputError: as by :meth:`views`.
         """
         projection = Projection(
             log_q=self.log_pool,
@@ -280,7 +254,7 @@ class Problem:
         True exactly if log-probabilities, supports and the settings that ``meet`` depends on are equal, and this
         problem's ``tol`` is at most the other's. That both have the same heads is not checked.
         """
-        names = ("trust", "pool", "weights", "rank", "free_radial")
+        names = ("trust", "pool", "weights")
         same = all(getattr(self.settings, name) == getattr(other.settings, name) for name in names)
         mine, theirs = self.support, other.support
         support = mine is theirs or (mine is not None and theirs is not None and torch.equal(mine, theirs))

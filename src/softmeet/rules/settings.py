@@ -20,6 +20,8 @@ from softmeet.rules.frozen import takes, unknown
 from softmeet.rules.registry import DEFAULT, all_rules, require_own_name, rule_class
 from softmeet.rules.values import BY_SIZE, SHORT, SettingValues
 
+# Settings of versions before 0.3.0, with the values of saved ensembles in which they change nothing.
+GONE = {"rank": None, "bands": 1, "free_radial": False}
 # A colon between options, unlike the one inside gate=unsure:0.5.
 _COLON = re.compile(r":(?![\d.])")
 
@@ -173,6 +175,8 @@ def parse_rule(text: str) -> tuple[Rule, dict[str, Any]]:
             own[key] = _listed(value, text) if takes(kind.model_fields[key], tuple) else value
         elif key in Settings.model_fields:
             settings[key] = _listed(value, text) if takes(Settings.model_fields[key], tuple) else value
+        elif key in GONE:
+            raise _gone(key)
         else:
             shared = [name for name in (*SHORT, *Settings.model_fields) if name not in ("rule", *SHORT.values())]
             raise unknown(f"unknown option {key!r} in {text!r}", key, [*kind.model_fields, *shared])
@@ -203,6 +207,9 @@ def _resolved(given: Mapping[str, Any], before: Rule | None) -> dict[str, Any]:
         before: the rule to which options apply if ``given`` has no rule; None for the default rule.
     """
     fields, named = Settings.model_fields, {key: value for key, value in given.items() if value is not None}
+    for key in GONE.keys() & named.keys():
+        if named.pop(key) != GONE[key]:
+            raise _gone(key)
     reset = {key: fields[key].get_default() for key in given.keys() - named.keys() if key in fields}
     rule, settings = named.pop("rule", before), dict[str, Any]()
     if isinstance(rule, str):
@@ -216,6 +223,12 @@ def _resolved(given: Mapping[str, Any], before: Rule | None) -> dict[str, Any]:
         rule = _with_options(_rule(rule or DEFAULT), own)
     named = {key: value for key, value in named.items() if key in fields}
     return {**reset, **named, **settings} | ({} if rule is None else {"rule": rule})
+
+
+def _gone(key: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"expected settings of today, got {key}, which is none since 0.3.0: leave it out, or lower trust"
+    )
 
 
 def _with_options(rule: Rule, own: Mapping[str, Any]) -> Rule:

@@ -110,8 +110,8 @@ class Solution:
 
     @property
     def relaxed(self) -> bool:
-        """Whether the setting ``rank`` or ``free_radial`` or an option ``slack`` loosens the constraint of moments."""
-        return bool(self._problem.settings.rule.relaxes(self._problem))
+        """Whether an option ``slack`` of the rule loosens the constraint of moments."""
+        return getattr(self._problem.settings.rule, "slack", 0) > 0
 
     @property
     def problem(self) -> Problem:
@@ -159,7 +159,7 @@ class Solution:
         Raises:
             InvalidInputError: if this solution's rule is not the one that ``problem.settings.on_infeasible`` names
                 (``meet`` without options), a gate was closed in one of its rows, its log-probabilities, support,
-                weights, trusts, ``pool``, ``rank`` or ``free_radial`` differ from the other problem's with infinite
+                weights, trusts or ``pool`` differ from the other problem's with infinite
                 trusts replaced by 0.3, or its ``tol`` is larger.
         """
         mine, other = self._problem, problem.relaxed()
@@ -194,24 +194,12 @@ class Solution:
         same = (given == _powered(own.to(given.dtype), 1 / temperature)).all(-1, keepdim=True)
         return torch.where(same, own, _powered(given.double(), temperature))
 
-    def by_member(self, count: int) -> Solution:
-        """Return a copy whose ``disagreement``, (n, *batch), is summed over each member's ``count`` bands.
-
-        Bands are groups of a head's directions with trusts of their own (setting ``bands``). This solution has each
-        band as a member, n · ``count`` in all, member by member. A member's ``disagreement_is_bound`` becomes True if
-        it is True for any of the member's bands; all other fields are kept.
-        """
-        split = (-1, count, *self.disagreement.shape[1:])
-        total, is_bound = self.disagreement.reshape(split).sum(1), self.disagreement_is_bound.reshape(split).any(1)
-        return replace(self, disagreement=total, disagreement_is_bound=is_bound)
-
     def verify(
         self,
         heads: Sequence[SoftmaxHead | Tensor | ArrayLike],
         log_probs: Float[Tensor, "n *batch v"] | ArrayLike,
         *,
         logits: Tensor | ArrayLike | None = None,
-        hidden: Sequence[Tensor | ArrayLike] | None = None,
     ) -> Verification:
         """Compute residual, gap and status again, in fp64, from the members and this solution, without the solver.
 
@@ -222,7 +210,6 @@ class Solution:
             heads: those that :func:`softmeet.combine` was given for this solution.
             log_probs: those that it was given.
             logits: those that it was given, if any.
-            hidden: those that it was given, if any.
 
         Returns:
             The figures of each row, (*batch). Rows with ``fallback`` are checked by the fallback, all others, gated
@@ -233,7 +220,7 @@ class Solution:
                 tokens, or a head's width, differs from this solution's.
             RuleError: if the rule fails in recomputing its answer.
         """
-        problem = restate(self._problem, heads, log_probs, logits, hidden)
+        problem = restate(self._problem, heads, log_probs, logits)
         answer = replace(self._answer, log_probs=self._plain())
         return verify(problem, answer, self.fallback.reshape(-1)).reshape(self.status.shape)
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from softmeet.errors import InvalidInputError, NonFiniteError
-from softmeet.heads import SoftmaxHead, WhitenedHead, as_head
-from softmeet.norms import FinalNorm
+from softmeet.heads import SoftmaxHead, as_head
 from softmeet.rules.problem import Problem
 
 # Half-precision log-probabilities sum to one only this well.
@@ -234,70 +233,11 @@ def checked_support(
     return support
 
 
-def free_directions(
-    heads: Sequence[SoftmaxHead],
-    log_p: Float[Tensor, "n B v"],
-    logits: Tensor | ArrayLike | None,
-    hidden: Sequence[Tensor | ArrayLike] | None,
-    shape: torch.Size,
-) -> tuple[Float[Tensor, "B _ _"], ...]:
-    """Return, for each member, the directions of its hidden states that its final norm removes, (B, k, d_i), fp64.
-
-    The setting ``free_radial`` leaves moments along them unconstrained; k is 1, or 2 for a LayerNorm
-    (:meth:`FinalNorm.lost_directions`).
-
-    Args:
-        heads: the members' heads with their norms; a head without one counts as having a plain RMS norm.
-        log_p: the members' log-probabilities in nats.
-        logits: the members' logits after soft-caps; None if no head has a soft-cap.
-        hidden: the members' last hidden states, (*batch, d_i); None to recover them from the logits.
-        shape: the shape (n, *batch, v) of the log-probabilities as the caller gave them.
-
-    Raises:
-        InvalidInputError: if the number or a shape of the hidden states does not fit, or they would have to be
-            recovered from logits of -inf; its subclass NonFiniteError if one is NaN or infinite.
-    """
-    if hidden is None:
-        scores = log_p if logits is None else as_tensor(logits, "logits").detach().reshape(log_p.shape).double()
-        pairs = enumerate(zip(heads, scores, strict=True))
-        states = [_recovered(i, head, own[:, : head.v]) for i, (head, own) in pairs]
-    else:
-        if not isinstance(hidden, Iterable):
-            raise InvalidInputError(f"expected a list of hidden states, one per member, got {type(hidden).__name__}")
-        own = [as_tensor(h, f"the hidden states of member {i}") for i, h in enumerate(hidden)]
-        expected = [(*shape[1:-1], head.d) for head in heads]
-        if [tuple(h.shape) for h in own] != expected:
-            raise InvalidInputError(f"expected hidden states of shapes {expected}, got {[tuple(h.shape) for h in own]}")
-        states = [h.detach().reshape(-1, h.shape[-1]).double() for h in own]
-        for i, h in enumerate(states):
-            if not h.isfinite().all():
-                raise NonFiniteError(f"expected finite hidden states, got NaN or inf from member {i}")
-    return tuple((head.norm or FinalNorm()).lost_directions(h) for head, h in zip(heads, states, strict=True))
-
-
-def _recovered(i: int, head: SoftmaxHead, logits: Float[Tensor, "B v"]) -> Float[Tensor, "B d"]:
-    """Recover member i's hidden states from its logits, up to components that do not change the logits.
-
-    Raises:
-        InvalidInputError: if a logit is -inf.
-    """
-    if logits.isneginf().any():
-        raise InvalidInputError(
-            f"the hidden states of member {i} cannot be recovered from infinite logits: pass them as hidden="
-        )
-    if head.soft_cap is not None:
-        logits = head.soft_cap * (logits / head.soft_cap).clamp(-1 + 1e-12, 1 - 1e-12).atanh()
-    own = logits / head.scale - (0.0 if head.bias is None else head.bias.to(logits))
-    view = WhitenedHead(head, head.v, torch.float64, batch=len(own), device=logits.device)
-    return view.moments(own)[0] @ view.whitening.factor.T
-
-
 def restate(
     problem: Problem,
     heads: Sequence[SoftmaxHead | Tensor | ArrayLike],
     log_probs: Tensor | ArrayLike,
     logits: Tensor | ArrayLike | None,
-    hidden: Sequence[Tensor | ArrayLike] | None = None,
 ) -> Problem:
     """Return a copy of ``problem`` with other heads and log-probabilities, which are checked, to verify its answer.
 
@@ -305,7 +245,7 @@ def restate(
 
     Args:
         problem: the problem that was solved; its settings, support and dtype are kept.
-        heads, log_probs, logits, hidden: as :func:`softmeet.combine` takes them.
+        heads, log_probs, logits: as :func:`softmeet.combine` takes them.
 
     Raises:
         InvalidInputError: if the number of members, rows or tokens, or the heads' widths, differ from the problem's, or
@@ -324,7 +264,6 @@ def restate(
         log_p=log_p,
         heads=found,
         slopes=slopes_of(found, logits, log_p, log_probs.shape),
-        free=free_directions(found, log_p, logits, hidden, log_probs.shape) if problem.settings.free_radial else (),
         start=None,
         states=(),
     )

@@ -71,8 +71,6 @@ def _trusts(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(_count)]
-# No head has as many columns, so that no bands do.
-Bands = Annotated[Count, Field(le=1 << 16)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -111,16 +109,8 @@ class SettingValues(Frozen):
     """
     free_weights: bool = False
     """Use weights as they are, and do not divide them by their sum."""
-    rank: Annotated[int | None, BeforeValidator(_count)] = None
-    """Use only the N strongest principal directions of each head (output layer). All by default."""
-    free_radial: bool = False
-    """The norm before a head fixes the length (LayerNorm: also the mean) of the hidden state. Do not make members agree
-    along the directions in which only these would change.
-    """
     rule_temperature: Positive = 1.0
     """The temperature T of the combined distribution, p^(1/T) normalised; temperature in a rule's text."""
-    bands: Bands = 1
-    """Bands into which each head's directions are cut, each with a trust."""
     gate: Any = None
 
     def plain(self) -> dict[str, Any]:
@@ -128,18 +118,17 @@ class SettingValues(Frozen):
         return {name: _plain(value) for name, value in self}
 
     def for_members(self, n: int) -> Self:
-        """Return a copy for n members, with n weights and n · ``bands`` trusts: member by member, then band by band.
+        """Return a copy for n members, with n weights and n trusts.
 
-        Bands are groups of a head's principal directions that have trusts of their own. Weights of None become 1/n;
-        unless ``free_weights``, others are divided by their sum. ``trust`` may be a number (not a list of one), which
-        serves all members; n numbers, each of which serves all bands of its member; or n · ``bands`` numbers.
+        Weights of None become 1/n; unless ``free_weights``, others are divided by their sum. ``trust`` may be a number
+        (not a list of one), which serves all members.
 
         Raises:
             InvalidInputError: if weights are ``"auto"``, or their number or that of trusts does not fit; or a weight is
                 not finite, none is positive, or they sum to 0, or, without ``free_weights``, to less.
         """
         weights = checked_weights(self.weights, n, free=self.free_weights)
-        return self.model_copy(update={"weights": weights, "trust": checked_trust(self.trust, n, self.bands)})
+        return self.model_copy(update={"weights": weights, "trust": checked_trust(self.trust, n)})
 
     def ungated(self) -> Self:
         """Return a copy without a gate, so that the rule is solved in every row."""
@@ -147,7 +136,7 @@ class SettingValues(Frozen):
 
     @property
     def member_trust(self) -> tuple[float, ...]:
-        """The n · ``bands`` trusts, in nats per nat: member by member, then band by band.
+        """The n trusts, in nats per nat.
 
         These settings must be from :meth:`for_members`, which is not checked.
         """
@@ -157,22 +146,6 @@ class SettingValues(Frozen):
     def member_weights(self) -> tuple[float, ...]:
         """The n weights; these settings must be from :meth:`for_members`, which is not checked."""
         return self.weights  # type: ignore[return-value]
-
-    def trusts(self) -> list[list[float]]:
-        """Return, for each member, the list of its bands' trusts in nats per nat.
-
-        These settings must be from :meth:`for_members`, which is not checked.
-        """
-        return [list(self.member_trust[i : i + self.bands]) for i in range(0, len(self.member_trust), self.bands)]
-
-    def for_bands(self) -> Self:
-        """Return the settings of an ensemble in which each band, a group of a head's directions, is a member itself.
-
-        It has n · ``bands`` members, member by member, each with its band's trust, and ``bands`` 1. The first band of
-        each member has the member's weight in the pool, the others 0. These settings must be from :meth:`for_members`.
-        """
-        weights = [w for own in self.member_weights for w in (own, *[0.0] * (self.bands - 1))]
-        return self.model_copy(update={"weights": tuple(weights), "bands": 1})
 
     def relaxed(self) -> Self:
         """Return a copy of settings of :meth:`for_members` with infinite trusts replaced by 0.3, for the fallback."""

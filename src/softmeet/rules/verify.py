@@ -53,16 +53,11 @@ def residuals(problem: Problem, log_probs: Float[Tensor, "B v"]) -> Float[Tensor
     """Return ‖Q_iᵀ(p - p̂_i)‖, the distance of p from member i's moments, by one read of every head.
 
     Args:
-        problem: the problem with the members' p̂_i and whitened heads Q_i, whose directions that carry no constraint are
-            left out; products are in ``problem.dtype``.
+        problem: the problem with the members' p̂_i and whitened heads Q_i; products are in ``problem.dtype``.
         log_probs: log p of each of the B rows, in nats, on the device of ``problem.log_p``.
     """
-    pieces, parts = problem.pieces(), []
-    for piece, p in zip(pieces, log_probs.exp().chunk(len(pieces)), strict=True):
-        views = piece.views(range(len(piece.heads)))
-        off = [h.moments(p - q.exp())[0].norm(dim=-1) for h, q in zip(views, piece.log_p, strict=True)]
-        parts.append(torch.stack(off))
-    return torch.cat(parts, dim=-1)
+    p, views = log_probs.exp(), problem.views(range(len(problem.heads)))
+    return torch.stack([h.moments(p - q.exp())[0].norm(dim=-1) for h, q in zip(views, problem.log_p, strict=True)])
 
 
 def verify(problem: Problem, answer: Answer, fallback: Bool[Tensor, " B"]) -> Verification:

@@ -171,7 +171,7 @@ def alone(
     settings, told = how.settings, (request.top, request.report)
     mean = isinstance(settings.rule, ProbMean) and settings.rule_temperature == 1 and how.gate is None
     plain = request.sampling.is_plain and told == (None, None) and not request.sources
-    if one_member and mean and settings.bands == 1 and plain:
+    if one_member and mean and plain:
         return OneMember(s, run, give)
     # What is read at once may depend on the time that calls take, and rounding on what is read at once.
     noticed = told != (None, None)

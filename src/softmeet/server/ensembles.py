@@ -236,7 +236,7 @@ def _part(whole: EnsembleForCausalLM, chosen: tuple[int, ...], claiming: tuple[i
     weights = [config.weights[k] for k in chosen]
     share, own = sum(weights), dict(config.settings)
     own["weights"] = [total * w / share for w in weights] if share * total > 0 else None
-    own["trust"] = [rho for k in chosen for rho in config.settings.trusts()[k]]
+    own["trust"] = [config.settings.member_trust[k] for k in chosen]
     if own["weights"] and weights[0] < 0:
         own["gate"] = None  # it may let this member answer alone
     prefixes = config.prefixes and [config.prefixes[k] for k in chosen]
