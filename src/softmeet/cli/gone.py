@@ -13,6 +13,7 @@ _OPTIONS = {
     **dict.fromkeys(
         ("rank", "free-radial", "bands"), "rules read whole heads since 0.3.0; a smaller --trust asks for less"
     ),
+    **dict.fromkeys(("fronts", "target-streams"), "Ray Serve's own proxy and autoscaling hand requests to replicas"),
     **{name: _OF_A_RULE.format(name) for name in ("metric", "slack", "vertex")},
     **dict.fromkeys(("model", "models", "hf-repo", "hf", "model-path", "pretrained"), _MEMBER),
     **dict.fromkeys(("n", "n-predict", "predict", "num-predict", "max-tokens", "max-gen-toks", "tokens"), _TOKENS),

@@ -10,7 +10,7 @@ import threading
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -26,9 +26,6 @@ from softmeet.members.files import is_files
 from softmeet.members.names import require_there
 from softmeet.server.naming import named
 from softmeet.startup import quick_imports, uncollected
-
-if TYPE_CHECKING:
-    from softmeet.server.replicas import Scale
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
@@ -144,10 +141,6 @@ class RunFlags(Flags, panel="Engine"):
     max_replicas: int | None = at_least_one(
         "With --engine ray: the most replicas; more are started under load.", shown="none are added"
     )
-    target_streams: float = flag(
-        32.0, "With --max-replicas: start another replica when each has more than X answers in progress.", min=1
-    )
-    fronts: int = flag(1, "With --engine ray: how many processes receive requests and hand them to replicas.", min=1)
     ray_address: str | None = optional("The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
     gpus: float = flag(
         0.0, "With --engine ray: the GPUs of each replica, a fraction such as 0.5, or a whole number.", min=0
@@ -232,15 +225,15 @@ def serve(
             ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
         )
         if running.engine == "ray":
-            from softmeet.server.replicas import Scale, application
+            from softmeet.server.replicas import application
 
-            r = running
-            scale = Scale(
-                replicas=r.replicas, max_replicas=r.max_replicas, streams=r.target_streams, threads=r.threads or 1,
-                gpus=r.gpus, fronts=r.fronts,
+            r, threads = running, running.threads or 1
+            made = application(
+                asked, {**loading.arguments(), **given}, protocol, replicas=r.replicas, max_replicas=r.max_replicas,
+                threads=threads, gpus=r.gpus, grace=limits.grace,
             )  # fmt: skip
-            made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
-            _replicate(made, host, sockets, running.ray_address, scale, list(asked))
+            cores = threads * (r.max_replicas or r.replicas)
+            _replicate(made, host, sockets, r.ray_address, cores, f"{', '.join(asked)} by {r.replicas} replicas")
             return
         if running.threads is not None:
             import torch
@@ -262,7 +255,7 @@ def _check_engine(running: RunFlags, *, ui: bool) -> None:
         if ui:
             raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
         require_extra("--engine ray", "ray", "ray")
-    elif running.engine != "local" or running.max_replicas or running.gpus or running.replicas + running.fronts > 2:
+    elif running.engine != "local" or running.max_replicas or running.gpus or running.replicas > 1:
         raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
 
 
@@ -344,7 +337,7 @@ def _announce(what: str, url: str, *, page: bool) -> None:
 
 
 def _replicate(
-    application: Any, host: str, sockets: list[socket.socket], address: str | None, scale: Scale, names: list[str]
+    application: Any, host: str, sockets: list[socket.socket], address: str | None, cores: int, what: str
 ) -> None:
     """Deploy an application on a Ray cluster, wait for SIGINT or SIGTERM, and take it down.
 
@@ -353,15 +346,15 @@ def _replicate(
         host: the address to listen on.
         sockets: those that hold the port; they are closed, and Ray's own processes listen there.
         address: the cluster's; None for ``$RAY_ADDRESS``, or else a cluster of this machine.
-        scale: the number of replicas, and their threads.
-        names: the ensembles' names, for the message that it serves.
+        cores: those that all replicas take, for a cluster that is started here.
+        what: what is served, for the message that it is.
     """
     from ray import serve, shutdown
 
     from softmeet.scaling.cluster import connect
     from softmeet.server.replicas import NAME
 
-    connect(address, (scale.max_replicas or scale.replicas) * scale.threads)
+    connect(address, cores)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -371,7 +364,7 @@ def _replicate(
     try:
         serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
         serve.run(application, name=NAME, route_prefix="/")
-        _announce(f"{', '.join(names)} by {scale.replicas} replicas", url_to_open(host, port), page=False)
+        _announce(what, url_to_open(host, port), page=False)
         ended.wait()
     finally:
         serve.shutdown()

@@ -304,7 +304,7 @@ async def _respond(request: Request, reply: Reply) -> Response:
 async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
     """Yield an answer as server-sent events, up to the last; a SoftmeetError becomes an event as well."""
     try:
-        # Nothing is sent, not even an empty part, before there is something: a relay may still send an error instead.
+        # Nothing is sent, not even an empty part, before there is something: an error may still be sent instead.
         if first := reply.begun():
             yield first
         asked = answer.request.combination
