@@ -26,7 +26,7 @@ from softmeet import Ensemble
 from softmeet.derived import derived
 from softmeet.errors import CheckpointError, SoftmeetError
 from softmeet.hf.chat import PLAIN
-from softmeet.members import gguf_assets, gguf_file
+from softmeet.members import gguf_tokenizer
 from softmeet.members.gguf_file import GgufFile, begins_as_gguf, fingerprint, read_gguf
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.members.member import Member
@@ -309,7 +309,7 @@ def test_threads_give_way_unless_the_environment_says_how_long_they_wait(said, s
 
 def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkeypatch):
     path, kept = written(tmp_path / "a.gguf", byte_tokenizers.byte_level(), "gpt-2"), tmp_path / "kept"
-    monkeypatch.setattr(gguf_assets, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
+    monkeypatch.setattr(gguf_tokenizer, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
 
     def loaded():
         gc.collect()  # models of this file
@@ -322,12 +322,12 @@ def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkey
 
     plain = loaded()
     assert not kept.exists()  # of small files nothing is kept
-    monkeypatch.setattr(gguf_assets, "_SMALL", 0)
+    monkeypatch.setattr(gguf_tokenizer, "_SMALL", 0)
     assert loaded() == plain
     with monkeypatch.context() as patched:
         patched.setattr("softmeet.members.gguf_tokenizer.convert_gguf_tokenizer", None)
         patched.setattr("softmeet.readers.bytes.typical.typical", None)
-        patched.setattr("softmeet.members.token_bytes._words", None)
+        patched.setattr("softmeet.members.spelling._words", None)
         assert loaded() == plain
     files = [file for file in kept.rglob("*") if file.is_file()]
     assert len(files) == 4

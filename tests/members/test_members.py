@@ -17,8 +17,8 @@ from torch import nn
 from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError, VocabularyMismatchError
 from softmeet.heads import SoftmaxHead
+from softmeet.members import huggingface, zoo
 from softmeet.members import names as known
-from softmeet.members import refused, zoo
 from softmeet.members.heads import head_of
 from softmeet.members.huggingface import dtype_of, load_members, load_tokenizers
 from softmeet.members.trunk import last_hidden
@@ -203,7 +203,7 @@ def test_what_predicts_no_next_token_is_refused_by_its_configuration(why, config
     "config", [tf.BartConfig(is_decoder=True, is_encoder_decoder=False), tf.BertConfig(is_decoder=True)]
 )
 def test_decoders_of_the_same_families_are_members(config):
-    refused.require_causal("member", config, remote=False)
+    huggingface.require_causal("member", config, remote=False)
 
 
 def of_kind(**fields):
@@ -275,7 +275,7 @@ def test_a_package_that_a_tokenizer_needs_is_named(tmp_path):
     ],
 )
 def test_what_transformers_says_is_said_in_a_whole_sentence(error, message):
-    with pytest.raises(CheckpointError, match=message) as caught, refused.named_in_errors("me", {}):
+    with pytest.raises(CheckpointError, match=message) as caught, huggingface.named_in_errors("me", {}):
         raise error
     assert caught.value.__cause__ is error
 

@@ -23,7 +23,7 @@ from softmeet.hf.by_size import parameters
 from softmeet.members import llama_library
 from softmeet.members.gguf_file import GgufFile, StoredTensor, fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
-from softmeet.members.identity import body_hash
+from softmeet.members.heads import body_hash
 from softmeet.members.reader_model import ReaderModel
 from softmeet.readers import llama_costs
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError, RowTokens

@@ -261,7 +261,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             inner, count = int(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
             start = orig_offs + 12
             if inner == kinds.STRING:
-                found, end = _texts(memoryview(self.data), start, count)
+                found, end = _texts(self.data.data, start, count)
             else:
                 found = self._get(start, self.gguf_scalar_to_np[kinds(inner)], count).tolist()
                 end = start + count * np.dtype(self.gguf_scalar_to_np[kinds(inner)]).itemsize

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
 from softmeet.members.heads import head_of
@@ -19,13 +20,38 @@ from softmeet.members.placement import whereabouts
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.members.trunk import last_hidden, require_cache
 from softmeet.readers.blocks import Seat
-from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.kv import KeysAndValues
 from softmeet.readers.open_rows import R, ReaderOfRows
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
 from softmeet.suspended import Done
+
+_KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def others_than_keys_and_values(config: PreTrainedConfig) -> list[str]:
+    """Return the kinds of layers of a model's cache that hold something else, such as a recurrent layer's state."""
+    layers = DynamicCache(config=config).layers
+    return sorted({type(one).__name__ for one in layers if type(one) not in _KEYS_AND_VALUES})
+
+
+def require_keys_and_values(name: str, config: PreTrainedConfig, what: str) -> None:
+    """Check that the layers of a member's cache hold nothing but keys and values.
+
+    Args:
+        name: the member's, for the message.
+        config: the member's configuration.
+        what: the end of the message, a clause that names the consequence or gives advice.
+
+    Raises:
+        InvalidInputError: if a layer of the cache holds something else, such as the state of a recurrent layer.
+    """
+    if other := others_than_keys_and_values(config):
+        raise InvalidInputError(
+            f"expected members whose cache holds keys and values, but {name} has {', '.join(other)}: {what}"
+        )
+
 
 # The members' own tokens before texts, by themselves, that are kept with what follows them.
 _BEGUN = 16

@@ -12,7 +12,7 @@ from commands import run
 
 from softmeet.readers.files.corpus import find_texts
 from softmeet.readers.files.index import Index
-from softmeet.readers.files.sources import source_of, sources_of
+from softmeet.readers.files.reader import source_of, sources_of
 
 decode = bytes
 
