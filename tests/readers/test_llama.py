@@ -265,7 +265,7 @@ def test_a_fork_that_fails_leaves_no_rows(made):
     reader = LlamaReader(made("llama")[0])
     row = reader.open(reuse=False)
     finished(reader.read([Read(row, [3, 4], [])]))
-    with pytest.raises(InvalidInputError, match="open rows"):
+    with pytest.raises(InvalidInputError, match="close one first"):
         reader.fork(row, 300)
     assert len(reader.fork(row, 255)) == 255
 

@@ -589,7 +589,7 @@ def test_refusals_say_what_is_wrong():
         reader.open(own=[1] * 70)
     with pytest.raises(InvalidInputError, match="got the id 99"):
         reader.open(own=[99])
-    with pytest.raises(InvalidInputError, match="expected a length from 0 to 0"):
+    with pytest.raises(InvalidInputError, match="expected a length of gpt2 from 0 to 0"):
         reader.crop(row, 1)
     found = finished(reader.read([read(row, [], [0])]))
     assert "read a symbol first" in str(found.errors[0])

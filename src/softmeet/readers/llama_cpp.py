@@ -18,7 +18,7 @@ from softmeet.members.gguf_head import gguf_head, require_its_logits
 from softmeet.members.gguf_tokenizer import folder_of, known_file
 from softmeet.readers.llama_context import MOST_ROWS, MOST_TOLD, LlamaContext, NoRoomError, RowTokens, longest_text
 from softmeet.readers.llama_costs import loaded
-from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.open_rows import ReaderOfTokens
 from softmeet.readers.prefixes import PrefixCache, weakly
 from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
@@ -109,7 +109,7 @@ _ROW_COST = 0.8
 _TRIED = (1, 2, 3, 4, 5)
 
 
-class LlamaReader(ReaderOfRows[LlamaRow]):
+class LlamaReader(ReaderOfTokens[LlamaRow]):
     """A GGUF file that llama.cpp runs as it is.
 
     Args:
@@ -217,14 +217,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`."""
         before = tuple(own) or self.own
-        wrong = [token for token in before if not 0 <= token < self.alphabet.size]
-        if wrong or len(before) >= self._context:
-            said = f"the id {wrong[0]}" if wrong else f"{len(before):,} tokens"
-            raise InvalidInputError(
-                f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
-                f"{self.alphabet.size:,}, got {said}"
-            )
-        row = self._numbered(LlamaRow(own=len(before), tokens=before))
+        self._require_own(before)
+        row = self._opened(LlamaRow(number=self._number(), own=len(before), tokens=before))
         every = [*before, *text]
         found, kept = self._prefixes.longest(every) if reuse and every else (0, None)
         if kept is not None:
@@ -233,44 +227,15 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             row.known = row.length
         return row
 
-    def _numbered(self, row: LlamaRow) -> LlamaRow:
-        """Open a row, with a number that nobody else has."""
-        self._opened(row)
+    def _copied(self, row: LlamaRow) -> LlamaRow:
+        """Return a row that shares what was read of another."""
+        fork = replace(row, number=self._number())
         try:
-            row.number = self._number()
+            self._cells.copy(row.number, fork.number, row.ran)
         except BaseException:
-            self._rows.pop(row)
+            self._free.append(fork.number)
             raise
-        return row
-
-    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
-        """Open rows that share what was read of another."""
-        one = self._mine(row)
-        kept = one.length if length is None else length
-        if kept != one.length and not self.traits.can_crop:
-            raise self.cannot("fork a row at less than its length")
-        self._require_length(one, kept)
-        found = list[Row]()
-        try:
-            for _ in range(count):
-                fork = self._numbered(replace(one))
-                found.append(fork)
-                self._cells.copy(one.number, fork.number, one.ran)
-                self._cut(fork, kept)
-        except BaseException:
-            for made in found:
-                self.close(made)
-            raise
-        return found
-
-    def _require_length(self, row: LlamaRow, length: int) -> None:
-        if not 0 <= length <= row.length:
-            raise InvalidInputError(f"expected a length from 0 to {row.length}, the row's, got {length}")
-
-    def _cut(self, row: LlamaRow, length: int) -> None:
-        if length < row.length:
-            row.tokens, row.last = row.tokens[: row.own + length], None
-            self._forget_behind(row, len(row.tokens))
+        return fork
 
     def _forget_behind(self, row: LlamaRow, count: int) -> None:
         """Have the context hold the first ``count`` tokens of a row at most."""
@@ -283,7 +248,9 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         if not self.traits.can_crop:
             raise self.cannot("take back what it has read")
         self._require_length(one, length)
-        self._cut(one, length)
+        if length < one.length:
+            one.tokens, one.last = one.tokens[: one.own + length], None
+            self._forget_behind(one, len(one.tokens))
 
     def to_itself(self) -> AbstractContextManager[Any]:
         """Return a context in which texts are read as by a reader that has read nothing, if no row is open."""
@@ -300,25 +267,12 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         self._cells.cut(one.number, 0)
         self._free.append(one.number)
 
-    def _refused(self, row: LlamaRow, one: Read) -> SoftmeetError | None:
-        """Return why symbols cannot be read; None if they can."""
-        if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
-            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        count = len(row.tokens) + len(one.symbols)
-        if count > self._context:
-            return InvalidInputError(
-                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {count:,}"
-            )
-        if one.at and not one.at[0] and count == len(one.symbols):
-            return InvalidInputError(
-                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
-            )
-        return None
-
     def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
         rows = self._each_once(asked)
-        errors = {k: error for k, pair in enumerate(zip(rows, asked, strict=True)) if (error := self._refused(*pair))}
+        every = zip(rows, asked, strict=True)
+        refused = [self._refused(one, len(row.tokens), one.symbols) for row, one in every]
+        errors = {k: error for k, error in enumerate(refused) if error}
         jobs, calls = dict[int, Job](), 0
         try:
             for k, one in enumerate(asked):

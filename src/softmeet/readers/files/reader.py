@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.errors import SoftmeetError
 from softmeet.members.files import spelled
 from softmeet.readers.files.claim import BYTES, TOKENS, Relevance, claim
 from softmeet.readers.files.index import Index
@@ -160,14 +160,10 @@ class FilesReader(ReaderOfRows[FilesRow]):
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, in which ``own`` and ``text``, which is yet to be read, are given; or what is read first."""
-        if error := self._refused([*own, *text]):
+        if error := self._unknown([*own, *text]):
             raise error
         given = len(own) + len(text) if text else None
         return self._opened(FilesRow(list(own), len(own), given, Relevance(self._scheme)))
-
-    def close(self, row: Row) -> None:
-        """Give a row up; nothing more can be read in it."""
-        self._rows.pop(self._mine(row))
 
     def _copied(self, row: FilesRow) -> FilesRow:
         return replace(row, text=list(row.text), relevance=row.relevance.forked())
@@ -183,7 +179,9 @@ class FilesReader(ReaderOfRows[FilesRow]):
         """Read on in some rows, as of :meth:`Reader.read`."""
         yield from ()
         pairs = list(zip(self._each_once(asked), asked, strict=True))
-        errors = {k: error for k, (_, one) in enumerate(pairs) if (error := self._refused(one.symbols))}
+        errors: dict[int, SoftmeetError] = {
+            k: error for k, (_, one) in enumerate(pairs) if (error := self._unknown(one.symbols))
+        }
         found, claims = list[np.ndarray](), list[float]()
         for k, (row, one) in enumerate(pairs):
             if k in errors:
@@ -240,8 +238,3 @@ class FilesReader(ReaderOfRows[FilesRow]):
     def _may_follow(self, before: Sequence[int]) -> Any:
         mask = self.alphabet.may_follow(before)
         return self._allowed if mask is None else mask.numpy()
-
-    def _refused(self, symbols: Sequence[int]) -> SoftmeetError | None:
-        if wrong := [symbol for symbol in symbols if not 0 <= symbol < self.alphabet.size]:
-            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        return None
