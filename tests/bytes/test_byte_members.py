@@ -365,7 +365,7 @@ def test_bytes_that_a_member_holds_for_impossible_may_come(pruning):
 def test_no_byte_is_ruled_out_by_what_is_dropped():
     """The heavy cover goes on by tokens that begin with "th" alone; a light one, once closed, by any byte."""
     member = member_of("gpt2", Pruning())
-    spelling, (reading,) = member.spelling, member.begin_all([b""], [None])
+    spelling, reading = member.spelling, member.begin(b"")
     probs = reading.covers.closed[0].probs
     _, longer, end = spelling.among(b"th")
     heavy = Cover(probs, 1.0, 1.0, b"th", longer, end)

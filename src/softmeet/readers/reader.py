@@ -94,7 +94,6 @@ class Traits:
             :meth:`Predictions.bounds`; None if all have.
         rows: the most rows that may be open at once; None for no limit.
         predictions: the most predictions that one :meth:`Reader.read` may ask for; None for no limit.
-        room: the number of symbols for which all rows together have room; None if each row has room of its own.
         places: the names of the devices on which it computes, such as ``cuda:0``; readers with none in common may read
             at the same time.
         cost: the bytes of memory that one call reads, about its time; 0 if that is not known.
@@ -114,7 +113,6 @@ class Traits:
     known: int | None = None
     rows: int | None = None
     predictions: int | None = None
-    room: int | None = None
     places: tuple[str, ...] = ()
     cost: int = 0
     calls: tuple[tuple[int, float], ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softmeet.errors import SoftmeetError, VocabularyMismatchError
 from softmeet.readers.open_rows import ReaderOfRows
-from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row, Traits
+from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row
 from softmeet.readers.union_alphabet import Union
 from softmeet.readers.union_tokens import TokensOfSymbols
 from softmeet.suspended import Done
@@ -67,12 +67,7 @@ class UnionReader(ReaderOfRows[UnionText]):
         super().__init__(UnionText)
         self.below, self._own, self.alphabet = reader, own, alphabet
         self.name, self.limit = reader.name, reader.limit
-        below = reader.traits
-        self.traits = Traits(
-            can_fork=below.can_fork, can_crop=below.can_crop, rounding=below.rounding, bound=below.bound,
-            rows=below.rows, predictions=below.predictions, room=below.room, places=below.places, cost=below.cost,
-            row_cost=below.row_cost,
-        )  # fmt: skip
+        self.traits = replace(reader.traits, known=None, calls=(), waits=False, claims=False)
         # The ids of all that are told, once; and for each pass, which of them are added to which symbols.
         told = [token for ids in own.ids.values() for token in ids]
         if (last := max(told, default=0)) >= reader.alphabet.size:

@@ -7,7 +7,7 @@ beginning of the next token (:mod:`softmeet.readers.bytes.covers`). A *symbol* i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -153,23 +153,7 @@ class ByteMember(TokenModel):
             InvalidInputError: if prefix and text exceed the model's context, the prefix is empty or has an unknown id,
                 or ``pruning.covers`` is None and more than 2,048 tokenizations would have to be followed.
         """
-        return self.begin_all([text], [prefix])[0]
-
-    def begin_all(
-        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], pause: Callable[[], None] = lambda: None
-    ) -> list[Reading]:
-        """Read several prompts as :meth:`begin` does, each call of the model for all of them.
-
-        Args:
-            texts: the prompts.
-            prefixes: for each, ids of the tokens that precede it; None for the member's own.
-            pause: called between calls of the model.
-
-        Raises:
-            InvalidInputError: for the reasons of :meth:`begin`; then none is read.
-        """
-        found = finished(self.beginning(texts, prefixes, [[len(text)] for text in texts]), pause)
-        return [own[len(text)] for own, text in zip(found, texts, strict=True)]
+        return finished(self.beginning([text], [prefix], [[len(text)]]))[0][len(text)]
 
     def beginning(
         self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], wanted: Sequence[Sequence[int]]
