@@ -335,28 +335,6 @@ def test_addresses_that_are_none(folders, monkeypatch):
         Ensemble.from_pretrained(f"{url}#m+dtype=bfloat16")
 
 
-def test_a_server_that_is_slow_or_endless_is_given_up(alone, folders, monkeypatch):
-    late = threading.Event()
-
-    def change(path, found):
-        if "completions" in path:
-            late.wait(5)
-        return found
-
-    with stub(speaking("vllm", alone, change)) as url:
-        host = http_host.Host(f"{url}/v1", seconds=0.3)
-        start = time.monotonic()
-        with pytest.raises(http_host.HostError, match=r"has not answered within 0\.3 s"):
-            host.post(
-                "/completions", {"prompt": [1], "logprobs": 3, "max_tokens": 1, "return_tokens_as_token_ids": True}
-            )
-        assert time.monotonic() - start < 4
-        late.set()
-        monkeypatch.setattr(http_host, "_MOST", 10)
-        with pytest.raises(http_host.HostError, match="answers with more than"):
-            host.get("/models")
-
-
 @pytest.mark.parametrize("protocol", ["llama.cpp", "vllm"])
 def test_an_answer_is_no_longer_than_what_is_asked_for_may_be(protocol, alone, folders, monkeypatch):
     """While a long one is read, no other ensemble goes on."""
