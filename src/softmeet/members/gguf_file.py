@@ -207,7 +207,10 @@ def _what_llama_cpp_asserts(file: GgufFile) -> Iterator[str]:
     if not (isinstance(layers, int) and 0 < layers <= _MOST_LAYERS):
         yield f"it says that it has {layers!r} layers: expected 1 to {_MOST_LAYERS}"
         return
-    if isinstance(tokens, list) and len({str(one).partition("\0")[0] for one in tokens}) < len(tokens):
+    names = list(map(str, tokens)) if isinstance(tokens, list) else []
+    if "\0" in "".join(names):
+        names = [name.partition("\0")[0] for name in names]
+    if len(set(names)) < len(names):
         yield "two of its tokens have the same text"
     yield from _wrong_numbers(file, layers)
     if min((one.start for one in file.tensors.values()), default=0) % _ALIGNED:
@@ -261,7 +264,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             inner, count = int(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
             start = orig_offs + 12
             if inner == kinds.STRING:
-                found, end = _texts(self.data.data, start, count)
+                found, end = _texts(self.data.base, start, count)  # the map itself is the quickest to slice
             else:
                 found = self._get(start, self.gguf_scalar_to_np[kinds(inner)], count).tolist()
                 end = start + count * np.dtype(self.gguf_scalar_to_np[kinds(inner)]).itemsize
@@ -284,13 +287,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     return said, tensors
 
 
-def _texts(raw: memoryview, at: int, count: int) -> tuple[list[str], int]:
+def _texts(raw: Any, at: int, count: int) -> tuple[list[str], int]:
     """Read so many texts; return them, and where the last one ends."""
     length, found = struct.Struct("<Q").unpack_from, list[str]()
     for _ in range(count):
         start = at + 8
         at = start + length(raw, at)[0]
-        found.append(str(raw[start:at], "utf-8"))
+        found.append(raw[start:at].decode())
     return found, at
 
 
