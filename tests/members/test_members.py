@@ -172,17 +172,6 @@ def test_checkpoints_that_are_refused(tmp_path, damage, message):
     assert str(folder) in str(caught.value)
 
 
-def test_members_that_are_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no such folder"):
-        load_members([str(tmp_path / "absent")])
-    with pytest.raises(CheckpointError, match="cannot load someone/no-such-model"):
-        load_members(["someone/no-such-model"])
-    with pytest.raises(
-        CheckpointError, match=r"no bundled member wide/gpt9: did you mean gpt2\? the wide family has gpt2, llama, neox"
-    ):
-        load_members(["wide/gpt9"])
-
-
 ENCODERS = {
     "encoder with a decoder": [tf.BartConfig(), tf.MarianConfig(), tf.T5Config()],
     "reads a text from both sides": [tf.BertConfig(), tf.XLMRobertaConfig()],
@@ -278,15 +267,6 @@ def test_what_transformers_says_is_said_in_a_whole_sentence(error, message):
     with pytest.raises(CheckpointError, match=message) as caught, huggingface.named_in_errors("me", {}):
         raise error
     assert caught.value.__cause__ is error
-
-
-def test_a_device_without_room_for_a_member_is_named_for_that(monkeypatch):
-    def full(self, *device):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    monkeypatch.setattr(tf.PreTrainedModel, "to", full)
-    with pytest.raises(CheckpointError, match="cannot load wide/gpt2: there is not enough memory on the device"):
-        load_members(["wide/gpt2"])
 
 
 def test_gguf_files_need_packages(tmp_path, monkeypatch):
