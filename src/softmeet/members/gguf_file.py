@@ -254,7 +254,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """
     import gguf
 
-    class Reader(gguf.GGUFReader):
+    class ListReader(gguf.GGUFReader):
         """A reader that reads a list as one part: of each token a part of its own would take seconds."""
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -272,7 +272,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
                 raise ValueError("it ends within its metadata")
             return end - orig_offs, [found], [0], [kinds.ARRAY]
 
-    reader = Reader(path)
+    reader = ListReader(path)
     if reader.byte_order != "I":
         raise ValueError("it is of another byte order")
     said = {
