@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,69 +24,6 @@ from softmeet.suspended import Done
 
 # Symbols of a text further apart are not matched in one.
 _LONGEST = 2048
-
-
-def source_of(
-    index: Index, symbols: Sequence[int], decode: Callable[[Sequence[int]], bytes], folders: Sequence[Path] = ()
-) -> Source | None:
-    """Return where the most of the last symbols of a text stand in files; None if the last one stands nowhere.
-
-    Args:
-        index: the files.
-        symbols: the text.
-        decode: makes bytes of symbols.
-        folders: those that were named.
-    """
-    found = intervals(index, symbols[-_LONGEST:])
-    if not found:
-        return None
-    last = int(index.order[found[-1][0]])
-    path, _ = index.place(last)
-    line = index.line(last - len(found) + 1, decode)
-    start, changed = len(symbols) - len(found), index.is_stale(path)
-    told, below = (spelled(name) for name in (str(path), _below(path, folders)))
-    return Source(start, len(symbols), told, below, line, changed)
-
-
-def _below(path: Path, folders: Sequence[Path]) -> str:
-    """Return a path below the innermost of the folders; of several, behind that one's name."""
-    around = max(
-        (one for one in folders if path.is_relative_to(one)), key=lambda one: len(one.parts), default=path.parent
-    )
-    return path.relative_to(around.parent if len(folders) > 1 else around).as_posix()
-
-
-def sources_of(
-    index: Index,
-    symbols: Sequence[int],
-    decode: Callable[[Sequence[int]], bytes],
-    least: int,
-    folders: Sequence[Path] = (),
-) -> list[Source]:
-    """Return where stretches of a text stand in files, in order; none of them overlap.
-
-    Each is the longest that ends where it does, and the last ones are taken first.
-
-    Args:
-        index, symbols, decode, folders: as of :func:`source_of`.
-        least: the fewest symbols of a stretch.
-    """
-    return list(_backwards(index, symbols, decode, least, folders))[::-1]
-
-
-def _backwards(
-    index: Index, symbols: Sequence[int], decode: Callable[[Sequence[int]], bytes], least: int, folders: Sequence[Path]
-) -> Iterator[Source]:
-    end = len(symbols)
-    while end >= least:
-        length = len(intervals(index, symbols[max(0, end - _LONGEST) : end]))
-        if length < least:
-            end -= 1
-        elif (found := source_of(index, symbols[:end], decode, folders)) is not None:
-            yield found
-            end -= length
-
-
 # The fewest tokens of a stretch of a text whose place in the files is told.
 _STRETCH = 6
 
@@ -207,12 +144,37 @@ class FilesReader(ReaderOfRows[FilesRow]):
             text: the text.
             least: the fewest symbols of a stretch; None for 6 tokens, or 24 bytes.
         """
+        symbols = self.alphabet.encode(text)
         fewest = least or (_STRETCH if self.alphabet.spelling is None else 4 * _STRETCH)
-        return sources_of(self.index, self.alphabet.encode(text), self.alphabet.decode, fewest, self._folders)
+        end, found = len(symbols), list[Source]()
+        # Each is the longest that ends where it does, and the last ones are taken first.
+        while end >= fewest:
+            length = len(intervals(self.index, symbols[max(0, end - _LONGEST) : end]))
+            if length < fewest:
+                end -= 1
+            elif (one := self.source(symbols[:end])) is not None:
+                found.append(one)
+                end -= length
+        return found[::-1]
 
     def source(self, symbols: Sequence[int]) -> Source | None:
         """Return where the most of the last symbols of a text stand in the files; None if the last one does nowhere."""
-        return source_of(self.index, symbols, self.alphabet.decode, self._folders)
+        found = intervals(self.index, symbols[-_LONGEST:])
+        if not found:
+            return None
+        last, start = int(self.index.order[found[-1][0]]), len(symbols) - len(found)
+        path, _ = self.index.place(last)
+        line = self.index.line(last - len(found) + 1, self.alphabet.decode)
+        told, below = spelled(str(path)), spelled(self._below(path))
+        return Source(start, len(symbols), told, below, line, self.index.is_stale(path))
+
+    def _below(self, path: Path) -> str:
+        """Return a path below the innermost of the folders; of several, behind that one's name."""
+        around = max(
+            (one for one in self._folders if path.is_relative_to(one)), key=lambda one: len(one.parts),
+            default=path.parent,
+        )  # fmt: skip
+        return path.relative_to(around.parent if len(self._folders) > 1 else around).as_posix()
 
     def _behind(self, text: Sequence[int], place: int, given: int, relevance: Relevance) -> tuple[np.ndarray, float]:
         """Return what follows the first ``place`` symbols of a text, (v,), and the share that is claimed there."""
