@@ -30,8 +30,7 @@ from softmeet.hf.claiming import symbols_of
 from softmeet.readers.files.claim import BYTES as BYTE_SCHEME
 from softmeet.readers.files.claim import TOKENS, Relevance, claim
 from softmeet.readers.files.corpus import Corpus, find_texts
-from softmeet.readers.files.gathered import in_order
-from softmeet.readers.files.index import Index
+from softmeet.readers.files.index import Index, in_order
 from softmeet.readers.files.matches import Sorted, match
 from softmeet.readers.reader import Read, Reader, Row, finished
 

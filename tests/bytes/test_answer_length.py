@@ -149,20 +149,6 @@ def mixed():
 PROMPT = "And the king said"
 
 
-@pytest.mark.parametrize("most", [1, 5])
-def test_roads_count_tokens(mixed, most):
-    """The text is the beginning of a longer one with so many tokens; of other roads, see tests/matrix."""
-    spelling = mixed.model.readers[0].spelling
-    longer = mixed.generate(PROMPT, max_bytes=10 * most + 6, seed=5)
-    text = mixed.generate(PROMPT, max_new_tokens=most, seed=5)
-    assert text in answers_to(spelling, longer, most)[0]
-    assert 0 < len(text) < len(longer)
-    shown = mixed.stream_with_disagreement(PROMPT, max_new_tokens=most, seed=5)
-    assert "".join(piece for piece, _ in shown) == text
-    assert mixed.generate([PROMPT, "In the"], max_new_tokens=most, seed=5)[0] == text
-    assert mixed.generate([PROMPT], max_new_tokens=most, seed=5, reproducible=True) == [text]
-
-
 def test_model_generate_counts_tokens_however_it_is_told(mixed):
     ids, model = torch.tensor([list(PROMPT.encode())]), mixed.model
     greedy = {"attention_mask": torch.ones_like(ids), "do_sample": False}

@@ -87,34 +87,6 @@ def test_the_distribution_is_the_average_of_the_members(folders, rule):
     assert np.abs(np.exp(torch.stack(one_by_one).numpy()) - np.exp(expected[1:])).sum(-1).max() < 1e-9
 
 
-def test_generation_is_the_same_with_a_cache_without_one_and_by_prompt_lookup(ensemble):
-    """In batches and alone."""
-    together = ensemble.generate(PROMPTS, **GREEDY)
-    assert together == ensemble.generate(PROMPTS, use_cache=False, **GREEDY)
-    assert together == [ensemble.generate(prompt, prompt_lookup_num_tokens=3, **GREEDY) for prompt in PROMPTS]
-
-
-def test_beams_find_what_is_at_least_as_likely(ensemble):
-    """In batches as alone; the readings of beams change places with them."""
-    options = {**GREEDY, "num_beams": 2, "length_penalty": 0.0}
-    together = ensemble.generate(PROMPTS, **options)
-    assert together == [ensemble.generate(prompt, **options) for prompt in PROMPTS]
-
-    def log_probability(prompt, text):
-        ids = torch.tensor([list((prompt + text).encode())])
-        with torch.inference_mode():
-            log_p = ensemble.model(input_ids=ids).logits[0, :-1]
-        return log_p.gather(-1, ids[0, 1:, None])[len(prompt.encode()) - 1 :].sum().item()
-
-    compared = 0
-    for prompt, beam in zip(PROMPTS, together, strict=True):
-        greedy = ensemble.generate(prompt, **GREEDY)
-        if len(beam.encode()) == len(greedy.encode()) == 3:
-            compared += 1
-            assert log_probability(prompt, beam) >= log_probability(prompt, greedy) - 0.05
-    assert compared
-
-
 def test_what_is_generated_is_utf8(pruned):
     out = pruned.model.generate(
         torch.tensor([list(b"the \xf0\x9f")]), max_new_tokens=40, do_sample=True, temperature=3.0, top_k=0
@@ -169,12 +141,6 @@ def test_it_overrides_what_a_kind_of_ensemble_has_to():
     own = vars(ByteEnsembleForCausalLM).keys() & (vars(EnsembleForCausalLM).keys() | vars(ReadMembers).keys())
     own -= {"config_class", "_can_set_experts_implementation_cached_value"}  # which transformers sets
     assert {name for name in own if not name.startswith("__")} == set(EnsembleForCausalLM.OF_A_KIND)
-
-
-def test_the_next_symbol(ensemble):
-    found = ensemble.next_token("the the", top=3)
-    assert len(found.top) == 3
-    assert set(found.members) == set(ensemble.names)
 
 
 def test_the_tokenizer_of_bytes_takes_text_as_it_is():

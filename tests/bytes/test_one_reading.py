@@ -12,8 +12,8 @@ from byte_members import HOSTILE, member_of
 
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes.covers import Pruning
+from softmeet.readers.bytes.known_text import anchor_of, parting, path_of
 from softmeet.readers.bytes.next_tokens import END
-from softmeet.readers.bytes.own_path import anchor_of, parting, path_of
 
 KINDS = list(byte_tokenizers.KINDS)
 TEXTS = {
@@ -77,7 +77,7 @@ def test_pieces_do_not_matter(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_likely_is_run_ahead_for_nothing_but_time(kind, monkeypatch):
     member, found, readings = known(kind, "words")
-    monkeypatch.setattr("softmeet.readers.bytes.guesses._GUESSES", 0)
+    monkeypatch.setattr("softmeet.readers.bytes.byte_member._GUESSES", 0)
     without, _ = by_bytes(member, TEXTS["words"])
     assert np.abs(np.exp(found) - np.exp(without)).max() < 1e-9
     assert any(reading.guesses for reading in readings)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import random
-import re
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, pairwise
 from types import SimpleNamespace
@@ -21,7 +18,6 @@ from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_report import character_reports
 from softmeet.hf.sampling import RowSampler
-from softmeet.members.passages import Passage
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.next_tokens import END
@@ -74,23 +70,6 @@ def test_by_itself_a_server_drafts_no_bytes(url):
     assert "softmeet_draft_tokens_total 0.0" in http.get(f"{url}/metrics").text
 
 
-def test_texts_are_those_of_generate_in_any_company(url, ensemble):
-    asked = [(prompt, seed, 3 + seed) for seed, prompt in enumerate(PROMPTS)]
-
-    def answer(one):
-        prompt, seed, count = one
-        return completion(url, prompt=prompt, seed=seed, max_tokens=count).json()["choices"][0]
-
-    with ThreadPoolExecutor(len(asked)) as pool:
-        found = list(pool.map(answer, asked))
-    for (prompt, seed, count), choice in zip(asked, found, strict=True):
-        text = generated(ensemble, prompt, seed, count)
-        assert choice["text"] == text.decode()
-        assert choice["finish_reason"] in ("stop", "length")
-        assert sum(choice["softmeet"]["statuses"].values()) == len(text) + (choice["finish_reason"] == "stop")
-        assert tokens_in(ensemble.model.readers[0].spelling, text) <= count
-
-
 def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, monkeypatch):
     """Together they take fewer calls of a member than each alone, and one that cannot be read ends by itself."""
     readers, calls, sizes = ensemble.model.readers, [], []
@@ -137,17 +116,6 @@ def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, m
         engine.join()
 
 
-def test_streams_are_whole_characters_and_the_text(url):
-    body = {"prompt": "t\u00e9", "seed": 5, "max_tokens": 20, "stream": True, "stream_options": {"include_usage": True}}
-    whole = completion(url, **{k: x for k, x in body.items() if "stream" not in k}).json()
-    with http.stream("POST", f"{url}/v1/completions", json=body) as stream:
-        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
-    pieces = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
-    assert "".join(pieces) == whole["choices"][0]["text"]
-    assert not any("\ufffd" in piece for piece in pieces[:-1])
-    assert chunks[-1]["usage"] == whole["usage"]
-
-
 @pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1, "best_of": 3}, {"ignore_eos": True}])
 def test_usage_counts_the_first_members_tokens_and_everybodys(url, ensemble, fields):
     answer = completion(url, prompt=["the", "\u00e9t"], seed=1, max_tokens=5, **fields).json()
@@ -190,17 +158,6 @@ def test_a_choice_ends_before_the_character_that_is_too_much(url, ensemble):
     assert "".join(one["text"] for chunk in chunks for one in chunk["choices"]) == choice["text"]
     shown = [token for chunk in chunks for one in chunk["choices"] for token in (one["logprobs"] or {})["tokens"]]
     assert shown == choice["logprobs"]["tokens"]
-
-
-def test_bytes_can_be_counted_instead(url, ensemble):
-    body = {"prompt": "the", "seed": 4, "logit_bias": {"256": -100}}
-    found = http.post(f"{url}/v1/completions", json=body | {"softmeet": {"max_bytes": 50}}).json()
-    assert found["usage"]["softmeet"]["completion_bytes"] == 50
-    assert found["choices"][0]["finish_reason"] == "length"
-    both = http.post(f"{url}/v1/completions", json=body | {"max_tokens": 5, "softmeet": {"max_bytes": 50}}).json()
-    assert both["usage"]["completion_tokens"] <= 5
-    usual = http.post(f"{url}/v1/completions", json=body).json()
-    assert usual["usage"]["completion_tokens"] > 16  # as many as the context takes
 
 
 def test_scores_log_probabilities_and_reports(url, ensemble):
@@ -270,61 +227,6 @@ def test_a_members_own_tokens_are_those_that_its_covers_allow(ensemble):
     assert sum(math.exp(x) for _, x in every) == pytest.approx(1.0, abs=0.2)
     after = {text for text, _ in every}
     assert after >= {text for text, _ in found}
-
-
-def test_the_text_is_what_it_has_to_be(url):
-    """Structured output over bytes: no tokenizer is needed, and a grammar says what each byte may be."""
-    for seed in range(2):
-        answer = completion(url, prompt="the", seed=seed, max_tokens=60, structured_outputs={"regex": "[hte]{3} é+!"})
-        choice = answer.json()["choices"][0]
-        assert re.fullmatch("[hte]{3} é+!", choice["text"]) or choice["finish_reason"] == "length"
-    choices = {"structured_outputs": {"choice": ["yes, été", "no"]}, "max_tokens": 30}
-    assert {completion(url, prompt="the", seed=seed, **choices).json()["choices"][0]["text"] for seed in range(3)} <= {
-        "yes, été", "no"
-    }  # fmt: skip
-
-
-PASSAGES = [Passage("the hat", 1.0), Passage("then", 0.5)]
-
-
-@pytest.fixture(scope="module")
-def behind(ensemble):
-    """A function of a gate: the texts of two choices behind passages, and that of one without them."""
-
-    @functools.cache
-    def texts(gate):
-        ours, options = ensemble.with_passages(PASSAGES), {} if gate is None else {"gate": gate}
-        found = [generated(ours, "the", 3, 12, key, **options) for key in range(2)]
-        return [text.decode(errors="ignore") for text in [*found, generated(ensemble, "the", 3, 12)]]
-
-    return texts
-
-
-@pytest.mark.parametrize(
-    ("fields", "gate"),
-    [
-        ({}, None),
-        ({"n": 2}, None),
-        ({"softmeet": {"report": 2}}, None),
-        ({"echo": True, "logprobs": 1}, None),
-        ({"prompt_logprobs": 1}, None),
-        ({"softmeet": {"gate": "unsure:0.5"}}, "unsure:0.5"),
-        ({"stream": True}, None),
-    ],
-)
-def test_passages_are_read_as_generate_reads_them(url, behind, fields, gate):
-    """A request's passages make members that the server has not seen: each is run with the model that it reads by."""
-    asked = {"passages": [vars(one) for one in PASSAGES]} | fields.get("softmeet", {})
-    answer = completion(url, prompt="the", **{**fields, "max_tokens": 12, "softmeet": asked})
-    assert answer.status_code == 200, answer.text
-    *wanted, without = behind(gate)
-    assert wanted[0] != without
-    if "stream" in fields:
-        events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
-        found = ["".join(choice["text"] for event in events for choice in event["choices"])]
-    else:
-        found = [choice["text"].removeprefix("the" * ("echo" in fields)) for choice in answer.json()["choices"]]
-    assert [text.rstrip("\ufffd") for text in found] == wanted[: len(found)]
 
 
 def test_a_conversation_has_no_tokens_that_members_share(url):

@@ -8,8 +8,6 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from fastapi.testclient import TestClient
-from serving import serving_of
 from tokenizers import processors
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +16,6 @@ from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.heads import product
 from softmeet.members import trunk
 from softmeet.members.trunk import few_rows
-from softmeet.server.app import create_app
 from softmeet.server.ensembles import Served
 from softmeet.server.prompts import encoded
 from softmeet.server.schemas import CompletionRequest, Extension
@@ -134,25 +131,6 @@ def test_fields_that_are_empty_or_paths(tmp_path):
     (tmp_path / "x.txt").write_text("\ufeffHear. ")
     assert Member("m", prompt="", name="") == Member("m")
     assert Member("m", prompt=tmp_path / "x.txt").prompt == "Hear. "
-
-
-def test_the_server_cuts_begins_and_reads_prompts_of_members_as_others(made):
-    ensemble = pair(made)
-    body = {"max_tokens": 4, "temperature": 0}
-    with TestClient(create_app(serving_of({"it": ensemble})), base_url="http://localhost") as client:
-
-        def text(**more):
-            answer = client.post("/v1/completions", json=body | more)
-            assert answer.status_code == 200, answer.json()
-            return answer.json()["choices"][0]["text"]
-
-        long = TEXTS[1]
-        ids = ensemble.tokenizer(long)["input_ids"]
-        assert text(prompt=long, truncate_prompt_tokens=4) == text(prompt=ids[-4:])
-        assert text(prompt=long * 5, truncate_prompt_tokens=4) == text(prompt=ids[-4:])
-        passages = {"softmeet": {"passages": [{"text": "x" * 60_000, "score": 1.0}]}}
-        refused = client.post("/v1/completions", json=body | {"prompt": "the"} | passages)
-        assert refused.json()["error"]["param"] == "softmeet.passages"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from softmeet import Ensemble
 from softmeet.derived import derived
 from softmeet.errors import CheckpointError, SoftmeetError
 from softmeet.hf.chat import PLAIN
-from softmeet.members import gguf_assets, gguf_file
+from softmeet.members import gguf_tokenizer
 from softmeet.members.gguf_file import GgufFile, begins_as_gguf, fingerprint, read_gguf
 from softmeet.members.gguf_tokenizer import known_file
 from softmeet.members.member import Member
@@ -88,10 +88,6 @@ def test_what_a_file_says_is_what_the_package_of_ggml_reads(file):
     assert "tokenizer.ggml.tokens" in found.said
 
 
-def test_sizes_of_blocks_are_those_of_the_package_of_ggml():
-    assert {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == gguf_file._BLOCKS
-
-
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.1, 0.3, 0.6, 0.999])
 def test_a_file_that_ends_early_is_refused_in_a_sentence(share, file, tmp_path):
     whole, cut = file.read_bytes(), tmp_path / "cut.gguf"
@@ -116,10 +112,10 @@ def test_whatever_is_changed_ends_in_an_error_of_softmeets(file, tmp_path_factor
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda raw: b"GGML" + raw[4:], "begins with b'GGML'"),
+        (lambda raw: b"GGML" + raw[4:], "magic invalid"),
         (lambda raw: raw[:4] + b"\x01" + raw[5:], "version 1"),
-        (lambda raw: raw[:4] + b"\x00\x00\x00\x03" + raw[8:], "another byte order"),
-        (lambda raw: raw.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"), "two tensors"),
+        (lambda raw: raw[:4] + b"\x00\x00\x00\x03" + raw[8:], "broken, or ends early"),
+        (lambda raw: raw.replace(b"blk.0.attn_q.weight", b"blk.0.attn_k.weight"), "duplicated tensor"),
     ],
     ids=["magic", "version", "byte order", "tensors"],
 )  # fmt: skip
@@ -284,7 +280,7 @@ def test_an_assertion_of_the_library_ends_with_a_sentence(file, tmp_path):
     broken.write_bytes(file.read_bytes().replace(_text("er"), _text("he")))
     code = (
         "import sys; from pathlib import Path; from softmeet.members import gguf_file as f\n"
-        "f._require_what_llama_cpp_asserts = lambda *given: None\n"
+        "f._what_llama_cpp_asserts = lambda file: ()\n"
         "from softmeet.readers.llama_context import LlamaModel\n"
         "LlamaModel(f.read_gguf(Path(sys.argv[1])), 'it')"
     )
@@ -313,7 +309,7 @@ def test_threads_give_way_unless_the_environment_says_how_long_they_wait(said, s
 
 def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkeypatch):
     path, kept = written(tmp_path / "a.gguf", byte_tokenizers.byte_level(), "gpt-2"), tmp_path / "kept"
-    monkeypatch.setattr(gguf_assets, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
+    monkeypatch.setattr(gguf_tokenizer, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
 
     def loaded():
         gc.collect()  # models of this file
@@ -326,12 +322,12 @@ def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkey
 
     plain = loaded()
     assert not kept.exists()  # of small files nothing is kept
-    monkeypatch.setattr(gguf_assets, "_SMALL", 0)
+    monkeypatch.setattr(gguf_tokenizer, "_SMALL", 0)
     assert loaded() == plain
     with monkeypatch.context() as patched:
         patched.setattr("softmeet.members.gguf_tokenizer.convert_gguf_tokenizer", None)
         patched.setattr("softmeet.readers.bytes.typical.typical", None)
-        patched.setattr("softmeet.members.token_bytes._words", None)
+        patched.setattr("softmeet.members.spelling._words", None)
         assert loaded() == plain
     files = [file for file in kept.rglob("*") if file.is_file()]
     assert len(files) == 4

@@ -188,11 +188,6 @@ def generates(kind):
     assert "".join(kind.ensemble.stream(text, max_new_tokens=NEW, do_sample=False)) == kind.greedy(text)
 
 
-def runs_without_a_cache(kind):
-    text = TEXTS[0]
-    assert kind.ensemble.generate(text, max_new_tokens=NEW, do_sample=False, use_cache=False) == kind.greedy(text)
-
-
 def batches(kind):
     found = kind.ensemble.generate(TEXTS, max_new_tokens=NEW, do_sample=False)
     assert found == [kind.greedy(text) for text in TEXTS]
@@ -211,25 +206,6 @@ def beams(kind):
     found = kind.ensemble.generate(TEXTS, **options)
     assert found == kind.ensemble.generate(TEXTS, **options, use_cache=False)
     assert found[0] == kind.ensemble.generate(TEXTS[0], **options)
-
-
-def looks_up(kind):
-    """Candidates from the prompt, most of which are taken back, change nothing."""
-    if kind.name not in ROUNDED:
-        text = "the the the the the the"
-        found = kind.ensemble.generate(text, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
-        assert found == kind.greedy(text)
-
-
-def seeds(kind):
-    alone = [kind.ensemble.generate(TEXTS[0], max_new_tokens=NEW, seed=seed) for seed in (3, 4)]
-    assert kind.ensemble.generate(TEXTS, max_new_tokens=NEW, seed=3)[0] == alone[0] != alone[1]
-
-
-def guards(kind):
-    """Under a gate that asks the other members at every token, the answer is the same."""
-    options = {"max_new_tokens": NEW, "do_sample": False}
-    assert kind.ensemble.generate(TEXTS, **options, gate="unsure:1") == [kind.greedy(text) for text in TEXTS]
 
 
 def saves(kind):
@@ -278,13 +254,9 @@ def serves(kind):
             assert answer["choices"][0]["text"] == kind.greedy(text), answer
 
 
-USES = (
-    generates, runs_without_a_cache, batches, predicts, beams, looks_up, seeds, guards, saves, evaluates, fits, serves,
-)  # fmt: skip
-# Uses whose way to members is that of another, which all kinds go: a fit is made of what evaluates reads, and beams,
-# candidates, draws and gates work on the rows of the cache that batches fills.
-FEWER = {fits: ("plain", "adapter", "prompt", "native"), beams: ("plain", "adapter", "prompt", "template", "gguf")}
-FEWER |= dict.fromkeys((looks_up, seeds, guards), FEWER[beams])
+USES = (generates, batches, predicts, beams, saves, evaluates, fits, serves)
+# A fit is made of what evaluates reads, and beams work on the rows of the cache that batches fills.
+FEWER = {fits: ("plain", "adapter", "prompt", "native"), beams: ("prompt", "template")}
 PAIRS = [(kind, use) for kind in KINDS for use in USES if kind in FEWER.get(use, KINDS)]
 
 

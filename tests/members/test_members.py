@@ -17,8 +17,8 @@ from torch import nn
 from softmeet import Ensemble
 from softmeet.errors import CheckpointError, InvalidInputError, VocabularyMismatchError
 from softmeet.heads import SoftmaxHead
+from softmeet.members import huggingface, zoo
 from softmeet.members import names as known
-from softmeet.members import refused, zoo
 from softmeet.members.heads import head_of
 from softmeet.members.huggingface import dtype_of, load_members, load_tokenizers
 from softmeet.members.trunk import last_hidden
@@ -172,17 +172,6 @@ def test_checkpoints_that_are_refused(tmp_path, damage, message):
     assert str(folder) in str(caught.value)
 
 
-def test_members_that_are_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="there is no such folder"):
-        load_members([str(tmp_path / "absent")])
-    with pytest.raises(CheckpointError, match="cannot load someone/no-such-model"):
-        load_members(["someone/no-such-model"])
-    with pytest.raises(
-        CheckpointError, match=r"no bundled member wide/gpt9: did you mean gpt2\? the wide family has gpt2, llama, neox"
-    ):
-        load_members(["wide/gpt9"])
-
-
 ENCODERS = {
     "encoder with a decoder": [tf.BartConfig(), tf.MarianConfig(), tf.T5Config()],
     "reads a text from both sides": [tf.BertConfig(), tf.XLMRobertaConfig()],
@@ -203,7 +192,7 @@ def test_what_predicts_no_next_token_is_refused_by_its_configuration(why, config
     "config", [tf.BartConfig(is_decoder=True, is_encoder_decoder=False), tf.BertConfig(is_decoder=True)]
 )
 def test_decoders_of_the_same_families_are_members(config):
-    refused.require_causal("member", config, remote=False)
+    huggingface.require_causal("member", config, remote=False)
 
 
 def of_kind(**fields):
@@ -275,18 +264,9 @@ def test_a_package_that_a_tokenizer_needs_is_named(tmp_path):
     ],
 )
 def test_what_transformers_says_is_said_in_a_whole_sentence(error, message):
-    with pytest.raises(CheckpointError, match=message) as caught, refused.named_in_errors("me", {}):
+    with pytest.raises(CheckpointError, match=message) as caught, huggingface.named_in_errors("me", {}):
         raise error
     assert caught.value.__cause__ is error
-
-
-def test_a_device_without_room_for_a_member_is_named_for_that(monkeypatch):
-    def full(self, *device):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    monkeypatch.setattr(tf.PreTrainedModel, "to", full)
-    with pytest.raises(CheckpointError, match="cannot load wide/gpt2: there is not enough memory on the device"):
-        load_members(["wide/gpt2"])
 
 
 def test_gguf_files_need_packages(tmp_path, monkeypatch):

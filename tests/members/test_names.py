@@ -8,10 +8,8 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import constants, errors
-from typer.testing import CliRunner
 
 from softmeet import Ensemble
-from softmeet.cli.main import app
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.members import names, zoo
 from softmeet.members.huggingface import load_members
@@ -57,13 +55,6 @@ def test_a_bundled_name_without_the_bundled_members_says_what_to_install(given, 
     with pytest.raises(CheckpointError, match=r"softmeet-zoo, which is not installed: \S+ .*install .*zoo.*; or name"):
         Ensemble.from_pretrained(*given)
     assert not hub.asked
-
-
-def test_on_the_command_line_the_missing_bundled_members_are_one_line(monkeypatch):
-    monkeypatch.setattr(zoo, "installed", lambda: None)
-    result = CliRunner().invoke(app, ["generate", "And"])
-    assert isinstance(result.exception, CheckpointError)
-    assert "softmeet-zoo" in str(result.exception)
 
 
 def test_without_the_bundled_members_others_load(tmp_path, hub, monkeypatch):

@@ -8,7 +8,6 @@ import math
 import pytest
 import tiny
 import torch
-from byte_tokenizers import byte_level
 from fastapi.testclient import TestClient
 from serving import http, running, serving_of
 from transformers import AutoModelForCausalLM
@@ -114,10 +113,7 @@ def test_ten_passages_cost_little_more_than_one_of_the_same_length(base):
     hook.remove()
 
 
-def test_over_bytes(tmp_path):
-    for name, seed in (("gpt2", 3), ("llama", 4)):
-        tiny.save(tmp_path / name, name, seed=seed)
-        byte_level().save_pretrained(tmp_path / name)
+def test_over_bytes():
     ensemble = Ensemble.from_pretrained("mixed/llama", "prob-mean", vocabulary="bytes", dtype="float64")
     behind = ensemble.with_passages(FOUND)
     alone = [ensemble.with_passages([one]) for one in FOUND]

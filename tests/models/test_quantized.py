@@ -26,9 +26,8 @@ from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.assembly import assemble
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import names, quantized
-from softmeet.members.heads import head_of
+from softmeet.members.heads import body_hash, head_of
 from softmeet.members.huggingface import load_tokenizers, require_loadable
-from softmeet.members.identity import body_hash
 from softmeet.members.opaque import OpaqueHead
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes.byte_member import ByteMember

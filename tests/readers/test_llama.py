@@ -23,7 +23,7 @@ from softmeet.hf.by_size import parameters
 from softmeet.members import llama_library
 from softmeet.members.gguf_file import GgufFile, StoredTensor, fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
-from softmeet.members.identity import body_hash
+from softmeet.members.heads import body_hash
 from softmeet.members.reader_model import ReaderModel
 from softmeet.readers import llama_costs
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, NoRoomError, RowTokens
@@ -265,7 +265,7 @@ def test_a_fork_that_fails_leaves_no_rows(made):
     reader = LlamaReader(made("llama")[0])
     row = reader.open(reuse=False)
     finished(reader.read([Read(row, [3, 4], [])]))
-    with pytest.raises(InvalidInputError, match="open rows"):
+    with pytest.raises(InvalidInputError, match="close one first"):
         reader.fork(row, 300)
     assert len(reader.fork(row, 255)) == 255
 

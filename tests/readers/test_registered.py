@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import tiny
@@ -360,26 +359,6 @@ def test_a_row_that_fails_harms_no_other():
     assert set(told.errors) == {0, 2}
     assert told.counts == [0, 1, 0]
     assert torch.equal(told.logits(), found[0])
-
-
-def test_in_a_server_others_go_on(tmp_path):
-    ensemble = ensemble_of(tmp_path, lambda rest: Nan("mine"))
-    softmeet.register_reader("good", lambda rest: Counted("good"))
-    other = softmeet.Ensemble.from_pretrained(["good:x", ensemble.names[1]], "prob-mean")
-    asked, found = {"prompt": PROMPT, "max_tokens": 24, "seed": 1, "temperature": 1}, {}
-    with running(serving_of({"bad": ensemble, "good": other})) as url:
-
-        def ask(name):
-            found[name] = http.post(f"{url}/v1/completions", json=asked | {"model": name})
-
-        threads = [Thread(target=ask, args=(name,)) for name in ("bad", "good")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert found["bad"].status_code >= 400
-    assert "mine" in found["bad"].text
-    assert found["good"].json()["choices"][0]["text"] == other.generate(PROMPT, seed=1, max_new_tokens=24)
 
 
 def test_a_server_runs_no_more_sequences_than_it_has_rows(tmp_path):

@@ -19,7 +19,7 @@ from softmeet.members.local_names import FETCH, located
 from softmeet.members.member import Member
 
 if TYPE_CHECKING:
-    from softmeet.members.local_files import LocalFile
+    from softmeet.members.local_names import LocalFile
 
 
 def models(
@@ -42,7 +42,7 @@ def models(
         drop_index(console, drop)
         return
     with working("looking for GGUF files"):
-        from softmeet.members.local_files import local_files
+        from softmeet.members.local_names import local_files
 
         found = local_files(folders)
     rows: list[dict[str, Any]] = [

@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from softmeet.engine.continuation import Ensembled
 from softmeet.errors import InvalidInputError
-from softmeet.members.token_bytes import token_bytes
+from softmeet.members.spelling import token_bytes
 from softmeet.structured.structure import Structure
 
 

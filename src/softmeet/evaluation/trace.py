@@ -26,7 +26,7 @@ from softmeet.evaluation.files import turn_at, write_atomically, write_text
 from softmeet.evaluation.positions import Positions, TokenizedDocument, Windowing, cut, grouped, join, observe
 from softmeet.heads import SoftmaxHead
 from softmeet.members.files import TRACED, refuse_files
-from softmeet.members.identity import body_hash
+from softmeet.members.heads import body_hash
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine
 

@@ -15,10 +15,9 @@ from softmeet.members.reader_model import ReaderModel
 from softmeet.members.spelling import Spelling, spelling_of
 from softmeet.members.trunk import require_cache
 from softmeet.readers.guarded import GuardedReader
-from softmeet.readers.kinds import others_than_keys_and_values
 from softmeet.readers.reader import Alphabet, Reader, Row
 from softmeet.readers.recurrent import RecurrentReader
-from softmeet.readers.transformers import TransformersReader
+from softmeet.readers.transformers import TransformersReader, others_than_keys_and_values
 
 
 class ReadMembers:

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softmeet.members.identity import body_hash
+from softmeet.members.heads import body_hash
 from softmeet.members.member import Member
 
 if TYPE_CHECKING:

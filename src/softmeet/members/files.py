@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from softmeet.errors import CheckpointError, InvalidInputError, nearest
-from softmeet.members.member import Member
+from softmeet.errors import CheckpointError, InvalidInputError
+from softmeet.members.member import Member, joined, split
 from softmeet.members.registered import claims
 
 _KIND = "files:"
@@ -69,7 +69,7 @@ class Files:
         first, *others = self.paths
         parts = [f"{_KIND}{first}", *(f"path={path}" for path in others)]
         parts += [f"{key}={value}" for key in _KEYS[1:] if (value := getattr(self, key)) is not None]
-        return "+".join(part.replace("+", "++") for part in parts)
+        return joined(*parts)
 
     @classmethod
     def parse(cls, line: str) -> Files:
@@ -80,15 +80,11 @@ class Files:
         """
         if "+" in line and _exists(line.removeprefix(_KIND)):
             return cls(line.removeprefix(_KIND))
-        source, *parts = [part.replace("\0", "+") for part in line.replace("++", "\0").split("+")]
+        source, said = split(line, f"{_KIND}PATH[+key=value]…, path alone more than once,", _KEYS)
         paths, found = [source.removeprefix(_KIND)], dict[str, Any]()
-        for part in parts:
-            key, equals, value = part.partition("=")
-            if key not in _KEYS or not (equals and value) or key in found:
-                raise InvalidInputError(
-                    f"expected {_KIND}PATH with the keys {', '.join(_KEYS)} behind it, path alone more than once, got "
-                    f"{part!r} in {line!r}: {nearest(key, _KEYS) if equals else ''}write ++ for a plus in a path"
-                )
+        for key, value in said:
+            if key in found:
+                raise InvalidInputError(f"expected each key of files but path once, got {key} twice in {line!r}")
             if key == "path":
                 paths.append(value)
             else:

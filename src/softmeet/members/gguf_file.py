@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 import os
 import stat
 import struct
@@ -15,29 +14,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from softmeet.errors import cannot_load
 from softmeet.extras import require_extra
 
-# Of each type of tensors, by its number: (how many weights are in a block, how many bytes it has).
-_BLOCKS = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
-    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
-    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
-    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
-    40: (64, 36), 41: (128, 18),
-}  # fmt: skip
+# Types of tensors by their numbers: plain numbers, blocks of 256 weights with scales within, and what no layer has.
 _FLOATS, _K_QUANTS = frozenset((0, 1, 28, 30)), range(10, 15)
 _SINGLE, _NEVER_WEIGHTS = 0, range(24, 29)
-# Of each type of values that have one size, by its number, its format.
-_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-# What no file that people use comes near.
-_MOST_DIMENSIONS, _MOST_ALIGNMENT = 4, 1 << 16
-
 # llama.cpp's own, and to how many bytes it has the first of the tensors that it maps aligned.
 _MOST_LAYERS, _MOST_EXPERTS, _ALIGNED = 512, 1024, 32
 _EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.group_norm_epsilon")
@@ -110,12 +97,7 @@ class GgufFile:
 
     @property
     def quantization(self) -> str:
-        """What most weights are stored in, such as Q4_0; where the file says how they were mixed, that, as Q4_K_M.
-
-        Raises:
-            InvalidInputError: if the package that knows the names is not installed.
-        """
-        require_extra("naming what a GGUF file is stored in", "gguf", "gguf")
+        """What most weights are stored in, such as Q4_0; where the file says how they were mixed, that, as Q4_K_M."""
         from gguf import GGMLQuantizationType, LlamaFileType
 
         said, sizes = self.said.get("general.file_type"), Counter[int]()
@@ -189,57 +171,6 @@ def fingerprint(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
-class _Reading:
-    """The bytes of a file, read from the beginning on; what is behind its end is a ValueError."""
-
-    def __init__(self, held: mmap.mmap) -> None:
-        self._held, self.at = held, 0
-
-    def number(self, kind: str) -> Any:
-        (found,) = struct.unpack_from(f"<{kind}", self._held, self.at)
-        self.at += struct.calcsize(f"<{kind}")
-        return found
-
-    def text(self) -> str:
-        length = self.number("Q")
-        start, self.at = self.at, self.at + length
-        if self.at > len(self._held):
-            raise ValueError(f"it has a text of {length:,} bytes where it ends")
-        return self._held[start : self.at].decode()
-
-    def _texts(self, count: int) -> list[str]:
-        """Read so many texts; there are hundreds of thousands of tokens."""
-        held, at, length, found = self._held, self.at, struct.Struct("<Q").unpack_from, list[str]()
-        if count > len(held) // 8:
-            raise ValueError(f"it ends within its metadata, at {len(held):,} bytes")
-        for _ in range(count):
-            start = at + 8
-            at = start + length(held, at)[0]
-            found.append(held[start:at].decode())
-        if at > len(held):
-            raise ValueError("it has a text where it ends")
-        self.at = at
-        return found
-
-    def value(self, kind: int) -> Any:
-        if kind in _FORMATS:
-            return self.number(_FORMATS[kind])
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            raise ValueError(f"it has a value of the unknown type {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner == _STRING:
-            return self._texts(count)
-        if inner not in _FORMATS:
-            raise ValueError(f"it has a list of the unknown type {inner}")
-        size = count * struct.calcsize(f"<{_FORMATS[inner]}")
-        if self.at + size > len(self._held):
-            raise ValueError(f"it has a list of {count:,} numbers where it ends")
-        start, self.at = self.at, self.at + size
-        return list(struct.unpack_from(f"<{count}{_FORMATS[inner]}", self._held, start))
-
-
 def read_gguf(path: Path, name: str | None = None) -> GgufFile:
     """Read the beginning of a GGUF file, and check that all that it names is in it.
 
@@ -250,56 +181,54 @@ def read_gguf(path: Path, name: str | None = None) -> GgufFile:
     Raises:
         CheckpointError: if it cannot be read, is no GGUF file of version 2 or 3, ends before its last tensor, or a part
             of it is missing.
+        InvalidInputError: if the package that reads such files is not installed.
     """
+    require_extra("reading GGUF files", "gguf", "gguf")
     try:
-        with _opened(path) as held, mmap.mmap(held.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            said, tensors = _read(_Reading(mapped), mapped)
-    except (OSError, ValueError, struct.error, OverflowError, MemoryError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, struct.error | OverflowError | MemoryError):
-            why = "it ends within its metadata"
-        elif isinstance(error, UnicodeDecodeError):
-            why = "it has a text that is no UTF-8"
+        _opened(path).close()
+        with np.errstate(over="raise"):
+            said, tensors = _read(path)
+    except (ArithmeticError, LookupError, MemoryError, OSError, TypeError, ValueError, struct.error) as error:
+        why = getattr(error, "strerror", None) or f"it is broken, or ends early ({error})"
         raise cannot_load(name or path, f"{why}: expected a whole GGUF file: fetch it again") from error
     found = GgufFile(path, said, tensors, sum(one.stat().st_size for one in _parts(path, said, name)))
-    _require_what_llama_cpp_asserts(found, name or str(path))
+    for wrong in _what_llama_cpp_asserts(found):
+        raise cannot_load(name or path, f"{wrong}: fetch it again")
     return found
 
 
-def _require_what_llama_cpp_asserts(file: GgufFile, name: str) -> None:
-    """Refuse what llama.cpp would end the process for.
+def _what_llama_cpp_asserts(file: GgufFile) -> Iterator[str]:
+    """Yield what a file says that llama.cpp would end the process for.
 
     That is: no layers or too many; two tokens of one text, which for llama.cpp ends at a zero byte; numbers of experts
     or a norm's epsilon that cannot be; scalings of positions that it does not know; and weights that it cannot map.
-
-    Raises:
-        CheckpointError: if it is so.
     """
     layers, tokens = file.own("block_count"), file.said.get("tokenizer.ggml.tokens", [])
     if not (isinstance(layers, int) and 0 < layers <= _MOST_LAYERS):
-        raise cannot_load(name, f"it says that it has {layers!r} layers: expected 1 to {_MOST_LAYERS}: fetch it again")
-    if isinstance(tokens, list) and len({str(one).partition("\0")[0] for one in tokens}) < len(tokens):
-        raise cannot_load(name, "two of its tokens have the same text: fetch it again")
+        yield f"it says that it has {layers!r} layers: expected 1 to {_MOST_LAYERS}"
+        return
+    names = list(map(str, tokens)) if isinstance(tokens, list) else []
+    if "\0" in "".join(names):
+        names = [name.partition("\0")[0] for name in names]
+    if len(set(names)) < len(names):
+        yield "two of its tokens have the same text"
+    yield from _wrong_numbers(file, layers)
+    if min((one.start for one in file.tensors.values()), default=0) % _ALIGNED:
+        yield f"its weights do not begin at a multiple of {_ALIGNED} bytes"
+
+
+def _wrong_numbers(file: GgufFile, layers: int) -> Iterator[str]:
+    """Yield what a file says of its experts, norms and positions that cannot be."""
     experts, used = (_most(file.own(f"expert_{key}")) for key in ("count", "used_count"))
     if not bool(experts) <= used <= experts <= _MOST_EXPERTS:
-        raise cannot_load(name, f"it says that it uses {used:,} of {experts:,} experts: fetch it again")
+        yield f"it says that it uses {used:,} of {experts:,} experts"
     if (ahead := _most(file.own("nextn_predict_layers"))) > layers:
-        raise cannot_load(
-            name, f"it says that {ahead:,} of its {layers:,} layers predict further tokens: fetch it again"
-        )
-    for said in _wrong(file):
-        raise cannot_load(name, f"it says that {said}: fetch it again")
-    if min((one.start for one in file.tensors.values()), default=0) % _ALIGNED:
-        raise cannot_load(name, f"its weights do not begin at a multiple of {_ALIGNED} bytes: fetch it again")
-
-
-def _wrong(file: GgufFile) -> Iterator[str]:
-    """Yield what a file says of its norms and positions that cannot be."""
+        yield f"it says that {ahead:,} of its {layers:,} layers predict further tokens"
     for key in _EPSILONS:
         if isinstance(epsilon := file.own(key), float) and not 0 <= epsilon < math.inf:
-            yield f"{key} is {epsilon}: expected a number from 0 on"
+            yield f"it says that {key} is {epsilon}: expected a number from 0 on"
     if isinstance(scaling := file.own("rope.scaling.type"), str) and scaling not in _SCALINGS:
-        yield f"rope.scaling.type is {scaling!r}: expected {', '.join(_SCALINGS)}"
+        yield f"it says that rope.scaling.type is {scaling!r}: expected {', '.join(_SCALINGS)}"
 
 
 def require_types(file: GgufFile, name: str) -> None:
@@ -317,50 +246,55 @@ def require_types(file: GgufFile, name: str) -> None:
             raise cannot_load(name, f"{why}: try +engine=transformers")
 
 
-def _read(reading: _Reading, mapped: mmap.mmap) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    if mapped[:4] != b"GGUF":
-        raise ValueError(f"it is no GGUF file, as it begins with {mapped[:4]!r}")
-    reading.at = 4
-    version, many, keys = (reading.number(kind) for kind in "IQQ")
-    if version not in (2, 3):
-        raise ValueError(f"it is of version {version if version < 1 << 16 else 'of another byte order'}, not 2 or 3")
-    said = dict[str, Any]()
-    for _ in range(keys):
-        key = reading.text()
-        said[key] = reading.value(reading.number("I"))
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Return what a file says, by key, and where its tensors are, as ggml's own package reads them.
+
+    Raises:
+        ValueError: if it does not say of which architecture it is; what the package raises for broken files.
+    """
+    import gguf
+
+    class ListReader(gguf.GGUFReader):
+        """A reader that reads a list as one part: of each token a part of its own would take seconds."""
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            kinds = gguf.GGUFValueType
+            if raw_type != kinds.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            inner, count = int(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
+            start = orig_offs + 12
+            if inner == kinds.STRING:
+                found, end = _texts(self.data.base, start, count)  # the map itself is the quickest to slice
+            else:
+                found = self._get(start, self.gguf_scalar_to_np[kinds(inner)], count).tolist()
+                end = start + count * np.dtype(self.gguf_scalar_to_np[kinds(inner)]).itemsize
+            if len(found) < count or end > len(self.data):
+                raise ValueError("it ends within its metadata")
+            return end - orig_offs, [found], [0], [kinds.ARRAY]
+
+    reader = ListReader(path)
+    if reader.byte_order != "I":
+        raise ValueError("it is of another byte order")
+    said = {
+        key: one.parts[-1] if isinstance(one.parts[-1], list) else one.contents() for key, one in reader.fields.items()
+    }
     if not isinstance(said.get("general.architecture"), str):
         raise ValueError("it does not say of which architecture it is")
-    found = [_tensor(reading) for _ in range(many)]
-    align = said.get("general.alignment", 32)
-    if not (isinstance(align, int) and 0 < align <= _MOST_ALIGNMENT and align & (align - 1) == 0):
-        raise ValueError(f"it says an alignment of {align!r}, which is no power of two")
-    begin = -(-reading.at // align) * align
-    tensors = dict[str, StoredTensor]()
-    for name, shape, kind, offset in found:
-        if name in tensors:
-            raise ValueError(f"it has two tensors {name}")
-        tensors[name] = _stored(name, shape, kind, begin + offset, len(mapped))
+    tensors = {
+        one.name: StoredTensor(tuple(map(int, reversed(one.shape))), int(one.tensor_type), one.data_offset, one.n_bytes)
+        for one in reader.tensors
+    }
     return said, tensors
 
 
-def _stored(name: str, shape: tuple[int, ...], kind: int, start: int, end: int) -> StoredTensor:
-    """Return where a tensor is, which has to be whole before the ``end`` of the file."""
-    each, size = _BLOCKS.get(kind, (1, 0))
-    if shape[-1] % each:
-        raise ValueError(f"its tensor {name} has rows of {shape[-1]:,} weights, which are no whole blocks")
-    needed = prod(shape) // each * size
-    if start + needed > end:
-        raise ValueError(f"it ends before its tensor {name} does, at {end:,} of {start + needed:,} bytes")
-    return StoredTensor(shape, kind, start, needed)
-
-
-def _tensor(reading: _Reading) -> tuple[str, tuple[int, ...], int, int]:
-    """Read (a tensor's name, its shape, the number of its type, its first byte behind the metadata)."""
-    name, dimensions = reading.text(), reading.number("I")
-    if not 0 < dimensions <= _MOST_DIMENSIONS:
-        raise ValueError(f"its tensor {name} has {dimensions:,} dimensions")
-    shape = tuple(reversed([reading.number("Q") for _ in range(dimensions)]))
-    return name, shape, reading.number("I"), reading.number("Q")
+def _texts(raw: Any, at: int, count: int) -> tuple[list[str], int]:
+    """Read so many texts; return them, and where the last one ends."""
+    length, found = struct.Struct("<Q").unpack_from, list[str]()
+    for _ in range(count):
+        start = at + 8
+        at = start + length(raw, at)[0]
+        found.append(raw[start:at].decode())
+    return found, at
 
 
 def _parts(path: Path, said: Mapping[str, Any], name: str | None) -> list[Path]:

@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from copy import copy
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import tokenizers
+import transformers
+from huggingface_hub import cached_assets_path
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 
 from softmeet.derived import derived
 from softmeet.errors import cannot_load
-from softmeet.members.gguf_assets import folder_for
-from softmeet.members.gguf_file import GgufFile, read_gguf
+from softmeet.members.gguf_file import GgufFile, fingerprint, read_gguf
+
+# To be raised when other things are derived from the same files.
+_FORM = 2
+# From smaller files everything is derived at once.
+_SMALL = 1 << 24
+
+
+def folder_for(path: Path) -> Path | None:
+    """Return the folder for what is derived from a file; None if that is small, or no folder can be made.
+
+    It is another one when the file, transformers or tokenizers has changed.
+    """
+    try:
+        state = path.stat()
+        if state.st_size < _SMALL:
+            return None
+        said = _FORM, fingerprint(path), state.st_mtime_ns, transformers.__version__, tokenizers.__version__
+        return cached_assets_path("softmeet", "gguf", hashlib.sha256(repr(said).encode()).hexdigest()[:16])
+    except (OSError, ValueError):
+        return None
+
+
+def folder_of(tokenizer: Any) -> Path | None:
+    """Return the folder for what is derived from the GGUF file that a tokenizer was read from; None of any other."""
+    _, _, folder = vars(tokenizer).get("_softmeet_file", (None, None, None))
+    return folder  # type: ignore[no-any-return]
+
 
 _NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # SentencePiece's space; and how texts are split where a whole word that is a token is one, whatever is merged.

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -29,66 +29,71 @@ _ERROR, _GOES_ON = 4, 5
 _KEPT = 20
 
 
-class Library(Protocol):
-    """llama.cpp's functions as attributes, and what the two bindings have different forms of."""
+class Library:
+    """llama.cpp's functions as attributes, and what the two bindings have different forms of.
 
-    functions: Any
-    said: deque[str]
+    Args:
+        functions: the functions.
+        folder: where the binding has its libraries.
+        listener: of the library's messages, which calls :meth:`keep`.
+        null: a null pointer.
 
-    def pointer(self, kind: str, address: int) -> Any:
-        """Return an address as a pointer to ``kind``, such as ``int32_t``."""
+    Attributes:
+        functions: as given.
+        said: the last errors that the library has told of.
+    """
 
-    def function(self, kind: str, address: int) -> Any:
-        """Return an address as a pointer to a function of a kind that llama.cpp names."""
+    def __init__(self, functions: Any, folder: Path, listener: Any, null: Any) -> None:
+        self.functions, self.said, self._listener = functions, deque[str](maxlen=_KEPT), listener
+        functions.llama_log_set(listener, null)
+        functions.llama_backend_init()
+        _say_last_words(folder)
 
-    def floats(self, pointer: Any, count: int) -> Float[np.ndarray, " count"]:
-        """Return the numbers that a pointer points to, without copying them; none of a null pointer."""
-
-    def batch(self) -> Any:
-        """Return a batch with all fields zero, whose fields can be set."""
-
-    def argument(self, batch: Any) -> Any:
-        """Return what functions take for a batch."""
+    def keep(self, level: int, text: bytes) -> None:
+        """Keep a message of the library's, if it is of an error or goes on with one."""
+        if level == _ERROR or (level == _GOES_ON and self.said):
+            self.said.append(text.decode(errors="replace").strip())
 
 
-class _ByCffi:
+class _ByCffi(Library):
     """llama-cpp-py-sync."""
 
     def __init__(self) -> None:
         bindings = import_module("llama_cpp_py_sync._cffi_bindings")
-        self._ffi, self.functions = bindings.get_ffi(), bindings.get_lib()
-        self.said, self._folder = deque[str](maxlen=_KEPT), Path(str(bindings.__file__)).parent
+        self._ffi = ffi = bindings.get_ffi()
 
         def listen(level: int, text: Any, data: Any) -> None:
-            _keep(self.said, level, self._ffi.string(text))
+            self.keep(level, ffi.string(text))
 
         # Ctrl-C that comes in it is not printed, but heard of elsewhere.
-        kind = "void(enum ggml_log_level, const char *, void *)"
-        self._listener = self._ffi.callback(kind, listen, onerror=lambda *_: None)
-        self.functions.llama_log_set(self._listener, self._ffi.NULL)
-        self.functions.llama_backend_init()
-        _say_last_words(self._folder)
+        listener = ffi.callback("void(enum ggml_log_level, const char *, void *)", listen, onerror=lambda *_: None)
+        super().__init__(bindings.get_lib(), Path(str(bindings.__file__)).parent, listener, ffi.NULL)
 
     def pointer(self, kind: str, address: int) -> Any:
+        """Return an address as a pointer to ``kind``, such as ``int32_t``."""
         return self._ffi.cast(f"{kind} *", address)
 
     def function(self, kind: str, address: int) -> Any:
+        """Return an address as a pointer to a function of a kind that llama.cpp names."""
         return self._ffi.cast(kind, address)
 
     def floats(self, pointer: Any, count: int) -> Float[np.ndarray, " count"]:
+        """Return the numbers that a pointer points to, without copying them; none of a null pointer."""
         if pointer == self._ffi.NULL:
             return np.empty(0, np.float32)
         return np.frombuffer(self._ffi.buffer(pointer, 4 * count), np.float32)
 
     def batch(self) -> Any:
+        """Return a batch with all fields zero, whose fields can be set."""
         return self._ffi.new("llama_batch *")
 
     def argument(self, batch: Any) -> Any:
+        """Return what functions take for a batch."""
         return batch[0]
 
 
-class _ByCtypes:
-    """llama-cpp-python."""
+class _ByCtypes(Library):
+    """llama-cpp-python, with the same methods."""
 
     _kinds: ClassVar[dict[str, Any]] = {
         "void": None, "int32_t": ctypes.c_int32, "int8_t": ctypes.c_int8, "uint8_t": ctypes.c_uint8,
@@ -96,16 +101,9 @@ class _ByCtypes:
     }  # fmt: skip
 
     def __init__(self) -> None:
-        self.functions = import_module("llama_cpp.llama_cpp")
-        self.said, self._folder = deque[str](maxlen=_KEPT), Path(str(self.functions.__file__)).parent / "lib"
-
-        def listen(level: int, text: bytes, data: Any) -> None:
-            _keep(self.said, level, text)
-
-        self._listener = self.functions.llama_log_callback(listen)
-        self.functions.llama_log_set(self._listener, None)
-        self.functions.llama_backend_init()
-        _say_last_words(self._folder)
+        functions = import_module("llama_cpp.llama_cpp")
+        listener = functions.llama_log_callback(lambda level, text, data: self.keep(level, text))
+        super().__init__(functions, Path(str(functions.__file__)).parent / "lib", listener, None)
 
     def pointer(self, kind: str, address: int) -> Any:
         return ctypes.cast(address, ctypes.POINTER(self._kinds[kind]))
@@ -121,12 +119,6 @@ class _ByCtypes:
 
     def argument(self, batch: Any) -> Any:
         return batch
-
-
-def _keep(said: deque[str], level: int, text: bytes) -> None:
-    """Keep a message of the library's, if it is of an error or goes on with one."""
-    if level == _ERROR or (level == _GOES_ON and said):
-        said.append(text.decode(errors="replace").strip())
 
 
 @cache
@@ -146,30 +138,33 @@ def _say_last_words(folder: Path) -> Callable[[bytes], None] | None:
     return called
 
 
+def _binding() -> str | None:
+    return next((name for name in BINDINGS if find_spec(name) is not None), None)
+
+
 def is_installed() -> bool:
     """Return whether there is a binding of llama.cpp's library."""
-    return any(find_spec(name) is not None for name in BINDINGS)
+    return _binding() is not None
 
 
 def versions() -> dict[str, str]:
     """Return the version of the binding in use, and where it tells it the commit of llama.cpp; {} if none was used."""
-    if not library.cache_info().currsize:
+    name = _binding()
+    if name is None or not library.cache_info().currsize:
         return {}
-    name = next(name for name in BINDINGS if find_spec(name) is not None)
     binding = import_module(name)
     commit = getattr(binding, "__llama_cpp_commit__", None)
     return {name.replace("_", "-"): str(binding.__version__)} | ({} if commit is None else {"llama.cpp": str(commit)})
 
 
 @cache
-def library() -> Library:
+def library() -> Any:
     """Return llama.cpp's library, loaded once in a process.
 
     Raises:
         CheckpointError: if no binding is installed, or it cannot be loaded.
     """
-    found = next((name for name in BINDINGS if find_spec(name) is not None), None)
-    if found is None:
+    if (found := _binding()) is None:
         raise CheckpointError(
             f"GGUF files at their own speed need llama.cpp: {install_line('gguf')}; or put +engine=transformers behind "
             "the file, which is slower and needs several times its memory"

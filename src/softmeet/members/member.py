@@ -108,7 +108,7 @@ class Member:
 
     def __str__(self) -> str:
         parts = [f"{key}={value}" for key, value in self.changes().items() if key != "revision"]
-        return "+".join(part.replace("+", "++") for part in (self.checkpoint, *parts))
+        return joined(self.checkpoint, *parts)
 
     def changes(self) -> dict[str, str]:
         """Return the fields beside ``source`` that are given, by name."""
@@ -130,19 +130,12 @@ class Member:
             raise InvalidInputError(f"expected a member's name: a hub id, a folder, or a bundled name, got {text!r}")
         if isinstance(text, Path) or (("+" in text or "@" in text) and _exists(text)):
             return cls(str(text))
-        source, *parts = [part.replace("\0", "+") for part in text.replace("++", "\0").split("+")]
-        found: dict[str, str] = {}
-        for part in parts:
-            key, equals, value = part.partition("=")
-            known = [one.name for one in fields(cls) if one.name not in ("source", "revision")]
-            if key not in known or not (equals and value):
-                raise InvalidInputError(
-                    f"expected SOURCE[@REV][+key=value]… for a member, with the keys {', '.join(known)}, got {part!r} "
-                    f"in {text!r}: {nearest(key, known) if equals else ''}write ++ for a plus in a path"
-                )
-            if key in found:
-                raise InvalidInputError(f"expected each key of a member once, got {key} twice in {text!r}")
-            found[key] = value
+        known = [one.name for one in fields(cls) if one.name not in ("source", "revision")]
+        source, said = split(text, "SOURCE[@REV][+key=value]…", known)
+        found = dict(said)
+        if len(found) < len(said):
+            key, _ = Counter(key for key, _ in said).most_common(1)[0]
+            raise InvalidInputError(f"expected each key of a member once, got {key} twice in {text!r}")
         if not files and is_file(found.get("prompt", "")):
             raise InvalidInputError(
                 f"expected the text of a prompt in a saved ensemble, got the path of a file, {found['prompt']!r}: "
@@ -227,6 +220,34 @@ class Member:
     def is_template(self) -> bool:
         """Whether its prompt has something after ``{prompt}``, so that a text is not simply put behind it."""
         return bool((self.prompt or "").partition(SLOT)[2])
+
+
+def joined(*parts: str) -> str:
+    """Return the line of text of a source and what stands behind it, of which :func:`split` makes these parts."""
+    return "+".join(part.replace("+", "++") for part in parts)
+
+
+def split(line: str, form: str, known: Sequence[str]) -> tuple[str, list[tuple[str, str]]]:
+    """Return (the source, the keys and values behind it) of a line of text.
+
+    Raises:
+        InvalidInputError: if a part after a plus is no ``key=value`` with a key that is known.
+
+    Example:
+        >>> split("a++b+name=c", "SOURCE[+key=value]…", ["name"])
+        ('a+b', [('name', 'c')])
+    """
+    source, *parts = [part.replace("\0", "+") for part in line.replace("++", "\0").split("+")]
+    found = list[tuple[str, str]]()
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if key not in known or not (equals and value):
+            raise InvalidInputError(
+                f"expected {form} with the keys {', '.join(known)}, got {part!r} in {line!r}: "
+                f"{nearest(key, known) if equals else ''}write ++ for a plus in a path"
+            )
+        found.append((key, value))
+    return source, found
 
 
 def is_file(prompt: str) -> bool:

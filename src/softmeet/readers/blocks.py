@@ -3,18 +3,73 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softmeet.readers.masks import Masks
+from softmeet.members.placement import home
+from softmeet.members.trunk import Trunk
+
+Depths = Int[np.ndarray, "B k"]
+Allowed = Bool[np.ndarray, "B q k"]
+
+
+def empty_cache(model: PreTrainedModel) -> Cache:
+    """Return a cache that keeps the keys and values of all tokens, those behind windows too."""
+    return Cache(layers=[DynamicLayer() for _ in DynamicCache(config=model.config).layers])
+
+
+class Masks:
+    """Makes the attention masks of a model, which has to stay on its device and in its dtype.
+
+    Args:
+        model: a causal LM.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self._place, self._dtype = home(model), next(model.parameters()).dtype
+        self._window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        self._kinds = getattr(config, "layer_types", None)
+
+    def padding(self, real: Bool[np.ndarray, "B k"]) -> Float[Tensor, "B 1 1 k"] | None:
+        """Make the additive mask of one new token of each text, in columns of which some are no token's.
+
+        Args:
+            real: which columns are a token's of its text.
+
+        Returns:
+            the mask, as :meth:`of` has it; None where a window may matter among so many columns.
+        """
+        if self._window is not None and real.shape[1] >= self._window:
+            return None
+        return self._additive(real[:, None])
+
+    def of(self, allowed: Allowed, depths: Depths) -> Any:
+        """Make the additive mask, (B, 1, queries, keys); a dict of one by kind of layer if windows matter.
+
+        Args:
+            allowed: which columns, the new ones last, each new token attends to, (B, queries, keys).
+            depths: the position of each column's token in its text, (B, keys).
+        """
+        full, new = self._additive(allowed), depths[:, -allowed.shape[1] :]
+        if self._window is None or new.max() < self._window:
+            return full
+        narrow = self._additive(allowed & (new[:, :, None] - depths[:, None, :] < self._window))
+        return narrow if self._kinds is None else {"full_attention": full, "sliding_attention": narrow}
+
+    def _additive(self, allowed: Allowed) -> Float[Tensor, "B 1 q k"]:
+        forbidden = torch.from_numpy(~allowed[:, None])
+        mask = torch.zeros(forbidden.shape, dtype=self._dtype)
+        return mask.masked_fill_(forbidden, torch.finfo(self._dtype).min).to(self._place)
+
 
 # Of a text's tokens, the columns of their keys and values, first to last.
 Path = np.ndarray[Any, np.dtype[np.int64]]
@@ -375,3 +430,72 @@ class Call:
             if count > 1:
                 mine[:, at : at + count] = np.tri(count, dtype=bool)
         return masks.of(allowed, depths)
+
+
+class Steady:
+    """The texts of a block, of which every call runs one token more.
+
+    Args:
+        trunk: the model.
+        block: the block, in which all of these texts are, and no other.
+        seats: of the texts, each whole and in a slot of its own.
+        layout: for each layer where its keys and values are.
+        masks: returns what makes the model's attention masks; None if it takes the mask of padding alone.
+
+    Attributes:
+        seats: as given.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        block: Block,
+        seats: Sequence[Seat],
+        layout: Sequence[tuple[Place, Place]],
+        masks: Callable[[], Masks | None],
+    ) -> None:
+        self._trunk, self._block, self.seats = trunk, block, list(seats)
+        self._slots = [seat.slot for seat in seats]
+        many, first = 1 + max(self._slots), min(int(seat.path[0]) for seat in seats)
+        self._first, self._ids = first, [[0] for _ in range(many)]
+        self._mask = torch.ones(many, block.columns - first, dtype=torch.long)
+        self._mask[:, : block.end - first] = 0
+        self._positions = torch.zeros(many, 1, dtype=torch.long)
+        for seat in seats:
+            self._mask[seat.slot, int(seat.path[0]) - first :] = 1
+            self._positions[seat.slot] = seat.length
+        # As transformers has it, no mask where nothing is padding.
+        self._padded = not bool(self._mask.all())
+        made = masks() if self._padded else None
+        if made is not None and (whole := made.padding(self._mask.bool().numpy())) is not None:
+            # Of a mask of padding each call would make this one anew.
+            self._mask = whole
+        self._in_order = self._slots == list(range(many))
+        self._cache = Cache(layers=[InPlace(block, place, many, first) for place in layout])
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor | None:
+        """Run one token more of each text, in one call of the model.
+
+        Returns:
+            (texts, d), the last hidden states; None if there is no room, or they are not finite: then nothing was run.
+        """
+        block, ids = self._block, self._ids
+        if block.end == block.columns:
+            return None
+        for slot, token in zip(self._slots, tokens, strict=True):
+            ids[slot][0] = token
+        mask = self._mask[..., : block.end + 1 - self._first] if self._padded else None
+        (states,) = self._trunk(
+            torch.tensor(ids), cache=self._cache, use_cache=True, attention_mask=mask, position_ids=self._positions
+        ).unbind(1)
+        if not self._in_order:
+            states = states[self._slots]
+        # 0 · NaN and 0 · ∞ are no numbers, which is told faster than by isfinite.
+        if not bool((states * 0).sum() == 0):
+            return None
+        block.ids[self._slots, block.end] = tokens
+        block.end += 1
+        block.late += 1
+        self._positions = self._positions + 1
+        return states

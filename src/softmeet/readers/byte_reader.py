@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.errors import SoftmeetError
 from softmeet.readers.byte_alphabet import ByteAlphabet, shown_byte
 from softmeet.readers.bytes.byte_member import ByteMember
-from softmeet.readers.bytes.next_tokens import END, SYMBOLS
+from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.bytes.reading import Reading
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Given, Predictions, Read, Row, Traits, Work
@@ -101,8 +101,7 @@ class ByteReader(ReaderOfRows[ByteText]):
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""
         one = self._mine(row)
-        if not 0 <= length <= one.length:
-            raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
+        self._require_length(one, length)
         del one.symbols[length:]
         one.readings = {count: reading for count, reading in one.readings.items() if count <= length}
 
@@ -134,8 +133,8 @@ class ByteReader(ReaderOfRows[ByteText]):
         rows = self._each_once(asked)
         errors, parts = dict[int, SoftmeetError](), list[_Part]()
         for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
-            if wrong := [symbol for symbol in one.symbols if not 0 <= symbol <= END]:
-                errors[k] = InvalidInputError(f"expected symbols of {self.name} below {SYMBOLS}, got {wrong[0]}")
+            if error := self._unknown(one.symbols):
+                errors[k] = error
             else:
                 parts.append(_Part.of(k, row, one))
         for run, some in (

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import os
-import socket
+import ssl
 import threading
-import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from functools import partial
+from concurrent.futures import CancelledError, Future
+from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import finalize
+
+import httpx
 
 from softmeet.errors import InvalidInputError
 
@@ -23,11 +20,10 @@ from softmeet.errors import InvalidInputError
 KEY = "SOFTMEET_MEMBER_KEY"
 # How often a question is asked that got no answer, and the seconds before it is asked for the second time.
 _TRIES, _PAUSE = 3, 0.5
-# The most bytes of an answer for which no more are expected, and how many are read at once.
-_MOST, _PIECE = 1 << 20, 1 << 16
+# The most bytes of an answer for which no more are expected.
+_MOST = 1 << 20
 # Answers by which a host says that it cannot now.
 _LATER = (429, 500, 502, 503, 504)
-_THREAD = "softmeet-host"
 # The most characters that are shown of what a host says.
 _SHOWN = 300
 _Answer = tuple[int, str, bytes]
@@ -45,18 +41,12 @@ class HostError(Exception):
         super().__init__(_without_key(how.format(*map(_shown, said)) if said else how))
 
 
-class _Question(Future[_Answer]):
-    """A question that a thread of its own asks, until there is an answer or nobody waits for one any more."""
-
-    line: socket.socket | None = None
-
-    def end(self) -> None:
-        """Shut down the line of a question that has no answer, so that its thread ends."""
-        self.cancel()
-        if (line := self.line) is not None:
-            with suppress(OSError):
-                # Of one with TLS the socket below, as its thread may be reading.
-                socket.socket.shutdown(line, socket.SHUT_RDWR)
+@cache
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """Return the loop in which this process asks all hosts, in a thread of its own."""
+    found = asyncio.new_event_loop()
+    threading.Thread(target=found.run_forever, daemon=True, name="softmeet-hosts").start()
+    return found
 
 
 class Host:
@@ -74,30 +64,31 @@ class Host:
     """
 
     def __init__(self, url: str, seconds: float = 120.0) -> None:
-        parts = urlsplit(url)
         try:
-            host, port = parts.hostname, parts.port
-        except ValueError as error:
+            parts = httpx.URL(url)
+        except httpx.InvalidURL as error:
             raise InvalidInputError(f"expected the address of a server, got {_safe(url)}: {error}") from error
-        if parts.scheme not in ("http", "https") or not host or parts.query:
+        if parts.scheme not in ("http", "https") or not parts.host or parts.query:
             raise InvalidInputError(f"expected an address such as http://127.0.0.1:8000/v1, got {_safe(url)}")
-        if "@" in parts.netloc:
+        if parts.userinfo:
             raise InvalidInputError(
                 f"expected an address without a name and a key, which would be shown, got {_safe(url)}: put the key "
                 f"into the environment variable {KEY}"
             )
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connect: Callable[[], http.client.HTTPConnection] = partial(kind, host, port, timeout=seconds)
-        self.base, self._seconds, self._idle = parts.path.rstrip("/"), seconds, deque[http.client.HTTPConnection]()
-        self._open, self._aborted = set[_Question](), False
-        finalize(self, _close, self._idle)
+        self.base, self._seconds = url.rstrip("/"), seconds
+        # Nothing of the environment's, such as a proxy, comes between; certificates are those that the system trusts.
+        self._client = httpx.AsyncClient(
+            timeout=None, trust_env=False, limits=httpx.Limits(keepalive_expiry=None),  # noqa: S113 - questions have one
+            verify=ssl.create_default_context() if parts.scheme == "https" else False,
+        )  # fmt: skip
+        self._open, self._aborted = set[Future[_Answer]](), False
+        finalize(self, _close, self._client).atexit = False
 
     def abort(self) -> None:
         """End all questions at once by a HostError, from any thread, and ask none any more."""
         self._aborted = True
         for question in list(self._open):
-            with suppress(InvalidStateError):
-                question.set_exception(_aborted())
+            question.cancel()
 
     def get(self, path: str) -> Any:
         """Return the JSON behind a path.
@@ -116,87 +107,54 @@ class Host:
         return self._asked(_MOST + more, "POST", path, json.dumps(body).encode())
 
     def _asked(self, most: int, method: str, path: str, body: bytes | None) -> Any:
-        # Another thread asks: a name that is looked up, or a header that comes letter by letter, has no deadline.
-        question = _Question()
+        if self._aborted:
+            raise _aborted()
+        question = asyncio.run_coroutine_threadsafe(self._tried(most, method, path, body), _loop(os.getpid()))
         self._open.add(question)
         try:
-            if self._aborted:
+            if self._aborted:  # by another thread, which may have found no question
                 raise _aborted()
-            threading.Thread(
-                target=self._ask, args=(question, most, method, path, body), daemon=True, name=_THREAD
-            ).start()
             status, kind, answer = question.result(self._seconds)
         except TimeoutError:
             raise HostError(f"has not answered within {self._seconds:g} s") from None
+        except CancelledError:
+            raise _aborted() from None
         finally:
             self._open.discard(question)
-            question.end()
+            question.cancel()
         try:
             return _read(status, kind, answer)
         except RecursionError:
             raise HostError("answers with JSON that is nested too deep") from None
 
-    def _ask(self, question: _Question, *asked: Any) -> None:
-        """Give a question its answer, unless nobody waits any more."""
-        try:
-            found = self._tried(question, *asked)
-        except BaseException as error:
-            with suppress(InvalidStateError):
-                question.set_exception(error)
-        else:
-            with suppress(InvalidStateError):
-                question.set_result(found)
-
-    def _tried(self, question: _Question, *asked: Any) -> _Answer:
-        for again in reversed(range(_TRIES)):
+    async def _tried(self, *asked: Any) -> _Answer:
+        for left in reversed(range(_TRIES)):
             try:
-                found = self._answer(question, *asked)
-                if found[0] not in _LATER or not again:
+                found = await self._answer(*asked)
+                if found[0] not in _LATER or not left:
                     return found
-            except TimeoutError:
-                raise
-            except (OSError, http.client.HTTPException) as error:
-                # Those that were kept have most likely been cut off, too.
-                with suppress(IndexError):  # other threads may empty it, too
-                    while True:
-                        self._idle.pop().close()
-                if not again or question.done():
-                    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            except httpx.TransportError as error:
+                if not left:
                     # Not from the error, which may hold the key.
+                    why = str(error) or type(error).__name__
                     raise HostError("does not answer ({}): start the server, or check the address", why) from None
-            time.sleep(_PAUSE * 2 ** (_TRIES - 1 - again))
+            await asyncio.sleep(_PAUSE * 2 ** (_TRIES - 1 - left))
         raise AssertionError
 
-    def _answer(self, question: _Question, most: int, method: str, path: str, body: bytes | None) -> _Answer:
+    async def _answer(self, most: int, method: str, path: str, body: bytes | None) -> _Answer:
         """Ask once; returns (status, kind of content, content)."""
         key = _key()
         if not (key.isascii() and key.isprintable()):
             raise HostError(f"is not asked: the key in the environment variable {KEY} has other letters than ASCII")
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._connect()
-        try:
-            if connection.sock is None:
-                connection.connect()
-            question.line = connection.sock
-            if question.done():  # whoever ended it may have found no line
-                raise TimeoutError
-            connection.request(method, self.base + path, body, headers)
-            content = bytearray()
-            # Reading in pieces does not close it, though another question needs that.
-            with connection.getresponse() as answer:
-                while piece := answer.read1(_PIECE):
-                    content += piece
-                    if len(content) > most:
-                        raise HostError(f"answers with more than {most:,} bytes, where fewer were expected")
-        except BaseException:
-            connection.close()
-            raise
-        question.line = None
-        self._idle.append(connection)
-        return answer.status, answer.getheader("content-type") or "", bytes(content)
+        headers = {"content-type": "application/json", "accept-encoding": "identity"}
+        headers |= {"authorization": f"Bearer {key}"} if key else {}
+        content = bytearray()
+        async with self._client.stream(method, self.base + path, content=body, headers=headers) as answer:
+            async for piece in answer.aiter_raw():
+                content += piece
+                if len(content) > most:
+                    raise HostError(f"answers with more than {most:,} bytes, where fewer were expected")
+        return answer.status_code, answer.headers.get("content-type", ""), bytes(content)
 
 
 def _aborted() -> HostError:
@@ -217,9 +175,8 @@ def _shown(said: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def _close(connections: deque[http.client.HTTPConnection]) -> None:
-    for connection in connections:
-        connection.close()
+def _close(client: httpx.AsyncClient) -> None:
+    asyncio.run_coroutine_threadsafe(client.aclose(), _loop(os.getpid()))
 
 
 def _read(status: int, kind: str, answer: bytes) -> Any:

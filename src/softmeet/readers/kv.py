@@ -25,9 +25,22 @@ from transformers import Cache, PreTrainedModel
 
 from softmeet.errors import InvalidInputError
 from softmeet.members.trunk import Trunk, last_hidden, require_cache
-from softmeet.readers.blocks import NOTHING, Block, Call, Path, Place, Seat, by_slot, copy_path, lay_out, parted, union
-from softmeet.readers.masks import Masks, empty_cache
-from softmeet.readers.steady import Steady
+from softmeet.readers.blocks import (
+    NOTHING,
+    Block,
+    Call,
+    Masks,
+    Path,
+    Place,
+    Seat,
+    Steady,
+    by_slot,
+    copy_path,
+    empty_cache,
+    lay_out,
+    parted,
+    union,
+)
 from softmeet.suspended import Done, finished
 
 # The most tokens of one text that the model runs at once.
@@ -368,7 +381,7 @@ def require_trees(model: PreTrainedModel) -> None:
 
     A tree is several texts that begin alike, whose common tokens are run once. Models whose attention counts columns
     (ALiBi) instead of positions do not read them so, nor those with recurrent layers, nor those with windows of which
-    :class:`~softmeet.readers.masks.Masks` does not know.
+    :class:`~softmeet.readers.blocks.Masks` does not know.
 
     Raises:
         InvalidInputError: if it does not.

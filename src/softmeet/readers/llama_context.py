@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from softmeet.errors import CheckpointError, InvalidInputError, cannot_load
 from softmeet.members.gguf_file import GgufFile, require_types
 from softmeet.members.gguf_head import rounded
-from softmeet.members.llama_library import Library, library
+from softmeet.members.llama_library import library
 from softmeet.suspended import StoppedError, attended, control
 
 # Rows and cells with which a cache begins, and the most rows that llama.cpp has.
@@ -118,7 +118,7 @@ class LlamaModel:
 
     def __init__(self, file: GgufFile, name: str, gpu_layers: int = 0, *, repack: bool = False) -> None:
         require_types(file, name)
-        self.library: Library = library()
+        self.library = library()
         self.file, self.name, self.repack, call = file, name, repack, self.library.functions
         options = call.llama_model_default_params()
         options.n_gpu_layers = gpu_layers

@@ -20,8 +20,8 @@ import torch
 
 from softmeet.derived import derived
 from softmeet.members import llama_library
-from softmeet.members.gguf_assets import folder_for
 from softmeet.members.gguf_file import GgufFile
+from softmeet.members.gguf_tokenizer import folder_for
 from softmeet.readers.llama_context import LlamaContext, LlamaModel, RowTokens
 
 # To be raised when costs are measured otherwise.

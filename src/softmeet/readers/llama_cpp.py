@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,90 @@ from jaxtyping import Float
 
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.heads import SoftmaxHead
-from softmeet.members.gguf_assets import folder_of
 from softmeet.members.gguf_head import gguf_head, require_its_logits
-from softmeet.members.gguf_tokenizer import known_file
+from softmeet.members.gguf_tokenizer import folder_of, known_file
 from softmeet.readers.llama_context import MOST_ROWS, MOST_TOLD, LlamaContext, NoRoomError, RowTokens, longest_text
 from softmeet.readers.llama_costs import loaded
-from softmeet.readers.llama_rows import Job, LlamaRow
-from softmeet.readers.open_rows import ReaderOfRows
+from softmeet.readers.open_rows import ReaderOfTokens
 from softmeet.readers.prefixes import PrefixCache, weakly
 from softmeet.readers.reader import Given, Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
 from softmeet.suspended import Done
+
+
+@dataclass(eq=False)
+class LlamaRow(Row):
+    """A row of a context.
+
+    Attributes:
+        number: the row's number there.
+        own: how many of the tokens are the member's own, before the text.
+        tokens: these and the symbols that were read.
+        ran: how many of them the context holds; the others are run before anything else is.
+        unsure: whether the context may hold more of it, as a call was left before its end.
+        last: (1, v), logits behind the last token, of a model that cannot take it back.
+    """
+
+    number: int = 0
+    own: int = 0
+    tokens: tuple[int, ...] = ()
+    ran: int = 0
+    unsure: bool = False
+    last: Float[np.ndarray, "1 v"] | None = None
+    known: int = 0
+    is_new: bool = True
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """The number of the text's symbols that were read."""
+        return len(self.tokens) - self.own
+
+
+@dataclass(eq=False)
+class Job:
+    """What has to be run for one read.
+
+    Attributes:
+        row, read: whose, and what.
+        number: the number of the row in which it is run.
+        start: how many of its tokens the context holds when these are run.
+        tokens: those that are to be run.
+        told: behind which of them predictions are wanted, counted from 0.
+        found: what was predicted.
+        done: how many of them were run.
+        error: why it failed.
+    """
+
+    row: LlamaRow
+    read: Read
+    number: int
+    start: int
+    tokens: tuple[int, ...]
+    told: list[int]
+    found: list[Float[np.ndarray, "t v"]]
+    done: int = 0
+    error: SoftmeetError | None = None
+
+    @property
+    def left(self) -> bool:
+        """Whether something is left to be run."""
+        return self.done < len(self.tokens)
+
+    def piece(self, room: int, places: int) -> RowTokens:
+        """Return the next of what is left: so many tokens at most, and so many predictions."""
+        told = [k for k in self.told if self.done <= k < self.done + room]
+        end = min(len(self.tokens), self.done + room)
+        if len(told) > places:
+            end, told = told[places], told[:places]
+        return RowTokens(
+            self.number, self.start + self.done, self.tokens[self.done : end], [k - self.done for k in told]
+        )
+
+    def predictions(self) -> Float[np.ndarray, "t v"]:
+        """Return what was predicted at the places that were asked for."""
+        found = self.found[0] if len(self.found) == 1 else np.concatenate(self.found)
+        return found[: len(self.read.at)]
+
 
 # The most tokens of earlier texts that are kept for texts that begin alike, in so many rows at most.
 _KEPT, _KEPT_ROWS = 2048, 8
@@ -36,7 +109,7 @@ _ROW_COST = 0.8
 _TRIED = (1, 2, 3, 4, 5)
 
 
-class LlamaReader(ReaderOfRows[LlamaRow]):
+class LlamaReader(ReaderOfTokens[LlamaRow]):
     """A GGUF file that llama.cpp runs as it is.
 
     Args:
@@ -144,14 +217,8 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, as of :meth:`Reader.open`."""
         before = tuple(own) or self.own
-        wrong = [token for token in before if not 0 <= token < self.alphabet.size]
-        if wrong or len(before) >= self._context:
-            said = f"the id {wrong[0]}" if wrong else f"{len(before):,} tokens"
-            raise InvalidInputError(
-                f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
-                f"{self.alphabet.size:,}, got {said}"
-            )
-        row = self._numbered(LlamaRow(own=len(before), tokens=before))
+        self._require_own(before)
+        row = self._opened(LlamaRow(number=self._number(), own=len(before), tokens=before))
         every = [*before, *text]
         found, kept = self._prefixes.longest(every) if reuse and every else (0, None)
         if kept is not None:
@@ -160,44 +227,15 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
             row.known = row.length
         return row
 
-    def _numbered(self, row: LlamaRow) -> LlamaRow:
-        """Open a row, with a number that nobody else has."""
-        self._opened(row)
+    def _copied(self, row: LlamaRow) -> LlamaRow:
+        """Return a row that shares what was read of another."""
+        fork = replace(row, number=self._number())
         try:
-            row.number = self._number()
+            self._cells.copy(row.number, fork.number, row.ran)
         except BaseException:
-            self._rows.pop(row)
+            self._free.append(fork.number)
             raise
-        return row
-
-    def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
-        """Open rows that share what was read of another."""
-        one = self._mine(row)
-        kept = one.length if length is None else length
-        if kept != one.length and not self.traits.can_crop:
-            raise self.cannot("fork a row at less than its length")
-        self._require_length(one, kept)
-        found = list[Row]()
-        try:
-            for _ in range(count):
-                fork = self._numbered(replace(one))
-                found.append(fork)
-                self._cells.copy(one.number, fork.number, one.ran)
-                self._cut(fork, kept)
-        except BaseException:
-            for made in found:
-                self.close(made)
-            raise
-        return found
-
-    def _require_length(self, row: LlamaRow, length: int) -> None:
-        if not 0 <= length <= row.length:
-            raise InvalidInputError(f"expected a length from 0 to {row.length}, the row's, got {length}")
-
-    def _cut(self, row: LlamaRow, length: int) -> None:
-        if length < row.length:
-            row.tokens, row.last = row.tokens[: row.own + length], None
-            self._forget_behind(row, len(row.tokens))
+        return fork
 
     def _forget_behind(self, row: LlamaRow, count: int) -> None:
         """Have the context hold the first ``count`` tokens of a row at most."""
@@ -210,7 +248,9 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         if not self.traits.can_crop:
             raise self.cannot("take back what it has read")
         self._require_length(one, length)
-        self._cut(one, length)
+        if length < one.length:
+            one.tokens, one.last = one.tokens[: one.own + length], None
+            self._forget_behind(one, len(one.tokens))
 
     def to_itself(self) -> AbstractContextManager[Any]:
         """Return a context in which texts are read as by a reader that has read nothing, if no row is open."""
@@ -227,25 +267,12 @@ class LlamaReader(ReaderOfRows[LlamaRow]):
         self._cells.cut(one.number, 0)
         self._free.append(one.number)
 
-    def _refused(self, row: LlamaRow, one: Read) -> SoftmeetError | None:
-        """Return why symbols cannot be read; None if they can."""
-        if wrong := [token for token in one.symbols if not 0 <= token < self.alphabet.size]:
-            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        count = len(row.tokens) + len(one.symbols)
-        if count > self._context:
-            return InvalidInputError(
-                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {count:,}"
-            )
-        if one.at and not one.at[0] and count == len(one.symbols):
-            return InvalidInputError(
-                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
-            )
-        return None
-
     def read(self, asked: Sequence[Read]) -> Generator[Done, None, Predictions]:
         """Read on in some rows, as of :meth:`Reader.read`."""
         rows = self._each_once(asked)
-        errors = {k: error for k, pair in enumerate(zip(rows, asked, strict=True)) if (error := self._refused(*pair))}
+        every = zip(rows, asked, strict=True)
+        refused = [self._refused(one, len(row.tokens), one.symbols) for row, one in every]
+        errors = {k: error for k, error in enumerate(refused) if error}
         jobs, calls = dict[int, Job](), 0
         try:
             for k, one in enumerate(asked):

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +18,42 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.members.opaque import Head
-from softmeet.readers.alphabet import Alphabet as Alphabet
+from softmeet.members.spelling import Spelling
 from softmeet.readers.source import Source
 from softmeet.suspended import Done
 from softmeet.suspended import finished as finished
+
+
+@runtime_checkable
+class Alphabet(Protocol):
+    """The symbols of a reader: how many there are, how texts are made of them, and which of them end a text."""
+
+    @property
+    def size(self) -> int:
+        """The number v of symbols, which are 0 to v - 1."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The symbols that end a text."""
+
+    @property
+    def spelling(self) -> Spelling | None:
+        """How the tokens are spelled that :meth:`count` counts; None where symbols are tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the symbols of a text."""
+
+    def decode(self, symbols: Sequence[int]) -> bytes:
+        """Return the bytes that symbols stand for, none for those that end a text, whole characters or not."""
+
+    def count(self, symbols: Sequence[int]) -> int:
+        """Return how many tokens symbols are, as limits and prices count them."""
+
+    def may_follow(self, symbols: Sequence[int]) -> Tensor | None:
+        """Return which symbols can follow, (v,) bool; None if all can.
+
+        What it returns depends on the last few symbols alone, as of characters that are written by several bytes.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,7 +94,6 @@ class Traits:
             :meth:`Predictions.bounds`; None if all have.
         rows: the most rows that may be open at once; None for no limit.
         predictions: the most predictions that one :meth:`Reader.read` may ask for; None for no limit.
-        room: the number of symbols for which all rows together have room; None if each row has room of its own.
         places: the names of the devices on which it computes, such as ``cuda:0``; readers with none in common may read
             at the same time.
         cost: the bytes of memory that one call reads, about its time; 0 if that is not known.
@@ -82,7 +113,6 @@ class Traits:
     known: int | None = None
     rows: int | None = None
     predictions: int | None = None
-    room: int | None = None
     places: tuple[str, ...] = ()
     cost: int = 0
     calls: tuple[tuple[int, float], ...] = ()

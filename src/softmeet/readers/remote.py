@@ -224,7 +224,7 @@ class RemoteReader(StatelessReader):
     def read(self, asked: Sequence[Read]) -> Any:
         """Read on in some rows, as of :meth:`Reader.read`, and say what the tokens that are not told can have."""
         found = yield from super().read(asked)
-        return found if self.traits.known is None else _Partial(found)
+        return found if self.traits.known is None else _partial(found)
 
     def abort(self) -> None:
         """End all questions that wait for the server's answer at once, as failed, from any thread, and ask none more.
@@ -240,7 +240,7 @@ class RemoteReader(StatelessReader):
         together, and ``most``, the largest log-probability in nats that one of these can have.
         """
         own = self._mine(row)
-        found = _Partial(Given(self.next_logits([(*own.own, *own.text[:at])]), [1]))
+        found: Any = _partial(Given(self.next_logits([(*own.own, *own.text[:at])]), [1]))
         best = found.logits().topk(min(top, self._top or top))
         expected = [
             (self.alphabet.decode([token]).decode(errors="replace"), nats)
@@ -287,24 +287,16 @@ class RemoteReader(StatelessReader):
         return torch.tensor(list(told))[most], values[most].float()
 
 
-class _Partial(Predictions):
-    """Predictions that know some tokens, with the most that any other can have."""
-
-    def __init__(self, found: Predictions) -> None:
-        super().__init__(found.counts, found.errors, found.work)
-        self._found = found.logits()
-        known = ~self._found.isneginf()
-        self.dropped: Float[Tensor, " k"] = -torch.expm1(self._found.double().logsumexp(-1).clamp_max(0))
-        least = self._found.masked_fill(~known, math.inf).amin(-1)
-        self._most = torch.minimum((self.dropped + _SLACK).log(), least.double())
-
-    def logits(self, places: Any = slice(None)) -> Float[Tensor, "k v"]:
-        """Return log-probabilities of the tokens that are known, -inf for others."""
-        return self._found[places]
-
-    def bounds(self, places: Any = slice(None)) -> Float[Tensor, " k"]:
-        """Return the most that others can have."""
-        return self._most[places]
+def _partial(found: Predictions) -> Given:
+    """Return predictions that know some tokens, with the most that any other can have."""
+    logits = found.logits()
+    known = ~logits.isneginf()
+    dropped = -torch.expm1(logits.double().logsumexp(-1).clamp_max(0))
+    least = logits.masked_fill(~known, math.inf).amin(-1)
+    most = torch.minimum((dropped + _SLACK).log(), least.double())
+    partial = Given(logits, found.counts, found.errors, found.work, most)
+    partial.dropped = dropped
+    return partial
 
 
 def http(rest: str, tokenizer: str | None = None, top: str | None = None) -> RemoteReader:

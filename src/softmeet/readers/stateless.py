@@ -88,10 +88,6 @@ class StatelessReader(ReaderOfRows[Symbols]):
             raise error
         return self._opened(row)
 
-    def close(self, row: Row) -> None:
-        """Give a row up; nothing more can be read in it."""
-        self._rows.pop(self._mine(row))
-
     def _copied(self, row: Symbols) -> Symbols:
         return replace(row)
 
@@ -134,8 +130,8 @@ class StatelessReader(ReaderOfRows[Symbols]):
 
     def _refused(self, row: Symbols, symbols: Sequence[int]) -> SoftmeetError | None:
         """Return why some symbols cannot be read; None if they can."""
-        if wrong := [symbol for symbol in symbols if not 0 <= symbol < self.alphabet.size]:
-            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
+        if error := self._unknown(symbols):
+            return error
         if (length := len(row.own) + row.length + len(symbols)) > self.limit:
             return InvalidInputError(f"expected at most {self.limit:,} symbols of {self.name}, got {length:,}")
         return None

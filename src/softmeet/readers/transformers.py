@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from softmeet.errors import InvalidInputError, NonFiniteError, SoftmeetError
 from softmeet.members.heads import head_of
@@ -19,13 +20,38 @@ from softmeet.members.placement import whereabouts
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.members.trunk import last_hidden, require_cache
 from softmeet.readers.blocks import Seat
-from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.kv import KeysAndValues
-from softmeet.readers.open_rows import R, ReaderOfRows
+from softmeet.readers.open_rows import R, ReaderOfTokens
 from softmeet.readers.prefixes import PrefixCache
 from softmeet.readers.reader import Predictions, Read, Row, Traits, Work
 from softmeet.readers.token_alphabet import TokenAlphabet
 from softmeet.suspended import Done
+
+_KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def others_than_keys_and_values(config: PreTrainedConfig) -> list[str]:
+    """Return the kinds of layers of a model's cache that hold something else, such as a recurrent layer's state."""
+    layers = DynamicCache(config=config).layers
+    return sorted({type(one).__name__ for one in layers if type(one) not in _KEYS_AND_VALUES})
+
+
+def require_keys_and_values(name: str, config: PreTrainedConfig, what: str) -> None:
+    """Check that the layers of a member's cache hold nothing but keys and values.
+
+    Args:
+        name: the member's, for the message.
+        config: the member's configuration.
+        what: the end of the message, a clause that names the consequence or gives advice.
+
+    Raises:
+        InvalidInputError: if a layer of the cache holds something else, such as the state of a recurrent layer.
+    """
+    if other := others_than_keys_and_values(config):
+        raise InvalidInputError(
+            f"expected members whose cache holds keys and values, but {name} has {', '.join(other)}: {what}"
+        )
+
 
 # The members' own tokens before texts, by themselves, that are kept with what follows them.
 _BEGUN = 16
@@ -99,7 +125,7 @@ def ends_of_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return frozenset({getattr(tokenizer, "eos_token_id", None), *ends} - {None})
 
 
-class ModelReader(ReaderOfRows[R]):
+class ModelReader(ReaderOfTokens[R]):
     """What readers of a causal language model's own tokens have in common, whatever they keep of a text.
 
     Args:
@@ -134,21 +160,6 @@ class ModelReader(ReaderOfRows[R]):
             places=tuple(sorted(whereabouts(model))),
             cost=sum(own.nbytes for own in model.parameters()),
         )
-
-    def _refused(self, one: Read, before: int, tokens: Sequence[int]) -> SoftmeetError | None:
-        """Return why some tokens cannot be read behind ``before`` others of a row; None if they can."""
-        count = before + len(tokens)
-        if wrong := [token for token in tokens if not 0 <= token < self.alphabet.size]:
-            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        if count > self._context:
-            return InvalidInputError(
-                f"expected a text of at most {self._context:,} tokens, the context of {self.name}, got {count:,}"
-            )
-        if one.at and not one.at[0] and count == len(one.symbols):
-            return InvalidInputError(
-                f"expected a token to predict from, but {self.name} puts none before a text: read a symbol first"
-            )
-        return None
 
 
 class TransformersReader(ModelReader[_Text]):
@@ -206,13 +217,7 @@ class TransformersReader(ModelReader[_Text]):
         """Open a row, as of :meth:`Reader.open`."""
         row = _Text(own=tuple(own) or self.own)
         row.pending = row.own
-        wrong = [token for token in row.own if not 0 <= token < self.alphabet.size]
-        if wrong or len(row.own) >= self._context:
-            said = f"the id {wrong[0]}" if wrong else f"{len(row.own):,} tokens"
-            raise InvalidInputError(
-                f"expected at most {self._context - 1:,} tokens of {self.name} before a text, of ids below "
-                f"{self.alphabet.size:,}, got {said}"
-            )
+        self._require_own(row.own)
         self._forget_other_weights()
         found, kept = self._prefixes.longest([*row.own, *text]) if reuse and (row.own or text) else (0, None)
         row.known = row.length = max(0, found - len(row.own))
@@ -238,8 +243,7 @@ class TransformersReader(ModelReader[_Text]):
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""
         one = self._mine(row)
-        if not 0 <= length <= one.length:
-            raise InvalidInputError(f"expected a length from 0 to {one.length}, the row's, got {length}")
+        self._require_length(one, length)
         if length < one.length:
             one.last, one.pending, one.length = None, (), length
             self._kv.crop(one.seat, len(one.own) + length)

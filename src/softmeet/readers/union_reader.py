@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from softmeet.errors import InvalidInputError, SoftmeetError, VocabularyMismatchError
+from softmeet.errors import SoftmeetError, VocabularyMismatchError
 from softmeet.readers.open_rows import ReaderOfRows
-from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row, Traits
+from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row
 from softmeet.readers.union_alphabet import Union
 from softmeet.readers.union_tokens import TokensOfSymbols
 from softmeet.suspended import Done
@@ -67,12 +67,7 @@ class UnionReader(ReaderOfRows[UnionText]):
         super().__init__(UnionText)
         self.below, self._own, self.alphabet = reader, own, alphabet
         self.name, self.limit = reader.name, reader.limit
-        below = reader.traits
-        self.traits = Traits(
-            can_fork=below.can_fork, can_crop=below.can_crop, rounding=below.rounding, bound=below.bound,
-            rows=below.rows, predictions=below.predictions, room=below.room, places=below.places, cost=below.cost,
-            row_cost=below.row_cost,
-        )  # fmt: skip
+        self.traits = replace(reader.traits, known=None, calls=(), waits=False, claims=False)
         # The ids of all that are told, once; and for each pass, which of them are added to which symbols.
         told = [token for ids in own.ids.values() for token in ids]
         if (last := max(told, default=0)) >= reader.alphabet.size:
@@ -124,19 +119,16 @@ class UnionReader(ReaderOfRows[UnionText]):
     def fork(self, row: Row, count: int = 1, length: int | None = None) -> list[Row]:
         """Open rows that share what was read of another."""
         one = self._mine(row)
-        kept = self._length(one, one.length if length is None else length)
+        kept = one.length if length is None else length
+        self._require_length(one, kept)
         forks = self.below.fork(one.below, count, one.tokens[kept])
         return [self._opened(UnionText(fork, one.most, one.tokens[: kept + 1])) for fork in forks]
-
-    def _length(self, row: UnionText, length: int) -> int:
-        if not 0 <= length <= row.length:
-            raise InvalidInputError(f"expected a length of {self.name} from 0 to {row.length}, the row's, got {length}")
-        return length
 
     def crop(self, row: Row, length: int) -> None:
         """Take back the symbols behind the first ``length``."""
         one = self._mine(row)
-        self.below.crop(one.below, one.tokens[self._length(one, length)])
+        self._require_length(one, length)
+        self.below.crop(one.below, one.tokens[length])
         del one.tokens[length + 1 :]
 
     def close(self, row: Row) -> None:
@@ -155,10 +147,8 @@ class UnionReader(ReaderOfRows[UnionText]):
         rows, below, errors = self._each_once(asked), dict[int, Read](), dict[int, SoftmeetError]()
         counts, places = dict[int, list[int]](), dict[int, list[int]]()
         for k, (row, one) in enumerate(zip(rows, asked, strict=True)):
-            if wrong := [symbol for symbol in one.symbols if not 0 <= symbol < self.alphabet.size]:
-                errors[k] = InvalidInputError(
-                    f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}"
-                )
+            if error := self._unknown(one.symbols):
+                errors[k] = error
                 continue
             cuts, counts[k] = self._cuts(one.symbols, row.length), [0]
             # Of a symbol for which there is too little room, what fits is read: the row is full then.

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.readers.kinds import require_keys_and_values
 from softmeet.readers.reader import Reader
 from softmeet.readers.recurrent import RecurrentReader
+from softmeet.readers.transformers import require_keys_and_values
 
 _NO_ROWS = "its rows cannot join a running batch; use softmeet generate"
 

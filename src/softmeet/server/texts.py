@@ -9,8 +9,7 @@ from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 from softmeet.engine.text import REPLACEMENT, Pieces
-from softmeet.members.spelling import Spelling
-from softmeet.members.token_bytes import token_bytes
+from softmeet.members.spelling import Spelling, token_bytes
 
 # Symbols below are bytes; those between these two are characters that are seen.
 _BYTES, _SPACE, _ASCII = 256, 32, 127

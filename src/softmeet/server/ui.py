@@ -22,8 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.errors import SoftmeetError
 from softmeet.hf.byte_report import character_reports
-from softmeet.readers.alphabet import Alphabet
-from softmeet.readers.reader import Reader
+from softmeet.readers.reader import Alphabet, Reader
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import rule_of
 from softmeet.server.answer import AnswerStream

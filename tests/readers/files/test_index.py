@@ -18,7 +18,8 @@ import pytest
 
 from softmeet import extras
 from softmeet.errors import InvalidInputError
-from softmeet.readers.files import gathered, kept
+from softmeet.readers.files import index as gathered
+from softmeet.readers.files import kept
 from softmeet.readers.files.corpus import find_texts
 from softmeet.readers.files.index import Index, drop, indexes
 

@@ -12,9 +12,14 @@ from commands import run
 
 from softmeet.readers.files.corpus import find_texts
 from softmeet.readers.files.index import Index
-from softmeet.readers.files.sources import source_of, sources_of
+from softmeet.readers.files.reader import FilesReader
 
-decode = bytes
+
+class Bytes:
+    """An alphabet of the bytes of a text."""
+
+    size, spelling = 256, None
+    encode, decode = staticmethod(lambda text: list(text.encode())), staticmethod(bytes)
 
 
 @pytest.fixture
@@ -29,21 +34,22 @@ def texts(tmp_path):
     return found
 
 
-def index_of(folder):
-    return Index.of(find_texts([str(folder)]), lambda every: [list(one.encode()) for one in every], 256, "b", None)
+def reader_of(folder):
+    texts = find_texts([str(folder)])
+    return FilesReader("it", Bytes(), Index.of(texts, lambda those: list(map(Bytes.encode, those)), 256, "b", None))
 
 
 @pytest.fixture
-def index(texts, tmp_path):
-    return index_of(tmp_path)
+def reader(texts, tmp_path):
+    return reader_of(tmp_path)
 
 
-def test_the_longest_match_stands_where_it_is_said_to(texts, index, tmp_path):
+def test_the_longest_match_stands_where_it_is_said_to(texts, reader, tmp_path):
     chooser = random.Random(5)
     for _ in range(40):
         text = "".join(chooser.choices("abc\n", k=14))
         longest = next((n for n in range(len(text), 0, -1) if any(text[-n:] in one for one in texts.values())), 0)
-        found = source_of(index, list(text.encode()), decode)
+        found = reader.source(list(text.encode()))
         assert (found is None) == (longest == 0)
         if found is not None:
             lines = (tmp_path / found.path).read_text().split("\n")
@@ -51,20 +57,20 @@ def test_the_longest_match_stands_where_it_is_said_to(texts, index, tmp_path):
             assert "\n".join(lines[found.line - 1 :]).find(text[-longest:]) in range(len(lines[found.line - 1]) + 1)
 
 
-def test_stretches_do_not_overlap_and_files_that_have_changed_are_named(index, tmp_path):
-    said = b"So a longer line that stands here, and again: longer line that stands here alone."
-    found = sources_of(index, list(said), decode, least=12)
+def test_stretches_do_not_overlap_and_files_that_have_changed_are_named(reader, tmp_path):
+    said = "So a longer line that stands here, and again: longer line that stands here alone."
+    found = reader.sources(said, least=12)
     stretches = [said[one.start : one.end] for one in found]
-    assert stretches == [b"a longer line that stands here", b" longer line that stands here alone"]
+    assert stretches == ["a longer line that stands here", " longer line that stands here alone"]
     assert all(a.end <= b.start for a, b in pairwise(found))
     assert not any(one.changed for one in found)
     (tmp_path / "1.txt").write_text("gone")
-    assert all(one.changed for one in sources_of(index, list(said), decode, least=12))
+    assert all(one.changed for one in reader.sources(said, least=12))
 
 
 def test_the_name_of_a_file_that_is_not_utf_8_is_spelled(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a longer line")
-    found = source_of(index_of(tmp_path), list(b"longer"), decode)
+    found = reader_of(tmp_path).source(list(b"longer"))
     assert str(found) == f"{tmp_path}/caf\\udce9.txt:1 (6)"
 
 

@@ -7,7 +7,7 @@ beginning of the next token (:mod:`softmeet.readers.bytes.covers`). A *symbol* i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,16 +19,69 @@ from transformers import PreTrainedModel
 
 from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.covers import Answers, Open, Pruning
-from softmeet.readers.bytes.guesses import LikelyToken, likely, possible
-from softmeet.readers.bytes.known_text import KnownText
+from softmeet.readers.bytes.known_text import KnownText, way
 from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 from softmeet.readers.bytes.nodes import Chain
-from softmeet.readers.bytes.own_path import way
 from softmeet.readers.bytes.reading import Guess, Reading
 from softmeet.readers.bytes.token_model import TokenModel
 from softmeet.readers.bytes.typical import expected_after_bytes
 from softmeet.readers.reader import Reader, Work
 from softmeet.suspended import Done, finished
+
+# A token is run before it is needed if its probability is at least _LIKELY, at most _GUESSES at once. Beside a single
+# open cover they are run only if their probabilities sum to _WORTH: on a CPU, a product with one vector takes half the
+# time of one with several.
+_LIKELY, _GUESSES, _WORTH = 0.04, 5, 0.6
+
+
+class LikelyToken(NamedTuple):
+    """A likely next token of a text, and how the model gets behind it.
+
+    Attributes:
+        place: the number of the text's bytes with those of the token.
+        word: the bytes that it spells.
+        chain: the tokenizer's own tokens of all these bytes.
+    """
+
+    place: int
+    word: bytes
+    chain: Chain
+
+
+def likely(reading: Reading, spelling: Spelling, limit: int, asking: int) -> list[LikelyToken]:
+    """Choose the tokens to run ahead of need, none that was guessed already.
+
+    Args:
+        reading: the text so far.
+        spelling: the member's.
+        limit: the number of tokens in the member's context.
+        asking: the number of open covers that the model is run on in the same call.
+    """
+    known = {(guess.place, guess.word) for guess in reading.guesses}
+    written, places = spelling.written(reading.text), [(one.path, one.place) for one in reading.covers.places]
+    found, together = list[LikelyToken](), 0.0
+    for probs, k, share in reading.covers.likely(spelling, _LIKELY, _GUESSES):
+        word = spelling.words[k]
+        if (probs.place + len(word), word) in known:
+            continue
+        chain = way(spelling, written[: probs.place] + word, places)
+        if chain.length <= limit:
+            found.append(LikelyToken(probs.place + len(word), word, chain))
+            together += share
+    return [] if asking == 1 and together < _WORTH else found
+
+
+def possible(guesses: Sequence[Guess], written: bytes) -> tuple[Guess, ...]:
+    """Return the guesses whose token begins with the bytes that have come since, and is longer.
+
+    Args:
+        guesses: those of a text.
+        written: the bytes that its tokens spell, as :meth:`Spelling.written` makes them.
+    """
+    return tuple(
+        one for one in guesses if len(written) < one.place and one.word.startswith(written[one.place - len(one.word) :])
+    )
+
 
 # Likely next tokens are run before they are needed beside at most so many texts: among more, some text has to run a
 # token at each byte anyway. And only where a row more costs less than this share of a call.
@@ -100,23 +153,7 @@ class ByteMember(TokenModel):
             InvalidInputError: if prefix and text exceed the model's context, the prefix is empty or has an unknown id,
                 or ``pruning.covers`` is None and more than 2,048 tokenizations would have to be followed.
         """
-        return self.begin_all([text], [prefix])[0]
-
-    def begin_all(
-        self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], pause: Callable[[], None] = lambda: None
-    ) -> list[Reading]:
-        """Read several prompts as :meth:`begin` does, each call of the model for all of them.
-
-        Args:
-            texts: the prompts.
-            prefixes: for each, ids of the tokens that precede it; None for the member's own.
-            pause: called between calls of the model.
-
-        Raises:
-            InvalidInputError: for the reasons of :meth:`begin`; then none is read.
-        """
-        found = finished(self.beginning(texts, prefixes, [[len(text)] for text in texts]), pause)
-        return [own[len(text)] for own, text in zip(found, texts, strict=True)]
+        return finished(self.beginning([text], [prefix], [[len(text)]]))[0][len(text)]
 
     def beginning(
         self, texts: Sequence[bytes], prefixes: Sequence[Sequence[int] | None], wanted: Sequence[Sequence[int]]

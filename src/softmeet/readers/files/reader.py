@@ -12,16 +12,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.errors import InvalidInputError, SoftmeetError
+from softmeet.errors import SoftmeetError
+from softmeet.members.files import spelled
 from softmeet.readers.files.claim import BYTES, TOKENS, Relevance, claim
 from softmeet.readers.files.index import Index
-from softmeet.readers.files.matches import Match, match
-from softmeet.readers.files.sources import source_of, sources_of
+from softmeet.readers.files.matches import Match, intervals, match
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Alphabet, Given, Predictions, Read, Row, Traits, Work
 from softmeet.readers.source import Source
 from softmeet.suspended import Done
 
+# Symbols of a text further apart are not matched in one.
+_LONGEST = 2048
 # The fewest tokens of a stretch of a text whose place in the files is told.
 _STRETCH = 6
 
@@ -95,14 +97,10 @@ class FilesReader(ReaderOfRows[FilesRow]):
 
     def open(self, text: Sequence[int] = (), own: Sequence[int] = (), *, reuse: bool = True) -> Row:
         """Open a row, in which ``own`` and ``text``, which is yet to be read, are given; or what is read first."""
-        if error := self._refused([*own, *text]):
+        if error := self._unknown([*own, *text]):
             raise error
         given = len(own) + len(text) if text else None
         return self._opened(FilesRow(list(own), len(own), given, Relevance(self._scheme)))
-
-    def close(self, row: Row) -> None:
-        """Give a row up; nothing more can be read in it."""
-        self._rows.pop(self._mine(row))
 
     def _copied(self, row: FilesRow) -> FilesRow:
         return replace(row, text=list(row.text), relevance=row.relevance.forked())
@@ -118,7 +116,9 @@ class FilesReader(ReaderOfRows[FilesRow]):
         """Read on in some rows, as of :meth:`Reader.read`."""
         yield from ()
         pairs = list(zip(self._each_once(asked), asked, strict=True))
-        errors = {k: error for k, (_, one) in enumerate(pairs) if (error := self._refused(one.symbols))}
+        errors: dict[int, SoftmeetError] = {
+            k: error for k, (_, one) in enumerate(pairs) if (error := self._unknown(one.symbols))
+        }
         found, claims = list[np.ndarray](), list[float]()
         for k, (row, one) in enumerate(pairs):
             if k in errors:
@@ -144,12 +144,37 @@ class FilesReader(ReaderOfRows[FilesRow]):
             text: the text.
             least: the fewest symbols of a stretch; None for 6 tokens, or 24 bytes.
         """
+        symbols = self.alphabet.encode(text)
         fewest = least or (_STRETCH if self.alphabet.spelling is None else 4 * _STRETCH)
-        return sources_of(self.index, self.alphabet.encode(text), self.alphabet.decode, fewest, self._folders)
+        end, found = len(symbols), list[Source]()
+        # Each is the longest that ends where it does, and the last ones are taken first.
+        while end >= fewest:
+            length = len(intervals(self.index, symbols[max(0, end - _LONGEST) : end]))
+            if length < fewest:
+                end -= 1
+            elif (one := self.source(symbols[:end])) is not None:
+                found.append(one)
+                end -= length
+        return found[::-1]
 
     def source(self, symbols: Sequence[int]) -> Source | None:
         """Return where the most of the last symbols of a text stand in the files; None if the last one does nowhere."""
-        return source_of(self.index, symbols, self.alphabet.decode, self._folders)
+        found = intervals(self.index, symbols[-_LONGEST:])
+        if not found:
+            return None
+        last, start = int(self.index.order[found[-1][0]]), len(symbols) - len(found)
+        path, _ = self.index.place(last)
+        line = self.index.line(last - len(found) + 1, self.alphabet.decode)
+        told, below = spelled(str(path)), spelled(self._below(path))
+        return Source(start, len(symbols), told, below, line, self.index.is_stale(path))
+
+    def _below(self, path: Path) -> str:
+        """Return a path below the innermost of the folders; of several, behind that one's name."""
+        around = max(
+            (one for one in self._folders if path.is_relative_to(one)), key=lambda one: len(one.parts),
+            default=path.parent,
+        )  # fmt: skip
+        return path.relative_to(around.parent if len(self._folders) > 1 else around).as_posix()
 
     def _behind(self, text: Sequence[int], place: int, given: int, relevance: Relevance) -> tuple[np.ndarray, float]:
         """Return what follows the first ``place`` symbols of a text, (v,), and the share that is claimed there."""
@@ -175,8 +200,3 @@ class FilesReader(ReaderOfRows[FilesRow]):
     def _may_follow(self, before: Sequence[int]) -> Any:
         mask = self.alphabet.may_follow(before)
         return self._allowed if mask is None else mask.numpy()
-
-    def _refused(self, symbols: Sequence[int]) -> SoftmeetError | None:
-        if wrong := [symbol for symbol in symbols if not 0 <= symbol < self.alphabet.size]:
-            return InvalidInputError(f"expected symbols of {self.name} below {self.alphabet.size:,}, got {wrong[0]}")
-        return None
