@@ -48,12 +48,12 @@ def code_lines(source: str) -> set[int]:
 
 
 def long_functions(source: str, longest: int = LONGEST_FUNCTION) -> list[tuple[str, int]]:
-    """Return the name and the lines of code of each function of `source` that has more than `longest`."""
+    """Return the name and the lines of code of each function of `source` with more than `longest` below its head."""
     code = code_lines(source)
     functions = (
         node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     )
-    counted = ((node.name, len(code & span(node))) for node in functions)
+    counted = ((node.name, len(code & set().union(*map(span, node.body)))) for node in functions)
     return [(name, lines) for name, lines in counted if lines > longest]
 
 

@@ -146,13 +146,8 @@ def evaluate(
     from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
     from softmeet.evaluation.positions import observe_text
 
-    how = {
-        "threads": running.threads,
-        "choices": [asdict(choice) for choice in choices],
-        "ensemble": own.settings.ungated().plain(),
-        "folds": folds,
-        **({"adaptive": True} if adaptive else {}),
-    }
+    how: dict[str, Any] = {"threads": running.threads, "choices": list(map(asdict, choices)), "folds": folds}
+    how |= {"ensemble": own.settings.ungated().plain(), **({"adaptive": True} if adaptive else {})}
     scoring = f"evaluating, in {ensemble.model.config.vocabulary}"
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | how)

@@ -10,7 +10,7 @@ import threading
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from softmeet.members.files import is_files
 from softmeet.members.names import require_there
 from softmeet.server.naming import named
 from softmeet.startup import quick_imports, uncollected
+
+if TYPE_CHECKING:
+    from softmeet.server.security import Protection
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
@@ -108,6 +111,20 @@ class LimitFlags(Flags, panel="Limits"):
         min=0.001,
     )
     grace: float = flag(30.0, "The seconds that running answers have to end after SIGTERM.", min=0)
+
+    def protection(self, keys: tuple[str, ...], hosts: tuple[str, ...]) -> Protection:
+        """Return what a request has to have, and how large and slow it may be."""
+        from softmeet.server.security import Protection
+
+        return Protection(
+            keys=keys,
+            hosts=hosts,
+            max_body=self.max_body,
+            body_seconds=self.body_timeout,
+            header_seconds=self.header_timeout,
+            send_seconds=self.send_timeout,
+            connections=self.connections,
+        )
 
 
 class RunFlags(Flags, panel="Engine"):
@@ -193,22 +210,13 @@ def serve(
             from softmeet.hf.chat import chat_of
             from softmeet.server.ensembles import load
             from softmeet.server.limits import Limits
-            from softmeet.server.security import Protection
             from softmeet.server.serving import ServerSettings, Serving
 
         given = checked_settings(settings)
         hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
         protocol = ServerSettings(
             limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),
-            protection=Protection(
-                keys=keys,
-                hosts=hosts,
-                max_body=limits.max_body,
-                body_seconds=limits.body_timeout,
-                header_seconds=limits.header_timeout,
-                send_seconds=limits.send_timeout,
-                connections=limits.connections,
-            ),
+            protection=limits.protection(keys, hosts),
             max_tokens=limits.max_tokens,
             max_choices=limits.max_choices,
             seconds=limits.timeout,

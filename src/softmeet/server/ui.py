@@ -189,13 +189,8 @@ def _inside(serving: Serving) -> None:
         with gr.Column(scale=2, min_width=260):
             names = [s.name for s in serving.ensembles]
             name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
-            members = gr.CheckboxGroup(
-                own["members"],
-                value=own["members"],
-                label="Members",
-                interactive=free["members"],
-                elem_id="members",
-            )
+            how = {"label": "Members", "interactive": free["members"], "elem_id": "members"}
+            members = gr.CheckboxGroup(own["members"], value=own["members"], **how)
     with gr.Row():
         rules = _rules(first)
         rule = gr.Dropdown(
@@ -214,12 +209,7 @@ def _inside(serving: Serving) -> None:
             interactive=free["trust"],
             visible=_has_trust(rules),
         )
-    with gr.Accordion("Sampling", open=False), gr.Row():
-        contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
-        longest = min(200, serving.settings.max_tokens, *contexts)
-        length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
-        temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
-        seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
+    sampling = _sampling(serving)
     with gr.Row():
         go = gr.Button("Generate", variant="primary", elem_id="go", scale=4)
         stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=90)
@@ -235,7 +225,7 @@ def _inside(serving: Serving) -> None:
         async for picture in _pictures(serving, *given):
             yield picture
 
-    inputs = [prompt, name, members, rule, other, trust, length, temperature, seed]
+    inputs = [prompt, name, members, rule, other, trust, *sampling]
     outputs = [left, right, details, trouble, sides]
     started = gr.on(
         [go.click, prompt.submit], run, inputs, outputs, concurrency_limit=None, show_progress="hidden",
@@ -247,6 +237,17 @@ def _inside(serving: Serving) -> None:
     name.change(
         lambda chosen: _changed(serving.ensembles.find(chosen)), [name], [members, rule, other, trust], queue=False
     )
+
+
+def _sampling(serving: Serving) -> tuple[Any, Any, Any]:
+    """Add the controls of length, temperature and seed, and return them."""
+    with gr.Accordion("Sampling", open=False), gr.Row():
+        contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
+        longest = min(200, serving.settings.max_tokens, *contexts)
+        length = gr.Slider(1, longest, min(60, longest), step=1, label="Tokens", elem_id="length")
+        temperature = gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", elem_id="temperature")
+        seed = gr.Number(4, label="Seed", precision=0, minimum=0, maximum=2**53)
+    return length, temperature, seed
 
 
 def _controls(served: Served) -> dict[str, Any]:
