@@ -1,9 +1,12 @@
 """Write the figures on pages from the results that benchmarks leave: make figures, or python tools/update_figures.py.
 
 A result is what a benchmark's ``--json benchmarks/results/NAME.json`` leaves: rows of figures, with the command, the
-date and the machine. A page shows one figure of it between two comments, which no reader sees:
+date and the machine. Which sentence of a page shows which figure is said in docs/figures.yml, by page: the sentence, or
+as much of it as stands on that page once, with the figure's name in braces:
 
-    `meet` takes <!--=NAME[WHICH].COLUMN:FORMAT-->365<!--/--> calls
+    README.md:
+      - >-
+        `meet` takes {NAME[WHICH].COLUMN:FORMAT} calls
 
 WHICH picks the row, by text that stands in a cell of it or by COLUMN=VALUE, with semicolons between several; without
 [WHICH] the figure is one of the whole result, such as its date. A table has, in its first comment, a template of a row;
@@ -28,10 +31,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,24 +45,25 @@ PAGES = [*(ROOT / name for name in _OTHERS), *sorted((ROOT / "docs").rglob("*.md
 # What benchmarks/report.py writes into every result.
 NEEDED = ("title", "command", "date", "machine", "rows")
 
-MARK = re.compile(r"<!--=(?P<what>.*?)-->(?P<now>.*?)<!--/-->")
+SENTENCES = ROOT / "docs" / "figures.yml"
+PLACE = re.compile(r"\{([a-z][\w-]*(?:\[[^\]]*\])?\.[^{}]+)\}")
 TABLE = re.compile(
     r"^<!-- figures: (?P<sources>[^\n]+)\n(?P<row>\|[^\n]*\|) -->\n(?P<head>\|[^\n]*\|\n\|[-:|]+\|\n)"
     r"(?P<now>(?:(?!<!--)[^\n]*\n)*)<!-- end -->$",
     re.MULTILINE,
 )
-OPENED = re.compile(r"<!--(?:=| figures:)")
-# Where a line of Markdown begins, a comment makes all of it HTML, in which `code` and **bold** are not read.
-FIRST = re.compile(r"^[ \t>]*(?:(?:[*+-]|\d+[.)])[ \t]+)*<!--=", re.MULTILINE)
+OPENED = re.compile(r"<!-- figures:")
 SOURCE = re.compile(r"(?P<name>[\w-]+)(?:\[(?P<which>[^\]]*)\])?")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+
+_TABLE_FORM = "<!-- figures: NAME, a line | TEMPLATE | -->, a header of two lines, rows, and a line <!-- end -->"
 
 Row = Mapping[str, Any]
 
 
 class FigureError(ValueError):
-    """Says which marker or result is wrong, and what is expected."""
+    """Says which sentence, table or result is wrong, and what is expected."""
 
 
 def read(folder: Path = RESULTS) -> dict[str, Row]:
@@ -65,24 +71,50 @@ def read(folder: Path = RESULTS) -> dict[str, Row]:
     return {file.stem: _read(file) for file in sorted(folder.glob("*.json"))}
 
 
-def updated(page: str, results: Mapping[str, Row]) -> str:
-    """Return a page with every figure as the results have it."""
-    for wrong in FIRST.finditer(page):
-        raise FigureError(f"line {_line(page, wrong)}: a marker begins the line; put a word before it")
-    known = {match.start() for form in (MARK, TABLE) for match in form.finditer(page)}
+def sentences(file: Path = SENTENCES) -> dict[str, list[str]]:
+    """Return the sentences with figures of each page, by its path from the root of the repository."""
+    found: dict[str, list[str]] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if gone := [name for name in found if not (ROOT / name).exists()]:
+        raise FigureError(f"{file.name} names {gone[0]}, which is no file")
+    return found
+
+
+def updated(page: str, results: Mapping[str, Row], told: Sequence[str] = ()) -> str:
+    """Return a page with every figure of its tables, and of the sentences ``told``, as the results have it."""
+    known = {match.start() for match in TABLE.finditer(page)}
     for opened in OPENED.finditer(page):
         if opened.start() not in known:
-            raise FigureError(f"line {_line(page, opened)}: expected {_expected(opened[0])}")
-    for form, write in ((MARK, _marked), (TABLE, _table)):
-        page = form.sub(lambda match, page=page, write=write: _told(page, match, write, results), page)  # type: ignore[misc]
+            raise FigureError(f"line {_line(page, opened)}: expected {_TABLE_FORM}")
+    page = TABLE.sub(lambda match, page=page: _told(page, match, results), page)  # type: ignore[misc]
+    for sentence in told:
+        page = _filled(page, sentence, results)
     return page
 
 
+def _filled(page: str, sentence: str, results: Mapping[str, Row]) -> str:
+    """Return a page in which a sentence has its figures."""
+    parts = PLACE.split(sentence)
+    if len(parts) < 3 or not all(parts[::2]):
+        raise FigureError(f"expected a sentence with {{NAME[WHICH].COLUMN}} between words of it, got {sentence!r}")
+    # Behind the point of a sentence there is no digit, as there is behind that of a number.
+    form = ".{1,80}?".join(re.escape(part) + r"(?!\d)" * part.endswith((".", ",")) for part in parts[::2])
+    found = [*re.finditer(form, page)]
+    if len(found) != 1:
+        raise FigureError(
+            f"{sentence!r} stands there {len(found)} times, expected once: reword it in {SENTENCES.name} as on the page"
+        )
+    try:
+        filled = "".join(figure(part, results) if k % 2 else part for k, part in enumerate(parts))
+    except FigureError as error:
+        raise FigureError(f"{sentence!r}: {error}") from None
+    return page[: found[0].start()] + filled + page[found[0].end() :]
+
+
 def figure(what: str, results: Mapping[str, Row]) -> str:
-    """Return the figure that a marker names: NAME[WHICH].COLUMN:FORMAT."""
+    """Return a figure by its name, NAME[WHICH].COLUMN:FORMAT."""
     match = re.fullmatch(rf"({SOURCE.pattern})\.(?P<column>[^:]+)(?::(?P<form>.*))?", what)
-    if match is None or "--" in what:
-        raise FigureError(f"expected NAME[WHICH].COLUMN:FORMAT without two hyphens in a row, got {what!r}")
+    if match is None:
+        raise FigureError(f"expected NAME[WHICH].COLUMN:FORMAT, got {what!r}")
     rows = picked(match[1], results) if match["which"] else [results[_known(match["name"], results)]]
     if len(rows) > 1:
         raise FigureError(f"{len(rows)} rows fit {match[1]!r}, expected one; name more of it: [A; COLUMN=VALUE]")
@@ -138,15 +170,11 @@ def _read(file: Path) -> Row:
     return found
 
 
-def _told(page: str, match: re.Match[str], write: Any, results: Mapping[str, Row]) -> str:
+def _told(page: str, match: re.Match[str], results: Mapping[str, Row]) -> str:
     try:
-        return str(write(match, results))
+        return _table(match, results)
     except FigureError as error:
         raise FigureError(f"line {_line(page, match)}: {error}") from None
-
-
-def _marked(match: re.Match[str], results: Mapping[str, Row]) -> str:
-    return f"<!--={match['what']}-->{figure(match['what'], results)}<!--/-->"
 
 
 def _table(match: re.Match[str], results: Mapping[str, Row]) -> str:
@@ -205,19 +233,13 @@ def _line(page: str, match: re.Match[str]) -> int:
     return page.count("\n", 0, match.start()) + 1
 
 
-def _expected(opening: str) -> str:
-    if opening == "<!--=":
-        return "<!--=WHAT-->FIGURE<!--/--> on one line"
-    return "<!-- figures: NAME, a line | TEMPLATE | -->, a header of two lines, rows, and a line <!-- end -->"
-
-
 def main(*, check: bool) -> int:
     """Rewrite the pages, or with ``check`` only say which differ; return the exit status."""
-    results, differ = read(), []
+    results, told, differ = read(), sentences(), []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         try:
-            new = updated(text, results)
+            new = updated(text, results, told.get(page.relative_to(ROOT).as_posix(), ()))
         except FigureError as error:
             raise FigureError(f"{page.relative_to(ROOT)}, {error}") from None
         if new != text:

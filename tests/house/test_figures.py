@@ -7,7 +7,7 @@ import json
 import pytest
 
 import report
-from update_figures import PAGES, RESULTS, ROOT, FigureError, main, read, updated
+from update_figures import PAGES, RESULTS, ROOT, FigureError, main, read, sentences, updated
 
 ROWS = [
     {"rule": "meet", "trust": 0.3, "calls": 364.6, "closed": 0.31, "each": [1.5, 2], "large": 1153.0, "small": 3.21e-8},
@@ -20,7 +20,8 @@ FOUND = {"some": RESULT, "other-one": RESULT | {"command": "other", "facts": {"v
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_shows_what_the_results_hold(page):
     text = page.read_text(encoding="utf-8")
-    assert updated(text, read()) == text, "run: make figures"
+    told = sentences().get(page.relative_to(ROOT).as_posix(), ())
+    assert updated(text, read(), told) == text, "run: make figures"
 
 
 def test_every_result_is_read():
@@ -43,11 +44,11 @@ def test_every_result_is_read():
         ("other-one.facts.v:.1f", "0.2"),
     ],
 )
-def test_a_marker_is_filled(what, figure):
-    page = f"It takes <!--={what}-->17<!--/--> of them, *and* <!--={what}--><!--/-->."
-    filled = f"<!--={what}-->{figure}<!--/-->"
-    assert updated(page, FOUND) == f"It takes {filled} of them, *and* {filled}."
-    assert updated(updated(page, FOUND), FOUND) == updated(page, FOUND)
+def test_a_sentence_is_filled(what, figure):
+    told = [f"takes {{{what}}} of them, *and* {{{what}}}."]
+    page = updated("$x^{0.5}$. It takes 17 of them, *and* 1,234 (5 %).", FOUND, told)
+    assert page == f"$x^{{0.5}}$. It takes {figure} of them, *and* {figure}."
+    assert updated(page, FOUND, told) == page
 
 
 def test_a_table_is_filled_and_says_by_which_commands():
@@ -61,24 +62,46 @@ def test_a_table_is_filled_and_says_by_which_commands():
 
 
 @pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("som[trust=1].calls", "nothing is named 'som'; did you mean 'some'?"),
+        ("some[trust=1].call", "nothing is named 'call'; did you mean 'calls'?"),
+        ("some[meet].calls", "2 rows fit 'some[meet]', expected one"),
+        ("some[trust=7].calls", "no row of some has trust=7; columns are rule, trust, calls"),
+        ("some[trust=1].calls:.0f", "None cannot be written as '.0f'"),
+    ],
+)
+def test_what_is_wrong_with_a_figure_is_said(what, told):
+    with pytest.raises(FigureError) as raised:
+        updated("It takes 3 s.", FOUND, [f"takes {{{what}}} s"])
+    assert told in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "told"),
+    [
+        ("It took {some.date} s.", "stands there 0 times, expected once: reword it in figures.yml"),
+        ("takes {some.date} s", "stands there 2 times"),
+        ("{some.date} s.", "between words of it"),
+        ("It takes 3 s.", "between words of it"),
+        ("It takes {some[trust=1]} s.", "between words of it"),
+    ],
+)
+def test_what_is_wrong_with_a_sentence_is_said(sentence, told):
+    with pytest.raises(FigureError) as raised:
+        updated("It takes 3 s. That takes 4 s.", FOUND, [sentence])
+    assert told in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("page", "told"),
     [
-        ("a\n<!--=some[trust=1].calls-->3<!--/--> b", "line 2: a marker begins the line"),
-        ("- <!--=some.date-->3<!--/--> b", "line 1: a marker begins the line"),
-        ("a\nb <!--=som[trust=1].calls-->3<!--/-->", "line 2: nothing is named 'som'; did you mean 'some'?"),
-        ("a <!--=some[trust=1].call-->3<!--/-->", "nothing is named 'call'; did you mean 'calls'?"),
-        ("a <!--=some[meet].calls-->3<!--/-->", "2 rows fit 'some[meet]', expected one"),
-        ("a <!--=some[trust=7].calls-->3<!--/-->", "no row of some has trust=7; columns are rule, trust, calls"),
-        ("a <!--=some[trust=1].calls:.0f-->3<!--/-->", "None cannot be written as '.0f'"),
-        ("a <!--=some[trust=1]-->3<!--/-->", "expected NAME[WHICH].COLUMN:FORMAT"),
-        ("a <!--=some[--a].calls-->3<!--/-->", "without two hyphens"),
-        ("a <!--=some.date-->3", "expected <!--=WHAT-->FIGURE<!--/--> on one line"),
         ("<!-- figures: some\n| {rule} | -->\n| rule |\n|---|\n", "line 1: expected <!-- figures: NAME, a line"),
         ("<!-- figures: some\n| {rul} | -->\n| rule |\n|---|\n<!-- end -->", "nothing is named 'rul'"),
         ("<!-- figures: some\n| {rule} | -->\n| a | b |\n|---|---|\n<!-- end -->", "not as many cells as the header"),
     ],
 )
-def test_what_is_wrong_with_a_marker_is_said(page, told):
+def test_what_is_wrong_with_a_table_is_said(page, told):
     with pytest.raises(FigureError) as raised:
         updated(page, FOUND)
     assert told in str(raised.value)
@@ -99,16 +122,19 @@ def test_a_result_by_a_benchmark_that_is_gone_is_refused(tmp_path):
 
 def test_check_writes_nothing(monkeypatch, tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text("It takes <!--=calls[meet].functions-->0<!--/-->.")
+    page.write_text("It takes 0 calls.")
+    (tmp_path / "figures.yml").write_text("page.md:\n  - takes {calls[meet].functions} calls\n")
     monkeypatch.setattr("update_figures.PAGES", [page])
     monkeypatch.setattr("update_figures.ROOT", tmp_path)
+    told = sentences(tmp_path / "figures.yml")
+    monkeypatch.setattr("update_figures.sentences", lambda: told)
     monkeypatch.setattr("update_figures.read", lambda: {"calls": RESULT | {"rows": [{"rule": "meet", "functions": 7}]}})
     assert main(check=True) == 1
     assert "differs: page.md" in capsys.readouterr().out
-    assert ">0<" in page.read_text()
+    assert page.read_text() == "It takes 0 calls."
     assert main(check=False) == 0
     assert "python benchmarks/calls.py --json benchmarks/results/calls.json" in capsys.readouterr().out
-    assert ">7<" in page.read_text()
+    assert page.read_text() == "It takes 7 calls."
     assert main(check=True) == 0
 
 
@@ -122,3 +148,9 @@ def test_benchmarks_leave_results(monkeypatch, tmp_path, capsys):
     assert found["rows"] == [{"rule": "meet", "ms": 0.333333, "none": None}]
     assert found["fits"] == {"v": [0.666667]}
     assert found["machine"] == report.machine()
+
+
+def test_a_page_that_is_gone_is_named(tmp_path):
+    (tmp_path / "figures.yml").write_text("docs/gone.md:\n  - takes {calls[meet].functions} calls\n")
+    with pytest.raises(FigureError, match=r"figures\.yml names docs/gone\.md, which is no file"):
+        sentences(tmp_path / "figures.yml")
