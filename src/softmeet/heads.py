@@ -29,8 +29,8 @@ _RANK_TOLERANCE = 1e-6
 # Centring an fp32 product cancels digits if columns' means exceed their spreads; past this ratio, products are fp64.
 _LARGE_OFFSET = 30.0
 # The most rows for which (W xᵀ)ᵀ can be the faster form of x Wᵀ, as in a step of generation for two to four sequences:
-# torch's x Wᵀ takes two to four times as long for them in fp32 on a CPU as for one row, and (W xᵀ)ᵀ hardly longer
-# (``benchmarks/few_rows.py``); with one thread, if W has many more rows than columns.
+# torch's x Wᵀ takes two to four times as long for them in fp32 on a CPU as for one row, and (W xᵀ)ᵀ hardly longer;
+# with one thread, if W has many more rows than columns.
 MOST = 4
 # The least elements of W for that: with several threads; and with one, for which W also has to have so many rows for
 # each column, and four rows of x need still more of them.

@@ -39,7 +39,7 @@ _STOPPED = 2
 # The share of the free memory that a larger cache may take.
 _SHARE = 0.8
 # From eight tokens on llama.cpp unpacks K-quants, which costs as much for a call of 8 as for one of 16: so many took
-# longer than two calls of half of them (benchmarks/native_calls.py).
+# longer than two calls of half of them.
 _IN_TWO = range(8, 13)
 # For a file whose weights are not quantised: the number of single precision, for its keys and values, and that of
 # attention which does not round them.
