@@ -313,7 +313,7 @@ def test_a_trace_and_a_fit_give_what_the_text_gives(folders, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
     with pytest.raises(TraceError, match=r"was made over bytes \(prune 0.001\), but these .* over bytes \(prune 0.5\)"):
         command("evaluate", *members, "--trace", tmp_path / "trace", "--prune", 0.5)
-    with pytest.raises(TraceError, match="behind other prefixes"):
+    with pytest.raises(TraceError, match="with other prefixes"):
         Trace.open(tmp_path / "trace").require(Ensemble.from_pretrained(folders, prune=0.001, prefixes=[[1], None]))
     out = tmp_path / "fitted"
     asked = ["fit", "--out", out, *members, "--trace", tmp_path / "trace", "--json", tmp_path / "fit.json"]
