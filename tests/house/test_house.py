@@ -22,7 +22,7 @@ def test_no_class_name_stands_twice():
 
 # Where it may be asked whether symbols are bytes, or be known how they are read.
 MAKERS = {
-    "hf/__init__.py", "hf/assembly.py", "hf/byte_modeling.py", "hf/checkpoint.py", "hf/configuration.py",
+    "hf/__init__.py", "hf/byte_modeling.py", "hf/checkpoint.py", "hf/configuration.py",
     "hf/modeling.py", "hf/protocol.py",
 }  # fmt: skip
 SHOWN = {"cli/check.py", "cli/inspect.py", "hf/byte_report.py", "hf/inspected.py"}

@@ -250,7 +250,7 @@ def _digest(tensors: Tensors, key: str) -> str:
     digest = hashlib.sha256(key.encode())
     for name, one in sorted(tensors.items()):
         digest.update(repr((name, one.dtype, one.shape)).encode())
-        digest.update(one.reshape(-1).view(torch.uint8).numpy())
+        digest.update(one.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
