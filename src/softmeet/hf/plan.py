@@ -141,7 +141,8 @@ def plan(
         )
     members = placed(names, dtype, device)
     shapes = [
-        _file(member) if is_native(member) else _shape(member, *how, trust_remote_code) for member, *how in members
+        _file(member) if is_native(member) else _shape(member, own_dtype, own_device, trust_remote_code)
+        for member, own_dtype, own_device in members
     ]
     length = context or min((shape.limit for shape in shapes if shape.limit is not None), default=1)
     tokens = {shape.name: shape.cache_bytes(1, 1) for shape in shapes}
