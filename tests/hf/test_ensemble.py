@@ -27,21 +27,6 @@ def ids(rows=2, length=7):
     return torch.randint(1, tiny.V, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-@torch.inference_mode()
-def test_trust_zero_is_a_hand_written_logit_average():
-    model = ensemble(trust=0.0)
-    average = torch.stack([m(input_ids=ids()).logits for m in model.members]).double().mean(0).log_softmax(-1)
-    ours = model(input_ids=ids()).logits
-    assert total_variation(ours.double(), average).max() < 1e-6
-    greedy = model.generate(ids(), max_new_tokens=8, do_sample=False)
-    by_hand = ids()
-    for _ in range(8):
-        logits = torch.stack([m(input_ids=by_hand).logits[:, -1].log_softmax(-1) for m in model.members]).mean(0)
-        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=-1)
-    stop = (by_hand == 0).int().cumsum(-1) - (by_hand == 0).int() > 0
-    assert torch.equal(greedy, by_hand.masked_fill(stop, 0)[:, : greedy.shape[1]])
-
-
 # The other rules: test_generation.
 @pytest.mark.parametrize("rule", ["meet", "prob-mean", "one-hot"])
 @torch.inference_mode()

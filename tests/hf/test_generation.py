@@ -193,19 +193,9 @@ def test_a_call_of_the_model_itself_takes_the_same_options(model):
         model(PROMPTS, prefixes=[[None] * 3] * 2)
 
 
-def test_constrained_decoding(model):
-    allowed = {"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}
-    assert set(model.generate(PROMPTS, max_new_tokens=6, **allowed, **GREEDY)[:, 4:].flatten().tolist()) <= {3, 4}
-
-
 def test_a_streamer_sees_every_token(model, capsys):
     model.generate(PROMPTS[:1], max_new_tokens=5, streamer=TextStreamer(tiny.tokenizer()), **GREEDY)
     assert len(capsys.readouterr().out.strip()) == 9
-
-
-def test_a_recorder_is_free_when_off_and_changes_nothing(model):
-    plain = model.generate(PROMPTS, max_new_tokens=5, **GREEDY)
-    assert torch.equal(plain, model.generate(PROMPTS, max_new_tokens=5, recorder=TokenReports(), **GREEDY))
 
 
 def test_a_transformers_script_with_a_pipeline(narrow):

@@ -138,17 +138,6 @@ def test_a_context_that_ends_within_a_draft(names):
         assert found.equal(made(model, 0, 1, sample=False, count=10 * limit))
 
 
-def test_the_cache_goes_on_from_where_the_text_ends(names):
-    model = ensemble(names, "near").model
-    out = made(model, 4, 1, sample=False, count=11, return_dict_in_generate=True)
-    assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
-    longer = model.generate(
-        out.sequences, cache=out.cache, do_sample=False, max_new_tokens=9, pad_token_id=0, speculate=3,
-        attention_mask=torch.ones_like(out.sequences),
-    )  # fmt: skip
-    assert longer.equal(made(model, 0, 1, sample=False, count=20))
-
-
 def test_scores_are_those_of_plain_decoding(names):
     model = ensemble(names, "near").model
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "sample": False}
@@ -260,12 +249,6 @@ def test_positions_have_to_count_tokens(names):
         assert counted.equal(made(model, speculate, 1))
         with pytest.raises(InvalidInputError, match="position_ids that count"):
             made(model, speculate, 1, position_ids=torch.tensor([[3, 4, 5, 9]]))
-
-
-def test_padding_on_the_right_is_read_as_without_drafts(names):
-    model = ensemble(names, "near").model
-    options = {"mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), "ids": IDS[:2]}
-    assert made(model, 4, 2, **options).equal(made(model, 0, 2, **options))
 
 
 def test_a_given_cache_cannot_go_past_the_context(names):

@@ -106,24 +106,6 @@ def test_members_of_one_vocabulary_are_combined_as_over_tokens(folders, tmp_path
     )
 
 
-def test_every_road_writes_the_same(folders, ensemble):
-    seeded = {"max_new_tokens": 10, "seed": 3}
-    expected = ensemble.generate(PROMPT, **seeded)
-    assert "".join(ensemble.stream(PROMPT, **seeded)) == expected
-    assert ensemble.generate([PROMPT, "And"], **seeded)[0] == expected
-    assert ensemble.generate(PROMPT, **seeded, speculate=0) == ensemble.generate(PROMPT, **seeded, speculate=3)
-    line = run("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--vocabulary", "union", "--max-new-tokens",
-               "10", "--seed", "3")  # fmt: skip
-    assert line.stdout == expected + "\n"
-    shown = run("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--vocabulary", "union", "--max-new-tokens",
-                "3", "--seed", "3", "--summary")  # fmt: skip
-    assert "3 tokens, " in shown.stderr
-    with running(serving_of({"union": ensemble})) as url:
-        asked = {"prompt": PROMPT, "max_tokens": 10, "seed": 3, "model": "union"}
-        told = http.post(f"{url}/v1/completions", json=asked).json()
-    assert told["choices"][0]["text"] == expected
-
-
 def test_it_is_saved_and_loaded(ensemble, tmp_path):
     ensemble.save_pretrained(tmp_path)
     (tmp_path / "a.txt").write_text("The king said so. " * 50)
