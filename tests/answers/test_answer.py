@@ -126,12 +126,6 @@ def test_files_stand_beside_everybody_in_rows_of_their_own(members, files, tmp_p
     assert run_facts["files"] == [f"{beside}+weight=0.5", beside]
 
 
-def test_a_union_has_no_likelihoods(over_bytes):
-    ensemble = Ensemble.from_pretrained(over_bytes, vocabulary="union")
-    with pytest.raises(InvalidInputError, match="can be written in many ways"):
-        text_likelihoods(ensemble, "a", ["b"])
-
-
 def test_prompts_have_examples_of_their_subject_first_and_never_the_question_itself():
     questions = [
         Question(one["id"], one["question"], (one["answer"],), tuple(one["choices"]), "", one["subject"])
@@ -217,20 +211,6 @@ def test_the_table_the_answers_and_the_way_on(folders, files, tmp_path):
     strip = [{key: x for key, x in one.items() if key != "seconds"} for one in answers]
     others = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     assert [{key: x for key, x in one.items() if key != "seconds"} for one in others] == strip
-
-
-@pytest.mark.parametrize("drawn", [(), ("--temperature", "0.8", "--seed", "3")])
-def test_answers_in_words_are_judged(folders, files, tmp_path, drawn):
-    asked = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "3", *drawn, "--batch", "2",
-             "-e", "both=gpt2 llama logit-mean", "--answers"]  # fmt: skip
-    for name in ("a", "b"):
-        done = run(*asked, tmp_path / f"{name}.jsonl")
-        assert done.returncode == 0, done.stderr
-    texts = [
-        [json.loads(line)["answer"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in "ab"
-    ]
-    assert texts[0] == texts[1]
-    assert "answered by number" in done.stdout
 
 
 def test_written_answers_end_where_the_next_question_would_begin(folders):

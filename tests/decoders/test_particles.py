@@ -123,22 +123,6 @@ def test_means_are_those_of_the_ensemble_of_texts(rule, op, order, size):
         assert abs(values.mean() - mean) <= 4 * (spread / RUNS) ** 0.5 + 1e-12, text
 
 
-def test_a_mean_of_probabilities_draws_a_member_for_each_text():
-    """All weights are equal, none is drawn anew, and Ẑ is 1."""
-    size, weights = (2, 4, 4), (0.25, 0.75)
-    texts, found = written(size, "prob-mean", weights, runs=3000)
-    assert all(abs(one.log_z) < 1e-12 for one in found)
-    assert all(abs(text.log_weight) < 1e-12 for one in found for text in one.texts)
-    counts = dict.fromkeys(exact(size, "mean", None, weights)[1], 0)
-    for one in found:
-        for text in one.texts:
-            counts[text.symbols] += 1
-    total = sum(counts.values())
-    for text, count in counts.items():
-        share = sum(w * rival_oracles.text_probability(toy, text) for w, toy in zip(weights, texts.toys(), strict=True))
-        assert abs(count / total - share) <= 4 * (share * (1 - share) / total) ** 0.5 + 1e-12
-
-
 def test_members_that_can_write_nothing_together_have_an_estimate_of_zero():
     texts = Tables(2, 3, 3, 8)
     texts.table[0], texts.table[1] = -math.inf, -math.inf

@@ -28,17 +28,6 @@ def test_prompt_lookup_equals_greedy(rule):
     assert torch.equal(plain, looked_up)
 
 
-@pytest.mark.parametrize("rule", ["max-entropy", "prob-mean", "power-mean"])
-def test_left_padded_prompts_of_unequal_length(rule):
-    ours = build(rule)
-    short = torch.tensor([[7, 8]])
-    padded = torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]])
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    together = ours.generate(padded, attention_mask=mask, max_new_tokens=3, **GREEDY)
-    assert torch.equal(together[0, 4:], ours.generate(short, max_new_tokens=3, **GREEDY)[0, 2:])
-    assert torch.equal(together[1], ours.generate(padded[1:], max_new_tokens=3, **GREEDY)[0])
-
-
 def test_beams_with_and_without_a_cache(model):
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, **GREEDY}
     cached = model.generate(PROMPTS, **options)
@@ -69,17 +58,6 @@ def test_several_ends_and_stop_strings(tmp_path):
         "abc", max_new_tokens=20, do_sample=False, eos_token_id=None, stop_strings=[stop], tokenizer=ours.tokenizer
     )
     assert stopped == text[: text.index(stop) + 2]
-
-
-def test_continuing_from_a_returned_cache(model):
-    whole = model.generate(PROMPTS, max_new_tokens=6, **GREEDY)
-    first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
-    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, **GREEDY)
-    assert torch.equal(then, whole)
-    cache = model.new_cache()
-    half = model.generate(PROMPTS, cache=cache, max_new_tokens=3, **GREEDY)
-    assert cache.get_seq_length() == half.shape[1] - 1
-    assert torch.equal(model.generate(half, cache=cache, max_new_tokens=3, **GREEDY), whole)
 
 
 def test_a_call_that_fails_leaves_its_cache_as_it_was(model):
@@ -124,16 +102,6 @@ def test_the_gate_unsure_looks_at_what_is_kept_alone(model):
         model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=2, gate=f"unsure:{threshold!r}")
     assert [cache.texts[0].read_by(i) for i in range(2)] == [20, 0]
     assert not cache.texts[0].spent
-
-
-def test_logits_and_scores_are_the_ensembles(model):
-    out = model.generate(
-        PROMPTS, max_new_tokens=3, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY
-    )
-    with torch.inference_mode():
-        expected = model(input_ids=out.sequences[:, :-1]).logits[:, 3:]
-    assert torch.allclose(torch.stack(out.logits, 1), expected.float(), atol=1e-5)
-    assert torch.equal(torch.stack(out.scores, 1), torch.stack(out.logits, 1))
 
 
 def test_unequal_dtypes():

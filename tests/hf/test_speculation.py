@@ -71,27 +71,6 @@ class Calls:
         return forward
 
 
-RULES = ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"]
-
-
-# (how many texts, how many drafts, whether tokens are drawn)
-DRAFTS = [
-    [(1, 1, False), (2, "auto", False), (3, 2, True)],
-    [(1, 5, True), (1, "auto", False), (3, "auto", True)],
-]
-
-
-@pytest.mark.parametrize(
-    ("rule", "count", "kind"),
-    [("logit-mean", 3, "far")] + [(rule, *((2, "far"), (3, "near"))[k % 2]) for k, rule in enumerate(RULES)],
-)
-def test_tokens_are_those_of_plain_decoding(names, rule, count, kind):
-    model = ensemble(names, kind, count, rule).model
-    for rows, speculate, sample in DRAFTS[count % 2]:
-        plain = made(model, 0, rows, sample=sample, count=8)
-        assert made(model, speculate, rows, sample=sample, count=8).equal(plain)
-
-
 def test_members_read_in_chunks_and_take_back_what_was_wrong(names, monkeypatch):
     model = ensemble(names, "near").model
     calls, options = Calls(model, monkeypatch), {"count": 40, "suppress_tokens": [0]}
