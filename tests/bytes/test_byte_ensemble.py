@@ -27,8 +27,8 @@ from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.trace import Trace, record
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.byte_report import expected_tokens
 from softmeet.hf.decoding import Drafting
+from softmeet.hf.inspected import expected_tokens
 from softmeet.hf.readers import ReadMembers
 from softmeet.members.member import short
 from softmeet.readers.byte_tokenizer import byte_tokenizer

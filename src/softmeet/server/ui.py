@@ -21,7 +21,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.errors import SoftmeetError
-from softmeet.hf.byte_report import character_reports
+from softmeet.hf.inspected import character_reports
 from softmeet.readers.alphabet import Alphabet
 from softmeet.readers.reader import Reader
 from softmeet.rules.registry import rule_names
