@@ -13,20 +13,16 @@ from softmeet.decoders.base import Decoder, Decoding
 from softmeet.decoders.registry import decoder_of
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
-from softmeet.hf.arguments import arguments_of
-from softmeet.hf.assembly import assemble
 from softmeet.hf.by_size import unsized, weigh
-from softmeet.hf.byte_report import GroupReport
 from softmeet.hf.chat import Messages, is_chat
+from softmeet.hf.checkpoint import assemble, saved_config
 from softmeet.hf.checkpoint import member_names as member_names
-from softmeet.hf.checkpoint import saved_config
-from softmeet.hf.claiming import give_claims
+from softmeet.hf.claiming import give_claims, with_own
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.decoded import decoded
-from softmeet.hf.inspected import next_token, reports_of
+from softmeet.hf.inspected import GroupReport, next_token, reports_of
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.own_files import with_own
-from softmeet.hf.prompts import Prompt, encoded
+from softmeet.hf.prompts import Prompt, arguments_of, encoded
 from softmeet.hf.report import NextToken, TokenReport
 from softmeet.hf.retrieval import with_passages
 from softmeet.hf.sampling import require_reproducible

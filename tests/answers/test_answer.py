@@ -13,14 +13,11 @@ import torch
 from commands import run
 
 from softmeet import Ensemble
-from softmeet.answers.asking import Answered, Asker, Writing, _is_right, ask_all
-from softmeet.answers.kept import Kept
-from softmeet.answers.likelihoods import text_likelihoods
+from softmeet.answers.asking import Answered, Asker, Writing, _is_right, ask_all, text_likelihoods
 from softmeet.answers.questions import Form, Question, read_questions, require_fit, usual
 from softmeet.answers.results import figures
+from softmeet.answers.room import Kept, majority, said
 from softmeet.answers.subjects import subjects
-from softmeet.answers.votes import majority, said
-from softmeet.cli.answer import _who
 from softmeet.errors import InvalidInputError, TraceError
 
 CHOICES = [
@@ -129,12 +126,6 @@ def test_files_stand_beside_everybody_in_rows_of_their_own(members, files, tmp_p
     assert run_facts["files"] == [f"{beside}+weight=0.5", beside]
 
 
-def test_a_union_has_no_likelihoods(over_bytes):
-    ensemble = Ensemble.from_pretrained(over_bytes, vocabulary="union")
-    with pytest.raises(InvalidInputError, match="can be written in many ways"):
-        text_likelihoods(ensemble, "a", ["b"])
-
-
 def test_prompts_have_examples_of_their_subject_first_and_never_the_question_itself():
     questions = [
         Question(one["id"], one["question"], (one["answer"],), tuple(one["choices"]), "", one["subject"])
@@ -193,13 +184,6 @@ def test_ensembles_are_named_by_the_last_parts_of_members():
         subjects([], ["p=x y prob-mean", "p=x y logit-mean"])
 
 
-def test_a_saved_ensemble_is_asked_beside_its_members(tmp_path):
-    Ensemble.from_pretrained(["wide/gpt2", "wide/llama"], "prob-mean").save_pretrained(tmp_path / "two")
-    found = subjects([str(tmp_path / "two")], [])
-    assert [one.is_member for one in found] == [True, True, False]
-    assert found[2].saved == str(tmp_path / "two")
-
-
 def test_the_table_the_answers_and_the_way_on(folders, files, tmp_path):
     asked = ["answer", files / "choices.jsonl", *tiny.each("-m", folders), "-e", "both=gpt2 llama prob-mean"]
     asked += ["--batch", "4", "--resume", tmp_path / "kept"]
@@ -227,20 +211,6 @@ def test_the_table_the_answers_and_the_way_on(folders, files, tmp_path):
     strip = [{key: x for key, x in one.items() if key != "seconds"} for one in answers]
     others = [json.loads(line) for line in (tmp_path / "b.jsonl").read_text().splitlines()]
     assert [{key: x for key, x in one.items() if key != "seconds"} for one in others] == strip
-
-
-@pytest.mark.parametrize("drawn", [(), ("--temperature", "0.8", "--seed", "3")])
-def test_answers_in_words_are_judged(folders, files, tmp_path, drawn):
-    asked = ["answer", files / "open.jsonl", *tiny.each("-m", folders), "--max-new-tokens", "3", *drawn, "--batch", "2",
-             "-e", "both=gpt2 llama logit-mean", "--answers"]  # fmt: skip
-    for name in ("a", "b"):
-        done = run(*asked, tmp_path / f"{name}.jsonl")
-        assert done.returncode == 0, done.stderr
-    texts = [
-        [json.loads(line)["answer"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in "ab"
-    ]
-    assert texts[0] == texts[1]
-    assert "answered by number" in done.stdout
 
 
 def test_written_answers_end_where_the_next_question_would_begin(folders):
@@ -300,7 +270,7 @@ def test_a_full_disk_is_told_with_what_to_do(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("softmeet.answers.kept.os.fsync", full)
+    monkeypatch.setattr("softmeet.answers.room.os.fsync", full)
     with pytest.raises(TraceError, match=r"no room on the disk for .*jsonl: .* make room"):
         kept.keep([Answered("0", "x", True, 0.1, 1)])
 
@@ -329,11 +299,6 @@ def test_a_member_whose_folder_was_replaced_is_asked_again(folders, tmp_path):
     assert before == seen()
     shutil.copytree(tiny.save(tmp_path / "other", "gpt2", seed=9), folder, dirs_exist_ok=True)
     assert before != seen()
-
-
-def test_beside_named_ensembles_no_others_are_asked(folders):
-    found = _who(None, [f"both={folders[0]} {folders[1]} prob-mean"], None)
-    assert [one.is_member for one in found] == [True, True, False]
 
 
 @pytest.mark.parametrize(

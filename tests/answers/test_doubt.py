@@ -87,7 +87,7 @@ def test_answers_have_their_doubt(ensemble):
 
 
 def _likely(ensemble, question):
-    from softmeet.answers.likelihoods import text_likelihoods
+    from softmeet.answers.asking import text_likelihoods
 
     form = Form("option")
     return text_likelihoods(ensemble, form.prompt(question), form.options(question))

@@ -16,7 +16,7 @@ from serving import http, running, serving_of
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
-from softmeet.hf.byte_report import character_reports
+from softmeet.hf.inspected import character_reports
 from softmeet.hf.sampling import RowSampler
 from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.byte_reader import ByteReader

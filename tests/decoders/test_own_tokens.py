@@ -175,20 +175,6 @@ def test_the_command_refuses_before_it_loads(arguments, message, monkeypatch):
     assert message in found.stderr.replace("\n", " ")
 
 
-@pytest.mark.parametrize("decoder", [*DECODERS, "particles"])
-def test_the_command_takes_weights(decoder, folders):
-    """As its help has them, and those that are too few are refused in a sentence."""
-    asked = ("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--decoder", decoder, "--max-new-tokens", "4",
-             "--vocabulary", "union")  # fmt: skip
-    weighed = run(*asked, "--weights", "0.9,0.1", "--seed", "1")
-    assert weighed.returncode == 0, weighed.stderr
-    ensemble = Ensemble.from_pretrained(folders, "logit-mean", vocabulary="union")
-    given = {"max_new_tokens": 4, "weights": [0.9, 0.1], "seed": 1}
-    assert weighed.stdout == f"{ensemble.decode(PROMPT, decoder, **given).text}\n"
-    wrong = run(*asked, "--weights", "0.5")
-    assert (wrong.returncode, "Traceback" in wrong.stderr) == (2, False)
-
-
 def test_what_an_interrupted_search_leaves_is_given_back(ensemble, monkeypatch):
     """Rows that could not be closed where they were dropped are, before the next search."""
     readers = {one.readers_of_members[0] for one in ensemble.model.alone}

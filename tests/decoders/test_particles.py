@@ -123,33 +123,6 @@ def test_means_are_those_of_the_ensemble_of_texts(rule, op, order, size):
         assert abs(values.mean() - mean) <= 4 * (spread / RUNS) ** 0.5 + 1e-12, text
 
 
-def test_a_mean_of_probabilities_draws_a_member_for_each_text():
-    """All weights are equal, none is drawn anew, and Ẑ is 1."""
-    size, weights = (2, 4, 4), (0.25, 0.75)
-    texts, found = written(size, "prob-mean", weights, runs=3000)
-    assert all(abs(one.log_z) < 1e-12 for one in found)
-    assert all(abs(text.log_weight) < 1e-12 for one in found for text in one.texts)
-    counts = dict.fromkeys(exact(size, "mean", None, weights)[1], 0)
-    for one in found:
-        for text in one.texts:
-            counts[text.symbols] += 1
-    total = sum(counts.values())
-    for text, count in counts.items():
-        share = sum(w * rival_oracles.text_probability(toy, text) for w, toy in zip(weights, texts.toys(), strict=True))
-        assert abs(count / total - share) <= 4 * (share * (1 - share) / total) ** 0.5 + 1e-12
-
-
-def test_what_a_text_says_of_itself_is_true():
-    texts, found = written((3, 4, 3), "logit-mean", (0.2, 0.3, 0.5), runs=50)
-    for one in found:
-        for text in one.texts:
-            assert text.ended == (text.symbols[-1:] == (texts.end,))
-            own = [rival_oracles.text_probability(toy, text.symbols) for toy in texts.toys()]
-            if text.log_weight > -math.inf:
-                assert np.exp(text.log_probs) == pytest.approx(own, abs=1e-12)
-                assert text.ended or len(text.symbols) == 3
-
-
 def test_members_that_can_write_nothing_together_have_an_estimate_of_zero():
     texts = Tables(2, 3, 3, 8)
     texts.table[0], texts.table[1] = -math.inf, -math.inf
@@ -171,27 +144,6 @@ def test_drawing_anew_at_every_symbol_changes_no_mean():
             np.array([one.chosen is not None and one.texts[one.chosen].symbols == text for one in found]) * estimates
         )
         assert abs(values.mean() - z * shares[text]) <= 4 * values.std() / runs**0.5
-
-
-def test_nothing_is_read_where_all_that_are_drawn_anew_have_ended():
-    for seed in range(60):
-        _, (found,) = written((2, 4, 4), "logit-mean", (0.5, 0.5), runs=1, seed=seed, ess=1.0)
-        assert found.chosen is not None
-
-
-def test_never_drawing_anew_is_importance_sampling_with_the_same_mean():
-    size, weights = (2, 3, 4), (0.5, 0.5)
-    z, _ = exact(size, "product", None, weights)
-    estimates = [math.exp(one.log_z) for one in written(size, "logit-mean", weights, ess=0.0)[1]]
-    assert abs(np.mean(estimates) - z) <= 4 * np.std(estimates) / RUNS**0.5
-
-
-def test_a_seed_repeats_a_decoding():
-    first, again, other = (
-        [one.texts[one.chosen].symbols for one in written((2, 5, 5), "logit-mean", (0.5, 0.5), runs=20, seed=seed)[1]]
-        for seed in (1, 1, 2)
-    )
-    assert first == again != other
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -9,8 +9,7 @@ import torch
 
 from softmeet import Settings
 from softmeet.decoders.base import ToWrite
-from softmeet.decoders.spans import Spans
-from softmeet.decoders.words import Span
+from softmeet.decoders.spans import Span, Spans
 
 # Tokens that go on behind a word, that end one, that are nothing but whitespace, and two of the same bytes.
 WORDS = (

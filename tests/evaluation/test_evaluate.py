@@ -240,14 +240,13 @@ def test_the_command(folders, tmp_path):
 @pytest.mark.unchecked
 def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
-    done = run(
-        "trace", tmp_path / "t", *tiny.each("-m", folders), "--text", tmp_path / "a.txt", "--shard", 9, "--window", 9
-    )
+    cut = ("--text", tmp_path / "a.txt", "--separator", " fox", "--window", 9)
+    done = run("trace", tmp_path / "t", *tiny.each("-m", folders), *cut)
     assert done.returncode == 0, done.stderr
     arguments = ["--rule", "meet:trust=0/1", "--rule", "logit-mean", "--json", "-"]
     traced = run("evaluate", "--trace", tmp_path / "t", *arguments)
     assert traced.returncode == 0, traced.stderr
-    direct = run("evaluate", *tiny.each("-m", folders), "--text", tmp_path / "a.txt", "--window", 9, *arguments)
+    direct = run("evaluate", *tiny.each("-m", folders), *cut, *arguments)
     a, b = json.loads(traced.stdout), json.loads(direct.stdout)
     assert a["rules"]["meet:trust=0/1"]["nll"] == pytest.approx(b["rules"]["meet:trust=0/1"]["nll"], abs=1e-6)
     assert a["bytes"] == b["bytes"]
@@ -255,10 +254,11 @@ def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     done = run("evaluate", "--trace", tmp_path / "t", *tiny.each("-m", folders[::-1]))
     assert done.returncode == 2
     assert "in its place stands" in done.stderr
-    (tmp_path / "t" / "shard-00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "t" / "document-00000.safetensors").write_bytes(b"{}")
+    first = json.loads((tmp_path / "t" / "trace.json").read_text())["documents"][0]["positions"]
     done = run("evaluate", "--trace", tmp_path / "t", "--json", "-")
-    assert json.loads(done.stdout)["tokens"] == a["tokens"] - 9
-    assert "is damaged" in done.stderr.replace("\n", " ")
+    assert json.loads(done.stdout)["tokens"] == a["tokens"] - first
+    assert "missing or damaged" in done.stderr.replace("\n", " ")
 
 
 @pytest.mark.unchecked

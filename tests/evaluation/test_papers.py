@@ -278,7 +278,7 @@ def test_what_reads_text_says_how_much_of_it_is_read(unit, folders, tmp_path, mo
         (tmp_path / f"{k}.txt").write_text(text[:10])
     members = tiny.each("-m", folders if unit == "tokens" else ["wide/gpt2", "wide/llama"])
     found = stages(monkeypatch, "evaluate", "texts")
-    assert run("trace", tmp_path / "trace", *members, "-t", texts, *over, "--shard", 8).returncode == 0
+    assert run("trace", tmp_path / "trace", *members, "-t", texts, *over).returncode == 0
     asked = ["--rule", "power-mean", "--folds", 2, "--adaptive", "--json", tmp_path / "out.json"]
     done = run("evaluate", "--trace", tmp_path / "trace", *over, *asked)
     assert done.returncode == 0, done.stderr

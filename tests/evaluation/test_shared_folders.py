@@ -12,7 +12,7 @@ import torch
 
 from softmeet import Ensemble
 from softmeet.answers.asking import Answered
-from softmeet.answers.kept import Kept
+from softmeet.answers.room import Kept
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.evaluation.files import PieceCache, replace_together, write_text
 

@@ -309,21 +309,19 @@ def test_pieces_of_a_damaged_trace_are_not_those_of_the_whole(command, ensemble,
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(PieceCache, "_write", stop)
-    made = record(ensemble, documents(), "t", shard_size=120)
-    whole, again = made.shard(1).read_bytes(), [*command, "--trace", "t", "--resume", "kept"]
-    made.shard(1).write_bytes(whole[: len(whole) // 2])
+    made = record(ensemble, documents(), "t")
+    whole, again = made.document(1).read_bytes(), [*command, "--trace", "t", "--resume", "kept"]
+    made.document(1).write_bytes(whole[: len(whole) // 2])
     assert CliRunner().invoke(app, again).exit_code == 130
-    made.shard(1).write_bytes(whole)
-    with pytest.raises(InvalidInputError, match=r"shards left out: \[1\] there, None here\): choose another folder"):
+    made.document(1).write_bytes(whole)
+    with pytest.raises(InvalidInputError, match=r"documents left out: \[1\] there, None here\): choose another folder"):
         CliRunner().invoke(app, again, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        (["trace", "there"], "pyarrow"),
-        (["evaluate", "--trace", "there"], "pyarrow"),
-        (["fit", "--out", "there", "--trace", "there"], "pyarrow"),
+        (["evaluate", "--losses", "there.parquet"], "pyarrow"),
         (["evaluate", "--plots", "there"], "matplotlib"),
     ],
 )

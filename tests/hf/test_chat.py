@@ -17,7 +17,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app as commands
 from softmeet.errors import InvalidInputError
 from softmeet.hf import chat as chat_module
-from softmeet.hf.chat import PLAIN, ChatTemplates, chat_of, take_plain
+from softmeet.hf.chat import ChatTemplates, chat_of
 from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.readers.bytes.next_tokens import END
@@ -177,18 +177,6 @@ def test_the_command_chats(folders):
         done = CliRunner().invoke(commands, [*command, *wrong])
         assert isinstance(done.exception, InvalidInputError | SystemExit)
         assert said in done.output + str(done.exception)
-
-
-def test_the_plain_template_is_taken_where_there_is_none(folders):
-    ensemble = Ensemble.from_pretrained("wide", "logit-mean")
-    chat = chat_of(ensemble.model)
-    if chat.missing:
-        take_plain(ensemble.model)
-    assert chat_of(ensemble.model).plainly == ensemble.names
-    assert ensemble.generate(TURNS, max_new_tokens=3, do_sample=False) == ensemble.generate(
-        "system: the\nuser: he t\u00e9\nassistant:", max_new_tokens=3, do_sample=False
-    )
-    assert PLAIN.endswith("assistant:")
 
 
 @pytest.mark.parametrize("member", [name for name in zoo.known() if "/" in name])

@@ -27,21 +27,6 @@ def ids(rows=2, length=7):
     return torch.randint(1, tiny.V, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
-@torch.inference_mode()
-def test_trust_zero_is_a_hand_written_logit_average():
-    model = ensemble(trust=0.0)
-    average = torch.stack([m(input_ids=ids()).logits for m in model.members]).double().mean(0).log_softmax(-1)
-    ours = model(input_ids=ids()).logits
-    assert total_variation(ours.double(), average).max() < 1e-6
-    greedy = model.generate(ids(), max_new_tokens=8, do_sample=False)
-    by_hand = ids()
-    for _ in range(8):
-        logits = torch.stack([m(input_ids=by_hand).logits[:, -1].log_softmax(-1) for m in model.members]).mean(0)
-        by_hand = torch.cat([by_hand, logits.argmax(-1, keepdim=True)], dim=-1)
-    stop = (by_hand == 0).int().cumsum(-1) - (by_hand == 0).int() > 0
-    assert torch.equal(greedy, by_hand.masked_fill(stop, 0)[:, : greedy.shape[1]])
-
-
 # The other rules: test_generation.
 @pytest.mark.parametrize("rule", ["meet", "prob-mean", "one-hot"])
 @torch.inference_mode()
@@ -97,25 +82,6 @@ def test_chunks_of_positions_change_nothing(monkeypatch):
     assert total_variation(model(input_ids=ids()).logits, whole).max() < 1e-5
 
 
-def test_loss_with_labels():
-    model = ensemble(trust=1.0)
-    tokens = ids()
-    with torch.inference_mode():
-        out = model(input_ids=tokens, labels=tokens)
-    expected = -out.logits[:, :-1].gather(-1, tokens[:, 1:, None]).mean()
-    assert out.loss.item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-@torch.inference_mode()
-def test_the_recorder_counts_what_was_solved():
-    model, recorder = ensemble(trust=1.0), Recorder()
-    out = model.generate(ids(1), max_new_tokens=5, do_sample=False, recorder=recorder, eos_token_id=None)
-    assert recorder.rows == out.shape[1] - 7 == 5
-    assert recorder.passes > 0
-    assert recorder.disagreement.shape == (3,)
-    assert 0 <= recorder.largest_gap <= 1e-10
-
-
 def test_a_members_nan_is_named():
     model = ensemble()
     with torch.no_grad():
@@ -169,16 +135,6 @@ def test_text_in_text_out(folders):
     assert report.solution.status.item() == 0
 
 
-def test_a_seeded_row_does_not_depend_on_its_batch_mates(folders):
-    ours = Ensemble.from_pretrained(folders, tol=1e-10, gate="none")
-    options = {"seed": 5, "max_new_tokens": 4, "do_sample": True, "temperature": 0.8, "top_k": 20}
-    first, second = ours.generate(["hello", "a much-longer-prompt"], **options)
-    assert ours.generate("hello", **options) == first
-    assert ours.generate(["hello", "x"], **options)[0] == first
-    assert ours.generate(["other", "a much-longer-prompt"], **options)[1] == second
-    assert ours.generate("hello", **{**options, "seed": 6}) != first
-
-
 def test_the_row_sampler_draws_from_the_distribution():
     p = torch.tensor([0.5, 0.2, 0.0, 0.3])
     sampler = RowSampler(0, range(4000))
@@ -202,19 +158,6 @@ def test_bad_prompts(folders):
         ours.model(input_ids=torch.ones(1, 65, dtype=torch.long))
     with pytest.raises(InvalidInputError, match="inputs_embeds is refused"):
         ours.model(inputs_embeds=torch.zeros(1, 3, 32))
-
-
-def test_an_error_while_streaming_reaches_the_caller(average):
-    with pytest.raises(ValueError, match="temperature"):
-        list(average.stream("hello", do_sample=True, temperature=-1.0))
-
-
-def test_a_stream_that_is_left_stops_the_generation(average):
-    recorder = Recorder()
-    stream = average.stream("hello", max_new_tokens=58, do_sample=False, eos_token_id=None, recorder=recorder)
-    next(stream)
-    stream.close()
-    assert recorder.rows < 58
 
 
 def test_members_of_different_tokenizers(folders, tmp_path):

@@ -28,33 +28,6 @@ def test_prompt_lookup_equals_greedy(rule):
     assert torch.equal(plain, looked_up)
 
 
-def test_the_bundled_members_too(tmp_path):
-    """Cached equals uncached, batched equals single, prompt lookup equals greedy, loaded equals saved."""
-    ours = Ensemble.from_pretrained("narrow", "meet", trust=1.0, tol=1e-8, dtype=torch.float64)
-    batch = ours.tokenizer(["And the king", "And the king said unto the king"], return_tensors="pt", padding=True)
-    options = {"max_new_tokens": 2, **GREEDY}
-    together = ours.model.generate(**batch, **options)
-    assert torch.equal(together, ours.model.generate(**batch, use_cache=False, **options))
-    one = {key: batch[key][1:] for key in ("input_ids", "attention_mask")}
-    alone = ours.model.generate(**one, **options)
-    assert torch.equal(alone[0], together[1])
-    assert torch.equal(alone, ours.model.generate(**one, prompt_lookup_num_tokens=2, **options))
-    ours.save_pretrained(tmp_path / "e")
-    again = Ensemble.from_pretrained(tmp_path / "e", dtype=torch.float64)
-    assert torch.equal(alone, again.model.generate(**one, **options))
-
-
-@pytest.mark.parametrize("rule", ["max-entropy", "prob-mean", "power-mean"])
-def test_left_padded_prompts_of_unequal_length(rule):
-    ours = build(rule)
-    short = torch.tensor([[7, 8]])
-    padded = torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]])
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    together = ours.generate(padded, attention_mask=mask, max_new_tokens=3, **GREEDY)
-    assert torch.equal(together[0, 4:], ours.generate(short, max_new_tokens=3, **GREEDY)[0, 2:])
-    assert torch.equal(together[1], ours.generate(padded[1:], max_new_tokens=3, **GREEDY)[0])
-
-
 def test_beams_with_and_without_a_cache(model):
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, **GREEDY}
     cached = model.generate(PROMPTS, **options)
@@ -71,12 +44,6 @@ def test_beams_over_zeros():
     assert torch.equal(ours.generate(PROMPTS, num_beams=2, max_new_tokens=5, **GREEDY), greedy)
 
 
-def test_sampling_over_zeros():
-    ours = build("one-hot")
-    options = {**GREEDY, "max_new_tokens": 5}
-    assert torch.equal(ours.generate(PROMPTS, **{**options, "do_sample": True}), ours.generate(PROMPTS, **options))
-
-
 def test_several_ends_and_stop_strings(tmp_path):
     folders = [tiny.save(tmp_path / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
     ours = Ensemble.from_pretrained(folders, trust=1.0, gate="none")
@@ -91,17 +58,6 @@ def test_several_ends_and_stop_strings(tmp_path):
         "abc", max_new_tokens=20, do_sample=False, eos_token_id=None, stop_strings=[stop], tokenizer=ours.tokenizer
     )
     assert stopped == text[: text.index(stop) + 2]
-
-
-def test_continuing_from_a_returned_cache(model):
-    whole = model.generate(PROMPTS, max_new_tokens=6, **GREEDY)
-    first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
-    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, **GREEDY)
-    assert torch.equal(then, whole)
-    cache = model.new_cache()
-    half = model.generate(PROMPTS, cache=cache, max_new_tokens=3, **GREEDY)
-    assert cache.get_seq_length() == half.shape[1] - 1
-    assert torch.equal(model.generate(half, cache=cache, max_new_tokens=3, **GREEDY), whole)
 
 
 def test_a_call_that_fails_leaves_its_cache_as_it_was(model):
@@ -146,16 +102,6 @@ def test_the_gate_unsure_looks_at_what_is_kept_alone(model):
         model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=2, gate=f"unsure:{threshold!r}")
     assert [cache.texts[0].read_by(i) for i in range(2)] == [20, 0]
     assert not cache.texts[0].spent
-
-
-def test_logits_and_scores_are_the_ensembles(model):
-    out = model.generate(
-        PROMPTS, max_new_tokens=3, output_logits=True, output_scores=True, return_dict_in_generate=True, **GREEDY
-    )
-    with torch.inference_mode():
-        expected = model(input_ids=out.sequences[:, :-1]).logits[:, 3:]
-    assert torch.allclose(torch.stack(out.logits, 1), expected.float(), atol=1e-5)
-    assert torch.equal(torch.stack(out.scores, 1), torch.stack(out.logits, 1))
 
 
 def test_unequal_dtypes():
@@ -215,19 +161,9 @@ def test_a_call_of_the_model_itself_takes_the_same_options(model):
         model(PROMPTS, prefixes=[[None] * 3] * 2)
 
 
-def test_constrained_decoding(model):
-    allowed = {"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}
-    assert set(model.generate(PROMPTS, max_new_tokens=6, **allowed, **GREEDY)[:, 4:].flatten().tolist()) <= {3, 4}
-
-
 def test_a_streamer_sees_every_token(model, capsys):
     model.generate(PROMPTS[:1], max_new_tokens=5, streamer=TextStreamer(tiny.tokenizer()), **GREEDY)
     assert len(capsys.readouterr().out.strip()) == 9
-
-
-def test_a_recorder_is_free_when_off_and_changes_nothing(model):
-    plain = model.generate(PROMPTS, max_new_tokens=5, **GREEDY)
-    assert torch.equal(plain, model.generate(PROMPTS, max_new_tokens=5, recorder=TokenReports(), **GREEDY))
 
 
 def test_a_transformers_script_with_a_pipeline(narrow):

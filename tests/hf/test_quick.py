@@ -12,7 +12,6 @@ from softmeet.engine import combine as combining
 from softmeet.engine import quick
 from softmeet.engine.combine import Combiner
 from softmeet.engine.combined import of_rows
-from softmeet.engine.recorder import Recorder
 from softmeet.errors import DisjointSupportError, NonFiniteError
 from softmeet.rules.settings import Settings
 
@@ -146,17 +145,6 @@ def test_half_precision_is_multiplied_as_the_model_does(dtype):
     assert torch.allclose(ours, (0.5 * own[0] + 0.5 * own[1]).log_softmax(-1), atol=1e-5)
     # A report multiplies in fp32: logits are near, not equal.
     assert 1e-5 < (ours - theirs).abs().max() < 0.2
-
-
-def test_bytes_are_combined_at_once(counted):
-    from softmeet import Ensemble
-
-    ensemble = Ensemble.from_pretrained(["mixed/gpt2", "mixed/llama"], "logit-mean")
-    text = ensemble.generate("And the king", max_bytes=6, do_sample=False)
-    assert not counted
-    again = ensemble.generate("And the king", max_bytes=6, do_sample=False, recorder=Recorder())
-    assert len(counted) == 6
-    assert text == again
 
 
 def test_many_rows_are_solved_for_in_chunks(counted, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import replace
 from inspect import signature
 
@@ -24,7 +23,6 @@ from softmeet.engine.recorder import Recorder
 from softmeet.engine.repeats import Repeats
 from softmeet.errors import InvalidInputError
 from softmeet.hf.sampling import RowSampler
-from softmeet.noise import noisy
 
 IDS = torch.tensor([[5, 9, 11, 3], [0, 0, 7, 2], [0, 4, 4, 1]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
@@ -73,37 +71,6 @@ class Calls:
         return forward
 
 
-RULES = ["logit-mean", "prob-mean", "power-mean", "meet", "min-underestimation"]
-
-
-# (how many texts, how many drafts, whether tokens are drawn)
-DRAFTS = [
-    [(1, 1, False), (2, "auto", False), (3, 2, True)],
-    [(1, 5, True), (1, "auto", False), (3, "auto", True)],
-]
-
-
-@pytest.mark.parametrize(
-    ("rule", "count", "kind"),
-    [("logit-mean", 3, "far")] + [(rule, *((2, "far"), (3, "near"))[k % 2]) for k, rule in enumerate(RULES)],
-)
-def test_tokens_are_those_of_plain_decoding(names, rule, count, kind):
-    model = ensemble(names, kind, count, rule).model
-    for rows, speculate, sample in DRAFTS[count % 2]:
-        plain = made(model, 0, rows, sample=sample, count=8)
-        assert made(model, speculate, rows, sample=sample, count=8).equal(plain)
-
-
-@pytest.mark.parametrize(
-    ("kind", "gate"), [("near", "disagreement:0.000018"), ("far", "movement:0.002"), ("near", "none")]
-)
-def test_gates_that_decide_position_by_position(names, kind, gate):
-    model, told = ensemble(names, kind, rule="meet", gate=gate).model, Recorder()
-    assert made(model, 3, count=12).equal(made(model, 0, count=12, recorder=told))
-    # The gate is closed at some positions and open at others.
-    assert 0 < told.gate.gated < told.rows or gate == "none"
-
-
 def test_members_read_in_chunks_and_take_back_what_was_wrong(names, monkeypatch):
     model = ensemble(names, "near").model
     calls, options = Calls(model, monkeypatch), {"count": 40, "suppress_tokens": [0]}
@@ -115,15 +82,6 @@ def test_members_read_in_chunks_and_take_back_what_was_wrong(names, monkeypatch)
     # Of copies that are near, most drafts are right: one member reads several tokens in a call, and few in vain.
     assert min(map(len, calls.lengths)) < 20
     assert all(sum(own) < 60 for own in calls.lengths)
-
-
-def test_no_member_reads_a_token_twice_where_all_drafts_are_right(names, monkeypatch):
-    model = ensemble(names, "same").model
-    calls = Calls(model, monkeypatch)
-    made(model, 4, 1, count=40, suppress_tokens=[0])
-    assert max(map(sum, calls.lengths)) <= 4 + 39
-    # In turn four tokens by one, and one by the other, which reads five at once.
-    assert min(map(len, calls.lengths)) <= 1 + 1 + 40 // 5
 
 
 def test_processors_and_ends(names):
@@ -149,23 +107,6 @@ def test_processors_and_ends(names):
             assert made(model, 4, **more).equal(made(model, 0, **more)), own
 
 
-def test_a_text_that_ends_within_a_draft_ends_there(names):
-    model = ensemble(names, "near").model
-    plain = made(model, 0, 1, sample=False, count=30)[0, 4:].tolist()
-    for k in range(1, 9):
-        first = plain.index(plain[k])
-        found = made(model, 8, 1, sample=False, count=30, eos_token_id=plain[k])
-        assert found[0, 4:].tolist() == plain[: first + 1]
-
-
-def test_stop_strings(names):
-    whole = ensemble(names, "near")
-    plain = made(whole.model, 0, 1, sample=False, count=20)[0, 4:]
-    stop = whole.tokenizer.decode(plain[6:8])
-    options = {"stop_strings": [stop], "tokenizer": whole.tokenizer, "sample": False}
-    assert made(whole.model, 5, 1, **options).equal(made(whole.model, 0, 1, **options))
-
-
 def test_a_context_that_ends_within_a_draft(names):
     model = ensemble(names, "near").model
     limit = model.config.max_position_embeddings
@@ -176,17 +117,6 @@ def test_a_context_that_ends_within_a_draft(names):
         assert found.equal(made(model, 0, 1, sample=False, count=10 * limit))
 
 
-def test_the_cache_goes_on_from_where_the_text_ends(names):
-    model = ensemble(names, "near").model
-    out = made(model, 4, 1, sample=False, count=11, return_dict_in_generate=True)
-    assert out.cache.get_seq_length() == out.sequences.shape[1] - 1
-    longer = model.generate(
-        out.sequences, cache=out.cache, do_sample=False, max_new_tokens=9, pad_token_id=0, speculate=3,
-        attention_mask=torch.ones_like(out.sequences),
-    )  # fmt: skip
-    assert longer.equal(made(model, 0, 1, sample=False, count=20))
-
-
 def test_scores_are_those_of_plain_decoding(names):
     model = ensemble(names, "near").model
     options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "sample": False}
@@ -194,13 +124,6 @@ def test_scores_are_those_of_plain_decoding(names):
     for name in ("scores", "logits"):
         assert torch.allclose(torch.stack(one[name]), torch.stack(two[name]), atol=1e-6)
         assert len(one[name]) == 20
-
-
-def test_unseeded_scores_are_not_those_of_the_draw(names):
-    model = ensemble(names, "near").model
-    options = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "output_scores": True}
-    found = made(model, 4, 1, sample=False, suppress_tokens=[0], **options)
-    assert all((own.isneginf().sum(-1) == 1).all() for own in found.scores)
 
 
 @pytest.mark.parametrize(
@@ -218,13 +141,6 @@ def test_torchs_seed_gives_one_text_with_drafts_and_without(names, rows, options
         texts.append(out.sequences)
     assert texts[0].equal(texts[1])
     assert texts[0].equal(texts[2])
-
-
-def test_plain_decoding_draws_by_noise(names, monkeypatch):
-    monkeypatch.setattr(torch, "multinomial", None)
-    for model in (ensemble(names, "near").model, ensemble(names, "far", gate="unsure:0.5").model):
-        assert len(set(made(model, 0, sample=False, do_sample=True, top_k=0).flatten().tolist())) > 10
-        made(model, 0)
 
 
 def test_stopping_criteria_see_the_scores_that_tokens_are_drawn_from(names):
@@ -257,38 +173,12 @@ def test_no_token_is_drawn_where_none_is_left(names, speculate, seeded, score):
         made(ensemble(names).model, speculate, 1, sample=seeded, do_sample=True, top_k=0, logits_processor=[nothing])
 
 
-def test_disagreements_are_streamed_as_without_drafts():
-    whole = Ensemble.from_pretrained("wide", "logit-mean")
-    told = list(whole.stream_with_disagreement("In the", max_new_tokens=15, speculate=4, seed=2))
-    plain_told = list(whole.stream_with_disagreement("In the", max_new_tokens=15, speculate=0, seed=2))
-    assert len(told) > 1
-    assert [text for text, _ in told] == [text for text, _ in plain_told]
-    assert [nats for _, nats in told] == pytest.approx([nats for _, nats in plain_told], abs=1e-4)
-
-
 def test_a_recorder_counts_the_positions_of_the_text_alone(names):
     for kind in ("far", "near"):
         model = ensemble(names, kind, rule="meet").model
         one, two = Recorder(), Recorder()
         assert made(model, 0, 1, recorder=one).equal(made(model, 4, 1, recorder=two))
         assert (one.rows, one.statuses) == (two.rows, two.statuses)
-
-
-def test_unseeded_tokens_of_plain_decoding_follow_the_rule(names):
-    """Whichever it is: what is drawn from are a rule's scores, and each rule's are tested elsewhere."""
-    model, rows = ensemble(names, rule="prob-mean").model, 1_500
-    torch.manual_seed(3)
-    prompts = torch.tensor([[5, 9]]).expand(rows, -1)
-    found = made(
-        model, 0, rows, sample=False, count=2, ids=prompts, mask=torch.ones_like(prompts), do_sample=True, top_k=4
-    )
-    for before in (found[:1, :2], torch.cat([found[:1, :2], found[:, 2].mode().values[None, None]], 1)):
-        with torch.inference_mode():
-            expected, kept = model(before).logits[0, -1].double().topk(4)
-        drawn = found[(found[:, : before.shape[1]] == before).all(-1), before.shape[1]]
-        seen = torch.stack([(drawn == token).sum() for token in kept])
-        assert seen.sum() == len(drawn) > 300
-        assert chisquare(seen, (expected.softmax(-1) * len(drawn)).numpy()).pvalue > 1e-3
 
 
 def test_unseeded_tokens_follow_the_rule(names):
@@ -310,20 +200,6 @@ def test_unseeded_tokens_follow_the_rule(names):
     seen = torch.stack([(second == token).sum() for token in kept])
     assert seen.sum() == len(second) > 50
     assert chisquare(seen, (expected / expected.sum() * len(second)).numpy()).pvalue > 1e-3
-
-
-def test_drafts_with_the_noise_of_the_rule_are_accepted_as_often_as_promised():
-    """At least (1 - TV) / (1 + TV), where independent draws agree far less often."""
-    generator = torch.Generator().manual_seed(0)
-    one, two = torch.randn(2, 50, generator=generator, dtype=torch.float64) * 2
-    two = 0.8 * one + 0.2 * two
-    noise = [(1, key, 0) for key in range(5_000)]
-    drawn = [noisy(scores.repeat(5_000, 1), noise).argmax(-1) for scores in (one, two)]
-    same = (drawn[0] == drawn[1]).double().mean().item()
-    tv = (one.softmax(-1) - two.softmax(-1)).abs().sum().item() / 2
-    error = 3 * (same * (1 - same) / 5_000) ** 0.5
-    assert (1 - tv) / (1 + tv) - error < same < 1 - tv + error
-    assert (one.softmax(-1) * two.softmax(-1)).sum() < 0.5 * same
 
 
 def test_a_draft_that_leads_to_a_dead_end_is_none():
@@ -354,12 +230,6 @@ def test_positions_have_to_count_tokens(names):
             made(model, speculate, 1, position_ids=torch.tensor([[3, 4, 5, 9]]))
 
 
-def test_padding_on_the_right_is_read_as_without_drafts(names):
-    model = ensemble(names, "near").model
-    options = {"mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]), "ids": IDS[:2]}
-    assert made(model, 4, 2, **options).equal(made(model, 0, 2, **options))
-
-
 def test_a_given_cache_cannot_go_past_the_context(names):
     model = ensemble(names, "near").model
     long = torch.randint(1, tiny.V, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -379,20 +249,6 @@ def test_rules_in_half_precision(names, rule):
     """Rounding depends on how many tokens are read at once; these short texts have no near ties."""
     model = Ensemble.from_pretrained(names["near"][:2], rule, dtype="bfloat16").model
     assert made(model, 3, 1, sample=False, count=8).equal(made(model, 0, 1, sample=False, count=8))
-
-
-def test_sliding_windows_are_passed(tmp_path):
-    paths = []
-    for k in range(2):
-        torch.manual_seed(k)
-        config = tf.MistralConfig(**tiny.SMALL, **tiny.GQA, sliding_window=6)
-        paths.append(str(tmp_path / str(k)))
-        tf.MistralForCausalLM(config).save_pretrained(paths[-1])
-        tiny.tokenizer().save_pretrained(paths[-1])
-    model = Ensemble.from_pretrained(paths, "logit-mean", dtype="float64").model
-    options = {"suppress_tokens": [0], "count": 30}
-    for rows in (1, 3):
-        assert made(model, 3, rows, **options).equal(made(model, 0, rows, **options))
 
 
 def test_one_member_twice(names):
@@ -513,17 +369,6 @@ def test_a_pace_of_kept_costs_hangs_on_no_clock():
     assert [steps.worth([0.95 * k + 1 for k in range(n)], 0) for n in (2, 9)] == [0, 8]
 
 
-def test_a_pace_expects_little_of_many_sequences():
-    chosen = []
-    for rows in (1, 8):
-        pace = Pace(2, 0, rows)
-        for calls in pace.calls:
-            calls.add(1, 1.0)
-        pace.choose()
-        chosen.append(pace.choose())
-    assert chosen[0] > chosen[1] == 0
-
-
 def test_a_pace_that_has_stopped_tries_again_now_and_then():
     pace = Pace(2, 0)
     observed(pace, (1, 4), 0.05, 0.0)
@@ -536,18 +381,6 @@ def generated(*options):
     return CliRunner().invoke(app, words)
 
 
-def test_the_command_speculates():
-    plain = generated("--seed", "4")
-    assert plain.exit_code == 0
-    assert generated("--seed", "4", "--speculate", "auto").stdout == plain.stdout
-    figures = json.loads(generated("--seed", "4", "--json", "--speculate", "3").stdout)
-    assert figures["completions"][0]["text"] + "\n" == plain.stdout
-    assert figures["tokens"] == 12
-    wrong = generated("--speculate", "fast")
-    assert wrong.exit_code == 2
-    assert "neither a number of tokens from 0 to 64 nor auto" in " ".join(wrong.output.split())
-
-
 def test_the_command_draws_from_one_member(monkeypatch):
     drawn, original = [], quick.of_drawn
     monkeypatch.setattr(quick, "of_drawn", lambda *given: (drawn.append(1), original(*given))[1])
@@ -558,6 +391,8 @@ def test_the_command_draws_from_one_member(monkeypatch):
         refused = generated("--one-member", *options)
         assert isinstance(refused.exception, InvalidInputError)
         assert name in str(refused.exception)
+    wrong = generated("--speculate", "fast")
+    assert "neither a number of tokens from 0 to 64 nor auto" in " ".join(wrong.output.split())
 
 
 class Remembers(tf.LogitsProcessor):
@@ -598,16 +433,6 @@ def test_members_that_were_dequantised_on_loading_draft_as_any_in_single_precisi
     calls = Calls(model, monkeypatch)
     made(model, None, 1, count=20, suppress_tokens=[0])
     assert max(length for own in calls.lengths for length in own[1:]) > 1
-
-
-def test_what_follows_depends_on_torchs_seed_alone(names):
-    model, found = ensemble(names, "near").model, []
-    for speculate in (1, 6, "auto"):
-        torch.manual_seed(3)
-        found.append([made(model, speculate, 1, sample=False, do_sample=True, top_k=0, count=k) for k in (7, 12)])
-    for first, second in found[1:]:
-        assert first.equal(found[0][0])
-        assert second.equal(found[0][1])
 
 
 @pytest.mark.parametrize(("speculate", "chunked"), [("auto", False), (None, False), (2, True)])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from serving import tiny_ensemble
 
-from softmeet import Ensemble
 from softmeet.engine.recorder import Savings
 from softmeet.hf import Recorder, TokenReports
 from softmeet.hf.report import known_sum, style
@@ -44,14 +43,6 @@ def test_figures_are_of_the_tokens_that_assisted_decoding_accepts(ensemble):
     assert counted.rows > len(together)
     assert [piece for piece, _ in together] == [piece for piece, _ in alone]
     assert [nats for _, nats in together] == pytest.approx([nats for _, nats in alone], abs=1e-3)
-
-
-def test_over_bytes_the_pieces_are_the_text():
-    mixed = Ensemble.from_pretrained("mixed", vocabulary="bytes")
-    options = SAMPLED | {"max_new_tokens": 12}
-    pieces = list(mixed.stream_with_disagreement("In the", **options))
-    assert "".join(piece for piece, _ in pieces) == mixed.generate("In the", **options)
-    assert max(nats for _, nats in pieces) > 0
 
 
 def test_characters_stay_whole_with_the_largest_figure_of_their_bytes():

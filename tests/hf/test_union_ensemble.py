@@ -75,14 +75,6 @@ def test_greedy_text_is_what_the_formulas_say(ensemble, weights):
     assert found == b"".join(word for word in expected if word).decode(errors="replace")
 
 
-def test_the_next_string_is_the_mean_of_what_members_say_of_it(ensemble):
-    members, prompts = zip(*(oracle(ensemble, i) for i in range(2)), strict=True)
-    expected = rival_oracles.union_distribution(members, prompts, np.array([0.5, 0.5]))
-    found = ensemble.next_token(PROMPT, top=3)
-    best = sorted(expected.values(), reverse=True)[:3]
-    assert [p for _, p in found.top] == pytest.approx(best, abs=1e-6)
-
-
 @pytest.mark.parametrize(("k", "weights"), [(1, (0.5, 0.5)), (3, (0.2, 0.8)), (10, (0.5, 0.5)), (10, (0.0, 1.0))])
 def test_over_the_likeliest_strings_it_is_what_the_formulas_say(k, weights, top_unions):
     ensemble = top_unions[k]
@@ -96,12 +88,6 @@ def test_over_the_likeliest_strings_it_is_what_the_formulas_say(k, weights, top_
     text = rival_oracles.top_union_greedy(members, prompts, np.array(weights), 9, k)
     found = ensemble.generate(PROMPT, max_new_tokens=9, do_sample=False, weights=list(weights))
     assert found == b"".join(word for word in text if word).decode(errors="replace")
-
-
-def test_members_in_another_order_write_the_same(folders, ensemble):
-    other = Ensemble.from_pretrained(folders[::-1], vocabulary="union")
-    given = {"max_new_tokens": 12, "do_sample": False}
-    assert other.generate(PROMPT, **given) == ensemble.generate(PROMPT, **given)
 
 
 def test_one_member_is_itself(folders):
@@ -118,24 +104,6 @@ def test_members_of_one_vocabulary_are_combined_as_over_tokens(folders, tmp_path
     assert over[0].generate(PROMPT, max_new_tokens=9, do_sample=False) == over[1].generate(
         PROMPT, max_new_tokens=9, do_sample=False
     )
-
-
-def test_every_road_writes_the_same(folders, ensemble):
-    seeded = {"max_new_tokens": 10, "seed": 3}
-    expected = ensemble.generate(PROMPT, **seeded)
-    assert "".join(ensemble.stream(PROMPT, **seeded)) == expected
-    assert ensemble.generate([PROMPT, "And"], **seeded)[0] == expected
-    assert ensemble.generate(PROMPT, **seeded, speculate=0) == ensemble.generate(PROMPT, **seeded, speculate=3)
-    line = run("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--vocabulary", "union", "--max-new-tokens",
-               "10", "--seed", "3")  # fmt: skip
-    assert line.stdout == expected + "\n"
-    shown = run("generate", PROMPT, "-m", folders[0], "-m", folders[1], "--vocabulary", "union", "--max-new-tokens",
-                "3", "--seed", "3", "--summary")  # fmt: skip
-    assert "3 tokens, " in shown.stderr
-    with running(serving_of({"union": ensemble})) as url:
-        asked = {"prompt": PROMPT, "max_tokens": 10, "seed": 3, "model": "union"}
-        told = http.post(f"{url}/v1/completions", json=asked).json()
-    assert told["choices"][0]["text"] == expected
 
 
 def test_it_is_saved_and_loaded(ensemble, tmp_path):
@@ -220,14 +188,6 @@ def test_a_head_that_is_too_small_is_refused():
     alphabet = UnionAlphabet.of([spelling])
     with pytest.raises(VocabularyMismatchError, match="a logit for each of its tokens"):
         UnionReader(below, SpelledTokens(spelling, alphabet, ()), alphabet)
-
-
-def test_chats_and_prompts_of_members_own_are_read(folders):
-    behind = Ensemble.from_pretrained([f"{folders[0]}+prompt=In the beginning", folders[1]], vocabulary="union")
-    plain = Ensemble.from_pretrained(folders, vocabulary="union")
-    found, other = (one.next_token(PROMPT).members for one in (behind, plain))
-    assert found[behind.names[0]] != other[plain.names[0]]
-    assert found[behind.names[1]] == other[plain.names[1]]
 
 
 @pytest.mark.parametrize("rule", ["meet", "max-entropy"])

@@ -22,10 +22,10 @@ def test_no_class_name_stands_twice():
 
 # Where it may be asked whether symbols are bytes, or be known how they are read.
 MAKERS = {
-    "hf/__init__.py", "hf/assembly.py", "hf/byte_modeling.py", "hf/checkpoint.py", "hf/configuration.py",
+    "hf/__init__.py", "hf/byte_modeling.py", "hf/checkpoint.py", "hf/configuration.py",
     "hf/modeling.py", "hf/protocol.py",
 }  # fmt: skip
-SHOWN = {"cli/check.py", "cli/inspect.py", "hf/byte_report.py", "hf/inspected.py"}
+SHOWN = {"cli/check.py", "cli/inspect.py", "hf/inspected.py"}
 TEXTS = {"evaluation/byte_harness.py", "members/byte_member.py"}
 ASKS = re.compile(r"over_bytes|ByteEnsemble|ByteMember|ByteReader|bytes\.covers")
 

@@ -352,7 +352,7 @@ def test_a_trace_is_of_the_prompts_that_members_read(made, tmp_path):
     trace = record(Ensemble.from_pretrained(lines, "logit-mean"), documents, tmp_path / "trace")
     trace.require(Ensemble.from_pretrained(lines, "logit-mean"))
     for other in ([lines[0]] * 2, [lines[0], lines[1] + "so"]):
-        with pytest.raises(TraceError, match="behind other prefixes"):
+        with pytest.raises(TraceError, match="with other prefixes"):
             trace.require(Ensemble.from_pretrained(other, "logit-mean"))
 
 

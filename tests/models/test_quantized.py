@@ -23,7 +23,7 @@ from softmeet.cli.main import app as commands
 from softmeet.errors import UnsupportedHeadError
 from softmeet.evaluation.premise import premise_scores
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.hf.assembly import assemble
+from softmeet.hf.checkpoint import assemble
 from softmeet.hf.vocabulary import choose_vocabulary
 from softmeet.members import names, quantized
 from softmeet.members.heads import body_hash, head_of

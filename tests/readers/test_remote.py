@@ -584,7 +584,7 @@ def test_saved_ensembles_and_traces_name_no_servers(alone, folders, tmp_path):
                 assert "expected members of a saved ensemble that are files" in " ".join(done.stderr.split())
         trace = tmp_path / "trace"
         trace.mkdir()
-        facts = dict.fromkeys(("tokenizer", "text", "bos", "window", "stride", "dtype", "documents", "shards"))
+        facts = dict.fromkeys(("tokenizer", "text", "bos", "window", "stride", "dtype", "documents"))
         facts |= {"format": FORMAT, "members": [{"name": member(url, folders)}]}
         (trace / "trace.json").write_text(json.dumps(facts))
         done = run("evaluate", "--trace", trace)

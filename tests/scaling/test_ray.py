@@ -255,7 +255,7 @@ def test_positions_fits_and_studies_are_the_same(engine, ensemble, tmp_path):
     parsed = parse_choices(["meet:trust=0.5", "logit-mean:prompt_weights=20"], 2)
 
     def everything(engine, folder):
-        traced = record(ensemble, DOCUMENTS, folder / "trace", max_per_document=40, shard_size=100, engine=engine)
+        traced = record(ensemble, DOCUMENTS, folder / "trace", max_per_document=40, engine=engine)
         positions = traced.read()
         scores = summary(evaluate_positions(ensemble, positions, with_baselines(parsed), engine=engine))
         fitted = figures(fit(ensemble, positions, options, engine=engine, cache=PieceCache(folder / "fit", {})))

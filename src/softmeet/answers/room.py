@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
+from softmeet import __version__
+from softmeet.answers import extract
 from softmeet.answers.asking import Answered, Answering, Writing, ask_all
-from softmeet.answers.kept import Kept
+from softmeet.answers.questions import Question
 from softmeet.answers.results import figures
-from softmeet.answers.votes import majority
+from softmeet.evaluation.files import room_for, turn_at, write_atomically, write_text
 
 if TYPE_CHECKING:
     from softmeet.answers.subjects import Subject
@@ -21,6 +30,89 @@ _VOTING = 0.7
 _APART = 1_000_003
 # The fewest and the most votes, where nobody says how many.
 _FEWEST, _MOST = 3, 64
+_ANSWER = TypeAdapter(Answered)
+# Ways to answer of which several answers can say the same.
+VOTED = ("number", "choice", "match")
+
+
+def said(how: str, text: str, question: Question) -> str | None:
+    """Return what an answer in words says, in one form for all that say the same; None if it says nothing.
+
+    Example:
+        >>> said("number", "so it is 15.0", Question("1", "?", ("15",)))
+        '15'
+    """
+    if how == "number":
+        found = extract.number(text)
+        return None if found is None else f"{found.normalize():f}"
+    if how == "choice":
+        return extract.letter(text, len(question.choices))
+    return extract.tidy(text.strip().partition("\n")[0]) or None
+
+
+def majority(how: str, questions: Sequence[Question], rounds: Sequence[Sequence[Answered]]) -> list[Answered]:
+    """Return for each question the first of those answers that say what most of them say.
+
+    Answers that say nothing have no vote; of equals what was said first wins. Seconds and tokens are those of all.
+
+    Args:
+        how: the way to answer, one of ``VOTED``.
+        questions: the questions.
+        rounds: in each round an answer to each question.
+    """
+    found = list[Answered]()
+    for question, *answers in zip(questions, *rounds, strict=True):
+        each = [said(how, one.answer, question) for one in answers]
+        votes = Counter(word for word in each if word is not None)
+        chosen = each.index(votes.most_common(1)[0][0]) if votes else 0
+        one = answers[chosen]
+        seconds, tokens = sum(own.seconds for own in answers), sum(own.tokens for own in answers)
+        found.append(Answered(one.id, one.answer, one.right, seconds, tokens))
+    return found
+
+
+class Kept:
+    """The answers of one subject.
+
+    Args:
+        folder: the folder of all; None to keep nothing.
+        settings: everything that the answers depend on, as JSON has it; softmeet's version is added to it.
+
+    Attributes:
+        answers: those of earlier runs, by the question's id.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
+        self.answers, self._file = dict[str, Answered](), None
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        told = json.dumps({"version": __version__, **settings}, sort_keys=True)
+        self._file = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.jsonl"
+        with turn_at(folder):
+            if not self._file.exists():
+                write_text(self._file, json.dumps({"settings": json.loads(told)}) + "\n")
+            # A last line that was cut off is dropped. Texts may have what str.splitlines takes for the end of a line.
+            whole, end, cut_off = self._file.read_bytes().rpartition(b"\n")
+            if cut_off:
+                write_atomically(self._file, lambda file: file.write(whole + end))
+        for line in whole.split(b"\n")[1:]:
+            with suppress(ValueError):  # damaged: the question is asked again
+                one = _ANSWER.validate_json(line)
+                self.answers[one.id] = one
+
+    def keep(self, answers: Sequence[Answered]) -> None:
+        """Write answers behind those that are kept, and wait until they are on the disk.
+
+        Raises:
+            TraceError: if the disk is full.
+        """
+        if self._file is None:
+            return
+        with turn_at(self._file.parent), room_for(self._file), self._file.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answers)
+            out.flush()
+            os.fsync(out.fileno())
 
 
 @dataclass(frozen=True)
@@ -66,7 +158,7 @@ class Room:
             who: everybody who was asked.
             found: what they answered, by name.
             way: the way in which they wrote.
-            how: the way to answer, one of ``votes.VOTED``.
+            how: the way to answer, one of ``VOTED``.
             count: how many votes; None for as many as take the time of the dearest ensemble.
         """
         name = figures([one.name for one in who if one.is_member], found)["best_member"]

@@ -249,7 +249,7 @@ def _file(
     subjects = who()
     _require_likelihoods(subjects, f"answers by {put.how} need", put.how in LIKELIHOODS)
     from softmeet.answers.asking import Asker, Writing
-    from softmeet.answers.votes import VOTED
+    from softmeet.answers.room import VOTED
 
     way = Writing(
         words.max_new_tokens or TOKENS.get(put.how, 0), words.temperature, words.seed, words.chat, words.batch

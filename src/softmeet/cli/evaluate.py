@@ -116,8 +116,8 @@ def evaluate(
 
     Example: softmeet evaluate -m wide/gpt2 -m wide/llama --text 'books/*.txt' --rule meet:trust=1 --rule logit-mean
     """
-    arrow, pictures = bool(source.trace or losses), bool(plots)
-    require_extra("evaluate", "eval", "psutil", "scipy", *["pyarrow"] * arrow, *["matplotlib"] * pictures)
+    optional = {"pyarrow": losses, "matplotlib": plots}
+    require_extra("evaluate", "eval", "psutil", "scipy", *(name for name, asked in optional.items() if asked))
     _require_output(table, losses, by_token=by_token, adaptive=adaptive, folds=folds)
     result.require(plots, *(plots.glob("*.png") if plots else ()), losses)
     record = Record()

@@ -99,7 +99,7 @@ def fit(
     """
     from softmeet.evaluation.files import PieceCache, require_ensemble_folder
 
-    require_extra("fit", "eval", "psutil", "scipy", *["pyarrow"] * bool(source.trace))
+    require_extra("fit", "eval", "psutil", "scipy")
     require_ensemble_folder(out)
     result.require(out, out / "config.json")
     rule = loaded_by(fitting.rules or [])

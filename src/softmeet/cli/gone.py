@@ -28,6 +28,7 @@ _OPTIONS = {
     **dict.fromkeys(("num-fewshot",), "it is --count"),
     **dict.fromkeys(("tasks",), "it is --task"),
     **dict.fromkeys(("output-path", "output", "o"), "results are written by --json FILE"),
+    "shard": "a trace has one file a document",
     **dict.fromkeys(("samples",), "so many of several things are asked for by --limit"),
 }
 _COMMANDS = {

@@ -30,7 +30,7 @@ from softmeet.rules.endings import endings
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
     from softmeet.hf import TokenReport
-    from softmeet.hf.byte_report import GroupReport
+    from softmeet.hf.inspected import GroupReport
 
 # The endings of files of text.
 _TEXTS = (".txt", ".md", ".rst", ".html", ".tex")

@@ -150,7 +150,7 @@ class LoadingFlags(Flags, panel="Models"):
             return
         require_there(members)
         from softmeet.ensemble import member_names
-        from softmeet.hf.assembly import require_few_ways
+        from softmeet.hf.checkpoint import require_few_ways
 
         models, _ = parted(members)
         own = member_names(models[0] if isinstance(models, list) and len(models) == 1 else models)

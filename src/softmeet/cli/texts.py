@@ -168,9 +168,10 @@ class SourceFlags(TextFlags):
         opened.require(ensemble)
         with progress() as begin:
             reading = f"reading the trace, in {ensemble.model.config.vocabulary}"
-            positions, left_out = opened.read_whole(say, begin(reading, 0, sum(opened.facts["shards"])))
+            positions = opened.read(say, begin(reading, 0, sum(opened.sizes)))
         # Part of the key, since pieces are numbered by the positions that were read.
-        damaged = {"shards left out": left_out} if left_out else {}
+        left_out = sorted(set(range(len(opened.sizes))) - set(positions.document.tolist()))
+        damaged = {"documents left out": left_out} if left_out else {}
         own |= {name: opened.facts[name] for name in ("window", "stride", "bos")} | {"source": opened.key}
         return positions.take(slice(self.max_tokens)), own | damaged
 

@@ -13,7 +13,6 @@ from softmeet.cli.messages import say, stoppable
 from softmeet.cli.progress import progress
 from softmeet.cli.terminal import harmless
 from softmeet.evaluation.record import repeats
-from softmeet.extras import require_extra
 from softmeet.members.files import TRACED, refuse_files
 from softmeet.rules.frozen import unknown
 
@@ -27,7 +26,6 @@ def trace(
     store: str = flag(
         "float32", "The type of the stored numbers: float32, or float16 for half the size.", panel="Output"
     ),
-    shard: int = flag(4096, "The fewest tokens to store in one file.", min=1, panel="Output"),
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
@@ -38,7 +36,6 @@ def trace(
 
     Example: softmeet trace my-trace -m wide/gpt2 -m wide/llama --text 'books/*.txt'
     """
-    require_extra("trace", "eval", "pyarrow")
     texts.require_places(None, out)
     if store not in ("float32", "float16"):
         raise unknown(f"cannot store numbers as {store!r}", store, ["float32", "float16"])
@@ -50,7 +47,7 @@ def trace(
     from softmeet.evaluation.trace import record
 
     tracing = f"reading the text, in {ensemble.model.config.vocabulary}"
-    kept = stoppable(f"whole shards stay in {out}; the same command goes on from there")
+    kept = stoppable(f"whole documents stay in {out}; the same command goes on from there")
     with kept, running.start(ensemble) as engine, progress() as begin:
         bars: list[Any] = []
         made = record(
@@ -59,18 +56,16 @@ def trace(
             out,
             **source.windowing,
             dtype=store,  # type: ignore[arg-type]  # checked there
-            shard_size=shard,
             engine=engine,
             on_start=lambda done, total: bars.append(begin(tracing, done, total)),
             on_progress=lambda count: bars[0](count),
             on_damage=say,
         )
     facts = made.facts
-    size = sum(made.shard(k).stat().st_size for k in range(len(facts["shards"])))
+    size = sum(made.document(k).stat().st_size for k in range(len(made.sizes)))
     typer.echo(
-        f"{harmless(str(out))}: {sum(facts['shards']):,} positions of {len(facts['documents']):,} documents in "
-        f"windows of {facts['window']} tokens, {facts['stride']} apart; "
-        f"{len(facts['shards'])} shards, {size / 1e6:,.1f} MB"
+        f"{harmless(str(out))}: {sum(made.sizes):,} positions of {len(made.sizes):,} documents in "
+        f"windows of {facts['window']} tokens, {facts['stride']} apart; {size / 1e6:,.1f} MB"
     )
     for line in repeats(ensemble.names):
         typer.echo(line)

@@ -199,6 +199,12 @@ class Decoder(Frozen, ABC):
         )
 
 
+def refuse_given(decoder: Decoder, against: Mapping[str, bool]) -> None:
+    """Raise InvalidInputError if one of some settings, by what it is called, is given that a decoder cannot use."""
+    if wrong := [name for name, given in against.items() if given]:
+        raise InvalidInputError(f"the decoder {decoder.name} cannot be used with {', '.join(wrong)}: leave it out")
+
+
 def require_plain(decoder: Decoder, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a call that change something.
 

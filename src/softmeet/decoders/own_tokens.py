@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int
 
-from softmeet.decoders.base import Decoder, Texts
+from softmeet.decoders.base import Decoder, Texts, refuse_given
 from softmeet.errors import InvalidInputError
 from softmeet.rules.gates import that_closes
 from softmeet.rules.pools import LogitMean
@@ -113,11 +113,12 @@ class OwnTokensDecoder(Decoder):
                 "logit-mean"
             )
         weights: Any = settings.weights if isinstance(settings.weights, tuple) else ()
-        against = {
-            f"the gate {settings.gate}": that_closes(settings.gate) is not None,
-            "rule_temperature": settings.rule_temperature != 1,
-            "plausibility": settings.rule.plausibility > 0,
-            "weights below 0": min(weights, default=0.0) < 0,
-        }
-        if wrong := [name for name, given in against.items() if given]:
-            raise InvalidInputError(f"the decoder {self.name} cannot be used with {', '.join(wrong)}: leave it out")
+        refuse_given(
+            self,
+            {
+                f"the gate {settings.gate}": that_closes(settings.gate) is not None,
+                "rule_temperature": settings.rule_temperature != 1,
+                "plausibility": settings.rule.plausibility > 0,
+                "weights below 0": min(weights, default=0.0) < 0,
+            },
+        )

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from softmeet.decoders.base import Decoder, Decoding, Texts, ToWrite, WeightedText
+from softmeet.decoders.base import Decoder, Decoding, Texts, ToWrite, WeightedText, refuse_given
 from softmeet.errors import InvalidInputError
 from softmeet.rules.gates import that_closes
 from softmeet.rules.registry import all_rules
@@ -65,12 +65,13 @@ class Particles(Decoder):
                 f"the decoder particles needs a rule that combines the probabilities of whole texts, which "
                 f"{settings.rule} does not: choose {without}{' or '.join(names)}"
             )
-        against = {
-            f"the gate {settings.gate}": that_closes(settings.gate) is not None,
-            "rule_temperature": settings.rule_temperature != 1,
-        }
-        if wrong := [name for name, given in against.items() if given]:
-            raise InvalidInputError(f"the decoder particles cannot be used with {', '.join(wrong)}: leave it out")
+        refuse_given(
+            self,
+            {
+                f"the gate {settings.gate}": that_closes(settings.gate) is not None,
+                "rule_temperature": settings.rule_temperature != 1,
+            },
+        )
 
     def decode(self, texts: Texts, job: ToWrite) -> list[Decoding]:
         """Write n texts behind each of B prompts, and choose one of each by weight."""

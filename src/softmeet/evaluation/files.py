@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors
 import safetensors.torch
 import torch
 from pydantic_core import to_jsonable_python
@@ -32,8 +33,8 @@ from softmeet.scaling.local import LocalEngine
 P = TypeVar("P")
 Tensors = dict[str, Tensor]
 
-# Bytes of the checksum at the end of each file.
-_DIGEST = 32
+# The name of a file's checksum in its metadata.
+_DIGEST = "softmeet-sha256"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Seconds after which what nobody has written to, and nobody has finished, is of a process that was killed.
 _ABANDONED = 3600.0
@@ -218,6 +219,41 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
+def save_tensors(path: Path, tensors: Tensors, key: str) -> None:
+    """Write tensors by name as a safetensors file, all of it or nothing, with a checksum in its metadata.
+
+    Args:
+        path: the file, which is replaced if it exists.
+        tensors: the tensors, on the CPU.
+        key: which file it is, and of what settings; :func:`load_tensors` asks for it.
+
+    Raises:
+        TraceError: if the disk is full.
+    """
+    tensors = {name: one.contiguous() for name, one in tensors.items()}
+    data = safetensors.torch.save(tensors, metadata={_DIGEST: _digest(tensors, key)})
+    write_atomically(path, lambda file: file.write(data))
+
+
+def load_tensors(path: Path, key: str) -> Tensors | None:
+    """Return what :func:`save_tensors` wrote; None if the file is missing, damaged, or of another ``key``."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return tensors if (metadata or {}).get(_DIGEST) == _digest(tensors, key) else None
+
+
+def _digest(tensors: Tensors, key: str) -> str:
+    """Compute the SHA-256 of a key and of all tensors' names, forms and numbers, in hexadecimal."""
+    digest = hashlib.sha256(key.encode())
+    for name, one in sorted(tensors.items()):
+        digest.update(repr((name, one.dtype, one.shape)).encode())
+        digest.update(one.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def join_tensors(pieces: Sequence[Tensors]) -> Tensors:
     """Concatenate the tensors of each name in one piece or more, in order, along their first dimension.
 
@@ -242,7 +278,7 @@ class PieceCache:
 
     def __init__(self, folder: Path | None = None, settings: dict[str, Any] | None = None) -> None:
         self._folder, own = folder, {"version": __version__, **(settings or {})}
-        self._key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).digest()
+        self._key = json.dumps(own, sort_keys=True)
         if folder is not None:
             claim(folder, "pieces of a command", own)
 
@@ -325,16 +361,8 @@ class PieceCache:
 
     def _read(self, name: str) -> Tensors | None:
         path = self._path(name)
-        if path is None or not path.exists():
-            return None
-        data = path.read_bytes()
-        data, digest = data[:-_DIGEST], data[-_DIGEST:]
-        return safetensors.torch.load(data) if self._digest(name, data) == digest else None
+        return None if path is None else load_tensors(path, f"{self._key} {name}")
 
     def _write(self, name: str, found: Tensors) -> None:
         if (path := self._path(name)) is not None:
-            data = safetensors.torch.save({key: value.contiguous() for key, value in found.items()})
-            write_atomically(path, lambda file: file.write(data + self._digest(name, data)))
-
-    def _digest(self, name: str, data: bytes) -> bytes:
-        return hashlib.sha256(self._key + hashlib.sha256(name.encode()).digest() + data).digest()
+            save_tensors(path, found, f"{self._key} {name}")

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList
 from softmeet.engine.combine import Combiner
 from softmeet.engine.processors import SomethingLeft, following
 from softmeet.errors import InvalidInputError
-from softmeet.hf import assembly, checkpoint
+from softmeet.hf import checkpoint
 from softmeet.hf.answer_length import within_limits
 from softmeet.hf.chat import chat_of
 from softmeet.hf.configuration import EnsembleConfig
@@ -76,7 +76,7 @@ class ByteEnsembleForCausalLM(EnsembleForCausalLM):
         require_for_bytes(config.settings)
         if readers is None:
             models, spellings = checkpoint.random_members(config, over_bytes=True)
-            readers = assembly.readers(config, models, spellings, load_tokenizers(config.members))
+            readers = checkpoint.byte_members(config, models, spellings, load_tokenizers(config.members))
         heads = {id(reader.model): reader.head for reader in readers}
         super().__init__(config, [reader.model for reader in readers], heads=heads)
         self.readers = list(readers)

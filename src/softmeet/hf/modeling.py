@@ -24,10 +24,10 @@ from softmeet.hf.call_options import CallOptions
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts, OwnPrompt
 from softmeet.hf.decoding import decode, decodes, is_to_speculate
-from softmeet.hf.partial import require_all, require_known
 from softmeet.hf.readers import ReadMembers
 from softmeet.hf.refused import checked_length, refuse, refuse_other_caches
 from softmeet.hf.running import NewTokens, claims_once, combined_behind, read_once
+from softmeet.hf.unread import require_all, require_known
 from softmeet.members.heads import head_of, replace_weight
 from softmeet.members.huggingface import Dtype
 from softmeet.members.opaque import Head

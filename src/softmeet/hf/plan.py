@@ -7,8 +7,9 @@ torch's meta device. A strategy such as ``"auto"`` is worked out as at loading, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.integrations.accelerate import _get_device_map
 from softmeet.engine.combine import rows_at_once
 from softmeet.errors import InvalidInputError
 from softmeet.members import quantized
-from softmeet.members.gguf_file import GgufFile, read_gguf
+from softmeet.members.gguf_file import read_gguf
 from softmeet.members.huggingface import Dtype, dtype_of, placed, random_member
 from softmeet.members.member import Member
 from softmeet.members.names import find_adapter
@@ -81,94 +82,31 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A member built without weights.
+    """A member without its weights.
 
     Attributes:
         name: its name.
-        model: the model, on torch's meta device, with a quantisation's own layers.
-        places: the device of each of its modules, by the module's name.
-        sizes: the bytes of each of its parameters, by name.
-        quantization: the quantisation in which it is loaded; None for that of the checkpoint.
+        home: the name of the device on which it computes.
+        limit: the number of tokens of its context; None if nothing limits it.
+        head: the shape of the head's weight, (v, d); (v, v) for a model without an output layer that can be read.
+        dtype: that of its cache, and of an adapter.
+        cache_bytes: the bytes of keys and values of so many sequences of so many tokens.
+        weights: its parts without caches and adapters.
+        is_file: whether llama.cpp runs it, from a GGUF file.
     """
 
     name: str
-    model: PreTrainedModel
-    places: dict[str, Any]
-    sizes: dict[str, int]
-    quantization: str | None
+    home: str
+    limit: int | None
+    head: Sequence[int]
+    dtype: str
+    cache_bytes: Callable[[int, int], int]
+    weights: list[PlanPart]
+    is_file: bool = False
 
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The configuration of the language model, without parts for other media."""
-        return self.model.config.get_text_config(decoder=True)
-
-    @property
-    def limit(self) -> int | None:
-        """The number of tokens of its context; None if nothing limits it."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @property
-    def head(self) -> torch.Size:
-        """The shape of the head's weight, (v, d); (v, v) for a model without an output layer that can be read."""
-        layer, v = self.model.get_output_embeddings(), self.config.vocab_size
-        return torch.Size([v, v]) if layer is None else layer.weight.shape
-
-    @property
-    def home(self) -> str:
-        """The name of the device on which the member computes."""
-        return str(main_device(self.places))
-
-    def place(self, parameter: str) -> str:
-        """Return the device of a parameter: that of the innermost module in ``places`` that holds it, else the CPU."""
-        best = max((m for m in self.places if not m or f"{parameter}.".startswith(f"{m}.")), key=len, default=None)
-        return "cpu" if best is None else str(self.places[best])
-
-    def cache_bytes(self, batch: int, context: int) -> int:
-        """Count the bytes of keys and values for ``batch`` sequences; layers of sliding attention keep their window."""
-        c = self.config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        kept = sum(min(context, getattr(layer, "sliding_window", context)) for layer in DynamicCache(config=c).layers)
-        return int(batch * kept * 2 * heads * width * self.model.dtype.itemsize)
-
-    def part(self, what: str, place: str, size: int) -> PlanPart:
-        """Return a part that belongs to this member: ``size`` bytes of the kind ``what`` on the device ``place``."""
-        dtype = self.quantization if what == "body" and self.quantization else self.model.dtype
-        return PlanPart(self.name, what, place, str(dtype).removeprefix("torch."), size)
-
-
-@dataclass(frozen=True)
-class _File:
-    """A GGUF file that llama.cpp runs as it is, of which the same is known.
-
-    Attributes:
-        name: the member's name.
-        file: what the file says.
-        context: the most tokens of a text that were asked for; None for the file's own.
-    """
-
-    name: str
-    file: GgufFile
-    context: int | None
-    home = "cpu"
-
-    @property
-    def limit(self) -> int | None:
-        """The number of tokens of its context."""
-        return self.context or self.file.context
-
-    @property
-    def head(self) -> torch.Size:
-        """The shape of the head's weight, (v, d)."""
-        return torch.Size(self.file.tensors["token_embd.weight"].shape)
-
-    def cache_bytes(self, batch: int, context: int) -> int:
-        """Count the bytes of keys and values, in half precision; the library makes room for all of a text."""
-        return batch * context * self.file.bytes_a_token
-
-    def part(self, what: str, place: str, size: int) -> PlanPart:
-        """Return a part that belongs to this member."""
-        return PlanPart(self.name, what, place, "float16" if what == "cache" else "as stored", size)
+    def part(self, what: str, size: int) -> PlanPart:
+        """Return a part of the kind ``what``, of ``size`` bytes, on the device on which the member computes."""
+        return PlanPart(self.name, what, self.home, self.dtype, size)
 
 
 def plan(
@@ -202,7 +140,10 @@ def plan(
             f"expected members, and a batch and a context of at least 1, got {len(names)}, {batch} and {context}"
         )
     members = placed(names, dtype, device)
-    shapes = [_shape(member, own_dtype, own_device, trust_remote_code) for member, own_dtype, own_device in members]
+    shapes = [
+        _file(member) if is_native(member) else _shape(member, own_dtype, own_device, trust_remote_code)
+        for member, own_dtype, own_device in members
+    ]
     length = context or min((shape.limit for shape in shapes if shape.limit is not None), default=1)
     tokens = {shape.name: shape.cache_bytes(1, 1) for shape in shapes}
     v, widths = max(shape.head[0] for shape in shapes), [shape.head[1] for shape in shapes]
@@ -211,13 +152,13 @@ def plan(
     for shape, (member, *how) in zip(shapes, members, strict=True):
         # Members of one base are loaded once.
         base, own = (str(member.base), *map(str, how)), (str(member.weights), *map(str, how))
-        parts += [] if base in loaded else _weights(shape)
+        parts += [] if base in loaded else shape.weights
         if member.adapter is not None and own not in loaded:
             size = (find_adapter(member.adapter) / "adapter_model.safetensors").stat().st_size
-            parts.append(shape.part("adapter", shape.home, size))
+            parts.append(shape.part("adapter", size))
         loaded |= {base, own}
-        parts.append(shape.part("cache", shape.home, shape.cache_bytes(batch, length)))
-    if not any(isinstance(shape, _File) for shape in shapes):  # else they are averaged, unless a rule is named
+        parts.append(shape.part("cache", shape.cache_bytes(batch, length)))
+    if not any(shape.is_file for shape in shapes):  # else they are averaged, unless a rule is named
         # The solver computes on the first member's device, and keeps each head's whitening there.
         room = solver_bytes(v, len(shapes), sum(widths), rows)
         parts.append(PlanPart("solver", "workspace", shapes[0].home, "float64", room))
@@ -238,10 +179,18 @@ def solver_bytes(v: int, n: int, width: int, rows: int) -> int:
     return _FP64 * (rows * v * (4 * n + 4) + 2 * width**2)
 
 
-def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape | _File:
+def _file(member: Member) -> _Shape:
+    """Return the shape of a GGUF file that llama.cpp runs as it is; the library makes room for all of a text."""
+    file, name = read_gguf(path_of(member), member.title).without_lists(), str(member)
+    return _Shape(
+        name, "cpu", number(member, "context") or file.context, file.tensors["token_embd.weight"].shape, "float16",
+        lambda batch, context: batch * context * file.bytes_a_token,
+        [PlanPart(name, "body", "cpu", "as stored", file.size)], is_file=True,
+    )  # fmt: skip
+
+
+def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool) -> _Shape:
     """Build a member without weights, and place its modules; transformers works out a strategy such as ``"auto"``."""
-    if is_native(member):
-        return _File(str(member), read_gguf(path_of(member), member.title).without_lists(), number(member, "context"))
     asked = member.quantization
     if asked is not None:
         quantized.require(asked, device)
@@ -251,24 +200,44 @@ def _shape(member: Member, dtype: Dtype, device: Device, trust_remote_code: bool
     quantizer = quantized.quantizer_of(model, own)
     spread = device_map_of(device)
     places = {"": str(device or "cpu")} if spread is None else _get_device_map(model, spread, None, quantizer)
-    return _Shape(str(member), model, places, quantized.planned_bytes(model, quantizer), asked)
+    sizes, home = quantized.planned_bytes(model, quantizer), str(main_device(places))
+    plain = str(model.dtype).removeprefix("torch.")
+    weights = [
+        PlanPart(str(member), what, place, asked if what == "body" and asked else plain, size)
+        for (what, place), size in _weights(model, places, sizes, home).items()
+    ]
+    c, layer = model.config.get_text_config(decoder=True), model.get_output_embeddings()
+    limit, head = (
+        getattr(c, "max_position_embeddings", None),
+        [c.vocab_size] * 2 if layer is None else layer.weight.shape,
+    )
+    return _Shape(str(member), home, limit, head, plain, partial(_cache_bytes, c, model.dtype.itemsize), weights)
 
 
-def _weights(shape: _Shape | _File) -> list[PlanPart]:
-    """List a member's parts "body" and "head" by device and, for offloaded weights, "streamed" and "head copy"."""
-    if isinstance(shape, _File):
-        return [shape.part("body", shape.home, shape.file.size)]
-    layer, home = shape.model.get_output_embeddings(), shape.home
+def _cache_bytes(c: PreTrainedConfig, itemsize: int, batch: int, context: int) -> int:
+    """Count the bytes of keys and values for ``batch`` sequences; layers of sliding attention keep their window."""
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    kept = sum(min(context, getattr(layer, "sliding_window", context)) for layer in DynamicCache(config=c).layers)
+    return int(batch * kept * 2 * heads * width * itemsize)
+
+
+def _weights(
+    model: PreTrainedModel, places: dict[str, Any], sizes: dict[str, int], home: str
+) -> dict[tuple[str, str], int]:
+    """Return the bytes of "body" and "head" by device and, for offloaded weights, "streamed" and "head copy"."""
+    layer = model.get_output_embeddings()
     head = set() if layer is None else set(layer.parameters())
-    found: dict[tuple[str, str], int] = defaultdict(int)
-    streamed: dict[str, int] = defaultdict(int)
-    for name, parameter in shape.model.named_parameters():
-        place, what = shape.place(name), "head" if parameter in head else "body"
-        found[what, place] += shape.sizes[name]
+    found, streamed = defaultdict[tuple[str, str], int](int), defaultdict[str, int](int)
+    for name, parameter in model.named_parameters():
+        # A parameter is where the innermost module is that has a place, else on the CPU.
+        holders = [module for module in places if not module or f"{name}.".startswith(f"{module}.")]
+        place, what = str(places[max(holders, key=len)]) if holders else "cpu", "head" if parameter in head else "body"
+        found[what, place] += sizes[name]
         if place == "disk" or (place == "cpu" and home != "cpu"):
-            streamed[name.rpartition(".")[0]] += shape.sizes[name]
+            streamed[name.rpartition(".")[0]] += sizes[name]
             if what == "head":
-                found["head copy", home] += shape.sizes[name]
+                found["head copy", home] += sizes[name]
     if streamed:
         found["streamed", home] = max(streamed.values())
-    return [shape.part(what, place, size) for (what, place), size in found.items()]
+    return found

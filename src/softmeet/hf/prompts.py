@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,12 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from softmeet.engine.recorder import Recorder
 from softmeet.errors import ContextError, InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.chat import Messages, Tools, chat_of, is_chat
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.running import NewTokens, behind, rereads
+from softmeet.hf.sampling import RowSampler
 from softmeet.hf.vocabulary import require_unicode
 from softmeet.members.member import Member
 from softmeet.members.prompting import ids_of, own_messages
@@ -157,3 +159,28 @@ def require_room(model: EnsembleForCausalLM, own: Sequence[Sequence[int] | None]
                 f"expected a prompt that, as {member.title} reads it, is shorter than its context, got {len(ids)} "
                 "tokens: shorten it, or the member's own"
             )
+
+
+def arguments_of(
+    model: EnsembleForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    seed: int | None,
+    recorder: Recorder | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of the model's ``generate``; without a length, text may fill the shortest context."""
+    if "decoder" in options:
+        raise InvalidInputError("decoder= writes whole texts, which come at their end: call generate or decode")
+    inputs = encoded(model, tokenizer, prompts)
+    usual = options.get("generation_config") or model.generation_config
+    drawn = options.get("do_sample", bool(usual.do_sample) or seed is not None)
+    # transformers would keep the 50 likeliest tokens where no number is given.
+    whole = {"top_k": usual.top_k or 0} if drawn else {}
+    found = {**inputs, "pad_token_id": tokenizer.pad_token_id, "do_sample": drawn, **whole, **options}
+    room, limits = model.room(inputs["input_ids"].shape[1]), {"max_new_tokens", "max_length", "max_bytes"}
+    if room is not None and not limits & {*found}:
+        found["max_new_tokens"] = room
+    sampler = RowSampler(seed, range(len(prompts))) if drawn and seed is not None else None
+    more = {"recorder": recorder, "row_sampler": sampler}
+    return found | {name: value for name, value in more.items() if value is not None}

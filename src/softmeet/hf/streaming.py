@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextIter
 
 from softmeet.engine.recorder import Recorder
 from softmeet.engine.text import Pieces
-from softmeet.hf.arguments import arguments_of
-from softmeet.hf.prompts import Prompt
+from softmeet.hf.prompts import Prompt, arguments_of
 from softmeet.rules.solution import Solution
 from softmeet.suspended import StoppedError, controllable, outcomes
 

@@ -11,8 +11,8 @@ from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
 from softmeet.hf.contexts import Contexts
 from softmeet.hf.modeling import EnsembleForCausalLM
-from softmeet.hf.partial import require_known
 from softmeet.hf.union_space import UnionSpace
+from softmeet.hf.unread import require_known
 from softmeet.hf.vocabulary import require_for_bytes, require_one_prompt
 from softmeet.members.heads import replace_weight
 from softmeet.members.member import Member

@@ -1,21 +1,57 @@
-"""Heads that cannot be read, found before weights are loaded where possible."""
+"""Heads that cannot be read, found before weights are loaded where possible; members that tell some tokens alone."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 
 from softmeet.engine.unread import AVERAGE, reader_of, unreadable
+from softmeet.errors import InvalidInputError
 from softmeet.hf.configuration import EnsembleConfig
-from softmeet.hf.partial import LINEAR, known_of, require_known
 from softmeet.members.heads import head_of
 from softmeet.members.member import short
 from softmeet.members.opaque import OpaqueHead
 from softmeet.members.reader_model import ReaderModel
+from softmeet.rules.settings import Settings
 
 _log = logging.getLogger("softmeet")
+# The rule by which an unknown probability is bounded on both sides: it is at least 0.
+LINEAR = "prob-mean"
+
+
+def known_of(model: PreTrainedModel) -> int | None:
+    """Return how many tokens of each prediction a member tells; None if it tells all."""
+    known: int | None = model.reader.traits.known if isinstance(model, ReaderModel) else None
+    return known
+
+
+def require_known(settings: Settings, names: Sequence[str], models: Iterable[PreTrainedModel]) -> None:
+    """Check that members which tell some tokens alone are combined by ``prob-mean``.
+
+    What such a member does not tell is left out of its distribution, and the rest is taken for the whole.
+
+    Raises:
+        InvalidInputError: if they are combined otherwise: by a logarithm, a probability that is not known may be worth
+            anything.
+    """
+    if settings.rule.name != LINEAR:
+        require_all(f"the rule {settings.rule.name}", names, models, f"choose {LINEAR}, or ")
+
+
+def require_all(what: str, names: Sequence[str], models: Iterable[PreTrainedModel], advice: str = "") -> None:
+    """Check that every member tells every token, which ``what`` needs; ``advice`` is what else can be done.
+
+    Raises:
+        InvalidInputError: if one does not.
+    """
+    for name, model in zip(names, models, strict=True):
+        if (known := known_of(model)) is not None:
+            raise InvalidInputError(
+                f"{what} needs the probability of every token, and {short(name)} tells the {known} likeliest alone: "
+                f"{advice}ask for all, where the server tells them, by +top=all"
+            )
 
 
 def refuse_quantised(config: EnsembleConfig, quantised: Mapping[str, str], *, any_average: bool = False) -> None:

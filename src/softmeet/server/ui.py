@@ -21,7 +21,7 @@ from starlette.routing import Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softmeet.errors import SoftmeetError
-from softmeet.hf.byte_report import character_reports
+from softmeet.hf.inspected import character_reports
 from softmeet.readers.reader import Alphabet, Reader
 from softmeet.rules.registry import rule_names
 from softmeet.rules.settings import rule_of
