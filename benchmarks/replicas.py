@@ -1,7 +1,7 @@
 """One server beside replicas of it on Ray Serve: python benchmarks/replicas.py
 
 Tokens a second and time to the first token by `logit-mean`, and what a token costs: the CPU of all processes of the
-server, and that of the front and of Ray's proxy, which all replicas share. CPU seconds hold on a machine that also has
+server, and that of Ray's proxy, which all replicas share. CPU seconds hold on a machine that also has
 other work to do; rates and times do not.
 """
 
@@ -18,7 +18,7 @@ from report import show
 from serve import measure
 from servers import Server
 
-FRONT, PROXY = "ray::ServeReplica:softmeet:front", "ray::ProxyActor"
+PROXY = "ray::ProxyActor"
 
 
 def seconds(server: Server, *names: str) -> float:
@@ -43,18 +43,18 @@ def main(
         "logit_bias": {"0": -100},
     }
     kinds = [("one process", ["--threads", "1"])]
-    kinds += [(f"replicas: {n}", ["--engine", "ray", "--replicas", n]) for n in replicas.split(",")]
+    kinds += [(f"replicas: {n}", ["--replicas", n]) for n in replicas.split(",")]
     rows: list[dict[str, Any]] = []
     for name, arguments in kinds:
         server = Server(f"default={family}", "--batch", str(streams), *arguments)
         try:
-            before, all_before = seconds(server, FRONT, PROXY), seconds(server)
+            before, all_before = seconds(server, PROXY), seconds(server)
             found = asyncio.run(measure(server.url, streams, tokens, **more))
-            spent, everything = seconds(server, FRONT, PROXY) - before, seconds(server) - all_before
+            spent, everything = seconds(server, PROXY) - before, seconds(server) - all_before
         finally:
             server.end()
         passing, whole = (1e3 * x / (streams * tokens) if x else None for x in (spent, everything))
-        costs = {"ms of CPU a token": whole, "of it front and proxy": passing}
+        costs = {"ms of CPU a token": whole, "of it proxy": passing}
         rows.append({"server": name} | found | costs)
     show(f"{family}, logit-mean, {streams} streams of {tokens} tokens", rows, json_to)
 

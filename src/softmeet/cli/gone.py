@@ -24,6 +24,11 @@ _OPTIONS = {
     **dict.fromkeys(("num-fewshot",), "it is --count"),
     **dict.fromkeys(("tasks",), "it is --task"),
     **dict.fromkeys(("output-path", "output", "o"), "results are written by --json FILE"),
+    # Flags of serve until Ray Serve took their place.
+    **dict.fromkeys(
+        ("engine", "fronts"), "softmeet serve has --replicas N, which Ray's own proxies share the work out to"
+    ),
+    **dict.fromkeys(("max-replicas", "target-streams"), "it is --replicas FEWEST:MOST"),
     **dict.fromkeys(("samples",), "so many of several things are asked for by --limit"),
 }
 _COMMANDS = {

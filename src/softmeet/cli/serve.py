@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
-import socket
-import threading
+import re
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -26,9 +25,6 @@ from softmeet.members.files import is_files
 from softmeet.members.names import require_there
 from softmeet.server.naming import named
 from softmeet.startup import quick_imports, uncollected
-
-if TYPE_CHECKING:
-    from softmeet.server.replicas import Scale
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
@@ -114,9 +110,8 @@ class LimitFlags(Flags, panel="Limits"):
 
 
 class RunFlags(Flags, panel="Engine"):
-    """Flags for how members run, and for replicas on a Ray cluster: their number, their load and their resources."""
+    """Flags for how members run, and for replicas on a Ray cluster: their number and their resources."""
 
-    engine: str = flag("local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).")
     threads: int | None = at_least_one("PyTorch threads of each process.", shown="torch's choice")
     parallel: bool | None = optional(
         "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
@@ -140,18 +135,14 @@ class RunFlags(Flags, panel="Engine"):
         "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
         "member, itself drawn by its weight: the same law at about the price of one member.",
     )
-    replicas: int = flag(1, "With --engine ray: the fewest server processes that share the work.", min=1)
-    max_replicas: int | None = at_least_one(
-        "With --engine ray: the most replicas; more are started under load.", shown="none are added"
+    replicas: str | None = optional(
+        "Processes on a Ray cluster that share the work, each with all models; FEWEST:MOST has Ray add some while each "
+        "has a full batch.",
+        metavar="N",
+        shown="all in this process",
     )
-    target_streams: float = flag(
-        32.0, "With --max-replicas: start another replica when each has more than X answers in progress.", min=1
-    )
-    fronts: int = flag(1, "With --engine ray: how many processes receive requests and hand them to replicas.", min=1)
-    ray_address: str | None = optional("The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
-    gpus: float = flag(
-        0.0, "With --engine ray: the GPUs of each replica, a fraction such as 0.5, or a whole number.", min=0
-    )
+    ray_address: str | None = optional("With --replicas: the Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
+    gpus: float = flag(0.0, "With --replicas: the GPUs of each, a fraction such as 0.5, or a whole number.", min=0)
 
 
 @flags()
@@ -188,7 +179,7 @@ def serve(
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-key KEY, --api-keys FILE or ${_KEYS}, or say --open"
         )
-    _check_engine(running, ui=bool(access.ui))
+    replicas = _replicas(running, ui=bool(access.ui))
     allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
     for models in asked.values():
         require_there(models)
@@ -231,16 +222,19 @@ def serve(
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
         )
-        if running.engine == "ray":
-            from softmeet.server.replicas import Scale, application
+        if replicas:
+            from softmeet.server import ray
 
-            r = running
-            scale = Scale(
-                replicas=r.replicas, max_replicas=r.max_replicas, streams=r.target_streams, threads=r.threads or 1,
-                gpus=r.gpus, fronts=r.fronts,
+            threads, port = running.threads or 1, port_of(sockets)
+            made = ray.application(
+                asked, {**loading.arguments(), **given}, replace(protocol, ui=False), replicas, threads=threads,
+                gpus=running.gpus, grace=limits.grace,
             )  # fmt: skip
-            made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
-            _replicate(made, host, sockets, running.ray_address, scale, list(asked))
+            for each in sockets:  # Ray's own processes listen there
+                each.close()
+            what = f"{', '.join(asked)} by {running.replicas} replicas"
+            announce = partial(_announce, what, url_to_open(host, port), page=False)
+            ray.run(made, replicas[1] * threads, running.ray_address, host, port, announce)
             return
         if running.threads is not None:
             import torch
@@ -256,14 +250,26 @@ def serve(
         run(Serving(served, protocol), sockets, limits.grace, announce, access_log=access_log)
 
 
-def _check_engine(running: RunFlags, *, ui: bool) -> None:
-    """Raise InvalidInputError if the engine is unknown or not installed, or flags were given that are not its own."""
-    if running.engine == "ray":
-        if ui:
-            raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
-        require_extra("--engine ray", "ray", "ray")
-    elif running.engine != "local" or running.max_replicas or running.gpus or running.replicas + running.fronts > 2:
-        raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
+def _replicas(running: RunFlags, *, ui: bool) -> tuple[int, int] | None:
+    """Return the fewest replicas and the most, as ``--replicas`` has them; None without it.
+
+    Raises:
+        InvalidInputError: if they are no numbers from 1 on in this order, or a flag was given that does not go with
+            what is asked.
+    """
+    if running.replicas is None:
+        if running.gpus or running.ray_address:
+            raise InvalidInputError("--gpus and --ray-address are options of --replicas")
+        return None
+    if not re.fullmatch(r"\d{1,4}(:\d{1,4})?", running.replicas, re.ASCII):
+        raise InvalidInputError(f"expected --replicas as a number, or FEWEST:MOST as in 1:4, got {running.replicas!r}")
+    found = [int(x) for x in running.replicas.split(":")]
+    if not 1 <= found[0] <= found[-1]:
+        raise InvalidInputError(f"expected --replicas as 1 or more, in order as in 1:4, got {running.replicas}")
+    if ui:
+        raise InvalidInputError("the page needs a process of its own: leave out --ui, or --replicas")
+    require_extra("--replicas", "ray", "ray")
+    return found[0], found[-1]
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
@@ -341,38 +347,3 @@ def _announce(what: str, url: str, *, page: bool) -> None:
     """Print on stderr what is served, where, and where the page and the metrics are."""
     links = ([f"page: {url}/ui"] if page else []) + [f"metrics: {url}/metrics", f"OpenAI clients: base_url={url}/v1"]
     typer.echo(f"serving {harmless(what)}, running on {url} (Ctrl-C ends it)\n{', '.join(links)}", err=True)
-
-
-def _replicate(
-    application: Any, host: str, sockets: list[socket.socket], address: str | None, scale: Scale, names: list[str]
-) -> None:
-    """Deploy an application on a Ray cluster, wait for SIGINT or SIGTERM, and take it down.
-
-    Args:
-        application: of Ray Serve.
-        host: the address to listen on.
-        sockets: those that hold the port; they are closed, and Ray's own processes listen there.
-        address: the cluster's; None for ``$RAY_ADDRESS``, or else a cluster of this machine.
-        scale: the number of replicas, and their threads.
-        names: the ensembles' names, for the message that it serves.
-    """
-    from ray import serve, shutdown
-
-    from softmeet.scaling.cluster import connect
-    from softmeet.server.replicas import NAME
-
-    connect(address, (scale.max_replicas or scale.replicas) * scale.threads)
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    port = port_of(sockets)
-    for each in sockets:
-        each.close()
-    try:
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-        serve.run(application, name=NAME, route_prefix="/")
-        _announce(f"{', '.join(names)} by {scale.replicas} replicas", url_to_open(host, port), page=False)
-        ended.wait()
-    finally:
-        serve.shutdown()
-        shutdown()

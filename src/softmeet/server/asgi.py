@@ -1,4 +1,4 @@
-"""Helpers for ASGI: replay a body that was read, call an application in-process, cancel work for a client that left.
+"""Helpers for ASGI: replay a body that was read, cancel work for a client that left.
 
 In ASGI an application is called as ``app(scope, receive, send)``: it awaits ``receive()`` for the client's messages and
 ``send(message)`` for each message of its answer.
@@ -7,10 +7,10 @@ In ASGI an application is called as ``app(scope, receive, send)``: it awaits ``r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from starlette.types import ASGIApp, Message, Receive
+from starlette.types import Message, Receive
 
 T = TypeVar("T")
 # Turns of the event loop in which a client that has left becomes known.
@@ -30,34 +30,6 @@ def replay(body: bytes, then: Receive) -> Receive:
         return next(messages, None) or await then()
 
     return receive
-
-
-async def run(app: ASGIApp, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message, None]:
-    """Call an application for one request, and yield the ASGI messages that it sends in answer.
-
-    Closing the iterator before its end tells the application that the client has left (``http.disconnect``). An
-    exception of the application is raised after the messages that it sent before.
-
-    Args:
-        app: the application.
-        scope: the request's ASGI scope, of type ``http``.
-        body: the request's whole body.
-    """
-    messages: asyncio.Queue[Message | None] = asyncio.Queue()
-    gone = asyncio.Event()
-
-    async def leave() -> Message:
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    task = asyncio.ensure_future(app(scope, replay(body, leave), messages.put))
-    task.add_done_callback(lambda done: messages.put_nowait(None))
-    try:
-        while (message := await messages.get()) is not None:
-            yield message
-        await task
-    finally:
-        gone.set()
 
 
 async def unless_left(work: Coroutine[Any, Any, T], receive: Receive) -> T | None:

@@ -8,7 +8,6 @@
     ├── TooLateError          an answer took longer than it may (504)
     ├── ClosingError          the server is shutting down (503)
     ├── TooManyConnectionsError   one more connection is open than may be (503)
-    ├── ReplicaLostError      the replica that wrote the answer has died (503)
     └── InternalError         a defect of the server (500)
 """
 
@@ -41,10 +40,6 @@ class TooLateError(SoftmeetError):
 
 class TooManyConnectionsError(SoftmeetError):
     """Raised for a connection beyond those that may be open at once (status 503)."""
-
-
-class ReplicaLostError(SoftmeetError):
-    """Raised if the replica that was writing an answer has died, or no replica is running (status 503)."""
 
 
 class InternalError(SoftmeetError):
@@ -106,7 +101,6 @@ _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
     (BusyError, 429, "rate_limit_error", "busy"),
     (ClosingError, 503, "service_unavailable_error", "shutting_down"),
     (TooManyConnectionsError, 503, "service_unavailable_error", "too_many_connections"),
-    (ReplicaLostError, 503, "service_unavailable_error", "replica_lost"),
     (TooLateError, 504, "timeout_error", "timeout"),
     (RuleError, 500, "server_error", "rule_failed"),
     (ReaderError, 500, "server_error", "reader_failed"),
