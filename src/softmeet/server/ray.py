@@ -71,8 +71,9 @@ def application(
     ).bind()  # fmt: skip
 
 
-def run(application: serve.Application, cores: int, address: str | None, host: str, port: int,
-        announce: Callable[[], None]) -> None:  # fmt: skip
+def run(
+    application: serve.Application, cores: int, address: str | None, host: str, port: int, announce: Callable[[], None]
+) -> None:
     """Deploy an application on a Ray cluster, wait for SIGINT or SIGTERM, and take it down.
 
     Args:
