@@ -43,7 +43,7 @@ def main(
         "logit_bias": {"0": -100},
     }
     kinds = [("one process", ["--threads", "1"])]
-    kinds += [(f"replicas: {n}", ["--engine", "ray", "--replicas", n]) for n in replicas.split(",")]
+    kinds += [(f"replicas: {n}", ["--replicas", n]) for n in replicas.split(",")]
     rows: list[dict[str, Any]] = []
     for name, arguments in kinds:
         server = Server(f"default={family}", "--batch", str(streams), *arguments)

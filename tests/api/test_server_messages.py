@@ -140,18 +140,18 @@ def test_a_wrong_name_path_or_method_gets_the_right_one(url):
     assert "with curl by -H 'content-type: application/json'" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
-def test_an_address_that_cannot_be_had_is_said_before_anything_is_loaded(monkeypatch, engine):
+@pytest.mark.parametrize("more", [[], ["--replicas", "2"]])
+def test_an_address_that_cannot_be_had_is_said_before_anything_is_loaded(monkeypatch, more):
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("went on"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("serve", "--port", port, "--engine", engine)
+        done = run("serve", "--port", port, *more)
         assert done.returncode == 2
         assert done.stderr.startswith(
             f"error: http://127.0.0.1:{port} is in use: end the program that listens there, or"
         )
         assert len(done.stderr.splitlines()) == 1
-    done = run("serve", "--port", 0, "--host", "192.0.2.1", "--open", "--engine", engine)
+    done = run("serve", "--port", 0, "--host", "192.0.2.1", "--open", *more)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot listen on http://192.0.2.1:0 (")
 

@@ -13,7 +13,6 @@ _OPTIONS = {
     **dict.fromkeys(
         ("rank", "free-radial", "bands"), "rules read whole heads since 0.3.0; a smaller --trust asks for less"
     ),
-    **dict.fromkeys(("fronts", "target-streams"), "Ray Serve's own proxy and autoscaling hand requests to replicas"),
     **{name: _OF_A_RULE.format(name) for name in ("metric", "slack", "vertex")},
     **dict.fromkeys(("model", "models", "hf-repo", "hf", "model-path", "pretrained"), _MEMBER),
     **dict.fromkeys(("n", "n-predict", "predict", "num-predict", "max-tokens", "max-gen-toks", "tokens"), _TOKENS),
@@ -29,6 +28,11 @@ _OPTIONS = {
     **dict.fromkeys(("tasks",), "it is --task"),
     **dict.fromkeys(("output-path", "output", "o"), "results are written by --json FILE"),
     "shard": "a trace has one file a document",
+    # Flags of serve until Ray Serve took their place.
+    **dict.fromkeys(
+        ("engine", "fronts"), "softmeet serve has --replicas N, which Ray's own proxies share the work out to"
+    ),
+    **dict.fromkeys(("max-replicas", "target-streams"), "it is --replicas FEWEST:MOST"),
     **dict.fromkeys(("samples",), "so many of several things are asked for by --limit"),
 }
 _COMMANDS = {

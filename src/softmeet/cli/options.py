@@ -302,4 +302,4 @@ class EngineFlags(Flags, panel="Engine"):
             raise InvalidInputError("Ray's workers place the members themselves: leave out --device, and give --gpus")
         from softmeet.scaling.ray_engine import RayEngine
 
-        return RayEngine(ensemble, self.workers, self.threads, gpus=self.gpus, address=self.ray_address, on_loss=say)
+        return RayEngine(ensemble, self.workers, self.threads, gpus=self.gpus, address=self.ray_address)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
-import socket
-import threading
+import re
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -128,9 +127,8 @@ class LimitFlags(Flags, panel="Limits"):
 
 
 class RunFlags(Flags, panel="Engine"):
-    """Flags for how members run, and for replicas on a Ray cluster: their number, their load and their resources."""
+    """Flags for how members run, and for replicas on a Ray cluster: their number and their resources."""
 
-    engine: str = flag("local", "Where the models run: local (in this process), or ray (in replicas on a Ray cluster).")
     threads: int | None = at_least_one("PyTorch threads of each process.", shown="torch's choice")
     parallel: bool | None = optional(
         "Run members that share a device in parallel threads, each on its share of --threads; members on separate "
@@ -154,14 +152,14 @@ class RunFlags(Flags, panel="Engine"):
         "While a single sequence runs, draw each token of an unseeded request for plain sampling by prob-mean from one "
         "member, itself drawn by its weight: the same law at about the price of one member.",
     )
-    replicas: int = flag(1, "With --engine ray: the fewest server processes that share the work.", min=1)
-    max_replicas: int | None = at_least_one(
-        "With --engine ray: the most replicas; more are started under load.", shown="none are added"
+    replicas: str | None = optional(
+        "Processes on a Ray cluster that share the work, each with all models; FEWEST:MOST has Ray add some while each "
+        "has a full batch.",
+        metavar="N",
+        shown="all in this process",
     )
-    ray_address: str | None = optional("The Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
-    gpus: float = flag(
-        0.0, "With --engine ray: the GPUs of each replica, a fraction such as 0.5, or a whole number.", min=0
-    )
+    ray_address: str | None = optional("With --replicas: the Ray cluster's address.", shown=options.DEFAULT_CLUSTER)
+    gpus: float = flag(0.0, "With --replicas: the GPUs of each, a fraction such as 0.5, or a whole number.", min=0)
 
 
 @flags()
@@ -198,7 +196,7 @@ def serve(
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-key KEY, --api-keys FILE or ${_KEYS}, or say --open"
         )
-    _check_engine(running, ui=bool(access.ui))
+    replicas = _replicas(running, ui=bool(access.ui))
     allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
     for models in asked.values():
         require_there(models)
@@ -232,16 +230,19 @@ def serve(
             cors=access.cors or (),
             ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
         )
-        if running.engine == "ray":
-            from softmeet.server.replicas import application
+        if replicas:
+            from softmeet.server import ray
 
-            r, threads = running, running.threads or 1
-            made = application(
-                asked, {**loading.arguments(), **given}, protocol, replicas=r.replicas, max_replicas=r.max_replicas,
-                threads=threads, gpus=r.gpus, grace=limits.grace,
+            threads, port = running.threads or 1, port_of(sockets)
+            made = ray.application(
+                asked, {**loading.arguments(), **given}, replace(protocol, ui=False), replicas, threads=threads,
+                gpus=running.gpus, grace=limits.grace,
             )  # fmt: skip
-            cores = threads * (r.max_replicas or r.replicas)
-            _replicate(made, host, sockets, r.ray_address, cores, f"{', '.join(asked)} by {r.replicas} replicas")
+            for each in sockets:  # Ray's own processes listen there
+                each.close()
+            what = f"{', '.join(asked)} by {running.replicas} replicas"
+            announce = partial(_announce, what, url_to_open(host, port), page=False)
+            ray.run(made, replicas[1] * threads, running.ray_address, host, port, announce)
             return
         if running.threads is not None:
             import torch
@@ -257,14 +258,26 @@ def serve(
         run(Serving(served, protocol), sockets, limits.grace, announce, access_log=access_log)
 
 
-def _check_engine(running: RunFlags, *, ui: bool) -> None:
-    """Raise InvalidInputError if the engine is unknown or not installed, or flags were given that are not its own."""
-    if running.engine == "ray":
-        if ui:
-            raise InvalidInputError("the page needs a process of its own: leave out --ui, or --engine ray")
-        require_extra("--engine ray", "ray", "ray")
-    elif running.engine != "local" or running.max_replicas or running.gpus or running.replicas > 1:
-        raise InvalidInputError("expected --engine local, or --engine ray, which --replicas and --gpus belong to")
+def _replicas(running: RunFlags, *, ui: bool) -> tuple[int, int] | None:
+    """Return the fewest replicas and the most, as ``--replicas`` has them; None without it.
+
+    Raises:
+        InvalidInputError: if they are no numbers from 1 on in this order, or a flag was given that does not go with
+            what is asked.
+    """
+    if running.replicas is None:
+        if running.gpus or running.ray_address:
+            raise InvalidInputError("--gpus and --ray-address are options of --replicas")
+        return None
+    if not re.fullmatch(r"\d{1,4}(:\d{1,4})?", running.replicas, re.ASCII):
+        raise InvalidInputError(f"expected --replicas as a number, or FEWEST:MOST as in 1:4, got {running.replicas!r}")
+    found = [int(x) for x in running.replicas.split(":")]
+    if not 1 <= found[0] <= found[-1]:
+        raise InvalidInputError(f"expected --replicas as 1 or more, in order as in 1:4, got {running.replicas}")
+    if ui:
+        raise InvalidInputError("the page needs a process of its own: leave out --ui, or --replicas")
+    require_extra("--replicas", "ray", "ray")
+    return found[0], found[-1]
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
@@ -342,38 +355,3 @@ def _announce(what: str, url: str, *, page: bool) -> None:
     """Print on stderr what is served, where, and where the page and the metrics are."""
     links = ([f"page: {url}/ui"] if page else []) + [f"metrics: {url}/metrics", f"OpenAI clients: base_url={url}/v1"]
     typer.echo(f"serving {harmless(what)}, running on {url} (Ctrl-C ends it)\n{', '.join(links)}", err=True)
-
-
-def _replicate(
-    application: Any, host: str, sockets: list[socket.socket], address: str | None, cores: int, what: str
-) -> None:
-    """Deploy an application on a Ray cluster, wait for SIGINT or SIGTERM, and take it down.
-
-    Args:
-        application: of Ray Serve.
-        host: the address to listen on.
-        sockets: those that hold the port; they are closed, and Ray's own processes listen there.
-        address: the cluster's; None for ``$RAY_ADDRESS``, or else a cluster of this machine.
-        cores: those that all replicas take, for a cluster that is started here.
-        what: what is served, for the message that it is.
-    """
-    from ray import serve, shutdown
-
-    from softmeet.scaling.cluster import connect
-    from softmeet.server.replicas import NAME
-
-    connect(address, cores)
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    port = port_of(sockets)
-    for each in sockets:
-        each.close()
-    try:
-        serve.start(proxy_location="EveryNode", http_options={"host": host, "port": port})
-        serve.run(application, name=NAME, route_prefix="/")
-        _announce(what, url_to_open(host, port), page=False)
-        ended.wait()
-    finally:
-        serve.shutdown()
-        shutdown()

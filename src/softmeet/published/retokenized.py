@@ -8,16 +8,36 @@ from itertools import accumulate, takewhile
 from operator import eq
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError, SoftmeetError
 from softmeet.members.prompting import ids_of
-from softmeet.published.union_logits import UnionLogitsReader
 from softmeet.readers.open_rows import ReaderOfRows
 from softmeet.readers.reader import Explanation, Predictions, Read, Reader, Row
 from softmeet.readers.union_alphabet import Union
+from softmeet.readers.union_reader import OverUnion, UnionReader
 from softmeet.readers.union_tokens import TokensOfSymbols
 from softmeet.suspended import Done
+
+
+class UnionLogits(OverUnion):
+    """What a member predicts, over a union; its hidden states are logits over its own tokens."""
+
+    def hidden(self, places: slice | Int[Tensor, " k"] = slice(None)) -> Float[Tensor, "k d"]:
+        """Return the member's logits over its own tokens, in nats, at some places."""
+        return self.told.logits(self.which[places])
+
+
+class UnionLogitsReader(UnionReader):
+    """A reader over a union, for what combines members by their logits over their own tokens."""
+
+    def over(
+        self, told: Predictions, which: Int[Tensor, " k"], counts: Sequence[int], errors: dict[int, SoftmeetError]
+    ) -> UnionLogits:
+        """Return what the member predicts, over the union, from what it predicts over its own tokens."""
+        return UnionLogits(self, told, which, counts, errors)
 
 
 @dataclass(eq=False)

@@ -15,8 +15,7 @@ from softmeet.errors import InvalidInputError
 from softmeet.members.opaque import NoHead
 from softmeet.members.spelling import Spelling
 from softmeet.published.keys import KeyAlphabet, cut_each, is_byte_level
-from softmeet.published.retokenized import RetokenizedReader
-from softmeet.published.union_logits import UnionLogitsReader
+from softmeet.published.retokenized import RetokenizedReader, UnionLogitsReader
 from softmeet.readers.reader import Reader
 
 # A key, and the first member's token for it.

@@ -59,7 +59,7 @@ _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 _LIKE = 0.75
 # Over bytes, seconds between two chunks of a choice in a stream.
 _PAUSE = 0.05
-_NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --engine ray"
+_NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --replicas"
 T = TypeVar("T")
 
 
@@ -304,7 +304,6 @@ async def _respond(request: Request, reply: Reply) -> Response:
 async def _events(answer: AnswerStream, reply: Reply) -> AsyncIterator[str]:
     """Yield an answer as server-sent events, up to the last; a SoftmeetError becomes an event as well."""
     try:
-        # Nothing is sent, not even an empty part, before there is something: an error may still be sent instead.
         if first := reply.begun():
             yield first
         asked = answer.request.combination
