@@ -31,11 +31,12 @@ class GroupedHelp(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, after hiding what only ``--help-all`` shows."""
-        self.params = [p for _, own in grouped(self.params) for p in own]
+        every: Any = [p for _, own in grouped(self.params) for p in own]
+        self.params = every
         if len(self.params) >= _MANY and not ctx.meta.get(ALL):
             parts = str(self.help or "").split("\n\n")
             self.help = "\n\n".join([parts[0], *(part for part in parts[1:] if part.startswith("Example"))])
-            for p in self.params:
+            for p in every:
                 p.hidden, p.help = p.name not in _COMMON, re.split(r"(?<=[^.])[.;:] |[.]$", sentence(p))[0]
         super().format_help(ctx, formatter)
 

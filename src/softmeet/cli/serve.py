@@ -29,6 +29,7 @@ from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
     from softmeet.server.replicas import Scale
+    from softmeet.server.serving import ServerSettings
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
@@ -190,8 +191,7 @@ def serve(
         )
     _check_engine(running, ui=bool(access.ui))
     allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
-    for models in asked.values():
-        require_there(models)
+    require_there([line for own in asked.values() for line in own])
     if access.sources and not any(options.is_saved(own) or any(map(is_files, own)) for own in asked.values()):
         raise InvalidInputError("--sources tells places in files: name them beside the models, as in files:~/project")
     with listening(host, access.port) as sockets:
@@ -199,38 +199,9 @@ def serve(
         with uncollected(), quick_imports():
             from softmeet.hf.chat import chat_of
             from softmeet.server.ensembles import load
-            from softmeet.server.limits import Limits
-            from softmeet.server.security import Protection
-            from softmeet.server.serving import ServerSettings, Serving
+            from softmeet.server.serving import Serving
 
-        given = checked_settings(settings)
-        hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
-        protocol = ServerSettings(
-            limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),
-            protection=Protection(
-                keys=keys,
-                hosts=hosts,
-                max_body=limits.max_body,
-                body_seconds=limits.body_timeout,
-                header_seconds=limits.header_timeout,
-                send_seconds=limits.send_timeout,
-                connections=limits.connections,
-            ),
-            max_tokens=limits.max_tokens,
-            max_choices=limits.max_choices,
-            seconds=limits.timeout,
-            allowed=allowed,
-            max_trust=limits.max_trust,
-            parallel="auto" if running.parallel is None else running.parallel,
-            reproducible=running.reproducible,
-            speculate=drafts_of(running.speculate),
-            one_member=running.one_member,
-            plain_chat=plain_chat,
-            sources=access.sources,
-            strict=strict,
-            cors=access.cors or (),
-            ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
-        )
+        protocol = _settings(access, limits, running, allowed, keys, plain_chat=plain_chat, strict=strict)
         if running.engine == "ray":
             from softmeet.server.replicas import Scale, application
 
@@ -239,7 +210,9 @@ def serve(
                 replicas=r.replicas, max_replicas=r.max_replicas, streams=r.target_streams, threads=r.threads or 1,
                 gpus=r.gpus, fronts=r.fronts,
             )  # fmt: skip
-            made = application(asked, {**loading.arguments(), **given}, protocol, scale, limits.grace)
+            made = application(
+                asked, {**loading.arguments(), **checked_settings(settings)}, protocol, scale, limits.grace
+            )
             _replicate(made, host, sockets, running.ray_address, scale, list(asked))
             return
         if running.threads is not None:
@@ -254,6 +227,48 @@ def serve(
         url, names = url_to_open(host, port_of(sockets)), ", ".join(s.name for s in served)
         announce = partial(_announce, names, url, page=protocol.ui)
         run(Serving(served, protocol), sockets, limits.grace, announce, access_log=access_log)
+
+
+def _settings(
+    access: AccessFlags,
+    limits: LimitFlags,
+    running: RunFlags,
+    allowed: tuple[str, ...],
+    keys: tuple[str, ...],
+    **more: Any,
+) -> ServerSettings:
+    """Return the server's settings, as the flags have them."""
+    from softmeet.server.limits import Limits
+    from softmeet.server.security import Protection
+    from softmeet.server.serving import ServerSettings
+
+    host, local = access.host, _is_local(access.host)
+    hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
+    return ServerSettings(
+        limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),
+        protection=Protection(
+            keys=keys,
+            hosts=hosts,
+            max_body=limits.max_body,
+            body_seconds=limits.body_timeout,
+            header_seconds=limits.header_timeout,
+            send_seconds=limits.send_timeout,
+            connections=limits.connections,
+        ),
+        max_tokens=limits.max_tokens,
+        max_choices=limits.max_choices,
+        seconds=limits.timeout,
+        allowed=allowed,
+        max_trust=limits.max_trust,
+        parallel="auto" if running.parallel is None else running.parallel,
+        reproducible=running.reproducible,
+        speculate=drafts_of(running.speculate),
+        one_member=running.one_member,
+        sources=access.sources,
+        cors=access.cors or (),
+        ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
+        **more,
+    )
 
 
 def _check_engine(running: RunFlags, *, ui: bool) -> None:

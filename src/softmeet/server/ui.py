@@ -191,11 +191,7 @@ def _inside(serving: Serving) -> None:
             names = [s.name for s in serving.ensembles]
             name = gr.Dropdown(names, value=first.name, label="Ensemble", elem_id="ensemble")
             members = gr.CheckboxGroup(
-                own["members"],
-                value=own["members"],
-                label="Members",
-                interactive=free["members"],
-                elem_id="members",
+                own["members"], value=own["members"], label="Members", interactive=free["members"], elem_id="members"
             )
     with gr.Row():
         rules = _rules(first)
@@ -207,14 +203,9 @@ def _inside(serving: Serving) -> None:
         )
         most = max(min(4, serving.settings.max_trust), own["trust"])
         trust = gr.Slider(
-            0,
-            most,
-            own["trust"],
-            step=0.05,
-            label="Trust: how far meet moves it",
-            interactive=free["trust"],
+            0, most, own["trust"], step=0.05, label="Trust: how far meet moves it", interactive=free["trust"],
             visible=_has_trust(rules),
-        )
+        )  # fmt: skip
     with gr.Accordion("Sampling", open=False), gr.Row():
         contexts = [served.combination(Extension(), ()).room(0) for served in serving.ensembles]
         longest = min(200, serving.settings.max_tokens, *contexts)
