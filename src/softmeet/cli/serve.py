@@ -205,14 +205,12 @@ def serve(
         if running.engine == "ray":
             from softmeet.server.replicas import Scale, application
 
-            r = running
             scale = Scale(
-                replicas=r.replicas, max_replicas=r.max_replicas, streams=r.target_streams, threads=r.threads or 1,
-                gpus=r.gpus, fronts=r.fronts,
+                replicas=running.replicas, max_replicas=running.max_replicas, streams=running.target_streams,
+                threads=running.threads or 1, gpus=running.gpus, fronts=running.fronts,
             )  # fmt: skip
-            made = application(
-                asked, {**loading.arguments(), **checked_settings(settings)}, protocol, scale, limits.grace
-            )
+            given = {**loading.arguments(), **checked_settings(settings)}
+            made = application(asked, given, protocol, scale, limits.grace)
             _replicate(made, host, sockets, running.ray_address, scale, list(asked))
             return
         if running.threads is not None:
