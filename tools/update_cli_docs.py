@@ -34,13 +34,14 @@ shell.
 
 def page() -> str:
     """The page as it should be."""
-    root: Any = get_command(app)
+    group: Any = get_command(app)
+    visible = {name: command for name, command in group.commands.items() if not command.hidden}
     rows = [
         f"| {command.help.splitlines()[0].partition('.')[0]} | [`softmeet {name}`](#softmeet-{name}) |"
-        for name, command in root.visible.items()
+        for name, command in visible.items()
     ]
     introduction = INTRODUCTION.format(commands="\n".join(rows))
-    return "\n".join([introduction, *_parts(root.visible)])
+    return "\n".join([introduction, *_parts(visible)])
 
 
 def _parts(commands: dict[str, Any]) -> Iterator[str]:

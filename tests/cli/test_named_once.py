@@ -96,24 +96,6 @@ def test_the_command_line_overrules_a_file(members, tmp_path):
     assert [m["trust"] for m in said["members"]] == ["1", "1"]
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--trust", "-1"], "trusts from 0 to inf"),
-        (["--rule", "mete"], "did you mean meet"),
-        (["--rule", "meet:trsut=1"], "did you mean trust"),
-        (["--weights", "a,b"], "--weights as numbers"),
-        (["--gate", "open"], "expected a gate"),
-        (["--tol", "0"], "tol to be greater than 0"),
-    ],
-)
-def test_a_bad_setting_is_refused_before_anything_is_loaded(words, message, monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    done = generated(["-m", "wide/gpt2"], *words)
-    assert isinstance(done.exception, InvalidInputError)
-    assert message in str(done.exception)
-
-
 def test_what_is_served_is_named():
     assert list(named(["a/mine", "b/mine", "c/other"])) == ["a/mine", "b/mine", "other"]
     assert named([], ["a", "b"]) == {"default": ["a", "b"]}

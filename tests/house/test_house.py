@@ -1,4 +1,4 @@
-"""What anybody may rely on in the source: every class has a name of its own, and a file is as long as its idea."""
+"""What anybody may rely on in the source: every class has a name of its own, and a function fits a screen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import re
 from collections import defaultdict
 from pathlib import Path
+
+from count_lines import long_functions
 
 FILES = sorted((Path(__file__).parents[2] / "src" / "softmeet").rglob("*.py"))
 
@@ -18,6 +20,10 @@ def test_no_class_name_stands_twice():
                 homes[node.name].append(str(file))
     assert len(homes) > 200
     assert not {name: where for name, where in homes.items() if len(where) > 1}
+
+
+def test_no_function_has_more_than_60_lines_of_code():
+    assert not {str(file): found for file in FILES if (found := long_functions(file.read_text()))}
 
 
 # Where it may be asked whether symbols are bytes, or be known how they are read.

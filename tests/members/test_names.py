@@ -33,7 +33,7 @@ def hub(tmp_path, monkeypatch):
         if add.error is not None:
             raise add.error
 
-    monkeypatch.setattr(names, "get_hf_file_metadata", ask)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
     add.asked, add.error = [], ConnectionError("no route to host")
     yield add
     names._ask.cache_clear()

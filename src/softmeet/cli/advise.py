@@ -11,7 +11,7 @@ from typing import Any
 from softmeet.answers.questions import Form
 from softmeet.cli import answer_tables, options, texts
 from softmeet.cli.answer import FormFlags
-from softmeet.cli.flags import argument, at_least_one, flag, flags, optional, switch
+from softmeet.cli.flags import Flags, argument, at_least_one, flag, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.progress import progress, working
 from softmeet.cli.tables import candidate, counted, difference, out, print_table
@@ -38,6 +38,33 @@ class AdvisedTextFlags(texts.DocumentFlags):
         "certain answer.",
         min=100,
     )
+    questions: Path | None = optional(
+        "A file of questions with their answers, as softmeet answer takes it: right answers are then told beside bits, "
+        "and without --text the questions with their answers are the text.",
+    )
+
+
+class FindingFlags(Flags, panel="Finding weights"):
+    """Flags for what members are compared with, and by how many parts of the text."""
+
+    instead: list[str] | None = optional(
+        "A single model that you could run in place of them; what the same compute buys in it is measured. It "
+        "can be repeated.",
+        "--instead",
+        metavar="NAME",
+    )
+    folds: int = flag(
+        5,
+        "The number of parts (folds) of the text; what is fitted without one is judged on it.",
+        min=2,
+    )
+
+
+class AdviceFlags(texts.ResultFlags):
+    """Flags for where what is advised is written."""
+
+    saved: Path | None = optional("Save the mix that is advised in this folder.", "--save")
+    html: Path | None = optional("Write a self-contained HTML page with plots to this path.")
 
 
 @flags()
@@ -48,28 +75,9 @@ def advise(
     ),
     members: options.Members = None,
     source: AdvisedTextFlags,
-    questions: Path | None = optional(
-        "A file of questions with their answers, as softmeet answer takes it: right answers are then told beside bits, "
-        "and without --text the questions with their answers are the text.",
-        panel="Text",
-    ),
     form: FormFlags,
-    instead: list[str] | None = optional(
-        "A single model that you could run in place of them; what the same compute buys in it is measured. It "
-        "can be repeated.",
-        "--instead",
-        metavar="NAME",
-        panel="Finding weights",
-    ),
-    folds: int = flag(
-        5,
-        "The number of parts (folds) of the text; what is fitted without one is judged on it.",
-        min=2,
-        panel="Finding weights",
-    ),
-    saved: Path | None = optional("Save the mix that is advised in this folder.", "--save", panel="Output"),
-    html: Path | None = optional("Write a self-contained HTML page with plots to this path.", panel="Output"),
-    result: texts.ResultFlags,
+    finding: FindingFlags,
+    result: AdviceFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,
 ) -> None:
@@ -82,9 +90,10 @@ def advise(
 
     Example: softmeet advise wide/gpt2 wide/llama --text 'books/*.txt' --save my-ensemble
     """
+    questions, instead, saved, html = source.questions, finding.instead, result.saved, result.html
     every = options.named([*(named or ()), *(members or ())])
     require_there([*every, *(instead or ())])
-    from softmeet.evaluation.files import PieceCache, require_ensemble_folder, write_text
+    from softmeet.evaluation.files import PieceCache, require_ensemble_folder
 
     require_extra("advise", "eval", "psutil", "scipy", *["matplotlib"] * bool(html))
     if saved is not None:
@@ -112,26 +121,33 @@ def advise(
             cut["max_per_document"] = math.ceil(source.tokens / len(found))
         else:
             found = advising.within_budget(ensemble, documents, source.most)
-        settings = {"bos": source.bos, "folds": folds, "threads": running.threads, **cut}
+        settings = {"bos": source.bos, "folds": finding.folds, "threads": running.threads, **cut}
         kept = PieceCache(result.resume, texts.pinned(ensemble, found) | settings)
         reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
         positions = observe_text(ensemble, found, bos=source.bos, engine=engine, cache=kept, begin=reading, **cut)
         where: dict[str, Any] = {"engine": engine, "cache": kept}
-        advice = advising.advise(ensemble, found, positions, held_out=held_out, folds=folds, begin=begin, **where)
+        advice = advising.advise(
+            ensemble, found, positions, held_out=held_out, folds=finding.folds, begin=begin, **where
+        )
         for name in instead or ():
             advice.alternatives.append(advising.alternative(name, found, loading.arguments(), begin, bos=source.bos))
         right = right_answers(advice, asked, put, {**loading.arguments(), "vocabulary": None}, begin) if asked else None
     facts = figures(advice) | {"own_text": documents is None, "answers": right}
     result.report(facts, show)
     if html is not None:
-        from softmeet.evaluation.page import page
-
-        says = f"{facts['plainly']} {facts['says']}" if facts["files"] else facts["says"]
-        shown = (says, tables(facts), cautions(facts), differences(facts))
-        write_text(html, page(advice.judged, *shown))
-        say(f"written to {html}")
+        _write_page(advice, facts, html)
     if saved is not None:
         _save(advice, facts, saved)
+
+
+def _write_page(advice: Any, facts: dict[str, Any], path: Path) -> None:
+    """Write figures and plots as a page."""
+    from softmeet.evaluation.files import write_text
+    from softmeet.evaluation.page import page
+
+    says = f"{facts['plainly']} {facts['says']}" if facts["files"] else facts["says"]
+    write_text(path, page(advice.judged, says, tables(facts), cautions(facts), differences(facts)))
+    say(f"written to {path}")
 
 
 def _save(advice: Any, facts: dict[str, Any], folder: Path) -> None:

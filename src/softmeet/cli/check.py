@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from softmeet.cli import check_bytes, check_plan, options
+from softmeet.cli import options
 from softmeet.cli.flags import Flags, at_least_one, flag, flags, optional, switch
 from softmeet.cli.progress import working
-from softmeet.cli.tables import out, print_table
+from softmeet.cli.tables import counted, out, print_table
 from softmeet.errors import UnsupportedHeadError
 from softmeet.evaluation.documents import read_documents
+from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
+
+# The last line of what is shown.
+_ADVISE = "Whether they are worth combining: softmeet advise."
+# The option --tokens counts this many bytes as one token.
+_BYTES_PER_TOKEN = 4
 
 
 class SampleFlags(Flags, panel="Text"):
@@ -68,13 +74,13 @@ def check(
     """
     members = options.named(members)
     if plan:
-        facts, show = check_plan.facts(members, batch, context, loading), check_plan.show
+        facts, show = _planned(members, batch, context, loading), _show_plan
     else:
         documents, tokens = read_documents([sample.text]) if sample.text else [], sample.tokens
         text = "\n\n".join(document.text for document in documents) or None
         ensemble = _loaded(loading, members, settings)
         if ensemble.model.over_bytes:
-            facts, show = check_bytes.facts(ensemble, text, tokens), check_bytes.show
+            facts, show = _byte_facts(ensemble, text, tokens), _show_bytes
         else:
             facts, show = _facts(ensemble, text, tokens, sample.sampled), _show
     if as_json:
@@ -256,5 +262,124 @@ def _show(facts: dict[str, Any]) -> None:
     if "movement" in facts:
         trust, moved = facts["movement"]["trust"], facts["movement"]
         console.print(f"On {moved['positions']} tokens, at trust {trust}, {moved['says']}")
-    for note in [*facts["notes"], check_bytes.ADVISE]:
+    for note in [*facts["notes"], _ADVISE]:
         console.print(note)
+
+
+def _byte_facts(ensemble: Ensemble, text: str | None, tokens: int) -> dict[str, Any]:
+    """Return facts about members with different tokenizers: the tokens that they share, and how they read a text.
+
+    Args:
+        ensemble: over bytes.
+        text: a text, for shared token boundaries, bits and work per byte; None for none.
+        tokens: a quarter of the most bytes of the text that are read.
+    """
+    from softmeet.engine.unread import averages
+    from softmeet.members.quantized import stored
+    from softmeet.members.spelling import shared_boundaries, shared_words
+
+    model: Any = ensemble.model
+    data = None if text is None else text.encode()[: _BYTES_PER_TOKEN * tokens]
+    named = [(options.short(name), reader) for name, reader in zip(ensemble.names, model.readers, strict=True)]
+    members, pairs = [], []
+    with working("comparing tokenizers"):
+        for name, reader in named:
+            size = sum(part.nbytes for part in stored(reader.model)) / 1e6
+            own: dict[str, Any] = {"name": name, "tokens": len(reader.spelling.words), "width": reader.head.d}
+            own |= {"unwritable_bytes": len(reader.spelling.unwritable), "megabytes": size}
+            members.append(own | ({} if data is None else _costs(reader, data, model.window)))
+        for (one, first), (other, second) in combinations(named, 2):
+            words = first.spelling, second.spelling
+            pair: dict[str, Any] = {"members": [one, other], "shared_tokens": shared_words(*words)}
+            pairs.append(pair | ({} if data is None else {"shared_boundaries": shared_boundaries(*words, data)}))
+    notes = [f"They can be combined over bytes, by {averages()}."]
+    if all(reader.spelling.words == model.readers[0].spelling.words for reader in model.readers[1:]):
+        notes = ["They spell the same tokens: over tokens (--vocabulary tokens) they cost less, and take every rule."]
+    return {"vocabulary": "bytes", "members": members, "pairs": pairs, "notes": notes}
+
+
+def _costs(reader: Any, text: bytes, window: int) -> dict[str, float]:
+    """Return one member's cross-entropy in bits, and its work, per byte of a text that it reads in windows.
+
+    Args:
+        reader: reads the member byte by byte.
+        text: the text, of at least one byte.
+        window: the number of bytes in a window, few enough for every member's context.
+
+    Returns:
+        ``bits_per_byte``; ``own_tokens_per_byte``, the text's length in the member's own tokens;
+        ``tokens_run_per_byte``, the tokens that the member ran; ``dropped_per_byte``, the probability mass that was
+        estimated, since its tokenizations were not followed.
+    """
+    bits, costs = 0.0, {"own_tokens": 0.0, "tokens_run": 0.0, "dropped": 0.0}
+    for start in range(0, len(text), window):
+        piece = text[start : start + window]
+        reading, log_probs, _ = reader.score(piece)
+        bits -= log_probs[range(len(piece)), list(piece)].sum() / math.log(2)
+        costs["own_tokens"] += len(reader.spelling.encode(piece))
+        costs["tokens_run"] += reading.work.tokens
+        costs["dropped"] += reading.work.dropped
+    return {"bits_per_byte": bits / len(text)} | {f"{name}_per_byte": x / len(text) for name, x in costs.items()}
+
+
+def _show_bytes(facts: dict[str, Any]) -> None:
+    """Print the facts of an ensemble over bytes as tables and sentences."""
+    console, members = out(), facts["members"]
+    rows = [(m["name"], f"{m['tokens']:,}", str(m["width"]), f"{m['megabytes']:,.1f}") for m in members]
+    print_table(console, ("member", "tokens", "head width", "MB"), [rows], title="The members, combined over bytes")
+    if "bits_per_byte" in members[0]:
+        costs = [
+            (
+                m["name"], f"{m['bits_per_byte']:.4f}", f"{m['own_tokens_per_byte']:.3f}",
+                f"{m['tokens_run_per_byte']:.3f}", f"{m['dropped_per_byte']:.2%}",
+            )
+            for m in members
+        ]  # fmt: skip
+        columns = ("member", "bits", "own tokens", "tokens run", "probability estimated")
+        print_table(console, columns, [costs], title="The text, as each member reads it; means per byte")
+    for pair in facts["pairs"]:
+        one, other = pair["members"]
+        line = f"{one} and {other}: {pair['shared_tokens']:,} tokens in common"
+        if "shared_boundaries" in pair:
+            left, right = pair["shared_boundaries"]
+            line += f"; {left:.0%} of the places where {one} cuts the text are {other}'s too, {right:.0%} the other way"
+        console.print(line)
+    for note in [*facts["notes"], _ADVISE]:
+        console.print(note)
+
+
+def _planned(members: list[str], batch: int, context: int | None, loading: options.LoadingFlags) -> dict[str, Any]:
+    """Return which weights, caches and buffers go on which device, and their sizes in bytes, without loading weights.
+
+    Args:
+        members: the members' names, or one saved ensemble or bundled family.
+        batch: the number of sequences at once.
+        context: the number of tokens of each; None for the shortest context.
+        loading: the flags for dtype and devices.
+    """
+    with working("reading configurations"):
+        with uncollected(), quick_imports():
+            from softmeet.ensemble import member_names
+            from softmeet.hf.plan import plan
+
+        where = {name: loading.arguments()[name] for name in ("dtype", "device", "trust_remote_code")}
+        named = member_names(members[0] if len(members) == 1 else members)
+        found = plan(named, batch=batch, context=context, **where)
+    return asdict(found) | {"totals": found.totals()}
+
+
+def _show_plan(facts: dict[str, Any]) -> None:
+    """Print a plan as a table, with sizes in MB."""
+    title = f"{counted(facts['batch'], 'sequence')} of {facts['context']:,} tokens"
+    if any(part["owner"] == "solver" for part in facts["parts"]):
+        title += f"; {counted(facts['rows_at_once'], 'token')} solved at once"
+    parts = [
+        (options.short(p["owner"]) or p["owner"], p["what"], p["device"], p["dtype"], f"{p['bytes'] / 1e6:,.2f}")
+        for p in facts["parts"]
+    ]
+    totals = [("together", "", place, "", f"{size / 1e6:,.2f}") for place, size in facts["totals"].items()]
+    console, columns = out(), ("member", "what", "where", "dtype", "MB")
+    print_table(console, columns, [parts, totals], title=title, texts=(0, 1, 2, 3))
+    for name, size in facts["cache_bytes_per_token"].items():
+        console.print(f"{options.short(name)} keeps {size / 1e3:,.1f} kB for each token of a sequence.")
+    console.print("Beside this come Python with its libraries, some 500 MB, and activations while a prompt is run.")

@@ -27,7 +27,8 @@ def config(
 
     Example: softmeet config evaluate > my.yaml
     """
-    commands: dict[str, Any] = context.parent.command.visible  # type: ignore[union-attr]
+    group: Any = context.parent and context.parent.command
+    commands: dict[str, Any] = {name: own for name, own in group.commands.items() if not own.hidden}
     if command not in commands:
         raise unknown(f"unknown command {command!r}", command, list(commands))
     target = commands[command]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from softmeet import __version__
 from softmeet.cli import options, texts
-from softmeet.cli.flags import at_least_one, checked_settings, flag_of, flags, optional, switch
+from softmeet.cli.flags import Flags, at_least_one, checked_settings, flag_of, flags, optional, switch
 from softmeet.cli.messages import say
 from softmeet.cli.paper import FORMS, paper_table
 from softmeet.cli.progress import progress
@@ -38,6 +38,9 @@ from softmeet.rules.values import POOLS
 
 if TYPE_CHECKING:
     from softmeet.ensemble import Ensemble
+    from softmeet.evaluation.documents import Document
+    from softmeet.evaluation.positions import Positions
+    from softmeet.evaluation.scores import Evaluation
     from softmeet.hf.configuration import EnsembleConfig
 
 _RULE = (
@@ -52,57 +55,69 @@ _FOLDED = "averages are fitted to models alone, which softmeet fit --folds N doe
 _ENOUGH = 500
 
 
-@flags("rule", "gate")
-def evaluate(
-    *,
-    members: options.Members = None,
-    source: texts.SourceFlags,
-    rules: list[str] | None = optional(
-        _RULE, "--rule", shown="a saved ensemble's, else meet; over bytes the averages", panel="Mixing"
-    ),
+class MeasuredFlags(Flags, panel="Mixing"):
+    """Flags for which ways to mix models are measured."""
+
+    rules: list[str] | None = optional(_RULE, "--rule", shown="a saved ensemble's, else meet; over bytes the averages")
     gates: list[str] | None = optional(
         "Measure every rule twice: without a gate, and with this one, such as unsure:0.5 (softmeet generate --help "
         "has all forms); it can be repeated.",
         "--gate",
         shown="none, or a saved ensemble's own unless that is auto",
-        panel="Mixing",
-    ),
+    )
     prompt_weights: int | None = at_least_one(
         "Also measure logit-mean with weights that are chosen for each document by how well each member predicts its "
         "first N tokens.",
         shown="off",
-        panel="Mixing",
-    ),
+    )
     folds: int | None = optional(
         "Also measure every member and average at its best: weights, temperature and order are fitted on all but one "
         "of N folds of the documents, and judged on that one, in turn.",
         min=2,
         shown="nothing is fitted",
-        panel="Mixing",
-    ),
+    )
     adaptive: bool = switch(
         "With --folds, also measure averages with weights that adapt to a document as it goes; nothing writes text so.",
-        panel="Mixing",
-    ),
+    )
+
+
+class FiguresFlags(texts.ResultFlags):
+    """Flags for what is compared, and for tables, losses and plots beside the figures."""
+
     baseline: str | None = optional(
         "The member or rule that all rows are compared with, by its name in the table.",
         shown="the best single member, with its own temperature where temperatures are fitted",
-        panel="Output",
-    ),
+    )
     pairs: str | None = optional(
         "Compare all pairs of these rows, by their names in the table with commas between, or of all, with p-values "
         "that hold for all of them together (Holm).",
         metavar="ROW,ROW|all",
-        panel="Output",
-    ),
+    )
     losses: Path | None = optional(
         "Write the losses in nats to this Parquet file: a row for each document, a column for each member and rule.",
-        panel="Output",
-    ),
-    by_token: bool = switch("With --losses, a row for each token, or byte over bytes.", "--tokens", panel="Output"),
-    table: str | None = optional("Print a table for a paper and nothing else: latex, csv or markdown.", panel="Output"),
-    plots: Path | None = optional("Draw plots, as PNG files, into this folder.", panel="Output"),
-    result: texts.ResultFlags,
+    )
+    by_token: bool = switch("With --losses, a row for each token, or byte over bytes.", "--tokens")
+    table: str | None = optional("Print a table for a paper and nothing else: latex, csv or markdown.")
+    plots: Path | None = optional("Draw plots, as PNG files, into this folder.")
+
+    def require_evaluation(self, mixed: MeasuredFlags) -> None:
+        """Check, before anything is loaded, that flags go together and results can be written."""
+        if self.table not in (None, *FORMS):
+            raise unknown(f"unknown form of a table {self.table!r}", str(self.table), list(FORMS))
+        if self.by_token and self.losses is None:
+            raise InvalidInputError("--tokens is for --losses FILE, which it writes by token: name a file")
+        if mixed.adaptive and mixed.folds is None:
+            raise InvalidInputError("--adaptive is about averages that are fitted by folds: give --folds N")
+        self.require(self.plots, *(self.plots.glob("*.png") if self.plots else ()), self.losses)
+
+
+@flags("rule", "gate")
+def evaluate(
+    *,
+    members: options.Members = None,
+    source: texts.SourceFlags,
+    mixed: MeasuredFlags,
+    result: FiguresFlags,
     loading: options.LoadingFlags,
     running: options.EngineFlags,
     **settings: Any,
@@ -116,10 +131,10 @@ def evaluate(
 
     Example: softmeet evaluate -m wide/gpt2 -m wide/llama --text 'books/*.txt' --rule meet:trust=1 --rule logit-mean
     """
-    optional = {"pyarrow": losses, "matplotlib": plots}
-    require_extra("evaluate", "eval", "psutil", "scipy", *(name for name, asked in optional.items() if asked))
-    _require_output(table, losses, by_token=by_token, adaptive=adaptive, folds=folds)
-    result.require(plots, *(plots.glob("*.png") if plots else ()), losses)
+    rules, folds = mixed.rules, mixed.folds
+    packages = {"pyarrow": result.losses, "matplotlib": result.plots}
+    require_extra("evaluate", "eval", "psutil", "scipy", *(name for name, asked in packages.items() if asked))
+    result.require_evaluation(mixed)
     record = Record()
     found = source.documents()
     _require_once(rules or [], settings)
@@ -130,65 +145,70 @@ def evaluate(
     ensemble = loading.ensemble(who, settings, prune=source.prune(options.MEASURED))
     own = ensemble.model.config
     _refuse_files(own.files, folds, source.trace)
-    choices = _choices(own, rules, gates, prompt_weights)
+    choices = _choices(own, rules, mixed.gates, mixed.prompt_weights)
     from softmeet.evaluation.perplexity import distinct_names
-    from softmeet.evaluation.report import require_row, summary
+    from softmeet.evaluation.report import summary
 
     names = distinct_names(ensemble)
     labels = labels_of(names, [*(choice.name for choice in choices), *_fitted(names, folds)])
-    baseline = None if baseline is None else row_of(baseline, labels)
-    if baseline is not None:
-        require_row(baseline, labels)
-    compared = _compared(pairs, labels)
-    from softmeet.evaluation.by_folds import evaluate_by_folds
+    baseline = None if result.baseline is None else _row(result.baseline, labels)
+    compared = _compared(result.pairs, labels)
     from softmeet.evaluation.files import PieceCache
-    from softmeet.evaluation.losses import write_losses
-    from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
-    from softmeet.evaluation.positions import observe_text
 
-    how: dict[str, Any] = {"threads": running.threads, "choices": list(map(asdict, choices)), "folds": folds}
-    how |= {"ensemble": own.settings.ungated().plain(), **({"adaptive": True} if adaptive else {})}
-    scoring = f"evaluating, in {ensemble.model.config.vocabulary}"
+    how = {
+        "threads": running.threads,
+        "choices": [asdict(choice) for choice in choices],
+        "ensemble": own.settings.ungated().plain(),
+        "folds": folds,
+        **({"adaptive": True} if mixed.adaptive else {}),
+    }
     positions, pinned = source.identified(ensemble, found)
     kept = PieceCache(result.resume, pinned | how)
     with result.stoppable(), running.start(ensemble) as engine, progress() as begin:
-        where: dict[str, Any] = {"engine": engine, "cache": kept}
-        if positions is None and folds is not None:
-            reading = partial(begin, f"reading the text, in {ensemble.model.config.vocabulary}", 0)
-            positions = observe_text(ensemble, found, **where, **source.windowing, begin=reading)
-        if positions is None:
-            made = evaluate_text(
-                ensemble, found, choices, **where, **source.windowing, begin=partial(begin, scoring, 0)
-            )
-        elif folds is not None:
-            made = evaluate_by_folds(ensemble, positions, choices, folds, begin, adaptive=adaptive, **where)
-        else:
-            advance = begin(scoring, 0, len(positions))
-            made = evaluate_positions(ensemble, positions, choices, **where, on_progress=advance)
+        where = {"engine": engine, "cache": kept}
+        made = _measured(
+            ensemble, found if positions is None else positions, choices, mixed, source.windowing, begin, where
+        )
         run = {"softmeet": __version__, "rules": how, **pinned, **record.facts([], running.threads)}
         run = _whole(run, ensemble, choices)
         facts = summary(made, baseline=baseline, pairs=compared) | {"run": run}
-    result.report(facts, show if table is None else partial(_print_paper, table))
-    if losses is not None:
-        write_losses(losses, made, each=by_token)
-        say(f"losses are in {losses}")
-    if plots is not None:
+    result.report(facts, show if result.table is None else partial(_print_paper, result.table))
+    if result.losses is not None:
+        from softmeet.evaluation.losses import write_losses
+
+        write_losses(result.losses, made, each=result.by_token)
+        say(f"losses are in {result.losses}")
+    if result.plots is not None:
         from softmeet.evaluation.plots import draw
 
-        draw(facts, plots)
-        say(f"plots are in {plots}")
+        draw(facts, result.plots)
+        say(f"plots are in {result.plots}")
 
 
-def _require_output(
-    table: str | None, losses: Path | None, *, by_token: bool, adaptive: bool, folds: int | None
-) -> None:
-    """Check flags for what is written, before anything is loaded."""
-    if table not in (None, *FORMS):
-        raise unknown(f"unknown form of a table {table!r}", str(table), list(FORMS))
-    if by_token and losses is None:
-        raise InvalidInputError("--tokens is for --losses FILE, which it writes by token: name a file")
-    if adaptive and folds is None:
-        raise InvalidInputError("--adaptive is about averages that are fitted by folds: give --folds N")
+def _measured(
+    ensemble: Ensemble,
+    read: Positions | list[Document],
+    choices: list[RuleChoice],
+    mixed: MeasuredFlags,
+    windowing: dict[str, Any],
+    begin: Callable[[str, int, int | None], Callable[[int], None]],
+    where: dict[str, Any],
+) -> Evaluation:
+    """Measure choices on the positions of a trace, or on documents."""
+    from softmeet.evaluation.by_folds import evaluate_by_folds
+    from softmeet.evaluation.perplexity import evaluate_positions, evaluate_text
+    from softmeet.evaluation.positions import observe_text
+
+    vocabulary, folds = ensemble.model.config.vocabulary, mixed.folds
+    scoring = f"evaluating, in {vocabulary}"
+    if isinstance(read, list) and folds is None:
+        return evaluate_text(ensemble, read, choices, **where, **windowing, begin=partial(begin, scoring, 0))
+    if isinstance(read, list):
+        reading = partial(begin, f"reading the text, in {vocabulary}", 0)
+        read = observe_text(ensemble, read, **where, **windowing, begin=reading)
+    if folds is not None:
+        return evaluate_by_folds(ensemble, read, choices, folds, begin, adaptive=mixed.adaptive, **where)
+    return evaluate_positions(ensemble, read, choices, **where, on_progress=begin(scoring, 0, len(read)))
 
 
 def _choices(
@@ -211,16 +231,21 @@ def _refuse_files(lines: list[str], folds: int | None, trace: Path | None) -> No
 
 def _compared(pairs: str | None, labels: dict[str, str]) -> list[str]:
     """Return the rows that ``--pairs`` names, ``all`` for all of them; raise InvalidInputError where one is none."""
-    from softmeet.evaluation.report import require_row
-
     if pairs in (None, "all"):
         return [*labels] if pairs else []
-    rows = [row_of(row.strip(), labels) for row in str(pairs).split(",")]
-    for row in rows:
-        require_row(row, labels)
+    rows = [_row(row.strip(), labels) for row in str(pairs).split(",")]
     if len({*rows}) < 2:
         raise InvalidInputError(f"expected two rows or more with commas between for --pairs, or all, got {pairs!r}")
     return rows
+
+
+def _row(name: str, labels: dict[str, str]) -> str:
+    """Return the row that a name in the table means; raise InvalidInputError if there is none."""
+    from softmeet.evaluation.report import require_row
+
+    row = row_of(name, labels)
+    require_row(row, labels)
+    return row
 
 
 def _whole(run: dict[str, Any], ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Any]:

@@ -125,6 +125,23 @@ class ShownFlags(Flags, panel="Output"):
         return False
 
 
+class MixedFlags(Flags, panel="Mixing"):
+    """Flags for how the members are weighed, and what a text may take and hang on."""
+
+    prompt_weights: bool = switch("Weigh the members by how well each predicts the prompt, in place of --weights.")
+    token_seconds: float | None = optional(
+        "The most seconds that the rule may take for a token, of all prompts together; then the best distribution "
+        "found is used, and counted as BUDGET in the summary.",
+        min=0,
+        shown="no limit",
+    )
+    reproducible: bool = switch(
+        "Give each prompt the tokens that it gets alone, to the last bit: several prompts are continued one after "
+        "another, and all draw from the same numbers. It needs --seed, unless nothing is drawn.",
+        panel="Sampling",
+    )
+
+
 @flags()
 def generate(
     *,
@@ -134,22 +151,8 @@ def generate(
     retrieved: PassageFlags,
     sampling: SamplingFlags,
     shape: StructureFlags,
-    prompt_weights: bool = switch(
-        "Weigh the members by how well each predicts the prompt, in place of --weights.", panel="Mixing"
-    ),
-    token_seconds: float | None = optional(
-        "The most seconds that the rule may take for a token, of all prompts together; then the best distribution "
-        "found is used, and counted as BUDGET in the summary.",
-        min=0,
-        shown="no limit",
-        panel="Mixing",
-    ),
+    mixed: MixedFlags,
     whole: DecoderFlags,
-    reproducible: bool = switch(
-        "Give each prompt the tokens that it gets alone, to the last bit: several prompts are continued one after "
-        "another, and all draw from the same numbers. It needs --seed, unless nothing is drawn.",
-        panel="Sampling",
-    ),
     loading: options.LoadingFlags,
     shown: ShownFlags,
     **settings: Any,
@@ -158,6 +161,7 @@ def generate(
 
     Example: softmeet generate "And the king said" -m wide/gpt2 -m wide/llama --seed 1
     """
+    prompt_weights, token_seconds, reproducible = mixed.prompt_weights, mixed.token_seconds, mixed.reproducible
     texts = list(map(file_text, written.file or []))
     prompts = prompts or ([] if texts else ["-"])
     texts += [file_text(p).rstrip("\n") if p == "-" else argument_text(p) for p in prompts]
@@ -190,16 +194,10 @@ def generate(
     recorder = None if plain else Recorder()
     before, started = ensemble.model.spent, time.perf_counter()
     given = {"recorder": recorder, "token_seconds": token_seconds, "structure": structure, **sampling.arguments()}
-    completions: Any
     if len(texts) == 1 and not as_json:
         completions = [_stream(ensemble, asked[0], {**given, **each[0]}, color=shown.color)]
     else:
-        doing = f"generating from {len(texts)} prompts"
-        with working(doing) as told, _told_of_reading(told, doing).over():
-            if prompt_weights:
-                completions = [ensemble.generate(text, **given, **own) for text, own in zip(texts, each, strict=True)]
-            else:
-                completions = ensemble.generate(asked, reproducible=reproducible, **given)
+        completions = _written(ensemble, asked, each, {**given, "reproducible": reproducible})
     facts = _facts(ensemble, recorder or Recorder(), time.perf_counter() - started, each, before)
     if as_json:
         made = [{"prompt": p, "text": t, **own} for p, t, own in zip(texts, completions, each, strict=True)]
@@ -210,6 +208,18 @@ def generate(
     if summary:
         _show(facts)
     _say_endings(structure, completions, facts)
+
+
+def _written(ensemble: Ensemble, asked: list[Any], each: list[dict[str, Any]], given: dict[str, Any]) -> list[str]:
+    """Continue prompts, together if none has weights of its own, and show progress."""
+    doing = f"generating from {len(asked)} prompts"
+    found: list[str]
+    with working(doing) as told, _told_of_reading(told, doing).over():
+        if not any(each):
+            found = ensemble.generate(asked, **given)
+        else:
+            found = [ensemble.generate(text, **given, **own) for text, own in zip(asked, each, strict=True)]
+    return found
 
 
 def _say_endings(structure: Structure | None, texts: list[str], facts: dict[str, Any]) -> None:

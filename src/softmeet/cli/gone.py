@@ -63,10 +63,9 @@ def today(message: str) -> str:
     """
     if message.startswith("got unexpected extra argument"):
         return f": {_EXTRA}"
-    for form, table in ((r"no such option: --?([\w-]+)", _OPTIONS), (r"no such command '([\w-]+)'", _COMMANDS)):
-        if (found := re.match(form, message)) and found.group(1) in table:
-            return f": {table[found.group(1)]}"
-    return ""
+    found = re.match(r"no such (?:option: --?|command ')([\w-]+)", message)
+    meant = (_COMMANDS if message.startswith("no such command") else _OPTIONS).get(found[1]) if found else None
+    return f": {meant}" if meant else ""
 
 
 def said(message: str, words: Sequence[str] = ()) -> str:
@@ -77,11 +76,8 @@ def said(message: str, words: Sequence[str] = ()) -> str:
         words: those of the command line.
     """
     # Of -ngl click says that there is no -n.
-    short = re.match(r"no such option: -(\w)$", message)
-    begun = f"-{short.group(1)}" if short else "--"
-    for word in words:
-        if word.startswith(begun) and word[1:] in _OPTIONS:
-            message = f"no such option: {word}"
+    if short := re.match(r"no such option: (-\w)$", message):
+        message = next((f"no such option: {x}" for x in words if x.startswith(short[1]) and x[1:] in _OPTIONS), message)
     meant = today(message)
     # Behind the word stand those that click finds like it, which may mean anything.
     return f"{re.split(r' [(]Possible options|[.] Did you mean', message)[0] if meant else message}{meant}"

@@ -1,4 +1,4 @@
-"""The text of ``--help``: options by group, in two columns that fit terminals and pipes of any width."""
+"""What ``--help`` shows of a command, by typer and rich, and how the docs and ``softmeet config`` say the same."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
 # Help shows a command's groups of options in this order.
 PANELS = (
     "Arguments", "Models", "Text", "Mixing", "Finding weights", "Sampling", "Structure", "Plan", "Address and access",
     "Limits", "Output", "Engine", "Advanced",
 )  # fmt: skip
-_NAMES = 26
 # The parameters that --help shows of a command that has many; --help-all shows all of them.
 _COMMON = {
     "named", "prompts", "questions", "out", "members", "ensembles", "rule", "rules", "weights", "vocabulary",
@@ -30,51 +27,23 @@ ALL = "softmeet.help_all"
 
 
 class GroupedHelp(TyperCommand):
-    """A command of typer whose help shows its options by group (``rich_help_panel``)."""
+    """A command of typer whose help shows, of many options, those that most people use; ``--help-all`` shows all."""
 
-    def format_help_text(self, ctx: Any, formatter: Any) -> None:
-        """Write what the command does; of one with many options the first paragraph and the example."""
-        parts = str(self.help or "").split("\n\n")
-        kept = [parts[0], *(part for part in parts[1:] if part.startswith("Example"))] if self._is_brief(ctx) else parts
-        for part in kept:
-            formatter.write("\n")
-            with formatter.indentation():
-                formatter.write_text(part)
-
-    def _is_brief(self, ctx: Any) -> bool:
-        return len(self.get_params(ctx)) > _MANY and not ctx.meta.get(ALL)
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the groups of options to click's ``formatter``; of many options those that most people use."""
-        every, brief = self.get_params(ctx), self._is_brief(ctx)
-        shown = [p for p in every if p.name in _COMMON] if brief else every
-        for title, own in grouped(shown):
-            rows = [(spelling(p), _first_part(sentence(p)) if brief else sentence(p), default(p)) for p in own]
-            formatter.write(f"\n{title}:\n{_two_columns(rows, formatter.width)}")
-
-
-class Commands(TyperGroup):
-    """A group of typer whose help shows each command with the whole first sentence of its help."""
-
-    @property
-    def visible(self) -> dict[str, Any]:
-        """The commands that help shows, by name."""
-        return {name: command for name, command in self.commands.items() if not command.hidden}
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands, and then the group's own options, to click's ``formatter``."""
-        rows = [
-            (name, _first_sentence(command.help), "") for name, command in self.commands.items() if not command.hidden
-        ]
-        formatter.write(f"\nCommands:\n{_two_columns(rows, formatter.width)}")
-        rows = [(spelling(p), sentence(p), default(p)) for _, own in grouped(self.get_params(ctx)) for p in own]
-        formatter.write(f"\nOptions:\n{_two_columns(rows, formatter.width)}")
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, after hiding what only ``--help-all`` shows."""
+        every: Any = [p for _, own in grouped(self.params) for p in own]
+        self.params = every
+        if len(self.params) >= _MANY and not ctx.meta.get(ALL):
+            parts = str(self.help or "").split("\n\n")
+            self.help = "\n\n".join([parts[0], *(part for part in parts[1:] if part.startswith("Example"))])
+            for p in every:
+                p.hidden, p.help = p.name not in _COMMON, re.split(r"(?<=[^.])[.;:] |[.]$", sentence(p))[0]
+        super().format_help(ctx, formatter)
 
 
 def grouped(parameters: Iterable[Any]) -> list[tuple[str, list[Any]]]:
     """Return the parameters of a command that help shows, as (title of the group, its parameters), in help's order."""
-    shown = sorted((p for p in parameters if not getattr(p, "hidden", False)), key=lambda p: PANELS.index(_panel(p)))
-    return [(title, list(own)) for title, own in groupby(shown, _panel)]
+    return [(title, list(own)) for title, own in groupby(sorted(parameters, key=_place), _panel)]
 
 
 def spelling(parameter: Any) -> str:
@@ -107,31 +76,5 @@ def _panel(parameter: Any) -> str:
     return "Arguments" if parameter.param_type_name == "argument" else parameter.rich_help_panel or "Advanced"
 
 
-def _first_sentence(text: str | None) -> str:
-    return " ".join((text or "").split("\n\n")[0].split())
-
-
-def _first_part(text: str) -> str:
-    """Return the first sentence, up to a sign after which it says more."""
-    return re.split(r"(?<=[^.])[.;:] |[.]$", text)[0]
-
-
-def _two_columns(rows: Iterable[tuple[str, str, str]], width: int) -> str:
-    """Return lines with names at the left, and sentences with ``[default: …]`` at the right, broken at spaces only.
-
-    Args:
-        rows: (name, sentence, default or an empty string) of each; a name that is too long gets a line of its own.
-        width: the number of characters that a line may have.
-    """
-    left = min(_NAMES, width // 3)
-    console = Console(width=width, force_terminal=True, color_system="standard", highlight=False)
-    with console.capture() as captured:
-        for name, text, usual in rows:
-            right = Text(text).append(f" [default: {usual}]" if usual else "", style="dim")
-            lines = [*right.wrap(console, width - left - 4)]
-            if len(name) > left:
-                lines.insert(0, Text())
-            for k, line in enumerate(lines or [Text()]):
-                line.rstrip()
-                console.print(Text.assemble("  ", ("" if k else name).ljust(left + 2 if line else 0), line))
-    return captured.get()
+def _place(parameter: Any) -> int:
+    return PANELS.index(_panel(parameter))

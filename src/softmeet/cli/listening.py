@@ -41,18 +41,14 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
                 else:
                     found.append(opened.enter_context(made))
         except OSError as error:
-            raise _not_listening(error, url_of(host, port)) from None
+            url, reason = url_of(host, port), str(error.strerror).partition(" (")[0]
+            raise InvalidInputError(
+                f"{url} is in use: end the program that listens there, or choose another --port (0 takes a free one)"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot listen on {url} ({reason}): expected --host as an address of this machine, such as "
+                "127.0.0.1, and a --port that you may take"
+            ) from None
         yield found
-
-
-def _not_listening(error: OSError, url: str) -> InvalidInputError:
-    """Return the error that says why nothing can listen at an address, and what to do."""
-    if error.errno == errno.EADDRINUSE:
-        advice = "end the program that listens there, or choose another --port (0 takes a free one)"
-        return InvalidInputError(f"{url} is in use: {advice}")
-    reason = str(error.strerror).partition(" (")[0]
-    advice = "expected --host as an address of this machine, such as 127.0.0.1, and a --port that you may take"
-    return InvalidInputError(f"cannot listen on {url} ({reason}): {advice}")
 
 
 def port_of(sockets: list[socket.socket]) -> int:

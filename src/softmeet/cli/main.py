@@ -26,7 +26,6 @@ from softmeet.cli.fit import fit
 from softmeet.cli.flags import Command
 from softmeet.cli.generate import generate
 from softmeet.cli.gone import said
-from softmeet.cli.help import Commands
 from softmeet.cli.inspect import inspect
 from softmeet.cli.messages import STOPPED, UNREAD, err, stoppable
 from softmeet.cli.methods import methods
@@ -39,13 +38,12 @@ from softmeet.errors import SoftmeetError, was_interrupted
 # typer's base class of errors in the use of a command, which it does not export.
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 app = typer.Typer(
-    cls=Commands,
     help="Run several language models as one: what each of them expects next is mixed, and every token is drawn from "
     "the mix. For a first try: softmeet chat a.gguf b.gguf, or softmeet generate 'And the king said', which takes "
     "small bundled models. For the options of a command: softmeet COMMAND --help.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 begun = stoppable("nothing was begun")
 for command in (

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json as writing
 import shlex
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from softmeet.cli.indexes import drop_index, index_rows, print_indexes
 from softmeet.cli.progress import working
-from softmeet.cli.tables import out, print_table
+from softmeet.cli.tables import counted, out, print_table
 from softmeet.cli.terminal import PlainConsole, harmless
+from softmeet.derived import file_of
 from softmeet.errors import SoftmeetError
+from softmeet.members.files import spelled
 from softmeet.members.local_names import FETCH, located
 from softmeet.members.member import Member
 
@@ -39,7 +41,7 @@ def models(
     """
     console = out()
     if drop is not None:
-        drop_index(console, drop)
+        _drop_index(console, drop)
         return
     with working("looking for GGUF files"):
         from softmeet.members.local_names import local_files
@@ -54,7 +56,7 @@ def models(
         }
         for one in found
     ]  # fmt: skip
-    kept = index_rows()
+    kept = _index_rows()
     if json:
         typer.echo(writing.dumps([*rows, *kept], indent=1))
         return
@@ -62,7 +64,7 @@ def models(
         _print_models(console, rows, found)
     else:
         console.print(f"No GGUF file was found: {FETCH}; or name a folder, as in softmeet models ~/models")
-    print_indexes(console, kept)
+    _print_indexes(console, kept)
 
 
 def _print_models(console: PlainConsole, rows: list[dict[str, Any]], found: list[LocalFile]) -> None:
@@ -89,3 +91,55 @@ def _typed(one: LocalFile) -> str:
         if Path(located(Member.of(one.name)).source) == one.path:
             return one.name
     return str(one.path)
+
+
+def _index_rows() -> list[dict[str, Any]]:
+    """Return a row for each index, with the keys that models' rows have, too, and ``model`` None."""
+    from softmeet.readers.files.index import indexes
+
+    where = file_of("files")
+    return [
+        {
+            "model": None, "from": "softmeet", "kind": "index", "bytes": one.bytes, "tokens": "", "context": None,
+            "chat": False, "path": str(where / one.name), "name": one.name,
+            "paths": [*map(spelled, one.paths)],
+            "include": one.include, "files": one.files, "symbols": one.symbols,
+            "time": datetime.fromtimestamp(one.time).astimezone().isoformat(timespec="seconds"),
+        }
+        for one in indexes(where)
+    ]  # fmt: skip
+
+
+def _print_indexes(console: PlainConsole, rows: list[dict[str, Any]]) -> None:
+    """Print the rows of indexes as a table, and how one is dropped; nothing if there are none."""
+    if not rows:
+        return
+    cells = [
+        [row["name"], " ".join(row["paths"]) or "(unfinished, damaged or of another version)", row["include"] or "",
+         f"{row['files']:,}", f"{row['symbols']:,}", f"{row['bytes'] / 1e6:,.1f}", row["time"][:16].replace("T", " ")]
+        for row in rows
+    ]  # fmt: skip
+    columns = ("index", "files:", "include", "files", "symbols", "MB", "made")
+    print_table(console, columns, [cells], texts=(0, 1, 2, 6))
+    console.print(
+        f"softmeet models --drop {rows[0]['name']} removes an index; where it is asked for, it is made anew.",
+        soft_wrap=True,
+    )
+
+
+def _drop_index(console: PlainConsole, name: str) -> None:
+    """Remove an index, and say of what it was.
+
+    Raises:
+        InvalidInputError: if there is none of this name, or the disk does not let us.
+    """
+    from softmeet.readers.files.index import drop
+
+    row = next((row for row in _index_rows() if row["name"] == name), None)
+    drop(file_of("files"), name)
+    if row is not None:
+        of = " ".join(row["paths"]) or "files that are not known any more"
+        console.print(
+            f"Dropped the index of {of} ({counted(row['files'], 'file')}, {row['bytes'] / 1e6:,.1f} MB).",
+            soft_wrap=True,
+        )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
-from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from softmeet.cli.messages import err, say
 from softmeet.cli.terminal import harmless
@@ -31,22 +31,18 @@ _PERIOD = 3600.0
 _NAME = TextColumn("{task.description}", markup=False)
 
 
-class _IfTotal(ProgressColumn):
-    """A column of rich's, which is empty where work has no known total: there is nothing to be counted."""
+class _Done(MofNCompleteColumn):
+    """How much is done, where work has a known total: else there is nothing to be counted."""
 
-    def __init__(self, column: ProgressColumn) -> None:
-        super().__init__()
-        self._column = column
-
-    def render(self, task: Task) -> RenderableType:
-        """Return what the column shows of a task."""
-        return "" if task.total is None else self._column(task)
+    def render(self, task: Task) -> Text:
+        """Return the numbers, such as ``3/9``."""
+        return super().render(task) if task.total is not None else Text()
 
 
 class _Left(ProgressColumn):
     """The time that is left, where it can be told: until a first piece of work is done nothing is known of it."""
 
-    def render(self, task: Task) -> RenderableType:
+    def render(self, task: Task) -> str:
         """Return the time, such as ``0:00:09 left``."""
         return f"{timedelta(seconds=task.time_remaining)} left" if task.time_remaining else ""
 
@@ -60,7 +56,7 @@ def progress() -> Iterator[Callable[[str, int, int | None], Callable[[int], None
         before; it returns a function of one number, by which each call of it advances the work.
     """
     # The time taken goes on while a piece takes minutes, when the time left stands still.
-    with _shown(_NAME, BarColumn(), _IfTotal(MofNCompleteColumn()), TimeElapsedColumn(), _Left()) as bars:
+    with _shown(_NAME, BarColumn(), _Done(), TimeElapsedColumn(), _Left()) as bars:
 
         def begin(name: str, done: int, total: int | None) -> Callable[[int], None]:
             for before in bars.tasks:  # which has ended, perhaps before its total, as fits do that converge

@@ -28,6 +28,7 @@ from softmeet.startup import quick_imports, uncollected
 
 if TYPE_CHECKING:
     from softmeet.server.security import Protection
+    from softmeet.server.serving import ServerSettings
 
 _KEYS = "SOFTMEET_API_KEYS"
 _ENSEMBLES = (
@@ -198,8 +199,7 @@ def serve(
         )
     replicas = _replicas(running, ui=bool(access.ui))
     allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
-    for models in asked.values():
-        require_there(models)
+    require_there([line for own in asked.values() for line in own])
     if access.sources and not any(options.is_saved(own) or any(map(is_files, own)) for own in asked.values()):
         raise InvalidInputError("--sources tells places in files: name them beside the models, as in files:~/project")
     with listening(host, access.port) as sockets:
@@ -207,29 +207,10 @@ def serve(
         with uncollected(), quick_imports():
             from softmeet.hf.chat import chat_of
             from softmeet.server.ensembles import load
-            from softmeet.server.limits import Limits
-            from softmeet.server.serving import ServerSettings, Serving
+            from softmeet.server.serving import Serving
 
         given = checked_settings(settings)
-        hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
-        protocol = ServerSettings(
-            limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),
-            protection=limits.protection(keys, hosts),
-            max_tokens=limits.max_tokens,
-            max_choices=limits.max_choices,
-            seconds=limits.timeout,
-            allowed=allowed,
-            max_trust=limits.max_trust,
-            parallel="auto" if running.parallel is None else running.parallel,
-            reproducible=running.reproducible,
-            speculate=drafts_of(running.speculate),
-            one_member=running.one_member,
-            plain_chat=plain_chat,
-            sources=access.sources,
-            strict=strict,
-            cors=access.cors or (),
-            ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
-        )
+        protocol = _settings(access, limits, running, allowed, keys, plain_chat=plain_chat, strict=strict)
         if replicas:
             from softmeet.server import ray
 
@@ -278,6 +259,39 @@ def _replicas(running: RunFlags, *, ui: bool) -> tuple[int, int] | None:
         raise InvalidInputError("the page needs a process of its own: leave out --ui, or --replicas")
     require_extra("--replicas", "ray", "ray")
     return found[0], found[-1]
+
+
+def _settings(
+    access: AccessFlags,
+    limits: LimitFlags,
+    running: RunFlags,
+    allowed: tuple[str, ...],
+    keys: tuple[str, ...],
+    **more: Any,
+) -> ServerSettings:
+    """Return the server's settings, as the flags have them."""
+    from softmeet.server.limits import Limits
+    from softmeet.server.serving import ServerSettings
+
+    host, local = access.host, _is_local(access.host)
+    hosts = (*((*_LOCAL, host) if local else ()), *(access.allow_host or ()))
+    return ServerSettings(
+        limits=Limits(limits.batch, limits.queue, limits.keep_tokens, limits.token_seconds),
+        protection=limits.protection(keys, hosts),
+        max_tokens=limits.max_tokens,
+        max_choices=limits.max_choices,
+        seconds=limits.timeout,
+        allowed=allowed,
+        max_trust=limits.max_trust,
+        parallel="auto" if running.parallel is None else running.parallel,
+        reproducible=running.reproducible,
+        speculate=drafts_of(running.speculate),
+        one_member=running.one_member,
+        sources=access.sources,
+        cors=access.cors or (),
+        ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
+        **more,
+    )
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

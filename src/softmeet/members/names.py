@@ -13,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -151,7 +152,7 @@ def find_adapter(name: str) -> Path:
     repository, _, revision = name.partition("@")
     for file in _ADAPTER:
         local = bool(_on_hub(said, repository, revision or None, file))
-        there = hf_hub_download(repository, file, revision=revision or None, local_files_only=local)
+        there = huggingface_hub.hf_hub_download(repository, file, revision=revision or None, local_files_only=local)
         folder = Path(there).parent
     return folder
 
@@ -176,7 +177,7 @@ def _on_hub(name: str, repository: str, revision: str | None, file: str) -> dict
     """
     global _unanswered
     try:
-        cached = isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
+        cached = isinstance(huggingface_hub.try_to_load_from_cache(repository, file, revision=revision), str)
     except HFValidationError:
         expected = "expected a hub id (org/model), a folder, or a bundled name such as wide"
         raise cannot_load(name, _hint(name) + expected) from None
@@ -198,7 +199,7 @@ def _on_hub(name: str, repository: str, revision: str | None, file: str) -> dict
 @cache
 def _ask(repository: str, revision: str | None, file: str) -> None:
     """Return if the Hub has a file; raise an error of huggingface_hub or of the network, which is not kept, if not."""
-    get_hf_file_metadata(hf_hub_url(repository, file, revision=revision))
+    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, file, revision=revision))
 
 
 def _why(error: Exception, name: str, repository: str, revision: str | None, file: str) -> str:
