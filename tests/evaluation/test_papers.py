@@ -21,7 +21,7 @@ from softmeet.cli.paper import paper_table
 from softmeet.evaluation import record
 from softmeet.evaluation.files import PieceCache
 from softmeet.evaluation.intervals import Clusters, paired
-from softmeet.evaluation.pairs import holm
+from softmeet.evaluation.report import holm
 
 TEXTS = [
     "the quick brown fox",

@@ -22,19 +22,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.ensemble import Ensemble
-from softmeet.evaluation.adaptive import adaptive_averages
 from softmeet.evaluation.candidates import DEFAULTS, Begin, Candidate, Fitter
 from softmeet.evaluation.candidates import Options as Options
 from softmeet.evaluation.choices import RuleChoice
 from softmeet.evaluation.files import PieceCache
-from softmeet.evaluation.folds import best_elsewhere, folds_of, joined
+from softmeet.evaluation.folds import adaptive_averages, best_elsewhere, folds_of, joined, tempered_meets
 from softmeet.evaluation.intervals import PARTS, Difference, SplitPart, clusters, paired, split
 from softmeet.evaluation.perplexity import distinct_names, evaluate_positions
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.premise import Premise
 from softmeet.evaluation.scores import Evaluation
 from softmeet.evaluation.scoring import Text
-from softmeet.evaluation.tempered import tempered_meets
 from softmeet.rules.settings import Settings
 from softmeet.scaling.base import Engine
 from softmeet.scaling.local import LocalEngine

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.errors import InvalidInputError
+from softmeet.evaluation.average import Family
+from softmeet.evaluation.candidates import DEFAULTS, Averages, Candidate, Fitter
+from softmeet.evaluation.choices import FITTED
 from softmeet.evaluation.intervals import Clusters
+from softmeet.evaluation.layout import Layout
 from softmeet.evaluation.positions import Positions
 from softmeet.evaluation.scores import Evaluation, Scores
+from softmeet.evaluation.scoring import Average, Text
+from softmeet.members.weighting import Adaptation, faded
+from softmeet.rules.registry import DEFAULT
+from softmeet.rules.values import POOLS
 
 K = TypeVar("K", bound=Hashable)
 
@@ -82,3 +90,100 @@ def joined(found: Sequence[Evaluation], positions: Positions, fold: Int[Tensor, 
         choices={name: one([part.choices[name] for part in found]) for name in found[0].choices},
         disagreement=torch.cat([part.disagreement for part in found])[back],
     )
+
+
+# What is tried: how much a token counts beside the one after it, and temperatures in nats.
+_DECAYS, _TEMPERATURES = (0.8, 0.9, 0.95, 0.98, 0.99), (0.1, 0.2, 0.4, 0.8, 1.6)
+
+
+def adaptive_averages(
+    text: Text, found: Evaluation, fold: Int[Tensor, " N"], refits: Sequence[Sequence[Candidate]],
+    on_progress: Callable[[int], None] = lambda positions: None,
+) -> dict[str, Scores]:  # fmt: skip
+    """Score each fitted average with weights that begin at its own in every document, and adapt.
+
+    The adaptation is chosen on the other folds, by the loss of the probability mean, for which the targets'
+    probabilities suffice.
+
+    Args:
+        text: all positions, in folds.
+        found: scores of the members there.
+        fold: of each position, (N,), int64.
+        refits: the candidates that were fitted without each fold.
+        on_progress: called with the number of positions that are done.
+
+    Returns:
+        The scores by label, ``fitted adaptive NAME``.
+    """
+    nats, document = torch.stack([scores.nats for scores in found.members.values()]), found.positions.document
+    past = {decay: faded(nats, document, decay) for decay in _DECAYS}
+    averages: list[dict[str, Average]] = [{} for _ in refits]
+    weights = dict[str, Tensor]()
+    for k, some in enumerate(refits):
+        for own in some:
+            if own.average is None or own.average[0].members is not None or own.average[0].layout.signed:
+                continue
+            label = f"{FITTED}adaptive {own.name}"
+            averages[k][label] = own.average
+            here = weights.setdefault(label, torch.empty_like(nats))
+            prior = torch.tensor(own.average[1].weights, dtype=nats.dtype)
+            chosen = _chosen(past, prior / prior.sum(), nats, fold != k)
+            here[:, fold == k] = _weights(past, prior / prior.sum(), chosen)[:, fold == k]
+    return text.weighted_scores(averages, weights, "adaptive", on_progress)
+
+
+def _weights(past: Mapping[float, Tensor], prior: Tensor, how: Adaptation) -> Float[Tensor, "n N"]:
+    return (prior.log()[:, None] - past[how.decay] / how.temperature).softmax(0)
+
+
+def _chosen(past: Mapping[float, Tensor], prior: Tensor, nats: Tensor, elsewhere: Tensor) -> Adaptation:
+    """Return the adaptation of the least loss of the probability mean at the positions ``elsewhere``."""
+
+    def loss(how: Adaptation) -> float:
+        own = _weights(past, prior, how)[:, elsewhere].log() - nats[:, elsewhere]
+        return -own.logsumexp(0).mean().item()
+
+    return min((Adaptation(decay, t) for decay in past for t in _TEMPERATURES), key=loss)
+
+
+def tempered_meets(
+    fitter: Fitter,
+    positions: Positions,
+    fold: Int[Tensor, " N"],
+    whole: Sequence[Candidate],
+    refits: Sequence[Sequence[Candidate]],
+) -> tuple[list[list[Candidate]], dict[str, Scores]]:
+    """Fit a temperature for ``meet`` at each of ``fitter.options.trusts``, and score it on the folds.
+
+    Args:
+        fitter: supplies the members, the trusts and the engine.
+        positions: those that are judged, with hidden states.
+        fold: of each position, numbered from 0 without gaps.
+        whole: the candidates that were fitted on the whole text, averages among them.
+        refits: those that were fitted without each fold.
+
+    Returns:
+        (the candidates fitted on all positions, then those without each fold; their scores by label).
+    """
+    trusts, n = fitter.options.trusts, len(fitter.ensemble.names)
+    own = fitter.ensemble.model.settings.ungated()
+    chosen = [_settings(some, trusts, n) for some in (whole, *refits)]
+    solved = [[own.changed(**DEFAULTS | settings) for settings in some] for some in chosen[1:]]
+    text = Text(fitter.ensemble.model, positions, fitter.engine, fold, cache=fitter.cache, solved=solved, stage=DEFAULT)
+    fitted = list[list[Candidate]]()
+    for without, settings in zip((None, *range(len(refits))), chosen, strict=True):
+        fits = Averages(fitter, text, without, {})
+        fitted.append([])
+        for i, (trust, named) in enumerate(zip(trusts, settings, strict=True)):
+            name, family = f"{DEFAULT}:trust={trust:g}", Family(Layout(1), members=(i,))
+            fitted[-1].append(fits.fit(name, family, baseline=False, cheaper=1, **named))
+    averages = [{c.label: c.average for c in some if c.average is not None} for some in fitted[1:]]
+    advance = fitter.reads(f"scoring {DEFAULT}", len(positions))
+    return fitted, dict(text.scores([f"{trust:g}" for trust in trusts], averages, advance).choices)
+
+
+def _settings(candidates: Sequence[Candidate], trusts: Sequence[float], n: int) -> list[dict[str, Any]]:
+    """Return settings of ``meet`` at each trust, from the better of the two averages that can be its pool."""
+    best = min((own for own in candidates if own.name in POOLS), key=lambda own: own.fit_nll)
+    pool = {name: best.settings[name] for name in ("pool", "weights", "free_weights")}
+    return [{**pool, "rule": DEFAULT, "trust": [trust] * n} for trust in trusts]

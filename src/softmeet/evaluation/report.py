@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.choices import BASELINES, FITTED, UNIFORM
-from softmeet.evaluation.intervals import clusters, paired
-from softmeet.evaluation.pairs import all_pairs
+from softmeet.evaluation.intervals import Clusters, clusters, paired
 from softmeet.evaluation.scores import Evaluation, Scores
 
 BINS = 10
@@ -35,7 +35,7 @@ def summary(
     share that each of the user's files ``claims``, and ``baseline``: the row of that name, else the single member of
     the lowest loss, with its own fitted temperature where temperatures are fitted. It is chosen on the text that it is
     compared on, so it is, if anything, too good.
-    All pairs of the rows named in ``pairs`` are compared (:func:`softmeet.evaluation.pairs.all_pairs`).
+    All pairs of the rows named in ``pairs`` are compared (:func:`all_pairs`).
 
     ``best_baseline``, the member or average of the lowest loss unless ``best`` names another, and every row's ``vs``,
     its difference from that, stand there for one version more.
@@ -161,3 +161,39 @@ def gain_by_disagreement(
         error = (own.std() / math.sqrt(len(own))).item() if len(own) > 1 else math.nan
         found.append({"disagreement": disagreement[rows].mean().item(), "gain": own.mean().item(), "error": error})
     return found
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values adjusted by Holm's method: rejecting those of at most α errs anywhere with probability α at most.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics, 1979.
+
+    Args:
+        p: p-values; NaN, of a comparison that could not be made, stays and counts as none.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    known = sorted((k for k in range(len(p)) if not math.isnan(p[k])), key=p.__getitem__)
+    found, least = list(p), 0.0
+    for place, k in enumerate(known):
+        least = max(least, min(1.0, (len(known) - place) * p[k]))
+        found[k] = least
+    return found
+
+
+def all_pairs(rows: Mapping[str, Scores], within: Clusters) -> list[dict[str, Any]]:
+    """Compare every two rows: the first one's mean loss minus the second's, in nats per token or byte.
+
+    Returns:
+        for each pair ``first``, ``second``, ``delta``, its interval ``ci95``, its p-value ``p`` and ``p_holm``, that of
+        all pairs together.
+    """
+    pairs = list(combinations(rows, 2))
+    differences = [paired(rows[one].nats, rows[other].nats, within) for one, other in pairs]
+    adjusted = holm([own.p for own in differences])
+    return [
+        {"first": one, "second": other, **own.figures(), "p": own.p, "p_holm": p}
+        for (one, other), own, p in zip(pairs, differences, adjusted, strict=True)
+    ]
