@@ -26,7 +26,7 @@ from softmeet.hf.sampling import RowSampler
 from softmeet.members import zoo
 from softmeet.rules.gates import PredictedMovement
 from softmeet.rules.movement import Movement
-from softmeet.rules.settings import Settings, rule_of
+from softmeet.rules.settings import GONE, Settings, rule_of
 
 if TYPE_CHECKING:
     from softmeet.hf.protocol import AnyEnsemble
@@ -111,7 +111,8 @@ def key_of(settings: Settings) -> str:
     ``settings`` come from :meth:`Settings.for_members`, so that weights and trusts have one form.
     """
     plain = settings.plain()
-    return json.dumps({name: plain[name] for name in _SETTINGS}, sort_keys=True)
+    # Settings that are gone stand in the keys of factors that were kept when they were not.
+    return json.dumps(GONE | {name: plain[name] for name in _SETTINGS}, sort_keys=True)
 
 
 def _calibrated(model: AnyEnsemble, settings: Settings, own: str) -> float | None:
