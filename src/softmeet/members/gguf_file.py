@@ -28,6 +28,7 @@ _SINGLE, _NEVER_WEIGHTS = 0, range(24, 29)
 # llama.cpp's own, and to how many bytes it has the first of the tensors that it maps aligned.
 _MOST_LAYERS, _MOST_EXPERTS, _ALIGNED = 512, 1024, 32
 _EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.group_norm_epsilon")
+TEMPLATE = "tokenizer.chat_template"
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 # What a text's keys and values depend on.
 _SIZES = (
@@ -313,3 +314,10 @@ def _parts(path: Path, said: Mapping[str, Any], name: str | None) -> list[Path]:
     if missing := [part.name for part in parts if not part.is_file()]:
         raise cannot_load(name or path, f"it is in {count} parts, of which {missing[0]} is missing: put it beside them")
     return parts
+
+
+def content_of(file: GgufFile) -> tuple[Any, ...]:
+    """Return what a tokenizer depends on but for its chat template, such that equal ones are equal."""
+    said = sorted((key, own) for key, own in file.said.items() if key.startswith("tokenizer.") and key != TEMPLATE)
+    frozen = [(key, hash(tuple(value)) if isinstance(value, list) else value) for key, value in said]
+    return (file.architecture, *frozen)

@@ -18,7 +18,7 @@ from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_
 
 from softmeet.derived import derived
 from softmeet.errors import cannot_load
-from softmeet.members.gguf_file import GgufFile, fingerprint, read_gguf
+from softmeet.members.gguf_file import GgufFile, content_of, fingerprint, read_gguf
 
 # To be raised when other things are derived from the same files.
 _FORM = 2
@@ -53,7 +53,6 @@ _SPACE = "\u2581"
 _WHOLE_WORDS = frozenset((
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
 ))  # fmt: skip
-_TEMPLATE = "tokenizer.chat_template"
 # The kinds of tokens that are found whole in a text, by their numbers: those that control, and those of users.
 _CONTROL, _USERS = 3, 4
 # By the state of a file, and by all that files say of their tokenizers: those of one family often say the same.
@@ -86,13 +85,6 @@ def known_file(path: Path, name: str) -> tuple[GgufFile, PreTrainedTokenizerFast
         vars(known)["_softmeet_file"] = file, first, folder
         _files[key], _made[key] = file, known
     return file, known
-
-
-def content_of(file: GgufFile) -> tuple[Any, ...]:
-    """Return what a tokenizer depends on but for its chat template, such that equal ones are equal."""
-    said = sorted((key, own) for key, own in file.said.items() if key.startswith("tokenizer.") and key != _TEMPLATE)
-    frozen = [(key, hash(tuple(value)) if isinstance(value, list) else value) for key, value in said]
-    return (file.architecture, *frozen)
 
 
 def gguf_tokenizer(file: GgufFile, name: str, folder: Path | None = None) -> PreTrainedTokenizerFast:

@@ -14,8 +14,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from softmeet.errors import CheckpointError, cannot_load
-from softmeet.members.gguf_file import GgufFile, read_gguf
-from softmeet.members.gguf_tokenizer import content_of
+from softmeet.members.gguf_file import GgufFile, content_of, read_gguf
 from softmeet.members.member import Member
 from softmeet.members.registered import is_registered
 
