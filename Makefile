@@ -27,6 +27,7 @@ test: ## Run the tests, but those of clusters, browsers, packages, programs as a
 test-slow: $(VENV)/.test ## Run those tests: 5 minutes. CI runs both.
 	@command -v chromium >/dev/null || echo "without chromium (apt install chromium) the tests of the page are skipped"
 	@command -v npm >/dev/null || echo "without npm (apt install npm) those of OpenAI's client for JavaScript are skipped"
+	@command -v nginx caddy >/dev/null || echo "without nginx and caddy (apt install nginx caddy) those of proxies are skipped"
 	$(TEST_ENV) $(BIN)/pytest -rfEs -m slow $(PYTEST_ARGS)
 
 test-%: $(VENV)/.test ## Run the tests of one room, a folder of tests/: make test-rules.

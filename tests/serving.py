@@ -19,7 +19,7 @@ from commands import run
 from softmeet import Ensemble
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.server.ensembles import Ensembles, Served
-from softmeet.server.protocol import configuration
+from softmeet.server.process import configuration
 from softmeet.server.serving import ServerSettings, Serving
 
 # A connection for each request, as httpx itself has it; but patient, since on a busy machine an answer may take longer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import socket
 
 import httpx
 import openai
@@ -171,10 +170,10 @@ def test_chat_uses_the_tokenizers_template(client, ensembles):
         ({"response_format": {"type": "json_object"}}, "expected members whose tokens can be read as bytes"),
         (
             {"extra_body": {"guided_json": {"type": "object"}}},
-            'guided_json is not supported: write {"structured_outputs"',
+            "guided_json is not supported: did you mean structured_outputs?",
         ),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
-        ({"messages": []}, "expected messages as a list such as"),
+        ({"messages": []}, "expected messages to have at least 1 item"),
         ({"temperature": 3}, "expected temperature to be less than or equal to 2, got 3"),
         ({"extra_body": {"n": 17}}, "at most 16 choices"),
         ({"logit_bias": {"99": 1}}, "expected token ids below 64 in logit_bias, got 99"),
@@ -271,7 +270,6 @@ def test_health_readiness_and_metrics(client, url):
         "reused_tokens_total",
         "rows",
         "inter_token_latency_seconds_sum",
-        "connections",
         "kept_prompt_tokens",
         "cache_bytes",
         *(["allocated_bytes"] if platform.libc_ver()[0] == "glibc" else []),
@@ -281,7 +279,7 @@ def test_health_readiness_and_metrics(client, url):
         assert f"\nsoftmeet_{name} " in text
 
 
-def test_metrics_tell_memory_and_connections(url, serving):
+def test_metrics_tell_memory(url, serving):
     def value(name):
         text = http.get(f"{url}/metrics").text
         return float(text.split(f"\n{name} ")[1].split()[0])
@@ -289,11 +287,6 @@ def test_metrics_tell_memory_and_connections(url, serving):
     resident = psutil.Process().memory_info().rss
     assert value("process_resident_memory_bytes") == pytest.approx(resident, rel=0.2)
     assert value("process_open_fds") > 3
-    before = value("softmeet_connections")
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))):
-        wait_until(lambda: value("softmeet_connections") == before + 1)
-    wait_until(lambda: value("softmeet_connections") == before)
     serving.metrics.cache_bytes.set_function(lambda: 12)
     assert value("softmeet_cache_bytes") == 12
 

@@ -1,11 +1,14 @@
-"""What one client can do to a server below HTTP's requests: endless headers, waiting, flooding, not reading."""
+"""What one client can do to a server below HTTP's requests: endless headers, connections, flooding, not reading.
+
+What a slow client can do behind a reverse proxy is in tests/server/test_proxy.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
-import time
 
 import psutil
 import pytest
@@ -63,7 +66,7 @@ def flooded(connection, first, pieces):
     for k, piece in enumerate(pieces):
         try:
             connection.sendall(piece)
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             return k
     return len(pieces)
 
@@ -108,44 +111,17 @@ def test_other_protocols_are_not_spoken_and_what_asks_for_them_is_answered(cut):
         while more and found.count(b"HTTP/1.1 ") < 3:
             found += (more := connection.recv(1 << 16))
         assert found.count(b"HTTP/1.1 200 ") == 3
-    with running(served()) as url, connected(url) as connection:
-        connection.sendall(b"CONNECT a:1 HTTP/1.1\r\nHost: a:1\r\n\r\n")
-        assert "no proxy" in error_of(read(connection), 400)["message"]
 
 
 def test_many_headers_are_refused_and_as_many_as_are_common_are_not():
     with running(served()) as url:
         for header in (b"X-%d: y\r\n", b"X-%d: " + b"y" * 1000 + b"\r\n"):
             with connected(url) as connection:
-                connection.sendall(GET[:-2] + b"".join(header % k for k in range(100_000 // len(header))) + b"\r\n")
-                assert error_of(read(connection), 431)["code"] == "headers_too_long"
+                connection.sendall(GET[:-2] + b"".join(header % k for k in range(1_000_000 // len(header))) + b"\r\n")
+                assert read(connection).startswith(b"HTTP/1.1 400 ")
         with connected(url) as connection:
             connection.sendall(GET[:-2] + b"X: " + b"y" * 40_000 + b"\r\n\r\n")
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
-
-
-def test_connections_that_send_no_headers_are_closed_and_others_are_kept():
-    serving = served(header_seconds=1.0)
-    gauge = lambda: serving.metrics.registry.get_sample_value("softmeet_connections")  # noqa: E731
-    with running(serving) as url, contextlib.ExitStack() as stack:
-        busy = stack.enter_context(connected(url))
-        silent = stack.enter_context(connected(url))
-        half = [stack.enter_context(connected(url)) for _ in range(100)]
-        for connection in half:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: ")
-        wait_until(lambda: gauge() == 102)
-        until = time.monotonic() + 1.5
-        while time.monotonic() < until:  # kept alive beyond the bound, which is of each request's headers
-            assert healthy(busy)
-            time.sleep(0.1)
-        wait_until(lambda: gauge() <= 1)
-        assert read(silent) == b""
-        assert error_of(read(half[0]), 408)["code"] == "headers_too_slow"
-        busy.close()
-        with connected(url) as again:
-            assert healthy(again)
-            again.sendall(GET[:20])
-            assert error_of(read(again), 408)["code"] == "headers_too_slow"
 
 
 def test_more_connections_than_allowed_are_answered_503():
@@ -155,9 +131,7 @@ def test_more_connections_than_allowed_are_answered_503():
             assert healthy(connection)
         with connected(url) as fourth:
             fourth.sendall(GET)
-            answer = read(fourth)
-        assert error_of(answer, 503)["code"] == "too_many_connections"
-        assert b"retry-after: 1" in answer.lower()
+            assert read(fourth).startswith(b"HTTP/1.1 503 ")
         three.pop().close()
 
         def answered():
@@ -168,9 +142,8 @@ def test_more_connections_than_allowed_are_answered_503():
         wait_until(answered)
 
 
-def test_a_few_requests_may_be_sent_ahead_and_a_flood_ends_the_connection():
-    serving = served()
-    with running(serving) as url:
+def test_a_few_requests_may_be_sent_ahead_and_a_flood_is_not_kept():
+    with running(served()) as url:
         with connected(url) as connection:
             connection.sendall(GET * 10)
             found = b""
@@ -178,31 +151,28 @@ def test_a_few_requests_may_be_sent_ahead_and_a_flood_ends_the_connection():
                 found += connection.recv(1 << 16)
         before = psutil.Process().memory_info().rss
         with connected(url) as connection:
+            connection.settimeout(2)
             flooded(connection, POST % (len(BODY), BODY), [GET * 1000] * 1000)
-        wait_until(lambda: serving.metrics.registry.get_sample_value("softmeet_connections") == 0)
         assert psutil.Process().memory_info().rss - before < 30_000_000
 
 
-@pytest.mark.parametrize("ahead", [b"", GET], ids=["one request", "with another behind it"])
-def test_a_client_that_does_not_read_is_cut_off_and_its_sequences_end(ahead):
+def test_a_client_that_does_not_read_keeps_its_connection_and_no_place_in_the_batch():
     """The stream's tokens have long reports, and the client's window is small."""
-    serving = served(send_seconds=0.5)
+    serving = served()
     body = json.dumps(
         {"prompt": "a", "max_tokens": 60, "n": 16, "stream": True, "logit_bias": {"0": -100}, "logprobs": 20,
          "softmeet": {"report": 20}}
     ).encode()  # fmt: skip
-    hook = serving.ensembles.find("plain").ensemble.model.members[0].base_model.register_forward_hook
     with running(serving, send_buffer=4096) as url, socket.socket() as connection:
-        slow = hook(lambda *_: time.sleep(0.05))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, port = url.removeprefix("http://").split(":")
         connection.connect((host, int(port)))
-        connection.sendall(POST % (len(body), body) + ahead)
-        wait_until(lambda: serving.batcher._running)
-        wait_until(lambda: serving.metrics.registry.get_sample_value("softmeet_connections") == 0)
+        connection.sendall(POST % (len(body), body))
+        wait_until(lambda: serving.metrics.registry.get_sample_value("softmeet_tokens_total"))
         wait_until(lambda: not serving.batcher._running)
-        slow.remove()
-    assert serving.metrics.registry.get_sample_value("softmeet_tokens_total") < 16 * 60
+        with connected(url) as other:
+            assert healthy(other)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +180,6 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_sequences_end(ahead):
     [
         b"CONNECT example.org:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
-        b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"nonsense\r\n\r\n",
         b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na",
@@ -218,10 +187,10 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_sequences_end(ahead):
         b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
 )  # fmt: skip
-def test_what_is_not_http_gets_an_error_object(url, request_):
+def test_what_is_not_http_is_refused_and_its_connection_ends(url, request_):
     with connected(url) as connection:
         connection.sendall(request_)
-        error_of(read(connection), 400)
+        assert re.match(rb"HTTP/1.1 40[045] ", read(connection))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +202,6 @@ def url():
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (b"GET http://localhost/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", 200),
         (b"GET /health HTTP/1.0\r\n\r\n", 200),
         (b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
          b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n", 200),

@@ -202,9 +202,9 @@ def test_the_best_choices_have_the_largest_mean_log_probability(url):
         ({"stop_token_ids": [-1]}, "stop_token_ids", "expected token ids below 64 in stop_token_ids, got -1"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "to be -1 or greater than or equal to 1, got 0"),
         ({"top_k": -2}, "top_k", "expected top_k to be greater than or equal to -1, got -2"),
-        ({"bad_words": ["no"]}, "bad_words", "give token ids a logit_bias of -100 or 100; /tokenize has them"),
-        ({"use_beam_search": True}, "use_beam_search", "use_beam_search is not supported: tokens are drawn"),
-        ({"suffix": "x"}, "suffix", "suffix is not supported: text is only continued"),
+        ({"bad_words": ["no"]}, "bad_words", "bad_words is not supported: leave it out"),
+        ({"use_beam_search": True}, "use_beam_search", "use_beam_search is not supported"),
+        ({"suffix": "x"}, "suffix", "suffix is not supported: leave it out"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(url, fields, param, message):

@@ -97,7 +97,7 @@ def test_a_text_that_is_cut_says_so(client):
         ({"structured_outputs": {"choice": []}}, "structured_outputs", "at least 1 item"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag is not supported"),
         ({"structured_outputs": {"regex": "a"}, "response_format": FORM}, "structured_outputs", "got both"),
-        ({"guided_regex": "a"}, "guided_regex", 'write {"structured_outputs": {"regex": …}}'),
+        ({"guided_regex": "a"}, "guided_regex", "did you mean structured_outputs?"),
     ],
 )
 def test_what_cannot_be_used_is_a_clear_error(client, fields, param, message):

@@ -147,7 +147,7 @@ def test_the_client_gets_answers_streams_and_refusals_on_a_page_that_is_allowed(
         assert len(ask(page, "responseHelper", url)) == 4
         name, status, param, message = ask(page, "refused", url)
         assert (name, status, param) == ("BadRequestError", 400, "suffix")
-        assert "text is only continued" in message
+        assert "suffix is not supported" in message
         assert ask(page, "completion", url, key="wrong")[:2] == ["AuthenticationError", 401]
 
 

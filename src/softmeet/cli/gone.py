@@ -27,6 +27,10 @@ _OPTIONS = {
     **dict.fromkeys(("num-fewshot",), "it is --count"),
     **dict.fromkeys(("tasks",), "it is --task"),
     **dict.fromkeys(("output-path", "output", "o"), "results are written by --json FILE"),
+    **dict.fromkeys(
+        ("header-timeout", "send-timeout"),
+        "a reverse proxy bounds slow clients: docs/guides/serve.md has the configuration",
+    ),
     "shard": "a trace has one file a document",
     # Flags of serve until Ray Serve took their place.
     **dict.fromkeys(

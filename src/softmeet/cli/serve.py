@@ -92,12 +92,6 @@ class LimitFlags(Flags, panel="Limits"):
     )
     max_body: int = flag(1 << 20, "The most bytes of a request's body.", min=1)
     body_timeout: float = flag(10.0, "The seconds in which a request's body has to arrive.", min=0.1)
-    header_timeout: float = flag(
-        10.0, "The seconds in which a request's headers have to arrive, from the connection's opening on.", min=0.1
-    )
-    send_timeout: float = flag(
-        60.0, "The seconds in which a client has to read on in an answer; else its connection is cut.", min=0.1
-    )
     connections: int = flag(1024, "The most connections at once; more get status 503.", min=1)
     timeout: float = flag(
         600.0,
@@ -121,8 +115,6 @@ class LimitFlags(Flags, panel="Limits"):
             hosts=hosts,
             max_body=self.max_body,
             body_seconds=self.body_timeout,
-            header_seconds=self.header_timeout,
-            send_seconds=self.send_timeout,
             connections=self.connections,
         )
 

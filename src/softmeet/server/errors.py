@@ -7,7 +7,6 @@
     ├── BusyError             the queue has no room (429)
     ├── TooLateError          an answer took longer than it may (504)
     ├── ClosingError          the server is shutting down (503)
-    ├── TooManyConnectionsError   one more connection is open than may be (503)
     └── InternalError         a defect of the server (500)
 """
 
@@ -36,10 +35,6 @@ class ClosingError(SoftmeetError):
 
 class TooLateError(SoftmeetError):
     """Raised if an answer was not complete before its deadline (status 504)."""
-
-
-class TooManyConnectionsError(SoftmeetError):
-    """Raised for a connection beyond those that may be open at once (status 503)."""
 
 
 class InternalError(SoftmeetError):
@@ -100,7 +95,6 @@ _SENT: tuple[tuple[type[SoftmeetError], int, str, str | None], ...] = (
     (InternalError, 500, "server_error", "internal"),
     (BusyError, 429, "rate_limit_error", "busy"),
     (ClosingError, 503, "service_unavailable_error", "shutting_down"),
-    (TooManyConnectionsError, 503, "service_unavailable_error", "too_many_connections"),
     (TooLateError, 504, "timeout_error", "timeout"),
     (RuleError, 500, "server_error", "rule_failed"),
     (ReaderError, 500, "server_error", "reader_failed"),

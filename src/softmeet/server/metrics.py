@@ -41,7 +41,6 @@ class Metrics:
         kept_prompt_tokens: tokens of past prompts whose keys and values are kept now, summed over members.
         cache_bytes: bytes of all keys and values now: those of running sequences and of kept prompts.
         allocated_bytes: bytes that the process has allocated and not freed; None where the C library does not tell.
-        connections: connections that are open now; idle ones, and those that are being refused, count.
         first: seconds from a request's submission to its first drawn token, of whichever choice.
     """
 
@@ -76,7 +75,6 @@ class Metrics:
         if freed_memory.in_use() is not None:
             self.allocated_bytes = gauge("allocated_bytes", "Bytes of memory that are allocated and not freed.")
             self.allocated_bytes.set_function(lambda: freed_memory.in_use() or 0)
-        self.connections = gauge("connections", "Connections that are open now.")
         self.between = histogram("inter_token_latency_seconds", "Seconds from one token of a sequence to its next.")
         self.unsolved = counter(
             "unsolved_tokens", "Generated tokens at which the rule did not converge, by status.", ["status"]

@@ -10,21 +10,44 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from softmeet import freed_memory
+from softmeet.server.app import create_app
 from softmeet.server.envelope import ACCESS
-from softmeet.server.protocol import configuration
 from softmeet.server.serving import Serving
 
 _log = logging.getLogger("softmeet.server")
+# The most bytes of a request line and its headers, as servers commonly have it.
+_MOST_HEAD = 1 << 16
 # Seconds that connections have to close once their answers have ended.
 _LAST = 3.0
 # Open files beside connections: those of models, libraries and logs.
 _FILES = 512
 # Seconds after which freed memory is given back to the system, again and again.
 _GIVE_BACK = 60.0
+
+
+def configuration(serving: Serving, **options: Any) -> uvicorn.Config:
+    """Return the configuration of a uvicorn server for a server's application, with its bounds.
+
+    Args:
+        serving: the ensembles, their batcher, and the settings.
+        options: further arguments of ``uvicorn.Config``, such as ``port``.
+    """
+    return uvicorn.Config(
+        create_app(serving),
+        http="h11",  # httptools would take headers of any length
+        h11_max_incomplete_event_size=_MOST_HEAD,
+        # uvicorn counts the connection that asks, too.
+        limit_concurrency=serving.settings.protection.connections + 1,
+        ws="none",  # nothing here speaks WebSocket
+        access_log=False,  # it would hold queries
+        server_header=False,
+        **options,
+    )
 
 
 def run(

@@ -7,110 +7,33 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from softmeet.rules.frozen import unknown
 from softmeet.rules.settings import Settings
 from softmeet.server import schemas
 from softmeet.server.errors import RequestError
 from softmeet.server.responses import ResponsesRequest
 from softmeet.server.strict import Strict
 
-_TOOLS = (
-    "tools", "tool_choice", "parallel_tool_calls", "tool_calls", "tool_call_id", "max_tool_calls", "call_id",
-)  # fmt: skip
-_REFUSED = {
-    **dict.fromkeys(_TOOLS, "give tools to /v1/chat/completions"),
-    **dict.fromkeys(("functions", "function_call"), "they are called tools and tool_choice now"),
+_BODIES: dict[str, type[Strict]] = {
+    "/v1/completions": schemas.CompletionRequest,
+    "/v1/chat/completions": schemas.ChatRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": schemas.TokenizeRequest,
+    "/detokenize": schemas.DetokenizeRequest,
+}
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+# What a field is called that other clients, or other endpoints, call otherwise: the first of these that is known.
+_CALLED = {
+    **dict.fromkeys(_LENGTHS, _LENGTHS),
+    "functions": ("tools",),
+    "function_call": ("tool_choice",),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ("structured_outputs",)),
+}
+_NOT_HERE = {
     **dict.fromkeys(("image_url", "input_audio", "file", "images"), "the members read only text"),
-    **dict.fromkeys(("audio", "modalities"), "only text is generated"),
-    **{
-        f"guided_{name}": f'write {{"structured_outputs": {{"{name}": …}}}}, as in vLLM since its version 0.12'
-        for name in ("json", "regex", "choice", "grammar")
-    },
-    "suffix": "text is only continued",
-    **dict.fromkeys(("context", "template"), "send the whole conversation to /api/chat, or a raw prompt"),
-    "prediction": "there is nothing to speed up by it",
-    **dict.fromkeys(("reasoning_effort", "reasoning"), "the members do not reason apart from their answer"),
-    "web_search_options": "nothing is searched",
     **dict.fromkeys(
-        ("bad_words", "allowed_token_ids"), "give token ids a logit_bias of -100 or 100; /tokenize has them"
+        ("previous_response_id", "conversation", "background"), "nothing is stored: send the whole conversation"
     ),
-    **dict.fromkeys(("use_beam_search", "length_penalty"), "tokens are drawn; n and best_of draw several answers"),
-    **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), "/tokenize has the ids of a text"),
-    **dict.fromkeys(
-        ("chat_template", "chat_template_kwargs", "documents"),
-        "a chat is written as the members' own template says; send another prompt to /v1/completions",
-    ),
-    **dict.fromkeys(
-        ("add_generation_prompt", "continue_final_message"),
-        "a chat is continued by a new turn of the assistant; send another prompt to /v1/completions",
-    ),
-    "truncation_side": "the prompt's last tokens are kept",
-    "logprob_token_ids": "logprobs lists the most probable tokens",
-    "prompt_embeds": "prompts are texts or token ids",
-    "spaces_between_special_tokens": "the members' tokenizer says where spaces are",
-    "priority": "requests are served in the order that they come in",
-    **dict.fromkeys(("prompt_cache_key", "cache_salt"), "prompts that begin alike are reused by themselves"),
-    "generation_config": "write its fields, such as temperature and top_k, directly into the body",
-    "verbosity": "say in the messages how long the answer is to be",
-    "safety_identifier": "call it user, which is accepted and ignored",
-    **dict.fromkeys(
-        ("previous_response_id", "conversation"), "nothing is stored: send the whole conversation as input"
-    ),
-    **dict.fromkeys(("background", "background_options"), "nothing is stored, so that an answer has to be waited for"),
-    **dict.fromkeys(("context_management", "moderation"), "the server does nothing of that kind"),
-    "extra_body": "it is an argument of openai's client; write its fields directly into the body",
 }
-# Fields that other endpoints have, and what to do at this one.
-_CHAT_ONLY = {
-    "messages": "give a prompt here, or send it to /v1/chat/completions",
-    "input": "give a prompt here, or send it to /v1/responses",
-    "instructions": "begin the prompt with them, or send them to /v1/responses",
-}
-_PROMPT_ONLY = {
-    "echo": "send the request to /v1/completions",
-    "best_of": "ask for n choices, or send the request to /v1/completions",
-    "add_special_tokens": "the chat template adds them, or send the request to /v1/completions",
-}
-_ELSEWHERE: dict[str, dict[str, str]] = {
-    "/v1/completions": _CHAT_ONLY
-    | {
-        "max_completion_tokens": "it is called max_tokens here",
-        "max_output_tokens": "it is called max_tokens here",
-        "top_logprobs": "give the number as logprobs here",
-    },
-    "/v1/chat/completions": _PROMPT_ONLY
-    | {
-        "prompt": "give messages here, or send it to /v1/completions",
-        "input": "give messages here, or send it to /v1/responses",
-        "instructions": "give them as a system message here",
-        "max_output_tokens": "it is called max_completion_tokens here",
-    },
-    "/v1/responses": _PROMPT_ONLY
-    | {
-        "prompt": "nothing is stored, templates neither: give the text as input, or send it to /v1/completions",
-        "messages": "give them as input here, or send them to /v1/chat/completions",
-        "n": "a response is one choice: ask several times, or at /v1/chat/completions",
-        "best_of": "a response is one choice: send the request to /v1/completions",
-        "max_tokens": "it is called max_output_tokens here",
-        "max_completion_tokens": "it is called max_output_tokens here",
-        "logprobs": 'give include as ["message.output_text.logprobs"] here, and top_logprobs',
-        "prompt_logprobs": "send the request to /v1/completions or /v1/chat/completions",
-        "stream_options": "the last event always has the token counts",
-        "response_format": 'write it as text, {"text": {"format": …}}',
-    },
-}
-_EXPECTED = {
-    "prompt": "a string, a list of strings, token ids or a list of lists of token ids",
-    "messages": 'a list such as [{"role": "user", "content": "hello"}]',
-    "input": 'a string, or a list such as [{"role": "user", "content": "hello"}]',
-    "logit_bias": 'an object of numbers from -100 to 100 by token ids, such as {"5": -100}',
-}
-_BODIES = (
-    schemas.CompletionRequest, schemas.ChatRequest, ResponsesRequest,
-    schemas.TokenizeRequest, schemas.DetokenizeRequest,
-)  # fmt: skip
-_FIELDS = {name: kind for body in _BODIES for name, kind in body.model_fields.items()}
-_OBJECTS = ("model_type", "model_attributes_type", "dict_type")
 # The longest text that is repeated to the client.
 _SHOWN = 40
 
@@ -140,12 +63,8 @@ def refusal(errors: Sequence[Mapping[str, Any]], endpoint: str = "") -> RequestE
     if not path:
         size = " of a few fields" if first["type"] == "too_long" else ""
         return RequestError(f"expected one JSON object{size} as the body, got {_came(first)}")
-    if path[0] in _REFUSED and first["type"] == "extra_forbidden":
-        message = f"{path[0]} is not supported: {_REFUSED[path[0]]}"
-    elif first["type"] == "extra_forbidden":
-        message = _unknown(path, endpoint)
-    elif path[0] in _EXPECTED and len(path) == 1:
-        message = f"expected {path[0]} as {_EXPECTED[path[0]]}, got {_came(first)}"
+    if first["type"] == "extra_forbidden":
+        message = f"{'.'.join(path)[:200]} is not supported: {_instead(path, endpoint)}"
     else:
         message = _invalid([error for error in errors if _path(error)[:1] == path[:1]])
     return RequestError(message, param=".".join(path[: 2 if path[0] == "softmeet" else 1])[:100])
@@ -159,27 +78,23 @@ def _path(error: Mapping[str, Any]) -> list[str]:
     return [str(part) for part in [*(part for part in found if isinstance(part, int) or part in _NAMES), *last]]
 
 
-def _unknown(path: list[str], endpoint: str) -> str:
-    """Return the message on a field that there is not: where it belongs, or the nearest name."""
-    name, word = ".".join(path)[:200], path[-1][:100]
-    what = f"{name} is not supported"
-    elsewhere = _ELSEWHERE.get(endpoint, {})
-    if path == [word] and word in elsewhere:
-        return f"{what}: {elsewhere[word]}"
-    if word in _REFUSED:
-        return f"{what}: {_REFUSED[word]}"
-    if path == [word] and word in schemas.Extension.model_fields:
-        inside = f'{{"softmeet": {{"{word}": …}}}}'
-        return f"{what} here: put it into softmeet, as {inside}, with openai's client by extra_body={inside}"
-    if path[0] == "softmeet" and word in _FIELDS:
-        return f"{what}: put {word} beside softmeet, not into it"
+def _instead(path: list[str], endpoint: str) -> str:
+    """Return what to do about a field that there is not: where it belongs, or the nearest name."""
+    word, inside, at_top = path[-1][:100], path[0] == "softmeet", len(path) == 1
+    if at_top and word in schemas.Extension.model_fields:
+        shown = f'{{"softmeet": {{"{word}": …}}}}'
+        return f"put it into softmeet, as {shown}, with openai's client by extra_body={shown}"
+    if inside and word in schemas.CompletionRequest.model_fields:
+        return f"put {word} beside softmeet, not into it"
     if word in Settings.model_fields:
-        return f"{what}: it is the same for all requests, and given to softmeet serve"
-    if path[0] == "softmeet":
-        return str(unknown(f"{what}: there is no such field", word, list(schemas.Extension.model_fields)))
-    near = get_close_matches(word, [one for one in _FIELDS if one != word], n=1)
-    hint = f"did you mean {near[0]}?" if near else "leave it out; /openapi.json has all fields"
-    return f"{what}: there is no such field: {hint}"
+        return "it is the same for all requests, and given to softmeet serve"
+    known = _names(schemas.Extension if inside else _BODIES.get(endpoint, Strict))
+    called = [name for name in _CALLED.get(word, ()) if name in known]
+    if at_top and not called and (others := [one for one, kind in _BODIES.items() if word in _names(kind)]):
+        return f"send it to {others[0]}"
+    if near := called or ((at_top or inside) and get_close_matches(word, sorted(known - {word}), n=1)):
+        return f"did you mean {near[0]}?"
+    return _NOT_HERE.get(word, "leave it out; /openapi.json has all fields")
 
 
 def _invalid(errors: Sequence[Mapping[str, Any]]) -> str:
@@ -189,17 +104,15 @@ def _invalid(errors: Sequence[Mapping[str, Any]]) -> str:
     name, value = ".".join(_path(deepest))[:200], deepest["input"]
     if deepest["type"] == "missing":
         return f"expected {name}, which is missing: add it"
-    there = [_wanted(error) for error in errors if _path(error) == _path(deepest) and error["input"] is value]
+    there = [_wanted(error["msg"]) for error in errors if _path(error) == _path(deepest) and error["input"] is value]
     wanted = " or ".join(dict.fromkeys(there)).replace(" or to be ", " or ")
     return f"expected {name} {wanted}, got {_came(deepest)}"
 
 
-def _wanted(error: Mapping[str, Any]) -> str:
+def _wanted(message: str) -> str:
     """Return what pydantic expected, as words that follow the field's name: ``to be a valid number``."""
-    if error["type"] in _OBJECTS:
-        return "to be an object"
-    found = re.fullmatch(r"\w+ should (.*?)( after validation, not .*)?", error["msg"])
-    return f"to {found[1]}" if found else f"to be valid ({error['msg'][:200]})"
+    found = re.fullmatch(r"\w+ should (.*?)( after validation, not .*)?", message)
+    return f"to {re.sub('a valid dictionary.*', 'an object', found[1])}" if found else f"to be valid ({message[:200]})"
 
 
 def _came(error: Mapping[str, Any]) -> str:
@@ -209,8 +122,6 @@ def _came(error: Mapping[str, Any]) -> str:
         return "none"
     if isinstance(value, dict | list):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
-    if isinstance(value, bool):
-        return str(value).lower()
     # The text of a whole number may be too long to be made.
     if isinstance(value, int) and abs(value) >= 1 << 63:
         return "a larger number"

@@ -50,7 +50,7 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\[\]:/@?#]+)(?::\d*)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Protection:
-    """Who may send requests, and how large and slow these may be; how many connections there are, and how slow.
+    """Who may send requests, and how large and slow these may be; how many connections there are.
 
     Args:
         keys: the valid API keys, one of which a request has to have, as ``Authorization: Bearer KEY`` or as the
@@ -58,10 +58,6 @@ class Protection:
         hosts: the names that a request's header ``Host`` may have, without port, in any case; if empty, any name.
         max_body: the most bytes of a request's body.
         body_seconds: the most seconds until a body is complete.
-        header_seconds: the most seconds until a request's headers are complete, from the opening of the connection, or
-            from the first byte of a later request.
-        send_seconds: the seconds in which a client has to take a piece of the answer that waits for it; else its
-            connection is cut.
         connections: the most connections that are open at once.
     """
 
@@ -69,8 +65,6 @@ class Protection:
     hosts: tuple[str, ...] = ()
     max_body: int = 1 << 20
     body_seconds: float = 10.0
-    header_seconds: float = 10.0
-    send_seconds: float = 60.0
     connections: int = 1024
 
 
