@@ -19,7 +19,7 @@ import typer
 import softmeet
 from problems import Rows, held_out, of_text
 from report import named, seconds, show
-from softmeet.hf.calibrated import own_text
+from softmeet.evaluation.premise import own_text
 from softmeet.rules.meet import Meet
 from softmeet.simplex import total_variation
 

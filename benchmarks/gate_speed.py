@@ -3,13 +3,11 @@
 From the beginning of each text, one sequence at a time, the average, `meet` with its gate and `meet` with none generate
 as many tokens, in turn, so that all three see the machine as it then is; ratios are of the sums of seconds. An *open*
 token is one at which the gate had the rule solved. Without members: the bundled families, on books that they have not
-seen. Other members' gate is calibrated anew, which is timed.
+seen.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,7 +20,6 @@ from report import named, now, show
 from softmeet import Ensemble
 from softmeet.evaluation.documents import read_documents
 from softmeet.hf import Recorder
-from softmeet.hf.calibrated import resolved
 
 WAYS: dict[str, dict[str, Any]] = {
     "logit-mean": {"rule": "logit-mean"},
@@ -47,7 +44,7 @@ def run(ensemble: Ensemble, prompt: str, way: str, tokens: int, seed: int, *, sa
     settings = ensemble.model.settings.changed(**WAYS[way])
     start = now()
     ensemble.generate(
-        prompt, settings=resolved(ensemble.model, settings), recorder=total.recorder, do_sample=sample,
+        prompt, settings=ensemble.model.combiner.resolved(settings), recorder=total.recorder, do_sample=sample,
         seed=seed if sample else None, speculate=0, min_new_tokens=tokens, max_new_tokens=tokens,
     )  # fmt: skip
     taken = now() - start
@@ -107,12 +104,6 @@ def main(
     rows, ways = list[dict[str, Any]](), list(WAYS)[: 2 if gated_only else 3]
     for name, members, texts in given:
         ensemble = Ensemble.from_pretrained(members, trust=trust)
-        settings = ensemble.model.settings.changed(rule="meet", gate="auto")
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["SOFTMEET_CACHE"] = folder
-            start = now()
-            gate = resolved(ensemble.model, settings).gate
-        typer.echo(f"{name}: {gate}, found in {now() - start:.1f} s")
         prompts = [own[:prompt] for own in texts[:documents]]
         for sample in (True, False):
             rows += compare(name, ensemble, prompts, tokens, ways, sample=sample)

@@ -38,7 +38,7 @@ MEET = RuleChoice("meet", {"rule": "meet"})
 
 @torch.inference_mode()
 def gates_of(ensemble: Ensemble, positions: Positions) -> list[str]:
-    """None, gates that close at about these shares of the positions, and those that always close."""
+    """None, the default, gates that close at about these shares of the positions, and those that always close."""
     model, found = ensemble.model, []
     log_p, logits = model.combiner.own_log_probs(positions.hidden)
     # No trust is solved for: the pool and the disagreement are the same at any rate.
@@ -49,7 +49,7 @@ def gates_of(ensemble: Ensemble, positions: Positions) -> list[str]:
     ):
         cuts = torch.quantile(sizes.double(), torch.tensor(signs, dtype=torch.float64)).tolist()
         found += [f"{name}:{cut:.2g}" for cut in cuts]
-    every = ["none", *found[: len(SHARES)], "unsure:0", *found[len(SHARES) :], "disagreement:100"]
+    every = ["none", "auto", *found[: len(SHARES)], "unsure:0", *found[len(SHARES) :], "disagreement:100"]
     return list(dict.fromkeys(every))
 
 
@@ -103,7 +103,7 @@ def row(gate: str, found: Evaluation, run: Run, plain_run: Run, generated: int) 
 def float_text(gate: str) -> str:
     """A gate as choices name it."""
     name, _, number = gate.partition(":")
-    return f"{name}:{float(number)!r}"
+    return f"{name}:{float(number)!r}" if number else name
 
 
 def family_rows(

@@ -130,7 +130,7 @@ class Ensemble:
         if kind_of(vocabulary) in ("bytes", "union") and not any_average:
             require_for_bytes(chosen, vocabulary)
         config = EnsembleConfig(
-            names, settings=unsized(chosen), vocabulary=vocabulary, prune=prune, movement=before.movement,
+            names, settings=unsized(chosen), vocabulary=vocabulary, prune=prune,
             prefixes=before.prefixes if prefixes is None else prefixes,
             files=with_own(before.files, files, str(members), trust_remote_code),
         )  # fmt: skip

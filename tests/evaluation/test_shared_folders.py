@@ -106,8 +106,7 @@ def saved(tmp_path_factory):
     "changed",
     [
         None, [1], "[" * 10_000, '{"a":' * 10_000, {"members": None}, {"members": 5}, {"members": [None]},
-        {"bands": 2}, {"vocabulary": 5}, {"prefixes": 5}, {"prefixes": [1, 2]}, {"movement": 5},
-        {"movement": {"a": "b"}},
+        {"bands": 2}, {"vocabulary": 5}, {"prefixes": 5}, {"prefixes": [1, 2]},
     ],
 )  # fmt: skip
 def test_a_damaged_configuration_is_refused_by_a_sentence(saved, tmp_path, changed):

@@ -11,7 +11,6 @@ from serving import http, running, serving_of, tiny_ensemble
 from softmeet.engine.draw import Sampling
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
-from softmeet.hf.calibrated import key_of
 from softmeet.server.limits import Limits
 from softmeet.server.sequences import Combination, GenerationRequest, PromptScored, Sequence
 
@@ -171,31 +170,22 @@ def test_an_ensembles_own_gate_is_the_default_and_can_be_left_out():
         assert free.choices[0].text != own.choices[0].text
 
 
-def test_a_gate_that_cannot_be_used_is_not_left_out_in_silence():
+def test_a_gate_that_cannot_be_used_is_refused_unless_it_is_the_ensembles_own():
     ensemble = tiny_ensemble("gpt2", "llama")
     ensemble.model.config.gate = "auto"
-    ensemble.model.config.movement[key_of(ensemble.model.settings)] = 1.0
     with running(serving_of({"plain": ensemble}, max_trust=float("inf"))) as url:
 
         def ask(**ours):
             return http.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1, "softmeet": ours}).json()
 
         assert ask()["softmeet"]["gate"] == "auto"
-        own = ask(trust=0.7)["softmeet"]
-        assert own["gate"] is None
-        assert own["why_no_gate"].startswith("the gate auto needs a factor for these members, rule, trusts")
-        for ours in ({"trust": 0.7, "gate": "auto"}, {"trust": 0.7, "rule": "meet:gate=auto"}):
-            error = ask(**ours)["error"]
-            assert own["why_no_gate"] in error["message"]
-            assert "leave gate out, or ask for another one" in error["message"]
-            assert error["param"] == "softmeet.gate"
-        # A rule that never has this gate has none in silence, as has auto; movement is refused.
+        assert ask(trust=0.7)["softmeet"]["gate"] == "auto"
         for ours in ({"rule": "max-entropy"}, {"trust": "inf"}, {"trust": "inf", "gate": "auto"}):
-            assert "why_no_gate" not in ask(**ours)["softmeet"]
-        error = ask(trust="inf", gate="movement:0.1")["error"]
-        assert "is for the rule meet with finite trusts alone" in error["message"]
+            assert "gate" not in ask(**ours)["softmeet"]
         # An average has no use for these gates: the ensemble's own is passed over, another one is refused.
         assert "gate" not in ask(rule="prob-mean")["softmeet"]
         error = ask(rule="prob-mean", gate="disagreement:0.1")["error"]
         assert error["message"].startswith("the rule prob-mean has no solve that the gate disagreement:0.1 could save")
+        assert "leave gate out, or ask for another one" in error["message"]
+        assert error["param"] == "softmeet.gate"
         assert ask(rule="prob-mean", gate="unsure:0.5")["softmeet"]["gate"] == "unsure:0.5"

@@ -89,7 +89,7 @@ def test_the_weights_are_in_the_wheel_of_the_bundled_members_alone(dist):
     assert not [name for name in zipfile.ZipFile(package).namelist() if name.endswith(".safetensors")]
     names = zipfile.ZipFile(members).namelist()
     assert sum(name.endswith("/model.safetensors") for name in names) == 9
-    assert {"softmeet_zoo/__init__.py", "softmeet_zoo/movement.json", "softmeet_zoo/narrow/opt-a/README.md"} <= {*names}
+    assert {"softmeet_zoo/__init__.py", "softmeet_zoo/narrow/opt-a/README.md"} <= {*names}
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 

@@ -12,7 +12,7 @@ from softmeet.errors import InvalidInputError, UnsupportedHeadError
 AXES = {
     "vocabulary": ("tokens", "bytes", "symbols"),
     "rule": ("default", "logit-mean", "prob-mean", "power-mean", "max-entropy"),
-    "gate": ("default", "none", "unsure", "disagreement", "movement"),
+    "gate": ("default", "none", "unsure", "disagreement"),
     "structure": ("none", "regex", "choice", "schema"),
     "sampling": ("greedy", "seeded", "tempered", "biased", "torch"),
     "speculation": ("default", "0", "4"),
@@ -22,7 +22,6 @@ AXES = {
 GATES = {
     "unsure": dict.fromkeys([*AXES["vocabulary"], "mixed"], "unsure:0.4"),
     "disagreement": {"tokens": "disagreement:0.75", "bytes": "disagreement:0.7", "symbols": "disagreement:0.03"},
-    "movement": {"tokens": "movement:0.04", "bytes": "movement:0.04", "symbols": "movement:0.0003"},
 }
 AVERAGES = ("logit-mean", "prob-mean", "power-mean")
 PYTHON, COMMAND, SERVER = "python", "command", "server"
@@ -117,15 +116,11 @@ REFUSALS = (
     Refusal({"gate": ("unsure",), "speculation": ("4",)}, (PYTHON, COMMAND), "cannot be used with the gate unsure"),
     # Python takes a gate that never closes; in a request it would be a promise.
     Refusal(
-        {"rule": AVERAGES, "gate": ("disagreement", "movement")}, (SERVER,), "has no solve that the gate .* could save"
+        {"rule": AVERAGES, "gate": ("disagreement",)}, (SERVER,), "has no solve that the gate .* could save"
     ),
     Refusal(
-        {"vocabulary": ("bytes",), "rule": ("default",), "gate": ("disagreement", "movement")}, (SERVER,),
+        {"vocabulary": ("bytes",), "rule": ("default",), "gate": ("disagreement",)}, (SERVER,),
         "has no solve that the gate .* could save",
-    ),
-    Refusal(
-        {"vocabulary": ("tokens", "symbols"), "rule": ("max-entropy",), "gate": ("movement",)}, (SERVER,),
-        "is for the rule meet with finite trusts alone",
     ),
 )  # fmt: skip
 # What a kind of roads has no words for: a command and a request draw by a seed of their own, or by none, and the
@@ -154,15 +149,15 @@ CASES = (
     Case("tokens", "default", "none", "choice", "torch", "default"),
     Case("tokens", "default", "disagreement", "regex", "seeded", "default"),
     Case("tokens", "default", "disagreement", "schema", "greedy", "4"),
-    Case("tokens", "default", "movement", "regex", "greedy", "4"),
-    Case("tokens", "default", "movement", "choice", "tempered", "0"),
-    Case("tokens", "default", "movement", "schema", "biased", "4"),
+    Case("tokens", "default", "disagreement", "regex", "greedy", "4"),
+    Case("tokens", "default", "disagreement", "choice", "tempered", "0"),
+    Case("tokens", "default", "disagreement", "schema", "biased", "4"),
     Case("tokens", "logit-mean", "default", "none", "greedy", "0"),
     Case("tokens", "logit-mean", "none", "choice", "biased", "4"),
     Case("tokens", "logit-mean", "disagreement", "schema", "torch", "4"),
     Case("tokens", "prob-mean", "default", "schema", "biased", "default"),
     Case("tokens", "prob-mean", "unsure", "choice", "torch", "default"),
-    Case("tokens", "prob-mean", "movement", "none", "greedy", "4"),
+    Case("tokens", "prob-mean", "disagreement", "none", "greedy", "4"),
     Case("tokens", "power-mean", "default", "choice", "seeded", "4"),
     Case("tokens", "power-mean", "default", "choice", "torch", "4"),
     Case("tokens", "power-mean", "disagreement", "choice", "biased", "default"),
@@ -180,15 +175,15 @@ CASES = (
     Case("bytes", "prob-mean", "disagreement", "regex", "torch", "0"),
     Case("bytes", "power-mean", "none", "regex", "biased", "0"),
     Case("bytes", "power-mean", "none", "schema", "tempered", "default"),
-    Case("bytes", "power-mean", "movement", "none", "torch", "default"),
+    Case("bytes", "power-mean", "disagreement", "none", "torch", "default"),
     Case("symbols", "default", "disagreement", "none", "biased", "0"),
-    Case("symbols", "default", "movement", "none", "seeded", "default"),
+    Case("symbols", "default", "disagreement", "none", "seeded", "default"),
     Case("symbols", "logit-mean", "unsure", "none", "seeded", "0"),
-    Case("symbols", "logit-mean", "movement", "none", "biased", "0"),
+    Case("symbols", "logit-mean", "disagreement", "none", "biased", "0"),
     Case("symbols", "prob-mean", "none", "none", "tempered", "4"),
     Case("symbols", "power-mean", "unsure", "none", "greedy", "default"),
     Case("symbols", "max-entropy", "default", "none", "seeded", "4"),
-    Case("symbols", "max-entropy", "movement", "none", "torch", "0"),
+    Case("symbols", "max-entropy", "disagreement", "none", "torch", "0"),
     # The bundled families, with all as it is shipped.
     Case("family", sampling="seeded"),
     Case("family", structure="regex"),
@@ -201,7 +196,7 @@ CASES = (
     Case("tokens", "logit-mean", "none", "regex", "seeded", "4", "files"),
     Case("tokens", "default", "unsure", "none", "greedy", "default", "files"),
     Case("tokens", "prob-mean", "default", "choice", "torch", "0", "files"),
-    Case("tokens", "default", "movement", "schema", "greedy", "4", "files"),
+    Case("tokens", "default", "disagreement", "schema", "greedy", "4", "files"),
     Case("symbols", "max-entropy", "disagreement", "none", "biased", "0", "files"),
     Case("bytes", "power-mean", "none", "schema", "tempered", "0", "files"),
     Case("bytes", "prob-mean", "unsure", "choice", "seeded", "default", "files"),

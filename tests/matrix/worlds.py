@@ -14,7 +14,6 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from softmeet import Ensemble
-from softmeet.hf.calibrated import resolved
 
 # What users say is the prompt itself, so that over tokens a conversation is read as the text is.
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -98,8 +97,6 @@ class World:
             given |= {"weights": self.even} | ({"vocabulary": "bytes"} if self.name == "bytes" else {})
             who = [[*self.members, *self.beside(files)]] if self.members else []
             made[key] = Ensemble.from_pretrained(*who, **given, dtype=self.dtype, loaded=self.loaded)
-            # Requests may name the gate movement only where its factor is known.
-            resolved(made[key].model, made[key].model.settings)
         return made[key]
 
     @property

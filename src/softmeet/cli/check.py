@@ -131,7 +131,7 @@ def _movement(ensemble: Ensemble, text: str | None, tokens: int, sampled: int) -
     """Return figures of how far ``meet`` moves the pool, on a text or on ``sampled`` tokens of the ensemble's own."""
     import torch
 
-    from softmeet.hf.calibrated import moved, own_text
+    from softmeet.evaluation.premise import moved, own_text
 
     if text is None:
         hidden = own_text(ensemble.model, sampled)

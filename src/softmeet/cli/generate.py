@@ -273,7 +273,6 @@ def _facts(
         each: each prompt's own ``weights`` of the members, whose mean is then shown; {} if all used the ensemble's.
         before: over bytes, each member's work before the run, which is subtracted.
     """
-    from softmeet.hf.calibrated import gate_of
     from softmeet.members.opaque import width_of
 
     config, rows, asked = ensemble.model.config, max(recorder.rows, 1), max(recorder.asked, 1)
@@ -309,7 +308,7 @@ def _facts(
         "fallbacks": recorder.fallbacks,
         "statuses": dict(recorder.statuses),
         "largest_gap": recorder.largest_gap,
-        "gate": gate_of(ensemble.model),
+        "gate": ensemble.model.combiner.resolved(ensemble.model.settings).plain()["gate"],
         "gated": recorder.gate.share,
         "seconds_saved": recorder.gate.saved,
     }

@@ -106,7 +106,6 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
         text: the text; what is predicted of it has ``bytes`` bytes, and so many bits.
         reports: of each token of the text but the first; over bytes, of each group of bytes.
     """
-    from softmeet.hf.calibrated import gate_of
     from softmeet.members.opaque import width_of
 
     tokens = [report.spelled(ensemble.tokenizer) for report in reports]
@@ -119,9 +118,10 @@ def _facts(ensemble: Ensemble, text: str, reports: Sequence[TokenReport | GroupR
     nats = -sum(token["log_prob"] for token in tokens) / count
     gated = sum(token["gated"] for token in tokens) / len(tokens)
     trusts = [[rho] for rho in config.settings.member_trust] if config.settings.rule.uses_trust else []
+    gate = ensemble.model.combiner.resolved(config.settings).gate
     facts = {
         "members": names, "files": [reader.name for reader in ensemble.model.claimants],
-        "vocabulary": config.vocabulary, "rule": config.rule, "gate": gate_of(ensemble.model),
+        "vocabulary": config.vocabulary, "rule": config.rule, "gate": None if gate is None else str(gate),
         "head_widths": [width_of(head) for head in ensemble.model.member_heads], "trust": trusts,
         "average_nats": -sum(token["pool_log_prob"] for token in tokens) / count,
         "claims": [fmean(own) for own in zip(*(token["claims"] for token in tokens), strict=True)],

@@ -23,11 +23,11 @@ VOCABULARIES = {
 GATES = {
     "unsure": ("the first member answers alone where it is sure: unsure:T, T a probability", ""),
     "disagreement": ("the average answers where members agree: disagreement:T, T in nats", ""),
-    "movement": ("the average answers where the rule would hardly move it: movement:T, T in nats", ""),
     "safe": (
         "the first member answers alone where members agree, or one would write across the place: safe:T",
         "https://arxiv.org/abs/2510.15346",
     ),
+    "auto": ("disagreement:0.08 for meet with finite trusts, else none: the default", ""),
 }
 
 

@@ -24,7 +24,7 @@ from softmeet.heads import SoftmaxHead
 from softmeet.members.heads import one_head
 from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.rules.combine import product_dtype, solve
-from softmeet.rules.gates import Unsure
+from softmeet.rules.gates import Automatic, Unsure
 from softmeet.rules.problem import Problem, TokensBefore
 from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
@@ -294,8 +294,7 @@ class Combiner:
         Raises:
             NonFiniteError: if ``scores`` hold NaN, +inf or a row of -inf only; the message names the member.
             UnsupportedHeadError: if a head that is to be read cannot be (:func:`require_read`).
-            InvalidInputError: if ``start`` or ``relaxed`` does not fit, or
-                the gate is ``movement`` without a calibrated factor.
+            InvalidInputError: if ``start`` or ``relaxed`` does not fit.
             InfeasibleError: if ``on_infeasible`` is ``"raise"`` and a row has no feasible distribution.
             RuleError: if the rule fails, or returns something other than distributions.
         """
@@ -324,6 +323,12 @@ class Combiner:
         known = None if relaxed is None else relaxed.as_fallback(problem)
         solution = solve(problem, log_p.shape[1:2], dtype, known)
         return behind_claims(solution, claims) if claims else solution
+
+    def resolved(self, settings: Settings) -> Settings:
+        """Return settings without the gate ``auto`` where the rule is none that it may close for; else unchanged."""
+        if isinstance(settings.gate, Automatic) and (not settings.gate.may_close(settings) or self.average(settings)):
+            return settings.ungated()
+        return settings
 
     def average(self, settings: Settings) -> tuple[float, ...] | None:
         """Return the members' weights in the logit mean that the rule is here, as their heads are one; None if not."""

@@ -16,7 +16,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.calibrated import resolved
 from softmeet.members.spelling import Spelling
 from softmeet.readers.bytes.next_tokens import END
 
@@ -44,7 +43,7 @@ def log_likelihoods(
     Raises:
         InvalidInputError: if a continuation alone exceeds a member's context.
     """
-    settings = resolved(model, model.settings)
+    settings = model.combiner.resolved(model.settings)
     for read, group in groupby(pairs, key=lambda pair: [*(pair[0] or [END]), *pair[1]][:-1]):
         continuations = [torch.tensor(after) for _, after in group]
         longest = max(map(len, continuations))

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.hf.calibrated import resolved
 from softmeet.readers.reader import Read, Reader, finished
 
 
@@ -56,7 +55,7 @@ def _behind(model: Any, before: Sequence[int], texts: Sequence[Sequence[int]]) -
     own, skipped = model.before_claims(before, ())
     states += [_read(reader, own, skipped, before, texts) for reader in model.claimants]
     every, found, start = torch.tensor([symbol for text in texts for symbol in text]), list[Tensor](), 0
-    for members, solution in model.combiner.solve_in_chunks(states, resolved(model, model.settings)):
+    for members, solution in model.combiner.solve_in_chunks(states, model.combiner.resolved(model.settings)):
         told = torch.cat([solution.log_probs[None].to(members.dtype), members])
         targets = every[start : start + told.shape[1]].to(told.device)
         likely = told.gather(-1, targets.expand(len(told), -1)[..., None]).squeeze(-1).double()

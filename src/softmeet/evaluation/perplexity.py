@@ -24,7 +24,6 @@ from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache, Tensors, join_tensors
 from softmeet.evaluation.positions import PIECE, Positions, Window, Windowing, cut, from_tensors, grouped, observe
 from softmeet.evaluation.scores import Evaluation, Scores, disagreement, prediction_scores
-from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.members.member import numbered
 from softmeet.members.weighting import weights_by
@@ -216,7 +215,7 @@ def _solving_order(settings: Settings) -> tuple[bool, float]:
 def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, Settings]:
     """Return each choice's full settings by its name: the ensemble's, ungated, with the choice's own in their place.
 
-    A choice's gate ``movement`` is calibrated for the members if need be, or left out if that is impossible.
+    A choice's gate ``auto`` is left out where its rule is none that the gate may close for.
 
     Raises:
         UnsupportedHeadError: if the ensemble is over bytes and a choice's rule needs softmax matrices, as ``meet``.
@@ -226,7 +225,7 @@ def settings_of(ensemble: Ensemble, choices: Sequence[RuleChoice]) -> dict[str, 
     found = {choice.name: ungated.changed(**choice.settings) for choice in choices}
     for settings in found.values():
         ensemble.model.require(settings)
-    return {name: resolved(ensemble.model, settings) for name, settings in found.items()}
+    return {name: ensemble.model.combiner.resolved(settings) for name, settings in found.items()}
 
 
 def distinct_names(ensemble: Ensemble) -> list[str]:

@@ -10,9 +10,9 @@ KL(s_i‖p̂_i) + KL(p̂_i‖s_i). The ratio of the two means is the *premise sc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from softmeet.ensemble import Ensemble
 from softmeet.heads import SoftmaxHead, WhitenedHead
+from softmeet.hf.sampling import RowSampler
+from softmeet.rules.movement import Movement
+from softmeet.rules.settings import Settings, rule_of
 from softmeet.rules.solution import Solution
 from softmeet.simplex import kl
 from softmeet.solvers.dual import iterate
@@ -27,10 +30,17 @@ from softmeet.solvers.minimise import full_hessian_pays, minimise_dual
 from softmeet.solvers.newton import DualNewton
 from softmeet.solvers.projection import Projection
 
+if TYPE_CHECKING:
+    from softmeet.hf.protocol import AnyEnsemble
+
 _CHUNK = 64
 _TOL = 1e-6
 _STEPS, _POLISH = 100, 2
 _COARSE = 1e-4
+# Nats; movements below this are of no interest.
+_SMALL = 1e-5
+# The prompt and the seed of the text that an ensemble samples.
+_PROMPT, _SEED = "The", 0
 
 
 @dataclass(frozen=True)
@@ -183,3 +193,51 @@ def best_hidden(head: SoftmaxHead, log_truth: Float[Tensor, "B v"], tol: float =
     views = (WhitenedHead(head, v, torch.float64, batch=B),)
     _, hidden = moment_match(log_truth.double(), base.log_softmax(-1).expand(B, v), views, tol)
     return hidden / head.scale
+
+
+@torch.inference_mode()
+def own_text(model: AnyEnsemble, count: int) -> list[Float[Tensor, "t _"]]:
+    """Sample a text from an ensemble's pool, and return each member's last hidden states, (t, d_i).
+
+    Row k is the state from which the k-th sampled token is predicted. The text continues "The" and has a fixed seed, so
+    it is the same every time.
+
+    Args:
+        model: an ensemble over tokens, with a tokenizer.
+        count: the number t of tokens to sample; fewer are sampled if the shortest member's context ends before.
+    """
+    tokenizer: Any = model.tokenizer
+    ids = tokenizer(_PROMPT, return_tensors="pt")["input_ids"].to(model.device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    count = count if limit is None else min(count, limit - ids.shape[1])
+    settings = model.settings.ungated().changed(rule=model.settings.pool, rule_temperature=1.0, trust=0.0)
+    with model.without_claims():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), settings=settings, row_sampler=RowSampler(_SEED, [0]),
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=count, min_new_tokens=count,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        return [states[ids.shape[1] - 1 :] for states in model.hidden_states(out[:, :-1])]
+
+
+def _as_meet(settings: Settings) -> Settings:
+    """Return the settings with ``meet`` as the rule, no gate, a small tolerance, and finite trusts alone."""
+    rule = settings.rule if settings.rule.tilts_pool and not settings.rule.is_feasible else rule_of("meet")
+    plain = settings.ungated().relaxed()
+    return plain.model_copy(update={"rule": rule, "rule_temperature": 1.0, "tol": min(_SMALL, plain.tol)})
+
+
+@torch.inference_mode()
+def moved(model: AnyEnsemble, hidden: Sequence[Float[Tensor, "t _"]]) -> Movement:
+    """Measure how far ``meet`` moves the pool at each of t positions, in order.
+
+    Args:
+        model: the ensemble; its trusts, weights and pool are used, but no gate and no rule temperature. An infinite
+            trust is replaced by the default trust.
+        hidden: each member's last hidden states at the positions, (t, d_i), as :func:`own_text` returns them.
+
+    Returns:
+        The :class:`Movement`, with a row for each position.
+    """
+    found = [Movement.of(solution) for _, solution in model.combiner.solve_in_chunks(hidden, _as_meet(model.settings))]
+    return Movement.stacked(torch.cat([one.table() for one in found if one is not None]))

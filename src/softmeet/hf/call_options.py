@@ -19,7 +19,6 @@ from softmeet.engine.masking import Structured, mask_of
 from softmeet.engine.processors import SomethingLeft
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
-from softmeet.hf.calibrated import resolved
 from softmeet.hf.contexts import OwnPrompt
 from softmeet.hf.sampling import RowSampler
 from softmeet.rules.gates import Unsure, that_closes, unsure_of
@@ -98,7 +97,7 @@ class CallOptions:
     ``generate`` makes the object once, and transformers' loop passes it to every ``forward``.
 
     Attributes:
-        settings: the settings by which the members are combined; a gate ``movement`` among them has its factor.
+        settings: the settings by which the members are combined; without the gate ``auto`` where it cannot close.
         recorder: counts the solution of every position whose logits are kept; None for no record.
         row_sampler: draws each sequence's tokens with noise of its own; None to let transformers draw them.
         own_prompts: what members read in place of the beginning of each sequence (or of each prompt, if every prompt
@@ -182,7 +181,7 @@ class CallOptions:
                 f"expected structure as softmeet.Structure.json_schema(…), regex, choice or grammar make it, got "
                 f"{type(own['structure']).__name__}"
             )
-        return cls(resolved(model, settings), **own)
+        return cls(model.combiner.resolved(settings), **own)
 
     def around(
         self, processors: LogitsProcessorList, model: AnyEnsemble, config: Any, prompt_length: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -31,7 +31,6 @@ class _Held(BaseModel):
     vocabulary: str = ""
     prefixes: list[list[int] | None] | None = None
     files: list[str] = []
-    movement: dict[str, float | None] = {}
 
 
 class EnsembleConfig(PreTrainedConfig):
@@ -60,8 +59,6 @@ class EnsembleConfig(PreTrainedConfig):
         prefixes: over bytes, for each member the token ids that it reads before every text, None for those that its
             tokenizer puts there; None for these for all members.
         files: the user's files (:class:`softmeet.Files`) and readers that claim, each as a line of text.
-        movement: the calibrated factors of the gate ``movement`` for these members, by the settings they were measured
-            for (:func:`softmeet.hf.calibrated.key_of`); None for a factor that could not be measured in time.
 
     Raises:
         InvalidInputError: if a setting is not valid, there are not as many weights, trusts or prefixes as members, or
@@ -81,7 +78,6 @@ class EnsembleConfig(PreTrainedConfig):
         prune: float = 0.01,
         prefixes: Sequence[Sequence[int] | None] | None = None,
         files: Sequence[Files | str] = (),
-        movement: Mapping[str, float | None] | None = None,
         **given: Any,
     ) -> None:
         if settings is None:
@@ -93,7 +89,8 @@ class EnsembleConfig(PreTrainedConfig):
         if prefixes is not None and not (isinstance(prefixes, list | tuple) and len(prefixes) == len(self.members)):
             raise InvalidInputError(f"expected {len(self.members)} prefixes, one per member, got {prefixes!r:.200}")
         self.prefixes = None if prefixes is None else [None if own is None else list(own) for own in prefixes]
-        self.files, self.movement = list(map(str, files)), dict(movement or {})
+        self.files = list(map(str, files))
+        given.pop("movement", None)  # what ensembles that were saved before 0.3.0 knew of a gate that is gone
         self.rule_source = source_of(self.settings.rule)
         # By the architecture transformers chooses the model's class, even without a checkpoint.
         given.setdefault("architectures", [_CLASSES.get(vocabulary.partition(":")[0], "EnsembleForCausalLM")])
@@ -159,13 +156,11 @@ class EnsembleConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dict of JSON values, with an entry for each setting by name.
 
-        The rule with its options is one text, as is the gate. Factors of None are left out of ``movement``.
+        The rule with its options is one text, as is the gate.
         """
         found: dict[str, Any] = super().to_dict()
         if isinstance(found.pop("settings", None), Settings):
             found |= self.settings.plain()
-        # A factor that could not be measured in time on one machine may be on another.
-        found["movement"] = {key: factor for key, factor in self.movement.items() if factor is not None}
         if found.get("rule_source") is None:
             found.pop("rule_source", None)
         return found

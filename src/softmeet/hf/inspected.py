@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from softmeet.errors import InvalidInputError
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
-from softmeet.hf.calibrated import resolved
 from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.hf.prompts import encoded, states_behind
 from softmeet.hf.report import NextToken, TokenReport, TokenReports, most_probable
@@ -202,7 +201,7 @@ def next_token(model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerBase, t
     inputs = encoded(model, tokenizer, [text])
     hidden = states_behind(model, inputs)
     before = TokensBefore.of(inputs["input_ids"][:, -1], tokenizer)
-    log_probs, solution = model.combiner.solve_rows(hidden, resolved(model, model.settings), before=before)
+    log_probs, solution = model.combiner.solve_rows(hidden, model.combiner.resolved(model.settings), before=before)
     members = {name: likeliest(own[0]) for name, own in zip(model.config.members, log_probs, strict=True)}
     symbols = inputs["input_ids"][0].tolist()
     sources = [reader.source(symbols) for reader in model.claimants]
@@ -226,7 +225,7 @@ def reports_of(
     reports = TokenReports(top)
     # All members run at every position, so that they can be reported, also where a gate is closed.
     hidden = [states[:-1] for states in model.hidden_states(inputs["input_ids"], given)]
-    for log_probs, solution in model.combiner.solve_in_chunks(hidden, resolved(model, model.settings)):
+    for log_probs, solution in model.combiner.solve_in_chunks(hidden, model.combiner.resolved(model.settings)):
         reports.add(solution, log_probs)
     found = [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
     ids = inputs["input_ids"][0].tolist()

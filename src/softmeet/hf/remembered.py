@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from softmeet.members.heads import body_hash
-from softmeet.members.member import Member
-
-if TYPE_CHECKING:
-    from softmeet.hf.protocol import AnyEnsemble
+from typing import Any
 
 _log = logging.getLogger("softmeet")
-
-
-def members_hash(model: AnyEnsemble) -> str:
-    """Compute the SHA-256, in hexadecimal, of a sample of each member's weights and of its prompt, in their order."""
-    prompts = [Member.parse(name).prompt or "" for name in model.config.members]
-    return hashlib.sha256("".join([*map(body_hash, model.members), *prompts]).encode()).hexdigest()
 
 
 def known(file: Path) -> dict[str, dict[str, Any]]:

@@ -133,7 +133,7 @@ class Rule(Frozen, ABC):
     def pool_bound(self, problem: Problem) -> Tensor | None:
         """Bound how far this rule's objective at the pool is above its optimum, without reading a head.
 
-        The gates ``disagreement`` and ``movement`` call it, with all rows of the problem.
+        The gates ``disagreement`` and ``auto`` call it, with all rows of the problem.
 
         Returns:
             The bounds in nats, (B,), proved to hold; None, the default, if the rule has no such bound.

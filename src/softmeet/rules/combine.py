@@ -72,8 +72,7 @@ def combine(
     Raises:
         InvalidInputError: if a shape, sign, length or name is wrong, the probabilities of a row do not sum to 1 within
             5 %, ``logits`` are needed and missing, the solution given as ``start`` or ``on_infeasible``
-            does not fit, or the gate is ``auto`` or ``movement``, which only an ``Ensemble`` can
-            calibrate, and the rule is ``meet`` with finite trusts.
+            does not fit.
         NonFiniteError: if a log-probability is NaN or +inf, a row of a member is all -inf, or a logit is NaN, or beyond
             its soft-cap and not -inf.
         DisjointSupportError: if in some row no token of ``support`` has positive probability under every member; for

@@ -2,15 +2,14 @@
 
 ``unsure:T``         the first member answers alone, unless its largest next-token probability is below T.
 ``disagreement:T``   the pool answers, unless the members' first-order disagreement exceeds T nats.
-``movement:T``       the pool answers, unless the rule is predicted to move it by T nats or more.
 ``safe:T``           the first member answers alone where members agree, or one would write across the place.
-``auto``             ``movement:0.003``, which changes no text measurably: the default of generation and serving.
+``auto``             ``disagreement:0.08`` for ``meet`` with finite trusts: the default of generation and serving.
 
 The members' first-order disagreement is Σ_i ρ_i KL(q‖p̂_i), with q the pool, p̂_i the members' distributions and ρ_i
 their trusts. A gate is a subclass of :class:`Gate`, named in ``GATES``; it sees the problem, and by
 ``problem.text_before()`` the text of the token before each row. If ``unsure`` is closed, the other members need not
-run, which saves most; the other gates need every member and save the solve. ``unsure:T`` with T above 1,
-``disagreement:0`` and ``movement:0`` never close, and are treated as no gate.
+run, which saves most; the other gates need every member and save the solve. ``unsure:T`` with T above 1 and
+``disagreement:0`` never close, and are treated as no gate.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +29,9 @@ from softmeet.errors import InvalidInputError, RuleError
 from softmeet.rules.answer import Answer, closed_form
 from softmeet.rules.answered import answered
 from softmeet.rules.problem import Problem
+
+if TYPE_CHECKING:
+    from softmeet.rules.values import SettingValues
 
 
 @dataclass(frozen=True)
@@ -228,45 +230,31 @@ class Disagreement(Gate):
 
 
 @dataclass(frozen=True)
-class PredictedMovement(Disagreement):
-    """The gate ``movement``: the pool q answers if the rule's p is predicted to have KL(p‖q) below ``threshold``.
+class Automatic(Disagreement):
+    """The gate ``auto``: ``disagreement:0.08`` for rules that move the pool by finite trusts, and no gate for others.
 
-    The prediction is ``factor`` times the first-order disagreement Σ_i ρ_i KL(q‖p̂_i), which needs no head. The factor,
-    calibrated on text that the ensemble samples (``hf/calibrated.py``), is the mean of KL(p‖q) divided by the mean of
-    that sum, and belongs to the members, the pool and the trusts ρ_i. The bound on a closed row's gap is the sum
-    itself, which is far larger. For a rule without a bound (``Rule.pool_bound``), such as ``meet`` at infinite trust,
-    the gate is always open.
-
-    Args:
-        threshold: in nats per token; at 0 the gate never closes.
-        factor: the calibrated factor, which an ``Ensemble`` measures and fills in; None if it is not known yet.
-        auto: whether the gate was asked for as ``auto``.
+    On held-out text of both bundled families it costs at most 0.001 nats a token (``python benchmarks/gates.py``).
     """
 
-    factor: float | None = field(default=None, compare=False)
-    auto: bool = field(default=False, compare=False)
+    threshold: float = 0.08
 
-    name = "movement"
-    form = "movement:T (T in nats)"
+    name = "auto"
+    form = "auto"
 
     def __str__(self) -> str:
-        return "auto" if self.auto else super().__str__()
+        return self.name
+
+    @staticmethod
+    def may_close(settings: SettingValues) -> bool:
+        """Return whether the rule moves the pool, with two trusts or more, all of them finite and not all 0."""
+        trust = settings.rule.effective_trust(settings.member_trust)
+        return settings.rule.tilts_pool and any(trust) and not any(map(math.isinf, trust)) and len(trust) > 1
 
     def open(self, problem: Problem) -> Bool[Tensor, " B"]:
-        """Return a mask, (B,), of the rows whose predicted movement is at least ``threshold`` nats.
-
-        Raises:
-            InvalidInputError: if ``factor`` is None, unless the rule has no bound, in which case all rows are open.
-        """
-        free: Tensor | None = problem.settings.rule.pool_bound(problem)
-        if free is None:
+        """Return a bool mask, (B,), of rows that the rule is to solve: all, if the gate may not close for it."""
+        if not self.may_close(problem.settings):
             return torch.ones_like(problem.log_p[0, :, 0], dtype=torch.bool)
-        if self.factor is None:
-            raise InvalidInputError(
-                f"expected a gate that needs no calibration, got {self}, which only an Ensemble can have: use "
-                "disagreement:T"
-            )
-        return self.factor * free >= self.threshold
+        return super().open(problem)
 
 
 def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
@@ -275,9 +263,7 @@ def confidence(log_p: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
 
 
 GROUP = "softmeet.gates"
-GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement, PredictedMovement, Safe)}
-# The threshold of ``auto``, in nats: on held-out text of both bundled families it costs at most 10⁻³ nats per token.
-_AUTO = 3e-3
+GATES: dict[str, type[Gate]] = {kind.name: kind for kind in (Unsure, Disagreement, Safe, Automatic)}
 
 
 def _of_package(name: str) -> type[Gate] | None:
@@ -303,8 +289,7 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
     """Parse a gate's text ``NAME:THRESHOLD``, such as ``unsure:0.5``; return None for None and ``none``.
 
     A :class:`Gate` is returned unchanged, unless its name is that of another class. NAME is a key of ``GATES``, or that
-    of a package's entry point of the group ``softmeet.gates``; ``auto`` is ``movement:0.003``, whose ``factor`` is
-    still unknown, as that of any ``movement:T``. ``:THRESHOLD`` may be left out if the class has a default for it.
+    of a package's entry point of the group ``softmeet.gates``. ``:THRESHOLD`` may be left out if the class has one.
 
     Raises:
         InvalidInputError: if there is no gate of that name, or its threshold is not a finite number of at least 0; if
@@ -320,9 +305,9 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
         return gate
     if gate is None or gate == "none":
         return None
-    if gate == "auto":
-        return PredictedMovement(_AUTO, auto=True)
     name, _, number = str(gate).strip().partition(":")
+    if name == "movement":
+        raise InvalidInputError(f"there is no gate movement since 0.3.0, got {gate!r}: use auto, or disagreement:T")
     kind: Any = GATES.get(name) or _of_package(name)
     if kind is not None and not number and hasattr(kind, "threshold"):  # one that has a default
         return kind()  # type: ignore[no-any-return]
@@ -332,7 +317,7 @@ def parse_gate(gate: str | Gate | None) -> Gate | None:
         threshold = math.nan
     if kind is None or not 0 <= threshold < math.inf:
         forms = ", ".join(one.form for one in GATES.values())
-        raise InvalidInputError(f"expected a gate as {forms}, auto or none, T a finite number from 0, got {gate!r}")
+        raise InvalidInputError(f"expected a gate as {forms} or none, T a finite number from 0, got {gate!r}")
     return kind(threshold)  # type: ignore[no-any-return]
 
 
@@ -358,7 +343,7 @@ def gated(problem: Problem) -> tuple[Answer, Bool[Tensor, " B"], float]:
 
     Raises:
         RuleError: if the rule fails, as by :func:`softmeet.rules.answered.answered`.
-        InvalidInputError: if the gate is ``movement`` without a factor, or needs a text that is unknown.
+        InvalidInputError: if the gate needs a text that is unknown.
         DisjointSupportError: if a row has no token left for the pool or the rule.
     """
     settings = problem.settings

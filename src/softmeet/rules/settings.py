@@ -64,13 +64,12 @@ class Settings(SettingValues):
     by its own flag, not by both.
     """
     gate: Annotated[Any, BeforeValidator(_gate)] = None
-    """For which tokens not to compute the rule. movement:T, for meet with finite trusts alone, uses the average where
-    meet is predicted to move it by less than T nats (KL divergence). disagreement:T uses the average where its KL
-    divergences to the members, each times the member's trust (0.3 where that is inf), add up to at most T nats.
+    """For which tokens not to compute the rule. disagreement:T uses the average where its KL divergences to members,
+    each times the member's trust (0.3 where that is inf), add up to at most T nats.
     unsure:T uses the first member alone, without running the others, where it gives a token at least the probability T.
     safe:T uses it where members agree, where they give its favourite more than T on average, and, over a union of
     tokens, where one of them would write a token across the place.
-    none always computes; auto is movement:0.003, or none where movement does not apply.
+    none always computes; auto is disagreement:0.08 for meet with finite trusts, else none.
     """
 
     @model_validator(mode="after")

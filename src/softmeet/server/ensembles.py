@@ -11,12 +11,11 @@ from typing import Any
 from softmeet.ensemble import Ensemble
 from softmeet.errors import InvalidInputError, SoftmeetError, UnsupportedHeadError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
-from softmeet.hf.calibrated import moves_pool, resolved
 from softmeet.hf.chat import chat_of
 from softmeet.hf.retrieval import with_passages
 from softmeet.members.member import titles
 from softmeet.members.passages import PASSAGE_RULE, Passage
-from softmeet.rules.gates import Disagreement, that_closes
+from softmeet.rules.gates import Automatic, Disagreement
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError, absent
 from softmeet.server.passed_over import PassedOver
@@ -109,12 +108,11 @@ class Served:
             )  # fmt: skip
         if "trust" in explicit:
             _check_trust(settings, model.settings, max_trust)
-        settings, why = _with_gate(model, settings)
-        if why and "gate" in explicit:
-            raise _refused(f"{why}: leave gate out, or ask for another one, such as unsure:0.5", "softmeet.gate")
-        # An average has no use for a gate, so there is nothing to explain.
-        why = why if settings.rule.reads_heads else None
-        return Combination(model, settings, tuple(self.names[k] for k in chosen), why)
+        if why := _idle_gate(model, settings):
+            if "gate" in explicit:
+                raise _refused(f"{why}: leave gate out, or ask for another one, such as unsure:0.5", "softmeet.gate")
+            settings = settings.ungated()
+        return Combination(model, model.combiner.resolved(settings), tuple(self.names[k] for k in chosen))
 
 
 def _require_passages(asked: Extension) -> None:
@@ -188,27 +186,16 @@ def _refused(error: SoftmeetError | str, param: str) -> RequestError:
     return RequestError(str(error), param=param, code="invalid_value")
 
 
-def _with_gate(model: EnsembleForCausalLM, settings: Settings) -> tuple[Settings, str | None]:
-    """Return settings with their gate ready to be used or left out, and, if it cannot be used, a clause that says why.
-
-    A gate ``movement`` or ``auto`` whose factor is not known is left out: measuring takes too long for a request. Where
-    the rule moves no pool, ``auto`` is no gate, which needs no reason.
-    """
-    gate, found = that_closes(settings.gate), resolved(model, settings, may_calibrate=False)
-    if isinstance(gate, Disagreement) and not settings.rule.reads_heads:
-        return found.ungated(), f"the rule {settings.rule.name} has no solve that the gate {gate} could save"
-    if isinstance(gate, Disagreement) and model.combiner.average(settings):
-        alone = f"the members have one head, so there is no solve that the gate {gate} could save"
-        return found.ungated(), None if str(gate) == "auto" else alone
-    if gate is not None and found.gate is None and not moves_pool(settings):
-        alone = f"the gate {gate} is for the rule meet with finite trusts alone"
-        return found, None if str(gate) == "auto" else alone
-    if gate is not None and found.gate is None:
-        return found, (
-            f"the gate {gate} needs a factor for these members, rule, trusts, weights and pool, which the server "
-            "measures only when it starts, and for an ensemble's own settings"
-        )
-    return found, None
+def _idle_gate(model: EnsembleForCausalLM, settings: Settings) -> str | None:
+    """Return a clause that says why a gate that was named has no solve to save; None if it has, or is ``auto``."""
+    gate = settings.gate
+    if isinstance(gate, Automatic) or not isinstance(gate, Disagreement):
+        return None
+    if not settings.rule.reads_heads:
+        return f"the rule {settings.rule.name} has no solve that the gate {gate} could save"
+    if model.combiner.average(settings):
+        return f"the members have one head, so there is no solve that the gate {gate} could save"
+    return None
 
 
 def _require_scalable(whole: EnsembleForCausalLM, chosen: tuple[int, ...], explicit: set[str]) -> None:
@@ -290,8 +277,6 @@ class Ensembles:
 def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = None, **settings: Any) -> Ensembles:
     """Load ensembles; a member that several of them contain is loaded once.
 
-    A gate that has to be calibrated for its ensemble is calibrated now, since requests cannot wait for it.
-
     Args:
         named: for each ensemble's name, a list with one saved ensemble or bundled family, or with its members' names.
         find: a function that loads one ensemble and returns it, called once for each name, in order, with the list of
@@ -306,7 +291,6 @@ def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = Non
     served = []
     for name, members in named.items():
         ensemble = (find or _found)(members, loaded=shared, **settings)
-        resolved(ensemble.model, ensemble.model.settings)
         served.append(Served(name, ensemble, tuple(titles(ensemble.names))))
     return Ensembles(served)
 

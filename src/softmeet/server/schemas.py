@@ -75,7 +75,7 @@ class Extension(Strict):
     weights: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Len(1, 64)] | None = None
     pool: Word | None = None
     members: Annotated[list[Word], Len(1, 64)] | None = _optional("Some of the members.")
-    gate: Word | None = _optional("auto, movement:T, unsure:T, disagreement:T, safe:T or none.")
+    gate: Word | None = _optional("auto, unsure:T, disagreement:T, safe:T or none.")
     passages: Annotated[list[PassageIn], Field(fail_fast=True, min_length=1, max_length=64)] | None = _optional(
         "Each member reads the prompt behind each; prob-mean by their scores, as REPLUG."
     )

@@ -47,13 +47,11 @@ class Combination:
         settings: the rule, trusts, gate and so on, used in place of the ensemble's own; either its ``settings`` with
             :meth:`Settings.changed`, or completed for its members by :meth:`Settings.for_members`.
         names: the members' names, as shown to clients.
-        why_no_gate: why the ensemble's own gate is not among the settings; None if it is, or if it has none.
     """
 
     model: EnsembleForCausalLM
     settings: Settings
     names: tuple[str, ...] = ()
-    why_no_gate: str | None = field(default=None, compare=False)
 
     @property
     def symbols_are_tokens(self) -> bool:
@@ -84,9 +82,8 @@ class Combination:
     def shown(self) -> dict[str, Any]:
         """Return the settings that have an effect, in the types of JSON, as clients are told of them.
 
-        They are ``rule``, ``trust`` and ``pool`` where the rule uses them, ``weights``, and ``gate`` if there is one;
-        ``gate`` is None, with ``why_no_gate`` beside it, if the ensemble's own could not be used. Over bytes there is
-        also ``vocabulary``: "bytes".
+        They are ``rule``, ``trust`` and ``pool`` where the rule uses them, ``weights``, and ``gate`` if there is one.
+        Over bytes there is also ``vocabulary``: "bytes".
         """
         plain, idle = self.settings.plain(), unused(self.settings.rule)
         found = {name: plain[name] for name in ("rule", "trust", "weights", "pool") if name not in idle}
@@ -94,8 +91,6 @@ class Combination:
             found["vocabulary"] = self.unit
         if self.gate is not None:
             found["gate"] = plain["gate"]
-        elif self.why_no_gate is not None:
-            found |= {"gate": None, "why_no_gate": self.why_no_gate}
         return found
 
     @property
