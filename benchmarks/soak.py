@@ -39,7 +39,7 @@ LOOK = 5.0
 ASKED: list[tuple[dict[str, Any], int]] = [
     ({"rule": "logit-mean"}, 40), ({"rule": "prob-mean"}, 40), ({}, 24), ({"gate": "none"}, 8), ({"trust": 4}, 8),
     ({"trust": 30}, 4), ({"rule": "logit-mean", "gate": "unsure:0.5"}, 24), ({"gate": "disagreement:0.1"}, 16),
-    ({"gate": "movement:0.01"}, 16), ({"rule": "max-entropy"}, 2), ({"weights": [0.5, 0.25, 0.25]}, 16),
+    ({"gate": "disagreement:0.3"}, 16), ({"rule": "max-entropy"}, 2), ({"weights": [0.5, 0.25, 0.25]}, 16),
 ]  # fmt: skip
 # The same of members whose heads are not read.
 AVERAGED: list[tuple[dict[str, Any], int]] = [
