@@ -1,0 +1,311 @@
+// The look inside a text: coloured tokens, and what stands behind each. It needs no other file and no server, since
+// pages that are shared have it in them.
+
+const FULL = { disagreement: 0.5, surprise: 6 }; // nats of the full colour
+const SURE = Math.log(0.5); // a member is sure of what it gives half of its probability
+const UNLIKELY = Math.log(0.1);
+const END = 256; // of a text over bytes
+const HUES = [212, 28, 275, 165, 340, 95];
+
+/** Make an element; attributes that are functions listen to events, `vars` are CSS variables. */
+export function h(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (typeof value === 'function') made.addEventListener(name.slice(2), value);
+    else if (name === 'vars') for (const [key, own] of Object.entries(value)) made.style.setProperty(`--${key}`, own);
+    else if (name in made && name !== 'list' && name !== 'role') made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return made;
+}
+
+export const percent = (nats, digits = 1) => `${(100 * Math.exp(nats)).toFixed(digits)}%`;
+export const visible = (text) => text.replaceAll(' ', '␣').replaceAll('\n', '⏎');
+const sum = (numbers) => numbers.reduce((all, x) => all + (x ?? 0), 0);
+const mean = (numbers) => sum(numbers) / Math.max(numbers.length, 1);
+
+/** The members that were sure of something else than what came: their numbers. */
+export function doubters(token) {
+  const isOther = (likeliest) => likeliest && likeliest[1] >= SURE && !likeliest[0].startsWith(token.text);
+  return token.member_log_probs.flatMap((own, k) =>
+    own !== null && own < UNLIKELY && isOther(token.member_top[k][0]) ? [k] : []
+  );
+}
+
+/** Whose a token is: the number of the member that made it likely, the number of members for files, null for all. */
+export function owner(token) {
+  if (mean(token.claims) && Math.max(...token.claims) > 0.5) return token.member_log_probs.length;
+  const shares = token.member_log_probs.map((own) => (own === null ? 0 : Math.exp(own)));
+  const most = Math.max(...shares);
+  const isOnes = shares.length > 1 && most > 2 * mean(shares.filter((own) => own !== most).concat(shares.length < 2));
+  return isOnes ? shares.indexOf(most) : null;
+}
+
+/** Join reports of bytes to one for each whole character; returns these, and the reports that are left. */
+export function characters(reports) {
+  const found = [];
+  let held = [];
+  for (const report of reports) {
+    held.push(report);
+    if (report.token === END) {
+      found.push(joined(held, ''));
+      held = [];
+      continue;
+    }
+    const bytes = new Uint8Array(held.map((one) => one.token));
+    const isWhole = bytes.length >= 4 || !new TextDecoder().decode(bytes, { stream: true }).length === false;
+    if (isWhole) {
+      found.push(joined(held, new TextDecoder().decode(bytes)));
+      held = [];
+    }
+  }
+  return [found, held];
+}
+
+function joined(reports, text) {
+  const columns = (name) => reports[0][name].map((_, k) => reports.map((one) => one[name][k]));
+  const known = (numbers) => (numbers.includes(null) ? null : sum(numbers));
+  return {
+    ...reports[0],
+    text,
+    unit: 'character',
+    log_prob: sum(reports.map((one) => one.log_prob)),
+    pool_log_prob: sum(reports.map((one) => one.pool_log_prob)),
+    member_log_probs: columns('member_log_probs').map(known),
+    disagreement: columns('disagreement').map(known),
+    claims: columns('claims').map(mean),
+  };
+}
+
+/** An element for a token, which can be chosen by pointer and keyboard. */
+export function tokenElement(token, k) {
+  const said = `${visible(token.text) || 'end'}, ${percent(token.log_prob)}`;
+  const doubting = doubters(token);
+  const own = owner(token);
+  const made = h('span', {
+    className: `tok${doubting.length ? ' doubt' : ''}${own === null ? '' : ' owned'}`,
+    role: 'button',
+    tabindex: k ? -1 : 0,
+    'data-k': k,
+    'aria-label': said + (doubting.length ? ', a member was sure of something else' : ''),
+    title: said,
+    vars: {
+      apart: Math.min(sum(token.disagreement) / FULL.disagreement, 1).toFixed(3),
+      rare: Math.min(-token.log_prob / FULL.surprise, 1).toFixed(3),
+      hue: own === null ? 0 : hue(own, token.member_log_probs.length),
+    },
+  });
+  const lines = (token.shown ?? token.text).split('\n');
+  lines.forEach((line, n) => made.append(...(n ? [h('span', { className: 'nl' }, '⏎'), '\n'] : []), line));
+  return made;
+}
+
+const hue = (k, members) => (k === members ? 130 : HUES[k % HUES.length]);
+
+/** An element of a text, whose tokens are added by `add`; a chosen one is told as the event `choose`. */
+export function textElement() {
+  const made = h('div', { className: 'text', dir: 'auto' });
+  made.tokens = [];
+  made.add = (tokens) => {
+    made.append(...tokens.map((token, k) => tokenElement(token, made.tokens.length + k)));
+    made.tokens.push(...tokens);
+  };
+  const choose = (element) => {
+    made.querySelector('.on')?.classList.remove('on');
+    element.classList.add('on');
+    const k = Number(element.dataset.k);
+    made.dispatchEvent(new CustomEvent('choose', { detail: { k, token: made.tokens[k] } }));
+  };
+  made.addEventListener('click', (event) => {
+    const token = event.target.closest('.tok');
+    if (token) choose(token);
+  });
+  made.addEventListener('keydown', (event) => {
+    const token = event.target.closest('.tok');
+    if (!token) return;
+    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    const next = step && made.querySelector(`[data-k="${Number(token.dataset.k) + step}"]`);
+    if (next) {
+      token.tabIndex = -1;
+      next.tabIndex = 0;
+      next.focus();
+    } else if (event.key === 'Enter' || event.key === ' ') choose(token);
+    if (step || event.key === 'Enter' || event.key === ' ') event.preventDefault();
+  });
+  return made;
+}
+
+/** A list of a distribution's likeliest tokens, with bars. */
+function card(name, rows, token, scale, notes, whatIf) {
+  const listed = rows.map(([text, nats]) => {
+    const isCome = text === token.text;
+    const word = h('code', {}, visible(text) || 'end');
+    const canGoOn = whatIf && !isCome && text && !text.includes('�');
+    const shown = canGoOn
+      ? h('button', { type: 'button', className: 'if', title: 'Go on from here', onclick: () => whatIf(text) }, word)
+      : word;
+    const bar = h('i', { vars: { w: `${((100 * Math.exp(nats)) / scale).toFixed(1)}%` } });
+    return h('li', { className: isCome ? 'came' : '' }, shown, bar, h('b', { 'data-nats': nats }, percent(nats)));
+  });
+  return h(
+    'section',
+    { className: 'card' },
+    h('h4', {}, name),
+    h('ol', {}, listed),
+    notes.map((note) => h('p', {}, note))
+  );
+}
+
+/**
+ * What stands behind a token: what the mix and each member expected, what files claimed, and what the rule changed.
+ *
+ * `about` has the names of members and files and the rule; `whatIf(text)` goes on with another token.
+ */
+export function detailsElement(token, about, whatIf = null, places = []) {
+  const likeliest = [token.top, ...token.member_top].flatMap((rows) => rows.map(([, nats]) => nats));
+  const scale = Math.exp(Math.max(...likeliest, -700));
+  const unit = token.unit ?? 'token';
+  const came = (nats) => (nats === null ? `this ${unit} was not asked for` : `this ${unit}: ${percent(nats, 2)}`);
+  const average = token.moved.length ? [`by the average alone: ${percent(token.pool_log_prob, 2)}`] : [];
+  const cards = [card('all as one', token.top, token, scale, [came(token.log_prob), ...average], whatIf)];
+  about.members.forEach((name, k) => {
+    const [own, bound] = [token.disagreement[k], token.disagreement_is_bound[k] ? 'at most ' : ''];
+    const apart = own === null ? 'not asked: the gate was closed' : `disagrees by ${bound}${own.toFixed(4)} nats`;
+    const notes = [...(token.member_top[k].length ? [came(token.member_log_probs[k])] : []), apart];
+    cards.push(card(name, token.member_top[k], token, scale, notes, whatIf));
+  });
+  cards[0].classList.add('ours');
+  const claims = token.claims.map((share, k) => `${about.files[k]} claimed ${percent(Math.log(share))} of the mix`);
+  const doubt = doubters(token).map((k) => `${about.members[k]} was sure of ${visible(token.member_top[k][0][0])}`);
+  const said = [...doubt, ...claims, ...places, ...(unit === 'token' ? [] : [UNITS])];
+  return h(
+    'section',
+    { className: 'details', 'aria-label': `Behind ${visible(token.text)}`, tabindex: -1 },
+    h('h3', {}, h('code', {}, visible(token.text) || 'end'), ' ', h('small', {}, `by ${about.rule}${solved(token)}`)),
+    h('div', { className: 'cards' }, cards),
+    said.map((sentence) => h('p', {}, sentence)),
+    moves(token, about)
+  );
+}
+
+const UNITS = 'The mix goes on character by character, each model by tokens of its own: pieces of words.';
+
+function solved(token) {
+  if (token.gated) return ': the gate was closed, so the rule was not computed';
+  if (!token.num_passes) return '';
+  const sure = token.gap === null ? 'how near is unknown' : `within ${token.gap.toExponential(1)} nats of the optimum`;
+  const proved = token.gap_is_certified && token.gap !== null ? ', certified' : '';
+  return `: ${token.status}, ${sure}${proved}, ${token.num_passes.toFixed(1)} reads of all output layers`;
+}
+
+function moves(token, about) {
+  if (!token.moved.some(([, before, after]) => before !== after)) return null;
+  const isPushed = token.pushes.some((pushes) => pushes.some((nats) => nats));
+  const names = isPushed ? [...about.members, 'all alike'] : [];
+  const rows = token.moved.map(([text, before, after], k) => {
+    const change = before === null || after === null ? null : after - before;
+    const own = isPushed ? [...token.pushes[k], change === null ? null : change - sum(token.pushes[k])] : [];
+    const nats = [change, ...own].map((x) =>
+      h('td', { className: x > 0 ? 'up' : 'down' }, x === null ? '–' : (x > 0 ? '+' : '') + x.toFixed(3))
+    );
+    const share = (x) => (x === null ? '0%' : percent(x, 2));
+    return h('tr', {}, h('th', {}, h('code', {}, visible(text))), h('td', {}, `${share(before)} → ${share(after)}`), nats);
+  });
+  const head = ['token', 'probability', 'change', ...names].map((name) => h('th', { scope: 'col' }, name));
+  return h(
+    'details',
+    { className: 'moves' },
+    h('summary', {}, 'What the rule moved, from the average to the answer, in nats'),
+    h('div', { className: 'scroll', tabindex: 0, role: 'group', 'aria-label': 'what the rule moved' },
+      h('table', {}, h('thead', {}, h('tr', {}, head)), h('tbody', {}, rows)))
+  );
+}
+
+/** One line on a text: how many tokens, how likely, how far members were apart, what did not go well. */
+export function summaryOf(tokens) {
+  if (!tokens.length) return '';
+  const unit = tokens[0].unit ?? 'token';
+  const apart = mean(tokens.map((token) => sum(token.disagreement)));
+  const surprise = -mean(tokens.map((token) => token.log_prob));
+  const doubted = tokens.filter((token) => doubters(token).length).length;
+  const said = [`${tokens.length} ${unit}s`, `surprise ${surprise.toFixed(2)} nats`, `disagreement ${apart.toFixed(3)}`];
+  if (doubted) said.push(`${doubted} doubted`);
+  const shares = tokens[0].claims.map((_, k) => mean(tokens.map((token) => token.claims[k])));
+  for (const share of shares) said.push(`${(100 * share).toFixed(1)}% claimed by files`);
+  const ends = tokens.map((token) => token.status).filter((status) => status !== 'OPTIMAL');
+  for (const status of new Set(ends)) said.push(`${status} at ${ends.filter((own) => own === status).length}`);
+  const fallbacks = tokens.filter((token) => token.fallback).length;
+  if (fallbacks) said.push(`${fallbacks} answered by meet, as nothing agrees with every member`);
+  return said.join(' · ');
+}
+
+/** Controls for what the colours mean, and what they mean; they hold for all texts in `root`. */
+export function legendElement(root, about) {
+  const modes = { doubt: 'Doubt', disagreement: 'Disagreement', surprise: 'Surprise', who: 'Who' };
+  const told = h('span', { className: 'told' });
+  const show = (mode) => {
+    root.dataset.mode = mode;
+    const names = [...about().members, ...(about().files.length ? ['files'] : [])];
+    const keys = names.map((name, k) =>
+      h('span', { className: 'key', vars: { hue: hue(k, about().members.length) } }, name)
+    );
+    const sentences = {
+      doubt: ['underlined: a model was sure of something else'],
+      disagreement: ['the warmer, the further apart the models are; full at ½ nat'],
+      surprise: ['the deeper, the less likely all together found it'],
+      who: [...keys, 'plain: all alike'],
+    };
+    told.replaceChildren(...sentences[mode]);
+  };
+  const select = h(
+    'select',
+    { 'aria-label': 'Colours', onchange: () => show(select.value) },
+    Object.entries(modes).map(([value, name]) => h('option', { value }, name))
+  );
+  select.value = root.dataset.mode || 'doubt';
+  show(select.value);
+  const made = h('p', { className: 'legend' }, 'Colours ', select, ' ', told);
+  made.refresh = () => show(select.value);
+  return made;
+}
+
+/** Show the details of what is chosen in a text behind it, and take those of another away. */
+export function lookable(text, about, holder, whatIf = null, placesOf = () => []) {
+  text.addEventListener('choose', ({ detail: { k, token } }) => {
+    const goOn = whatIf && ((other) => whatIf(k, other));
+    const found = detailsElement(token, about(), goOn, placesOf(k));
+    const close = h('button', { type: 'button', className: 'close', 'aria-label': 'Close', onclick: () => found.remove() });
+    close.append('×');
+    found.prepend(close);
+    holder.querySelector('.details:not(.moves)')?.remove();
+    holder.append(found);
+  });
+}
+
+/** Show a record, as pages that are shared hold it: turns of a conversation, or a text and its figures. */
+export function showRecord(root, record) {
+  const about = () => record;
+  root.append(h('h1', {}, record.title), h('p', { className: 'who' }, `${record.members.join(' + ')}, by ${record.rule}`));
+  if (record.files.length) root.append(h('p', { className: 'note' }, `This page may hold text of the files ${record.files.join(', ')}.`));
+  if (record.figures) root.append(figuresElement(record.figures));
+  root.append(legendElement(root, about));
+  for (const turn of record.turns) {
+    const holder = h('article', { className: `turn ${turn.role}` });
+    const text = textElement();
+    text.append(h('span', { className: 'prompt' }, turn.text ?? ''));
+    text.add(turn.tokens ?? []);
+    if (turn.tokens) lookable(text, () => ({ ...record, ...turn.about }), holder);
+    holder.append(text, h('p', { className: 'sum' }, summaryOf(turn.tokens ?? [])));
+    root.append(holder);
+  }
+}
+
+/** A table of bits of a text, by all as one and by each member: rows of a name, bits, and bits a byte. */
+export function figuresElement(figures) {
+  const cell = (x, digits) => h('td', {}, x === null ? 'not asked' : x.toFixed(digits));
+  const rows = figures.map(([name, bits, each]) => h('tr', {}, h('th', {}, name), cell(bits, 0), cell(each, 3)));
+  const head = ['fewer is better', 'bits', 'bits a byte'].map((name) => h('th', { scope: 'col' }, name));
+  return h('table', { className: 'bits' }, h('thead', {}, h('tr', {}, head)), h('tbody', {}, rows));
+}
