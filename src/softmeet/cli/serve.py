@@ -5,9 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +67,7 @@ class AccessFlags(Flags, panel="Address and access"):
     cors: list[str] | None = optional(
         "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
-    ui: bool | None = optional("Serve the page at /ui.", shown="if gradio is installed")
+    ui: bool = flag(True, "Serve the page at /ui.")
     sources: bool = switch(
         "Tell who asks where an answer stands in files:PATH: paths below that folder, and lines.", "--sources"
     )
@@ -183,13 +181,12 @@ def serve(
     Example: softmeet serve a.gguf b.gguf --port 8000
     """
     require_extra("serving", "server", "fastapi", "uvicorn", "prometheus_client")
-    require_extra("the page (--ui)", "ui", *["gradio"] * bool(access.ui))
     host, keys, local = access.host, (*_keys(access.api_keys), *(access.api_key or ())), _is_local(access.host)
     if not (keys or local or access.open_to_all):
         raise InvalidInputError(
             f"refused to listen on {host} without keys: give --api-key KEY, --api-keys FILE or ${_KEYS}, or say --open"
         )
-    replicas = _replicas(running, ui=bool(access.ui))
+    replicas = _replicas(running)
     allowed, asked = _allowed(access.allow), named(ensembles or [], members or [])
     require_there([line for own in asked.values() for line in own])
     if access.sources and not any(options.is_saved(own) or any(map(is_files, own)) for own in asked.values()):
@@ -208,13 +205,13 @@ def serve(
 
             threads, port = running.threads or 1, port_of(sockets)
             made = ray.application(
-                asked, {**loading.arguments(), **given}, replace(protocol, ui=False), replicas, threads=threads,
+                asked, {**loading.arguments(), **given}, protocol, replicas, threads=threads,
                 gpus=running.gpus, grace=limits.grace,
             )  # fmt: skip
             for each in sockets:  # Ray's own processes listen there
                 each.close()
             what = f"{', '.join(asked)} by {running.replicas} replicas"
-            announce = partial(_announce, what, url_to_open(host, port), page=False)
+            announce = partial(_announce, what, url_to_open(host, port), page=protocol.ui)
             ray.run(made, replicas[1] * threads, running.ray_address, host, port, announce)
             return
         if running.threads is not None:
@@ -231,7 +228,7 @@ def serve(
         run(Serving(served, protocol), sockets, limits.grace, announce, access_log=access_log)
 
 
-def _replicas(running: RunFlags, *, ui: bool) -> tuple[int, int] | None:
+def _replicas(running: RunFlags) -> tuple[int, int] | None:
     """Return the fewest replicas and the most, as ``--replicas`` has them; None without it.
 
     Raises:
@@ -247,8 +244,6 @@ def _replicas(running: RunFlags, *, ui: bool) -> tuple[int, int] | None:
     found = [int(x) for x in running.replicas.split(":")]
     if not 1 <= found[0] <= found[-1]:
         raise InvalidInputError(f"expected --replicas as 1 or more, in order as in 1:4, got {running.replicas}")
-    if ui:
-        raise InvalidInputError("the page needs a process of its own: leave out --ui, or --replicas")
     require_extra("--replicas", "ray", "ray")
     return found[0], found[-1]
 
@@ -281,7 +276,7 @@ def _settings(
         one_member=running.one_member,
         sources=access.sources,
         cors=access.cors or (),
-        ui=bool(find_spec("gradio")) if access.ui is None else access.ui,
+        ui=access.ui,
         **more,
     )
 

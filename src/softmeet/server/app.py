@@ -16,10 +16,13 @@ from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
+from softmeet.hf.chat import chat_of
+from softmeet.rules.settings import rule_of
 from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
@@ -48,7 +51,7 @@ from softmeet.server.schemas import (
     Generation,
     TokenizeRequest,
 )
-from softmeet.server.sequences import GenerationRequest
+from softmeet.server.sequences import GenerationRequest, unused
 from softmeet.server.serving import Serving
 from softmeet.server.strict import PASSED_OVER
 from softmeet.server.texts import token_texts
@@ -59,7 +62,7 @@ _STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 500, 503, 504)
 _LIKE = 0.75
 # Over bytes, seconds between two chunks of a choice in a stream.
 _PAUSE = 0.05
-_NO_PAGE = "none: it needs the extra softmeet[ui] where the server runs, and a start without --no-ui and --replicas"
+_NO_PAGE = "none: the server was started with --no-ui"
 T = TypeVar("T")
 
 
@@ -97,9 +100,7 @@ def create_app(serving: Serving) -> FastAPI:
     for kind in (SoftmeetError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_error)
     if serving.settings.ui:
-        from softmeet.server.ui import mount
-
-        mount(app, serving)
+        app.mount("/ui", StaticFiles(packages=[("softmeet.server", "page")], html=True))
     return app
 
 
@@ -144,22 +145,30 @@ def _paths() -> dict[str, APIRoute]:
 @router.get("/v1/models")
 async def models(request: Request) -> dict[str, Any]:
     """List the served ensembles: members, the settings that each one's rule uses, gate and context length in tokens."""
-    return {"object": "list", "data": [_model(served) for served in _serving(request).ensembles]}
+    serving = _serving(request)
+    return {"object": "list", "data": [_model(serving, served) for served in serving.ensembles]}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, request: Request) -> dict[str, Any]:
     """Show one served ensemble: members, the settings that its rule uses, gate and context length in tokens."""
-    return _model(_serving(request).ensembles.find(name))
+    serving = _serving(request)
+    return _model(serving, serving.ensembles.find(name))
 
 
-def _model(served: Served) -> dict[str, Any]:
+def _model(serving: Serving, served: Served) -> dict[str, Any]:
+    whole, chat = served.combination(Extension(), ()), chat_of(served.ensemble.model)
     facts = {
         "members": list(served.names),
         **({"files": list(served.files)} if served.files else {}),
-        **served.combination(Extension(), ()).shown(),
+        **whole.shown(),
         "vocabulary": served.ensemble.model.config.vocabulary,
         "context": getattr(served.ensemble.model.config, "max_position_embeddings", None),
+        "max_tokens": serving.settings.max_tokens,
+        "chat": not chat.missing,
+        "sources": serving.settings.sources and bool(served.files),
+        "may_change": list(serving.settings.allowed),
+        "rules": {name: list(unused(rule_of(name))) for name in whole.rules},
     }
     facts.setdefault("gate", None)
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}

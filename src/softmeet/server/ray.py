@@ -44,7 +44,7 @@ def application(
     Args:
         named: for each ensemble's name its members, as :func:`softmeet.server.ensembles.load` takes them.
         options: that function's further keyword arguments; they are pickled.
-        settings: of each replica; without the page at /ui.
+        settings: of each replica.
         replicas: the fewest replicas and the most; Ray adds some while each has a full batch, and removes idle ones.
         threads: torch threads of each replica, and the cores that it takes of the cluster's.
         gpus: GPUs that each replica takes of the cluster's; may be a fraction.

@@ -12,9 +12,8 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pydantic_core import from_json, to_json
+from pydantic_core import from_json
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,25 +22,10 @@ from softmeet.server.asgi import has_left, replay, unless_left
 from softmeet.server.errors import BusyError, RequestError, error_response
 from softmeet.server.large_bodies import LARGE, LargeBodies
 
-_OPEN = ("/health", "/ready")
+# What needs no key: the page is the same for all, and asks for a key itself.
+_OPEN = re.compile(r"/(health|ready|ui(/.*)?)?")
 # Paths whose bodies have to be JSON.
 _JSON = ("/v1/", "/api/", "/tokenize", "/detokenize")
-# What the page at /ui asks for. Gradio has much more, that writes to the disk, or reads files, or runs code.
-_CALLS = r"info|app_id|startup-events|heartbeat/[\w-]+|queue/join|queue/data|run/predict|cancel|reset"
-_FILES = r"config|theme\.css|favicon\.ico|robots\.txt|manifest\.json"
-# Those that Gradio's queue does not answer.
-_OTHERS = ("/cancel", "/reset", "/startup-events")
-_PAGE = re.compile(rf"/ui(/|/({_FILES}|gradio_api/({_CALLS}))/?|/(assets|static|svelte)/.*)?")
-# A file among the values of a call, which Gradio would copy or fetch.
-_FILE = b'"gradio.FileData"'
-# What a conversation's turns say of themselves. Of anything else Gradio may make a component, as a visitor has it.
-_TURN = {"role", "content", "metadata", "options", "type", "text"}
-_TURN |= {"title", "id", "parent_id", "log", "duration", "status"}
-# What else the page says of a click on a turn or a token; a visitor's name, without which Gradio's queue ends for all.
-_CLICK = {"index", "value", "k"}
-# The most values in a call, a thousand turns: Gradio looks at each, and nothing else runs meanwhile.
-_VALUES = 10_000
-_VISITOR = re.compile(r"[\w-]{1,64}", re.ASCII)
 # A body of at most this many times the limit is read to its end, since many clients read the refusal only then.
 _DISCARDED = 16
 # A name or an address, with or without a port; RFC 9110 has Host so.
@@ -54,7 +38,7 @@ class Protection:
 
     Args:
         keys: the valid API keys, one of which a request has to have, as ``Authorization: Bearer KEY`` or as the
-            password of HTTP's basic scheme, except at /health and /ready; if empty, no key is needed.
+            password of HTTP's basic scheme, except at /, /ui, /health and /ready; if empty, no key is needed.
         hosts: the names that a request's header ``Host`` may have, without port, in any case; if empty, any name.
         max_body: the most bytes of a request's body.
         body_seconds: the most seconds until a body is complete.
@@ -86,7 +70,7 @@ class Guard:
         """Check one request and read its whole body; refuse it, or pass it on. HEAD is answered wherever GET is.
 
         A refusal is a response with an error object: status 400 for a body that has to be JSON and is not, or no proper
-        Host, 401 for a key, 404 for what the page never asks for, 408 and 413 for a slow or large body, 415 for a
+        Host, 401 for a key, 408 and 413 for a slow or large body, 415 for a
         content type, 421 for a Host. Nothing is sent if the client leaves before its body is complete. Exceptions of
         the application are not caught.
         """
@@ -101,14 +85,9 @@ class Guard:
                 return
             if body and path.startswith(_JSON):
                 _check_json(body, Headers(scope=scope).get("content-type", ""))
-            if body and path.startswith("/ui"):
-                _check_call(path, body)
         except (RequestError, BusyError) as error:
             # Close the connection: a part of the body may be unread, and would be taken for the next request.
-            headers = {"Connection": "close"}
-            if isinstance(error, RequestError) and error.status == 401 and (path == "/" or path.startswith("/ui")):
-                headers["WWW-Authenticate"] = 'Basic realm="softmeet", charset="UTF-8"'
-            await error_response(error, headers, path)(scope, receive, send)
+            await error_response(error, {"Connection": "close"}, path)(scope, receive, send)
             return
         except ClientDisconnect:  # the client left before its whole body had come
             return
@@ -117,11 +96,9 @@ class Guard:
         await self.app(inner, replay(body, receive), send)
 
     def _check(self, path: str, headers: Headers) -> None:
-        """Raise RequestError if the page never asks for a path below it, or the Host or the key is not valid."""
-        if path.startswith("/ui") and not _PAGE.fullmatch(path):
-            raise RequestError("the page has no such address: it takes no files, and keeps nothing", status=404)
+        """Raise RequestError if the Host or the key is not valid."""
         self._check_host(headers.getlist("host"))
-        if self._keys and path not in _OPEN and not _known(_given(headers), self._keys):
+        if self._keys and not _OPEN.fullmatch(path) and not _known(_given(headers), self._keys):
             raise RequestError(
                 "expected a valid API key as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
             )
@@ -194,36 +171,6 @@ def _check_json(body: bytes, kind: str) -> None:
             "-H 'content-type: application/json'",
             status=415,
         )
-
-
-def _check_call(path: str, body: bytes) -> None:
-    """Raise RequestError if a call of the page is not JSON, names no visitor or a file, or has a component in it."""
-    try:
-        told = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"expected JSON in UTF-8 as the body: {error}"[:300], code="invalid_json") from None
-    if not isinstance(told, dict):
-        raise RequestError("expected an object as the body of a call")
-    # Written anew, no escape hides it, and in a text its quotes are escaped.
-    if _FILE in to_json(told):
-        raise RequestError("the page takes no files")
-    name = told.get("session_hash")
-    if not path.rstrip("/").endswith(_OTHERS) and not (isinstance(name, str) and _VISITOR.fullmatch(name)):
-        raise RequestError("expected the visitor's name, of at most 64 letters and digits, as 'session_hash'")
-    _refuse_components(told.pop("data", None), _TURN)
-    _refuse_components(list(told.values()), _TURN | _CLICK)
-
-
-def _refuse_components(told: Any, allowed: set[str]) -> None:
-    """Raise RequestError if anything in a value is no word, number or turn of a conversation, or there are too many."""
-    left, seen = [told], 0
-    while left:
-        one, seen = left.pop(), seen + 1
-        if seen > _VALUES:
-            raise RequestError(f"the page takes {_VALUES:,} words and numbers at most: begin a new conversation")
-        if isinstance(one, dict) and (one.keys() - allowed or one.get("type", "text") != "text"):
-            raise RequestError("the page takes words and numbers alone, and no components")
-        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
 
 
 def _given(headers: Headers) -> bytes:

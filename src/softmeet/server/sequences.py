@@ -17,8 +17,8 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.reader import Alphabet
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes, unsure_of
-from softmeet.rules.registry import source_of
-from softmeet.rules.settings import Settings
+from softmeet.rules.registry import rule_names, source_of
+from softmeet.rules.settings import Settings, rule_of
 from softmeet.suspended import Control
 
 
@@ -92,6 +92,12 @@ class Combination:
         if self.gate is not None:
             found["gate"] = plain["gate"]
         return found
+
+    @property
+    def rules(self) -> list[str]:
+        """The names of the rules that can combine the members, their own among them: only tokens have rows in heads."""
+        every = [name for name in rule_names() if self.symbols_are_tokens or not rule_of(name).reads_heads]
+        return list(dict.fromkeys([*every, self.settings.rule.name]))
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -55,9 +55,9 @@ export function characters(reports) {
       continue;
     }
     const bytes = new Uint8Array(held.map((one) => one.token));
-    const isWhole = bytes.length >= 4 || !new TextDecoder().decode(bytes, { stream: true }).length === false;
-    if (isWhole) {
-      found.push(joined(held, new TextDecoder().decode(bytes)));
+    const text = new TextDecoder('utf-8', { ignoreBOM: true }).decode(bytes, { stream: true });
+    if (text) {
+      found.push(joined(held, text));
       held = [];
     }
   }

@@ -1,0 +1,127 @@
+// The settings of what is asked: who answers, how much each counts, by which rule, and how tokens are drawn.
+
+import { key } from './api.js';
+import { h } from './look.js';
+
+const field = (label, input, more = null) => h('label', { className: 'field' }, h('span', {}, label), input, more);
+
+function slider(id, label, value, { min = 0, max = 1, step = 0.05 } = {}) {
+  const shown = h('output', {}, String(value));
+  const input = h('input', { id, type: 'range', min, max, step, value, oninput: () => (shown.value = input.value) });
+  input.value = value;
+  return { input, element: field(label, input, shown) };
+}
+
+/**
+ * Make the settings' panel for the served ensembles.
+ *
+ * Returns what reads them: `model()`, `about()`, and `body()`, the fields of a request that differ from the ensemble's
+ * own, so that a server which lets nothing be changed accepts it.
+ */
+export function controlsOf(root, served, onChange, onKey) {
+  const own = {}; // of the chosen ensemble
+  const many = h('div', { id: 'of-ensemble' });
+  const names = served.map((one) => h('option', { value: one.id }, one.id));
+  const ensemble = h('select', { id: 'ensemble', onchange: () => choose() }, names);
+  const system = h('textarea', { id: 'system', rows: 2, placeholder: 'You are …' });
+  const temperature = slider('temperature', 'Temperature', 0.7, { max: 2 });
+  const length = h('input', { id: 'length', type: 'number', min: 1, value: 512 });
+  const seed = h('input', { id: 'seed', type: 'number', min: 0, step: 1, placeholder: 'another each time' });
+  const password = h('input', { id: 'key', type: 'password', autocomplete: 'off', value: key.get() });
+  password.addEventListener('change', () => {
+    key.set(password.value);
+    onKey();
+  });
+  root.replaceChildren(
+    field('Ensemble', ensemble),
+    many,
+    field('System message', system),
+    temperature.element,
+    field('Most tokens', length),
+    field('Seed', seed),
+    field('API key, kept in this tab', password)
+  );
+
+  function choose() {
+    const facts = (own.facts = served.find((one) => one.id === ensemble.value).softmeet);
+    const may = (name) => facts.may_change.includes(name);
+    own.members = [...facts.members, ...(facts.files ?? [])].map((name) => {
+      const box = h('input', { type: 'checkbox', checked: true, disabled: !may('members'), onchange: onChange });
+      return { name, box };
+    });
+    own.weights = (facts.weights ?? []).map((weight, k) => {
+      const max = Math.max(1, ...facts.weights);
+      const made = slider(`weight-${k}`, `Weight of ${facts.members[k]}`, Number(weight.toFixed(2)), { max, step: 0.01 });
+      return { ...made, first: made.input.value };
+    });
+    const rules = Object.keys(facts.rules).map((name) => h('option', { value: name }, name));
+    own.rule = h('select', { id: 'rule', disabled: !may('rule'), onchange: () => fit() }, rules);
+    if (!Object.hasOwn(facts.rules, facts.rule)) own.rule.prepend(h('option', { value: facts.rule }, facts.rule));
+    own.rule.value = facts.rule;
+    const trust = typeof facts.trust?.[0] === 'number' ? facts.trust[0] : 1;
+    own.trust = slider('trust', 'Trust: how far meet moves', Math.min(trust, 4), { max: 4 });
+    own.trust.first = own.trust.input.value;
+    const isMany = facts.members.length > 1;
+    many.replaceChildren(
+      h('fieldset', { id: 'members' }, h('legend', {}, 'Members'), own.members.map(({ name, box }) => h('label', {}, box, name))),
+      ...(isMany && may('weights') ? own.weights.map(({ element }) => element) : []),
+      ...(isMany ? [field('Rule', own.rule)] : []),
+      ...(may('trust') ? [own.trust.element] : [])
+    );
+    length.max = facts.max_tokens;
+    if (Number(length.value) > facts.max_tokens) length.value = facts.max_tokens;
+    fit();
+    onChange();
+  }
+
+  function fit() {
+    const idle = own.facts.rules[own.rule.value] ?? [];
+    own.trust.element.hidden = idle.includes('trust');
+  }
+
+  const chosen = () => own.members.filter(({ box }) => box.checked).map(({ name }) => name);
+
+  /** What is asked under `softmeet`: what differs from the ensemble's own, and a report of every token. */
+  function ours(changes = {}) {
+    const { facts } = own;
+    const found = { report: 10 };
+    const wanted = changes.members ?? chosen();
+    if (wanted.length !== own.members.length) found.members = wanted;
+    const rule = changes.rule ?? own.rule.value;
+    if (rule !== facts.rule) found.rule = rule;
+    const counted = own.weights.filter((_, k) => wanted.includes(facts.members[k]));
+    if (counted.length > 1 && counted.some(({ input, first }) => input.value !== first)) {
+      found.weights = counted.map(({ input }) => Number(input.value));
+    }
+    const isIdle = (facts.rules[rule] ?? []).includes('trust');
+    if (!isIdle && own.trust.input.value !== own.trust.first) found.trust = Number(own.trust.input.value);
+    if (facts.sources && (facts.files ?? []).some((name) => wanted.includes(name))) found.sources = true;
+    return found;
+  }
+
+  /** The fields of a request. */
+  function body(changes = {}) {
+    const drawn = Number(seed.value || changes.seed || Math.floor(Math.random() * 2 ** 32));
+    return {
+      model: ensemble.value,
+      temperature: Number(temperature.input.value),
+      max_tokens: Number(length.value),
+      seed: drawn,
+      softmeet: ours(changes),
+    };
+  }
+
+  /** Who answers a request by its body: members, files and rule, by name. */
+  function about(asked = body()) {
+    const { facts } = own;
+    const wanted = asked.softmeet.members ?? [...facts.members, ...(facts.files ?? [])];
+    return {
+      members: facts.members.filter((name) => wanted.includes(name)),
+      files: (facts.files ?? []).filter((name) => wanted.includes(name)),
+      rule: asked.softmeet.rule ?? facts.rule,
+    };
+  }
+
+  choose();
+  return { body, about, facts: () => own.facts, system: () => system.value.trim() };
+}

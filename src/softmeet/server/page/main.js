@@ -1,0 +1,106 @@
+// The page: three views of the served ensembles, and the settings that they share.
+
+import { models } from './api.js';
+import { chatOf } from './chat.js';
+import { compareOf } from './compare.js';
+import { controlsOf } from './controls.js';
+import { insideOf } from './inside.js';
+import { h, legendElement } from './look.js';
+import { save } from './share.js';
+
+const VIEWS = ['chat', 'inside', 'compare'];
+const by = (id) => document.getElementById(id);
+const state = { trouble, places, share: (record) => save(record).catch(trouble) };
+const views = {};
+
+function trouble(error) {
+  by('trouble').textContent = error?.message ?? '';
+  by('trouble').hidden = !error;
+  if (error?.status === 401) {
+    openSettings(true);
+    by('key')?.focus();
+  }
+}
+
+/** Sentences on where a token stands in files, by the stretches of its text that the server told. */
+function places({ tokens, sources }, at) {
+  const size = (some) => some.reduce((all, token) => all + [...(token.shown ?? token.text)].length, 0);
+  const [start, end] = [size(tokens.slice(0, at)), size(tokens.slice(0, at + 1))];
+  const found = sources.filter((one) => one.start < end && start < one.end);
+  return found.map((one) => `this stands in ${one.path}, line ${one.line}${one.changed ? ', which has changed since' : ''}`);
+}
+
+function show(name, focus = true) {
+  for (const view of VIEWS) {
+    by(view).hidden = view !== name;
+    by(`tab-${view}`).ariaSelected = String(view === name);
+    by(`tab-${view}`).tabIndex = view === name ? 0 : -1;
+  }
+  history.replaceState(null, '', `#${name}`);
+  if (focus) views[name]?.focus();
+}
+
+function openSettings(isOpen) {
+  document.body.classList.toggle('with-settings', isOpen);
+  by('settings-toggle').ariaExpanded = String(isOpen);
+}
+
+async function start() {
+  let served;
+  try {
+    served = await models();
+    trouble(null);
+  } catch (error) {
+    controlsOf.key?.();
+    askForKey(error);
+    return;
+  }
+  const legend = by('legend');
+  const refresh = () => {
+    legend.firstChild?.refresh();
+    views.compare?.refresh();
+  };
+  state.controls = controlsOf(by('settings'), served, refresh, start);
+  views.chat = chatOf(by('chat'), state);
+  views.inside = insideOf(by('inside'), state);
+  views.compare = compareOf(by('compare'), state);
+  legend.replaceChildren(legendElement(document.body, () => state.controls.about()));
+  const asked = location.hash.slice(1);
+  show(VIEWS.includes(asked) ? asked : served[0].softmeet.chat ? 'chat' : 'inside');
+}
+
+/** Without the models there is nothing to set but the key. */
+function askForKey(error) {
+  const again = h('button', { type: 'button', onclick: start }, 'Try again');
+  by('settings').replaceChildren();
+  trouble(error);
+  by('trouble').append(' ', again);
+  if (error.status !== 401) return;
+  const keyField = h('input', { id: 'key', type: 'password', autocomplete: 'off', 'aria-label': 'API key' });
+  keyField.addEventListener('change', () => {
+    sessionStorage.setItem('softmeet-key', keyField.value);
+    start();
+  });
+  by('trouble').replaceChildren('This server asks for an API key, which is kept in this tab: ', keyField);
+  keyField.focus();
+}
+
+for (const view of VIEWS) by(`tab-${view}`).addEventListener('click', () => show(view));
+document.querySelector('[role=tablist]').addEventListener('keydown', (event) => {
+  const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (!step) return;
+  const k = VIEWS.findIndex((view) => !by(view).hidden);
+  const next = VIEWS[(k + step + VIEWS.length) % VIEWS.length];
+  show(next, false);
+  by(`tab-${next}`).focus();
+});
+by('settings-toggle').addEventListener('click', () => openSettings(!document.body.classList.contains('with-settings')));
+by('theme').addEventListener('click', () => {
+  const isDark = getComputedStyle(document.documentElement).colorScheme.trim() === 'dark';
+  const isDarkNow = document.documentElement.dataset.theme
+    ? document.documentElement.dataset.theme === 'dark'
+    : isDark || matchMedia('(prefers-color-scheme: dark)').matches;
+  document.documentElement.dataset.theme = isDarkNow ? 'light' : 'dark';
+});
+openSettings(matchMedia('(min-width: 900px)').matches);
+start();
