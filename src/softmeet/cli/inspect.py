@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -11,7 +13,6 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -185,35 +186,25 @@ def _rule(facts: dict[str, Any]) -> str:
     return str(facts["rule"]) + (f", trust {' '.join(trusts)}" if trusts and "trust" not in facts["rule"] else "")
 
 
-def _bits(facts: dict[str, Any]) -> Iterator[str]:
-    """Yield a row of a table for the ensemble and each member: bits for the text, and for a byte of it."""
-    size = max(facts["bytes"], 1)
+def _bits(facts: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
+    """Yield for the ensemble and each member its name, the text's bits, and those of each of its bytes."""
     for name, bits in zip(("all as one", *facts["members"]), (facts["bits"], *facts["member_bits"]), strict=True):
-        told = (f"{bits:,.0f}", f"{bits / size:.3f}") if math.isfinite(bits) else ("not asked", "")
-        yield f"<tr><th>{escape(name)}</th><td>{told[0]}</td><td>{told[1]}</td></tr>"
+        yield name, bits, bits / max(facts["bytes"], 1)
 
 
 def _page(facts: dict[str, Any]) -> str:
-    """Return a self-contained HTML page of the text, as the server's page shows it but without a server or a script."""
-    from softmeet.server.ui_html import LEGEND, details_of, text_of
-
-    rule, tokens = facts["rule"], facts["tokens"]
-    sections = [
-        f'<div class="panel" id="t{k}">{details_of(t, facts["members"], rule, facts["files"])}</div>'
-        for k, t in enumerate(tokens)
-    ]
-    return Template(files("softmeet.cli").joinpath("inspect.html").read_text(encoding="utf-8")).substitute(
-        style=files("softmeet.server").joinpath("page.css").read_text(encoding="utf-8"),
-        rule=escape(rule),
-        bits="\n".join(_bits(facts)),
-        described=escape(_rule(facts)),
-        average=f"{facts['average_nats']:.3f}",
-        legend=LEGEND,
-        nats=f"{facts['nats']:.3f}",
-        unit=facts["vocabulary"][:-1],
-        bytes=f"{facts['bytes']:,}",
-        predicted="Each token but the first" if facts["first"] else "Each token",
-        gate=f" Gate {facts['gate']}: closed at {facts['gated']:.1%} of the tokens." if facts["gate"] else "",
-        text=text_of(tokens, facts["first"], rule, done=True, links=True),
-        sections="\n".join(sections),
-    )
+    """Return a page with the look inside the text, as the server's page shares it: data, and a script that shows it."""
+    record = {
+        "title": f"softmeet: {facts['rule']}", "members": facts["members"], "files": facts["files"],
+        "rule": _rule(facts), "figures": list(_bits(facts)),
+        "turns": [{"role": "text", "text": facts["first"], "tokens": facts["tokens"]}],
+    }  # fmt: skip
+    told = json.dumps(to_jsonable_python(record, inf_nan_mode="null"), ensure_ascii=False).replace("<", "\\u003c")
+    page = files("softmeet.server").joinpath("page")
+    parts = {
+        "nonce": secrets.token_hex(16), "title": escape(record["title"]), "record": told,
+        "style": page.joinpath("page.css").read_text(encoding="utf-8"),
+        "script": re.sub("^export ", "", page.joinpath("look.js").read_text(encoding="utf-8"), flags=re.MULTILINE),
+    }  # fmt: skip
+    whole = page.joinpath("shared.html").read_text(encoding="utf-8")
+    return re.sub("{(nonce|title|style|record|script)}", lambda found: parts[found[1]], whole)

@@ -146,7 +146,7 @@ class ChatTemplates:
 
         Args:
             conversations: for each member what it is told: each turn's ``role``, such as system, user or assistant, and
-                ``content``, a text.
+                ``content``, a text. An assistant's last turn with ``prefix`` true is gone on with.
             tools: the functions that an answer may call, for templates that tell of them.
 
         Returns:
@@ -191,11 +191,13 @@ class ChatTemplates:
     def _rendered(self, tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Tools | None) -> list[int]:
         try:
             with limited(_SECONDS):
+                goes_on = bool(messages[-1].get("prefix"))
                 text: str = tokenizer.apply_chat_template(
-                    [dict(message) for message in messages],
+                    [{name: own for name, own in message.items() if name != "prefix"} for message in messages],
                     tools=[dict(tool) for tool in tools] if tools else None,
                     chat_template=None if tokenizer.chat_template else PLAIN,
-                    add_generation_prompt=True,
+                    add_generation_prompt=not goes_on,
+                    continue_final_message=goes_on,
                     tokenize=False,
                 )
             if len(text) > _LONGER + _TIMES * sum(len(str(told)) for told in (*messages, *(tools or ()))):

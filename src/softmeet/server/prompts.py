@@ -147,6 +147,14 @@ def templated(served: Served, combination: Combination, body: Any) -> tuple[list
             param="tools", code="no_tools",
         )  # fmt: skip
     messages = [message.plain() for message in body.messages]
+    if getattr(body, "continue_final_message", False):
+        if messages[-1]["role"] != "assistant":
+            raise RequestError(
+                f"expected a last message of the assistant to go on with, got one of {messages[-1]['role']}: leave "
+                "continue_final_message out",
+                param="continue_final_message",
+            )
+        messages[-1]["prefix"] = True
     try:
         row, own = read_prompt(combination.model, served.ensemble.tokenizer, messages, tools=tools)
     except InvalidInputError as error:

@@ -337,6 +337,7 @@ class ChatRequest(_Choices):
         "Whether it may, may not or has to call one; or which."
     )
     parallel_tool_calls: bool | None = _optional("false leaves out all calls but the first.")
+    continue_final_message: bool | None = _optional("Go on with the last message, the assistant's.")
 
     @property
     def functions(self) -> list[Function]:

@@ -104,7 +104,7 @@ export function chatOf(root, state) {
     const said = turns.map(({ role, text }) => ({ role, content: text }));
     const turn = add({ role: 'assistant', text: begun?.text ?? '', tokens: begun?.tokens ?? [], about: state.controls.about(body), sources: [] });
     if (begun) said.push({ role: 'assistant', content: begun.text });
-    if (begun) Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
+    if (begun) body.continue_final_message = true;
     turn.shown.holder.classList.add('writing');
     fit();
     const onTokens = (tokens) => {

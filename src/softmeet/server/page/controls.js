@@ -39,7 +39,7 @@ export function controlsOf(root, served, onChange, onKey) {
     temperature.element,
     field('Most tokens', length),
     field('Seed', seed),
-    field('API key, kept in this tab', password)
+    h('form', { onsubmit: (event) => event.preventDefault() }, field('API key, kept in this tab', password))
   );
 
   function choose() {

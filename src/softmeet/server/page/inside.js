@@ -76,8 +76,9 @@ export function insideOf(root, state) {
       const body = { model, softmeet, prompt: text, max_tokens: 0, prompt_logprobs: 0, echo: true, logprobs: 0 };
       const { choices: [choice], softmeet: used } = await posted('/v1/completions', body, controller.signal);
       const reports = choice.softmeet?.tokens ?? [];
-      const tokens = used.vocabulary === 'bytes' ? characters(reports)[0] : spelled(reports, choice.logprobs);
-      const first = used.vocabulary === 'bytes' ? '' : choice.logprobs.tokens[0];
+      const tokens = used.vocabulary === 'bytes' ? characters(whole(reports))[0] : spelled(reports, choice.logprobs);
+      // Nobody predicts the first token of a text, nor over bytes its first character.
+      const first = used.vocabulary === 'bytes' ? [...text][0] : choice.logprobs.tokens[0];
       const mine = begin(first, about);
       mine.tokens = tokens;
       mine.text.add(tokens);
@@ -99,6 +100,9 @@ export function insideOf(root, state) {
 
   return { focus: () => prompt.focus() };
 }
+
+/** Leave out what is left of a first character whose first byte is not reported. */
+const whole = (reports) => reports.slice(reports.findIndex(({ token }) => (token & 0xc0) !== 0x80));
 
 /** Give the tokens of a scored text the texts that they have in it. */
 const spelled = (reports, { tokens }) => reports.map((report, k) => ({ ...report, shown: tokens[k + 1] ?? report.text }));

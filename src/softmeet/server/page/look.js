@@ -21,7 +21,8 @@ export function h(tag, attributes = {}, ...children) {
   return made;
 }
 
-export const percent = (nats, digits = 1) => `${(100 * Math.exp(nats)).toFixed(digits)}%`;
+/** A log-probability as a percentage; JSON has null for that of 0. */
+export const percent = (nats, digits = 1) => `${(100 * Math.exp(nats ?? -Infinity)).toFixed(digits)}%`;
 export const visible = (text) => text.replaceAll(' ', '␣').replaceAll('\n', '⏎');
 const sum = (numbers) => numbers.reduce((all, x) => all + (x ?? 0), 0);
 const mean = (numbers) => sum(numbers) / Math.max(numbers.length, 1);
@@ -30,7 +31,7 @@ const mean = (numbers) => sum(numbers) / Math.max(numbers.length, 1);
 export function doubters(token) {
   const isOther = (likeliest) => likeliest && likeliest[1] >= SURE && !likeliest[0].startsWith(token.text);
   return token.member_log_probs.flatMap((own, k) =>
-    own !== null && own < UNLIKELY && isOther(token.member_top[k][0]) ? [k] : []
+    (own ?? -Infinity) < UNLIKELY && isOther(token.member_top[k][0]) ? [k] : []
   );
 }
 
@@ -38,9 +39,8 @@ export function doubters(token) {
 export function owner(token) {
   if (mean(token.claims) && Math.max(...token.claims) > 0.5) return token.member_log_probs.length;
   const shares = token.member_log_probs.map((own) => (own === null ? 0 : Math.exp(own)));
-  const most = Math.max(...shares);
-  const isOnes = shares.length > 1 && most > 2 * mean(shares.filter((own) => own !== most).concat(shares.length < 2));
-  return isOnes ? shares.indexOf(most) : null;
+  const k = shares.indexOf(Math.max(...shares));
+  return shares.length > 1 && shares[k] > 2 * mean(shares.toSpliced(k, 1)) ? k : null;
 }
 
 /** Join reports of bytes to one for each whole character; returns these, and the reports that are left. */
@@ -146,7 +146,7 @@ function card(name, rows, token, scale, notes, whatIf) {
     const shown = canGoOn
       ? h('button', { type: 'button', className: 'if', title: 'Go on from here', onclick: () => whatIf(text) }, word)
       : word;
-    const bar = h('i', { vars: { w: `${((100 * Math.exp(nats)) / scale).toFixed(1)}%` } });
+    const bar = h('i', { vars: { w: `${((100 * Math.exp(nats ?? -Infinity)) / scale).toFixed(1)}%` } });
     return h('li', { className: isCome ? 'came' : '' }, shown, bar, h('b', { 'data-nats': nats }, percent(nats)));
   });
   return h(
@@ -164,16 +164,17 @@ function card(name, rows, token, scale, notes, whatIf) {
  * `about` has the names of members and files and the rule; `whatIf(text)` goes on with another token.
  */
 export function detailsElement(token, about, whatIf = null, places = []) {
-  const likeliest = [token.top, ...token.member_top].flatMap((rows) => rows.map(([, nats]) => nats));
+  const likeliest = [token.top, ...token.member_top].flatMap((rows) => rows.map(([, nats]) => nats ?? -Infinity));
   const scale = Math.exp(Math.max(...likeliest, -700));
   const unit = token.unit ?? 'token';
-  const came = (nats) => (nats === null ? `this ${unit} was not asked for` : `this ${unit}: ${percent(nats, 2)}`);
+  const came = (nats) => `this ${unit}: ${percent(nats, 2)}`;
   const average = token.moved.length ? [`by the average alone: ${percent(token.pool_log_prob, 2)}`] : [];
   const cards = [card('all as one', token.top, token, scale, [came(token.log_prob), ...average], whatIf)];
   about.members.forEach((name, k) => {
     const [own, bound] = [token.disagreement[k], token.disagreement_is_bound[k] ? 'at most ' : ''];
-    const apart = own === null ? 'not asked: the gate was closed' : `disagrees by ${bound}${own.toFixed(4)} nats`;
-    const notes = [...(token.member_top[k].length ? [came(token.member_log_probs[k])] : []), apart];
+    const apart = `disagrees by ${bound}${own === null ? 'more than any number of' : own.toFixed(4)} nats`;
+    const isAsked = own !== null || token.member_log_probs[k] !== null || token.member_top[k].length;
+    const notes = isAsked ? [came(token.member_log_probs[k]), apart] : ['not asked: the gate was closed'];
     cards.push(card(name, token.member_top[k], token, scale, notes, whatIf));
   });
   cards[0].classList.add('ours');
@@ -281,6 +282,7 @@ export function lookable(text, about, holder, whatIf = null, placesOf = () => []
     found.prepend(close);
     holder.querySelector('.details:not(.moves)')?.remove();
     holder.append(found);
+    found.scrollIntoView({ block: 'nearest' });
   });
 }
 
@@ -304,7 +306,7 @@ export function showRecord(root, record) {
 
 /** A table of bits of a text, by all as one and by each member: rows of a name, bits, and bits a byte. */
 export function figuresElement(figures) {
-  const cell = (x, digits) => h('td', {}, x === null ? 'not asked' : x.toFixed(digits));
+  const cell = (x, digits) => h('td', {}, x === null ? '–' : x.toFixed(digits));
   const rows = figures.map(([name, bits, each]) => h('tr', {}, h('th', {}, name), cell(bits, 0), cell(each, 3)));
   const head = ['fewer is better', 'bits', 'bits a byte'].map((name) => h('th', { scope: 'col' }, name));
   return h('table', { className: 'bits' }, h('thead', {}, h('tr', {}, head)), h('tbody', {}, rows));

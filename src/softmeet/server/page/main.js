@@ -51,7 +51,6 @@ async function start() {
     served = await models();
     trouble(null);
   } catch (error) {
-    controlsOf.key?.();
     askForKey(error);
     return;
   }
