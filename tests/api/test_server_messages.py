@@ -64,21 +64,21 @@ def test_the_root_says_what_there_is(url):
     assert answer.status_code == 200
     found = answer.json()
     assert (found["name"], found["version"]) == ("softmeet", __version__)
-    assert "the extra softmeet[ui]" in found["page"]
+    assert "--no-ui" in found["page"]
     paths = [path for path in found if path.startswith("/")]
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready", "/metrics"} <= {*paths}
     for path in (found["openapi"], "/v1/models", "/health", "/metrics"):
         assert http.get(url + path).status_code == 200
 
 
-def test_the_root_keeps_to_itself_without_a_key():
-    serving = serving_of({"plain": tiny_ensemble("gpt2")}, protection=Protection(keys=("key",), hosts=("127.0.0.1",)))
-    with running(serving) as url:
-        answer = http.get(f"{url}/")
-        assert (answer.status_code, set(answer.json())) == (401, {"error"})
-        assert answer.headers["www-authenticate"].startswith("Basic")
-        assert "www-authenticate" not in http.get(f"{url}/v1/models").headers
-        assert http.get(f"{url}/", auth=("any", "key")).json()["name"] == "softmeet"
+def test_the_root_and_the_page_tell_nothing_of_what_is_served_without_a_key():
+    protection = Protection(keys=("key",), hosts=("127.0.0.1",))
+    with running(serving_of({"plain": tiny_ensemble("gpt2")}, protection=protection, ui=True)) as url:
+        for path in ("/", "/ui/", "/ui/main.js"):
+            answer = http.get(f"{url}{path}")
+            assert (answer.status_code < 400, "plain" in answer.text.replace("plain:", "")) == (True, False)
+        for path in ("/v1/models", "/openapi.json", "/uimain.js", "/ui/../v1/models", "//ui"):
+            assert http.get(f"{url}{path}").status_code == 401
         assert http.get(f"{url}/", headers={"host": "evil.test"}).status_code == 421
 
 

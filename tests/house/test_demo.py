@@ -79,7 +79,6 @@ def test_the_printed_commands_work(folder, commands, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # Gradio's own, in its thread
 def test_the_printed_server_serves_its_page_until_it_is_stopped(commands, interruptible):
     """In this process, at another port, as 8000 may be in use where tests run."""
 

@@ -1,355 +1,435 @@
-"""The page at /ui in a real headless Chromium, and the pieces of HTML that it is made of.
-
-Screenshots are kept in build/screenshots.
-"""
+"""The page at /ui in a real headless Chromium, as a visitor uses it. Screenshots are kept in build/screenshots."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import tempfile
+import re
+import shutil
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from browser import PATIENCE, needs_chromium
 from playwright.sync_api import expect
 from serving import TEMPLATE, http, running, serving_of, tiny_ensemble
+from test_client_javascript import needs_npm
 from typer.testing import CliRunner
 
+from softmeet import Ensemble
+from softmeet.hf.chat import take_plain
 from softmeet.server.security import Protection
-from softmeet.server.ui_html import details_of, text_of
 
+PAGE = Path(__file__).parents[2] / "src/softmeet/server/page"
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>\'"{record}'
 expect.set_options(timeout=PATIENCE)
-
-# Gradio's own, in its thread.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")]
-
-JSON = {"content-type": "application/json"}
+pytestmark = [pytest.mark.slow, needs_chromium]
 
 
 @pytest.fixture(scope="module")
-def url(narrow):
-    with running(serving_of({"default": narrow}, ui=True)) as found:
+def serving(narrow, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "a.txt").write_text("\nAnd the king said unto Zorblax the quick, and unto no other one.\n" * 3)
+    every = {
+        "narrow": narrow, "mixed": Ensemble.from_pretrained("mixed"),
+        "files": Ensemble.from_pretrained(["wide/gpt2", f"files:{folder}+weight=0.95+relevance=1"]),
+    }  # fmt: skip
+    for ensemble in every.values():
+        take_plain(ensemble.model)
+    return serving_of(every, ui=True, sources=True)
+
+
+@pytest.fixture(scope="module")
+def url(serving):
+    with running(serving) as found:
         yield found
 
 
-@pytest.fixture
-def page(browser, url):
-    page = browser.new_page(viewport={"width": 1180, "height": 900})
+@contextmanager
+def opened(browser, url, view="chat", **options):
+    """A page that asks nobody but its server, and says nothing on the console but of answers that are errors."""
+    context = browser.new_context(**{"viewport": {"width": 1180, "height": 900}} | options)
+    page = context.new_page()
     page.set_default_timeout(PATIENCE)
     elsewhere, complaints = [], []
     page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
     page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-    page.goto(f"{url}/ui")
-    page.wait_for_selector("#go")
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(f"{url}/ui/#{view}")
     yield page
-    page.close()
     assert not elsewhere
-    assert not [text for text in complaints if "404" not in text]
+    assert not [text for text in complaints if not re.search(r"status of (4|5)|ERR_CONNECTION|ERR_FAILED", text)]
+    assert not page.evaluate("window.hacked")
+    context.close()
 
 
-def holds(page, name, value):
-    """Whether a slider holds ``value``, typed if it does not: its range mirrors that, whatever its box shows."""
-    box, bar = (page.locator(f"#{name} input[type={kind}]") for kind in ("number", "range"))
-    if (box.input_value(), bar.input_value()) != (value, value):
-        box.fill(value)
-        box.press("Tab")
-        page.wait_for_timeout(500)
-    return (box.input_value(), bar.input_value()) == (value, value)
+@pytest.fixture
+def page(browser, url):
+    with opened(browser, url) as found:
+        yield found
 
 
-def generate(page, prompt="And the king said unto his", tokens="14", temperature="0"):
-    page.fill("#prompt textarea", prompt)
-    if not page.locator("#length").is_visible():
-        page.get_by_text("Sampling").click()
-    # One that is set while the other still travels may be put back on a busy machine: both are looked at in the end.
-    for _ in range(20):
-        if all(holds(page, name, value) for name, value in (("length", tokens), ("temperature", temperature))):
-            break
-    assert holds(page, "length", tokens)
-    assert holds(page, "temperature", temperature)
-    page.click("#go")
-    page.wait_for_selector("#left .tok")
+def settings(page, **values):
+    for name, value in values.items():
+        (page.select_option if name in ("ensemble", "rule") else page.fill)(f"#{name}", str(value))
 
 
-def finished(page, side="left"):
-    expect(page.locator(f"#{side} .cursor")).to_have_count(0, timeout=PATIENCE)
-    return page.locator(f"#{side} .tok")
+def ask(page, text, **values):
+    settings(page, **values)
+    page.fill("#message", text)
+    page.press("#message", "Enter")
+    return ended(page, ".turn.assistant")
 
 
-def choose(page, label, option):
-    page.locator(f"#{label} input").fill(option)
-    page.get_by_role("option", name=option).last.click()
-    expect(page.locator(f"#{label} input")).to_have_value(option)
+def ended(page, which):
+    """The tokens of the last such text, once it is whole."""
+    found = page.locator(which).last
+    expect(found.locator(".tok").first).to_be_visible()
+    expect(page.locator(".writing")).to_have_count(0)
+    return found.locator(".tok")
 
 
-@needs_chromium
-def test_type_stream_click_and_find_the_values_of_inspect(page):
-    generate(page)
-    tokens = finished(page)
-    text = page.locator("#left .text").inner_text().replace("⏎", "")
-    tokens.nth(3).click()
-    page.wait_for_selector("#details .cards")
-    page.screenshot(path=SHOTS / "page.png", full_page=True)
-    from softmeet.cli.main import app
-
-    done = CliRunner().invoke(app, ["inspect", text, "-m", "narrow", "--top", "8", "--json"])
-    facts = json.loads(done.stdout[done.stdout.index("{") :])
-    assert len(facts["tokens"]) == 5 + tokens.count(), "the text came back as other tokens: choose another prompt"
-    expected = facts["tokens"][5 + 3]
-    cards = page.locator("#details .card")
-    assert cards.locator("h4").all_inner_texts() == ["ensemble", *facts["members"]]
-    for card, rows in zip(cards.all(), [expected["top"], *expected["member_top"]], strict=True):
-        found = [float(b.get_attribute("data-log-prob")) for b in card.locator("b[data-log-prob]").all()]
-        assert found == pytest.approx([x for _, x in rows], abs=2e-3)
-    shares = [float(card.locator("p").inner_text().split()[-2]) for card in cards.all()[1:]]
-    assert shares == pytest.approx(expected["disagreement"], abs=2e-3)
-    moved = page.locator("#details tbody tr")
-    assert moved.count() == 8
-    change = float(moved.nth(0).locator("td").nth(1).inner_text())
-    _, before, after = expected["moved"][0]
-    assert change == pytest.approx(after - before, abs=5e-3)
+def nats(page, card):
+    return [float(b.get_attribute("data-nats")) for b in page.locator(".card").nth(card).locator("b").all()]
 
 
-@needs_chromium
-def test_two_rules_side_by_side_by_keyboard(page):
-    choose(page, "rule", "logit-mean")
-    choose(page, "other", "prob-mean")
-    generate(page, temperature="0.8")
-    left, right = finished(page), finished(page, "right")
-    assert page.locator("#left h3").inner_text() == "logit-mean"
-    assert page.locator("#right h3").inner_text() == "prob-mean"
-    expect(left).to_have_count(14)
-    expect(right).to_have_count(14)
-    expect(page.locator("#trouble [role=alert]")).to_have_count(0)
-    page.locator("#right .tok").first.focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
-    expect(page.locator("#details h3 small")).to_contain_text("by prob-mean")
-    expect(page.locator("#right .tok.on")).to_have_attribute("data-k", "2")
-    assert "who pushed" not in page.locator("#details").inner_text()
-    left.first.click()
-    expect(page.locator("#details")).to_contain_text("Nothing moved")
-    page.screenshot(path=SHOTS / "compare.png", full_page=True)
+def texts(tokens):
+    return [text.replace("\u23ce\n", "\n") for text in tokens.all_text_contents()]
 
 
-@needs_chromium
-def test_phone_width_an_empty_prompt_no_members_and_stop(page, url):
-    page.set_viewport_size({"width": 390, "height": 844})
-    page.fill("#prompt textarea", "")
-    page.click("#go")
-    expect(page.locator("#trouble [role=alert]")).to_contain_text("expected a prompt of at least one token")
-    generate(page)
-    tokens = finished(page)
-    expect(page.locator("#trouble [role=alert]")).to_have_count(0)
-    tokens.nth(1).click()
-    page.wait_for_selector("#details .cards")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.screenshot(path=SHOTS / "phone.png", full_page=True)
-    for _ in range(5):  # a text may have ended before it is stopped
-        generate(page, tokens="200")
-        expect(tokens.nth(20)).to_be_visible()  # of the second text
-        page.click("#stop")
-        counts = [tokens.count()]
-        while len(counts) < 2 or counts[-1] != counts[-2]:
-            page.wait_for_timeout(1000)
-            counts.append(tokens.count())
-        if counts[-1] < 200:
-            break
-    else:
-        pytest.fail("no text was stopped")
-    for box in page.locator("#members input").all():
-        box.uncheck()
-    page.click("#go")
-    expect(page.locator("#trouble [role=alert]")).to_contain_text("members")
+def told(page, events, status=200):
+    """Have answers be these events, each a dict, or the text of one."""
+    lines = (one if isinstance(one, str) else f"data: {json.dumps(one)}\n\n" for one in events)
+    body, kind = "".join(lines), "text/event-stream"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=status, body=body, content_type=kind))
 
 
-def report(text, **changes):
+def token(text, token=0, **changes):
     found = {
-        "text": text, "log_prob": -1.0, "pool_log_prob": -1.2, "member_log_probs": [-1.0], "top": [["a", -1.0]],
-        "member_top": [[["a", -1.0]]],
-        "moved": [["a", -1.0, -0.5]], "pushes": [[0.5]], "disagreement": [0.1], "disagreement_is_bound": [False],
-        "status": "OPTIMAL", "fallback": False, "gap": 0.0, "gap_is_certified": True, "num_passes": 3.0,
-        "claims": [], "sources": [],
+        "token": token, "text": text, "log_prob": -1.0, "pool_log_prob": -1.2, "member_log_probs": [-1.0, -4.0],
+        "top": [[text, -1.0]], "member_top": [[[text, -1.0]], [["another", -0.1]]], "moved": [], "pushes": [],
+        "disagreement": [0.1, None], "disagreement_is_bound": [False, False], "status": "OPTIMAL", "fallback": False,
+        "gap": 0.0, "gap_is_certified": True, "num_passes": 0.0, "gated": False, "claims": [], "sources": [],
     }  # fmt: skip
     return found | changes
 
 
-def test_nothing_that_a_model_or_a_user_writes_becomes_markup():
-    evil = "<script>alert(1)</script>'\""
-    source = {"start": 0, "end": 7, "path": evil, "below": evil, "line": 3, "changed": False}
-    claims = {"claims": [0.25], "sources": [source]}
-    token = report(evil, top=[[evil, -1.0]], moved=[[evil, -math.inf, -1.0]], **claims)
-    for html in (text_of([token], evil, evil, done=True), details_of(token, [evil], evil, [evil])):
-        assert "<script" not in html
-        assert evil not in html
-    assert "–" in details_of(token, ["m"], "meet", ["files"])
+def delta(content, *tokens):
+    return {"choices": [{"index": 0, "delta": {"content": content}, "softmeet": {"tokens": list(tokens)}}]}
 
 
-def test_the_page_asks_for_nothing_that_the_server_would_refuse():
-    from softmeet.server import ui
-
-    serving = serving_of({"duo": tiny_ensemble("gpt2", "llama")}, ui=True)
-    asked = ui._asked(serving, "duo", ["tiny/gpt2", "tiny/llama"], "prob-mean", 2.0)
-    assert (asked.rule, asked.trust) == ("prob-mean", None)
-    assert ui._asked(serving, "duo", ["tiny/gpt2", "tiny/llama"], "meet", 2.0).trust == 2.0
-    blocks = {getattr(block, "elem_id", None): block for block in ui.page(serving).blocks.values()}
-    assert blocks["length"].maximum == 64  # the shortest context
-
-
-def test_a_member_that_was_not_asked_is_said_to_be():
-    nan, came = math.nan, [["a", -1.0]]
-    token = report(
-        "a", member_log_probs=[-1.0, nan], member_top=[came, []], disagreement=[0.0, nan],
-        disagreement_is_bound=[True, True], moved=[["a", -1.0, -1.0]], gap=math.inf, gated=True,
-    )  # fmt: skip
-    html = details_of(token, ["first", "second"], "meet")
-    assert "not asked: the gate was closed" in html
-    assert "the gate was closed, so the rule was not computed" in html
-    assert "nan" not in html + text_of([token], "p", "meet", done=True)
-
-
-def test_the_root_leads_to_the_page(url):
-    found = http.get(f"{url}/", follow_redirects=True)
-    assert (found.status_code, str(found.url)) == (200, f"{url}/ui/")
-    assert http.get(f"{url}/").json()["page"] == "/ui"
-    serving = serving_of({"tiny": tiny_ensemble("gpt2")}, ui=True, protection=Protection(keys=("key",)))
-    with running(serving) as locked:
-        closed = http.get(f"{locked}/")
-        assert (closed.status_code, "location" in closed.headers) == (401, False)
-        found = http.get(f"{locked}/", auth=("any", "key"), follow_redirects=True)
-        assert (found.status_code, str(found.url)) == (200, f"{locked}/ui/")
+def test_an_answer_streams_and_what_stands_behind_its_tokens_is_what_the_api_reports(page, url):
+    tokens = ask(page, "And the king", temperature=0, length=12, seed=3)
+    body = {"model": "narrow", "temperature": 0, "max_tokens": 12, "seed": 3, "softmeet": {"report": 10}}
+    said = {"messages": [{"role": "user", "content": "And the king"}]}
+    (choice,) = http.post(f"{url}/v1/chat/completions", json=body | said).json()["choices"]
+    assert "".join(texts(tokens)) == choice["message"]["content"]
+    reports = choice["softmeet"]["tokens"]
+    for k in (0, 3):
+        tokens.nth(k).click()
+        for card, rows in enumerate([reports[k]["top"], *reports[k]["member_top"]]):
+            assert nats(page, card) == pytest.approx([x for _, x in rows], abs=2e-3)
+    moved = page.locator(".moves tbody tr")
+    if any(before != after for _, before, after in reports[3]["moved"]):
+        assert moved.count() == len(reports[3]["moved"])
+    doubted = [k for k in range(tokens.count()) if "doubt" in tokens.nth(k).get_attribute("class").split()]
+    sure = [
+        k for k, one in enumerate(reports)
+        if any(
+            own < -2.302585 and rows[0][1] >= -0.693147 and not rows[0][0].startswith(one["text"])
+            for own, rows in zip(one["member_log_probs"], one["member_top"], strict=True)
+        )
+    ]  # fmt: skip
+    assert doubted == sure
+    expect(page.locator(".turn.assistant .sum")).to_contain_text(re.compile(r"12 tokens · .* a second"))
+    page.screenshot(path=SHOTS / "chat.png", full_page=True)
 
 
-def test_the_page_does_not_call_home(url):
-    page = http.get(f"{url}/ui/", follow_redirects=True)
-    assert "default-src 'self'" in page.headers["content-security-policy"]
-    assert "fonts.googleapis" not in page.text
-    assert http.post(f"{url}/ui/gradio_api/upload", files={"files": b"x"}).status_code == 404
-    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+def test_again_edit_and_another_token_go_on_from_there(page):
+    first = texts(ask(page, "In the", temperature=1, length=10, seed=5))
+    page.click("#again")
+    assert texts(ended(page, ".turn.assistant")) == first  # the seed is the same
+    page.locator(".turn.assistant .tok").nth(4).click()
+    other = page.locator(".card").first.locator(".if").last
+    word = other.inner_text().replace("␣", " ").replace("⏎", "\n")
+    other.click()
+    changed = texts(ended(page, ".turn.assistant"))
+    assert (changed[:4], changed[4]) == (first[:4], word)
+    assert len(changed) > 5
+    page.locator(".turn.user .edit").click()
+    assert page.input_value("#message") == "In the"
+    expect(page.locator(".turn")).to_have_count(0)
+    ask(page, "And", length=4)
+    ask(page, "But", length=4)
+    expect(page.locator(".turn")).to_have_count(4)
+    page.click("#clear")
+    expect(page.locator(".turn")).to_have_count(0)
 
 
-def test_calls_that_are_not_the_pages_are_refused_and_not_repeated_in_the_log(url, capfd, caplog):
-    calls = [
-        ("run/run", {"data": ["MYSECRET"], "session_hash": "a"}),
-        ("queue/join", {"fn_index": 0, "data": ["MYSECRET"], "session_hash": "a"}),
-        ("queue/join", {"fn_index": 99, "data": ["MYSECRET"], "session_hash": "a"}),
-        ("run/nope", {"data": ["MYSECRET"]}),
-    ]
-    for path, body in calls:
-        answer = http.post(f"{url}/ui/gradio_api/{path}", json=body)
-        assert answer.status_code == 200 or (answer.status_code in (400, 404) and set(answer.json()) == {"error"})
-    assert http.get(f"{url}/ui/gradio_api/deep_link?session_hash=a").status_code == 404
-    printed = capfd.readouterr()
-    assert "MYSECRET" not in printed.out + printed.err + caplog.text
-    assert "Traceback" not in printed.err
+def test_stop_keeps_what_came(page):
+    settings(page, length=4000, ensemble="mixed")
+    page.fill("#message", "And")
+    page.click("#send")
+    expect(page.locator(".turn.assistant .tok").nth(3)).to_be_visible()
+    page.click("#stop")
+    count = ended(page, ".turn.assistant").count()
+    page.wait_for_timeout(500)
+    assert page.locator(".turn.assistant .tok").count() == count < 4000
 
 
-def test_no_call_of_the_page_reads_a_file(url, tmp_path):
-    secret = tmp_path / "secret"
-    secret.write_text("MYSECRET")
-    given = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    everything = http.get(f"{url}/ui/config").json()["dependencies"]
-    told = ""
-    for one in (one for one in everything if one["inputs"]):
-        body = {"data": [given] * len(one["inputs"]), "fn_index": one["id"], "session_hash": "thief"}
-        for text in (json.dumps(body), json.dumps(body).replace("FileData", "File\\u0044ata")):
-            for call in ("queue/join", "run/predict"):
-                answer = http.post(f"{url}/ui/gradio_api/{call}", content=text, headers=JSON)
-                assert answer.status_code == 400, answer.text
-                assert "takes no files" in answer.text
-                told += answer.text
-    assert len(everything) > 10
-    for path in (
-        f"file={secret}",
-        f"file/{secret}",
-        f"proxy={url}/v1/models",
-        "component_server",
-        "call/run",
-        "api/run",
-    ):
-        answer = http.get(f"{url}/ui/gradio_api/{path}")
-        assert answer.status_code == 404
-        told += answer.text
-    assert "MYSECRET" not in told
+@pytest.mark.parametrize(
+    ("name", "text"), [("narrow", "And the king said unto his"), ("mixed", "Café 🙂 and the king")]
+)
+def test_a_text_is_scored_as_inspect_does(page, name, text):
+    from softmeet.cli.main import app
+
+    settings(page, ensemble=name)
+    page.click("#tab-inside")
+    page.fill("#prompt", text)
+    page.click("#score")
+    expect(page.locator("#text .bits")).to_be_visible()
+    shown = "".join(texts(page.locator("#text .text")))
+    assert shown == text
+    done = CliRunner().invoke(app, ["inspect", text, name, "--json"])
+    facts = json.loads(done.stdout[done.stdout.index("{") :])
+    found = [float(row.locator("td").first.inner_text()) for row in page.locator("#text tbody tr").all()]
+    expected = [facts["bits"], *facts["member_bits"]]
+    # Over bytes inspect predicts the first character, too, which the API does not.
+    assert all(x - (16 if name == "mixed" else 1) <= own <= x + 1 for own, x in zip(found, expected, strict=True))
+    page.locator("#text .tok").nth(2).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    expect(page.locator("#text .tok.on")).to_have_attribute("data-k", "3")
+    assert page.locator(".card h4").all_inner_texts() == ["all as one", *facts["members"]]
 
 
-def test_no_turn_of_a_conversation_is_a_component(url, tmp_path):
-    """Gradio would make it as a visitor says, of any file below its working directory, or of any size."""
-    secret, every = tmp_path / "secret", http.get(f"{url}/ui/config").json()["dependencies"]
-    secret.write_text("MYSECRET")
-    copies = {*Path(tempfile.gettempdir(), "gradio").rglob("secret")}
-    components = [
-        {"component": "gallery", "value": [{"image": {"path": str(secret)}}], "constructor_args": {}, "props": {}},
-        {"component": "dataframe", "value": {"headers": ["a"], "data": [[1]]}, "constructor_args": {"column_count": 9}},
-    ]
-    for one in (one for one in every if one["inputs"]):
-        for content in [{"type": "component", **own} for own in components] + components + [{"file": str(secret)}]:
-            turns = [{"role": "user", "content": [content], "metadata": None, "options": None}]
-            body = {"data": [turns] * len(one["inputs"]), "fn_index": one["id"], "session_hash": "thief"}
-            answer = http.post(f"{url}/ui/gradio_api/queue/join", json=body)
-            assert (answer.status_code, "no components" in answer.text) == (400, True)
-    assert {*Path(tempfile.gettempdir(), "gradio").rglob("secret")} == copies
+def test_bytes_are_shown_as_characters_with_each_members_own_tokens(page):
+    tokens = ask(page, "And the king", ensemble="mixed", length=30, temperature=0.5, seed=1)
+    assert all(len(text) == 1 for text in texts(tokens))
+    words = []
+    for k in range(6):
+        tokens.nth(k).click()
+        words += page.locator(".card").nth(1).locator("code").all_inner_texts()
+    assert max(map(len, words)) > 1
+    expect(page.locator(".details")).to_contain_text("character by character")
 
 
-def test_no_click_brings_a_component_and_no_visitor_is_without_a_name(url):
-    """Gradio would fetch what a click is said to be on, and its queue would end of a visitor without a name."""
-    told = {"data": [[]], "fn_index": 0, "session_hash": "thief", "trigger_id": 1}
-    values = [{"path": "http://10.0.0.1/x"}, {"file": {"path": "x"}}, {"type": "component", "component": "html"}]
-    for value in [*values, [values]]:
-        for clicked in ({"index": 0, "value": value}, value):
-            answer = http.post(f"{url}/ui/gradio_api/queue/join", json={**told, "event_data": clicked})
-            assert (answer.status_code, "no components" in answer.text) == (400, True)
-    for call in ("queue/join", "queue/join/", "run/predict"):
-        for name in ("", None, "a b", "a" * 65, {}, []):
-            answer = http.post(f"{url}/ui/gradio_api/{call}", json={**told, "session_hash": name})
-            assert (answer.status_code, "visitor's name" in answer.text) == (400, True)
-    for many in ([1] * 10_001, [[{"role": "user", "content": "x"}]] * 4_000):
-        answer = http.post(f"{url}/ui/gradio_api/run/predict", json={**told, "data": [many]})
-        assert (answer.status_code, "10,000" in answer.text) == (400, True)
-    good = {**told, "fn_index": 99, "event_data": {"index": [0, 0], "value": "word"}}
-    assert "components" not in http.post(f"{url}/ui/gradio_api/queue/join", json=good).text
+def test_columns_are_what_each_answers_alone(page, url):
+    settings(page, temperature=0, length=8, seed=2)
+    page.click("#tab-compare")
+    page.fill("#question", "And the king")
+    page.click("#compare-go")
+    expect(page.locator(".columns .sum")).to_have_count(3)
+    for column in page.locator(".columns article").all():
+        tokens = ended(page, ".columns article")
+        name = column.locator("h3").inner_text()
+        ours = {} if name == "all as one" else {"members": [name]}
+        body = {"temperature": 0, "max_tokens": 8, "seed": 2, "softmeet": ours}
+        said = {"messages": [{"role": "user", "content": "And the king"}]}
+        answer = http.post(f"{url}/v1/chat/completions", json=body | said).json()["choices"][0]
+        assert "".join(texts(column.locator(".tok"))) == answer["message"]["content"]
+        expect(column.locator(".sum")).to_contain_text("bits a byte")
+    assert tokens.count()
+    page.screenshot(path=SHOTS / "compare.png", full_page=True)
 
 
-def test_the_pages_own_check_of_files_is_on(narrow):
-    from fastapi import FastAPI
-
-    from softmeet.server import ui
-
-    app = FastAPI()
-    ui.mount(app, serving_of({"default": narrow}, ui=True))
-    mounted = next(route for route in app.router.routes if getattr(route, "path", "") == "/ui")
-    assert mounted.app.app.get_blocks().has_launched
+def test_where_an_answer_stands_in_files_is_said(page):
+    tokens = ask(page, "And the king said unto Zorblax", ensemble="files", temperature=0, length=12)
+    tokens.last.click()
+    expect(page.locator(".details")).to_contain_text(re.compile(r"claimed \d+\.\d% of the mix"))
+    expect(page.locator(".details")).to_contain_text(re.compile(r"this stands in a\.txt, line \d"))
+    page.select_option(".legend select", "who")
+    expect(page.locator(".legend")).to_contain_text("files")
 
 
-def test_the_page_keeps_the_texts_of_few_visitors(narrow):
-    from softmeet.server import ui
+def test_a_saved_page_opens_without_a_server_and_runs_nothing_of_its_texts(browser, url, tmp_path):
+    with opened(browser, url) as page:
+        told(page, [delta(EVIL, token(EVIL, member_top=[[[EVIL, -1.0]], [[EVIL, None]]])), "data: [DONE]\n\n"])
+        tokens = ask(page, EVIL, ensemble="files")
+        assert texts(tokens) == [EVIL]
+        tokens.first.click()
+        expect(page.locator(".cards code").first).to_contain_text("<script>")
+        with page.expect_download() as download:
+            page.click("#share")
+        download.value.save_as(tmp_path / "saved.html")
+    context = browser.new_context(offline=True)
+    saved, wrong = context.new_page(), []
+    saved.on("console", lambda m: wrong.append(m.text))
+    saved.on("pageerror", lambda error: wrong.append(str(error)))
+    saved.goto(f"file://{tmp_path / 'saved.html'}")
+    assert texts(saved.locator(".tok")) == [EVIL]
+    saved.locator(".tok").first.click()
+    expect(saved.locator(".cards")).to_be_visible()
+    expect(saved.locator(".note")).to_contain_text("may hold text of the files")
+    assert not saved.evaluate("window.hacked")
+    assert not wrong
+    context.close()
 
-    blocks = ui.page(serving_of({"default": narrow}, ui=True))
-    assert blocks.state_session_capacity == 32
-    assert blocks._queue.max_size == 32
+
+def test_emoji_cut_in_two_and_text_from_right_to_left(page):
+    halves = [token("�", 1), token("�", 2)]
+    told(page, [delta("", halves[0]), delta("🙂", halves[1]), delta("שלום", token("שלום")), "data: [DONE]\n\n"])
+    tokens = ask(page, "a")
+    assert texts(tokens) == ["🙂", "שלום"]
+    assert page.locator(".turn.assistant .text").get_attribute("dir") == "auto"
+    # Where one event has several tokens, each has what the stream says of it, with the space that its text lacks.
+    page.unroute("**/v1/chat/completions")
+    told(page, [delta(" the king", token("the"), token("king")), "data: [DONE]\n\n"])
+    assert texts(ask(page, "b")) == [" the", " king"]
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "message"),
+    [
+        (
+            [delta("The", token("The")), {"error": {"message": "it went wrong"}}, "data: [DONE]\n\n"],
+            200,
+            "it went wrong",
+        ),
+        ([delta("The", token("The"))], 200, "the answer broke off"),
+        (["no JSON"], 500, "the server answered 500"),
+    ],
+)
+def test_errors_are_said_and_what_came_is_kept(page, events, status, message):
+    told(page, events, status)
+    page.fill("#message", "a")
+    page.press("#message", "Enter")
+    expect(page.locator("#trouble")).to_contain_text(message)
+    expect(page.locator(".turn.assistant")).to_have_count(int(status == 200))
+    page.unroute("**/v1/chat/completions")
+    assert ask(page, "b", length=3).count()
+    expect(page.locator("#trouble")).to_be_hidden()
+
+
+def test_a_server_that_has_stopped_is_said_to_be(browser):
+    ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)
+    with running(serving_of({"tiny": ensemble}, ui=True)) as url:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"{url}/ui")
+        page.wait_for_selector("#message")
+        assert page.evaluate("document.activeElement.id") == "message"
+    page.fill("#message", "a")
+    page.press("#message", "Enter")
+    expect(page.locator("#trouble")).to_contain_text("the server cannot be reached")
+    context.close()
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(browser):
+    ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)
+    protection = Protection(keys=("secret",))
+    with running(serving_of({"tiny": ensemble}, ui=True, protection=protection)) as url, opened(browser, url) as page:
+        for key, count in (("wrong", 0), ("secret", 1)):
+            page.fill("#trouble #key", key)
+            page.press("#trouble #key", "Enter")
+            expect(page.locator("#message")).to_have_count(count)
+            expect(page.locator("#trouble #key")).to_have_count(1 - count)
+        assert ask(page, "hello", length=3).count()
+        page.reload()
+        assert ask(page, "hello", length=3).count()
+        assert page.evaluate("document.cookie + JSON.stringify(localStorage)") == "{}"
+
+
+def test_a_server_that_lets_nothing_be_changed_is_asked_for_nothing_else(browser):
+    ensemble = tiny_ensemble("gpt2", "llama", rule="meet", template=TEMPLATE)
+    with running(serving_of({"tiny": ensemble}, ui=True, allowed=())) as url, opened(browser, url) as page:
+        expect(page.locator("#rule")).to_be_disabled()
+        expect(page.locator("#members input:enabled")).to_have_count(0)
+        expect(page.locator("#trust, [id^=weight-]")).to_have_count(0)
+        assert ask(page, "hello", length=3).count()
+
+
+def test_members_weights_and_rules_are_what_is_asked(page):
+    bodies = []
+    page.on("request", lambda r: bodies.append(r.post_data_json["softmeet"]) if r.method == "POST" else None)
+    ask(page, "a", length=2)
+    page.locator("#weight-1").fill("0.9")
+    settings(page, rule="prob-mean")
+    expect(page.locator("#trust")).to_be_hidden()
+    ask(page, "a", length=2)
+    page.locator("#members input").first.uncheck()
+    ask(page, "a", length=2)
+    assert bodies[0] == {"report": 10}
+    assert (bodies[1]["rule"], bodies[1]["weights"][1]) == ("prob-mean", 0.9)
+    assert len(bodies[2]["members"]) == page.locator("#members input").count() - 1
+    for box in page.locator("#members input").all():
+        box.uncheck()
+    page.fill("#message", "a")
+    page.press("#message", "Enter")
+    expect(page.locator("#trouble")).to_contain_text("members")
+
+
+def test_a_conversation_that_fills_the_context_goes_on_without_its_beginning(page):
+    for k in range(3):
+        ask(page, f"{k} " + "and the king said unto his daughter " * 7, length=2)
+    expect(page.locator(".turn.assistant .sum").last).to_contain_text("were left out")
+
+
+def test_two_thousand_tokens_and_typing_does_not_wait(page):
+    told(page, [*(delta(f" w{k}", token(f" w{k}")) for k in range(2000)), "data: [DONE]\n\n"])
+    page.evaluate(
+        """() => {
+        window.longest = 0; let before = performance.now();
+        const tick = () => { const now = performance.now(); window.longest = Math.max(window.longest, now - before);
+            before = now; requestAnimationFrame(tick); };
+        requestAnimationFrame(tick);
+    }"""
+    )
+    page.fill("#message", "a")
+    page.press("#message", "Enter")
+    page.fill("#message", "typed meanwhile")
+    expect(page.locator(".turn.assistant .tok")).to_have_count(2000)
+    assert page.input_value("#message") == "typed meanwhile"
+    assert page.evaluate("window.longest") < 2000  # of a busy machine
+    page.locator(".tok").nth(1999).click()
+    expect(page.locator(".details")).to_be_visible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1180])
+@needs_npm
+def test_nothing_is_wider_than_a_phone_and_axe_finds_nothing_serious(browser, url, axe, width, scheme):
+    size = {"width": width, "height": 844}
+    with opened(browser, url, bypass_csp=True, viewport=size, color_scheme=scheme) as page:
+        if width < 900:
+            assert page.locator("#settings").is_hidden()
+            page.click("#settings-toggle")
+        ask(page, "And the king", length=12).nth(2).click()
+        page.add_script_tag(content=axe)
+        for view in ("chat", "inside", "compare"):
+            page.click(f"#tab-{view}")
+            page.screenshot(path=SHOTS / f"{view}-{width}-{scheme}.png", full_page=True)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            found = page.evaluate("axe.run()")["violations"]
+            serious = [one for one in found if one["impact"] in ("serious", "critical")]
+            assert not serious, json.dumps(serious, indent=1)[:3000]
 
 
 @pytest.fixture(scope="module")
-def chatting():
-    ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)
-    with running(serving_of({"default": ensemble}, ui=True)) as found:
-        yield found
+def axe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("axe")
+    command = [shutil.which("npm"), "install", "--no-audit", "--no-fund", "--prefix", folder, "axe-core@4"]
+    subprocess.run(command, check=True, capture_output=True)
+    return (folder / "node_modules/axe-core/axe.min.js").read_text()
 
 
-def test_a_conversation_remembers_what_was_said(browser, chatting):
-    page = browser.new_page()
-    page.set_default_timeout(PATIENCE)
-    page.goto(f"{chatting}/ui")
-    box = page.locator("textarea[data-testid=textbox]").first
-    for text, count in (("And the king", 1), ("In the", 2)):
-        expect(box).to_be_enabled(timeout=PATIENCE)
-        box.fill(text)
-        box.press("Enter")
-        expect(page.locator("#chatbot [data-testid=bot]")).to_have_count(count, timeout=PATIENCE)
-    expect(page.locator("#chatbot [data-testid=user]")).to_have_count(2)
-    page.screenshot(path=SHOTS / "chat.png")
-    page.close()
+def test_the_page_is_small_quick_and_strict(browser, url):
+    found = http.get(f"{url}/ui/")
+    policy = found.headers["content-security-policy"]
+    assert "script-src 'self';" in policy
+    assert "unsafe" not in policy
+    assert sum(path.stat().st_size for path in PAGE.iterdir()) <= 150_000
+    assert sum(len(path.read_text().splitlines()) for path in PAGE.glob("*.js")) <= 1500
+    for path in ("../app.py", "..%2fapp.py", "%2e%2e/app.py", "/etc/passwd", "nothing.js"):
+        assert http.get(f"{url}/ui/{path}").status_code in (401, 404)
+    assert http.post(f"{url}/ui/", json={}).status_code == 405
+    with opened(browser, url) as page:
+        page.wait_for_selector("#message")
+        paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
+        times = []
+        for _ in range(5):
+            page.reload()
+            page.wait_for_selector("#message")
+            times.append(page.evaluate(paint))
+        assert min(times) < 300

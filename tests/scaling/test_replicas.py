@@ -182,7 +182,6 @@ def test_ray_hands_out_more_than_a_replica_accepts():
         (["--gpus", "2"], "options of --replicas"),
         (["--replicas", "many"], "FEWEST:MOST as in 1:4, got 'many'"),
         (["--replicas", "3:2"], "in order as in 1:4, got 3:2"),
-        (["--replicas", "2", "--ui"], "the page needs a process of its own"),
     ],
 )
 def test_options_that_do_not_fit(options, message):

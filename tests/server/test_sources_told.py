@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
-from dataclasses import replace
 from statistics import fmean
 
 import pytest
@@ -15,8 +13,6 @@ from serving import http, running, serve, serving_of
 
 from softmeet import Ensemble
 from softmeet.hf.chat import take_plain
-from softmeet.server import ui
-from softmeet.server.ui_html import text_of
 
 SAID = "Zorblax the quick went to Quixby, and Zorblax the slow went home.\nNobody saw a häuschen there.\n"
 PROMPT = SAID[:33]
@@ -160,22 +156,3 @@ def test_the_command_tells_them_if_it_is_started_so(folders):
     # An address that is not this machine's, so that nothing is served.
     alone = run("serve", "wide", "--sources", "--open", "--host", "203.0.113.1")
     assert "name them beside the models" in " ".join(alone.stderr.split())
-
-
-@pytest.mark.parametrize(("model", "below"), [("tokens", "deep/a.txt"), ("bytes", "src/deep/a.txt")])
-def test_the_page_shows_what_was_claimed_and_places_where_the_server_tells_them(
-    url, serving, ensembles, folders, model, below
-):
-    async def written():
-        own = ui._controls(serving.ensembles.find(model))
-        asked = [PROMPT, model, own["members"], own["rule"], "nothing", own["trust"], 24, 0.0, 4]
-        return [picture[-1] async for picture in ui._pictures(serving, *asked)][-1]
-
-    (told,) = asyncio.run(written())
-    untold, last = replace(told, is_told=False), len(told.tokens) - 1
-    line = f"{ensembles[model].model.claimants[0].name} claimed {told.tokens[last]['claims'][0]:.1%} of the mix"
-    assert f"{line}; this and what is before stands in {below}:3 (" in told.details(last)
-    assert line in untold.details(last)
-    assert (str(folders) in told.details(last), "a.txt" in untold.details(last)) == (False, False)
-    mean = fmean(token["claims"][0] for token in told.tokens)
-    assert f"claimed by files {mean:.1%}" in text_of(told.tokens, PROMPT, "logit-mean", done=True)

@@ -196,7 +196,7 @@ def _page(facts: dict[str, Any]) -> str:
     """Return a page with the look inside the text, as the server's page shares it: data, and a script that shows it."""
     record = {
         "title": f"softmeet: {facts['rule']}", "members": facts["members"], "files": facts["files"],
-        "rule": _rule(facts), "figures": list(_bits(facts)),
+        "rule": _rule(facts), "notes": endings(facts["statuses"], facts["fallbacks"]), "figures": list(_bits(facts)),
         "turns": [{"role": "text", "text": facts["first"], "tokens": facts["tokens"]}],
     }  # fmt: skip
     told = json.dumps(to_jsonable_python(record, inf_nan_mode="null"), ensure_ascii=False).replace("<", "\\u003c")

@@ -67,7 +67,7 @@ class AccessFlags(Flags, panel="Address and access"):
     cors: list[str] | None = optional(
         "An origin, such as https://example.org, whose pages may send requests; it can be repeated.", shown="none"
     )
-    ui: bool = flag(True, "Serve the page at /ui.")
+    ui: bool = flag(True, "Serve the page at /ui.", shown="yes")
     sources: bool = switch(
         "Tell who asks where an answer stands in files:PATH: paths below that folder, and lines.", "--sources"
     )

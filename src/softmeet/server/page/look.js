@@ -291,6 +291,7 @@ export function showRecord(root, record) {
   const about = () => record;
   root.append(h('h1', {}, record.title), h('p', { className: 'who' }, `${record.members.join(' + ')}, by ${record.rule}`));
   if (record.files.length) root.append(h('p', { className: 'note' }, `This page may hold text of the files ${record.files.join(', ')}.`));
+  for (const note of record.notes ?? []) root.append(h('p', { className: 'note' }, note));
   if (record.figures) root.append(figuresElement(record.figures));
   root.append(legendElement(root, about));
   for (const turn of record.turns) {
