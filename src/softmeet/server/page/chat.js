@@ -135,8 +135,10 @@ export function chatOf(root, state) {
     turn.shown.holder.classList.remove('writing');
     state.trouble(found.error);
     if (found.error && !turn.tokens.length) {
-      turns.pop();
       turn.shown.holder.remove();
+      const question = turns.splice(-2)[0];
+      question.shown.holder.remove();
+      box.value ||= question.text;
     }
     fit();
   }

@@ -3,6 +3,9 @@
 import { key } from './api.js';
 import { h } from './look.js';
 
+// The most log-probabilities that an answer may have.
+const LISTED = 2 ** 20;
+
 const field = (label, input, more = null) => h('label', { className: 'field' }, h('span', {}, label), input, more);
 
 function slider(id, label, value, { min = 0, max = 1, step = 0.05 } = {}) {
@@ -68,8 +71,9 @@ export function controlsOf(root, served, onChange, onKey) {
       ...(isMany ? [field('Rule', own.rule)] : []),
       ...(may('trust') ? [own.trust.element] : [])
     );
-    length.max = facts.max_tokens;
-    if (Number(length.value) > facts.max_tokens) length.value = facts.max_tokens;
+    // Half of a context is for what is asked.
+    length.max = Math.min(facts.max_tokens, facts.context ? Math.floor(facts.context / 2) : facts.max_tokens);
+    if (Number(length.value) > Number(length.max)) length.value = length.max;
     fit();
     onChange();
   }
@@ -84,8 +88,10 @@ export function controlsOf(root, served, onChange, onKey) {
   /** What is asked under `softmeet`: what differs from the ensemble's own, and a report of every token. */
   function ours(changes = {}) {
     const { facts } = own;
-    const found = { report: 10 };
     const wanted = changes.members ?? chosen();
+    // The server bounds what an answer may report; over bytes a token may have many.
+    const most = facts.vocabulary === 'bytes' ? LISTED / (Number(length.value) * 20 * (wanted.length + 2)) : 10;
+    const found = { report: Math.max(Math.min(Math.floor(most), 10), 1) };
     if (wanted.length !== own.members.length) found.members = wanted;
     const rule = changes.rule ?? own.rule.value;
     if (rule !== facts.rule) found.rule = rule;
