@@ -61,11 +61,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	npx --yes @biomejs/biome@2.6.9 check --error-on-warnings
 	$(BIN)/codespell src docs tools benchmarks examples README.md CHANGELOG.md CONTRIBUTING.md
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	npx --yes @biomejs/biome@2.6.9 check --write
 
 clean:
 	rm -rf $(VENV) build dist site

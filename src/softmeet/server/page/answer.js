@@ -82,7 +82,7 @@ function cutterOf() {
 export function figuresOf(tokens, members, text) {
   const size = Math.max(new TextEncoder().encode(text).length, 1);
   const bits = (numbers) => (numbers.includes(null) ? null : -numbers.reduce((all, x) => all + x, 0) / Math.LN2);
-  const rows = [['all as one', bits(tokens.map((token) => token.log_prob))]];
-  members.forEach((name, k) => rows.push([name, bits(tokens.map((token) => token.member_log_probs[k]))]));
+  const own = members.map((name, k) => [name, bits(tokens.map((token) => token.member_log_probs[k]))]);
+  const rows = [['all as one', bits(tokens.map((token) => token.log_prob))], ...own];
   return rows.map(([name, all]) => [name, all, all === null ? null : all / size]);
 }

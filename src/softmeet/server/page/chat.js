@@ -15,8 +15,17 @@ export function chatOf(root, state) {
   const stop = h('button', { id: 'stop', type: 'button', hidden: true, onclick: () => running?.abort() }, 'Stop');
   const again = h('button', { id: 'again', type: 'button', hidden: true, onclick: () => regenerate() }, 'Again');
   const clear = h('button', { id: 'clear', type: 'button', hidden: true, onclick: () => begin([]) }, 'New');
-  const share = h('button', { id: 'share', type: 'button', hidden: true, onclick: () => state.share(recordOf(turns)) }, 'Save as a page');
-  const form = h('form', { id: 'ask', onsubmit: (event) => submit(event) }, box, h('div', { className: 'row' }, send, stop, again, clear, share));
+  const share = h(
+    'button',
+    { id: 'share', type: 'button', hidden: true, onclick: () => state.share(recordOf(turns)) },
+    'Save as a page'
+  );
+  const form = h(
+    'form',
+    { id: 'ask', onsubmit: (event) => submit(event) },
+    box,
+    h('div', { className: 'row' }, send, stop, again, clear, share)
+  );
   root.replaceChildren(log, form);
   box.addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) submit(event);
@@ -55,7 +64,10 @@ export function chatOf(root, state) {
   function add(turn) {
     const k = turns.push(turn) - 1;
     const text = textElement();
-    const holder = h('article', { className: `turn ${turn.role}`, 'aria-label': turn.role === 'user' ? 'you' : 'answer' });
+    const holder = h('article', {
+      className: `turn ${turn.role}`,
+      'aria-label': turn.role === 'user' ? 'you' : 'answer',
+    });
     const sum = h('p', { className: 'sum' });
     if (turn.role === 'user') {
       text.append(turn.text);
@@ -63,8 +75,18 @@ export function chatOf(root, state) {
       holder.append(text, h('div', { className: 'tools' }, edit));
     } else {
       const copy = () => navigator.clipboard?.writeText(turn.text);
-      const tools = h('div', { className: 'tools' }, h('button', { type: 'button', className: 'copy', onclick: copy }, 'Copy'));
-      lookable(text, () => turn.about, holder, (at, other) => goOn(k, at, other), (at) => state.places(turn, at));
+      const tools = h(
+        'div',
+        { className: 'tools' },
+        h('button', { type: 'button', className: 'copy', onclick: copy }, 'Copy')
+      );
+      lookable(
+        text,
+        () => turn.about,
+        holder,
+        (at, other) => goOn(k, at, other),
+        (at) => state.places(turn, at)
+      );
       holder.append(text, sum, tools);
       if (turn.tokens.length) text.add(turn.tokens);
       sum.textContent = turn.sum ?? summaryOf(turn.tokens);
@@ -94,15 +116,26 @@ export function chatOf(root, state) {
     const text = before.map((token) => token.shown ?? token.text).join('') + other;
     const asked = turns.slice(0, k);
     begin(asked);
-    answer({ ...turn, text, tokens: [...before, { ...turn.tokens[at], text: other, shown: other, ...likelihoods(turn.tokens[at], other) }] });
+    answer({
+      ...turn,
+      text,
+      tokens: [...before, { ...turn.tokens[at], text: other, shown: other, ...likelihoods(turn.tokens[at], other) }],
+    });
   }
 
   async function answer(begun = null) {
-    const controller = (running = new AbortController());
+    const controller = new AbortController();
+    running = controller;
     const body = state.controls.body();
     const system = state.controls.system() ? [{ role: 'system', content: state.controls.system() }] : [];
     const said = turns.map(({ role, text }) => ({ role, content: text }));
-    const turn = add({ role: 'assistant', text: begun?.text ?? '', tokens: begun?.tokens ?? [], about: state.controls.about(body), sources: [] });
+    const turn = add({
+      role: 'assistant',
+      text: begun?.text ?? '',
+      tokens: begun?.tokens ?? [],
+      about: state.controls.about(body),
+      sources: [],
+    });
     if (begun) said.push({ role: 'assistant', content: begun.text });
     if (begun) body.continue_final_message = true;
     turn.shown.holder.classList.add('writing');
@@ -145,7 +178,9 @@ export function chatOf(root, state) {
 
   function recordOf(every) {
     const about = state.controls.about();
-    const kept = every.map(({ role, text, tokens, about: own }) => (tokens ? { role, tokens, about: own } : { role, text }));
+    const kept = every.map(({ role, text, tokens, about: own }) =>
+      tokens ? { role, tokens, about: own } : { role, text }
+    );
     return { title: 'softmeet: a conversation', ...about, turns: kept };
   }
 
@@ -155,5 +190,9 @@ export function chatOf(root, state) {
 /** The likelihoods of another token that was listed at a place. */
 export function likelihoods(token, other) {
   const of = (rows) => rows.find(([text]) => text === other)?.[1] ?? null;
-  return { log_prob: of(token.top) ?? -20, member_log_probs: token.member_top.map(of), pool_log_prob: of(token.top) ?? -20 };
+  return {
+    log_prob: of(token.top) ?? -20,
+    member_log_probs: token.member_top.map(of),
+    pool_log_prob: of(token.top) ?? -20,
+  };
 }

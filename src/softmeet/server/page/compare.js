@@ -11,7 +11,11 @@ export function compareOf(root, state) {
   const choice = h('fieldset', { id: 'columns' });
   const box = h('textarea', { id: 'question', rows: 3, 'aria-label': 'Question', placeholder: 'Ask all of them' });
   const go = h('button', { id: 'compare-go', className: 'primary', type: 'button', onclick: () => ask() }, 'Ask');
-  const stop = h('button', { id: 'compare-stop', type: 'button', hidden: true, onclick: () => running?.abort() }, 'Stop');
+  const stop = h(
+    'button',
+    { id: 'compare-stop', type: 'button', hidden: true, onclick: () => running?.abort() },
+    'Stop'
+  );
   const grid = h('div', { className: 'columns' });
   root.replaceChildren(choice, box, h('div', { className: 'row' }, go, stop), grid);
   let options = [];
@@ -23,14 +27,22 @@ export function compareOf(root, state) {
     const files = facts.files ?? [];
     const found = [{ name: 'all as one', changes: {} }];
     if (may('members')) {
-      if (facts.members.length > 1) for (const name of facts.members) found.push({ name, changes: { members: [name], rule: facts.rule } });
+      if (facts.members.length > 1)
+        for (const name of facts.members) found.push({ name, changes: { members: [name], rule: facts.rule } });
       if (files.length) found.push({ name: 'without files', changes: { members: facts.members } });
     }
     if (may('rule') && facts.members.length > 1) {
-      for (const rule of Object.keys(facts.rules)) if (rule !== facts.rule) found.push({ name: rule, changes: { rule } });
+      for (const rule of Object.keys(facts.rules))
+        if (rule !== facts.rule) found.push({ name: rule, changes: { rule } });
     }
-    options = found.map((one, k) => ({ ...one, box: h('input', { type: 'checkbox', checked: k < 3, onchange: () => limit() }) }));
-    choice.replaceChildren(h('legend', {}, `Columns, up to ${MOST}`), ...options.map(({ name, box: own }) => h('label', {}, own, name)));
+    options = found.map((one, k) => ({
+      ...one,
+      box: h('input', { type: 'checkbox', checked: k < 3, onchange: () => limit() }),
+    }));
+    choice.replaceChildren(
+      h('legend', {}, `Columns, up to ${MOST}`),
+      ...options.map(({ name, box: own }) => h('label', {}, own, name))
+    );
     limit();
   }
 
@@ -62,7 +74,13 @@ export function compareOf(root, state) {
     const holder = h('article', { className: 'turn writing', 'aria-label': name }, h('h3', {}, name), text, sum);
     grid.append(holder);
     const mine = { tokens: [], sources: [] };
-    lookable(text, () => about, holder, null, (at) => state.places(mine, at));
+    lookable(
+      text,
+      () => about,
+      holder,
+      null,
+      (at) => state.places(mine, at)
+    );
     const isChat = state.controls.facts().chat;
     const system = state.controls.system() ? [{ role: 'system', content: state.controls.system() }] : [];
     const asked = isChat ? { messages: [...system, { role: 'user', content: question }] } : { prompt: question };

@@ -46,7 +46,8 @@ export function controlsOf(root, served, onChange, onKey) {
   );
 
   function choose() {
-    const facts = (own.facts = served.find((one) => one.id === ensemble.value).softmeet);
+    const facts = served.find((one) => one.id === ensemble.value).softmeet;
+    own.facts = facts;
     const may = (name) => facts.may_change.includes(name);
     own.members = [...facts.members, ...(facts.files ?? [])].map((name) => {
       const box = h('input', { type: 'checkbox', checked: true, disabled: !may('members'), onchange: onChange });
@@ -54,7 +55,10 @@ export function controlsOf(root, served, onChange, onKey) {
     });
     own.weights = (facts.weights ?? []).map((weight, k) => {
       const max = Math.max(1, ...facts.weights);
-      const made = slider(`weight-${k}`, `Weight of ${facts.members[k]}`, Number(weight.toFixed(2)), { max, step: 0.01 });
+      const made = slider(`weight-${k}`, `Weight of ${facts.members[k]}`, Number(weight.toFixed(2)), {
+        max,
+        step: 0.01,
+      });
       return { ...made, first: made.input.value };
     });
     const rules = Object.keys(facts.rules).map((name) => h('option', { value: name }, name));
@@ -66,7 +70,12 @@ export function controlsOf(root, served, onChange, onKey) {
     own.trust.first = own.trust.input.value;
     const isMany = facts.members.length > 1;
     many.replaceChildren(
-      h('fieldset', { id: 'members' }, h('legend', {}, 'Members'), own.members.map(({ name, box }) => h('label', {}, box, name))),
+      h(
+        'fieldset',
+        { id: 'members' },
+        h('legend', {}, 'Members'),
+        own.members.map(({ name, box }) => h('label', {}, box, name))
+      ),
       ...(isMany && may('weights') ? own.weights.map(({ element }) => element) : []),
       ...(isMany ? [field('Rule', own.rule)] : []),
       ...(may('trust') ? [own.trust.element] : [])

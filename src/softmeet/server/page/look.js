@@ -98,7 +98,7 @@ export function tokenElement(token, k) {
     },
   });
   const lines = (token.shown ?? token.text).split('\n');
-  lines.forEach((line, n) => made.append(...(n ? [h('span', { className: 'nl' }, '⏎'), '\n'] : []), line));
+  made.append(...lines.flatMap((line, n) => (n ? [h('span', { className: 'nl' }, '⏎'), '\n', line] : [line])));
   return made;
 }
 
@@ -212,15 +212,24 @@ function moves(token, about) {
       h('td', { className: x > 0 ? 'up' : 'down' }, x === null ? '–' : (x > 0 ? '+' : '') + x.toFixed(3))
     );
     const share = (x) => (x === null ? '0%' : percent(x, 2));
-    return h('tr', {}, h('th', {}, h('code', {}, visible(text))), h('td', {}, `${share(before)} → ${share(after)}`), nats);
+    return h(
+      'tr',
+      {},
+      h('th', {}, h('code', {}, visible(text))),
+      h('td', {}, `${share(before)} → ${share(after)}`),
+      nats
+    );
   });
   const head = ['token', 'probability', 'change', ...names].map((name) => h('th', { scope: 'col' }, name));
   return h(
     'details',
     { className: 'moves' },
     h('summary', {}, 'What the rule moved, from the average to the answer, in nats'),
-    h('div', { className: 'scroll', tabindex: 0, role: 'group', 'aria-label': 'what the rule moved' },
-      h('table', {}, h('thead', {}, h('tr', {}, head)), h('tbody', {}, rows)))
+    h(
+      'div',
+      { className: 'scroll', tabindex: 0, role: 'group', 'aria-label': 'what the rule moved' },
+      h('table', {}, h('thead', {}, h('tr', {}, head)), h('tbody', {}, rows))
+    )
   );
 }
 
@@ -231,7 +240,11 @@ export function summaryOf(tokens) {
   const apart = mean(tokens.map((token) => sum(token.disagreement)));
   const surprise = -mean(tokens.map((token) => token.log_prob));
   const doubted = tokens.filter((token) => doubters(token).length).length;
-  const said = [`${tokens.length} ${unit}s`, `surprise ${surprise.toFixed(2)} nats`, `disagreement ${apart.toFixed(3)}`];
+  const said = [
+    `${tokens.length} ${unit}s`,
+    `surprise ${surprise.toFixed(2)} nats`,
+    `disagreement ${apart.toFixed(3)}`,
+  ];
   if (doubted) said.push(`${doubted} doubted`);
   const shares = tokens[0].claims.map((_, k) => mean(tokens.map((token) => token.claims[k])));
   for (const share of shares) said.push(`${(100 * share).toFixed(1)}% claimed by files`);
@@ -277,7 +290,12 @@ export function lookable(text, about, holder, whatIf = null, placesOf = () => []
   text.addEventListener('choose', ({ detail: { k, token } }) => {
     const goOn = whatIf && ((other) => whatIf(k, other));
     const found = detailsElement(token, about(), goOn, placesOf(k));
-    const close = h('button', { type: 'button', className: 'close', 'aria-label': 'Close', onclick: () => found.remove() });
+    const close = h('button', {
+      type: 'button',
+      className: 'close',
+      'aria-label': 'Close',
+      onclick: () => found.remove(),
+    });
     close.append('×');
     found.prepend(close);
     holder.querySelector('.details:not(.moves)')?.remove();
@@ -289,8 +307,12 @@ export function lookable(text, about, holder, whatIf = null, placesOf = () => []
 /** Show a record, as pages that are shared hold it: turns of a conversation, or a text and its figures. */
 export function showRecord(root, record) {
   const about = () => record;
-  root.append(h('h1', {}, record.title), h('p', { className: 'who' }, `${record.members.join(' + ')}, by ${record.rule}`));
-  if (record.files.length) root.append(h('p', { className: 'note' }, `This page may hold text of the files ${record.files.join(', ')}.`));
+  root.append(
+    h('h1', {}, record.title),
+    h('p', { className: 'who' }, `${record.members.join(' + ')}, by ${record.rule}`)
+  );
+  if (record.files.length)
+    root.append(h('p', { className: 'note' }, `This page may hold text of the files ${record.files.join(', ')}.`));
   for (const note of record.notes ?? []) root.append(h('p', { className: 'note' }, note));
   if (record.figures) root.append(figuresElement(record.figures));
   root.append(legendElement(root, about));

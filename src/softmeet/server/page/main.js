@@ -27,7 +27,9 @@ function places({ tokens, sources }, at) {
   const size = (some) => some.reduce((all, token) => all + [...(token.shown ?? token.text)].length, 0);
   const [start, end] = [size(tokens.slice(0, at)), size(tokens.slice(0, at + 1))];
   const found = sources.filter((one) => one.start < end && start < one.end);
-  return found.map((one) => `this stands in ${one.path}, line ${one.line}${one.changed ? ', which has changed since' : ''}`);
+  return found.map(
+    (one) => `this stands in ${one.path}, line ${one.line}${one.changed ? ', which has changed since' : ''}`
+  );
 }
 
 function show(name, focus = true) {
