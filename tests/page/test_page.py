@@ -107,10 +107,12 @@ def told(page, events, status=200):
 
 def token(text, token=0, **changes):
     found = {
-        "token": token, "text": text, "log_prob": -1.0, "pool_log_prob": -1.2, "member_log_probs": [-1.0, -4.0, -1.0, None],
-        "top": [[text, -1.0]], "member_top": [[[text, -1.0]], [["another", -0.1]], [[text, -1.0]], []], "moved": [], "pushes": [],
-        "disagreement": [0.1, None, 0.0, None], "disagreement_is_bound": [False] * 4, "status": "OPTIMAL", "fallback": False,
-        "gap": 0.0, "gap_is_certified": True, "num_passes": 0.0, "gated": False, "claims": [], "sources": [],
+        "token": token, "text": text, "log_prob": -1.0, "pool_log_prob": -1.2, "moved": [], "pushes": [],
+        "member_log_probs": [-1.0, -4.0, -1.0, None], "top": [[text, -1.0]],
+        "member_top": [[[text, -1.0]], [["another", -0.1]], [[text, -1.0]], []],
+        "disagreement": [0.1, None, 0.0, None], "disagreement_is_bound": [False] * 4, "status": "OPTIMAL",
+        "fallback": False, "gap": 0.0, "gap_is_certified": True, "num_passes": 0.0, "gated": False, "claims": [],
+        "sources": [],
     }  # fmt: skip
     return found | changes
 
