@@ -181,7 +181,9 @@ def test_settings_without_effect_are_refused_where_asked_for_and_else_not_told(u
     assert {*told} == common | {"seed", "trust", "pool"}
     assert told["trust"] == [0.5, 0.5]
     model = http.get(f"{url}/v1/models/duo").json()["softmeet"]
-    assert {*model} == common | {"gate", "context", "vocabulary"}
+    facts = {"gate", "context", "vocabulary", "max_tokens", "chat", "sources", "may_change", "rules"}
+    assert {*model} == common | facts
+    assert (model["rules"]["meet"], model["rules"]["prob-mean"]) == ([], ["trust", "pool"])
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,9 @@ def test_commands_say_how_much_was_claimed_in_the_mean(beside, folder, tmp_path)
     assert f"{reader.name} claimed {share:.1%} of the answers" in run("inspect", SAID, *MEMBERS, files).stdout
     run("inspect", SAID, *MEMBERS, files, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert f"claimed by files {share:.1%}" in page
-    assert f"{reader.name} claimed {beside.inspect(SAID)[-1].claims[0]:.1%} of the mix; this and what is before" in page
+    record = json.loads(page.partition('id="record">')[2].partition("</script>")[0])
+    assert fmean(one["claims"][0] for one in record["turns"][0]["tokens"]) == pytest.approx(share)
+    assert record["turns"][0]["tokens"][-1]["sources"][0]["line"] == beside.inspect(SAID)[-1].sources[0].line
     reports, asked = TokenReports(1), {"max_new_tokens": 4, "do_sample": False}
     beside.generate(SAID[:33], recorder=reports, **asked)
     shares = [reports.at(k, 0).claims[0] for k in range(4)]

@@ -180,7 +180,9 @@ export function detailsElement(token, about, whatIf = null, places = []) {
   cards[0].classList.add('ours');
   const claims = token.claims.map((share, k) => `${about.files[k]} claimed ${percent(Math.log(share))} of the mix`);
   const doubt = doubters(token).map((k) => `${about.members[k]} was sure of ${visible(token.member_top[k][0][0])}`);
-  const said = [...doubt, ...claims, ...places, ...(unit === 'token' ? [] : [UNITS])];
+  const known = token.sources.filter((one) => one);
+  const stands = known.map(({ path, line }) => `this and what is before stands in ${path}, line ${line}`);
+  const said = [...doubt, ...claims, ...stands, ...places, ...(unit === 'token' ? [] : [UNITS])];
   return h(
     'section',
     { className: 'details', 'aria-label': `Behind ${visible(token.text)}`, tabindex: -1 },
