@@ -305,6 +305,33 @@ def test_errors_are_said_and_what_came_is_kept(page, events, status, message):
     expect(page.locator("#trouble")).to_be_hidden()
 
 
+def test_a_server_that_never_answers_is_left_by_stop(page):
+    page.route("**/v1/chat/completions", lambda route: None)
+    page.fill("#message", "a")
+    page.press("#message", "Enter")
+    page.fill("#message", "typed meanwhile")
+    page.click("#stop")
+    expect(page.locator("#log .turn")).to_have_count(0)
+    assert page.input_value("#message") == "typed meanwhile"
+    page.unroute("**/v1/chat/completions")
+    assert ask(page, "b", length=3).count()
+
+
+def test_what_ends_an_answer_is_no_part_of_it(page):
+    end = delta("", token("</s>"))
+    end["choices"][0]["finish_reason"] = "stop"
+    told(page, [delta("The", token("The")), end, "data: [DONE]\n\n"])
+    assert texts(ask(page, "a")) == ["The", ""]
+    page.click("#tab-inside")  # and a text of bytes goes on from another one, too
+    page.unroute("**/v1/chat/completions")
+    page.click("#tab-chat")
+    page.click("#clear")
+    first = texts(ask(page, "And the king", ensemble="mixed", length=8, seed=1))
+    page.locator(".turn.assistant .tok").nth(3).click()
+    page.locator(".card").first.locator(".if").last.click()
+    assert texts(ended(page, ".turn.assistant"))[:3] == first[:3]
+
+
 def test_a_server_that_has_stopped_is_said_to_be(browser):
     ensemble = tiny_ensemble("gpt2", "llama", rule="logit-mean", template=TEMPLATE)
     with running(serving_of({"tiny": ensemble}, ui=True)) as url:

@@ -43,7 +43,7 @@ export async function answered(path, body, signal, onTokens) {
   } catch (error) {
     if (error.name !== 'AbortError') found.error = error;
   }
-  const rest = cutter.rest();
+  const rest = cutter.rest(found.finish);
   found.tokens.push(...rest);
   fresh.push(...rest);
   show();
@@ -74,7 +74,8 @@ function cutterOf() {
     held = [];
     return found;
   };
-  const rest = () => held.splice(0).filter((token) => token.unit === undefined && token.text);
+  // What ends a text, a token or a string, is no part of it.
+  const rest = (finish) => held.splice(0).map((token) => (finish === 'stop' ? { ...token, shown: '' } : token));
   return { cut, rest };
 }
 

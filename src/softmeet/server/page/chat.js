@@ -167,7 +167,7 @@ export function chatOf(root, state) {
     turn.shown.sum.textContent = turn.sum;
     turn.shown.holder.classList.remove('writing');
     state.trouble(found.error);
-    if (found.error && !turn.tokens.length) {
+    if (!turn.tokens.length && turns.at(-1) === turn) {
       turn.shown.holder.remove();
       const question = turns.splice(-2)[0];
       question.shown.holder.remove();
