@@ -149,6 +149,8 @@ def test_an_answer_streams_and_what_stands_behind_its_tokens_is_what_the_api_rep
 
 
 def test_again_edit_and_another_token_go_on_from_there(page):
+    bodies = []
+    page.on("request", lambda r: bodies.append(r.post_data_json) if r.method == "POST" else None)
     first = texts(ask(page, "In the", temperature=1, length=10, seed=5))
     page.click("#again")
     assert texts(ended(page, ".turn.assistant")) == first  # the seed is the same
@@ -159,6 +161,8 @@ def test_again_edit_and_another_token_go_on_from_there(page):
     changed = texts(ended(page, ".turn.assistant"))
     assert (changed[:4], changed[4]) == (first[:4], word)
     assert len(changed) > 5
+    assert bodies[-1]["continue_final_message"]
+    assert bodies[-1]["messages"][-1] == {"role": "assistant", "content": "".join(first[:4]) + word}
     page.locator(".turn.user .edit").click()
     assert page.input_value("#message") == "In the"
     expect(page.locator("#log .turn")).to_have_count(0)
@@ -278,7 +282,13 @@ def test_emoji_cut_in_two_and_text_from_right_to_left(page):
     # Where one event has several tokens, each has what the stream says of it, with the space that its text lacks.
     page.unroute("**/v1/chat/completions")
     told(page, [delta(" the king", token("the"), token("king")), "data: [DONE]\n\n"])
-    assert texts(ask(page, "b")) == [" the", " king"]
+    tokens = ask(page, "b")
+    assert texts(tokens) == [" the", " king"]
+    # The second member was sure of another one, and gave this one little.
+    assert [("doubt" in one.get_attribute("class").split()) for one in tokens.all()] == [True, True]
+    page.unroute("**/v1/chat/completions")
+    told(page, [delta("the", token("the", member_log_probs=[-1.0, -1.0, -1.0, None])), "data: [DONE]\n\n"])
+    assert ask(page, "c").get_attribute("class") == "tok"
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ export function chatOf(root, state) {
 
   /** Go on from an answer's token, in whose place another came. */
   function goOn(k, at, other) {
+    if (running) return;
     const turn = turns[k];
     const before = turn.tokens.slice(0, at);
     const text = before.map((token) => token.shown ?? token.text).join('') + other;
