@@ -22,7 +22,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from softmeet import __version__
 from softmeet.errors import SoftmeetError
 from softmeet.hf.chat import chat_of
-from softmeet.rules.settings import rule_of
 from softmeet.server.answer import AnswerStream
 from softmeet.server.asgi import unless_left
 from softmeet.server.ensembles import Served
@@ -51,7 +50,7 @@ from softmeet.server.schemas import (
     Generation,
     TokenizeRequest,
 )
-from softmeet.server.sequences import GenerationRequest, unused
+from softmeet.server.sequences import GenerationRequest
 from softmeet.server.serving import Serving
 from softmeet.server.strict import PASSED_OVER
 from softmeet.server.texts import token_texts
@@ -168,7 +167,7 @@ def _model(serving: Serving, served: Served) -> dict[str, Any]:
         "chat": not chat.missing,
         "sources": serving.settings.sources and bool(served.files),
         "may_change": list(serving.settings.allowed),
-        "rules": {name: list(unused(rule_of(name))) for name in whole.rules},
+        "rules": whole.rules,
     }
     facts.setdefault("gate", None)
     return {"id": served.name, "object": "model", "created": served.created, "owned_by": "softmeet", "softmeet": facts}

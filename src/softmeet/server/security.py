@@ -70,9 +70,8 @@ class Guard:
         """Check one request and read its whole body; refuse it, or pass it on. HEAD is answered wherever GET is.
 
         A refusal is a response with an error object: status 400 for a body that has to be JSON and is not, or no proper
-        Host, 401 for a key, 408 and 413 for a slow or large body, 415 for a
-        content type, 421 for a Host. Nothing is sent if the client leaves before its body is complete. Exceptions of
-        the application are not caught.
+        Host, 401 for a key, 408 and 413 for a slow or large body, 415 for a content type, 421 for a Host. Nothing is
+        sent if the client leaves before its body is complete. Exceptions of the application are not caught.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)

@@ -17,8 +17,8 @@ from softmeet.hf.modeling import EnsembleForCausalLM
 from softmeet.readers.reader import Alphabet
 from softmeet.rules.base import Rule
 from softmeet.rules.gates import Gate, Unsure, that_closes, unsure_of
-from softmeet.rules.registry import rule_names, source_of
-from softmeet.rules.settings import Settings, rule_of
+from softmeet.rules.registry import all_rules, source_of
+from softmeet.rules.settings import Settings
 from softmeet.suspended import Control
 
 
@@ -94,10 +94,11 @@ class Combination:
         return found
 
     @property
-    def rules(self) -> list[str]:
-        """The names of the rules that can combine the members, their own among them: only tokens have rows in heads."""
-        every = [name for name in rule_names() if self.symbols_are_tokens or not rule_of(name).reads_heads]
-        return list(dict.fromkeys([*every, self.settings.rule.name]))
+    def rules(self) -> dict[str, list[str]]:
+        """By name, the rules that can combine the members, and which settings each leaves unused."""
+        every = (*all_rules(), self.settings.rule)
+        # Only tokens have rows in heads.
+        return {rule.name: list(unused(rule)) for rule in every if self.symbols_are_tokens or not rule.reads_heads}
 
     @property
     def ends(self) -> tuple[int, ...]:
