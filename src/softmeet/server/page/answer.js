@@ -3,16 +3,32 @@
 import { streamed } from './api.js';
 import { characters } from './look.js';
 
+/** The text of tokens, as the stream had it. */
+export const textOf = (tokens) => tokens.map((token) => token.shown ?? token.text).join('');
+
+/** A text up to one of its tokens, in whose place another is put: the tokens, and the sources before it. */
+export function instead({ tokens, sources }, at, other) {
+  const before = tokens.slice(0, at);
+  const size = [...textOf(before)].length;
+  return {
+    tokens: [...before, { ...tokens[at], text: other, shown: other, sources: [], isPut: true }],
+    sources: sources.filter((one) => one.end <= size),
+  };
+}
+
 /**
  * Ask for an answer, and tell of its tokens as they come.
  *
- * `onTokens(tokens)` gets new tokens, some times a second. Returns the text, all tokens, seconds and what the server
- * used; where it is stopped, what came until then.
+ * `onTokens(tokens)` gets new tokens, some times a second; `begun` has tokens and sources of the text that it goes on
+ * with. Returns the text, all tokens and sources, what the server used, and a sentence on speed; where it is stopped,
+ * what came until then.
  */
-export async function answered(path, body, signal, onTokens) {
-  const found = { text: '', tokens: [], used: {}, sources: [], finish: null, seconds: 0, first: null, error: null };
+export async function answered(path, body, signal, onTokens, begun = { tokens: [], sources: [] }) {
+  const size = [...textOf(begun.tokens)].length;
+  const found = { tokens: [...begun.tokens], sources: [...begun.sources], used: {}, finish: null, error: null };
   const started = performance.now();
   const cutter = cutterOf();
+  let first = null;
   let fresh = [];
   let isAsked = false;
   const show = () => {
@@ -26,12 +42,13 @@ export async function answered(path, body, signal, onTokens) {
       const choice = event.choices?.[0];
       if (!choice) continue;
       const said = choice.delta?.content ?? choice.text ?? '';
-      found.text += said;
       const tokens = cutter.cut(choice.softmeet?.tokens ?? [], said, found.used.vocabulary === 'bytes');
-      if (tokens.length) found.first ??= performance.now() - started;
+      if (tokens.length) first ??= performance.now();
       found.tokens.push(...tokens);
       fresh.push(...tokens);
-      found.sources.push(...(choice.softmeet?.sources ?? []));
+      for (const one of choice.softmeet?.sources ?? []) {
+        found.sources.push({ ...one, start: one.start + size, end: one.end + size });
+      }
       found.finish = choice.finish_reason ?? found.finish;
       if (fresh.length && !isAsked) {
         isAsked = true;
@@ -47,8 +64,12 @@ export async function answered(path, body, signal, onTokens) {
   found.tokens.push(...rest);
   fresh.push(...rest);
   show();
-  found.seconds = (performance.now() - started) / 1000;
-  return found;
+  const count = found.tokens.length - begun.tokens.length;
+  const rate = (1000 * (count - 1)) / (performance.now() - first);
+  const wait = (first - started) / 1000;
+  found.speed = count > 1 ? `${rate.toFixed(1)} a second, the first after ${wait.toFixed(1)} s` : '';
+  found.isEmpty = !count;
+  return { ...found, text: textOf(found.tokens) };
 }
 
 /** Give tokens the texts that the stream has for them: a single token may be half a character, or lack its space. */
@@ -79,7 +100,7 @@ function cutterOf() {
   return { cut, rest };
 }
 
-/** What a text is worth, by all as one and by each member: rows of a name, bits, and bits a byte. */
+/** What a text is worth, by all as one and by each member: rows of a name, bits, and bits a byte; null if unknown. */
 export function figuresOf(tokens, members, text) {
   const size = Math.max(new TextEncoder().encode(text).length, 1);
   const bits = (numbers) => (numbers.includes(null) ? null : -numbers.reduce((all, x) => all + x, 0) / Math.LN2);

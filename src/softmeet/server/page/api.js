@@ -18,7 +18,8 @@ export class ApiError extends Error {
 
 async function asked(path, options = {}) {
   const headers = { ...(options.body ? { 'content-type': 'application/json' } : {}) };
-  if (key.get()) headers.authorization = `Bearer ${key.get()}`;
+  // A header's characters are bytes.
+  if (key.get()) headers.authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key.get()))}`;
   let answer;
   try {
     answer = await fetch(`..${path}`, { ...options, headers });

@@ -1,7 +1,7 @@
 // The conversation: questions and answers, whose words are underlined where a member was sure of something else.
 
-import { answered } from './answer.js';
-import { h, lookable, summaryOf, textElement } from './look.js';
+import { answered, instead, textOf } from './answer.js';
+import { button, h, lookable, summaryOf, textElement } from './look.js';
 
 const EXAMPLE = 'Tell me in two sentences how a rainbow comes to be.';
 
@@ -9,38 +9,37 @@ const EXAMPLE = 'Tell me in two sentences how a rainbow comes to be.';
 export function chatOf(root, state) {
   let turns = []; // {role, text, tokens, about, sources}
   let running = null;
-  const log = h('div', { id: 'log', 'aria-live': 'polite' });
+  const log = h('div', { id: 'log' });
+  const spoken = h('p', { className: 'spoken', role: 'status' });
   const box = h('textarea', { id: 'message', rows: 3, 'aria-label': 'Message', placeholder: EXAMPLE });
   const send = h('button', { id: 'send', className: 'primary' }, 'Send');
-  const stop = h('button', { id: 'stop', type: 'button', hidden: true, onclick: () => running?.abort() }, 'Stop');
-  const again = h('button', { id: 'again', type: 'button', hidden: true, onclick: () => regenerate() }, 'Again');
-  const clear = h('button', { id: 'clear', type: 'button', hidden: true, onclick: () => begin([]) }, 'New');
-  const share = h(
-    'button',
-    { id: 'share', type: 'button', hidden: true, onclick: () => state.share(recordOf(turns)) },
-    'Save as a page'
-  );
-  const form = h(
-    'form',
-    { id: 'ask', onsubmit: (event) => submit(event) },
-    box,
-    h('div', { className: 'row' }, send, stop, again, clear, share)
-  );
-  root.replaceChildren(log, form);
+  const example = button('Take the example', { id: 'example', onclick: () => fill(EXAMPLE) });
+  const stop = button('Stop', { id: 'stop', onclick: () => running?.abort() });
+  const again = button('Again', { id: 'again', onclick: () => regenerate() });
+  const clear = button('New', { id: 'clear', onclick: () => begin([]) });
+  const share = button('Save as a page', { id: 'share', onclick: () => state.share(recordOf(turns)) });
+  const row = h('div', { className: 'row' }, send, example, stop, again, clear, share);
+  const form = h('form', { id: 'ask', onsubmit: (event) => submit(event) }, box, row);
+  root.replaceChildren(log, spoken, form);
+  box.addEventListener('input', fit);
   box.addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) submit(event);
-    // The example is taken as it stands.
-    if (event.key === 'Tab' && !box.value && !event.shiftKey) {
-      box.value = EXAMPLE;
-      event.preventDefault();
-    }
   });
+  fit();
+
+  function fill(text) {
+    box.value = text;
+    box.focus();
+    fit();
+  }
 
   function submit(event) {
     event.preventDefault();
-    const text = box.value.trim() ? box.value : '';
-    if (!text || running) return;
+    const text = box.value;
+    if (!text.trim() || running) return;
     box.value = '';
+    // A question that found no answer is replaced.
+    if (turns.at(-1)?.role === 'user') begin(turns.slice(0, -1));
     add({ role: 'user', text });
     answer();
   }
@@ -54,42 +53,32 @@ export function chatOf(root, state) {
   }
 
   function fit() {
-    const hasAnswer = turns.at(-1)?.role === 'assistant';
-    stop.hidden = !running;
-    send.hidden = Boolean(running);
-    again.hidden = Boolean(running) || !hasAnswer;
-    clear.hidden = share.hidden = Boolean(running) || !turns.length;
+    const isRunning = Boolean(running);
+    stop.hidden = !isRunning;
+    send.hidden = isRunning;
+    again.hidden = clear.hidden = share.hidden = isRunning || !turns.length;
+    example.hidden = isRunning || turns.length > 0 || box.value !== '';
   }
 
   function add(turn) {
     const k = turns.push(turn) - 1;
-    const text = textElement();
-    const holder = h('article', {
-      className: `turn ${turn.role}`,
-      'aria-label': turn.role === 'user' ? 'you' : 'answer',
-    });
+    const text = textElement(turn.about);
+    const isUser = turn.role === 'user';
+    const holder = h('article', { className: `turn ${turn.role}`, 'aria-label': isUser ? 'you' : 'answer' }, text);
     const sum = h('p', { className: 'sum' });
-    if (turn.role === 'user') {
+    if (isUser) {
       text.append(turn.text);
-      const edit = h('button', { type: 'button', className: 'edit', onclick: () => editFrom(k) }, 'Edit');
-      holder.append(text, h('div', { className: 'tools' }, edit));
+      holder.append(
+        h('div', { className: 'tools' }, button('Edit', { className: 'edit', onclick: () => editFrom(k) }))
+      );
     } else {
-      const copy = () => navigator.clipboard?.writeText(turn.text);
-      const tools = h(
-        'div',
-        { className: 'tools' },
-        h('button', { type: 'button', className: 'copy', onclick: copy }, 'Copy')
-      );
-      lookable(
-        text,
-        () => turn.about,
-        holder,
-        (at, other) => goOn(k, at, other),
-        (at) => state.places(turn, at)
-      );
-      holder.append(text, sum, tools);
-      if (turn.tokens.length) text.add(turn.tokens);
-      sum.textContent = turn.sum ?? summaryOf(turn.tokens);
+      const goOn = (at, other) => goOnFrom(k, instead(turn, at, other));
+      lookable(text, turn.about, holder, goOn, (at) => state.places(turn, at));
+      text.add(turn.tokens);
+      sum.textContent = turn.sum;
+      // Browsers have a clipboard for https and this machine alone.
+      const copy = button('Copy', { className: 'copy', onclick: () => navigator.clipboard.writeText(turn.text) });
+      holder.append(sum, h('div', { className: 'tools' }, navigator.clipboard && copy));
     }
     turn.shown = { text, sum, holder };
     log.append(holder);
@@ -100,45 +89,41 @@ export function chatOf(root, state) {
   function editFrom(k) {
     const { text } = turns[k];
     begin(turns.slice(0, k));
-    box.value = text;
-    box.focus();
+    fill(text);
   }
 
   function regenerate() {
-    begin(turns.slice(0, -1));
-    answer();
+    const before = turns;
+    begin(turns.slice(0, turns.findLastIndex(({ role }) => role === 'user') + 1));
+    answer(before);
   }
 
-  /** Go on from an answer's token, in whose place another came. */
-  function goOn(k, at, other) {
+  function goOnFrom(k, begun) {
     if (running) return;
-    const turn = turns[k];
-    const before = turn.tokens.slice(0, at);
-    const text = before.map((token) => token.shown ?? token.text).join('') + other;
-    const asked = turns.slice(0, k);
-    begin(asked);
-    answer({
-      ...turn,
-      text,
-      tokens: [...before, { ...turn.tokens[at], text: other, shown: other, ...likelihoods(turn.tokens[at], other) }],
-    });
+    const before = turns;
+    begin(turns.slice(0, k));
+    answer(before, begun);
   }
 
-  async function answer(begun = null) {
+  /** Answer what was said last; where that fails before a token came, the turns `before` are there again. */
+  async function answer(before = null, begun = undefined) {
     const controller = new AbortController();
     running = controller;
+    state.trouble(null);
     const body = state.controls.body();
-    const system = state.controls.system() ? [{ role: 'system', content: state.controls.system() }] : [];
     const said = turns.map(({ role, text }) => ({ role, content: text }));
     const turn = add({
       role: 'assistant',
-      text: begun?.text ?? '',
+      text: '',
       tokens: begun?.tokens ?? [],
       about: state.controls.about(body),
       sources: [],
+      sum: '',
     });
-    if (begun) said.push({ role: 'assistant', content: begun.text });
-    if (begun) body.continue_final_message = true;
+    if (begun) {
+      said.push({ role: 'assistant', content: textOf(begun.tokens) });
+      body.continue_final_message = true;
+    }
     turn.shown.holder.classList.add('writing');
     fit();
     const onTokens = (tokens) => {
@@ -146,54 +131,56 @@ export function chatOf(root, state) {
       turn.shown.text.add(tokens);
       if (isAtEnd) form.scrollIntoView({ block: 'end' });
     };
-    let [found, left] = [null, 0];
+    let found = null;
+    let left = 0;
     for (;;) {
-      const messages = [...system, ...said.slice(left)];
-      found = await answered('/v1/chat/completions', { ...body, messages }, controller.signal, onTokens);
+      const messages = [...state.controls.system(), ...said.slice(left)];
+      const asked = { ...body, messages };
+      found = await answered('/v1/chat/completions', asked, controller.signal, onTokens, begun);
       // Where the context is full, the first half of what was said before is left out.
       const count = said.length - left - 1 - Boolean(begun);
       if (found.error?.code !== 'context_length_exceeded' || count < 2) break;
       left += 2 * Math.ceil(count / 4);
     }
     if (running === controller) running = null;
-    turn.text += found.text;
-    turn.tokens = [...turn.tokens, ...found.tokens];
-    turn.sources = found.sources;
-    turn.used = found.used;
-    const rate = found.tokens.length > 1 ? (found.tokens.length - 1) / (found.seconds - found.first / 1000) : 0;
-    const speed = rate ? ` · ${rate.toFixed(1)} a second, the first after ${(found.first / 1000).toFixed(1)} s` : '';
-    const cut = { length: ' · ended at the most tokens' }[found.finish] ?? '';
-    const without = left ? ` · the first ${left} messages were left out, as the context is full` : '';
-    turn.sum = summaryOf(turn.tokens) + speed + cut + without;
-    turn.shown.sum.textContent = turn.sum;
-    turn.shown.holder.classList.remove('writing');
-    state.trouble(found.error);
-    if (!turn.tokens.length && turns.at(-1) === turn) {
-      turn.shown.holder.remove();
-      const question = turns.splice(-2)[0];
-      question.shown.holder.remove();
-      box.value ||= question.text;
-    }
+    if (found.error) state.trouble(found.error);
+    if (turns.at(-1) === turn) ended(turn, found, left, before);
     fit();
   }
 
-  function recordOf(every) {
-    const about = state.controls.about();
-    const kept = every.map(({ role, text, tokens, about: own }) =>
-      tokens ? { role, tokens, about: own } : { role, text }
-    );
-    return { title: 'softmeet: a conversation', ...about, turns: kept };
+  function ended(turn, found, left, before) {
+    if (found.isEmpty && before && found.error) return begin(before);
+    if (!found.tokens.length) {
+      turns.pop();
+      turn.shown.holder.remove();
+      if (!box.value) editFrom(turns.length - 1);
+      return;
+    }
+    const { text, tokens, sources, speed } = found;
+    const cut = found.finish === 'length' ? 'ended at the most tokens' : '';
+    const without = left ? `the first ${left} messages were left out, as the context is full` : '';
+    const sum = [summaryOf(tokens), speed, cut, without].filter(Boolean).join(' · ');
+    Object.assign(turn, { text, tokens, sources, sum });
+    turn.shown.sum.textContent = sum;
+    turn.shown.holder.classList.remove('writing');
+    spoken.textContent = text;
   }
 
   return { focus: () => box.focus() };
 }
 
-/** The likelihoods of another token that was listed at a place. */
-export function likelihoods(token, other) {
-  const of = (rows) => rows.find(([text]) => text === other)?.[1] ?? null;
+/** What is saved of a conversation: its turns, and who had a part in any of them. */
+function recordOf(turns) {
+  const every = turns.flatMap(({ about }) => about ?? []);
+  const once = (of) => [...new Set(every.flatMap(of))];
+  const members = once((about) => about.members);
+  const hues = members.map((name) => every.flatMap((own) => own.hues[own.members.indexOf(name)] ?? [])[0]);
   return {
-    log_prob: of(token.top) ?? -20,
-    member_log_probs: token.member_top.map(of),
-    pool_log_prob: of(token.top) ?? -20,
+    title: 'softmeet: a conversation',
+    members,
+    hues,
+    files: once((about) => about.files),
+    rule: once((about) => about.rule).join(', '),
+    turns: turns.map(({ role, text, tokens, about }) => (tokens ? { role, tokens, about } : { role, text })),
   };
 }

@@ -1,7 +1,7 @@
 // One question to up to four columns, streamed side by side with the same seed: all as one, each member, other rules.
 
 import { answered, figuresOf } from './answer.js';
-import { h, lookable, summaryOf, textElement } from './look.js';
+import { button, fixed, h, lookable, summaryOf, textElement } from './look.js';
 
 const MOST = 4;
 
@@ -10,19 +10,17 @@ export function compareOf(root, state) {
   let running = null;
   const choice = h('fieldset', { id: 'columns' });
   const box = h('textarea', { id: 'question', rows: 3, 'aria-label': 'Question', placeholder: 'Ask all of them' });
-  const go = h('button', { id: 'compare-go', className: 'primary', type: 'button', onclick: () => ask() }, 'Ask');
-  const stop = h(
-    'button',
-    { id: 'compare-stop', type: 'button', hidden: true, onclick: () => running?.abort() },
-    'Stop'
-  );
+  const go = button('Ask', { id: 'compare-go', className: 'primary', onclick: () => ask() });
+  const stop = button('Stop', { id: 'compare-stop', hidden: true, onclick: () => running?.abort() });
   const grid = h('div', { className: 'columns' });
   root.replaceChildren(choice, box, h('div', { className: 'row' }, go, stop), grid);
   let options = [];
 
-  /** Offer what the chosen ensemble can be compared by. */
+  /** Offer what the chosen ensemble can be compared by; what was chosen before stays so. */
   function refresh() {
     const facts = state.controls.facts();
+    const { rule: current } = state.controls.about();
+    const before = new Map(options.map(({ name, box: own }) => [name, own.checked]));
     const may = (name) => facts.may_change.includes(name);
     const files = facts.files ?? [];
     const found = [{ name: 'all as one', changes: {} }];
@@ -32,12 +30,15 @@ export function compareOf(root, state) {
       if (files.length) found.push({ name: 'without files', changes: { members: facts.members } });
     }
     if (may('rule') && facts.members.length > 1) {
-      for (const rule of Object.keys(facts.rules))
-        if (rule !== facts.rule) found.push({ name: rule, changes: { rule } });
+      for (const rule of Object.keys(facts.rules)) if (rule !== current) found.push({ name: rule, changes: { rule } });
     }
     options = found.map((one, k) => ({
       ...one,
-      box: h('input', { type: 'checkbox', checked: k < 3, onchange: () => limit() }),
+      box: h('input', {
+        type: 'checkbox',
+        checked: before.get(one.name) ?? (k < 3 && !before.size),
+        onchange: () => limit(),
+      }),
     }));
     choice.replaceChildren(
       h('legend', {}, `Columns, up to ${MOST}`),
@@ -61,37 +62,33 @@ export function compareOf(root, state) {
     state.trouble(null);
     const seed = state.controls.body().seed;
     grid.replaceChildren();
-    await Promise.all(chosen.map((one) => column(one, text, seed, running.signal)));
-    stop.hidden = true;
-    go.disabled = false;
+    try {
+      await Promise.all(chosen.map((one) => column(one, text, seed, running.signal)));
+    } finally {
+      stop.hidden = true;
+      go.disabled = false;
+    }
   }
 
   async function column({ name, changes }, question, seed, signal) {
-    const body = { ...state.controls.body({ ...changes, seed }), seed };
+    const body = { ...state.controls.body(changes), seed };
     const about = state.controls.about(body);
-    const text = textElement();
+    const text = textElement(about);
     const sum = h('p', { className: 'sum' });
     const holder = h('article', { className: 'turn writing', 'aria-label': name }, h('h3', {}, name), text, sum);
     grid.append(holder);
     const mine = { tokens: [], sources: [] };
-    lookable(
-      text,
-      () => about,
-      holder,
-      null,
-      (at) => state.places(mine, at)
-    );
+    lookable(text, about, holder, null, (at) => state.places(mine, at));
     const isChat = state.controls.facts().chat;
-    const system = state.controls.system() ? [{ role: 'system', content: state.controls.system() }] : [];
-    const asked = isChat ? { messages: [...system, { role: 'user', content: question }] } : { prompt: question };
+    const messages = [...state.controls.system(), { role: 'user', content: question }];
+    const asked = isChat ? { messages } : { prompt: question };
     const path = isChat ? '/v1/chat/completions' : '/v1/completions';
     const found = await answered(path, { ...body, ...asked }, signal, (tokens) => text.add(tokens));
     Object.assign(mine, found);
     holder.classList.remove('writing');
     const [[, , each]] = figuresOf(found.tokens, about.members, found.text);
-    const rate = found.tokens.length > 1 ? (found.tokens.length - 1) / (found.seconds - found.first / 1000) : 0;
-    const speed = rate ? ` · ${rate.toFixed(1)} a second` : '';
-    sum.textContent = found.tokens.length ? `${each.toFixed(2)} bits a byte · ${summaryOf(found.tokens)}${speed}` : '';
+    const said = [`${fixed(each ?? Infinity, 2)} bits a byte`, summaryOf(found.tokens), found.speed];
+    sum.textContent = found.isEmpty ? '' : said.filter(Boolean).join(' · ');
     if (found.error) sum.append(h('span', { className: 'error' }, found.error.message));
   }
 

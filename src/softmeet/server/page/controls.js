@@ -1,10 +1,11 @@
 // The settings of what is asked: who answers, how much each counts, by which rule, and how tokens are drawn.
 
 import { key } from './api.js';
-import { h } from './look.js';
+import { h, hues } from './look.js';
 
-// The most log-probabilities that an answer may have.
+// The most log-probabilities that an answer may have; the most tokens of one unless another number is chosen.
 const LISTED = 2 ** 20;
+const LENGTH = 512;
 
 const field = (label, input, more = null) => h('label', { className: 'field' }, h('span', {}, label), input, more);
 
@@ -18,23 +19,20 @@ function slider(id, label, value, { min = 0, max = 1, step = 0.05 } = {}) {
 /**
  * Make the settings' panel for the served ensembles.
  *
- * Returns what reads them: `model()`, `about()`, and `body()`, the fields of a request that differ from the ensemble's
- * own, so that a server which lets nothing be changed accepts it.
+ * Returns what reads them: `body()`, the fields of a request that differ from the ensemble's own, so that a server which
+ * lets nothing be changed accepts it; `about()`, who answers it; `system()`, its first messages; and `facts()`.
  */
-export function controlsOf(root, served, onChange, onKey) {
+export function controlsOf(root, served, onChange) {
   const own = {}; // of the chosen ensemble
   const many = h('div', { id: 'of-ensemble' });
   const names = served.map((one) => h('option', { value: one.id }, one.id));
   const ensemble = h('select', { id: 'ensemble', onchange: () => choose() }, names);
   const system = h('textarea', { id: 'system', rows: 2, placeholder: 'You are …' });
   const temperature = slider('temperature', 'Temperature', 0.7, { max: 2 });
-  const length = h('input', { id: 'length', type: 'number', min: 1, value: 512 });
+  const length = h('input', { id: 'length', type: 'number', min: 1, value: LENGTH });
   const seed = h('input', { id: 'seed', type: 'number', min: 0, step: 1, placeholder: 'another each time' });
   const password = h('input', { id: 'key', type: 'password', autocomplete: 'off', value: key.get() });
-  password.addEventListener('change', () => {
-    key.set(password.value);
-    onKey();
-  });
+  password.addEventListener('change', () => key.set(password.value));
   root.replaceChildren(
     field('Ensemble', ensemble),
     many,
@@ -62,7 +60,7 @@ export function controlsOf(root, served, onChange, onKey) {
       return { ...made, first: made.input.value };
     });
     const rules = Object.keys(facts.rules).map((name) => h('option', { value: name }, name));
-    own.rule = h('select', { id: 'rule', disabled: !may('rule'), onchange: () => fit() }, rules);
+    own.rule = h('select', { id: 'rule', disabled: !may('rule'), onchange: () => [fit(), onChange()] }, rules);
     if (!Object.hasOwn(facts.rules, facts.rule)) own.rule.prepend(h('option', { value: facts.rule }, facts.rule));
     own.rule.value = facts.rule;
     const trust = typeof facts.trust?.[0] === 'number' ? facts.trust[0] : 1;
@@ -82,7 +80,7 @@ export function controlsOf(root, served, onChange, onKey) {
     );
     // Half of a context is for what is asked.
     length.max = Math.min(facts.max_tokens, facts.context ? Math.floor(facts.context / 2) : facts.max_tokens);
-    if (Number(length.value) > Number(length.max)) length.value = length.max;
+    length.value = most();
     fit();
     onChange();
   }
@@ -92,6 +90,11 @@ export function controlsOf(root, served, onChange, onKey) {
     own.trust.element.hidden = idle.includes('trust');
   }
 
+  /** The most tokens of an answer, whatever was typed. */
+  function most() {
+    return Math.min(Math.max(Math.floor(Number(length.value)) || LENGTH, 1), Number(length.max));
+  }
+
   const chosen = () => own.members.filter(({ box }) => box.checked).map(({ name }) => name);
 
   /** What is asked under `softmeet`: what differs from the ensemble's own, and a report of every token. */
@@ -99,8 +102,8 @@ export function controlsOf(root, served, onChange, onKey) {
     const { facts } = own;
     const wanted = changes.members ?? chosen();
     // The server bounds what an answer may report; over bytes a token may have many.
-    const most = facts.vocabulary === 'bytes' ? LISTED / (Number(length.value) * 20 * (wanted.length + 2)) : 10;
-    const found = { report: Math.max(Math.min(Math.floor(most), 10), 1) };
+    const room = facts.vocabulary === 'bytes' ? LISTED / (most() * 20 * (wanted.length + 2)) : 10;
+    const found = { report: Math.max(Math.min(Math.floor(room), 10), 1) };
     if (wanted.length !== own.members.length) found.members = wanted;
     const rule = changes.rule ?? own.rule.value;
     if (rule !== facts.rule) found.rule = rule;
@@ -116,27 +119,29 @@ export function controlsOf(root, served, onChange, onKey) {
 
   /** The fields of a request. */
   function body(changes = {}) {
-    const drawn = Number(seed.value || changes.seed || Math.floor(Math.random() * 2 ** 32));
     return {
       model: ensemble.value,
       temperature: Number(temperature.input.value),
-      max_tokens: Number(length.value),
-      seed: drawn,
+      max_tokens: most(),
+      seed: Number(seed.value || Math.floor(Math.random() * 2 ** 32)),
       softmeet: ours(changes),
     };
   }
 
-  /** Who answers a request by its body: members, files and rule, by name. */
+  /** Who answers a request by its body: members with their colours, files and rule, by name. */
   function about(asked = body()) {
     const { facts } = own;
     const wanted = asked.softmeet.members ?? [...facts.members, ...(facts.files ?? [])];
+    const members = facts.members.filter((name) => wanted.includes(name));
     return {
-      members: facts.members.filter((name) => wanted.includes(name)),
+      members,
+      hues: members.map((name) => hues(facts.members.indexOf(name))),
       files: (facts.files ?? []).filter((name) => wanted.includes(name)),
       rule: asked.softmeet.rule ?? facts.rule,
     };
   }
 
   choose();
-  return { body, about, facts: () => own.facts, system: () => system.value.trim() };
+  const messages = () => (system.value.trim() ? [{ role: 'system', content: system.value.trim() }] : []);
+  return { body, about, facts: () => own.facts, system: messages };
 }

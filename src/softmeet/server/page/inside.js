@@ -1,9 +1,8 @@
 // A text of one's own: the members write on, or score it, and every token can be looked behind.
 
-import { answered, figuresOf } from './answer.js';
+import { answered, figuresOf, instead, textOf } from './answer.js';
 import { posted } from './api.js';
-import { likelihoods } from './chat.js';
-import { characters, figuresElement, h, lookable, summaryOf, textElement } from './look.js';
+import { button, characters, figuresElement, h, lookable, summaryOf, textElement } from './look.js';
 
 const EXAMPLE = 'And the king said unto his daughter,';
 
@@ -12,22 +11,10 @@ export function insideOf(root, state) {
   let running = null;
   let shown = null;
   const prompt = h('textarea', { id: 'prompt', rows: 5, 'aria-label': 'Text', value: EXAMPLE });
-  const go = h(
-    'button',
-    { id: 'go', className: 'primary', type: 'button', onclick: () => write(prompt.value) },
-    'Write on'
-  );
-  const score = h('button', { id: 'score', type: 'button', onclick: () => scored(prompt.value) }, 'Score this text');
-  const stop = h(
-    'button',
-    { id: 'inside-stop', type: 'button', hidden: true, onclick: () => running?.abort() },
-    'Stop'
-  );
-  const share = h(
-    'button',
-    { id: 'inside-share', type: 'button', hidden: true, onclick: () => state.share(record()) },
-    'Save as a page'
-  );
+  const go = button('Write on', { id: 'go', className: 'primary', onclick: () => write(prompt.value) });
+  const score = button('Score this text', { id: 'score', onclick: () => scored(prompt.value) });
+  const stop = button('Stop', { id: 'inside-stop', hidden: true, onclick: () => running?.abort() });
+  const share = button('Save as a page', { id: 'inside-share', hidden: true, onclick: () => state.share(record()) });
   const panel = h('article', { id: 'text', className: 'turn', hidden: true });
   root.replaceChildren(
     h(
@@ -48,49 +35,33 @@ export function insideOf(root, state) {
     panel.classList.toggle('writing', Boolean(controller));
   };
 
-  function begin(first, about, tokens = []) {
-    const text = textElement();
+  function begin(first, about, { tokens, sources } = { tokens: [], sources: [] }) {
+    const text = textElement(about);
     const sum = h('p', { className: 'sum' });
-    shown = { first, about, tokens, text, sum, sources: [], figures: null };
+    shown = { first, about, tokens, text, sum, sources, figures: null };
     text.append(h('span', { className: 'prompt' }, first));
     text.add(tokens);
     panel.hidden = false;
     panel.replaceChildren(text, sum);
     const current = shown;
-    lookable(
-      text,
-      () => current.about,
-      panel,
-      (at, other) => goOn(current, at, other),
-      (at) => state.places(current, at)
-    );
+    const goOn = (at, other) => running || write(current.first, instead(current, at, other));
+    lookable(text, about, panel, goOn, (at) => state.places(current, at));
     state.trouble(null);
     return shown;
   }
 
-  function goOn({ first, tokens }, at, other) {
-    if (running) return;
-    const kept = [
-      ...tokens.slice(0, at),
-      { ...tokens[at], text: other, shown: other, ...likelihoods(tokens[at], other) },
-    ];
-    write(first, kept);
-  }
-
   /** Have the text go on, behind tokens that are there already. */
-  async function write(first, kept = []) {
+  async function write(first, begun = undefined) {
     const body = state.controls.body();
-    const mine = begin(first, state.controls.about(body), kept);
-    const text = first + kept.map((token) => token.shown ?? token.text).join('');
+    const mine = begin(first, state.controls.about(body), begun);
     const controller = new AbortController();
     busy(controller);
-    const found = await answered('/v1/completions', { ...body, prompt: text }, controller.signal, (tokens) =>
-      mine.text.add(tokens)
-    );
-    mine.tokens = [...kept, ...found.tokens];
-    mine.sources = found.sources;
-    mine.sum.textContent = summaryOf(mine.tokens);
-    state.trouble(found.error);
+    const asked = { ...body, prompt: first + textOf(mine.tokens) };
+    const onTokens = (tokens) => mine.text.add(tokens);
+    const found = await answered('/v1/completions', asked, controller.signal, onTokens, begun);
+    Object.assign(mine, { tokens: found.tokens, sources: found.sources });
+    mine.sum.textContent = [summaryOf(mine.tokens), found.speed].filter(Boolean).join(' · ');
+    if (found.error) state.trouble(found.error);
     busy(null);
   }
 
@@ -108,11 +79,12 @@ export function insideOf(root, state) {
       const reports = choice.softmeet?.tokens ?? [];
       const tokens = used.vocabulary === 'bytes' ? characters(whole(reports))[0] : spelled(reports, choice.logprobs);
       // Nobody predicts the first token of a text, nor over bytes its first character.
-      const first = used.vocabulary === 'bytes' ? [...text][0] : choice.logprobs.tokens[0];
+      const said = textOf(tokens);
+      const first = text.endsWith(said) ? text.slice(0, text.length - said.length) : '';
       const mine = begin(first, about);
       mine.tokens = tokens;
       mine.text.add(tokens);
-      mine.figures = figuresOf(tokens, about.members, text.slice(first.length));
+      mine.figures = figuresOf(tokens, about.members, said);
       mine.sum.textContent = summaryOf(tokens);
       panel.append(figuresElement(mine.figures));
     } catch (error) {
@@ -134,6 +106,15 @@ export function insideOf(root, state) {
 /** Leave out what is left of a first character whose first byte is not reported. */
 const whole = (reports) => reports.slice(reports.findIndex(({ token }) => (token & 0xc0) !== 0x80));
 
-/** Give the tokens of a scored text the texts that they have in it. */
-const spelled = (reports, { tokens }) =>
-  reports.map((report, k) => ({ ...report, shown: tokens[k + 1] ?? report.text }));
+/** Give the tokens of a scored text the texts that they have in it; a character in several stands at its last one. */
+function spelled(reports, { tokens }) {
+  let held = [];
+  const shown = tokens.map((text) => {
+    if (!text.startsWith('bytes:')) return text;
+    held.push(...[...text.matchAll(/\\x([0-9a-f]{2})/g)].map(([, byte]) => Number.parseInt(byte, 16)));
+    const whole = new TextDecoder('utf-8', { ignoreBOM: true }).decode(new Uint8Array(held), { stream: true });
+    if (whole) held = [];
+    return whole;
+  });
+  return reports.map((report, k) => ({ ...report, shown: shown[k + 1] ?? report.text }));
+}

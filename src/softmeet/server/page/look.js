@@ -6,6 +6,7 @@ const SURE = Math.log(0.5); // a member is sure of what it gives half of its pro
 const UNLIKELY = Math.log(0.1);
 const END = 256; // of a text over bytes
 const HUES = [212, 28, 275, 165, 340, 95];
+const FILES = 130;
 
 /** Make an element; attributes that are functions listen to events, `vars` are CSS variables. */
 export function h(tag, attributes = {}, ...children) {
@@ -21,24 +22,42 @@ export function h(tag, attributes = {}, ...children) {
   return made;
 }
 
-/** A log-probability as a percentage; JSON has null for that of 0. */
-export const percent = (nats, digits = 1) => `${(100 * Math.exp(nats ?? -Infinity)).toFixed(digits)}%`;
+/** Make a button that sends no form. */
+export const button = (label, attributes) => h('button', { type: 'button', ...attributes }, label);
+
+// JSON has null for the log-probability of 0, and for an infinite divergence.
+const probability = (nats) => Math.exp(nats ?? -Infinity);
+export const percent = (nats, digits = 1) => `${(100 * probability(nats)).toFixed(digits)}%`;
+export const fixed = (x, digits) => (Number.isFinite(x) ? x.toFixed(digits) : '∞');
 export const visible = (text) => text.replaceAll(' ', '␣').replaceAll('\n', '⏎');
 const sum = (numbers) => numbers.reduce((all, x) => all + (x ?? 0), 0);
 const mean = (numbers) => sum(numbers) / Math.max(numbers.length, 1);
 
+/** Whether a member was asked; a closed gate leaves some out, whose figures are null. */
+const isAsked = (token, k) => token.member_log_probs[k] !== null || token.member_top[k].length > 0;
+
+/** How far the members that were asked are apart, in nats summed over them. */
+const apartness = (token) =>
+  sum(token.disagreement.map((nats, k) => nats ?? (isAsked(token, k) ? Number.POSITIVE_INFINITY : 0)));
+
 /** The members that were sure of something else than what came: their numbers. */
 export function doubters(token) {
-  const isOther = (likeliest) => likeliest && likeliest[1] >= SURE && !likeliest[0].startsWith(token.text);
-  return token.member_log_probs.flatMap((own, k) =>
-    (own ?? -Infinity) < UNLIKELY && isOther(token.member_top[k][0]) ? [k] : []
-  );
+  const { text } = token;
+  const isSame = (likeliest) =>
+    likeliest === text ||
+    // A stretch of bytes is several tokens of a member's, and a token of its several characters.
+    (token.token === undefined && text.startsWith(likeliest)) ||
+    (token.unit === 'character' && text !== '' && likeliest.startsWith(text));
+  return token.member_top.flatMap(([likeliest], k) => {
+    const isSure = likeliest && likeliest[1] >= SURE && !isSame(likeliest[0]);
+    return isSure && !token.isPut && (token.member_log_probs[k] ?? -Infinity) < UNLIKELY ? [k] : [];
+  });
 }
 
 /** Whose a token is: the number of the member that made it likely, the number of members for files, null for all. */
 export function owner(token) {
   if (mean(token.claims) && Math.max(...token.claims) > 0.5) return token.member_log_probs.length;
-  const shares = token.member_log_probs.map((own) => (own === null ? 0 : Math.exp(own)));
+  const shares = token.member_log_probs.map(probability);
   const k = shares.indexOf(Math.max(...shares));
   return shares.length > 1 && shares[k] > 2 * mean(shares.toSpliced(k, 1)) ? k : null;
 }
@@ -71,8 +90,8 @@ function joined(reports, text) {
     ...reports[0],
     text,
     unit: 'character',
-    log_prob: sum(reports.map((one) => one.log_prob)),
-    pool_log_prob: sum(reports.map((one) => one.pool_log_prob)),
+    log_prob: known(reports.map((one) => one.log_prob)),
+    pool_log_prob: known(reports.map((one) => one.pool_log_prob)),
     member_log_probs: columns('member_log_probs').map(known),
     disagreement: columns('disagreement').map(known),
     claims: columns('claims').map(mean),
@@ -80,8 +99,8 @@ function joined(reports, text) {
 }
 
 /** An element for a token, which can be chosen by pointer and keyboard. */
-export function tokenElement(token, k) {
-  const said = `${visible(token.text) || 'end'}, ${percent(token.log_prob)}`;
+function tokenElement(token, k, about) {
+  const said = `${visible(token.text) || 'end'}, ${token.isPut ? 'put here' : percent(token.log_prob)}`;
   const doubting = doubters(token);
   const own = owner(token);
   const made = h('span', {
@@ -92,9 +111,9 @@ export function tokenElement(token, k) {
     'aria-label': said + (doubting.length ? ', a member was sure of something else' : ''),
     title: said,
     vars: {
-      apart: Math.min(sum(token.disagreement) / FULL.disagreement, 1).toFixed(3),
-      rare: Math.min(-token.log_prob / FULL.surprise, 1).toFixed(3),
-      hue: own === null ? 0 : hue(own, token.member_log_probs.length),
+      apart: Math.min(apartness(token) / FULL.disagreement, 1).toFixed(3),
+      rare: token.isPut ? 0 : Math.min(-(token.log_prob ?? -Infinity) / FULL.surprise, 1).toFixed(3),
+      hue: own === null ? 0 : hueOf(about, own),
     },
   });
   const lines = (token.shown ?? token.text).split('\n');
@@ -102,14 +121,16 @@ export function tokenElement(token, k) {
   return made;
 }
 
-const hue = (k, members) => (k === members ? 130 : HUES[k % HUES.length]);
+/** The colour of a member by its number, and of files, which come behind the members. */
+const hueOf = (about, k) => (k === about.members.length ? FILES : (about.hues?.[k] ?? hues(k)));
+export const hues = (k) => HUES[k % HUES.length];
 
 /** An element of a text, whose tokens are added by `add`; a chosen one is told as the event `choose`. */
-export function textElement() {
+export function textElement(about) {
   const made = h('div', { className: 'text', dir: 'auto' });
   made.tokens = [];
   made.add = (tokens) => {
-    made.append(...tokens.map((token, k) => tokenElement(token, made.tokens.length + k)));
+    made.append(...tokens.map((token, k) => tokenElement(token, made.tokens.length + k, about)));
     made.tokens.push(...tokens);
   };
   const choose = (element) => {
@@ -143,10 +164,9 @@ function card(name, rows, token, scale, notes, whatIf) {
     const isCome = text === token.text;
     const word = h('code', {}, visible(text) || 'end');
     const canGoOn = whatIf && !isCome && text && !text.includes('�');
-    const shown = canGoOn
-      ? h('button', { type: 'button', className: 'if', title: 'Go on from here', onclick: () => whatIf(text) }, word)
-      : word;
-    const bar = h('i', { vars: { w: `${((100 * Math.exp(nats ?? -Infinity)) / scale).toFixed(1)}%` } });
+    const goOn = { className: 'if', title: 'Go on from here', onclick: () => whatIf(text) };
+    const shown = canGoOn ? button(word, goOn) : word;
+    const bar = h('i', { vars: { w: `${((100 * probability(nats)) / scale).toFixed(1)}%` } });
     return h('li', { className: isCome ? 'came' : '' }, shown, bar, h('b', { 'data-nats': nats }, percent(nats)));
   });
   return h(
@@ -167,14 +187,13 @@ export function detailsElement(token, about, whatIf = null, places = []) {
   const likeliest = [token.top, ...token.member_top].flatMap((rows) => rows.map(([, nats]) => nats ?? -Infinity));
   const scale = Math.exp(Math.max(...likeliest, -700));
   const unit = token.unit ?? 'token';
-  const came = (nats) => `this ${unit}: ${percent(nats, 2)}`;
-  const average = token.moved.length ? [`by the average alone: ${percent(token.pool_log_prob, 2)}`] : [];
-  const cards = [card('all as one', token.top, token, scale, [came(token.log_prob), ...average], whatIf)];
+  const came = (nats, by = `this ${unit}`) => (token.isPut ? [] : [`${by}: ${percent(nats, 2)}`]);
+  const average = token.moved.length ? came(token.pool_log_prob, 'by the average alone') : [];
+  const cards = [card('all as one', token.top, token, scale, [...came(token.log_prob), ...average], whatIf)];
   about.members.forEach((name, k) => {
     const [own, bound] = [token.disagreement[k], token.disagreement_is_bound[k] ? 'at most ' : ''];
     const apart = `disagrees by ${bound}${own === null ? 'more than any number of' : own.toFixed(4)} nats`;
-    const isAsked = own !== null || token.member_log_probs[k] !== null || token.member_top[k].length;
-    const notes = isAsked ? [came(token.member_log_probs[k]), apart] : ['not asked: the gate was closed'];
+    const notes = isAsked(token, k) ? [...came(token.member_log_probs[k]), apart] : ['not asked: the gate was closed'];
     cards.push(card(name, token.member_top[k], token, scale, notes, whatIf));
   });
   cards[0].classList.add('ours');
@@ -182,7 +201,8 @@ export function detailsElement(token, about, whatIf = null, places = []) {
   const doubt = doubters(token).map((k) => `${about.members[k]} was sure of ${visible(token.member_top[k][0][0])}`);
   const known = token.sources.filter((one) => one);
   const stands = known.map(({ path, line }) => `this and what is before stands in ${path}, line ${line}`);
-  const said = [...doubt, ...claims, ...stands, ...places, ...(unit === 'token' ? [] : [UNITS])];
+  const put = token.isPut ? ['put here in place of what was drawn'] : [];
+  const said = [...put, ...doubt, ...claims, ...stands, ...places, ...(unit === 'token' ? [] : [UNITS])];
   return h(
     'section',
     { className: 'details', 'aria-label': `Behind ${visible(token.text)}`, tabindex: -1 },
@@ -213,12 +233,11 @@ function moves(token, about) {
     const nats = [change, ...own].map((x) =>
       h('td', { className: x > 0 ? 'up' : 'down' }, x === null ? '–' : (x > 0 ? '+' : '') + x.toFixed(3))
     );
-    const share = (x) => (x === null ? '0%' : percent(x, 2));
     return h(
       'tr',
       {},
       h('th', {}, h('code', {}, visible(text))),
-      h('td', {}, `${share(before)} → ${share(after)}`),
+      h('td', {}, `${percent(before, 2)} → ${percent(after, 2)}`),
       nats
     );
   });
@@ -239,14 +258,11 @@ function moves(token, about) {
 export function summaryOf(tokens) {
   if (!tokens.length) return '';
   const unit = tokens[0].unit ?? 'token';
-  const apart = mean(tokens.map((token) => sum(token.disagreement)));
-  const surprise = -mean(tokens.map((token) => token.log_prob));
+  const drawn = tokens.filter((token) => !token.isPut);
+  const apart = mean(tokens.map(apartness));
+  const surprise = -mean(drawn.map((token) => token.log_prob ?? -Infinity));
   const doubted = tokens.filter((token) => doubters(token).length).length;
-  const said = [
-    `${tokens.length} ${unit}s`,
-    `surprise ${surprise.toFixed(2)} nats`,
-    `disagreement ${apart.toFixed(3)}`,
-  ];
+  const said = [`${tokens.length} ${unit}s`, `surprise ${fixed(surprise, 2)} nats`, `disagreement ${fixed(apart, 3)}`];
   if (doubted) said.push(`${doubted} doubted`);
   const shares = tokens[0].claims.map((_, k) => mean(tokens.map((token) => token.claims[k])));
   for (const share of shares) said.push(`${(100 * share).toFixed(1)}% claimed by files`);
@@ -264,9 +280,7 @@ export function legendElement(root, about) {
   const show = (mode) => {
     root.dataset.mode = mode;
     const names = [...about().members, ...(about().files.length ? ['files'] : [])];
-    const keys = names.map((name, k) =>
-      h('span', { className: 'key', vars: { hue: hue(k, about().members.length) } }, name)
-    );
+    const keys = names.map((name, k) => h('span', { className: 'key', vars: { hue: hueOf(about(), k) } }, name));
     const sentences = {
       doubt: ['underlined: a model was sure of something else'],
       disagreement: ['the warmer, the further apart the models are; full at ½ nat'],
@@ -291,17 +305,16 @@ export function legendElement(root, about) {
 export function lookable(text, about, holder, whatIf = null, placesOf = () => []) {
   text.addEventListener('choose', ({ detail: { k, token } }) => {
     const goOn = whatIf && ((other) => whatIf(k, other));
-    const found = detailsElement(token, about(), goOn, placesOf(k));
-    const close = h('button', {
-      type: 'button',
-      className: 'close',
-      'aria-label': 'Close',
-      onclick: () => found.remove(),
-    });
-    close.append('×');
-    found.prepend(close);
-    holder.querySelector('.details:not(.moves)')?.remove();
+    const found = detailsElement(token, about, goOn, placesOf(k));
+    const close = () => {
+      found.remove();
+      text.querySelector('.on')?.focus();
+    };
+    found.prepend(button('×', { className: 'close', 'aria-label': 'Close', onclick: close }));
+    found.addEventListener('keydown', (event) => event.key === 'Escape' && close());
+    holder.querySelector('.details')?.remove();
     holder.append(found);
+    found.focus({ preventScroll: true });
     found.scrollIntoView({ block: 'nearest' });
   });
 }
@@ -320,10 +333,11 @@ export function showRecord(root, record) {
   root.append(legendElement(root, about));
   for (const turn of record.turns) {
     const holder = h('article', { className: `turn ${turn.role}` });
-    const text = textElement();
+    const own = turn.about ?? record;
+    const text = textElement(own);
     text.append(h('span', { className: 'prompt' }, turn.text ?? ''));
     text.add(turn.tokens ?? []);
-    if (turn.tokens) lookable(text, () => ({ ...record, ...turn.about }), holder);
+    if (turn.tokens) lookable(text, own, holder);
     holder.append(text, h('p', { className: 'sum' }, summaryOf(turn.tokens ?? [])));
     root.append(holder);
   }
@@ -331,7 +345,7 @@ export function showRecord(root, record) {
 
 /** A table of bits of a text, by all as one and by each member: rows of a name, bits, and bits a byte. */
 export function figuresElement(figures) {
-  const cell = (x, digits) => h('td', {}, x === null ? '–' : x.toFixed(digits));
+  const cell = (x, digits) => h('td', {}, x === null ? '–' : fixed(x, digits));
   const rows = figures.map(([name, bits, each]) => h('tr', {}, h('th', {}, name), cell(bits, 0), cell(each, 3)));
   const head = ['fewer is better', 'bits', 'bits a byte'].map((name) => h('th', { scope: 'col' }, name));
   return h('table', { className: 'bits' }, h('thead', {}, h('tr', {}, head)), h('tbody', {}, rows));

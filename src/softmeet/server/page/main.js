@@ -1,6 +1,7 @@
 // The page: three views of the served ensembles, and the settings that they share.
 
-import { models } from './api.js';
+import { textOf } from './answer.js';
+import { key, models } from './api.js';
 import { chatOf } from './chat.js';
 import { compareOf } from './compare.js';
 import { controlsOf } from './controls.js';
@@ -24,7 +25,7 @@ function trouble(error) {
 
 /** Sentences on where a token stands in files, by the stretches of its text that the server told. */
 function places({ tokens, sources }, at) {
-  const size = (some) => some.reduce((all, token) => all + [...(token.shown ?? token.text)].length, 0);
+  const size = (some) => [...textOf(some)].length;
   const [start, end] = [size(tokens.slice(0, at)), size(tokens.slice(0, at + 1))];
   const found = sources.filter((one) => one.start < end && start < one.end);
   return found.map(
@@ -61,11 +62,11 @@ async function start() {
     legend.firstChild?.refresh();
     views.compare?.refresh();
   };
-  state.controls = controlsOf(by('settings'), served, refresh, start);
+  state.controls = controlsOf(by('settings'), served, refresh);
   views.chat = chatOf(by('chat'), state);
   views.inside = insideOf(by('inside'), state);
   views.compare = compareOf(by('compare'), state);
-  legend.replaceChildren(legendElement(document.body, () => state.controls.about()));
+  legend.replaceChildren(legendElement(document.body, () => state.controls.about({ softmeet: {} })));
   const asked = location.hash.slice(1);
   show(VIEWS.includes(asked) ? asked : served[0].softmeet.chat ? 'chat' : 'inside');
 }
@@ -79,7 +80,7 @@ function askForKey(error) {
   if (error.status !== 401) return;
   const keyField = h('input', { id: 'key', type: 'password', autocomplete: 'off', 'aria-label': 'API key' });
   keyField.addEventListener('change', () => {
-    sessionStorage.setItem('softmeet-key', keyField.value);
+    key.set(keyField.value);
     start();
   });
   by('trouble').replaceChildren('This server asks for an API key, which is kept in this tab: ', keyField);
@@ -97,11 +98,9 @@ document.querySelector('[role=tablist]').addEventListener('keydown', (event) => 
 });
 by('settings-toggle').addEventListener('click', () => openSettings(!document.body.classList.contains('with-settings')));
 by('theme').addEventListener('click', () => {
-  const isDark = getComputedStyle(document.documentElement).colorScheme.trim() === 'dark';
-  const isDarkNow = document.documentElement.dataset.theme
-    ? document.documentElement.dataset.theme === 'dark'
-    : isDark || matchMedia('(prefers-color-scheme: dark)').matches;
-  document.documentElement.dataset.theme = isDarkNow ? 'light' : 'dark';
+  const { dataset } = document.documentElement;
+  const now = dataset.theme ?? (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
+  dataset.theme = now === 'dark' ? 'light' : 'dark';
 });
 openSettings(matchMedia('(min-width: 900px)').matches);
 start();

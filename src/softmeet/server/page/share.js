@@ -8,7 +8,7 @@ export async function pageOf(record) {
   const nonce = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16)).join('');
   const own = {
     nonce,
-    title: record.title,
+    title: new Option(record.title).innerHTML,
     style,
     record: JSON.stringify(record).replaceAll('<', '\\u003c'),
     script: look.replaceAll(/^export /gm, ''),
