@@ -212,3 +212,17 @@ def test_what_makes_no_sense_is_refused_by_name(url, fields, param, message):
     assert error.status_code == 400
     assert error.json()["error"]["param"] == param
     assert message in error.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("said", ["ab", "ab "])
+def test_the_assistants_last_message_is_gone_on_with(url, said):
+    """As its template has it, the last message's end left out; so that the text may go on within a word."""
+    how = {"max_tokens": 8, "seed": 3, "temperature": 1}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
+    found = asked(url, "chat/completions", messages=turns, continue_final_message=True, **how)
+    expected = asked(url, prompt=f"u:hi!a:{said}", add_special_tokens=False, **how)
+    assert found["message"]["content"] == expected["text"]
+    anew = asked(url, "chat/completions", messages=turns, **how)
+    assert anew["message"]["content"] == asked(url, prompt=f"u:hi!a:{said}!a:", add_special_tokens=False, **how)["text"]
+    refused = sent(url, "chat/completions", messages=turns[:1], continue_final_message=True)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "continue_final_message")

@@ -42,7 +42,7 @@ def url():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    settings = ServerSettings(limits=Limits(rows=16), protection=Protection(keys=("secret",)), ui=False)
+    settings = ServerSettings(limits=Limits(rows=16), protection=Protection(keys=("secret",)))
     serve.run(application({"default": ["narrow"], "bytes": ["mixed"]}, {}, settings, (2, 2)), name=NAME)
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
@@ -78,6 +78,13 @@ class Stream(threading.Thread):
 def process_of(replica):
     actor = ray.get_actor(f"SERVE_REPLICA::{NAME}#replicas#{replica}", namespace="serve")
     return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
+@pytest.mark.slow
+def test_replicas_serve_the_page_to_whoever_asks_and_nothing_else(url):
+    assert "main.js" in httpx.get(f"{url}/ui/").text
+    assert "javascript" in httpx.get(f"{url}/ui/main.js").headers["content-type"]
+    assert httpx.get(f"{url}/v1/models").status_code == 401
 
 
 def short(http):
