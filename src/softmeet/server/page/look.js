@@ -163,7 +163,7 @@ function card(name, rows, token, scale, notes, whatIf) {
   const listed = rows.map(([text, nats]) => {
     const isCome = text === token.text;
     const word = h('code', {}, visible(text) || 'end');
-    const canGoOn = whatIf && !isCome && text && !text.includes('�');
+    const canGoOn = whatIf && !isCome && text && !/�|^\\x[0-9A-F]{2}$/.test(text); // no parts of characters
     const goOn = { className: 'if', title: 'Go on from here', onclick: () => whatIf(text) };
     const shown = canGoOn ? button(word, goOn) : word;
     const bar = h('i', { vars: { w: `${((100 * probability(nats)) / scale).toFixed(1)}%` } });
@@ -194,7 +194,8 @@ export function detailsElement(token, about, whatIf = null, places = []) {
     const [own, bound] = [token.disagreement[k], token.disagreement_is_bound[k] ? 'at most ' : ''];
     const apart = `disagrees by ${bound}${own === null ? 'more than any number of' : own.toFixed(4)} nats`;
     const notes = isAsked(token, k) ? [...came(token.member_log_probs[k]), apart] : ['not asked: the gate was closed'];
-    cards.push(card(name, token.member_top[k], token, scale, notes, whatIf));
+    // Over bytes members' tokens may have begun before this character.
+    cards.push(card(name, token.member_top[k], token, scale, notes, token.unit ? null : whatIf));
   });
   cards[0].classList.add('ours');
   const claims = token.claims.map((share, k) => `${about.files[k]} claimed ${percent(Math.log(share))} of the mix`);
