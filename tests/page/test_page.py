@@ -221,8 +221,8 @@ def test_bytes_are_shown_as_characters_with_each_members_own_tokens(page):
     }
     told(page, [one, "data: [DONE]\n\n"])
     ask(page, "a").first.click()
-    assert page.locator(".card .if").all_inner_texts() == ["b"]
-    expect(page.locator(".details")).to_contain_text("character by character")
+    assert page.locator(".turn.assistant").last.locator(".if").all_inner_texts() == ["b"]
+    expect(page.locator(".details").last).to_contain_text("character by character")
 
 
 def test_columns_are_what_each_answers_alone(page, url):
