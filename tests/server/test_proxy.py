@@ -40,7 +40,9 @@ def block(language):
 
 
 def nginx(folder, port, behind):
-    text = re.sub(r" *ssl_certificate.*\n", "", block("nginx")).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+    # A small buffer of the system's, so that who does not read is noticed on any machine.
+    listen = f"listen 127.0.0.1:{port} sndbuf=4096"
+    text = re.sub(r" *ssl_certificate.*\n", "", block("nginx")).replace("listen 443 ssl", listen)
     text = re.sub(r"_timeout \d+s", "_timeout 1s", text).replace("127.0.0.1:8000", behind)
     (folder / "nginx.conf").write_text(NGINX.format(folder=folder, block=text))
     return ["nginx", "-e", str(folder / "log"), "-c", str(folder / "nginx.conf")]
