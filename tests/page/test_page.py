@@ -256,13 +256,17 @@ def test_where_an_answer_stands_in_files_is_said(page):
     tokens.last.click()
     expect(page.locator(".details")).to_contain_text(re.compile(r"claimed \d+\.\d% of the mix"))
     expect(page.locator(".details")).to_contain_text(re.compile(r"this stands in a\.txt, line \d"))
+    expect(page.locator(".details pre mark").first).to_contain_text(tokens.last.inner_text())
     page.select_option(".legend select", "who")
     expect(page.locator(".legend")).to_contain_text("files")
 
 
 def test_a_saved_page_opens_without_a_server_and_runs_nothing_of_its_texts(browser, url, tmp_path):
     with opened(browser, url) as page:
-        told(page, [delta(EVIL, token(EVIL, member_top=[[[EVIL, -1.0]], [[EVIL, None]], [], []])), "data: [DONE]\n\n"])
+        written = delta(EVIL, token(EVIL, member_top=[[[EVIL, -1.0]], [[EVIL, None]], [], []]))
+        source = {"path": EVIL, "line": 1, "start": 0, "end": 3, "changed": False, "before": EVIL, "after": "!"}
+        written["choices"][0]["softmeet"]["sources"] = [source]
+        told(page, [written, "data: [DONE]\n\n"])
         tokens = ask(page, EVIL, ensemble="files")
         assert texts(tokens) == [EVIL]
         tokens.first.click()
@@ -279,6 +283,7 @@ def test_a_saved_page_opens_without_a_server_and_runs_nothing_of_its_texts(brows
     assert texts(saved.locator(".tok")) == [EVIL]
     saved.locator(".tok").first.click()
     expect(saved.locator(".cards")).to_be_visible()
+    assert saved.locator(".details pre").inner_text() == f"{EVIL}{EVIL[:3]}!"
     expect(saved.locator(".note")).to_contain_text("may hold text of the files")
     assert not saved.evaluate("window.hacked")
     assert not wrong
@@ -325,6 +330,7 @@ def test_an_answer_that_cannot_be_made_anew_is_there_again(page):
 def test_what_is_put_in_has_no_figures_and_places_are_those_of_the_whole_text(page):
     words = ["And", " the", " king"]
     source = {"files": "f", "path": "a.txt", "line": 3, "start": 4, "end": 7, "length": 3, "changed": False}
+    source |= {"before": "one\ntwo\nA ", "after": " end\nlast"}
     one = {"claims": [0.5], "top": [["word", -1.0], [" no", -2.0]], "moved": [[" no", -1.0, -2.0]]}
     one |= {"pushes": [[0.0] * 4]}
     events = [delta(word, token(word, **one)) for word in words]
@@ -334,6 +340,8 @@ def test_what_is_put_in_has_no_figures_and_places_are_those_of_the_whole_text(pa
     for k, stands in enumerate([False, True, False]):
         tokens.nth(k).click()
         assert ("a.txt, line 3" in page.locator(".details").inner_text()) == stands
+        assert page.locator(".details pre").all_text_contents() == ["one\ntwo\nA the end\nlast"] * stands
+    assert page.locator(".details mark").count() == 0
     page.locator(".card").first.locator(".if").last.click()
     changed = ended(page, ".turn.assistant")
     assert texts(changed) == ["And", " the", " no", *words]

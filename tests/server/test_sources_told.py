@@ -82,6 +82,8 @@ def test_stretches_of_an_answer_stand_where_they_are_said_to(url, ensembles, fol
     assert "häuschen" in stretch  # so that characters are more than bytes
     assert "\n".join(lines[first["line"] - 1 :]).find(stretch) in range(len(lines[first["line"] - 1]))
     assert (first["path"], first["changed"], first["length"] >= fewest) == (below, False, True)
+    assert first["before"] + stretch + first["after"] in "\n".join(lines)
+    assert len(first["before"] + first["after"]) > 20
     assert first["files"] == ensembles[model].model.claimants[0].name
     assert str(folders) not in sent(url, **asked).text
     assert str(folders) not in sent(url, stream=True, **asked | {"softmeet": {"sources": True, "report": 1}}).text

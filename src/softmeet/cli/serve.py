@@ -69,7 +69,7 @@ class AccessFlags(Flags, panel="Address and access"):
     )
     ui: bool = flag(True, "Serve the page at /ui.", shown="yes")
     sources: bool = switch(
-        "Tell who asks where an answer stands in files:PATH: paths below that folder, and lines.", "--sources"
+        "Tell who asks where an answer stands in files:PATH: paths below that folder, and the lines.", "--sources"
     )
 
 

@@ -15,6 +15,8 @@ class Source:
         below: its path below the folder that was named, for those who need not know where that is.
         line: that of the first of them, from 1.
         changed: whether the file is gone, or holds something else than when it was read.
+        before, after: of a stretch what stood around it when it was read: the rest of its lines, and two lines more,
+            cut where they are long.
     """
 
     start: int
@@ -23,6 +25,8 @@ class Source:
     below: str
     line: int
     changed: bool
+    before: str = ""
+    after: str = ""
 
     def __str__(self) -> str:
         """Return the file, the line and the number of symbols, as in ``a.py:12 (7)``."""

@@ -54,5 +54,6 @@ def _stretches(reader: Reader, text: str, asked: GenerationRequest) -> Iterator[
     for one in reader.sources(text):
         yield {
             "files": reader.name, "path": one.below, "line": one.line, "start": starts[one.start],
-            "end": starts[one.end], "length": one.end - one.start, "changed": one.changed,
+            "end": starts[one.end], "length": one.end - one.start, "changed": one.changed, "before": one.before,
+            "after": one.after,
         }  # fmt: skip

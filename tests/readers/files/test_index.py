@@ -100,7 +100,7 @@ def test_places_and_lines(toys):
     assert index.starts.tolist() == [0, 27, 28, 30, 39]
     for start, path in zip(index.starts, index.files, strict=True):
         for place in range(start, start + len(TOYS[path.name]) + 1):
-            assert index.place(place) == (path, start)
+            assert index.place(place) == (path, range(start, start + len(TOYS[path.name])))
     assert [index.line(place, bytes) for place in (0, 17, 18, 26, 30)] == [1, 1, 2, 2, 1]
 
 

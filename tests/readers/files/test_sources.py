@@ -68,6 +68,25 @@ def test_stretches_do_not_overlap_and_files_that_have_changed_are_named(reader, 
     assert all(one.changed for one in reader.sources(said, least=12))
 
 
+@pytest.mark.parametrize(
+    ("stretch", "before", "after"),
+    [
+        ("line, höhö", "two\n\nthe ", ", that is sought\nfive\nsix"),
+        ("one\ntwo", "", "\n\nthe line, höhö, that is sought"),
+        ("five\nsix", "\nthe line, höhö, that is sought\n", "\n" + 299 * "7"),
+        ("78", 300 * "7", ""),
+    ],
+)
+def test_the_lines_around_a_stretch_are_those_of_its_file(tmp_path, stretch, before, after):
+    lines = ["one", "two", "", "the line, höhö, that is sought", "five", "six", 900 * "7" + "8"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("another")
+    reader = reader_of(tmp_path)
+    (one,) = reader.sources(f"§{stretch}", least=len(stretch))
+    assert (one.before, one.after) == (before, after)
+    assert reader.source(list(stretch.encode())).before == ""
+
+
 def test_the_name_of_a_file_that_is_not_utf_8_is_spelled(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a longer line")
     found = reader_of(tmp_path).source(list(b"longer"))

@@ -348,15 +348,16 @@ class Index:
         """The numbers of the entries that are texts."""
         return np.flatnonzero(self.entries.symbols >= 0)
 
-    def place(self, position: int) -> tuple[Path, int]:
-        """Return the file that a position of ``symbols`` is in, and the position of that file's first symbol."""
+    def place(self, position: int) -> tuple[Path, range]:
+        """Return the file that a position of ``symbols`` is in, and the positions of that file's symbols."""
         which = int(np.searchsorted(self.starts, position, "right")) - 1
-        return Path(self.entries[self._texts[which]].path), int(self.starts[which])
+        entry, start = self.entries[self._texts[which]], int(self.starts[which])
+        return Path(entry.path), range(start, start + entry.symbols)
 
     def line(self, position: int, decode: Callable[[Sequence[int]], bytes]) -> int:
         """Return the line, from 1, in which the symbol at a position begins; ``decode`` makes bytes of symbols."""
-        _, start = self.place(position)
-        return 1 + decode(self.symbols[start:position].tolist()).count(b"\n")
+        _, own = self.place(position)
+        return 1 + decode(self.symbols[own.start : position].tolist()).count(b"\n")
 
     def is_stale(self, path: Path) -> bool:
         """Return whether a file is gone, or holds something else than when it was read."""

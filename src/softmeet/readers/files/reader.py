@@ -26,6 +26,8 @@ from softmeet.suspended import Done
 _LONGEST = 2048
 # The fewest tokens of a stretch of a text whose place in the files is told.
 _STRETCH = 6
+# Of what stands around it, so many lines are told before and after its own, and no more than so many symbols.
+_LINES, _AROUND = 2, 300
 
 
 @dataclass(eq=False)
@@ -152,21 +154,36 @@ class FilesReader(ReaderOfRows[FilesRow]):
             length = len(intervals(self.index, symbols[max(0, end - _LONGEST) : end]))
             if length < fewest:
                 end -= 1
-            elif (one := self.source(symbols[:end])) is not None:
+            elif (one := self._source(symbols[:end], lines=_LINES)) is not None:
                 found.append(one)
                 end -= length
         return found[::-1]
 
     def source(self, symbols: Sequence[int]) -> Source | None:
         """Return where the most of the last symbols of a text stand in the files; None if the last one does nowhere."""
+        return self._source(symbols)
+
+    def _source(self, symbols: Sequence[int], lines: int | None = None) -> Source | None:
+        """Return where the most of the last symbols stand, with so many lines around; None for none of them."""
         found = intervals(self.index, symbols[-_LONGEST:])
         if not found:
             return None
         last, start = int(self.index.order[found[-1][0]]), len(symbols) - len(found)
-        path, _ = self.index.place(last)
-        line = self.index.line(last - len(found) + 1, self.alphabet.decode)
+        path, own = self.index.place(last)
+        first = last - len(found) + 1
+        line = self.index.line(first, self.alphabet.decode)
         told, below = spelled(str(path)), spelled(self._below(path))
-        return Source(start, len(symbols), told, below, line, self.index.is_stale(path))
+        source = Source(start, len(symbols), told, below, line, self.index.is_stale(path))
+        if lines is None:
+            return source
+        before = self._lines(range(max(own.start, first - _AROUND), first))[-lines - 1 :]
+        after = self._lines(range(last + 1, min(own.stop, last + 1 + _AROUND)))[: lines + 1]
+        return replace(source, before="\n".join(before), after="\n".join(after))
+
+    def _lines(self, places: range) -> list[str]:
+        """Return the lines of some of the index's symbols, without the parts of characters at its ends."""
+        symbols = self.index.symbols[places.start : places.stop].tolist()
+        return self.alphabet.decode(symbols).decode(errors="ignore").split("\n")
 
     def _below(self, path: Path) -> str:
         """Return a path below the innermost of the folders; of several, behind that one's name."""

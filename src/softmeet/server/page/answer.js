@@ -1,10 +1,7 @@
 // One answer while it is written: its events become tokens with texts, each whole characters.
 
 import { streamed } from './api.js';
-import { characters } from './look.js';
-
-/** The text of tokens, as the stream had it. */
-export const textOf = (tokens) => tokens.map((token) => token.shown ?? token.text).join('');
+import { characters, textOf } from './look.js';
 
 /** A text up to one of its tokens, in whose place another is put: the tokens, and the sources before it. */
 export function instead({ tokens, sources }, at, other) {

@@ -1,7 +1,7 @@
 // The conversation: questions and answers, whose words are underlined where a member was sure of something else.
 
-import { answered, instead, textOf } from './answer.js';
-import { button, h, lookable, summaryOf, textElement } from './look.js';
+import { answered, instead } from './answer.js';
+import { button, h, lookable, summaryOf, textElement, textOf } from './look.js';
 
 const EXAMPLE = 'Tell me in two sentences how a rainbow comes to be.';
 
@@ -73,7 +73,7 @@ export function chatOf(root, state) {
       );
     } else {
       const goOn = (at, other) => goOnFrom(k, instead(turn, at, other));
-      lookable(text, turn.about, holder, goOn, (at) => state.places(turn, at));
+      lookable(text, turn.about, holder, goOn, turn);
       text.add(turn.tokens);
       sum.textContent = turn.sum;
       // Browsers have a clipboard for https and this machine alone.
@@ -181,6 +181,8 @@ function recordOf(turns) {
     hues,
     files: once((about) => about.files),
     rule: once((about) => about.rule).join(', '),
-    turns: turns.map(({ role, text, tokens, about }) => (tokens ? { role, tokens, about } : { role, text })),
+    turns: turns.map(({ role, text, tokens, sources, about }) =>
+      tokens ? { role, tokens, sources, about } : { role, text }
+    ),
   };
 }

@@ -77,8 +77,8 @@ export function compareOf(root, state) {
     const sum = h('p', { className: 'sum' });
     const holder = h('article', { className: 'turn writing', 'aria-label': name }, h('h3', {}, name), text, sum);
     grid.append(holder);
-    const mine = { tokens: [], sources: [] };
-    lookable(text, about, holder, null, (at) => state.places(mine, at));
+    const mine = {};
+    lookable(text, about, holder, null, mine);
     const isChat = state.controls.facts().chat;
     const messages = [...state.controls.system(), { role: 'user', content: question }];
     const asked = isChat ? { messages } : { prompt: question };

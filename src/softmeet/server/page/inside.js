@@ -1,8 +1,8 @@
 // A text of one's own: the members write on, or score it, and every token can be looked behind.
 
-import { answered, figuresOf, instead, textOf } from './answer.js';
+import { answered, figuresOf, instead } from './answer.js';
 import { posted } from './api.js';
-import { button, characters, figuresElement, h, lookable, summaryOf, textElement } from './look.js';
+import { button, characters, figuresElement, h, lookable, summaryOf, textElement, textOf } from './look.js';
 
 const EXAMPLE = 'And the king said unto his daughter,';
 
@@ -45,7 +45,7 @@ export function insideOf(root, state) {
     panel.replaceChildren(text, sum);
     const current = shown;
     const goOn = (at, other) => running || write(current.first, instead(current, at, other));
-    lookable(text, about, panel, goOn, (at) => state.places(current, at));
+    lookable(text, about, panel, goOn, current);
     state.trouble(null);
     return shown;
   }
@@ -97,7 +97,7 @@ export function insideOf(root, state) {
     title: 'softmeet: a text',
     ...shown.about,
     figures: shown.figures,
-    turns: [{ role: 'text', text: shown.first, tokens: shown.tokens }],
+    turns: [{ role: 'text', text: shown.first, tokens: shown.tokens, sources: shown.sources }],
   });
 
   return { focus: () => prompt.focus() };

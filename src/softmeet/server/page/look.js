@@ -33,6 +33,9 @@ export const visible = (text) => text.replaceAll(' ', 'â£').replaceAll('\n', 'â
 const sum = (numbers) => numbers.reduce((all, x) => all + (x ?? 0), 0);
 const mean = (numbers) => sum(numbers) / Math.max(numbers.length, 1);
 
+/** The text of tokens, as the stream had it. */
+export const textOf = (tokens) => tokens.map((token) => token.shown ?? token.text).join('');
+
 /** Whether a member was asked; a closed gate leaves some out, whose figures are null. */
 const isAsked = (token, k) => token.member_log_probs[k] !== null || token.member_top[k].length > 0;
 
@@ -203,13 +206,14 @@ export function detailsElement(token, about, whatIf = null, places = []) {
   const known = token.sources.filter((one) => one);
   const stands = known.map(({ path, line }) => `this and what is before stands in ${path}, line ${line}`);
   const put = token.isPut ? ['put here in place of what was drawn'] : [];
-  const said = [...put, ...doubt, ...claims, ...stands, ...places, ...(unit === 'token' ? [] : [UNITS])];
+  const said = [...put, ...doubt, ...claims, ...stands, ...(unit === 'token' ? [] : [UNITS])];
   return h(
     'section',
     { className: 'details', 'aria-label': `Behind ${visible(token.text)}`, tabindex: -1 },
     h('h3', {}, h('code', {}, visible(token.text) || 'end'), ' ', h('small', {}, `by ${about.rule}${solved(token)}`)),
     h('div', { className: 'cards' }, cards),
     said.map((sentence) => h('p', {}, sentence)),
+    places,
     moves(token, about)
   );
 }
@@ -302,11 +306,26 @@ export function legendElement(root, about) {
   return made;
 }
 
-/** Show the details of what is chosen in a text behind it, and take those of another away. */
-export function lookable(text, about, holder, whatIf = null, placesOf = () => []) {
+/** Where one of a text's tokens stands in files, with the lines around, by the stretches that the server told. */
+function placesElements({ tokens = [], sources = [] }, at) {
+  const [start, end] = [at, at + 1].map((count) => [...textOf(tokens.slice(0, count))].length);
+  return sources
+    .filter((one) => one.start < end && start < one.end)
+    .flatMap(({ path, line, changed, before, after, ...one }) => [
+      h('p', {}, `this stands in ${path}, line ${line}${changed ? ', which has changed since' : ''}`),
+      h('pre', {}, before, h('mark', {}, [...textOf(tokens)].slice(one.start, one.end).join('')), after),
+    ]);
+}
+
+/**
+ * Show the details of what is chosen in a text behind it, and take those of another away.
+ *
+ * `turn` has, by the time that something is chosen, the text's tokens and where stretches of it stand in files.
+ */
+export function lookable(text, about, holder, whatIf = null, turn = {}) {
   text.addEventListener('choose', ({ detail: { k, token } }) => {
     const goOn = whatIf && ((other) => whatIf(k, other));
-    const found = detailsElement(token, about, goOn, placesOf(k));
+    const found = detailsElement(token, about, goOn, placesElements(turn, k));
     const close = () => {
       found.remove();
       text.querySelector('.on')?.focus();
@@ -338,7 +357,7 @@ export function showRecord(root, record) {
     const text = textElement(own);
     text.append(h('span', { className: 'prompt' }, turn.text ?? ''));
     text.add(turn.tokens ?? []);
-    if (turn.tokens) lookable(text, own, holder);
+    if (turn.tokens) lookable(text, own, holder, null, turn);
     holder.append(text, h('p', { className: 'sum' }, summaryOf(turn.tokens ?? [])));
     root.append(holder);
   }

@@ -1,6 +1,5 @@
 // The page: three views of the served ensembles, and the settings that they share.
 
-import { textOf } from './answer.js';
 import { key, models } from './api.js';
 import { chatOf } from './chat.js';
 import { compareOf } from './compare.js';
@@ -11,7 +10,7 @@ import { save } from './share.js';
 
 const VIEWS = ['chat', 'inside', 'compare'];
 const by = (id) => document.getElementById(id);
-const state = { trouble, places, share: (record) => save(record).catch(trouble) };
+const state = { trouble, share: (record) => save(record).catch(trouble) };
 const views = {};
 
 function trouble(error) {
@@ -21,16 +20,6 @@ function trouble(error) {
     openSettings(true);
     by('key')?.focus();
   }
-}
-
-/** Sentences on where a token stands in files, by the stretches of its text that the server told. */
-function places({ tokens, sources }, at) {
-  const size = (some) => [...textOf(some)].length;
-  const [start, end] = [size(tokens.slice(0, at)), size(tokens.slice(0, at + 1))];
-  const found = sources.filter((one) => one.start < end && start < one.end);
-  return found.map(
-    (one) => `this stands in ${one.path}, line ${one.line}${one.changed ? ', which has changed since' : ''}`
-  );
 }
 
 function show(name, focus = true) {
