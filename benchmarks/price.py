@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from members import ensemble_of, save_pair
 from report import median, named, show
-from softmeet.engine import pace, quick
+from softmeet.engine import combine, pace
 from softmeet.members import trunk, zoo
 from softmeet.rules.settings import parse_rule
 
@@ -56,7 +56,7 @@ class Inside:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        for owner, name in ((trunk.Trunk, "__call__"), (quick, "native_logits")):
+        for owner, name in ((trunk.Trunk, "__call__"), (combine, "native_logits")):
             setattr(owner, name, self._noted(getattr(owner, name)))
 
     def _noted(self, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,10 +13,9 @@ from toys import Late, Stubborn, Table, joint
 
 from softmeet.engine.ask import Members
 from softmeet.engine.combine import Combiner
-from softmeet.engine.combined import combined, of_one_each
 from softmeet.engine.continuation import Continuation, Dropped
-from softmeet.engine.gate import ask
 from softmeet.engine.speculate import FullError, MemberTurns
+from softmeet.engine.step import ask, combined, of_one_each
 from softmeet.errors import InvalidInputError, NonFiniteError
 from softmeet.members.opaque import NoHead
 from softmeet.rules.gates import Unsure

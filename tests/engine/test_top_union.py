@@ -40,6 +40,7 @@ def test_it_is_what_the_formulas_say(seed):
     expected = rival_oracles.top_union_distribution(members, [()] * n, w, k)
     combiner = TopUnion([str(i) for i in range(n)], [NoHead(END + 1)] * n, k, stands)
     settings = Settings.of({"rule": "prob-mean", "weights": tuple(w)}).for_members(n)
-    for found in (combiner.quickly(told, settings)[0], combiner.solve_rows(told, settings)[1].log_probs):
+    for quickly in True, False:
+        found = next(combiner.combined(told, settings, quickly=quickly)).ours
         ours = {(None if s == END else WORDS[s]): p for s, p in enumerate(found[0].exp().tolist()) if p}
         assert ours == pytest.approx({word: p for word, p in expected.items() if p}, abs=1e-9)

@@ -9,7 +9,7 @@ import transformers as tf
 from scipy.stats import chisquare
 
 from softmeet import Ensemble, Structure
-from softmeet.engine import combine as combining
+from softmeet.engine.combine import Combiner
 from softmeet.engine.recorder import Recorder
 from softmeet.errors import InvalidInputError
 
@@ -33,14 +33,14 @@ def own(ensemble, i, ids):
 @pytest.fixture
 def drawn(monkeypatch):
     """What was drawn at every step, and with which probabilities."""
-    found, original = [], combining.quick.of_drawn
+    found, original = [], Combiner.of_drawn
 
-    def of_drawn(heads, hidden, chosen, *rest):
-        log_probs = original(heads, hidden, chosen, *rest)
+    def of_drawn(self, states, chosen):
+        log_probs = original(self, states, chosen)
         found.append((list(chosen), log_probs))
         return log_probs
 
-    monkeypatch.setattr(combining.quick, "of_drawn", of_drawn)
+    monkeypatch.setattr(Combiner, "of_drawn", of_drawn)
     return found
 
 

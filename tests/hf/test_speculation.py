@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from softmeet import Ensemble, Structure
 from softmeet.cli.main import app
-from softmeet.engine import quick
+from softmeet.engine.combine import Combiner
 from softmeet.engine.pace import Pace
 from softmeet.engine.recorder import Recorder
 from softmeet.engine.repeats import Repeats
@@ -382,8 +382,8 @@ def generated(*options):
 
 
 def test_the_command_draws_from_one_member(monkeypatch):
-    drawn, original = [], quick.of_drawn
-    monkeypatch.setattr(quick, "of_drawn", lambda *given: (drawn.append(1), original(*given))[1])
+    drawn, original = [], Combiner.of_drawn
+    monkeypatch.setattr(Combiner, "of_drawn", lambda *given: (drawn.append(1), original(*given))[1])
     done = generated("--one-member")
     assert done.exit_code == 0, done.output
     assert len(drawn) == 12

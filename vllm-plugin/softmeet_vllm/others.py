@@ -140,8 +140,9 @@ class Others:
         """Combine the models behind some texts, into ``found``; return why that cannot be."""
         states = [own[list(some)], *(torch.stack(one) for one in zip(*(told[k] for k in some), strict=True))]
         try:
-            quick = self._combiner.quickly(states, settings)
-            mixture = quick[0] if quick else self._combiner.solve_rows(states, settings, proved=False)[1].log_probs
+            mixture = torch.cat(
+                [one.ours for one in self._combiner.combined(states, settings, quickly=True, proved=False)]
+            )
         except SoftmeetError as error:
             return error
         found[list(some)] = (mixture[:, : self._v] + states[0].logsumexp(-1, keepdim=True)).to(found.dtype)

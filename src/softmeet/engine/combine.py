@@ -7,33 +7,35 @@ of member i's hidden states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import linear, pad
 
-from softmeet.engine import quick
 from softmeet.engine.claims import behind_claims, claimed
-from softmeet.engine.deferral import Deferral
+from softmeet.engine.recorder import Recorder
 from softmeet.engine.unread import require_read
 from softmeet.errors import NonFiniteError
 from softmeet.heads import SoftmaxHead
 from softmeet.members.heads import one_head
 from softmeet.members.opaque import Head, OpaqueHead
 from softmeet.rules.combine import product_dtype, solve
-from softmeet.rules.gates import Automatic, Unsure
+from softmeet.rules.gates import Automatic, Unsure, that_closes
 from softmeet.rules.problem import Problem, TokensBefore
 from softmeet.rules.settings import Settings
 from softmeet.rules.solution import Solution
 from softmeet.rules.validate import normalised, slopes_of
+from softmeet.simplex import capped
 
 # Each member's last hidden states at B positions, (B, d_i); and all members' logits or log-probabilities there.
 Hidden = Sequence[Float[Tensor, "B _"]]
 Scores = Float[Tensor, "n B v"]
-# The most fp64 numbers that one solve may hold in vectors over the vocabulary: 512 MiB.
+# The most numbers that one solve may hold in vectors over the vocabulary, 512 MiB in fp64, and the most that all
+# members' logits may have where an average is computed without being solved for, 256 MiB in fp32.
 _ELEMENTS = 1 << 26
 
 
@@ -43,6 +45,87 @@ def rows_at_once(v: int, n: int) -> int:
     This bounds its vectors over the vocabulary to about 512 MiB.
     """
     return max(1, _ELEMENTS // (v * 4 * n))
+
+
+def weights_of(settings: Settings) -> tuple[float, ...]:
+    """Return the members' weights of settings from :meth:`Settings.for_members`."""
+    assert isinstance(settings.weights, tuple), "settings for members have a weight for each"
+    return settings.weights
+
+
+def native_logits(head: Head, hidden: Float[Tensor, "b d"]) -> Float[Tensor, "b v"]:
+    """Return a head's logits in fp32 or fp64, by a product in its own dtype, as the model computes them.
+
+    In half precision that rounds logits to it, and is several times as fast on a CPU as ``head.logits``, which
+    multiplies in fp32.
+
+    Example:
+        >>> from softmeet import SoftmaxHead
+        >>> native_logits(SoftmaxHead(torch.ones(2, 1).bfloat16()), torch.ones(1, 1, dtype=torch.bfloat16))
+        tensor([[1., 1.]])
+    """
+    if isinstance(head, OpaqueHead) or head.dtype != hidden.dtype or head.dtype.itemsize > 2:
+        return head.logits(hidden)
+    bias = None if head.bias is None else head.bias.to(head.dtype)
+    return capped(linear(hidden, head.weight.detach(), bias).float(), head.scale, head.soft_cap)
+
+
+@dataclass
+class Deferral:
+    """The positions at which, by the gate ``unsure``, the first member defers to the others, so that all members run.
+
+    It defers where its largest next-token probability is below the gate's threshold.
+
+    Attributes:
+        rows: (B,) bool, True at positions at which all members ran, False at those at which the first answers alone.
+        logits: (B, v), the first member's logits at all B positions; None if they were too large to keep.
+    """
+
+    rows: Bool[Tensor, " B"]
+    logits: Float[Tensor, "B v"] | None = None
+
+    def take(self, rows: slice | Int[Tensor, " r"]) -> Deferral:
+        """Return the deferral at some of the positions."""
+        return Deferral(self.rows[rows], None if self.logits is None else self.logits[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """What a rule makes of B positions.
+
+    Attributes:
+        ours: (B, v), the rule's log-probabilities in nats.
+        members: (n, B, v), the members' own; None of an average that was computed without them.
+        solution: how the rule was solved; None of such an average.
+        logits: of such an average, each member's logits, (B, v_i).
+        claiming: of such an average, what readers that claim told, as :func:`claimed` takes it.
+    """
+
+    ours: Float[Tensor, "B v"]
+    members: Float[Tensor, "n B v"] | None = None
+    solution: Solution | None = None
+    logits: Sequence[Float[Tensor, "B _"]] = ()
+    claiming: Sequence[Float[Tensor, "B _"]] = ()
+
+    @property
+    def solved(self) -> tuple[Scores, Solution]:
+        """The members' log-probabilities and the solution, of a rule that was solved."""
+        assert self.members is not None
+        assert self.solution is not None
+        return self.members, self.solution
+
+    def claims(self, row: int) -> list[float]:
+        """Return the share of the answer that each reader which claims took at one of the positions."""
+        if self.solution is None:
+            return [own[row, -1].exp().item() for own in self.claiming]
+        return [] if self.solution.claims is None else self.solution.claims[:, row].tolist()
+
+    def tell(self, recorder: Recorder) -> None:
+        """Have a recorder count these positions."""
+        if self.solution is not None and self.members is not None:
+            recorder.add(self.solution, self.members)
+        elif self.logits:
+            recorder.add_average(self.logits)
 
 
 class Combiner:
@@ -56,6 +139,7 @@ class Combiner:
         heads: the members' output layers, in the same order, as :func:`softmeet.members.heads.head_of` finds them.
         given: the heads that rules are given: those, and a column of zeros for each that cannot be read.
         v: the size of the vocabulary: the number of logits of the largest head.
+        device: where members are combined: the device of the first one's head.
         support: (v,) bool, True for the ids that are tokens, for heads with padding rows; None if all ids are tokens.
         capped: whether a head has a soft-cap; rules then need logits beside log-probabilities.
         joint: whether what a member says at a place depends on what the others say there.
@@ -71,9 +155,10 @@ class Combiner:
             head if isinstance(head, SoftmaxHead) else SoftmaxHead(torch.zeros(head.v, 1, device=head.device))
             for head in heads
         ]
-        self.v = max(head.v for head in heads)
+        self.v, self.device = max(head.v for head in heads), heads[0].device
         self.capped = any(head.soft_cap is not None for head in self.given)
         self._unread = self.given != self.heads
+        self._alike = len({(head.v, head.device) for head in heads}) == 1
 
     def require(self, settings: Settings) -> None:
         """Raise UnsupportedHeadError, as :func:`require_read` does, if the settings read a head that cannot be read."""
@@ -94,61 +179,106 @@ class Combiner:
         # The logits are too many to keep: they are computed again, in chunks, when the positions are combined.
         return Deferral(torch.cat([gate.among(head.log_probs(part)) for part in first.split(chunk)]))
 
-    def quickly(
-        self, hidden: Hidden, settings: Settings
-    ) -> tuple[Float[Tensor, "B v"], list[Float[Tensor, "B _"]]] | None:
-        """Return an average's log-probabilities in nats, without what a report needs (:mod:`softmeet.engine.quick`).
-
-        Args:
-            hidden: for each member i, its last hidden states, (B, d_i).
-            settings: the rule and all other settings, from :meth:`Settings.for_members`.
-
-        Returns:
-            (the log-probabilities, (B, v), fp32 or fp64; each member's logits, of which a head may have fewer than v);
-            None where the rule has to be solved for.
-        """
-        if not (settings.rule.is_average and quick.may(settings, len(hidden[0]), self.v)):
-            return None
-        n = len(self.heads)
-        logits = self._own_logits(hidden[:n], native=True)
-        found = quick.average(logits, settings, self.support, self.v)
-        if found is None or len(hidden) == n:
-            return None if found is None else (found, logits)
-        return claimed(found, hidden[n:]), logits
-
-    def solve_in_chunks(
+    def combined(
         self,
         hidden: Hidden,
         settings: Settings,
         deferral: Deferral | None = None,
-        before: TokensBefore | None = None,
+        before: Callable[[], TokensBefore | None] = lambda: None,
         *,
+        quickly: bool = False,
         proved: bool = True,
-    ) -> Iterator[tuple[Float[Tensor, "n b v"], Solution]]:
-        """Combine the members at B positions, in chunks of b so that memory stays bounded, from their hidden states.
+    ) -> Iterator[Combined]:
+        """Combine the members at B positions, from their hidden states, in chunks so that memory stays bounded.
 
         Args:
             hidden: for each member i, its last hidden states, (B, d_i).
             settings: the rule and all other settings, from :meth:`Settings.for_members`.
             deferral: the positions at which all members ran; at the others the first member answers alone. None if all
                 members ran at all positions.
-            before: the token before each position, for gates that look at the text; None if unknown.
+            before: returns the token before each position, for gates that look at the text; None if unknown.
+            quickly: whether an average may be computed without what a report needs: each member's log-probabilities in
+                fp64, objectives, divergences. It then takes a few passes over the vocabulary, in the logits' dtype.
             proved: True to solve a row until its gap is proved to be within the tolerance; False to stop at an
                 estimate of the gap.
 
         Yields:
-            (the members' log-probabilities in nats at b positions, (n, b, v), fp64; the rule's solution there). The
-            chunks are in order; the last may be smaller.
+            what the rule makes of some positions, in order: of an average that is computed quickly, of all of them.
 
         Raises:
             SoftmeetError: as :meth:`combine_rows`, when the chunk concerned is reached.
         """
-        chunk = rows_at_once(self.v, len(hidden))
+        n = len(self.heads)
+        if quickly and deferral is None and self.may_be_quick(settings, len(hidden[0])):
+            logits = self._own_logits(hidden[:n], native=True)
+            if (found := self.quick_average(logits, settings)) is not None:
+                claims = hidden[n:]
+                yield Combined(claimed(found, claims) if claims else found, logits=logits, claiming=claims)
+                return
+        known, chunk = before(), rows_at_once(self.v, len(hidden))
         for start in range(0, len(hidden[0]), chunk):
             rows = slice(start, start + chunk)
             some = None if deferral is None else deferral.take(rows)
-            known = None if before is None else before.take(rows)
-            yield self.solve_rows([h[rows] for h in hidden], settings, some, known, proved=proved)
+            there = None if known is None else known.take(rows)
+            log_probs, solution = self.solve_rows([h[rows] for h in hidden], settings, some, there, proved=proved)
+            yield Combined(solution.log_probs, log_probs, solution)
+
+    def may_be_quick(self, settings: Settings, rows: int) -> bool:
+        """Return whether the rule need not be solved for, unless :meth:`quick_average` finds a row that has to.
+
+        It has to if it is no average, a gate may close, a member has weight 0, or the rows are so many that they would
+        have to be cut, as of a long prompt whose tokens are all scored.
+        """
+        weights = weights_of(settings) if settings.rule.is_average else ()
+        fits = rows * self.v * len(weights) <= _ELEMENTS
+        return bool(weights) and all(weights) and fits and that_closes(settings.gate) is None
+
+    def quick_average(self, logits: Sequence[Float[Tensor, "B _"]], settings: Settings) -> Float[Tensor, "B v"] | None:
+        """Return an average's log-probabilities in nats, in the dtype of the logits.
+
+        They are None where the rule has no quick form, or a row is not finite: solving then finds the answer, or says
+        what is wrong.
+
+        Args:
+            logits: each member's, fp32 or fp64; a head may have fewer than v rows.
+            settings: the rule and all other settings, of which :meth:`may_be_quick` is true.
+        """
+        own = logits if self._alike else list(map(self.padded, logits))
+        scores = settings.rule.quick(own, weights_of(settings))
+        if scores is None:
+            return None
+        if self.support is not None:
+            scores.masked_fill_(~self.support, -torch.inf)
+        if settings.rule_temperature != 1:
+            scores.div_(settings.rule_temperature)
+        total = scores.logsumexp(-1, keepdim=True)
+        return scores.sub_(total) if bool(total.isfinite().all()) else None
+
+    def of_drawn(self, states: Sequence[Float[Tensor, "1 _"]], drawn: Sequence[int]) -> Float[Tensor, "B v"]:
+        """Return the log-probabilities in nats of each text's drawn member.
+
+        Args:
+            states: the last hidden state of each of B texts, (1, d_i), by the member i that was drawn for it.
+            drawn: the numbers of these members.
+
+        Raises:
+            NonFiniteError: if a member's logits hold NaN or +inf.
+        """
+        found = dict[int, Tensor]()
+        for i in {*drawn}:
+            head, rows = self.heads[i], [k for k, member in enumerate(drawn) if member == i]
+            logits = self.padded(native_logits(head, torch.cat([states[k] for k in rows]).to(head.device)))
+            logits = logits if self.support is None else logits.masked_fill(~self.support, -torch.inf)
+            found |= zip(rows, logits.log_softmax(-1), strict=True)
+        told = torch.stack([found[k] for k in range(len(drawn))])
+        if not bool(told.amax(-1).isfinite().all()):
+            raise NonFiniteError("expected finite logits, or -inf for an impossible token, of every member drawn")
+        return told
+
+    def padded(self, logits: Float[Tensor, "B _"]) -> Float[Tensor, "B v"]:
+        """Put a member's logits where members are combined, with -inf for the ids that its head does not have."""
+        logits, more = logits.to(self.device), self.v - logits.shape[-1]
+        return pad(logits, (0, more), value=-torch.inf) if more else logits
 
     def solve_rows(
         self,
@@ -198,25 +328,20 @@ class Combiner:
         Ids past a head's last row have -inf. At positions at which, by ``deferral``, the first member answers alone,
         all logits of the other members are 0, and their heads are not read.
         """
-        place, v = self.heads[0].device, self.v
         hidden = hidden[: len(self.heads)]
         if deferral is None:
             found = self._own_logits(hidden)
         else:
             pairs = enumerate(zip(self.heads, hidden, strict=True))
             found = [_where_run(head, own.to(head.device), deferral, first=not i) for i, (head, own) in pairs]
-        padded = [
-            nn.functional.pad(own.to(place), (0, v - head.v), value=-torch.inf) if head.v < v else own.to(place)
-            for head, own in zip(self.heads, found, strict=True)
-        ]
-        return torch.stack(padded)
+        return torch.stack(list(map(self.padded, found)))
 
     def _own_logits(self, hidden: Hidden, *, native: bool = False) -> list[Float[Tensor, "B _"]]:
         """Compute each member's logits (``native`` ones); members of one head are rows of one product with it."""
         found: list[Any] = [None] * len(self.heads)
         for group in self._groups:
             head = self.heads[group[0]]
-            compute = partial(quick.native_logits, head) if native else head.logits
+            compute = partial(native_logits, head) if native else head.logits
             if len(group) == 1:
                 found[group[0]] = compute(hidden[group[0]].to(head.device))
                 continue
@@ -303,13 +428,13 @@ class Combiner:
         heads, dtype = self.given, scores.dtype
         log_p = self.normalised(scores)
         hidden, claims = (hidden or ())[: len(self.heads)], (hidden or ())[len(self.heads) :]
-        capped = None if logits is None or not self.capped else logits
+        with_caps = None if logits is None or not self.capped else logits
         average = bool(hidden) and self.one_head and self.average(settings) is not None
         hidden = [own.to(log_p.device) for own in hidden] if average else ()
         problem = Problem(
             log_p=log_p,
             heads=tuple(heads),
-            slopes=(None,) * len(heads) if capped is None else slopes_of(heads, capped, log_p, log_p.shape),
+            slopes=(None,) * len(heads) if with_caps is None else slopes_of(heads, with_caps, log_p, log_p.shape),
             settings=settings,
             support=self.support,
             dtype=product_dtype(dtype, settings.tol),

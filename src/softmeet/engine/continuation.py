@@ -9,8 +9,7 @@ from typing import Protocol, Self, TypeAlias
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from softmeet.engine.combine import Combiner
-from softmeet.engine.deferral import Deferral
+from softmeet.engine.combine import Combiner, Deferral
 from softmeet.errors import NonFiniteError, SoftmeetError
 from softmeet.readers.reader import Reader, Row
 

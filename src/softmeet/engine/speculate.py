@@ -14,13 +14,11 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from softmeet.engine import quick
 from softmeet.engine.ask import Members
 from softmeet.engine.claims import claimed
-from softmeet.engine.combine import rows_at_once
-from softmeet.engine.combined import Combined
+from softmeet.engine.combine import Combined, native_logits, rows_at_once, weights_of
 from softmeet.engine.continuation import Continuation
 from softmeet.engine.pace import FREELY, MOST, Pace
 from softmeet.engine.repeats import Repeats
@@ -77,7 +75,7 @@ class MemberTurns(ABC):
         self._settings, self._speculate = settings, speculate
         n, rows, v = len(self._model.members), len(self.texts), self._model.combiner.v
         self._claiming = range(n, len(self.texts[0].readers))
-        sizes, weights = [reader.traits.cost for reader in self.texts[0].readers[:n]], quick.weights_of(settings)
+        sizes, weights = [reader.traits.cost for reader in self.texts[0].readers[:n]], weights_of(settings)
         # Of members of about one size, the one that weighs most is the nearest to the rule.
         self._order = sorted(range(n), key=lambda i: (sizes[i] > 1.1 * min(sizes), -weights[i], sizes[i]))
         readers = self.texts[0].readers[:n]
@@ -85,7 +83,7 @@ class MemberTurns(ABC):
         self.pace, self._repeats = Pace(n, self._order[0], rows, kept, v), Repeats()
         self._most = FREELY if speculate == "auto" else speculate
         most = rows * (n + (MOST if speculate == "auto" else speculate) + self._most)
-        self._quick = settings.rule.is_average and not reported and quick.may(settings, most, v)
+        self._quick = not reported and self._model.combiner.may_be_quick(settings, most)
         self._at_once = 1 if singly else max(1, rows_at_once(v, n) // rows)
         self._count, self.is_over = 0, False
         self._authors: list[int] = []
@@ -186,7 +184,7 @@ class MemberTurns(ABC):
         combiner = self._model.combiner
         if self._quick:
             logits = [torch.cat(own[start:stop]) for own in self._logits]
-            average = quick.average(logits, self._settings, combiner.support, combiner.v)
+            average = combiner.quick_average(logits, self._settings)
             if average is not None:
                 claims = [torch.cat(self._hidden[i][start:stop]) for i in self._claiming]
                 return Combined(claimed(average, claims), claiming=claims)
@@ -212,15 +210,9 @@ class MemberTurns(ABC):
         begun, states = self.clock(), self.run(i)
         self._hidden[i] += states.unbind(1)
         if self._quick:
-            logits = quick.native_logits(self._model.combiner.heads[i], states.flatten(0, 1))
-            self._logits[i] += self._padded(logits).unflatten(0, states.shape[:2]).unbind(1)
+            logits = native_logits(self._model.combiner.heads[i], states.flatten(0, 1))
+            self._logits[i] += self._model.combiner.padded(logits).unflatten(0, states.shape[:2]).unbind(1)
         self.pace.calls[i].add(states.shape[1], self.clock() - begun)
-
-    def _padded(self, logits: Float[Tensor, "r _"]) -> Float[Tensor, "r v"]:
-        """Put a member's logits where the rule is computed, with -inf for ids that its head does not have."""
-        more = self._model.combiner.v - logits.shape[-1]
-        logits = logits.to(self._model.combiner.heads[0].device)
-        return nn.functional.pad(logits, (0, more), value=-torch.inf) if more else logits
 
     def _draft(self, i: int) -> bool:
         """Draft the next token from member i's own distribution, with the rule's temperature; return whether it can.
@@ -228,7 +220,7 @@ class MemberTurns(ABC):
         What is claimed of it is drafted by those who claim it.
         """
         begun, combiner = self.clock(), self._model.combiner
-        logits = self._logits[i][-1] if self._quick else self._padded(combiner.heads[i].logits(self._hidden[i][-1]))
+        logits = self._logits[i][-1] if self._quick else combiner.padded(combiner.heads[i].logits(self._hidden[i][-1]))
         logits = logits / self._settings.rule_temperature
         logits = logits if combiner.support is None else logits.masked_fill(~combiner.support, -torch.inf)
         found = self.draft(self._readable(claimed(logits.log_softmax(-1), self._claims())))
@@ -280,7 +272,7 @@ class MemberTurns(ABC):
         token, share = (0, 0.0) if others else self._repeats.next(one.tokens, one.drafts)
         if self._claiming:
             # As if the rule had answered nothing, so that what is claimed alone is left.
-            nothing = torch.full((len(self.texts), combiner.v), -torch.inf, device=combiner.heads[0].device)
+            nothing = torch.full((len(self.texts), combiner.v), -torch.inf, device=combiner.device)
             found = claimed(nothing, self._claims())
             chance = float(found.amax(-1).exp().prod())
             if chance >= share:

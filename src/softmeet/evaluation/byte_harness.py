@@ -50,7 +50,7 @@ def log_likelihoods(
         text = fitting(model, read, least=longest)
         hidden = model.hidden_states(torch.tensor([text]), given=len(text) - longest + 1)
         last = [rows[-longest:] for rows in hidden]
-        log_probs = torch.cat([part.log_probs for _, part in model.combiner.solve_in_chunks(last, settings)]).cpu()
+        log_probs = torch.cat([part.ours for part in model.combiner.combined(last, settings)]).cpu()
         for after in continuations:
             own = log_probs[-len(after) :]
             yield own.gather(-1, after[:, None]).sum().item(), bool((own.argmax(-1) == after).all())

@@ -55,7 +55,8 @@ def _behind(model: Any, before: Sequence[int], texts: Sequence[Sequence[int]]) -
     own, skipped = model.before_claims(before, ())
     states += [_read(reader, own, skipped, before, texts) for reader in model.claimants]
     every, found, start = torch.tensor([symbol for text in texts for symbol in text]), list[Tensor](), 0
-    for members, solution in model.combiner.solve_in_chunks(states, model.combiner.resolved(model.settings)):
+    for part in model.combiner.combined(states, model.combiner.resolved(model.settings)):
+        members, solution = part.solved
         told = torch.cat([solution.log_probs[None].to(members.dtype), members])
         targets = every[start : start + told.shape[1]].to(told.device)
         likely = told.gather(-1, targets.expand(len(told), -1)[..., None]).squeeze(-1).double()

@@ -239,5 +239,5 @@ def moved(model: AnyEnsemble, hidden: Sequence[Float[Tensor, "t _"]]) -> Movemen
     Returns:
         The :class:`Movement`, with a row for each position.
     """
-    found = [Movement.of(solution) for _, solution in model.combiner.solve_in_chunks(hidden, _as_meet(model.settings))]
+    found = [Movement.of(part.solved[1]) for part in model.combiner.combined(hidden, _as_meet(model.settings))]
     return Movement.stacked(torch.cat([one.table() for one in found if one is not None]))

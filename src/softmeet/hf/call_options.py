@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from softmeet.engine.combined import Combined
+from softmeet.engine.combine import Combined
 from softmeet.engine.continuation import Continuation
 from softmeet.engine.masking import Structured, mask_of
 from softmeet.engine.processors import SomethingLeft

@@ -20,16 +20,15 @@ from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from softmeet.engine.ask import Hidden
-from softmeet.engine.combined import Combined, combined, of_one_each
+from softmeet.engine.combine import Combined, weights_of
 from softmeet.engine.continuation import Dropped
 from softmeet.engine.draw import Draw, Noise, choose
-from softmeet.engine.gate import read
-from softmeet.engine.quick import weights_of
 from softmeet.engine.speculate import MemberTurns, by_kept_costs
+from softmeet.engine.step import combined, end_full, of_one_each, read, require_read
 from softmeet.errors import InvalidInputError
 from softmeet.hf.call_options import CallOptions
 from softmeet.hf.refused import checked_length, require_context
-from softmeet.hf.running import NewTokens, end_full, require_read
+from softmeet.hf.running import NewTokens
 from softmeet.members.quantized import rounds_coarsely
 from softmeet.members.trunk import CACHE
 
@@ -398,8 +397,8 @@ class Drafting(MemberTurns):
     def take(self, found: Combined, rows: slice) -> bool:
         """Choose the next token of each sequence, and record its place; return whether all go on."""
         recorder = self._options.recorder
-        if recorder is not None and found.solution is not None and found.members is not None:
+        if recorder is not None:
             recorder.coming = list(self._live)
-            recorder.add(found.solution, found.members)  # of this place alone
+            found.tell(recorder)  # of this place alone
         self._steps.settle(self._live, found.ours[rows])
         return self._steps.live == self._live

@@ -97,7 +97,7 @@ def group_reports(model: ByteEnsembleForCausalLM, text: bytes, top: int, given: 
     states = [own[:-1] for own in model.hidden_states(torch.tensor([[END, *text]]), first)]
     log_probs = torch.stack(states[: len(model.members)])
     expected = [expected_tokens(reader, text, top) for reader in model.readers]
-    solutions = [solution for _, solution in model.combiner.solve_in_chunks(states, model.settings)]
+    solutions = [part.solved[1] for part in model.combiner.combined(states, model.settings)]
     answer = torch.cat([solution.log_probs for solution in solutions])
     apart = torch.cat([solution.disagreement for solution in solutions], -1)
     claims = [own[:, -1].exp() for own in states[len(log_probs) :]]
@@ -225,8 +225,8 @@ def reports_of(
     reports = TokenReports(top)
     # All members run at every position, so that they can be reported, also where a gate is closed.
     hidden = [states[:-1] for states in model.hidden_states(inputs["input_ids"], given)]
-    for log_probs, solution in model.combiner.solve_in_chunks(hidden, model.combiner.resolved(model.settings)):
-        reports.add(solution, log_probs)
+    for part in model.combiner.combined(hidden, model.combiner.resolved(model.settings)):
+        part.tell(reports)
     found = [reports.at(row, token) for row, token in enumerate(tokens.tolist())]
     ids = inputs["input_ids"][0].tolist()
     if not model.claimants:

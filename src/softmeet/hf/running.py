@@ -5,7 +5,6 @@ A *sequence* is a row of the batch that is generated: a prompt and its continuat
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from softmeet.engine.combined import of_rows
+from softmeet.engine.combine import Deferral
 from softmeet.engine.continuation import Dropped
-from softmeet.engine.deferral import Deferral
-from softmeet.engine.gate import joined, read
+from softmeet.engine.step import end_full, joined, read, require_read
 from softmeet.errors import InvalidInputError
 from softmeet.hf.cache import EnsembleCache
 from softmeet.hf.call_options import CallOptions
@@ -28,13 +26,13 @@ from softmeet.hf.refused import require_context
 from softmeet.members.trunk import last_hidden, takes_cache
 from softmeet.readers.reader import Predictions, Work
 from softmeet.readers.transformers import States
+from softmeet.rules.problem import TokensBefore
 
 if TYPE_CHECKING:
     from softmeet.engine.continuation import Ensembled
     from softmeet.hf.protocol import AnyEnsemble
 
 Kept = slice | Int[Tensor, " k"]
-_log = logging.getLogger("softmeet")
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,10 +292,13 @@ def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
         nothing = torch.zeros(*shape, model.combiner.v, dtype=torch.float64).log_softmax(-1)
         end_full(told.texts, nothing[:, -1])
         return nothing
-    chunks = of_rows(
-        model, told.hidden, options.settings, told.asked,
-        lambda: new.ids[:, new.kept].flatten()[told.at.to(new.ids.device)], quickly=options.quickly,
-    )  # fmt: skip
+
+    def before() -> TokensBefore | None:
+        return TokensBefore.of(new.ids[:, new.kept].flatten()[told.at.to(new.ids.device)], model.tokenizer)
+
+    chunks = model.combiner.combined(
+        told.hidden, options.settings, told.asked, before, quickly=options.quickly, proved=False
+    )
     ours = options.log_probs(chunks, told.texts)
     if len(ours) < math.prod(shape):
         everywhere = ours.new_full((math.prod(shape), ours.shape[-1]), -math.log(ours.shape[-1]))
@@ -305,32 +306,3 @@ def combined_behind(new: NewTokens) -> Float[Tensor, "B k v"]:
     found = ours.view(*shape, -1)
     end_full(told.texts, found[:, -1])
     return found
-
-
-def end_full(texts: Sequence[Dropped], ours: Float[Tensor, "B v"]) -> None:
-    """Put, in place, an end behind texts that have to end, as the context of a member is full."""
-    for k, one in enumerate(texts):
-        if one.is_full:
-            ours[k] = _ended(one, ours[k])
-
-
-def _ended(text: Dropped, like: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
-    """Return log-probabilities in nats, (v,), by which an end of a text is all that can follow; say so in the log once.
-
-    Args:
-        text: one that has to end for all members, as the context of one is full.
-        like: gives v, dtype and device.
-    """
-    if not text.noted:
-        text.noted = True
-        _log.warning("a text ends because the context of %s is full", ", ".join(text.full_members))
-    ends = sorted(text.readers[0].alphabet.ends)
-    found = torch.full_like(like, -torch.inf)
-    found[ends] = -math.log(len(ends))
-    return found
-
-
-def require_read(texts: Sequence[Dropped]) -> None:
-    """Raise the error of a text that a member cannot read."""
-    for one in texts:
-        one.check()

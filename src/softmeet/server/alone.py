@@ -13,10 +13,10 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from softmeet.engine import quick
 from softmeet.engine.ask import Members
-from softmeet.engine.combined import Combined, of_one_each
+from softmeet.engine.combine import Combined, weights_of
 from softmeet.engine.speculate import MemberTurns, by_kept_costs
+from softmeet.engine.step import of_one_each
 from softmeet.rules.pools import ProbMean
 from softmeet.rules.solution import Solution
 from softmeet.server.limits import Limits
@@ -43,7 +43,7 @@ class OneMember:
 
     def __init__(self, s: Sequence, members: Members, give: Give) -> None:
         self._s, self._members, self._give = s, members, give
-        self._weights = quick.weights_of(s.combination.settings)
+        self._weights = weights_of(s.combination.settings)
         self._random = secrets.SystemRandom()
 
     def go_on(self, task: Task) -> None:

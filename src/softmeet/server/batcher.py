@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from softmeet.engine.ask import Hidden, Members
-from softmeet.engine.combined import combined
+from softmeet.engine.step import combined
 from softmeet.errors import SoftmeetError
 from softmeet.readers.reader import Reader
 from softmeet.server.alone import alone

@@ -11,8 +11,8 @@ from collections import defaultdict
 from typing import Any
 
 from softmeet.engine.ask import Hidden, Members
-from softmeet.engine.gate import ask
 from softmeet.engine.recorder import Savings
+from softmeet.engine.step import ask
 from softmeet.rules.solution import Solution
 from softmeet.server.metrics import Metrics
 from softmeet.server.sequences import Sequence

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from softmeet.engine.ask import Hidden
-from softmeet.engine.combined import Combined
+from softmeet.engine.combine import Combined
 from softmeet.engine.draw import Place, choose
 from softmeet.engine.processors import following
 from softmeet.errors import SoftmeetError
@@ -118,9 +118,8 @@ def _report(s: Sequence, found: Combined, row: int, token: int, *, scored: bool)
     if that is not known any more the most probable symbols.
     """
     assert s.request.report is not None
-    assert found.solution is not None
-    assert found.members is not None
-    report = token_report(found.solution, found.members, row, token, s.request.report)
+    members, solution = found.solved
+    report = token_report(solution, members, row, token, s.request.report)
     if s.combination.symbols_are_tokens:
         return report.spelled(s.request.tokenizer)
     expected = [] if scored else s.expected(s.request.report)

@@ -1,23 +1,29 @@
-"""The gate ``unsure``: which members read where the first one is unsure, and the others catch up.
+"""One step of texts: who reads what of them, and what the rule makes of their newest places.
 
-Each member after the first may be behind by any number of tokens. If the first member is unsure at a token, the others
-read all tokens that they have not read, each member in one call for all texts that need it in this step.
+Usually every member reads every token. Under the gate ``unsure`` the first does, and where it is unsure at a token the
+others read all tokens that they have not read, each member in one call for all texts that need it in this step.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from softmeet.engine.ask import C, Hidden, Members
-from softmeet.engine.continuation import Continuation
-from softmeet.engine.deferral import Deferral
+from softmeet.engine.claims import claim_drawn
+from softmeet.engine.combine import Combined, Deferral
+from softmeet.engine.continuation import Continuation, Dropped
 from softmeet.rules.gates import Unsure, unsure_of
+from softmeet.rules.problem import TokensBefore
 from softmeet.rules.settings import Settings
+
+_log = logging.getLogger("softmeet")
 
 
 def read(
@@ -127,3 +133,87 @@ def joined(texts: Sequence[Continuation]) -> Deferral | None:
     found = [one.asked for one in texts if one.asked is not None]
     logits = [one.logits for one in found if one.logits is not None]
     return Deferral(torch.cat([one.rows for one in found]), torch.cat(logits) if len(logits) == len(found) else None)
+
+
+def combined(
+    texts: Sequence[Continuation], hidden: Sequence[Hidden], settings: Settings, *, quickly: bool
+) -> Iterator[Combined]:
+    """Combine the members at the newest place of each text, in chunks of texts that bound memory.
+
+    Args:
+        texts: B texts of one ensemble.
+        hidden: for each text, each member's last hidden states there, (1, d_i).
+        settings: those by which they are combined, from :meth:`Settings.for_members`.
+        quickly: as of :meth:`Combiner.combined`.
+
+    Raises:
+        SoftmeetError: as :meth:`Combiner.combine_rows`.
+    """
+    model = texts[0].model
+    stacked = [torch.cat(member) for member in zip(*hidden, strict=True)]
+
+    def before() -> TokensBefore | None:
+        return TokensBefore.of(torch.tensor([one.tokens[-1] for one in texts]), model.tokenizer)
+
+    return model.combiner.combined(stacked, settings, joined(texts), before, quickly=quickly, proved=False)
+
+
+def of_one_each(
+    texts: Sequence[Continuation], drawn: Sequence[int], members: Members, chance: Callable[[], float]
+) -> Float[Tensor, "B v"]:
+    """Have one member read what it has not read of each text, and return its log-probabilities of what follows.
+
+    A reader that claims answers in the member's place as often as it claims, and then no member reads.
+
+    Args:
+        texts: B texts of one ensemble.
+        drawn: for each, the number of the member.
+        members: those who read.
+        chance: returns a number drawn evenly from [0, 1).
+
+    Raises:
+        SoftmeetError: if a member cannot read a text.
+    """
+    model, combiner = texts[0].model, texts[0].model.combiner
+    claims = members.read_on(texts, slice(len(model.members), None)) if model.claimants else {}
+    found = {one: told for one, own in claims.items() if (told := claim_drawn(own, chance)) is not None}
+    asked = {one: i for one, i in zip(texts, drawn, strict=True) if one not in found}
+    read = members.read_on([*asked], {one: slice(i, i + 1) for one, i in asked.items()}) if asked else {}
+    for one in texts:
+        one.check()
+    if asked:
+        states = [read[one][0] for one in asked]
+        ours = combiner.of_drawn(states, [*asked.values()])
+        if not found:
+            return ours
+        found |= zip(asked, ours, strict=True)
+    return torch.stack([found[one].to(combiner.device, torch.float64) for one in texts])
+
+
+def end_full(texts: Sequence[Dropped], ours: Float[Tensor, "B v"]) -> None:
+    """Put, in place, an end behind texts that have to end, as the context of a member is full."""
+    for k, one in enumerate(texts):
+        if one.is_full:
+            ours[k] = _ended(one, ours[k])
+
+
+def _ended(text: Dropped, like: Float[Tensor, " v"]) -> Float[Tensor, " v"]:
+    """Return log-probabilities in nats, (v,), by which an end of a text is all that can follow; say so in the log once.
+
+    Args:
+        text: one that has to end for all members, as the context of one is full.
+        like: gives v, dtype and device.
+    """
+    if not text.noted:
+        text.noted = True
+        _log.warning("a text ends because the context of %s is full", ", ".join(text.full_members))
+    ends = sorted(text.readers[0].alphabet.ends)
+    found = torch.full_like(like, -torch.inf)
+    found[ends] = -math.log(len(ends))
+    return found
+
+
+def require_read(texts: Sequence[Dropped]) -> None:
+    """Raise the error of a text that a member cannot read."""
+    for one in texts:
+        one.check()
