@@ -121,8 +121,8 @@ def serve():
     """A function that starts a batcher over models' members; batchers are closed at the end."""
     # Only the tests of the server need its packages.
     from softmeet.server.batcher import Batcher
+    from softmeet.server.ensembles import readers_of
     from softmeet.server.limits import Limits
-    from softmeet.server.members import readers_of
     from softmeet.server.metrics import Metrics
 
     engines = []

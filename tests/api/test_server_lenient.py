@@ -8,8 +8,8 @@ import signal
 import pytest
 from serving import TEMPLATE, http, running, serve, serving_of, tiny_ensemble
 
-from softmeet.server import passed_over
 from softmeet.server import serving as preparing
+from softmeet.server import strict
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "seed": 1}
 GOOD = {"prompt": "hello", "max_tokens": 4, "seed": 1}
@@ -41,7 +41,7 @@ def test_unknown_fields_and_models_are_passed_over_and_told_once(url, caplog):
 
 
 def test_no_client_fills_the_log(url, caplog, monkeypatch):
-    monkeypatch.setattr(passed_over, "_LINES", 3)
+    monkeypatch.setattr(strict, "_LINES", 3)
     for k in range(5):
         assert http.post(f"{url}/v1/completions", json={**GOOD, f"x{k}": 1}).status_code == 200
     said = [record.message for record in caplog.records if record.name == "softmeet.server"]

@@ -23,9 +23,9 @@ from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.reader import Read, finished
 from softmeet.server.batcher import Batcher
+from softmeet.server.ensembles import readers_of
 from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
-from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
 from softmeet.server.texts import Cutting, cut
 

@@ -25,8 +25,8 @@ from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
 from softmeet.server.batcher import Batcher
+from softmeet.server.ensembles import readers_of
 from softmeet.server.limits import Limits
-from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
 from update_architectures import ARCHITECTURES, COLUMNS, PAGE, VOCABULARY, page
 

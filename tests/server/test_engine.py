@@ -16,9 +16,9 @@ from softmeet.engine.combine import Combiner
 from softmeet.errors import NonFiniteError
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.readers.prefixes import PrefixCache
+from softmeet.server.ensembles import readers_of
 from softmeet.server.errors import BusyError, ClosingError, TooLateError
 from softmeet.server.limits import Limits
-from softmeet.server.members import readers_of
 from softmeet.server.sequences import Failed, Finished, PromptScored, Token
 from softmeet.simplex import total_variation
 

@@ -8,16 +8,15 @@ from itertools import pairwise
 
 import pytest
 
-from softmeet.server import large_bodies
-from softmeet.server.large_bodies import LARGE, LargeBodies
-from softmeet.server.security import Guard, Protection
+from softmeet.server import security
+from softmeet.server.security import LARGE, Guard, LargeBodies, Protection
 
 LONG = 8 * LARGE
 
 
 @pytest.fixture
 def rate(monkeypatch):
-    monkeypatch.setattr(large_bodies, "_RATE", 1e6)
+    monkeypatch.setattr(security, "_RATE", 1e6)
     return 1e6
 
 
@@ -61,7 +60,7 @@ def test_large_bodies_come_one_after_another_the_shortest_first(rate):
 def test_too_many_large_bodies_are_refused_the_longest_first(rate):
     async def all_of_them():
         bodies = LargeBodies()
-        sizes = [LONG, *range(LONG + 1000, LONG + 1000 + large_bodies._MOST), LARGE + 1]
+        sizes = [LONG, *range(LONG + 1000, LONG + 1000 + security._MOST), LARGE + 1]
         tasks = [asyncio.ensure_future(bodies.turn(size)) for size in sizes]
         await asyncio.sleep(0)
         await asyncio.sleep(0)

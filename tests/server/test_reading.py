@@ -9,7 +9,6 @@ import batches
 import pytest
 
 from softmeet.readers.reader import Reader
-from softmeet.server import reading
 from softmeet.server.sequences import Finished
 from softmeet.suspended import Control, StoppedError, by_turns, control
 
@@ -68,7 +67,7 @@ def test_prompts_that_are_read_together_are_read_until_all_have_left(model):
 
 
 def test_the_log_says_how_far_a_long_prompt_is_read(model, serve, endless, monkeypatch, caplog):
-    monkeypatch.setattr(reading, "_EVERY", 0.0)
+    monkeypatch.setattr("softmeet.server.batcher._EVERY", 0.0)
     batcher = serve(model)
     endless(next(iter(batcher.readers.values())), (1024, 4000))
     with caplog.at_level("INFO", "softmeet.access"):

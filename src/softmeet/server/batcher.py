@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -29,13 +30,12 @@ from softmeet.server.gating import Gates
 from softmeet.server.kinds import Kinds, prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.metrics import Metrics
-from softmeet.server.reading import read
 from softmeet.server.sequences import Account, Event, Failed, Finished, PromptScored, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.server.tokens import drawn, scored, tokens_of
 from softmeet.server.turns_at_lock import TURNS_AT_LOCK
 from softmeet.solvers.base import Status
-from softmeet.suspended import StoppedError
+from softmeet.suspended import Control, StoppedError
 
 _log = logging.getLogger("softmeet.server")
 # The most prompt tokens that begin in one round, though at least one prompt does: running sequences wait for them.
@@ -44,6 +44,8 @@ _CLOSED = "the server is shutting down and ended this answer before its end: ask
 _LATE = "the answer was not done in time: ask for fewer tokens, or raise the server's --timeout"
 # Statuses of tokens at which the rule did not reach its tolerance.
 _UNSOLVED = (Status.NOT_CONVERGED.name, Status.BUDGET.name)
+# Seconds between two lines of the access log on how far a long prompt is read.
+_EVERY, _access_log = 5.0, logging.getLogger("softmeet.access")
 
 
 class Batcher(threading.Thread):
@@ -55,7 +57,7 @@ class Batcher(threading.Thread):
     Sequences submitted before ``start()`` wait in the queue. To end the thread, call :meth:`close`, then ``join()``.
 
     Args:
-        readers: the members, as :func:`softmeet.server.members.readers_of` makes them. Only sequences of these may be
+        readers: the members, as :func:`softmeet.server.ensembles.readers_of` makes them. Only sequences of these may be
             submitted.
         limits: how many sequences may run and wait, and for how long a rule may work on a token.
         metrics: all of its counters but ``requests`` and ``first`` are kept up to date, on the batcher's thread.
@@ -396,3 +398,34 @@ class Batcher(threading.Thread):
             if not isinstance(error, RuntimeError):
                 _log.exception("a listener failed")
             s.cancel()
+
+
+def read(members: Members, group: Several[Sequence], task: Task) -> dict[Sequence, Hidden]:
+    """Return what members predict behind the prompts of sequences of one combination, and of all of a scored prompt.
+
+    Args:
+        members: those of all ensembles.
+        group: the sequences, at least one.
+        task: is paused where the reading may be left for a while.
+
+    Raises:
+        SoftmeetError: if a prompt cannot be read.
+        StoppedError: if all sequences are cancelled meanwhile.
+    """
+    told = time.monotonic()
+
+    def hear(done: int, total: int) -> None:
+        nonlocal told
+        if done < total and (now := time.monotonic()) > told + _EVERY:
+            told = now
+            _access_log.info(
+                "reading %s of %s tokens of %d prompts, by all members", f"{done:,}", f"{total:,}", len(group)
+            )
+
+    own = Control(hear)
+    for s in group:
+        s.reading = group, own
+    if all(s.cancelled for s in group):  # before they could know of the control
+        own.stop()
+    with own.over():
+        return members.read_on(group, group[0].batched, every=group[0].request.score_prompt, pause=task.pause)

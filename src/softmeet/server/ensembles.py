@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -15,12 +15,17 @@ from softmeet.hf.chat import chat_of
 from softmeet.hf.retrieval import with_passages
 from softmeet.members.member import titles
 from softmeet.members.passages import PASSAGE_RULE, Passage
+from softmeet.readers.reader import Reader
+from softmeet.readers.recurrent import RecurrentReader
+from softmeet.readers.transformers import require_keys_and_values
 from softmeet.rules.gates import Automatic, Disagreement
 from softmeet.rules.settings import Settings, parse_rule
 from softmeet.server.errors import RequestError, absent
-from softmeet.server.passed_over import PassedOver
 from softmeet.server.schemas import CHANGES, Extension
 from softmeet.server.sequences import Combination, unused
+from softmeet.server.strict import PassedOver
+
+_NO_ROWS = "its rows cannot join a running batch; use softmeet generate"
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,3 +302,28 @@ def load(named: dict[str, list[str]], find: Callable[..., Ensemble] | None = Non
 
 def _found(members: list[str], **settings: Any) -> Ensemble:
     return Ensemble.from_pretrained(members[0] if len(members) == 1 else members, **settings)
+
+
+def readers_of(
+    models: Iterable[EnsembleForCausalLM], names: Iterable[Iterable[str]], kept_tokens: int = 0
+) -> dict[Any, Reader]:
+    """Make a reader of every member of ensembles, one of those that several ensembles share.
+
+    Args:
+        models: the ensembles, in evaluation mode.
+        names: for each, its members' names in messages.
+        kept_tokens: for each member, the most prompt tokens whose keys and values are kept for prompts that begin
+            alike. Such a prompt is run in other pieces, and so rounded otherwise.
+
+    Raises:
+        InvalidInputError: if a member's cache holds anything but keys and values, as a recurrent model's does.
+    """
+    found = dict[Any, Reader]()
+    for model, own in zip(models, names, strict=True):
+        for i, name in enumerate(own):
+            if model.key_of(i) in found:
+                continue
+            reader = found[model.key_of(i)] = model.new_reader(i, name, kept_tokens)
+            if isinstance(reader, RecurrentReader):
+                require_keys_and_values(name, model.members[i].config, _NO_ROWS)
+    return found

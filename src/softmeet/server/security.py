@@ -10,8 +10,10 @@ import base64
 import contextlib
 import hmac
 import re
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from pydantic_core import from_json
 from starlette.datastructures import Headers
@@ -20,7 +22,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from softmeet.server.asgi import has_left, replay, unless_left
 from softmeet.server.errors import BusyError, RequestError, error_response
-from softmeet.server.large_bodies import LARGE, LargeBodies
 
 # What needs no key: the page is the same for all, and asks for a key itself.
 _OPEN = re.compile(r"/(health|ready|ui(/.*)?)?")
@@ -30,6 +31,10 @@ _JSON = ("/v1/", "/api/", "/tokenize", "/detokenize")
 _DISCARDED = 16
 # A name or an address, with or without a port; RFC 9110 has Host so.
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s\[\]:/@?#]+)(?::\d*)?", re.IGNORECASE)
+# Bodies of more bytes take turns, each for as long as it takes at so many bytes a second.
+LARGE, _RATE = 1 << 15, 2e6
+# How many wait at most.
+_MOST = 64
 
 
 @dataclass(frozen=True)
@@ -197,3 +202,42 @@ def _forms(key: str) -> list[bytes]:
 def _known(given: bytes, keys: Sequence[bytes]) -> bool:
     """Return whether a key is valid, in a time that depends on the contents of no valid key."""
     return sum(hmac.compare_digest(given, key) for key in keys) > 0
+
+
+class LargeBodies:
+    """The large bodies that wait for their turn, the shortest first."""
+
+    def __init__(self) -> None:
+        self._waiting, self._taken = list[tuple[int, int, asyncio.Future[bool]]](), False
+        self._numbers = count()
+
+    async def turn(self, size: int) -> bool:
+        """Wait until a body of so many bytes may be parsed, then return True; cancelled, it gives its place up.
+
+        Raises:
+            BusyError: if too many wait, and it is the longest of them.
+        """
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        one = size, next(self._numbers), turn
+        insort(self._waiting, one)
+        if len(self._waiting) > _MOST:
+            *_, last = self._waiting.pop()
+            last.set_exception(BusyError(f"expected at most {_MOST} large bodies at once: ask again later, or less"))
+        self._begin()
+        try:
+            return await turn
+        finally:
+            if one in self._waiting:
+                self._waiting.remove(one)
+
+    def _begin(self) -> None:
+        while self._waiting and not self._taken:
+            size, _, first = self._waiting.pop(0)
+            if not first.done():  # else its client has just left
+                self._taken = True
+                first.set_result(True)
+                asyncio.get_running_loop().call_later(size / _RATE, self._end)
+
+    def _end(self) -> None:
+        self._taken = False
+        self._begin()

@@ -24,16 +24,15 @@ from softmeet.hf.chat import TEMPERATURE, chat_of, take_plain
 from softmeet.hf.prompts import encoded, states_behind
 from softmeet.server import prompts
 from softmeet.server.batcher import Batcher
-from softmeet.server.ensembles import Ensembles, Served, behind_passages
+from softmeet.server.ensembles import Ensembles, Served, behind_passages, readers_of
 from softmeet.server.errors import BusyError, RequestError
 from softmeet.server.limits import Limits
-from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
-from softmeet.server.passed_over import PassedOver
 from softmeet.server.schemas import CHANGES, CompletionRequest, Extension, Generation
 from softmeet.server.security import Protection
 from softmeet.server.sequences import Combination, GenerationRequest
 from softmeet.server.sources import asks
+from softmeet.server.strict import PassedOver
 from softmeet.server.structures import Structures
 from softmeet.server.texts import token_texts
 from softmeet.solvers.clock import time_limit
