@@ -80,6 +80,9 @@ def test_the_root_and_the_page_tell_nothing_of_what_is_served_without_a_key():
         for path in ("/v1/models", "/openapi.json", "/uimain.js", "/ui/../v1/models", "//ui"):
             assert http.get(f"{url}{path}").status_code == 401
         assert http.get(f"{url}/", headers={"host": "evil.test"}).status_code == 421
+        for path in ("/", "/ui"):  # whatever stands before the server, and below whatever path
+            assert http.get(f"{url}{path}").headers["location"] == "ui/"
+        assert http.get(f"{url}/ui/look.js").headers["cross-origin-resource-policy"] == "same-origin"
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def nats(page, card):
 
 
 def texts(tokens):
-    return [text.replace("\u23ce\n", "\n") for text in tokens.all_text_contents()]
+    return tokens.all_text_contents()
 
 
 def told(page, events, status=200):
@@ -155,14 +155,120 @@ def test_again_edit_and_another_token_go_on_from_there(page):
     assert len(changed) > 5
     assert bodies[-1]["continue_final_message"]
     assert bodies[-1]["messages"][-1] == {"role": "assistant", "content": "".join(first[:4]) + word}
-    page.locator(".turn.user .edit").click()
-    assert page.input_value("#message") == "In the"
-    expect(page.locator("#log .turn")).to_have_count(0)
+    page.click("#undo")
+    assert texts(page.locator(".turn.assistant .tok")) == first
+
+
+def test_what_is_edited_or_cleared_is_there_until_something_else_is_asked(page):
     ask(page, "And", length=4)
     ask(page, "But", length=4)
-    expect(page.locator("#log .turn")).to_have_count(4)
+    page.fill("#message", "a draft")
+    for leave in (lambda: page.click("#cancel"), lambda: page.press("#message", "Escape")):
+        page.locator(".turn.user .edit").first.click()
+        assert page.input_value("#message") == "And"
+        leave()
+        assert page.input_value("#message") == "a draft"
+    said = page.locator("#log .turn .text")
+    before = said.all_text_contents()
+    page.locator(".turn.user .edit").first.click()
+    ask(page, "In the")
+    assert said.all_text_contents()[0] == "In the"
+    expect(said).to_have_count(2)
+    page.click("#undo")
+    assert said.all_text_contents() == before
     page.click("#clear")
-    expect(page.locator("#log .turn")).to_have_count(0)
+    expect(said).to_have_count(0)
+    page.click("#undo")
+    assert said.all_text_contents() == before
+    ask(page, "So")
+    expect(page.locator("#undo")).to_be_hidden()
+
+
+def test_an_answer_that_was_cut_is_gone_on_with(page):
+    bodies = []
+    page.on("request", lambda r: bodies.append(r.post_data_json) if r.method == "POST" else None)
+    first = texts(ask(page, "And", length=4, temperature=0))
+    expect(page.locator(".turn.assistant .sum")).to_contain_text("ended at the most tokens")
+    page.click("#more")
+    more = texts(ended(page, ".turn.assistant"))
+    assert (more[:4], len(more)) == (first, 8)
+    assert bodies[-1]["messages"][-1] == {"role": "assistant", "content": "".join(first)}
+    page.click("#tab-inside")
+    page.click("#go")
+    text = "".join(texts(ended(page, "#text")))
+    page.click("#inside-more")
+    assert ended(page, "#text").count() == 8
+    assert bodies[-1]["prompt"] == page.input_value("#prompt") + text
+
+
+def test_a_reload_loses_neither_the_conversation_nor_settings(page):
+    settings(page, ensemble="mixed", temperature=0.3, length=5, system="Be brief.")
+    page.locator("#member-1").uncheck()
+    first = texts(ask(page, "And"))
+    page.click("#theme")
+    page.reload()
+    assert texts(page.locator(".turn.assistant .tok")) == first
+    page.locator(".turn.assistant .tok").first.click()
+    expect(page.locator(".cards")).to_be_visible()
+    found = {name: page.input_value(f"#{name}") for name in ("ensemble", "temperature", "length", "system")}
+    assert found == {"ensemble": "mixed", "temperature": "0.3", "length": "5", "system": "Be brief."}
+    assert [page.locator(f"#member-{k}").is_checked() for k in (0, 1)] == [True, False]
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_the_view_follows_an_answer_and_stays_at_a_word_that_is_looked_behind(browser, url):
+    with opened(browser, url, viewport={"width": 1180, "height": 500}) as page:
+        told(page, [*(delta(f" w{k}\n", token(f" w{k}\n")) for k in range(60)), "data: [DONE]\n\n"])
+        tokens = ask(page, "a")
+        expect(tokens.last).to_be_in_viewport()
+        ask(page, "another")
+        expect(page.locator(".turn.assistant .tok").last).to_be_in_viewport()
+        word = page.locator(".turn.assistant").last.locator(".tok").nth(30)
+        word.click()
+        expect(word).to_be_in_viewport()
+        expect(page.locator(".details h3")).to_be_in_viewport()
+        assert word.evaluate("one => one.getBoundingClientRect().bottom") <= page.locator(".details").evaluate(
+            "one => one.getBoundingClientRect().top"
+        )
+
+
+def test_code_and_bold_are_set_apart_and_copied_as_they_are(page):
+    words = ["See", " ``", "`py", "\n", "x = 1", "\n", "```\n", "so **", "bold", "** and", " `tick`", " end"]
+    told(page, [*(delta(word, token(word)) for word in ["See", "\n", "```", *words[2:]]), "data: [DONE]\n\n"])
+    tokens = ask(page, "a")
+    kinds = tokens.evaluate_all(
+        "all => all.map((one) => [...one.classList].filter((name) => /code|bold|tick/.test(name)).join())"
+    )
+    assert kinds == ["", "", *["code"] * 6, *["bold"] * 3, "tick", ""]
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('.turn.assistant .text'))")
+    assert page.evaluate("getSelection().toString()").strip() == "".join(texts(tokens)).strip()
+
+
+def test_keys_alone_ask_stop_and_ask_again(page):
+    settings(page, length=2000, ensemble="mixed")
+    page.fill("#message", "And")
+    page.focus("#send")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.assistant .tok").nth(3)).to_be_visible()
+    assert page.evaluate("document.activeElement.id") == "stop"
+    page.keyboard.press("Enter")
+    expect(page.locator(".writing")).to_have_count(0)
+    assert page.evaluate("document.activeElement.id") == "message"
+    page.keyboard.type("But")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn.assistant .tok").nth(3)).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".writing")).to_have_count(0)
+
+
+def test_a_single_model_doubts_nothing(page):
+    one = {"member_log_probs": [-9.0], "member_top": [[["another", -0.1]]], "disagreement": [0.0]}
+    told(page, [delta("a", token("a", disagreement_is_bound=[False], **one)), "data: [DONE]\n\n"])
+    for k in (1, 2, 3):
+        page.locator(f"#member-{k}").uncheck()
+    tokens = ask(page, "a")
+    assert "doubt" not in tokens.first.get_attribute("class")
+    expect(page.locator(".turn.assistant .sum")).not_to_contain_text("disagreement")
 
 
 def test_stop_keeps_what_came(page):
@@ -245,7 +351,9 @@ def test_columns_are_what_each_answers_alone(page, url):
     page.locator("#columns input").nth(2).uncheck()
     page.locator("#members input").last.uncheck()
     assert [own.is_checked() for own in page.locator("#columns input").all()[:4]] == [True, True, False, False]
-    settings(page, rule="prob-mean")
+    settings(page, ensemble="mixed")
+    assert [own.is_checked() for own in page.locator("#columns input").all()[:4]] == [True, True, True, False]
+    settings(page, ensemble="narrow", rule="prob-mean")
     labels = page.locator("#columns label").all_inner_texts()
     assert ("prob-mean" in labels, "meet" in labels) == (False, True)
     page.screenshot(path=SHOTS / "compare.png", full_page=True)
@@ -408,10 +516,12 @@ def test_a_server_that_never_answers_is_left_by_stop(page):
 
 
 def test_what_ends_an_answer_is_no_part_of_it(page):
-    end = delta("", token("</s>"))
+    end = delta("", token("</s>", top=[["</s>", -1.0], ["<|im_end|>", -2.0], ["word", -3.0]], member_top=[[]] * 4))
     end["choices"][0]["finish_reason"] = "stop"
     told(page, [delta("The", token("The")), end, "data: [DONE]\n\n"])
     assert texts(ask(page, "a")) == ["The", ""]
+    page.locator(".turn.assistant .tok").last.click()  # it has a sign, which can be chosen
+    assert page.locator(".if").all_inner_texts() == ["word"]
     page.click("#tab-inside")  # and a text of bytes goes on from another one, too
     page.unroute("**/v1/chat/completions")
     page.click("#tab-chat")
@@ -474,11 +584,11 @@ def test_members_weights_and_rules_are_what_is_asked(page):
     assert bodies[0] == {"report": 10}
     assert (bodies[1]["rule"], bodies[1]["weights"][1]) == ("prob-mean", 0.9)
     assert len(bodies[2]["members"]) == page.locator("#members input").count() - 1
-    for box in page.locator("#members input").all():
+    boxes = page.locator("#members input").all()
+    for box in boxes[1:-1]:
         box.uncheck()
-    page.fill("#message", "a")
-    page.press("#message", "Enter")
-    expect(page.locator("#trouble")).to_contain_text("members")
+    assert [box.is_disabled() for box in boxes] == [False] * (len(boxes) - 1) + [True]  # somebody has to answer
+    assert page.locator("#rule option").first.inner_text() == "meet"
 
 
 def test_a_conversation_that_fills_the_context_goes_on_without_its_beginning(page):
@@ -516,7 +626,12 @@ def test_nothing_is_wider_than_a_phone_and_axe_finds_nothing_serious(browser, ur
         if width < 900:
             assert page.locator("#settings").is_hidden()
             page.click("#settings-toggle")
-        ask(page, "And the king", length=12).nth(2).click()
+            expect(page.locator("#ensemble")).to_be_in_viewport()
+            assert page.evaluate("document.activeElement.id") == "ensemble"
+            settings(page, length=12)
+            page.mouse.click(195, 830)
+            assert page.locator("#settings").is_hidden()
+        ask(page, "And the king").nth(2).click()
         page.add_script_tag(content=axe)
         for view in ("chat", "inside", "compare"):
             page.click(f"#tab-{view}")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -99,6 +99,8 @@ def create_app(serving: Serving) -> FastAPI:
     for kind in (SoftmeetError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_error)
     if serving.settings.ui:
+        # Relative, as no proxy before the server need know its name; Starlette's own has that of the Host header.
+        app.add_route("/ui", lambda request: RedirectResponse("ui/"), include_in_schema=False)
         app.mount("/ui", StaticFiles(packages=[("softmeet.server", "page")], html=True))
     return app
 

@@ -26,6 +26,7 @@ _COMMON = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
 }
 # The page's files are all that runs, and it asks nobody but this server.
 _PAGE = (

@@ -104,6 +104,18 @@ def test_places_and_lines(toys):
     assert [index.line(place, bytes) for place in (0, 17, 18, 26, 30)] == [1, 1, 2, 2, 1]
 
 
+def test_lines_of_long_files_are_counted_once(tmp_path):
+    chooser = random.Random(2)
+    text = "".join(chooser.choices("a\n", k=20_000))
+    (tmp_path / "0.txt").write_text("x")
+    (tmp_path / "1.txt").write_text(text)
+    index, decoded = index_of(tmp_path), []
+    for place in [chooser.randrange(len(text)) for _ in range(200)] + [0, 4096, len(text)]:
+        line = index.line(2 + place, lambda symbols: (decoded.append(len(symbols)), bytes(symbols))[1])
+        assert line == 1 + text[:place].count("\n")
+    assert sum(decoded) < 203 * 4096 + len(text)
+
+
 def test_what_is_no_text_is_left_out(tmp_path):
     folder = written(
         tmp_path / "texts", {"a.txt": "a", "b.bin": b"b\0", "c.bin": b"\xff\xfe", "e.txt": "e", ".env": ""}

@@ -28,6 +28,8 @@ _AT_ONCE = 1 << 20
 # Nanoseconds for which a file may change again without another time: the clocks of some file systems are as coarse.
 _UNSETTLED = 2 * 10**9
 _MOST = np.iinfo(np.int32).max
+# Newlines are counted in blocks of so many symbols.
+_BLOCK = 4096
 # A text to be encoded, or the symbols that it had before; None of what is no text.
 _Piece = str | Symbols | None
 
@@ -357,7 +359,16 @@ class Index:
     def line(self, position: int, decode: Callable[[Sequence[int]], bytes]) -> int:
         """Return the line, from 1, in which the symbol at a position begins; ``decode`` makes bytes of symbols."""
         _, own = self.place(position)
-        return 1 + decode(self.symbols[own.start : position].tolist()).count(b"\n")
+        counts, blocks = list(self._newlines.get(own.start, (0,))), range(own.start, position + 1, _BLOCK)
+        for start in blocks[len(counts) - 1 : -1]:
+            counts.append(counts[-1] + decode(self.symbols[start : start + _BLOCK].tolist()).count(b"\n"))
+        self._newlines[own.start] = tuple(counts)
+        return 1 + counts[len(blocks) - 1] + decode(self.symbols[blocks[-1] : position].tolist()).count(b"\n")
+
+    @cached_property
+    def _newlines(self) -> dict[int, tuple[int, ...]]:
+        """By a file's first position, how many newlines stand before each of its blocks, as far as anybody asked."""
+        return {}
 
     def is_stale(self, path: Path) -> bool:
         """Return whether a file is gone, or holds something else than when it was read."""

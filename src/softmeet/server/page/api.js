@@ -1,12 +1,21 @@
 // The server's API, as any client uses it: the models, and answers as streams of events.
 
-const KEY = 'softmeet-key';
+const NAME = (name) => `softmeet-${name}`;
 
-/** The API key, kept as long as the browser's tab. */
-export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? '',
-  set: (value) => sessionStorage.setItem(KEY, value),
+/** What outlives a reload, but not the browser's tab. */
+export const kept = {
+  get: (name) => JSON.parse(sessionStorage.getItem(NAME(name)) ?? 'null'),
+  set: (name, value) => {
+    try {
+      sessionStorage.setItem(NAME(name), JSON.stringify(value));
+    } catch {
+      sessionStorage.removeItem(NAME(name)); // there is no more room
+    }
+  },
 };
+
+/** The API key. */
+export const key = { get: () => kept.get('key') ?? '', set: (value) => kept.set('key', value) };
 
 /** An error that the server told, or that it could not be reached. */
 export class ApiError extends Error {
@@ -19,10 +28,12 @@ export class ApiError extends Error {
 async function asked(path, options = {}) {
   const headers = { ...(options.body ? { 'content-type': 'application/json' } : {}) };
   // A header's characters are bytes.
-  if (key.get()) headers.authorization = `Bearer ${String.fromCharCode(...new TextEncoder().encode(key.get()))}`;
+  const bytes = [...new TextEncoder().encode(key.get())];
+  if (bytes.length) headers.authorization = `Bearer ${bytes.map((byte) => String.fromCharCode(byte)).join('')}`;
   let answer;
   try {
-    answer = await fetch(`..${path}`, { ...options, headers });
+    // Without a name and a key that the page's own address may have.
+    answer = await fetch(new URL(`..${path}`, location.origin + location.pathname), { ...options, headers });
   } catch (error) {
     if (error.name === 'AbortError') throw error;
     throw new ApiError('the server cannot be reached: is it still running?');

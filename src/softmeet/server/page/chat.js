@@ -1,31 +1,40 @@
 // The conversation: questions and answers, whose words are underlined where a member was sure of something else.
 
 import { answered, instead } from './answer.js';
-import { button, h, lookable, summaryOf, textElement, textOf } from './look.js';
+import { kept } from './api.js';
+import { button, h, lookable, sumElement, summaryOf, textElement, textOf } from './look.js';
 
 const EXAMPLE = 'Tell me in two sentences how a rainbow comes to be.';
+const MOST_KEPT = 2 ** 21; // characters of a conversation that outlives a reload with its look inside
 
 /** Make the conversation; `state` has the controls, and takes errors. */
 export function chatOf(root, state) {
-  let turns = []; // {role, text, tokens, about, sources}
+  let turns = []; // {role, text, tokens, about, sources, sum, finish}
   let running = null;
+  let past = null; // the turns before what can be undone
+  let edited = null; // {k, draft}: the question that is edited, and what was in the box before
   const log = h('div', { id: 'log' });
   const spoken = h('p', { className: 'spoken', role: 'status' });
-  const box = h('textarea', { id: 'message', rows: 3, 'aria-label': 'Message', placeholder: EXAMPLE });
+  const box = h('textarea', { id: 'message', rows: 2, 'aria-label': 'Message' });
   const send = h('button', { id: 'send', className: 'primary' }, 'Send');
   const example = button('Take the example', { id: 'example', onclick: () => fill(EXAMPLE) });
   const stop = button('Stop', { id: 'stop', onclick: () => running?.abort() });
+  const cancel = button('Cancel', { id: 'cancel', onclick: () => leave() });
+  const more = button('Go on', { id: 'more', onclick: () => goOnFrom(turns.length - 1, { ...turns.at(-1) }) });
   const again = button('Again', { id: 'again', onclick: () => regenerate() });
   const clear = button('New', { id: 'clear', onclick: () => begin([]) });
+  const undo = button('Undo', { id: 'undo', onclick: () => begin(past, null) });
   const share = button('Save as a page', { id: 'share', onclick: () => state.share(recordOf(turns)) });
-  const row = h('div', { className: 'row' }, send, example, stop, again, clear, share);
+  const row = h('div', { className: 'row' }, send, cancel, example, stop, more, again, clear, undo, share);
   const form = h('form', { id: 'ask', onsubmit: (event) => submit(event) }, box, row);
   root.replaceChildren(log, spoken, form);
   box.addEventListener('input', fit);
   box.addEventListener('keydown', (event) => {
     if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) submit(event);
+    if (event.key === 'Escape' && running) running.abort();
+    else if (event.key === 'Escape') leave();
   });
-  fit();
+  begin(kept.get('turns') ?? [], null);
 
   function fill(text) {
     box.value = text;
@@ -38,26 +47,45 @@ export function chatOf(root, state) {
     const text = box.value;
     if (!text.trim() || running) return;
     box.value = '';
+    past = null;
+    if (edited) begin(turns.slice(0, edited.k));
     // A question that found no answer is replaced.
-    if (turns.at(-1)?.role === 'user') begin(turns.slice(0, -1));
+    else if (turns.at(-1)?.role === 'user') begin(turns.slice(0, -1), null);
     add({ role: 'user', text });
     answer();
   }
 
-  function begin(kept) {
+  /** Show these turns in place of what there was, which can be undone. */
+  function begin(shown, before = turns) {
     running?.abort();
-    turns = [];
+    [past, edited, turns] = [before, null, []];
     log.replaceChildren();
-    kept.forEach(add);
+    shown.forEach(add);
+    keep();
     fit();
+  }
+
+  function keep() {
+    const every = turns.map(({ shown, ...turn }) => turn);
+    const isSmall = JSON.stringify(every).length < MOST_KEPT;
+    kept.set('turns', isSmall ? every : every.map((turn) => ({ ...turn, ...(turn.tokens && { tokens: [] }) })));
   }
 
   function fit() {
     const isRunning = Boolean(running);
+    const last = turns.at(-1);
+    const focused = document.activeElement;
     stop.hidden = !isRunning;
     send.hidden = isRunning;
-    again.hidden = clear.hidden = share.hidden = isRunning || !turns.length;
+    cancel.hidden = !edited;
+    more.hidden = isRunning || Boolean(edited) || !last?.tokens?.length || last.finish === 'stop';
+    again.hidden = clear.hidden = share.hidden = isRunning || Boolean(edited) || !turns.length;
+    undo.hidden = isRunning || !past?.length;
     example.hidden = isRunning || turns.length > 0 || box.value !== '';
+    box.placeholder = turns.length ? 'Ask further' : EXAMPLE;
+    // What had the focus may be hidden now.
+    if (focused === send && isRunning) stop.focus();
+    if (focused === stop && !isRunning) box.focus();
   }
 
   function add(turn) {
@@ -65,31 +93,35 @@ export function chatOf(root, state) {
     const text = textElement(turn.about);
     const isUser = turn.role === 'user';
     const holder = h('article', { className: `turn ${turn.role}`, 'aria-label': isUser ? 'you' : 'answer' }, text);
-    const sum = h('p', { className: 'sum' });
-    if (isUser) {
-      text.append(turn.text);
-      holder.append(
-        h('div', { className: 'tools' }, button('Edit', { className: 'edit', onclick: () => editFrom(k) }))
-      );
-    } else {
+    const sum = sumElement(turn.sum);
+    if (isUser) text.append(turn.text);
+    else {
       const goOn = (at, other) => goOnFrom(k, instead(turn, at, other));
       lookable(text, turn.about, holder, goOn, turn);
+      if (turn.text && !turn.tokens.length) text.append(turn.text);
       text.add(turn.tokens);
-      sum.textContent = turn.sum;
-      // Browsers have a clipboard for https and this machine alone.
-      const copy = button('Copy', { className: 'copy', onclick: () => navigator.clipboard.writeText(turn.text) });
-      holder.append(sum, h('div', { className: 'tools' }, navigator.clipboard && copy));
+      holder.append(sum);
     }
+    const edit = isUser && button('Edit', { className: 'edit', onclick: () => editFrom(k) });
+    holder.append(h('div', { className: 'tools' }, edit, navigator.clipboard && copyOf(turn)));
     turn.shown = { text, sum, holder };
     log.append(holder);
-    holder.scrollIntoView({ block: 'nearest' });
+    toEnd();
     return turn;
   }
 
   function editFrom(k) {
-    const { text } = turns[k];
-    begin(turns.slice(0, k));
-    fill(text);
+    if (running) return;
+    edited = { k, draft: edited?.draft ?? box.value };
+    fill(turns[k].text);
+  }
+
+  /** Leave a question as it was. */
+  function leave() {
+    if (!edited) return;
+    const { draft } = edited;
+    edited = null;
+    fill(draft);
   }
 
   function regenerate() {
@@ -127,9 +159,9 @@ export function chatOf(root, state) {
     turn.shown.holder.classList.add('writing');
     fit();
     const onTokens = (tokens) => {
-      const isAtEnd = window.innerHeight + window.scrollY > document.body.scrollHeight - 80;
+      const isAtEnd = window.innerHeight + window.scrollY > document.documentElement.scrollHeight - 80;
       turn.shown.text.add(tokens);
-      if (isAtEnd) form.scrollIntoView({ block: 'end' });
+      if (isAtEnd) toEnd();
     };
     let found = null;
     let left = 0;
@@ -149,24 +181,44 @@ export function chatOf(root, state) {
   }
 
   function ended(turn, found, left, before) {
-    if (found.isEmpty && before && found.error) return begin(before);
+    if (found.isEmpty && before && found.error) return begin(before, null);
     if (!found.tokens.length) {
       turns.pop();
       turn.shown.holder.remove();
-      if (!box.value) editFrom(turns.length - 1);
+      if (!box.value) {
+        fill(turns.pop().text);
+        log.lastChild.remove();
+      }
       return;
     }
-    const { text, tokens, sources, speed } = found;
+    const { text, tokens, sources, speed, finish } = found;
     const cut = found.finish === 'length' ? 'ended at the most tokens' : '';
     const without = left ? `the first ${left} messages were left out, as the context is full` : '';
     const sum = [summaryOf(tokens), speed, cut, without].filter(Boolean).join(' · ');
-    Object.assign(turn, { text, tokens, sources, sum });
+    Object.assign(turn, { text, tokens, sources, sum, finish });
     turn.shown.sum.textContent = sum;
     turn.shown.holder.classList.remove('writing');
     spoken.textContent = text;
+    keep();
+    state.refresh();
   }
 
-  return { focus: () => box.focus() };
+  return { focus: () => box.focus(), about: () => turns.some(({ about }) => about) && recordOf(turns) };
+}
+
+const toEnd = () => window.scrollTo(0, document.documentElement.scrollHeight);
+
+/** Browsers have a clipboard for https and this machine alone. */
+function copyOf(turn) {
+  const copy = button('Copy', {
+    className: 'copy',
+    onclick: async () => {
+      await navigator.clipboard.writeText(turn.text);
+      copy.textContent = 'Copied';
+      setTimeout(() => (copy.textContent = 'Copy'), 1500);
+    },
+  });
+  return copy;
 }
 
 /** What is saved of a conversation: its turns, and who had a part in any of them. */

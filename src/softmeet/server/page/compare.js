@@ -1,26 +1,37 @@
 // One question to up to four columns, streamed side by side with the same seed: all as one, each member, other rules.
 
 import { answered, figuresOf } from './answer.js';
-import { button, fixed, h, lookable, summaryOf, textElement } from './look.js';
+import { button, fixed, h, lookable, sumElement, summaryOf, textElement } from './look.js';
 
 const MOST = 4;
 
 /** Make the comparison; `state` has the controls, and takes errors. */
 export function compareOf(root, state) {
   let running = null;
+  let columns = []; // what is shown: {name, tokens, sources, about}
+  let question = '';
   const choice = h('fieldset', { id: 'columns' });
   const box = h('textarea', { id: 'question', rows: 3, 'aria-label': 'Question', placeholder: 'Ask all of them' });
   const go = button('Ask', { id: 'compare-go', className: 'primary', onclick: () => ask() });
   const stop = button('Stop', { id: 'compare-stop', hidden: true, onclick: () => running?.abort() });
+  const share = button('Save as a page', { id: 'compare-share', hidden: true, onclick: () => state.share(record()) });
   const grid = h('div', { className: 'columns' });
-  root.replaceChildren(choice, box, h('div', { className: 'row' }, go, stop), grid);
+  root.replaceChildren(choice, box, h('div', { className: 'row' }, go, stop, share), grid);
+  box.addEventListener('keydown', (event) => {
+    if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      ask();
+    }
+  });
   let options = [];
+  let offered = null;
 
   /** Offer what the chosen ensemble can be compared by; what was chosen before stays so. */
   function refresh() {
     const facts = state.controls.facts();
     const { rule: current } = state.controls.about();
-    const before = new Map(options.map(({ name, box: own }) => [name, own.checked]));
+    const before = new Map(facts === offered ? options.map(({ name, box: own }) => [name, own.checked]) : []);
+    offered = facts;
     const may = (name) => facts.may_change.includes(name);
     const files = facts.files ?? [];
     const found = [{ name: 'all as one', changes: {} }];
@@ -55,10 +66,11 @@ export function compareOf(root, state) {
   async function ask() {
     const text = box.value;
     const chosen = options.filter(({ box: own }) => own.checked);
-    if (!text || !chosen.length) return;
+    if (!text.trim() || !chosen.length || !stop.hidden) return;
+    [question, columns] = [text, []];
     running = new AbortController();
     stop.hidden = false;
-    go.disabled = true;
+    go.disabled = share.hidden = true;
     state.trouble(null);
     const seed = state.controls.body().seed;
     grid.replaceChildren();
@@ -66,24 +78,25 @@ export function compareOf(root, state) {
       await Promise.all(chosen.map((one) => column(one, text, seed, running.signal)));
     } finally {
       stop.hidden = true;
-      go.disabled = false;
+      go.disabled = share.hidden = false;
     }
   }
 
-  async function column({ name, changes }, question, seed, signal) {
+  async function column({ name, changes }, text, seed, signal) {
     const body = { ...state.controls.body(changes), seed };
     const about = state.controls.about(body);
-    const text = textElement(about);
-    const sum = h('p', { className: 'sum' });
-    const holder = h('article', { className: 'turn writing', 'aria-label': name }, h('h3', {}, name), text, sum);
+    const shown = textElement(about);
+    const sum = sumElement('');
+    const holder = h('article', { className: 'turn writing', 'aria-label': name }, h('h3', {}, name), shown, sum);
     grid.append(holder);
-    const mine = {};
-    lookable(text, about, holder, null, mine);
+    const mine = { name, about };
+    columns.push(mine);
+    lookable(shown, about, holder, null, mine);
     const isChat = state.controls.facts().chat;
-    const messages = [...state.controls.system(), { role: 'user', content: question }];
-    const asked = isChat ? { messages } : { prompt: question };
+    const messages = [...state.controls.system(), { role: 'user', content: text }];
+    const asked = isChat ? { messages } : { prompt: text };
     const path = isChat ? '/v1/chat/completions' : '/v1/completions';
-    const found = await answered(path, { ...body, ...asked }, signal, (tokens) => text.add(tokens));
+    const found = await answered(path, { ...body, ...asked }, signal, (tokens) => shown.add(tokens));
     Object.assign(mine, found);
     holder.classList.remove('writing');
     const [[, , each]] = figuresOf(found.tokens, about.members, found.text);
@@ -91,6 +104,15 @@ export function compareOf(root, state) {
     sum.textContent = found.isEmpty ? '' : said.filter(Boolean).join(' · ');
     if (found.error) sum.append(h('span', { className: 'error' }, found.error.message));
   }
+
+  const record = () => ({
+    title: 'softmeet: a comparison',
+    ...columns[0].about,
+    turns: [
+      { role: 'user', text: question },
+      ...columns.map(({ name, tokens, sources, about }) => ({ role: 'assistant', name, tokens, sources, about })),
+    ],
+  });
 
   refresh();
   return { focus: () => box.focus(), refresh };

@@ -1,6 +1,6 @@
 // The settings of what is asked: who answers, how much each counts, by which rule, and how tokens are drawn.
 
-import { key } from './api.js';
+import { kept, key } from './api.js';
 import { h, hues } from './look.js';
 
 // The most log-probabilities that an answer may have; the most tokens of one unless another number is chosen.
@@ -47,8 +47,13 @@ export function controlsOf(root, served, onChange) {
     const facts = served.find((one) => one.id === ensemble.value).softmeet;
     own.facts = facts;
     const may = (name) => facts.may_change.includes(name);
-    own.members = [...facts.members, ...(facts.files ?? [])].map((name) => {
-      const box = h('input', { type: 'checkbox', checked: true, disabled: !may('members'), onchange: onChange });
+    own.members = [...facts.members, ...(facts.files ?? [])].map((name, k) => {
+      const box = h('input', {
+        id: `member-${k}`,
+        type: 'checkbox',
+        checked: true,
+        onchange: () => [fit(), onChange()],
+      });
       return { name, box };
     });
     own.weights = (facts.weights ?? []).map((weight, k) => {
@@ -59,12 +64,14 @@ export function controlsOf(root, served, onChange) {
       });
       return { ...made, first: made.input.value };
     });
-    const rules = Object.keys(facts.rules).map((name) => h('option', { value: name }, name));
+    const ordered = [...new Set([facts.rule, ...Object.keys(facts.rules)])];
+    const rules = ordered.map((name) => h('option', { value: name }, name));
     own.rule = h('select', { id: 'rule', disabled: !may('rule'), onchange: () => [fit(), onChange()] }, rules);
-    if (!Object.hasOwn(facts.rules, facts.rule)) own.rule.prepend(h('option', { value: facts.rule }, facts.rule));
     own.rule.value = facts.rule;
     const trust = typeof facts.trust?.[0] === 'number' ? facts.trust[0] : 1;
-    own.trust = slider('trust', 'Trust: how far meet moves', Math.min(trust, 4), { max: 4 });
+    own.trust = slider('trust', 'Trust', Math.min(trust, 4), { max: 4 });
+    own.trust.element.title =
+      'How far the answer may move from the average to where all models agree; 0 is the average.';
     own.trust.first = own.trust.input.value;
     const isMany = facts.members.length > 1;
     many.replaceChildren(
@@ -88,6 +95,11 @@ export function controlsOf(root, served, onChange) {
   function fit() {
     const idle = own.facts.rules[own.rule.value] ?? [];
     own.trust.element.hidden = idle.includes('trust');
+    // Somebody has to answer.
+    const models = own.members.slice(0, own.facts.members.length).filter(({ box }) => box.checked);
+    for (const { box } of own.members) {
+      box.disabled = !own.facts.may_change.includes('members') || (models.length === 1 && models[0].box === box);
+    }
   }
 
   /** The most tokens of an answer, whatever was typed. */
@@ -141,7 +153,29 @@ export function controlsOf(root, served, onChange) {
     };
   }
 
-  choose();
+  /** Have what was set before a reload, where it fits what is served. */
+  function restore(set) {
+    if (served.some((one) => one.id === set.ensemble)) ensemble.value = set.ensemble;
+    choose();
+    for (const [id, value] of Object.entries(set)) {
+      const one = id === 'ensemble' || id === 'key' ? null : root.querySelector(`[id="${CSS.escape(id)}"]`);
+      if (!one || (one.tagName === 'SELECT' && ![...one.options].some((option) => option.value === value))) continue;
+      if (one.type === 'checkbox') one.checked = value;
+      else one.value = value;
+      one.dispatchEvent(new Event('input'));
+    }
+    fit();
+    onChange();
+  }
+
+  restore(kept.get('settings') ?? {});
+  root.addEventListener('change', () => {
+    const every = [...root.querySelectorAll('[id]:is(input, select, textarea):not(#key)')];
+    kept.set(
+      'settings',
+      Object.fromEntries(every.map((one) => [one.id, one.type === 'checkbox' ? one.checked : one.value]))
+    );
+  });
   const messages = () => (system.value.trim() ? [{ role: 'system', content: system.value.trim() }] : []);
   return { body, about, facts: () => own.facts, system: messages };
 }

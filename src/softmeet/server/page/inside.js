@@ -2,7 +2,7 @@
 
 import { answered, figuresOf, instead } from './answer.js';
 import { posted } from './api.js';
-import { button, characters, figuresElement, h, lookable, summaryOf, textElement, textOf } from './look.js';
+import { button, characters, figuresElement, h, lookable, sumElement, summaryOf, textElement, textOf } from './look.js';
 
 const EXAMPLE = 'And the king said unto his daughter,';
 
@@ -13,6 +13,7 @@ export function insideOf(root, state) {
   const prompt = h('textarea', { id: 'prompt', rows: 5, 'aria-label': 'Text', value: EXAMPLE });
   const go = button('Write on', { id: 'go', className: 'primary', onclick: () => write(prompt.value) });
   const score = button('Score this text', { id: 'score', onclick: () => scored(prompt.value) });
+  const more = button('Go on', { id: 'inside-more', hidden: true, onclick: () => write(shown.first, { ...shown }) });
   const stop = button('Stop', { id: 'inside-stop', hidden: true, onclick: () => running?.abort() });
   const share = button('Save as a page', { id: 'inside-share', hidden: true, onclick: () => state.share(record()) });
   const panel = h('article', { id: 'text', className: 'turn', hidden: true });
@@ -23,7 +24,7 @@ export function insideOf(root, state) {
       'Type how a text begins, and see token by token what each model expects; or have a text of your own scored.'
     ),
     prompt,
-    h('div', { className: 'row' }, go, score, stop, share),
+    h('div', { className: 'row' }, go, more, score, stop, share),
     panel
   );
 
@@ -32,13 +33,14 @@ export function insideOf(root, state) {
     stop.hidden = !controller;
     go.disabled = score.disabled = Boolean(controller);
     share.hidden = Boolean(controller) || !shown?.tokens.length;
+    more.hidden = share.hidden || shown.finish === 'stop';
     panel.classList.toggle('writing', Boolean(controller));
   };
 
   function begin(first, about, { tokens, sources } = { tokens: [], sources: [] }) {
     const text = textElement(about);
-    const sum = h('p', { className: 'sum' });
-    shown = { first, about, tokens, text, sum, sources, figures: null };
+    const sum = sumElement('');
+    shown = { first, about, tokens, text, sum, sources, figures: null, finish: null };
     text.append(h('span', { className: 'prompt' }, first));
     text.add(tokens);
     panel.hidden = false;
@@ -59,8 +61,10 @@ export function insideOf(root, state) {
     const asked = { ...body, prompt: first + textOf(mine.tokens) };
     const onTokens = (tokens) => mine.text.add(tokens);
     const found = await answered('/v1/completions', asked, controller.signal, onTokens, begun);
-    Object.assign(mine, { tokens: found.tokens, sources: found.sources });
-    mine.sum.textContent = [summaryOf(mine.tokens), found.speed].filter(Boolean).join(' · ');
+    const { tokens, sources, finish, speed } = found;
+    Object.assign(mine, { tokens, sources, finish });
+    const cut = finish === 'length' ? 'ended at the most tokens' : '';
+    mine.sum.textContent = [summaryOf(tokens), speed, cut].filter(Boolean).join(' · ');
     if (found.error) state.trouble(found.error);
     busy(null);
   }
@@ -100,7 +104,7 @@ export function insideOf(root, state) {
     turns: [{ role: 'text', text: shown.first, tokens: shown.tokens, sources: shown.sources }],
   });
 
-  return { focus: () => prompt.focus() };
+  return { focus: () => prompt.focus(), about: () => shown?.about };
 }
 
 /** Leave out what is left of a first character whose first byte is not reported. */

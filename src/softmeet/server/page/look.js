@@ -51,9 +51,11 @@ export function doubters(token) {
     // A stretch of bytes is several tokens of a member's, and a token of its several characters.
     (token.token === undefined && text.startsWith(likeliest)) ||
     (token.unit === 'character' && text !== '' && likeliest.startsWith(text));
+  // What a single model writes differs from what it was sure of by the draw alone.
+  const isAlone = token.member_top.length + token.claims.length < 2;
   return token.member_top.flatMap(([likeliest], k) => {
     const isSure = likeliest && likeliest[1] >= SURE && !isSame(likeliest[0]);
-    return isSure && !token.isPut && (token.member_log_probs[k] ?? -Infinity) < UNLIKELY ? [k] : [];
+    return isSure && !isAlone && !token.isPut && (token.member_log_probs[k] ?? -Infinity) < UNLIKELY ? [k] : [];
   });
 }
 
@@ -120,7 +122,8 @@ function tokenElement(token, k, about) {
     },
   });
   const lines = (token.shown ?? token.text).split('\n');
-  made.append(...lines.flatMap((line, n) => (n ? [h('span', { className: 'nl' }, '⏎'), '\n', line] : [line])));
+  if (!lines.join('')) made.classList.toggle('end', lines.length === 1);
+  made.append(...lines.flatMap((line, n) => (n ? [h('span', { className: 'nl' }), '\n', line] : [line])));
   return made;
 }
 
@@ -132,9 +135,14 @@ export const hues = (k) => HUES[k % HUES.length];
 export function textElement(about) {
   const made = h('div', { className: 'text', dir: 'auto' });
   made.tokens = [];
+  made.elements = [];
   made.add = (tokens) => {
-    made.append(...tokens.map((token, k) => tokenElement(token, made.tokens.length + k, about)));
+    const from = made.tokens.length;
+    const added = tokens.map((token, k) => tokenElement(token, from + k, about));
+    made.append(...added);
+    made.elements.push(...added);
     made.tokens.push(...tokens);
+    mark(made, from);
   };
   const choose = (element) => {
     made.querySelector('.on')?.classList.remove('on');
@@ -144,7 +152,7 @@ export function textElement(about) {
   };
   made.addEventListener('click', (event) => {
     const token = event.target.closest('.tok');
-    if (token) choose(token);
+    if (token && getSelection().isCollapsed) choose(token);
   });
   made.addEventListener('keydown', (event) => {
     const token = event.target.closest('.tok');
@@ -161,12 +169,44 @@ export function textElement(about) {
   return made;
 }
 
+/** What Markdown sets apart, by the class that its tokens get. */
+const MARKS = {
+  code: /^```[\s\S]*?(?:^```|(?![\s\S]))/gm,
+  tick: /`[^`\n]+`/g,
+  bold: /\*\*[^*\n]+\*\*|^#{1,6} .*$/gm,
+};
+
+/** Give tokens within code, and those in bold, their classes; they stay tokens, with all of their characters. */
+function mark({ tokens, elements }, from) {
+  const text = textOf(tokens);
+  // Lines before that of the first new token are as they were.
+  const line = text.lastIndexOf('\n', textOf(tokens.slice(0, from)).length - 1);
+  const ranges = Object.entries(MARKS).map(([name, pattern]) => [
+    name,
+    [...text.matchAll(pattern)].map((one) => [one.index, one.index + one[0].length]),
+  ]);
+  let end = text.length;
+  for (let k = tokens.length - 1; k >= 0 && end > line; k--) {
+    const start = end - (tokens[k].shown ?? tokens[k].text).length;
+    for (const [name, found] of ranges) {
+      elements[k].classList.toggle(
+        name,
+        found.some(([first, last]) => first < end && start < last)
+      );
+    }
+    end = start;
+  }
+}
+
+/** Parts of characters, and tokens that are no text. */
+const NO_WORD = /�|^\\x[0-9A-F]{2}$|^<\|.*\|>$|^<\/?s>$|^<(unk|pad|bos|eos|(start|end)_of_turn)>$/;
+
 /** A list of a distribution's likeliest tokens, with bars. */
-function card(name, rows, token, scale, notes, whatIf) {
+function card(name, rows, token, scale, notes, whatIf, hue = null) {
   const listed = rows.map(([text, nats]) => {
     const isCome = text === token.text;
     const word = h('code', {}, visible(text) || 'end');
-    const canGoOn = whatIf && !isCome && text && !/�|^\\x[0-9A-F]{2}$/.test(text); // no parts of characters
+    const canGoOn = whatIf && !isCome && text && !NO_WORD.test(text);
     const goOn = { className: 'if', title: 'Go on from here', onclick: () => whatIf(text) };
     const shown = canGoOn ? button(word, goOn) : word;
     const bar = h('i', { vars: { w: `${((100 * probability(nats)) / scale).toFixed(1)}%` } });
@@ -175,7 +215,7 @@ function card(name, rows, token, scale, notes, whatIf) {
   return h(
     'section',
     { className: 'card' },
-    h('h4', {}, name),
+    h('h4', hue === null ? {} : { className: 'key', vars: { hue } }, name),
     h('ol', {}, listed),
     notes.map((note) => h('p', {}, note))
   );
@@ -198,7 +238,7 @@ export function detailsElement(token, about, whatIf = null, places = []) {
     const apart = `disagrees by ${bound}${own === null ? 'more than any number of' : own.toFixed(4)} nats`;
     const notes = isAsked(token, k) ? [...came(token.member_log_probs[k]), apart] : ['not asked: the gate was closed'];
     // Over bytes members' tokens may have begun before this character.
-    cards.push(card(name, token.member_top[k], token, scale, notes, token.unit ? null : whatIf));
+    cards.push(card(name, token.member_top[k], token, scale, notes, token.unit ? null : whatIf, hueOf(about, k)));
   });
   cards[0].classList.add('ours');
   const claims = token.claims.map((share, k) => `${about.files[k]} claimed ${percent(Math.log(share))} of the mix`);
@@ -259,6 +299,15 @@ function moves(token, about) {
   );
 }
 
+const FIGURES = [
+  'Surprise: how unlikely all together found what was written, in the mean; 0 is certain, 0.7 one of two, 2.3 one of ten.',
+  'Disagreement: how far the models are from what they wrote together, in nats.',
+  'Doubted: how often a model was sure of something else.',
+].join('\n');
+
+/** An element for such a line as `summaryOf` makes. */
+export const sumElement = (text) => h('p', { className: 'sum', title: FIGURES }, text);
+
 /** One line on a text: how many tokens, how likely, how far members were apart, what did not go well. */
 export function summaryOf(tokens) {
   if (!tokens.length) return '';
@@ -267,7 +316,8 @@ export function summaryOf(tokens) {
   const apart = mean(tokens.map(apartness));
   const surprise = -mean(drawn.map((token) => token.log_prob ?? -Infinity));
   const doubted = tokens.filter((token) => doubters(token).length).length;
-  const said = [`${tokens.length} ${unit}s`, `surprise ${fixed(surprise, 2)} nats`, `disagreement ${fixed(apart, 3)}`];
+  const said = [`${tokens.length} ${unit}s`, `surprise ${fixed(surprise, 2)} nats`];
+  if (tokens[0].disagreement.length > 1) said.push(`disagreement ${fixed(apart, 3)}`);
   if (doubted) said.push(`${doubted} doubted`);
   const shares = tokens[0].claims.map((_, k) => mean(tokens.map((token) => token.claims[k])));
   for (const share of shares) said.push(`${(100 * share).toFixed(1)}% claimed by files`);
@@ -332,10 +382,11 @@ export function lookable(text, about, holder, whatIf = null, turn = {}) {
     };
     found.prepend(button('×', { className: 'close', 'aria-label': 'Close', onclick: close }));
     found.addEventListener('keydown', (event) => event.key === 'Escape' && close());
-    holder.querySelector('.details')?.remove();
+    document.querySelector('.details')?.remove();
     holder.append(found);
     found.focus({ preventScroll: true });
-    found.scrollIntoView({ block: 'nearest' });
+    // It lies over the end of the view: the word stays in sight.
+    text.querySelector('.on').scrollIntoView({ block: 'nearest' });
   });
 }
 
@@ -358,7 +409,8 @@ export function showRecord(root, record) {
     text.append(h('span', { className: 'prompt' }, turn.text ?? ''));
     text.add(turn.tokens ?? []);
     if (turn.tokens) lookable(text, own, holder, null, turn);
-    holder.append(text, h('p', { className: 'sum' }, summaryOf(turn.tokens ?? [])));
+    if (turn.name) holder.append(h('h3', {}, turn.name));
+    holder.append(text, sumElement(summaryOf(turn.tokens ?? [])));
     root.append(holder);
   }
 }

@@ -1,6 +1,6 @@
 // The page: three views of the served ensembles, and the settings that they share.
 
-import { key, models } from './api.js';
+import { kept, key, models } from './api.js';
 import { chatOf } from './chat.js';
 import { compareOf } from './compare.js';
 import { controlsOf } from './controls.js';
@@ -8,19 +8,26 @@ import { insideOf } from './inside.js';
 import { h, legendElement } from './look.js';
 import { save } from './share.js';
 
+const WIDE = '(min-width: 901px)';
 const VIEWS = ['chat', 'inside', 'compare'];
 const by = (id) => document.getElementById(id);
-const state = { trouble, share: (record) => save(record).catch(trouble) };
+const state = {
+  trouble,
+  share: (record) => save(record).catch(trouble),
+  refresh: () => by('legend').firstChild?.refresh(),
+};
 const views = {};
 
 function trouble(error) {
-  by('trouble').textContent = error?.message ?? '';
+  by('trouble').textContent = (error?.status === 401 && refused()) || (error?.message ?? '');
   by('trouble').hidden = !error;
   if (error?.status === 401) {
     openSettings(true);
     by('key')?.focus();
   }
 }
+
+const refused = () => key.get() && 'The server does not accept this API key: ';
 
 function show(name, focus = true) {
   for (const view of VIEWS) {
@@ -29,12 +36,14 @@ function show(name, focus = true) {
     by(`tab-${view}`).tabIndex = view === name ? 0 : -1;
   }
   history.replaceState(null, '', `#${name}`);
+  state.refresh();
   if (focus) views[name]?.focus();
 }
 
 function openSettings(isOpen) {
   document.body.classList.toggle('with-settings', isOpen);
   by('settings-toggle').ariaExpanded = String(isOpen);
+  if (isOpen && !matchMedia(WIDE).matches) by('settings').querySelector('select, input')?.focus();
 }
 
 async function start() {
@@ -46,16 +55,18 @@ async function start() {
     askForKey(error);
     return;
   }
-  const legend = by('legend');
   const refresh = () => {
-    legend.firstChild?.refresh();
+    state.refresh();
     views.compare?.refresh();
   };
   state.controls = controlsOf(by('settings'), served, refresh);
   views.chat = chatOf(by('chat'), state);
   views.inside = insideOf(by('inside'), state);
   views.compare = compareOf(by('compare'), state);
-  legend.replaceChildren(legendElement(document.body, () => state.controls.about({ softmeet: {} })));
+  // Whoever had a part in what is shown, or would have.
+  const about = () =>
+    views[VIEWS.find((view) => !by(view).hidden)]?.about?.() || state.controls.about({ softmeet: {} });
+  by('legend').replaceChildren(legendElement(document.body, about));
   const asked = location.hash.slice(1);
   show(VIEWS.includes(asked) ? asked : served[0].softmeet.chat ? 'chat' : 'inside');
 }
@@ -72,7 +83,8 @@ function askForKey(error) {
     key.set(keyField.value);
     start();
   });
-  by('trouble').replaceChildren('This server asks for an API key, which is kept in this tab: ', keyField);
+  const asked = refused() || 'This server asks for an API key, which is kept in this tab: ';
+  by('trouble').replaceChildren(asked, keyField);
   keyField.focus();
 }
 
@@ -86,10 +98,17 @@ document.querySelector('[role=tablist]').addEventListener('keydown', (event) => 
   by(`tab-${next}`).focus();
 });
 by('settings-toggle').addEventListener('click', () => openSettings(!document.body.classList.contains('with-settings')));
+// On a phone they lie over the view.
+document.addEventListener('pointerdown', ({ target }) => {
+  const isOver = !matchMedia(WIDE).matches && !target.closest('#settings, #settings-toggle');
+  if (isOver) openSettings(false);
+});
 by('theme').addEventListener('click', () => {
   const { dataset } = document.documentElement;
   const now = dataset.theme ?? (matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light');
   dataset.theme = now === 'dark' ? 'light' : 'dark';
+  kept.set('theme', dataset.theme);
 });
-openSettings(matchMedia('(min-width: 900px)').matches);
+if (kept.get('theme')) document.documentElement.dataset.theme = kept.get('theme');
+openSettings(matchMedia(WIDE).matches);
 start();
