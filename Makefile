@@ -39,12 +39,12 @@ soak: $(VENV)/.test ## Load two servers with all that clients do for an hour (HO
 bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, at sizes of a few minutes each.
 	$(BIN)/python benchmarks/solver.py passes --positions 128
 	$(BIN)/python benchmarks/solver.py row --size small --limit 20
-	$(BIN)/python benchmarks/decode.py --repeats 3
+	$(BIN)/python benchmarks/decode.py meet --repeats 3
 	$(BIN)/python benchmarks/price.py --speculate auto --repeats 3
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py peak
 	$(BIN)/python benchmarks/solver.py growth --quick
 	$(BIN)/python benchmarks/gates.py --smoke
-	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/memory.py plan
 	$(BIN)/python benchmarks/serve.py --counts 1,32 --tokens 32 --meet-tokens 4
 
 docs: $(VENV)/.docs ## Build the site into site/; every broken link is an error.

@@ -94,8 +94,8 @@ def command(arguments: list[str] | None = None) -> str:
 
     A model's path is written as the variable of :data:`MODELS` that holds it, any other path as its last part.
 
-    >>> command(["/home/me/softmeet/benchmarks/calls.py", "--rule", "meet", "--json", "benchmarks/results/calls.json"])
-    'python benchmarks/calls.py --rule meet'
+    >>> command(["/home/me/softmeet/benchmarks/decode.py", "calls", "--rule", "meet", "--json", "calls.json"])
+    'python benchmarks/decode.py calls --rule meet'
     """
     script, *options = sys.argv if arguments is None else arguments
     kept, words = [f"benchmarks/{Path(script).name}"], iter(options)
