@@ -45,7 +45,7 @@ bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, a
 	$(BIN)/python benchmarks/solver.py growth --quick
 	$(BIN)/python benchmarks/gates.py --smoke
 	$(BIN)/python benchmarks/memory.py plan
-	$(BIN)/python benchmarks/serve.py --counts 1,32 --tokens 32 --meet-tokens 4
+	$(BIN)/python benchmarks/serve.py streams --counts 1,32 --tokens 32 --meet-tokens 4
 
 docs: $(VENV)/.docs ## Build the site into site/; every broken link is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
