@@ -25,14 +25,14 @@ OVER_BYTES = 256  # the end of a text over bytes
 READER = 5  # tokens a second that somebody reads
 _SOME_TEXT = re.compile(rb'"text": ?"[^"]')
 _ENDLESS = {"logit_bias": {"0": -100}}
-_USAGE = {"stream_options": {"include_usage": True}}
 Tokens = Annotated[int, typer.Option(help="Of each answer.")]
 
 
 def fields(k: int, tokens: int, **more: Any) -> dict[str, Any]:
     """Return the k-th request: a prompt of its own, so that nothing is reused, that runs to its limit."""
     prompt = f"{PROMPTS[k % len(PROMPTS)]} {k}"
-    return {"prompt": prompt, "max_tokens": tokens, "seed": k, "stream": True, "temperature": 1.0, **more}
+    asked = {"prompt": prompt, "max_tokens": tokens, "seed": k, "temperature": 1.0}
+    return {**asked, "stream": True, "stream_options": {"include_usage": True}, **more}
 
 
 async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[float, int]:
@@ -94,7 +94,7 @@ def served(names: list[str], numbers: list[int], lengths: dict[str, int], end: i
         for rule, length in lengths.items():
             for n in numbers:
                 limit = {"max_bytes": length} if end == OVER_BYTES else {}
-                more = {"softmeet": {"rule": rule} | limit, "logit_bias": {str(end): -100}, **_USAGE}
+                more = {"softmeet": {"rule": rule} | limit, "logit_bias": {str(end): -100}}
                 same = max(numbers) if end == OVER_BYTES else 0
                 found = asyncio.run(measure(server.url, n, length, server.process.pid, same, **more))
                 flags = ["--reproducible"] if "--reproducible" in names else []
@@ -172,7 +172,7 @@ def replicas(
     That is the CPU of all processes of the server, and that of Ray's proxy, which all replicas share. CPU seconds hold
     on a machine that also has other work to do; rates and times do not.
     """
-    more: dict[str, Any] = {"softmeet": {"rule": "logit-mean"}, **_USAGE, **_ENDLESS}
+    more: dict[str, Any] = {"softmeet": {"rule": "logit-mean"}, **_ENDLESS}
     kinds = [("one process", ["--threads", "1"])]
     kinds += [(f"replicas: {n}", ["--replicas", n]) for n in numbers.split(",")]
     rows: list[Row] = []
