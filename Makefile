@@ -43,7 +43,7 @@ bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, a
 	$(BIN)/python benchmarks/price.py --speculate auto --repeats 3
 	$(BIN)/python benchmarks/memory.py peak
 	$(BIN)/python benchmarks/solver.py growth --quick
-	$(BIN)/python benchmarks/gates.py --smoke
+	$(BIN)/python benchmarks/gates.py curves --smoke
 	$(BIN)/python benchmarks/memory.py plan
 	$(BIN)/python benchmarks/serve.py streams --counts 1,32 --tokens 32 --meet-tokens 4
 
