@@ -37,15 +37,15 @@ soak: $(VENV)/.test ## Load two servers with all that clients do for an hour (HO
 	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES),--hours $(or $(HOURS),1)) --json soak.json $(SOAK_ARGS)
 
 bench: $(VENV)/.bench ## Time the solver and decoding beside the alternatives, at sizes of a few minutes each.
-	$(BIN)/python benchmarks/passes.py --positions 128
-	$(BIN)/python benchmarks/solver.py --size small --limit 20
-	$(BIN)/python benchmarks/decode.py --repeats 3
+	$(BIN)/python benchmarks/solver.py passes --positions 128
+	$(BIN)/python benchmarks/solver.py row --size small --limit 20
+	$(BIN)/python benchmarks/decode.py meet --repeats 3
 	$(BIN)/python benchmarks/price.py --speculate auto --repeats 3
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/growth.py --quick
-	$(BIN)/python benchmarks/gates.py --smoke
-	$(BIN)/python benchmarks/plan.py
-	$(BIN)/python benchmarks/serve.py --counts 1,32 --tokens 32 --meet-tokens 4
+	$(BIN)/python benchmarks/memory.py peak
+	$(BIN)/python benchmarks/solver.py growth --quick
+	$(BIN)/python benchmarks/gates.py curves --smoke
+	$(BIN)/python benchmarks/memory.py plan
+	$(BIN)/python benchmarks/serve.py streams --counts 1,32 --tokens 32 --meet-tokens 4
 
 docs: $(VENV)/.docs ## Build the site into site/; every broken link is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -21,11 +21,10 @@ from typing import Any
 import httpx
 import typer
 
-from serve import Rival
+from servers import MEMBER, Rival
 from servers import Server as Process
 from softmeet.members import zoo
 
-MEMBER = "wide/gpt2"
 TEMPLATE = (
     "{% if tools %}{{ tools }}\n{% endif %}"
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "

@@ -1,30 +1,32 @@
-"""What the user's own files are worth beside a model, and what the controls are: python benchmarks/files.py --help.
+"""What the user's own files are worth beside a model, what they cost, and what the controls are.
 
-Each PROJECT is a folder. Some of its files are held out, and the others stand beside the model as files. ``measure``
-reads the held-out files and keeps, of each, what a model, the files and the controls say of every symbol, so that it
-goes on where it was stopped; ``python benchmarks/files_tables.py`` makes tables of it. ``weights`` fits the weights of
-:mod:`softmeet.readers.files.claim` on projects; one of which they are to be judged must not be among them.
-
-The controls: the model at the temperature that suits it best, told the file's name, beside an n-gram of the file's own
-beginning, and with three chunks of the other files in its prompt, which BM25 finds by the path and the first 600 bytes.
+Each PROJECT is a folder. Some of its files are held out, and the others stand beside the model as files. The controls:
+the model at the temperature that suits it best, told the file's name, beside an n-gram of the file's own beginning, and
+with three chunks of the other files in its prompt, which BM25 finds by the path and the first 600 bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import random
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
+import bm25s
 import numpy as np
 import torch
 import typer
 
-from held_files import BYTES, Project
-from softmeet import Ensemble
+from report import JsonPath, commands, median, named, show
+from softmeet import Ensemble, Files
 from softmeet.evaluation.own_files import HEADER
 from softmeet.hf.claiming import symbols_of
 from softmeet.readers.files.claim import BYTES as BYTE_SCHEME
@@ -34,11 +36,115 @@ from softmeet.readers.files.index import Index, in_order
 from softmeet.readers.files.matches import Sorted, match
 from softmeet.readers.reader import Read, Reader, Row, finished
 
-app = typer.Typer(add_completion=False)
+app = commands(__doc__)
 # The temperatures of which a model's best one is taken, in hindsight.
 TEMPERATURES = [1.0, 1.1, 1.2, 1.3]
 # So many symbols are read in a call.
 PIECE = 128
+# Of each held-out file so many bytes from the beginning are read, and files with fewer are not held out.
+BYTES, LEAST = 1800, 1200
+# A file is a near copy if more than the share of its windows of so many bytes stands in the other files.
+WINDOW, SHARE = 100, 0.2
+# Chunks have so many lines, and so many of them are retrieved.
+LINES, CHUNKS = 25, 3
+_WORD = r"[A-Z]?[a-z]{2,}|[A-Z]{2,}|\d+"
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder's files, of which some are held out.
+
+    Attributes:
+        name: the folder's, with that of the one above.
+        folder: the folder.
+        held: the files that are predicted, in the order in which they were drawn.
+        kept: those that stand beside the model.
+    """
+
+    name: str
+    folder: Path
+    held: tuple[Path, ...]
+    kept: Corpus
+
+    @classmethod
+    def of(cls, folder: str, count: int, include: str | None, by: str) -> Project:
+        """Hold out files that are drawn at random, by a fixed seed, or all files of folders that are."""
+        texts = find_texts([folder], include)
+        long = [path for path in texts.files if path.stat().st_size >= LEAST]
+        chosen = random.Random(1)  # noqa: S311 - which files are held out is no secret
+        if by == "folder":
+            parents = sorted({path.parent for path in long})
+            chosen.shuffle(parents)
+            gone = set[Path]()
+            while parents and sum(path.parent in gone for path in long) < count:
+                gone.add(parents.pop())
+            held = [path for path in long if path.parent in gone]
+            held = chosen.sample(held, min(count, len(held)))
+            kept = tuple(path for path in texts.files if path.parent not in gone)
+        else:
+            held = chosen.sample(long, min(count, len(long) // 4))
+            kept = tuple(path for path in texts.files if path not in held)
+        whole = Path(folder).resolve()
+        return cls("/".join(whole.parts[-2:]), whole, tuple(held), replace(texts, files=kept))
+
+    def named(self, path: Path) -> str:
+        """Return a line that tells a file's path."""
+        return f"# {path.relative_to(self.folder)}\n"
+
+    def is_near_copy(self, path: Path) -> bool:
+        """Return whether more than a fifth of a file's windows stand in the others."""
+        text = path.read_bytes()
+        windows = [hash(text[k : k + WINDOW]) for k in range(max(1, len(text) - WINDOW + 1))]
+        return sum(window in self._windows for window in windows) > SHARE * len(windows)
+
+    def has_line(self, line: str) -> bool:
+        """Return whether a line stands in one of the other files."""
+        return line.strip() in self._lines
+
+    def retrieved(self, path: Path, text: str) -> str:
+        """Return the chunks of the other files that BM25 finds for a file, the best one last, under their paths.
+
+        Args:
+            path: the file's, whose words count.
+            text: its beginning, of which lines count that no tenth of the other files has, such as those of a licence.
+        """
+        engine, chunks = self._engine
+        rare = [line for line in text.splitlines() if 10 * self._lines[line.strip()] < len(self._texts)]
+        best, _ = engine.retrieve(_words("\n".join([self.named(path), *rare])), k=CHUNKS, show_progress=False)
+        return "\n".join(chunks[k] for k in reversed(best[0].tolist())) + "\n"
+
+    @cached_property
+    def _texts(self) -> list[tuple[Path, str]]:
+        return [(path, path.read_bytes().decode(errors="ignore")) for path in self.kept.files]
+
+    @cached_property
+    def _windows(self) -> set[int]:
+        every = (text.encode() for _, text in self._texts)
+        return {hash(text[k : k + WINDOW]) for text in every for k in range(len(text) - WINDOW + 1)}
+
+    @cached_property
+    def _lines(self) -> Counter[str]:
+        return Counter(line for _, text in self._texts for line in {line.strip() for line in text.splitlines()})
+
+    @cached_property
+    def _engine(self) -> tuple[bm25s.BM25, list[str]]:
+        chunks = [
+            self.named(path) + "\n".join(lines[k : k + LINES])
+            for path, text in self._texts
+            for lines in [text.splitlines()]
+            for k in range(0, len(lines), LINES)
+        ]
+        engine = bm25s.BM25()
+        engine.index(_words(*chunks), show_progress=False)
+        return engine, chunks
+
+
+def _words(*texts: str) -> list[list[str]]:
+    """Return the words of texts, those within names with underscores and capitals apart."""
+    found: list[list[str]] = bm25s.tokenize(
+        list(texts), token_pattern=_WORD, stopwords=None, lower=False, return_ids=False, show_progress=False
+    )
+    return [[word.lower() for word in words] for words in found]
 
 
 @dataclass(frozen=True)
@@ -289,7 +395,10 @@ def measure(
     *,
     controls: Annotated[bool, typer.Option(help="Measure what the file's name and retrieval are worth.")] = True,
 ) -> None:
-    """Read held-out files, and keep what is said of each; go on where this was stopped."""
+    """Read held-out files, and keep what a model, the files and the controls say of every symbol of each.
+
+    It goes on where it was stopped; benchmarks/files_tables.py makes tables of it.
+    """
     model: Model | None = None
     who = "+".join(Path(one).stem for one in models.split(","))
     for number, folder in enumerate(projects):
@@ -318,7 +427,10 @@ def measure(
 
 @app.command()
 def weights(models: Models, projects: Projects, held: Held = 12, include: Include = None) -> None:
-    """Print the table of weights that fits held-out files best, by expectation maximisation."""
+    """Print the table of weights that fits held-out files best, by expectation maximisation.
+
+    They are those of softmeet.readers.files.claim; a project by which they are to be judged must not be among them.
+    """
     model, seen = Model(models), list[tuple[int, int, float, float]]()
     for project in (Project.of(folder, held, include, "file") for folder in projects):
         index = model.index_of(project.kept)
@@ -347,6 +459,73 @@ def cells(
         if found.order:
             probs = found.probs()
             yield *scheme.cell(found, float(probs.max())), float(probs[symbols[place]]), math.exp(nats[place - 1])
+
+
+Taken = tuple[float, float, list[int]]
+
+
+def written(ensemble: Ensemble, text: str, tokens: int, speculate: Any) -> Taken:
+    """Write on; return the seconds to the first token, those of each further one, and the tokens."""
+    prompt, told = ensemble.tokenizer(text, return_tensors="pt"), dict[str, Any](do_sample=False, pad_token_id=0)
+    start = time.perf_counter()
+    out = ensemble.model.generate(**prompt, max_new_tokens=1, return_dict_in_generate=True, **told)
+    first = time.perf_counter()
+    length = out.sequences.shape[1]
+    made = ensemble.model.generate(
+        out.sequences, cache=out.cache, max_new_tokens=tokens, speculate=speculate, eos_token_id=None, **told
+    )
+    return first - start, (time.perf_counter() - first) / tokens, made[0, length:].tolist()
+
+
+@app.command()
+def seconds(
+    models: Models,
+    project: Annotated[str, typer.Argument(help="A folder.")],
+    include: Include = None,
+    held: Annotated[int, typer.Option(help="How many files are written on.")] = 6,
+    prompt: Annotated[int, typer.Option(help="How many bytes of each are the prompt.")] = 1200,
+    tokens: Annotated[int, typer.Option(help="How many tokens are written.")] = 64,
+    json: JsonPath = None,
+) -> None:
+    """Time files, retrieval and both: seconds to the first token, and milliseconds of each further one.
+
+    Each way writes on behind the first bytes of the same held-out files, greedily, in one process and in turns. A line
+    that differs stands before each prompt, so that nothing of it was read before.
+    """
+    texts, names, loaded = Project.of(project, held, include, "file"), models.split(","), dict[Any, Any]()
+    how: dict[str, Any] = {"rule": "logit-mean", "weights": [1] * len(names), "loaded": loaded}
+    alone = Ensemble.from_pretrained(names, **how)
+    files = Files(*map(str, texts.kept.files), name="files")
+    beside = Ensemble.from_pretrained([*names, files], **how)
+    salt, ways = count(), dict[str, list[Taken]]()
+    for path in texts.held:
+        text = path.read_bytes()[:prompt].decode(errors="ignore")
+        chunks = texts.retrieved(path, text)
+        for way, ensemble, before, speculate in (
+            ("alone", alone, "", 0),
+            ("with files", beside, "", 0),
+            ("alone, drafts", alone, "", "auto"),
+            ("with files, drafts", beside, "", "auto"),
+            ("retrieval", alone, chunks, 0),
+            ("both", beside, chunks, 0),
+            ("both, drafts", beside, chunks, "auto"),
+        ):
+            if len(names) > 1 or way != "alone, drafts":
+                taken = written(ensemble, f"# {next(salt)}\n{before}{text}", tokens, speculate)
+                ways.setdefault(way, []).append(taken)
+                print(f"{path.name}: {way} {taken[0]:.2f} s, {taken[1] * 1000:.0f} ms", flush=True)
+    plain = {"with files, drafts": "with files", "both, drafts": "both"}
+    rows = [
+        {
+            "models": named(models), "project": texts.name.rpartition("+")[2], "way": way, "files": len(taken),
+            "seconds to the first token": median(one[0] for one in taken),
+            "milliseconds a token": 1000 * median(one[1] for one in taken),
+            "times plain": median(b[1] / a[1] for a, b in zip(ways[plain.get(way, "alone")], taken, strict=True)),
+            "same text": sum(a[2] == b[2] for a, b in zip(ways[plain.get(way, way)], taken, strict=True)),
+        }
+        for way, taken in ways.items()
+    ]  # fmt: skip
+    show("What files cost", rows, json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Tables of what ``python benchmarks/files.py measure`` has kept: bits a byte, unrelated files, lines written right.
-
-python benchmarks/files_tables.py bits KEPT --json benchmarks/results/files-bits.json
-"""
+"""Tables of what benchmarks/files.py measure has kept: bits a byte, unrelated files, lines written right."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ import typer
 from scipy.stats import binomtest
 
 from files import TEMPERATURES
-from report import show
+from report import JsonPath, commands, show
 from softmeet.evaluation.own_files import HEADER
 
-app = typer.Typer(add_completion=False)
+app = commands(__doc__)
 PLAIN = TEMPERATURES.index(1.0)
 # How often files are drawn anew for an interval, and its share.
 DRAWS, SHARE = 2000, 0.95
@@ -26,7 +23,6 @@ DRAWS, SHARE = 2000, 0.95
 SMALL = 1.0
 
 Kept = Annotated[Path, typer.Argument(help="The folder where what was measured is kept.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the rows with the command and the machine.")]
 
 
 class Told:

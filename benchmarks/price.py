@@ -21,7 +21,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from members import ensemble_of, save_pair
+from memory import ensemble_of, save_pair
 from report import median, named, show
 from softmeet.engine import combine, pace
 from softmeet.members import trunk, zoo

@@ -14,12 +14,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import median as median
+from typing import Annotated, Any, TypeVar
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +30,33 @@ from softmeet.evaluation.record import processor
 
 # Environment variables that hold the paths of the models that pages name so.
 MODELS = ("SMOLLM2", "GEMMA", "QWEN05", "QWEN15")
+T = TypeVar("T")
+
+
+def _in_threads(count: int) -> int:
+    """Have torch take so many threads."""
+    torch.set_num_threads(count)
+    return count
+
+
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures here.")]
+Threads = Annotated[int, typer.Option(callback=_in_threads, help="Of torch, which has them before anything runs.")]
+Models = Annotated[list[str], typer.Option("--member", "-m", help="A hub id, a folder or a GGUF file; repeat it.")]
+Members = Annotated[list[str] | None, typer.Option("--member", "-m", help="Models, not the bundled ones; repeat it.")]
+Texts = Annotated[list[str], typer.Option("--text", "-t", help="Files or a pattern; repeat it.")]
+Repeats = Annotated[int, typer.Option(help="How often each is measured.")]
+
+
+def commands(about: str | None) -> typer.Typer:
+    """Return a program of several commands, each of which measures one thing."""
+    how: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+    return typer.Typer(help=about, no_args_is_help=True, **how)
+
+
+def apart(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a process of its own, so that its memory alone counts; return what it returns."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def machine() -> str:
@@ -64,8 +94,8 @@ def command(arguments: list[str] | None = None) -> str:
 
     A model's path is written as the variable of :data:`MODELS` that holds it, any other path as its last part.
 
-    >>> command(["/home/me/softmeet/benchmarks/calls.py", "--rule", "meet", "--json", "benchmarks/results/calls.json"])
-    'python benchmarks/calls.py --rule meet'
+    >>> command(["/home/me/softmeet/benchmarks/decode.py", "calls", "--rule", "meet", "--json", "calls.json"])
+    'python benchmarks/decode.py calls --rule meet'
     """
     script, *options = sys.argv if arguments is None else arguments
     kept, words = [f"benchmarks/{Path(script).name}"], iter(options)
@@ -121,18 +151,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_text(each) for each in value)
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-__all__ = [
-    "MODELS",
-    "by_variable",
-    "command",
-    "keep",
-    "machine",
-    "median",
-    "named",
-    "now",
-    "quantile",
-    "seconds",
-    "show",
-]

@@ -1,4 +1,4 @@
-"""``softmeet serve`` as a process of its own, for benchmarks of the server."""
+"""``softmeet serve`` as a process of its own, for benchmarks of the server, and ``transformers serve`` beside it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 
+from softmeet.members import zoo
+
 # Memory is judged from so many seconds of a process's life on, by a line through it over as many seconds or more.
 SETTLED = 600.0
+MEMBER = "wide/gpt2"
 PROMPTS = ["And the king said unto", "In the beginning", "O my lord,", "The", "Thou shalt not", "What is", "Enter a"]
 
 
@@ -74,6 +78,30 @@ class Server:
         printed = self.printed()
         self._printed.close()
         return printed
+
+
+class Rival:
+    """``transformers serve`` with one model, by default a bundled member."""
+
+    def __init__(self, model: str = "") -> None:
+        port = free_port()
+        self.model, self.url = model or zoo.locate(MEMBER), f"http://127.0.0.1:{port}"
+        command = [str(Path(sys.executable).parent / "transformers"), "serve", "--port", str(port), "--device", "cpu"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"{self.url}/health")
+                return
+            except httpx.TransportError:
+                time.sleep(0.5)
+        raise RuntimeError("transformers serve did not start")
+
+    def end(self) -> None:
+        """Send SIGTERM and wait."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(timeout=60)
 
 
 class Site:

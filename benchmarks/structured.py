@@ -25,8 +25,8 @@ import lark
 import typer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hostile import gaps
 from report import show
+from serve import gaps
 from servers import Server
 from softmeet import Ensemble, Structure
 from softmeet.engine.masking import Mask

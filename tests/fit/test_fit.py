@@ -180,10 +180,9 @@ def test_an_interval_that_holds_zero_means_the_baseline(ensemble, fitted, positi
 
 def test_a_member_that_knows_nothing_gets_next_to_no_weight_and_trust(tmp_path):
     """A bundled member beside a copy whose head is shuffled."""
-    from fit import shuffled
-    from held_out import held_out_documents
+    from fit import changed, held_out_documents, shuffled
 
-    ensemble = Ensemble.from_pretrained(["narrow/opt-c", shuffled("narrow/opt-a", tmp_path / "bad")])
+    ensemble = Ensemble.from_pretrained(["narrow/opt-c", changed("narrow/opt-a", tmp_path / "bad", shuffled)])
     positions = observe_text(ensemble, held_out_documents()[::3], max_per_document=60)
     found = fit(ensemble, positions, Options(meet_positions=20, premise_positions=20, evaluations=6))
     for candidate in found.candidates[2:]:

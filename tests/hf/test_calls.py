@@ -1,10 +1,10 @@
-"""How long a token's path is, by the count of benchmarks/calls.py, which does not depend on the machine."""
+"""How long a token's path is, by the count of benchmarks/decode.py calls, which does not depend on the machine."""
 
 from __future__ import annotations
 
 import pytest
 
-from calls import calls_a_token
+from decode import calls_a_token
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ ROWS = [
     {"rule": "meet", "trust": 0.3, "calls": 364.6, "closed": 0.31, "each": [1.5, 2], "large": 1153.0, "small": 3.21e-8},
     {"rule": "meet", "trust": 1.0, "calls": None, "closed": "refused", "each": [3]},
 ]
-RESULT = {"title": "t", "command": "python benchmarks/calls.py", "date": "2026-11-29", "machine": "m", "rows": ROWS}
+RESULT = {
+    "title": "t",
+    "command": "python benchmarks/decode.py calls",
+    "date": "2026-11-29",
+    "machine": "m",
+    "rows": ROWS,
+}
 FOUND = {"some": RESULT, "other-one": RESULT | {"command": "other", "facts": {"v": 0.24}}}
 
 
@@ -55,7 +61,7 @@ def test_a_table_is_filled_and_says_by_which_commands():
     opening = "\n<!-- figures: some + other-one[trust=1]\n| {rule:code} | {calls:.0f} ({trust}) | {closed:.0%} | -->\n"
     head = "| rule | calls | closed |\n|---|---|---|\n"
     rows = ["| `meet` | 365 (0.3) | 31 % |\n", *["| `meet` | | refused |\n"] * 2]
-    origin = "\n2026-11-29, m:\n\n- `python benchmarks/calls.py`\n- `other`\n<!-- end -->\n"
+    origin = "\n2026-11-29, m:\n\n- `python benchmarks/decode.py calls`\n- `other`\n<!-- end -->\n"
     made = "".join([opening, head, *rows, origin])
     assert updated(f"{opening}{head}| old | 3 |\n<!-- end -->\n", FOUND) == made
     assert updated(made, FOUND) == made
@@ -133,18 +139,20 @@ def test_check_writes_nothing(monkeypatch, tmp_path, capsys):
     assert "differs: page.md" in capsys.readouterr().out
     assert page.read_text() == "It takes 0 calls."
     assert main(check=False) == 0
-    assert "python benchmarks/calls.py --json benchmarks/results/calls.json" in capsys.readouterr().out
+    assert "python benchmarks/decode.py calls --json benchmarks/results/calls.json" in capsys.readouterr().out
     assert page.read_text() == "It takes 7 calls."
     assert main(check=True) == 0
 
 
 def test_benchmarks_leave_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("QWEN05", "/models/q.gguf")
-    script = f"{ROOT}/benchmarks/calls.py"
-    monkeypatch.setattr("sys.argv", [script, "-m", "/models/q.gguf", "-m=/other/b", "-t", "a b", "--json", "x.json"])
+    script = f"{ROOT}/benchmarks/decode.py"
+    monkeypatch.setattr(
+        "sys.argv", [script, "calls", "-m", "/models/q.gguf", "-m=/other/b", "-t", "a b", "--json", "x.json"]
+    )
     report.show("t", [{"rule": "meet", "ms": 1 / 3, "none": None}], tmp_path / "some.json", fits={"v": (2 / 3,)})
     found = read(tmp_path)["some"]
-    assert found["command"] == "python benchmarks/calls.py -m QWEN05 -m=b -t 'a b'"
+    assert found["command"] == "python benchmarks/decode.py calls -m QWEN05 -m=b -t 'a b'"
     assert found["rows"] == [{"rule": "meet", "ms": 0.333333, "none": None}]
     assert found["fits"] == {"v": [0.666667]}
     assert found["machine"] == report.machine()

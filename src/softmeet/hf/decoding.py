@@ -127,8 +127,8 @@ def decode(
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Generate tokens as transformers' loop of sampling and greedy search does, by the engine.
 
-    That draws in less time than torch.multinomial (``benchmarks/draws.py``), and torch's generator in one state gives
-    one text, whether tokens are drafted or not, and members keep what they have read or not.
+    That draws in less time than torch.multinomial (``benchmarks/decode.py draws``), and torch's generator in one state
+    gives one text, whether tokens are drafted or not, and members keep what they have read or not.
 
     Args:
         model: the ensemble that is called.

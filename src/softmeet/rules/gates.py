@@ -233,7 +233,7 @@ class Disagreement(Gate):
 class Automatic(Disagreement):
     """The gate ``auto``: ``disagreement:0.08`` for rules that move the pool by finite trusts, and no gate for others.
 
-    On held-out text of both bundled families it costs at most 0.001 nats a token (``python benchmarks/gates.py``).
+    On held-out text of both bundled families it costs at most 0.001 nats a token (``benchmarks/gates.py curves``).
     """
 
     threshold: float = 0.08

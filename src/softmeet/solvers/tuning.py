@@ -1,10 +1,10 @@
 """The constants of ``meet``'s solvers that were chosen by measurement.
 
-``benchmarks/tuning.py`` measures those of dense steps again. Comments give its passes over all heads per row at half
-and at double the value of a constant: "14.5 and 10.6, 15.0 and 9.0" is 14.5 with proved bounds on the gap and 10.6 with
-estimates of it at half, 15.0 and 9.0 at double; "9.9, 8.5" has bounds alone. "pair": rows shaped after a pretrained
-pair (v = 32,768, two heads of 512 columns), which take 8.3 and 5.0 at the values below. "wide": the wide family, 14.5
-and 8.8. Other constants in this folder bound rounding errors, memory and loops.
+``benchmarks/solver.py tuning`` measures those of dense steps again. Comments give its passes over all heads per row at
+half and at double the value of a constant: "14.5 and 10.6, 15.0 and 9.0" is 14.5 with proved bounds on the gap and 10.6
+with estimates of it at half, 15.0 and 9.0 at double; "9.9, 8.5" has bounds alone. "pair": rows shaped after a
+pretrained pair (v = 32,768, two heads of 512 columns), which take 8.3 and 5.0 at the values below. "wide": the wide
+family, 14.5 and 8.8. Other constants in this folder bound rounding errors, memory and loops.
 """
 
 # The full Hessian is used up to ``HESSIAN`` multiplications v D² per row and step; for a tolerance below ``FINE``, at
