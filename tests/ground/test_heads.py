@@ -157,6 +157,11 @@ def test_nothing_is_mutated_and_no_head_is_copied_whole():
         (lambda: head(bias=torch.zeros(4)), r"bias has shape \(60,\), got \(4,\)"),
         (lambda: head(soft_cap=0.0), "positive"),
         (lambda: head(soft_cap="2"), "positive number or None, got '2'"),
+        (lambda: head(soft_cap=torch.inf), "soft-cap"),
+        (lambda: head(scale="x"), "scale"),
+        (lambda: head(scale=torch.nan), "scale"),
+        (lambda: SoftmaxHead("W"), "is a tensor, got"),
+        (lambda: head(bias=[0.0] * 60), "is a tensor, got"),
         (lambda: SoftmaxHead(torch.full((3, 2), torch.nan)).whitening(), "finite"),
     ],
 )
