@@ -105,15 +105,6 @@ def in_turn(names, values):
     return [(names[k], RULES[j], values[(k // n + j) % n]) for k, j in pairs]
 
 
-# All instances where the time ends a row, below: the same points.
-@pytest.mark.parametrize(("name", "rule", "steps"), in_turn(NAMES[::2], (1, 3)))
-def test_few_steps(name, rule, steps):
-    log_p, heads, options, _ = instance(name)
-    solution = softmeet.combine(log_p, heads, rule, tol=1e-9, max_steps=steps, **options)
-    assert Status.BUDGET not in solution.status.tolist()
-    check(rule, name, solution)
-
-
 def over_at(k):
     """A limit that is over when it is asked for the k-th time, and how often it was asked."""
     asked = [0]
@@ -125,15 +116,22 @@ def over_at(k):
     return over, asked
 
 
-@pytest.mark.parametrize(("name", "rule", "k"), in_turn(NAMES, (2, 5, 17)))  # at once: in the next test
-def test_the_time_is_over(name, rule, k):
+# At once: in the next test. By steps, of which those end at the same points, at some of the instances.
+@pytest.mark.parametrize(
+    ("name", "rule", "k", "steps"),
+    [(*case, None) for case in in_turn(NAMES, (2, 5, 17))]
+    + [(*case[:2], math.inf, case[2]) for case in in_turn(NAMES[::2], (1, 3))],
+)
+def test_what_is_ended_by_the_time_or_after_few_steps(name, rule, k, steps):
     log_p, heads, options, _ = instance(name)
     over, asked = over_at(k)
+    few = {"max_steps": steps} if steps else {}
     with softmeet.time_limit(over):
-        solution = softmeet.combine(log_p, heads, rule, tol=1e-9, **options)
+        solution = softmeet.combine(log_p, heads, rule, tol=1e-9, **few, **options)
     # Every step of a row begins with a question; once the answer is yes no step follows.
     assert solution.num_steps.max() < k
     assert asked[0] < k or Status.NOT_CONVERGED not in solution.status.tolist()
+    assert asked[0] >= k or Status.BUDGET not in solution.status.tolist()
     check(rule, name, solution)
 
 
@@ -258,14 +256,6 @@ def test_a_rule_of_ones_own_may_ask():
         solution = softmeet.combine(log_p, heads, Slow())
     assert torch.equal(solution.log_probs, softmeet.combine(log_p, heads, "logit-mean").log_probs)
     assert not softmeet.time_is_over()
-
-
-def test_the_first_limit_that_is_over_counts():
-    with softmeet.time_limit(math.inf):
-        assert not softmeet.time_is_over()
-        with softmeet.time_limit(0):
-            assert softmeet.time_is_over()
-        assert not softmeet.time_is_over()
 
 
 @pytest.mark.parametrize(

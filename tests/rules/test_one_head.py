@@ -173,19 +173,6 @@ def test_what_one_head_is():
     assert not any(one_head([own, other]) for other in others)
 
 
-def test_values_are_compared_once_an_ensemble(monkeypatch):
-    combiner, counted = Combiner(["a", "b"], copies(head())[:2]), []
-    equal = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda a, b: counted.append(len(a)) or equal(a, b))
-    settings = Settings.of({"trust": 1.0}).for_members(2)
-    for _ in range(3):
-        combiner.solve_rows(hidden(2), settings)
-    assert counted == [1, V]
-    same = Combiner(["a", "b"], [head()] * 2)
-    same.solve_rows(hidden(2), settings)
-    assert counted == [1, V]
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Two tiny members, the head of the second a copy of that of the first."""

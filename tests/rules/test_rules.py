@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from pydantic import Field
+from serving import http, running, serving_of
 from typer.testing import CliRunner
 
 import softmeet
@@ -265,48 +266,26 @@ def test_a_package_makes_a_rule_known_everywhere(installed, folders, tmp_path):
     assert fitted["candidates"][rule]["rule"] == rule
 
 
-def test_a_server_takes_it_in_requests(installed, folders):
-    from fastapi.testclient import TestClient
-
-    from softmeet.server.app import create_app
-    from softmeet.server.ensembles import load
-    from softmeet.server.serving import ServerSettings, Serving
-
-    serving = Serving(load({"default": folders}, rule="pointwise-minimum"), ServerSettings())
-    with TestClient(create_app(serving), base_url="http://localhost") as client:
-        asked = {"prompt": "the king", "max_tokens": 2, "seed": 1}
-        own = client.post("/v1/completions", json=asked).json()
-        assert own["softmeet"]["rule"] == "pointwise-minimum"
-        other = asked | {"softmeet": {"rule": "pointwise-minimum:sharpness=2"}}
-        assert (
-            client.post("/v1/completions", json=other).json()["softmeet"]["rule"] == "pointwise-minimum:sharpness=2.0"
-        )
-        twice = asked | {"softmeet": {"rule": "meet:trust=1", "trust": 2}}
-        answer = client.post("/v1/completions", json=twice)
-        assert answer.status_code == 400
-        assert "trust is named twice" in answer.json()["error"]["message"]
-        unasked = asked | {"softmeet": {"rule": "meet:tol=1e-12"}}
-        assert (
-            "does not let requests change tol"
-            in client.post("/v1/completions", json=unasked).json()["error"]["message"]
-        )
-
-
-def test_a_broken_rule_fails_its_own_requests_alone(registered, folders):
-    from fastapi.testclient import TestClient
-
-    from softmeet.server.app import create_app
-    from softmeet.server.ensembles import load
-    from softmeet.server.serving import ServerSettings, Serving
-
+def test_requests_may_ask_for_it_and_a_broken_rule_fails_its_own_alone(installed, registered, folders):
     registered(type(broken(lambda problem: 1 / 0)))
-    serving = Serving(load({"default": folders}, rule="logit-mean"), ServerSettings())
-    with TestClient(create_app(serving), base_url="http://localhost") as client:
-        asked = {"prompt": "the king", "max_tokens": 2, "seed": 1}
-        bad = client.post("/v1/completions", json=asked | {"softmeet": {"rule": "test-broken"}})
-        assert bad.status_code == 500
-        assert "the rule test-broken failed: ZeroDivisionError" in bad.json()["error"]["message"]
-        assert client.post("/v1/completions", json=asked).status_code == 200
+    with running(serving_of({"default": softmeet.Ensemble.from_pretrained(folders, "pointwise-minimum")})) as url:
+
+        def ask(**own):
+            asked = {"prompt": "the king", "max_tokens": 2, "seed": 1, "softmeet": own}
+            answer = http.post(f"{url}/v1/completions", json=asked)
+            return answer.status_code, answer.json()
+
+        assert ask()[1]["softmeet"]["rule"] == "pointwise-minimum"
+        other = "pointwise-minimum:sharpness=2.0"
+        assert ask(rule="pointwise-minimum:sharpness=2")[1]["softmeet"]["rule"] == other
+        for own, code, message in (
+            ({"rule": "meet:trust=1", "trust": 2}, 400, "trust is named twice"),
+            ({"rule": "meet:tol=1e-12"}, 400, "does not let requests change tol"),
+            ({"rule": "test-broken"}, 500, "the rule test-broken failed: ZeroDivisionError"),
+        ):
+            status, found = ask(**own)
+            assert (status, message in found["error"]["message"]) == (code, True)
+        assert ask()[0] == 200
 
 
 def test_a_checkpoint_says_which_package_is_missing(package, folders, tmp_path, monkeypatch):
