@@ -24,7 +24,6 @@ from instances import random_heads, zipf
 
 import softmeet
 from softmeet import Status
-from softmeet.essay import max_entropy
 from softmeet.evaluation.held_out import held_out_books
 from softmeet.evaluation.positions import observe_text
 from softmeet.simplex import prob_mean, total_variation
@@ -303,19 +302,3 @@ def test_slack_makes_the_linear_program_choose(name, tau):
     for k, (matrices, targets, *_) in enumerate(rows):
         value = with_slack(-log_p[:, k].mean(0).numpy(), *whitened(matrices, targets), tau)
         assert solution.objective[k].item() == pytest.approx(value, abs=CLOSE)
-
-
-@pytest.mark.unchecked
-def test_interior_points_settle_a_row_once(monkeypatch):
-    """On this instance Newton's method comes to no end, and the rule then needs a member of the feasible set."""
-    solved, original = [], max_entropy.entropic_projection
-
-    def counted(row, *arguments):
-        solved.append(row)
-        return original(row, *arguments)
-
-    monkeypatch.setattr(max_entropy, "entropic_projection", counted)
-    log_p, heads = CASES["faces"].build()
-    solution = softmeet.combine(log_p, heads, "min-cross-entropy")
-    assert len(solved) == log_p.shape[1]
-    assert (solution.status <= Status.DEGENERATE).all()

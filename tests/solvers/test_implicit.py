@@ -43,21 +43,19 @@ def test_gradcheck(trust):
     assert torch.autograd.gradcheck(answer, (w, rho), eps=1e-5, atol=1e-6, rtol=1e-4)
 
 
-def test_conjugate_gradients_solve_the_same_system():
-    problem = instance(batch=3)
-    state = solve(problem)
-    b = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direct = adjoint(problem, state, b)
-    assert torch.allclose(iterative(problem, state, b, 1e-10), direct, rtol=1e-6, atol=1e-8)
-
-
-def test_few_products_suffice_where_few_tokens_have_the_mass():
-    """Without the preconditioner the first of these rows is a sixth off by then."""
-    problem = instance(batch=4, v=2000, widths=(24, 40), sharpness=15.0)
-    state = solve(problem)
-    b = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direct = adjoint(problem, state, b)
-    assert torch.allclose((iterative(problem, state, b, 1e-4, 15) * b).sum(-1), (direct * b).sum(-1), rtol=1e-4)
+def test_conjugate_gradients_solve_the_same_system_in_few_products_where_few_tokens_have_the_mass():
+    """Without the preconditioner the first of the rows that are peaked is a sixth off by then."""
+    for peaked, most in (
+        ({}, {"tol": 1e-10}),
+        ({"v": 2000, "widths": (24, 40), "sharpness": 15.0}, {"tol": 1e-4, "steps": 15}),
+    ):
+        problem = instance(batch=4, **peaked)
+        state = solve(problem)
+        width = sum(h.rank for h in problem.heads)
+        b = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        direct, found = adjoint(problem, state, b), iterative(problem, state, b, *most.values())
+        assert torch.allclose((found * b).sum(-1), (direct * b).sum(-1), rtol=1e-4)
+        assert peaked or torch.allclose(found, direct, rtol=1e-6, atol=1e-8)
 
 
 def test_a_row_gets_the_gradient_that_it_gets_alone():
