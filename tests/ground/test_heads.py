@@ -54,15 +54,6 @@ def test_whitening_is_orthonormal_and_finds_the_rank():
     assert Q.sum(0).abs().max() < 1e-10
 
 
-def test_a_constant_head_constrains_nothing():
-    W = SoftmaxHead(torch.full((20, 3), 0.1))
-    assert W.whitening().rank == 0
-    log_p = torch.randn(2, 4, 20).log_softmax(-1)
-    solution = softmeet.combine(log_p, [W, W], trust=1.0)
-    pool = softmeet.combine(log_p, [W, W], "logit-mean")
-    assert torch.allclose(solution.log_probs, pool.log_probs, atol=1e-6)
-
-
 def test_views_agree_with_dense_algebra_under_a_soft_cap():
     W = head(dtype=torch.float64, soft_cap=3.0)
     logits = W.logits(torch.randn(2, 5, dtype=torch.float64))
