@@ -33,12 +33,6 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
 def told(folders, tmp_path_factory):
     """(the figures of a run with everything, its losses by document and by token, what it printed)."""
     folder = tmp_path_factory.mktemp("told")

@@ -32,17 +32,6 @@ WORDS = "the quick brown fox jumps over the lazy dog. "
 DOCUMENTS = [Document("a", WORDS * 5), Document("b", WORDS * 3), Document("c", "x"), Document("d", WORDS)]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
-def ensemble(folders):
-    return Ensemble.from_pretrained(folders)
-
-
 def same(a, b):
     pairs = zip([*a.hidden, a.targets, a.document, a.sizes], [*b.hidden, b.targets, b.document, b.sizes], strict=True)
     return a.names == b.names and all(torch.equal(x, y) for x, y in pairs)

@@ -36,29 +36,16 @@ from softmeet.members.member import short
 N, DOCUMENTS = 1000, 20
 
 
-@pytest.fixture(scope="module")
-def members(tmp_path_factory):
-    """Two members of one head, and so of hidden states that can be made to say anything."""
-    folder = tmp_path_factory.mktemp("members")
-    found = Ensemble.from_pretrained(
-        [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))], "logit-mean"
-    )
-    one, other = (member.get_output_embeddings().weight for member in found.model.members)
-    with torch.no_grad():
-        other.copy_(one)
-    return found
-
-
 def states(first, second, generator):
     """Positions at which the truth is a head's distribution, and each member errs by so much noise of its own."""
     truth = torch.randn(N, 32, generator=generator)
     return truth, [truth + noise * torch.randn(N, 32, generator=generator) for noise in (first, second)]
 
 
-def positions(members, first, second, seed=0):
+def positions(one_head, first, second, seed=0):
     generator = torch.Generator().manual_seed(seed)
     truth, hidden = states(first, second, generator)
-    return of_truth(hidden, members.model.heads[0].logits(truth).log_softmax(-1), generator)
+    return of_truth(hidden, one_head.model.heads[0].logits(truth).log_softmax(-1), generator)
 
 
 def of_truth(hidden, log_truth, generator):
@@ -70,18 +57,18 @@ def of_truth(hidden, log_truth, generator):
 TEXT = [Document("d", "the quick brown fox jumps over a lazy dog " * 3)]
 
 
-def advised(members, first, second, **how):
-    return advise(members, TEXT, positions(members, first, second), **how)
+def advised(one_head, first, second, **how):
+    return advise(one_head, TEXT, positions(one_head, first, second), **how)
 
 
 @functools.cache
-def equal(members):
-    return advised(members, 1.0, 1.0, folds=2)
+def equal(one_head):
+    return advised(one_head, 1.0, 1.0, folds=2)
 
 
 @functools.cache
-def as_good(members):
-    return advised(members, 0.3, 0.3)
+def as_good(one_head):
+    return advised(one_head, 0.3, 0.3)
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +83,8 @@ def unmeasured(monkeypatch, _measured_twice):
     monkeypatch.setattr(advising, "milliseconds", lambda runs: [1.0] * len(runs))
 
 
-def test_equal_members_are_averaged(members):
-    found = figures(equal(members))
+def test_equal_members_are_averaged(one_head):
+    found = figures(equal(one_head))
     assert found["verdict"] in ("average", "gate")
     assert found["interval"][0] > 0
     assert found["gain"] == pytest.approx(sum(found["interval"]) / 2)
@@ -107,33 +94,33 @@ def test_equal_members_are_averaged(members):
     assert sum(m["knows_better"] for m in found["members"]) == pytest.approx(1)
 
 
-def test_a_much_better_member_is_used_alone(members, tmp_path):
-    advice = advised(members, 0.05, 3.0, folds=2)
+def test_a_much_better_member_is_used_alone(one_head, tmp_path):
+    advice = advised(one_head, 0.05, 3.0, folds=2)
     found = figures(advice)
     save(advice.ensemble, advice.fitted, tmp_path / "saved", found["says"])
     alone = Ensemble.from_pretrained(tmp_path / "saved")
-    assert (alone.names, alone.model.config.weights) == (members.names[:1], [1.0])
+    assert (alone.names, alone.model.config.weights) == (one_head.names[:1], [1.0])
     assert alone.model.config.rule_temperature == advice.candidate.settings["rule_temperature"]
     assert found["verdict"] == "single"
-    assert (found["members_in_order"], found["weights"]) == (members.names[:1], [1.0])
-    assert found["best_member"] == members.names[0]
+    assert (found["members_in_order"], found["weights"]) == (one_head.names[:1], [1.0])
+    assert found["best_member"] == one_head.names[0]
     assert found["interval"][0] <= 0
     assert found["cost_ratio"] == pytest.approx(1)
-    assert f"Use {short(members.names[0])} alone" in found["says"]
+    assert f"Use {short(one_head.names[0])} alone" in found["says"]
 
 
-def test_the_same_member_twice_is_one(members, unmeasured):
-    same = positions(members, 0.3, 0.3)
+def test_the_same_member_twice_is_one(one_head, unmeasured):
+    same = positions(one_head, 0.3, 0.3)
     same = replace(same, hidden=[same.hidden[0], same.hidden[0]])
-    found = figures(advise(members, TEXT, same, folds=2))
+    found = figures(advise(one_head, TEXT, same, folds=2))
     assert found["verdict"] == "single"
     assert found["gain"] == pytest.approx(0, abs=3e-3)
 
 
-def test_an_interval_that_holds_zero_is_no_advice(members, unmeasured):
+def test_an_interval_that_holds_zero_is_no_advice(one_head, unmeasured):
     """Whatever the mean is, over many draws of members about as good as their average."""
     for seed in range(2):
-        found = figures(advise(members, TEXT, positions(members, 0.8, 1.1, seed), folds=2))
+        found = figures(advise(one_head, TEXT, positions(one_head, 0.8, 1.1, seed), folds=2))
         assert (found["verdict"] != "single") == (found["interval"][0] > 0)
 
 
@@ -142,9 +129,9 @@ def apart(judged):
     return replace(judged, fitted=replace(judged.fitted, test=deepcopy(judged.fitted.test)))
 
 
-def judged_by(members, nats, confidence=None, times=(1.0, 1.0), sizes=None):
+def judged_by(one_head, nats, confidence=None, times=(1.0, 1.0), sizes=None):
     """What is judged of given losses: of two members, each fitted average and ``meet``."""
-    judged = apart(as_good(members).judged)
+    judged = apart(as_good(one_head).judged)
     fitted = judged.fitted
     for name, own in zip(judged.names, nats["members"], strict=True):
         fitted.test.members[name].nats = own.double()
@@ -154,33 +141,38 @@ def judged_by(members, nats, confidence=None, times=(1.0, 1.0), sizes=None):
         fitted.test.choices[candidate.label].nats = nats["members"][fitted.candidates.index(candidate)].double()
     for candidate in fitted.candidates[2:]:
         fitted.test.choices[candidate.label].nats = nats["averages"].double()
-    return Judged(members, fitted, times)
+    return Judged(one_head, fitted, times)
 
 
 def noise(seed):
     return torch.rand(N, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_gate_is_advised_where_a_cheap_member_is_sure(members):
+@pytest.mark.parametrize("cheap", [0, 1])
+def test_a_gate_is_advised_where_a_cheap_member_is_sure_which_is_then_the_first(one_head, cheap):
     """Where it is sure all agree, and elsewhere the average gains."""
     sure = torch.arange(N) % 2 == 0
-    one = torch.where(sure, 0.1, 2.0 + noise(0))
-    two = torch.where(sure, 0.1, 2.1 + noise(1))
+    own = [torch.where(sure, 0.1, 2.0 + noise(0)), torch.where(sure, 0.1, 2.1 + noise(1))]
     averages = torch.where(sure, 0.1, 1.7 + noise(2))
     confidence = [torch.where(sure, 0.95, 0.3), torch.full((N,), 0.3)]
-    judged = judged_by(members, {"members": [one, two], "averages": averages}, confidence, (1.0, 4.0))
-    verdict, candidate, nats, gated = judged.chosen()
-    assert (verdict, gated.member, gated.threshold, gated.alone) == ("gate", 0, 0.5, 0.5)
-    advice = Advice(judged, verdict, candidate, nats, gated, 3.0)
-    assert advice.ensemble.model.config.gate == "unsure:0.5"
+    times, order = [1.0, 4.0], slice(None, None, -1 if cheap else 1)
+    nats = {"members": own[order], "averages": averages}
+    judged = judged_by(one_head, nats, confidence[order], times[order])
+    verdict, candidate, losses, gated = judged.chosen()
+    assert (verdict, gated.member, gated.threshold, gated.alone) == ("gate", cheap, 0.5, 0.5)
+    candidate = replace(candidate, settings=candidate.settings | {"weights": [0.3, 0.7]})
+    advice = Advice(judged, verdict, candidate, losses, gated, 3.0)
+    assert advice.ensemble.names == one_head.names[order]
+    assert advice.ensemble.model.config.weights == [0.3, 0.7][order]
+    assert advice.ensemble.model.config.gate == advice.fitted.chosen.settings["gate"] == "unsure:0.5"
     # A gate before the dear one saves too little.
-    dear = judged_by(members, {"members": [two, one], "averages": averages}, confidence[::-1], (1.0, 40.0))
+    dear = judged_by(one_head, nats, confidence[order], [40.0, 1.0][order])
     assert dear.chosen()[0] == "average"
 
 
-def test_the_first_line_says_what_to_do_and_whether_it_is_worth_it(members):
+def test_the_first_line_says_what_to_do_and_whether_it_is_worth_it(one_head):
     one, two, averages = 2.0 + noise(0), 2.0 + noise(1), 1.9 + noise(0)
-    judged = judged_by(members, {"members": [one, two], "averages": averages})
+    judged = judged_by(one_head, {"members": [one, two], "averages": averages})
     verdict, candidate, nats, gated = judged.chosen()
     assert verdict == "average"
     said = [plainly(Advice(judged, verdict, candidate, nats, gated, time)) for time in (0.9, 1.2, 1.9)]
@@ -190,10 +182,8 @@ def test_the_first_line_says_what_to_do_and_whether_it_is_worth_it(members):
         f"Combine them: 4.0 % fewer bits than {best} alone for 20 % more time, more than a larger"
     )
     assert said[2].startswith(f"4.0 % fewer bits than {best} alone for 90 % more time: keep {best}, or try a larger")
-    slower = replace(
-        judged,
-        times=[time * (1 + (name != judged.best)) for name, time in zip(judged.names, judged.times, strict=True)],
-    )
+    times = [time * (1 + (name != judged.best)) for name, time in zip(judged.names, judged.times, strict=True)]
+    slower = replace(judged, times=times)
     assert plainly(Advice(slower, verdict, candidate, nats, gated, 1.9)).endswith(f"90 % more time: keep {best}.")
     each = Clusters(judged.found.positions.document, "documents")
     other = Alternative("other/model", 0.8 * each.sums(judged.base), each.sums(judged.bytes), 1.3)
@@ -224,36 +214,22 @@ def test_what_others_take_is_what_is_busy_and_not_our_own(monkeypatch):
     assert others.share() == 0.0
 
 
-def test_a_gate_puts_its_member_first(members):
-    sure = torch.arange(N) % 2 == 0
-    one, two = torch.where(sure, 0.1, 2.1 + noise(0)), torch.where(sure, 0.1, 2.0 + noise(1))
-    averages = torch.where(sure, 0.1, 1.7 + noise(2))
-    confidence = [torch.full((N,), 0.3), torch.where(sure, 0.95, 0.3)]
-    judged = judged_by(members, {"members": [one, two], "averages": averages}, confidence, (4.0, 1.0))
-    verdict, candidate, nats, gated = judged.chosen()
-    candidate = replace(candidate, settings=candidate.settings | {"weights": [0.3, 0.7]})
-    advice = Advice(judged, verdict, candidate, nats, gated, 3.0)
-    assert advice.ensemble.names == members.names[::-1]
-    assert advice.ensemble.model.config.weights == [0.7, 0.3]
-    assert advice.fitted.chosen.settings["gate"] == "unsure:0.5"
-
-
-def test_a_gate_is_judged_on_documents_that_it_was_not_chosen_by(members):
+def test_a_gate_is_judged_on_documents_that_it_was_not_chosen_by(one_head):
     """A low threshold is good in the first fold alone; seen from the others a higher one is the cheapest."""
     place, first = torch.arange(N) % 4, (torch.arange(N) * DOCUMENTS // N) % 5 == 0
     sure, maybe = place < 2, place == 2
     averages = torch.where(sure, 0.1, 1.7)
     one = averages + torch.where(sure, 0.0, torch.where(maybe, torch.where(first, -0.32, 0.08), 0.5))
     confidence = [torch.where(sure, 0.95, torch.where(maybe, 0.6, 0.3)), torch.full((N,), 0.3)]
-    judged = judged_by(members, {"members": [one, one + 1.0], "averages": averages}, confidence, (1.0, 4.0))
+    judged = judged_by(one_head, {"members": [one, one + 1.0], "averages": averages}, confidence, (1.0, 4.0))
     found = judged.gated(averages.double())
     assert (found.member, found.threshold) == (0, 0.5)
     assert torch.equal(found.nats[first], averages.double()[first])
     assert torch.equal(found.nats[~first], torch.where(sure | maybe, one, averages).double()[~first])
 
 
-def test_one_model_that_costs_no_more_and_is_better_is_used_instead(members):
-    advice = replace(equal(members))
+def test_one_model_that_costs_no_more_and_is_better_is_used_instead(one_head):
+    advice = replace(equal(one_head))
     ours = advice.judged
     losses = Clusters(ours.found.positions.document, "documents").sums(ours.base)
     sizes = Clusters(ours.found.positions.document, "documents").sums(ours.bytes)
@@ -284,8 +260,8 @@ def test_meet_is_advised_where_members_err_only_by_their_heads(tmp_path, unmeasu
     assert found["settings"]["trust"] == [1.0, 1.0]
 
 
-def test_where_meet_is_the_average_it_is_not_tried(members):
-    advice = as_good(members)  # one head, so meet is an average
+def test_where_meet_is_the_average_it_is_not_tried(one_head):
+    advice = as_good(one_head)  # one head, so meet is an average
     assert advice.judged.unfitted_meet is not None
     assert not advice.judged.meets
     assert not figures(advice)["meet"]["fitted"]
@@ -300,11 +276,11 @@ def test_one_member_is_used_alone(tmp_path):
     assert (found["verdict"], found["gain"]) == ("single", None)
 
 
-def test_what_may_mislead_is_said(members, unmeasured):
-    few = apart(as_good(members).judged)
+def test_what_may_mislead_is_said(one_head, unmeasured):
+    few = apart(as_good(one_head).judged)
     assert few.cautions() == []
-    short = positions(members, 0.3, 0.3).take(slice(300))
-    cautions = advise(members, TEXT, short, folds=2).judged.cautions()
+    short = positions(one_head, 0.3, 0.3).take(slice(300))
+    cautions = advise(one_head, TEXT, short, folds=2).judged.cautions()
     assert cautions[0].startswith("300 tokens are few")
     assert "blocks of text" in cautions[1]
     known = few.found.members[few.names[0]]
@@ -312,33 +288,25 @@ def test_what_may_mislead_is_said(members, unmeasured):
     assert "1 of 20 documents (such as d4)" in few.cautions()[0]
 
 
-def test_a_budget_is_spread_over_documents(members):
+def test_a_budget_is_spread_over_documents(one_head):
     texts = [Document("short", "x" * 10), Document("long", "é" * 500), Document("longer", "z" * 5000)]
-    found = within_budget(members, texts, 210)
+    found = within_budget(one_head, texts, 210)
     assert [len(own.text.encode()) for own in found] == [10, 100, 100]
-    assert within_budget(members, texts, 10_000) == texts
-    assert sum(len(own.text) for own in within_budget(members, [Document("d", "x" * 10**6)])) == 80_000
+    assert within_budget(one_head, texts, 10_000) == texts
+    assert sum(len(own.text) for own in within_budget(one_head, [Document("d", "x" * 10**6)])) == 80_000
 
 
-def test_members_write_a_text_of_their_own(members):
+def test_members_write_a_text_of_their_own(one_head):
     told = []
-    texts = own_documents(members, 200, lambda *what: told.append(what) or told.append)
+    texts = own_documents(one_head, 200, lambda *what: told.append(what) or told.append)
     assert told[0] == ("the members write a text, in tokens", 0, 220)
     assert sum(told[1:]) >= 220
     assert set(told[1:]) == {5}
     assert len(texts) == 10
-    assert min(len(members.tokenizer(own.text)["input_ids"]) for own in texts) > 20
+    assert min(len(one_head.tokenizer(own.text)["input_ids"]) for own in texts) > 20
     assert not [own.name for own in texts if own.name.startswith("/")]
-    assert texts == own_documents(members, 200)
+    assert texts == own_documents(one_head, 200)
     assert len({own.text for own in texts}) == 10
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for document in documents(count=12, length=40):
-        (folder / f"{document.name}.txt").write_text(document.text)
-    return folder / "*.txt"
 
 
 def command(*words):
@@ -453,10 +421,10 @@ def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch, unmeasured
     assert second["candidates"] == json.loads(first.stdout)["candidates"]
 
 
-def test_where_meet_would_take_too_long_it_is_not_tried(members, monkeypatch, unmeasured):
+def test_where_meet_would_take_too_long_it_is_not_tried(one_head, monkeypatch, unmeasured):
     monkeypatch.setattr(advising, "_UNMOVED", 0.0)
     monkeypatch.setattr(advising, "_SECONDS", 1e-6)
-    judged = advised(members, 1.0, 1.0, folds=2).judged
+    judged = advised(one_head, 1.0, 1.0, folds=2).judged
     assert not judged.meets
     assert [own for own in judged.cautions() if own.startswith("meet may differ")]
     assert len(judged.found.positions) > 500
@@ -475,7 +443,7 @@ def kept_only(fit):
     return run
 
 
-def test_a_run_that_goes_on_judges_at_the_same_positions(members, tmp_path, monkeypatch, unmeasured):
+def test_a_run_that_goes_on_judges_at_the_same_positions(one_head, tmp_path, monkeypatch, unmeasured):
     """How many are judged depends on time: a second run is quicker, as much is kept."""
     monkeypatch.setattr(advising, "_UNMOVED", 0.0)
     monkeypatch.setattr(advising, "_FEWEST", 1)
@@ -483,7 +451,7 @@ def test_a_run_that_goes_on_judges_at_the_same_positions(members, tmp_path, monk
     kept = []
     for seconds in (0.25, 0.5):  # of all positions that were compared, in a second
         monkeypatch.setattr(advising, "_SECONDS", seconds)
-        kept.append(advised(members, 1.0, 1.0, folds=2, cache=PieceCache(tmp_path / "kept", {})).judged)
+        kept.append(advised(one_head, 1.0, 1.0, folds=2, cache=PieceCache(tmp_path / "kept", {})).judged)
     assert all(own.meets for own in kept)
     assert not [said for own in kept for said in own.cautions() if said.startswith("meet may differ")]
     first, second = (len(own.found.positions) for own in kept)

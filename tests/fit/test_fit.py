@@ -119,16 +119,19 @@ def test_fitting_lowers_the_loss_and_every_candidate_is_kept(fitted, ensemble, p
 
 
 def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, ensemble, folders, tmp_path):
-    facts = save(Ensemble.from_pretrained(folders), fitted, tmp_path / "fitted")
-    assert json.loads((tmp_path / "fitted" / "fit.json").read_text()) == facts
-    assert verdict(facts) in (tmp_path / "fitted" / "README.md").read_text()
-    card = checked(tmp_path / "fitted" / "README.md")
-    assert str(tmp_path) not in (tmp_path / "fitted" / "README.md").read_text()
-    assert str(folders[0]) not in (tmp_path / "fitted" / "README.md").read_text()
-    (index,) = card["model-index"]
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
+    there = tmp_path / "link" / "fitted"
+    facts = save(Ensemble.from_pretrained(folders), fitted, there)
+    assert json.loads((there / "fit.json").read_text()) == facts
+    said = (there / "README.md").read_text()
+    assert verdict(facts) in said
+    assert str(tmp_path) not in said
+    assert str(folders[0]) not in said
+    (index,) = checked(there / "README.md")["model-index"]
     assert index["name"] == "fitted"
     assert index["results"][0]["metrics"] == [{"type": "loss", "name": "nats per token", "value": facts["test"]["nll"]}]
-    again = Ensemble.from_pretrained(tmp_path / "fitted")
+    again = Ensemble.from_pretrained(there)
     for key in ("rule", "weights", "trust", "rule_temperature"):
         assert getattr(again.model.config, key) == pytest.approx(fitted.chosen.settings[key])
     test = fitted.test.positions
@@ -137,7 +140,7 @@ def test_the_choice_is_the_saved_rule_and_its_figures_are_evaluations(fitted, en
     assert facts["test"]["nll"] == pytest.approx(nll, abs=1e-4)
     import softmeet  # noqa: F401
 
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    loaded = AutoModelForCausalLM.from_pretrained(there)
     ids = again.tokenizer("hello", return_tensors="pt")["input_ids"]
     assert torch.equal(loaded(input_ids=ids).logits, again.model(input_ids=ids).logits)
 
@@ -231,14 +234,9 @@ def test_what_files_add_is_told_of_what_is_judged_each_read_without_itself(folde
     assert found["interval"][0] > 0
 
 
-def test_the_command(folders, tmp_path):
-    texts = []
-    for document in documents():
-        texts.append(tmp_path / document.name)
-        texts[-1].write_text(document.text)
+def test_the_command(folders, texts, tmp_path):
     done = run(
-        "fit", *tiny.each("-m", folders), *tiny.each("-t", texts), "--out", tmp_path / "out",
-        "--json", tmp_path / "fit.json",
+        "fit", *tiny.each("-m", folders), "-t", texts, "--out", tmp_path / "out", "--json", tmp_path / "fit.json",
         "--evaluations", 2, "--meet-tokens", 20, "--batch", 8, "--premise-tokens", 10,
         "--select-tokens", 20, "--judge-tokens", 30,
     )  # fmt: skip
@@ -252,16 +250,19 @@ def test_the_command(folders, tmp_path):
     assert len(facts["weights"]) == len(facts["trust"]) == 2
     assert verdict(facts).split(":")[0].split()[0] in done.stdout
     assert Ensemble.from_pretrained(tmp_path / "out").generate("the", max_new_tokens=2)
-    done = run("fit", *tiny.each("-m", folders), "--text", texts[0], "--max-tokens", 5, "--out", tmp_path / "other")
+    done = run("fit", *tiny.each("-m", folders), "--text", texts, "--max-tokens", 5, "--out", tmp_path / "other")
     assert done.returncode == 2
     assert "expected text enough for 9 clusters" in done.stderr
     assert not (tmp_path / "other").exists()
 
 
-def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
+def test_minibatches_go_down_the_same_loss_and_are_kept(ensemble, positions, fitted, tmp_path, monkeypatch):
     sizes = {"meet_positions": 40, "premise_positions": 40, "select_positions": 100, "judge_positions": 100}
     options = Options(**sizes, evaluations=12, batch=16)
-    found = fit(ensemble, positions, options)
+    found = fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "sums", lambda *given: pytest.fail("a loss was evaluated again"))
+        assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == figures(found)
     assert len(found.parts["fit"].positions) == len(fitted.parts["fit"].positions)
     assert len(found.parts["select"].positions) == len(found.parts["test"].positions) == 100
     subset = split(positions)["fit"].spread(40).positions
@@ -282,24 +283,15 @@ def test_minibatches_go_down_the_same_loss(ensemble, positions, fitted):
     assert loss(parts) < loss(whole) + 0.01
 
 
-def test_minibatches_are_kept(ensemble, positions, tmp_path, monkeypatch):
-    options = Options(meet_positions=20, premise_positions=20, evaluations=3, batch=8, judge_positions=20)
-    first = figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {})))
-
-    def again(self, theta):
-        raise AssertionError("a loss was evaluated again")
-
-    monkeypatch.setattr(Objective, "sums", again)
-    assert figures(fit(ensemble, positions, options, cache=PieceCache(tmp_path / "kept", {}))) == first
-
-
-@pytest.mark.parametrize("command", [["fit", "--out", "there"], ["evaluate"]])
-def test_a_missing_package_is_named_at_once(command, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    result = CliRunner().invoke(app, [*command, "-m", str(folders[0]), "-t", str(tmp_path / "none")])
-    assert isinstance(result.exception, InvalidInputError)
-    assert "needs psutil and scipy: " in str(result.exception)
-    assert "[eval]'" in str(result.exception)
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [(["fit", "--out", "there"], "psutil and scipy"), (["evaluate"], "psutil and scipy"),
+     (["evaluate", "--losses", "there.parquet"], "pyarrow"), (["evaluate", "--plots", "there"], "matplotlib")],
+)  # fmt: skip
+def test_a_missing_package_is_named_at_once(command, missing, monkeypatch):
+    monkeypatch.setattr(extras, "find_spec", lambda package: None if package in missing else package)
+    with pytest.raises(InvalidInputError, match=rf"needs {missing}: .*\[eval\]'"):
+        CliRunner().invoke(app, [*command, "-m", "/absent", "-t", "/absent"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("command", [["fit", "--out", "out"], ["evaluate"]])
@@ -316,19 +308,6 @@ def test_pieces_of_a_damaged_trace_are_not_those_of_the_whole(command, ensemble,
     made.document(1).write_bytes(whole)
     with pytest.raises(InvalidInputError, match=r"documents left out: \[1\] there, None here\): choose another folder"):
         CliRunner().invoke(app, again, catch_exceptions=False)
-
-
-@pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        (["evaluate", "--losses", "there.parquet"], "pyarrow"),
-        (["evaluate", "--plots", "there"], "matplotlib"),
-    ],
-)
-def test_a_missing_package_of_an_option_is_named_at_once(command, name, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda package: None if package == name else package)
-    with pytest.raises(InvalidInputError, match=rf"needs {name}: .*\[eval\]'"):
-        CliRunner().invoke(app, command, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(
@@ -393,48 +372,19 @@ def test_a_full_disk_leaves_the_older_ensemble_whole(ensemble, positions, fitted
     assert not (tmp_path / "new").exists()
 
 
-def test_figures_are_written_though_the_ensemble_has_no_room(folders, tmp_path, monkeypatch):
+def test_figures_are_written_though_the_ensemble_has_no_room(folders, texts, tmp_path, monkeypatch):
     def full(*args, **settings):
         raise TraceError("no room on the disk")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(saving, "save", full)
-    (tmp_path / "a.txt").write_text("\n\n".join(document.text for document in documents()))
-    command = ["fit", *tiny.each("-m", folders), "-t", "a.txt", "--separator", "\n\n", "--out", "out"]
-    command += ["--json", "x.json"]
+    command = ["fit", *tiny.each("-m", folders), "-t", str(texts), "--out", "out", "--json", "x.json"]
     command += ["--evaluations", "1", "--meet-tokens", "20", "--premise-tokens", "20", "--resume", "kept"]
     assert isinstance(CliRunner().invoke(app, command).exception, TraceError)
     assert json.loads((tmp_path / "x.json").read_text())["chosen"]
     # The members' runs are kept, too.
     monkeypatch.setattr(positions_module, "observe", None)
     assert isinstance(CliRunner().invoke(app, [*command, "--force"]).exception, TraceError)
-
-
-def test_a_damaged_piece_is_found_again(tmp_path):
-    kept = PieceCache(tmp_path, {})
-    kept.get("x", lambda: {"a": torch.arange(4.0)})
-    [path] = tmp_path.glob("x*")
-    data = bytearray(path.read_bytes())
-    data[-40] ^= 1
-    path.write_bytes(data)
-    assert kept.get("x", lambda: {"a": torch.ones(1)})["a"].tolist() == [1.0]
-    assert kept.get("x", dict)["a"].tolist() == [1.0]
-    path.write_bytes(b"")
-    assert kept.get("x", lambda: {"a": torch.zeros(1)})["a"].tolist() == [0.0]
-
-
-def test_a_bar_in_a_name_does_not_break_the_card(fitted):
-    facts = figures(fitted)
-    facts["candidates"] = {f"a|{name}": row for name, row in facts["candidates"].items()}
-    assert r"| a\|" in saving._card("why", facts)
-
-
-def test_an_ensemble_below_a_link_is_found(ensemble, fitted, tmp_path):
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
-    save(ensemble, fitted, tmp_path / "link" / "out")
-    again = Ensemble.from_pretrained(tmp_path / "link" / "out")
-    assert len(again.names) == len(ensemble.names)
 
 
 def test_one_position_to_judge_by_shows_nothing(ensemble, positions):
