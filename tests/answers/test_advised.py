@@ -16,12 +16,6 @@ ANIMALS = ("fox", "dog", "king", "cat", "sun", "moon")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     rows = [
         {"id": name, "question": f"The {name}?", "choices": ["the dog", "a fox"],

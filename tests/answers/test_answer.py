@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 
@@ -28,12 +27,6 @@ CHOICES = [
 OPEN = [
     {"id": k, "question": f"{k} and {k}?", "answer": str(2 * k), "solution": f"{k}+{k}=#### {2 * k}"} for k in (1, 2, 3)
 ]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
 
 
 @pytest.fixture(scope="module")
@@ -264,15 +257,9 @@ def test_only_batches_that_are_not_whole_are_asked_again(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_full_disk_is_told_with_what_to_do(tmp_path, monkeypatch):
-    kept = Kept(tmp_path, {"a": 1})
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("softmeet.answers.room.os.fsync", full)
+def test_a_full_disk_is_told_with_what_to_do(tmp_path, full_disk):
     with pytest.raises(TraceError, match=r"no room on the disk for .*jsonl: .* make room"):
-        kept.keep([Answered("0", "x", True, 0.1, 1)])
+        Kept(tmp_path, {"a": 1}).keep([Answered("0", "x", True, 0.1, 1)])
 
 
 def test_answers_are_kept_whatever_is_in_them_and_damaged_ones_are_asked_again(tmp_path):

@@ -49,12 +49,6 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
 def tasks(tmp_path_factory, folders):
     """Right letters are those that the one member writes first, or the other last, so that not all are wrong."""
     folder, draw = tmp_path_factory.mktemp("tasks"), random.Random(24)

@@ -7,13 +7,10 @@ import torch
 from transformers import TopKLogitsWarper
 
 from softmeet.engine.draw import Draw, Noise, Sampling, choose
-from softmeet.engine.processors import following
 from softmeet.errors import InvalidInputError
 from softmeet.noise import gumbel
-from softmeet.readers.token_alphabet import TokenAlphabet
 
 V, TEXTS = 30, [[k, *range(20)] for k in range(3)]
-ALPHABET = TokenAlphabet(None, V, frozenset({0}))
 LOG_PROBS = torch.randn(3, V, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
 
 
@@ -79,7 +76,3 @@ def test_penalties_and_least_lengths_read_the_whole_text():
 def test_where_nothing_can_be_drawn_it_is_said(bad):
     with pytest.raises(InvalidInputError, match="at least one is finite"):
         choose(torch.full((1, V), bad), [(5, 0, 3)])
-
-
-def test_tokens_may_follow_any_others():
-    assert following(ALPHABET) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import shutil
@@ -17,7 +16,6 @@ from softmeet import Ensemble
 from softmeet.cli.evaluate import show
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, TraceError
-from softmeet.evaluation import files
 from softmeet.evaluation.choices import RuleChoice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
@@ -262,13 +260,8 @@ def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
 
 
 @pytest.mark.unchecked
-def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, here, monkeypatch):
+def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, here, full_disk):
     (here / "x.json").write_text("before")
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
     command = ["evaluate", *tiny.each("-m", folders), "-t", "a.txt", "--rule", "prob-mean", "--force"]
     for more, name in (("--json", "x.json"), ("--plots", ".")):
         done = CliRunner().invoke(app, [*command, more, name])
