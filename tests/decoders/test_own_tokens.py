@@ -166,6 +166,9 @@ def test_the_command_loads_members_over_a_union(decoder, folders):
         (("--one-member", "--vocabulary", "union:k=10"), "--one-member has one member answer alone"),
         (("--speculate", "3", "--vocabulary", "union:as=unite"), "--speculate has one member answer alone"),
         (("--prompt-weights", "--vocabulary", "union"), "--prompt-weights needs a text's likelihood"),
+        (("--decoder", "particles", "--rule", "meet"), "combines the probabilities of whole texts"),
+        (("--decoder", "particles", "--summary"), "cannot be used with"),
+        (("--decoder", "particles", "--temperature", "0.5"), "with temperature"),
     ],
 )
 def test_the_command_refuses_before_it_loads(arguments, message, monkeypatch):
