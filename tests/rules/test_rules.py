@@ -58,18 +58,6 @@ def test_an_instance_is_a_rule():
     assert (solution.gap.item(), solution.gap_is_certified.item()) == (0.0, False)
 
 
-class Impostor(Minimum):
-    name = "meet"
-
-
-def test_an_instance_has_a_name_of_its_own():
-    """What is saved by its name must not come back as another rule."""
-    with pytest.raises(InvalidInputError, match="the name 'meet' of Impostor is taken"):
-        softmeet.combine(MEMBERS, HEADS, Impostor())
-    with pytest.raises(InvalidInputError, match="to have a name of small letters"):
-        softmeet.combine(MEMBERS, HEADS, Nameless())
-
-
 def test_what_cannot_be_verified_is_never_optimal():
     """Also where the answer was changed after the rule gave it."""
     solution = softmeet.combine(MEMBERS, HEADS, Minimum())
@@ -104,6 +92,7 @@ def registered(monkeypatch):
 
 def test_a_registered_name_is_a_rule_with_options(registered):
     assert registered(Minimum) is Minimum
+    registered(Minimum)  # a notebook's cell may run again
     assert "test-minimum" in softmeet.rule_names()
     assert "test-minimum" in [rule.name for rule in softmeet.RULES]
     by_text = softmeet.combine(MEMBERS, HEADS, "test-minimum:sharpness=2")
@@ -115,19 +104,8 @@ def test_a_registered_name_is_a_rule_with_options(registered):
         softmeet.combine(MEMBERS, HEADS, "test-minimun")
 
 
-def test_names_are_had_once(registered):
-    registered(Minimum)
-    registered(Minimum)  # a notebook's cell may run again
-
-    class Other(Minimum):
-        """Another class of the same name."""
-
-    class Meet(Minimum):
-        name = "meet"
-
-    for taken in (Other, Meet):
-        with pytest.raises(InvalidInputError, match="is taken"):
-            registered(taken)
+class Impostor(Minimum):
+    name = "meet"
 
 
 class Nameless(Minimum):
@@ -151,14 +129,27 @@ class Needy(Minimum):
         (dict, "a subclass of softmeet.Rule"),
         (softmeet.Rule, "a subclass of softmeet.Rule"),
         (Nameless, "small letters"),
+        (Impostor, "is taken"),
+        (type("Other", (Minimum,), {}), "is taken"),
         (Needy, "a default for each option"),
         (Shared, "the option 'temperature' of the rule 'test-shared' is a setting of all"),
     ],
-    ids=["instance", "dict", "abstract", "name", "default", "shared"],
+    ids=["instance", "dict", "abstract", "name", "own", "once", "default", "shared"],
 )
 def test_what_is_no_rule_is_refused(registered, rule, message):
+    registered(Minimum)
     with pytest.raises(InvalidInputError, match=message):
         registered(rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [(Impostor, "the name 'meet' of Impostor is taken"), (Nameless, "to have a name of small letters")],
+)
+def test_an_instance_has_a_name_of_its_own(rule, message):
+    """What is saved by its name must not come back as another rule."""
+    with pytest.raises(InvalidInputError, match=message):
+        softmeet.combine(MEMBERS, HEADS, rule())
 
 
 def broken(solve):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -198,14 +199,12 @@ def duplicated():
     return torch.stack([log_p[0], log_p[1]]), [one, one.clone()], {}
 
 
-def near_one_hot():
-    heads = [W.float() for W in random_heads(V, (24, 32), seed=3)]
-    return outputs([W.double() for W in heads], 3, seed=3, sharpness=40.0).float(), heads, {}
+def unlike(seed, sharpness):
+    heads = random_heads(V, (24, 32), seed=seed)
+    return outputs(heads, 3, seed=seed, sharpness=sharpness).float(), [W.float() for W in heads], {}
 
 
-def disagreeing():
-    heads = [W.float() for W in random_heads(V, (24, 32), seed=4)]
-    return outputs([W.double() for W in heads], 3, seed=4, sharpness=4.0).float(), heads, {}
+near_one_hot, disagreeing = partial(unlike, 3, 40.0), partial(unlike, 4, 4.0)
 
 
 def rank_deficient():
