@@ -164,18 +164,6 @@ def test_what_proves_an_exact_member_infeasible_is_its_own_part():
     assert found
 
 
-@pytest.mark.unchecked
-def test_members_that_are_certain_of_different_tokens():
-    """Distributions of 60 nats' disagreement: certified, with full support, and proved optimal a second time."""
-    log_p, heads = INSTANCES["near_one_hot"]()
-    for trust in (0.3, 1.0):
-        solution = softmeet.combine(log_p, heads, trust=trust, tol=1e-7, max_steps=100)
-        assert (solution.status == Status.OPTIMAL).all()
-        assert solution.gap_is_certified.all()
-        assert solution.log_probs.isfinite().all()
-        assert (solution.verify(heads, log_p).gap < 1e-6).all()
-
-
 def test_a_feasible_set_on_the_boundary():
     log_p, heads = boundary()
     solution = softmeet.combine(log_p, heads, "max-entropy", tol=1e-6, max_steps=100)
@@ -279,6 +267,16 @@ def test_half_precision_heads_are_read_as_they_are():
     single = softmeet.combine(log_p.float(), half, trust=1.0, tol=1e-6)
     assert single.log_probs.dtype == torch.float32
     assert total_variation(single.log_probs.double(), exact.log_probs).max() < 1e-3
+
+
+def test_a_direction_does_not_depend_on_the_rest_of_the_batch():
+    """To the last bit, though the other row is refined more often."""
+    generator = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)).Q
+    spectra = torch.stack([torch.linspace(1, 2, 8), torch.logspace(0, -13, 8)]).double()
+    H, g = U @ (spectra[..., None] * U.mT), torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    together = solve_ridged(H, g, 2e-16)
+    assert all(torch.equal(together[k], solve_ridged(H[k : k + 1], g[k : k + 1], 2e-16)[0]) for k in (0, 1))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-200, 1e-40])

@@ -39,17 +39,6 @@ def divergence(p, q, order):
     return (1 - (p**order * q ** (1 - order)).sum()) / (order * (1 - order))
 
 
-@pytest.mark.parametrize("order", [0.01, 0.25, 0.5, 0.99])
-def test_the_formula_in_floats(order):
-    ours = combined(order, weights=WEIGHTS)
-    p = LOG_P.exp().tolist()
-    for row in range(3):
-        means = [sum(w * p[i][row][j] ** order for i, w in enumerate(WEIGHTS)) ** (1 / order) for j in range(20)]
-        assert ours.log_probs[row].exp().tolist() == pytest.approx([m / sum(means) for m in means], rel=1e-12)
-    assert (ours.status == Status.OPTIMAL).all()
-    assert (ours.gap == 0).all()
-
-
 @pytest.mark.parametrize("given", [None, WEIGHTS, [1.0, 0.0, 0.0]])
 def test_order_1_is_prob_mean_and_order_0_logit_mean(given):
     for order, name in ((1, "prob-mean"), (0, "logit-mean")):
