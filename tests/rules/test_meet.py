@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from oracles import by_cvxpy, plain_newton
 import softmeet
 from softmeet import Status
 from softmeet.errors import InfeasibleError, InvalidInputError, NotConvergedError
+from softmeet.essay.max_entropy import MaxEntropy
 from softmeet.heads import SoftmaxHead
+from softmeet.rules.meet import Meet
 from softmeet.simplex import entropy, kl, total_variation
 from softmeet.solvers.linalg import solve_ridged
 
@@ -321,6 +324,27 @@ def test_a_start_saves_steps_and_is_checked():
         softmeet.combine(log_p, heads, start=softmeet.combine(log_p, heads, "logit-mean"))
     with pytest.raises(InvalidInputError, match="same rows and heads"):
         softmeet.combine(log_p[:, :2], heads, start=near)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("name", ["generic", "premise", "peaked"])
+def test_the_nearest_moments_prove_what_newton_leaves_open(name, monkeypatch):
+    log_p, heads = INSTANCES[name]()
+    known, descended = softmeet.combine(log_p, heads, "max-entropy").status, Meet.solve
+
+    def stalls(self, problem):
+        answer = descended(self, problem)
+        if not isinstance(self, MaxEntropy):  # what answers where there is no distribution
+            return answer
+        nothing = tuple(torch.zeros_like(ray) for ray in answer.ray)
+        return replace(answer, status=torch.full_like(answer.status, int(Status.NOT_CONVERGED)), ray=nothing)
+
+    monkeypatch.setattr(Meet, "solve", stalls)
+    solution = softmeet.combine(log_p, heads, "max-entropy")
+    empty = known == Status.INFEASIBLE
+    assert torch.equal(solution.status == Status.INFEASIBLE, empty)
+    assert torch.equal(solution.verify(heads, log_p).status == Status.INFEASIBLE, empty)
+    assert torch.equal(solution.fallback, empty)
 
 
 @pytest.mark.unchecked
