@@ -9,7 +9,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import facts_of, ran, run
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -217,12 +217,11 @@ def test_rules_that_are_none(text, message):
 
 def test_the_command(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS * 3)
-    done = run(
+    done = ran(
         "evaluate", *tiny.each("-m", folders), "--text", tmp_path / "a.txt",
         *tiny.each("--rule", ["logit-mean", "prob-mean", "meet"]),
         "--trust", "1.0", "--max-tokens", 50, "--json", tmp_path / "out.json", "--plots", tmp_path / "plots",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["tokens"] == 50
     assert list(facts["members"]) == [str(f) for f in folders]
@@ -239,13 +238,10 @@ def test_the_command(folders, tmp_path):
 def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
     cut = ("--text", tmp_path / "a.txt", "--separator", " fox", "--window", 9)
-    done = run("trace", tmp_path / "t", *tiny.each("-m", folders), *cut)
-    assert done.returncode == 0, done.stderr
-    arguments = ["--rule", "meet:trust=0/1", "--rule", "logit-mean", "--json", "-"]
-    traced = run("evaluate", "--trace", tmp_path / "t", *arguments)
-    assert traced.returncode == 0, traced.stderr
-    direct = run("evaluate", *tiny.each("-m", folders), *cut, *arguments)
-    a, b = json.loads(traced.stdout), json.loads(direct.stdout)
+    ran("trace", tmp_path / "t", *tiny.each("-m", folders), *cut)
+    arguments = ["--rule", "meet:trust=0/1", "--rule", "logit-mean"]
+    a = facts_of("evaluate", "--trace", tmp_path / "t", *arguments)
+    b = facts_of("evaluate", *tiny.each("-m", folders), *cut, *arguments)
     assert a["rules"]["meet:trust=0/1"]["nll"] == pytest.approx(b["rules"]["meet:trust=0/1"]["nll"], abs=1e-6)
     assert a["bytes"] == b["bytes"]
     assert a["run"]["window"] == b["run"]["window"] == 9
@@ -332,10 +328,8 @@ def test_prompts_longer_than_every_document_are_refused(ensemble):
 
 @pytest.mark.unchecked
 def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folders, here):
-    command = ["evaluate", "-t", "a.txt", "--rule", "meet", "--json", "-", *tiny.each("-m", folders)]
-    plain = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).output)["rules"]
-    done = CliRunner().invoke(app, [*command, "--weights", "0.9,0.1"], catch_exceptions=False)
-    facts = json.loads(done.output)
+    command = ["evaluate", "-t", "a.txt", "--rule", "meet", *tiny.each("-m", folders)]
+    plain, facts = facts_of(*command)["rules"], facts_of(*command, "--weights", "0.9,0.1")
     assert list(plain) == ["logit-mean", "prob-mean", "meet"]
     assert list(facts["rules"]) == ["uniform logit-mean", "uniform prob-mean", *plain]
     for name in ("logit-mean", "prob-mean"):
@@ -349,9 +343,8 @@ def test_naming_an_ensembles_own_rule_changes_no_figure(folders, here):
     made = Ensemble.from_pretrained(folders, trust=0.7, weights=[0.6, 0.4])
     made.model.config.rule_temperature = 0.5
     made.save_pretrained("e")
-    command = ["evaluate", "-t", "a.txt", "--json", "-", "-m", "e"]
-    given = [["--rule", "meet", "--rule", "logit-mean", "--rule", "meet:temperature=1"], []]
-    named, own = (json.loads(CliRunner().invoke(app, [*command, *more]).output)["rules"] for more in given)
+    given = [tiny.each("--rule", ["meet", "logit-mean", "meet:temperature=1"]), []]
+    named, own = (facts_of("evaluate", "-t", "a.txt", "-m", "e", *more)["rules"] for more in given)
     for name in ("meet", "logit-mean", "uniform logit-mean"):
         assert named[name]["nll"] == own[name]["nll"]
     assert named["meet:temperature=1"]["nll"] != named["meet"]["nll"]

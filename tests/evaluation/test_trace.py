@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import ran, run
 from transformers import AutoTokenizer
 
 from softmeet import Ensemble
@@ -290,8 +290,7 @@ def test_windows_that_do_not_fit(ensemble):
 def test_the_command(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
     command = ["trace", tmp_path / "t", *tiny.each("-m", folders), "--window", 16, "--stride", 8, "--store", "float16"]
-    done = run(*command, *tiny.each("--text", ("-", tmp_path / "a.txt")), stdin=WORDS * 2)
-    assert done.returncode == 0, done.stderr
+    done = ran(*command, *tiny.each("--text", ("-", tmp_path / "a.txt")), stdin=WORDS * 2)
     assert "133 positions of 2 documents in windows of 16 tokens, 8 apart; " in done.stdout
     assert "float16 moves" in done.stdout
     facts = json.loads((tmp_path / "t" / "trace.json").read_text())

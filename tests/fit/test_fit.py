@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from cards import checked
-from commands import run
+from commands import ran, run
 from texts import LETTERS, documents
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -213,11 +213,10 @@ def test_what_files_add_is_told_of_what_is_judged_each_read_without_itself(folde
     for document in documents():
         (project / f"{document.name}.txt").write_text(document.text)
         (project / f"{document.name} again.md").write_text(f"{document.text[5:25]} {document.text[20:30]}")
-    done = run(
+    done = ran(
         "fit", *tiny.each("-m", folders), "-m", f"files:{project}", "-t", project / "*.txt", "--out", tmp_path / "out",
         "--json", tmp_path / "fit.json", "--evaluations", 2, "--meet-tokens", 20, "--premise-tokens", 10, *folds,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     assert "With the files beside it" in " ".join(done.stdout.split())
     facts, saved = (json.loads((tmp_path / name).read_text()) for name in ("fit.json", "out/config.json"))
     assert saved["files"] == [f"files:{project}"]
@@ -235,12 +234,11 @@ def test_what_files_add_is_told_of_what_is_judged_each_read_without_itself(folde
 
 
 def test_the_command(folders, texts, tmp_path):
-    done = run(
+    done = ran(
         "fit", *tiny.each("-m", folders), "-t", texts, "--out", tmp_path / "out", "--json", tmp_path / "fit.json",
         "--evaluations", 2, "--meet-tokens", 20, "--batch", 8, "--premise-tokens", 10,
         "--select-tokens", 20, "--judge-tokens", 30,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "fit.json").read_text())
     assert [facts["splits"][part]["tokens"] for part in ("select", "test")] == [20, 30]
     meets = {name: row["evaluations"] for name, row in facts["candidates"].items() if row["rule"] == "meet"}

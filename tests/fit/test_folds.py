@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import facts_of, ran, run
 from texts import documents
 
 from softmeet.errors import InvalidInputError
@@ -160,10 +160,7 @@ def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_byt
 
 
 def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
-    own = [*tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 2, "--json", "-"]
-    done = run("evaluate", *own)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    facts = facts_of("evaluate", *tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 2)
     averages = ["logit-mean", "prob-mean", "power-mean"]
     names = [f"fitted {name}" for name in (*map(str, folders), *averages)]
     assert [name for name in facts["rules"] if name.startswith("fitted")] == names
@@ -176,8 +173,7 @@ def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
 def test_fit_by_folds(folders, texts, tmp_path):
     given = ["fit", *tiny.each("-m", folders), "-t", texts, "--json", tmp_path / "fit.json", "--out", tmp_path / "out"]
     given += ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10, "--judge-tokens", 60, "--folds"]
-    done = run(*given, 2)
-    assert done.returncode == 0, done.stderr
+    done = ran(*given, 2)
     facts = json.loads((tmp_path / "fit.json").read_text())
     assert facts["folds"] == 2
     assert "each judged by a fit without its fold" in done.stdout

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import facts_of
 
 from softmeet import Ensemble
 from softmeet.evaluation.candidates import Options
@@ -93,11 +93,8 @@ def test_signed_weights_are_held_as_they_are():
 
 
 def test_the_command(folders, texts, tmp_path):
-    done = run(
-        "fit", *tiny.each("-m", folders), "-t", texts, "--signed-weights", "--out", tmp_path / "out",
-        "--json", tmp_path / "fit.json", "--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "fit.json").read_text())["candidates"][NAME]
+    sizes = ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10]
+    given = [*tiny.each("-m", folders), "-t", texts, "--signed-weights", "--out", tmp_path / "out", *sizes]
+    row = facts_of("fit", *given)["candidates"][NAME]
     assert not row["baseline"]
     assert sum(row["weights"]) == pytest.approx(1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import facts_of, ran, run
 from ensembles import GREEDY, MEMBERS, PROMPTS, build
 from instances import best_outputs, random_heads, zipf
 from typer.testing import CliRunner
@@ -319,19 +319,15 @@ def test_gates_in_the_names_of_choices():
 
 def test_gates_on_the_command_line(tmp_path):
     members = [x for name in ("gpt2", "llama") for x in ("-m", tiny.save(tmp_path / name, name))]
-    done = run("generate", "hello", *members, "--seed", 1, "--max-new-tokens", 12, "--gate", "unsure:0.1", "--summary")
-    assert done.returncode == 0, done.stderr
+    done = ran("generate", "hello", *members, "--seed", 1, "--max-new-tokens", 12, "--gate", "unsure:0.1", "--summary")
     assert "gate unsure:0.1: closed at" in done.stderr
-    facts = json.loads(run("generate", "hello", *members, "--gate", "unsure:0", "--json", "--seed", 1).stdout)
+    facts = json.loads(ran("generate", "hello", *members, "--gate", "unsure:0", "--json", "--seed", 1).stdout)
     assert facts["gate"] == "unsure:0.0"
     assert facts["gated"] == 1
     assert facts["seconds_saved"] is None
     (tmp_path / "text.txt").write_text("some words, and more of them")
-    told = run(
-        "evaluate", *tiny.each("-m", members[1::2]), "--text", tmp_path / "text.txt", "--json", "-",
-        "--gate", "unsure:0.1", "--gate", "disagreement:0.3",
-    )  # fmt: skip
-    found = json.loads(told.stdout)["rules"]
+    asked = ["--text", tmp_path / "text.txt", "--gate", "unsure:0.1", "--gate", "disagreement:0.3"]
+    found = facts_of("evaluate", *members, *asked)["rules"]
     assert {"meet", "meet:gate=unsure:0.1", "meet:gate=disagreement:0.3", "logit-mean", "prob-mean"} == set(found)
     shown = " ".join(run("inspect", "hello", *members, "--gate", "unsure:0.1").stdout.split())
     assert "gate unsure:0.1 closed at" in shown

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import facts_of, ran
 from pydantic import Field
 from serving import http, running, serving_of
-from typer.testing import CliRunner
 
 import softmeet
-from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, RuleError
 from softmeet.rules import registry
 from softmeet.simplex import log_normalize
@@ -231,12 +230,6 @@ def folders(tmp_path_factory) -> list[str]:
     return [str(tiny.save(root / name, name, k)) for k, name in enumerate(("llama", "gpt2"))]
 
 
-def run(*words: object) -> str:
-    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
 def test_a_package_makes_a_rule_known_everywhere(installed, folders, tmp_path):
     """In combine, the commands, fit, a checkpoint; and in the server's requests."""
     rule = "pointwise-minimum:sharpness=2.0"
@@ -245,15 +238,14 @@ def test_a_package_makes_a_rule_known_everywhere(installed, folders, tmp_path):
     two = ["-m", folders[0], "-m", folders[1]]
     text = tmp_path / "text.txt"
     text.write_text("|".join([WORDS * 2] * 9))
-    made = json.loads(run("generate", "the king", *two, "--rule", rule, "--max-new-tokens", 3, "--json"))
-    assert made["rule"] == rule
-    read = ["--text", text, "--separator", "|", *two, "--json", "-"]
-    scored = json.loads(run("evaluate", *read, "--rule", rule, "--rule", "logit-mean", "--max-tokens", 20))
-    assert rule in scored["rules"]
-    sizes = ["--meet-tokens", 8, "--premise-tokens", 8, "--evaluations", 1, "--select-tokens", 8, "--judge-tokens", 8]
-    fitted = json.loads(
-        run("fit", *read, "--rule", rule, *sizes, "--out", tmp_path / "fitted", "--max-per-document", 9)
+    assert (
+        json.loads(ran("generate", "the king", *two, "--rule", rule, "--max-new-tokens", 3, "--json").stdout)["rule"]
+        == rule
     )
+    read = ["--text", text, "--separator", "|", *two, "--rule", rule]
+    assert rule in facts_of("evaluate", *read, "--rule", "logit-mean", "--max-tokens", 20)["rules"]
+    sizes = ["--meet-tokens", 8, "--premise-tokens", 8, "--evaluations", 1, "--select-tokens", 8, "--judge-tokens", 8]
+    fitted = facts_of("fit", *read, *sizes, "--out", tmp_path / "fitted", "--max-per-document", 9)
     assert fitted["candidates"][rule]["rule"] == rule
 
 
