@@ -12,12 +12,10 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from commands import stages
+from commands import facts_of, ran, run, stages
 from texts import LETTERS, documents
-from typer.testing import CliRunner
 
 from softmeet import Ensemble
-from softmeet.cli.main import app
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation import own_files
 from softmeet.evaluation.advise import Advice, Alternative, advise, own_documents, within_budget
@@ -309,15 +307,12 @@ def test_members_write_a_text_of_their_own(one_head):
     assert len({own.text for own in texts}) == 10
 
 
-def command(*words):
-    return CliRunner().invoke(app, ["advise", *map(str, words)])
-
-
 def test_the_command(folders, texts, tmp_path, monkeypatch):
     told = stages(monkeypatch, "advise")
     asked = [*folders, "-t", texts, "--folds", 2, "--instead", folders[0]]
-    done = command(*asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved")
-    assert done.exit_code == 0, done.output
+    done = ran(
+        "advise", *asked, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--save", tmp_path / "saved"
+    )
     facts = json.loads((tmp_path / "a.json").read_text())
     assert facts["verdict"] in ("single", "average", "meet", "gate")
     assert {"rule", "weights", "gain", "interval", "cost_ratio", "says"} <= facts.keys()
@@ -328,7 +323,7 @@ def test_the_command(folders, texts, tmp_path, monkeypatch):
     assert read == {f"{name}, in tokens": (size, size) for name, size in zip(does, parts, strict=True)} | {
         f"reading the text by {short(str(folders[0]))}, in tokens": (facts["tokens"], facts["tokens"])
     }
-    shown = " ".join(done.output.split())
+    shown = " ".join(done.stdout.split())
     assert "instead: " in shown
     assert "are few" in shown
     page = (tmp_path / "a.html").read_text()
@@ -348,13 +343,9 @@ def test_files_are_judged_on_those_that_are_held_out(folders, tmp_path, unmeasur
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(own_files, "give_claims", lambda *args, **how: kept.append(how["without"]) or give(*args, **how))
         give = claiming.give_claims
-        done = command(
-            folders[0], f"files:{project}", "--json", tmp_path / "a.json", "--save", tmp_path / "saved",
-            "--html", tmp_path / "a.html",
-        )  # fmt: skip
-    assert done.exit_code == 0, done.output
+        beside = [folders[0], f"files:{project}", "--save", tmp_path / "saved", "--html", tmp_path / "a.html"]
+        facts = facts_of("advise", *beside)
     ((*held,),) = kept
-    facts = json.loads((tmp_path / "a.json").read_text())
     assert (facts["documents"], facts["files"]["held_out"], len(held)) == (12, 12, 12)
     assert facts["clusters"]["kind"] == "documents"
     claiming.give_claims(model, without=held)
@@ -371,32 +362,29 @@ def test_files_are_judged_on_those_that_are_held_out(folders, tmp_path, unmeasur
 def test_files_that_say_nothing_of_a_text_are_left_out(folders, texts, tmp_path, unmeasured):
     (tmp_path / "other.txt").write_text("0123456789" * 200)
     line = f"files:{tmp_path}/other.txt"
-    done = command(*folders, line, "-t", texts, "--folds", 2, "--json", "-", "--save", tmp_path / "saved")
-    assert done.exit_code == 0, done.output
-    facts = json.loads(done.stdout)
+    facts = facts_of("advise", *folders, line, "-t", texts, "--folds", 2, "--save", tmp_path / "saved")
     assert facts["plainly"].startswith("Leave files:other.txt out: ")
     assert "combine" in facts["plainly"].lower()  # and what to do with the models
     assert facts["files"]["gain"] == pytest.approx(0, abs=0.01)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["files"] == []
-    few = command(folders[0], line)
-    assert "expected 4 files or more of 900 bytes" in str(few.exception)
+    assert "expected 4 files or more of 900 bytes" in run("advise", folders[0], line).stderr
 
 
 def test_members_are_named_by_options_too(folders, texts, monkeypatch):
     seen = []
     monkeypatch.setattr(Ensemble, "from_pretrained", lambda names, *args, **how: seen.append(names) or 1 / 0)
     for named in (folders, tiny.each("-m", folders)):
-        assert isinstance(command(*named, "-t", texts).exception, ZeroDivisionError)
+        with pytest.raises(ZeroDivisionError):
+            run("advise", *named, "-t", texts)
     assert seen[0] == seen[1] == list(map(str, folders))
 
 
 def test_the_members_own_text(folders, tmp_path, unmeasured):
-    done = command(*folders, "--tokens", 300, "--folds", 2, "--json", tmp_path / "own.json")
-    assert done.exit_code == 0, done.output
+    done = ran("advise", *folders, "--tokens", 300, "--folds", 2, "--json", tmp_path / "own.json")
     facts = json.loads((tmp_path / "own.json").read_text())
     assert facts["own_text"]
     assert facts["tokens"] == 300
-    assert "wrote this text themselves" in " ".join(done.output.split())
+    assert "wrote this text themselves" in " ".join(done.stdout.split())
 
 
 def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, tmp_path, monkeypatch):
@@ -408,17 +396,14 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(texts, folders, t
         (["--text", texts, "--save", tmp_path / "full"], "holds other files"),
         (["--text", texts, "--json", tmp_path / "no" / "a.json"], "in a folder that is there"),
     ):
-        done = command(*folders, *words)
-        assert message in str(done.exception), done.output
+        assert message in run("advise", *folders, *words).stderr.replace("\n", " ")
 
 
 def test_finished_work_is_kept(folders, texts, tmp_path, monkeypatch, unmeasured):
-    words = [*folders, "-t", texts, "--folds", 2, "--resume", tmp_path / "kept", "--json"]
-    first = command(*words, "-")
-    assert first.exit_code == 0, first.output
+    words = ["advise", *folders, "-t", texts, "--folds", 2, "--resume", tmp_path / "kept"]
+    first = facts_of(*words)
     monkeypatch.setattr(advising, "fit", kept_only(advising.fit))
-    second = json.loads(command(*words, "-").stdout)
-    assert second["candidates"] == json.loads(first.stdout)["candidates"]
+    assert facts_of(*words)["candidates"] == first["candidates"]
 
 
 def test_where_meet_would_take_too_long_it_is_not_tried(one_head, monkeypatch, unmeasured):
