@@ -152,26 +152,6 @@ def test_over_bytes_the_harness_has_our_numbers(over_bytes, tasks, samples):
         assert 0 < len(reader.spelling.encode(text.encode())) <= 4
 
 
-def test_over_bytes_a_document_is_read_once_and_answers_of_a_letter_together(over_bytes, monkeypatch):
-    from softmeet.evaluation.byte_harness import log_likelihoods
-
-    reader, read = over_bytes.model.readers[0], []
-    beginning = reader.beginning
-    monkeypatch.setattr(reader, "beginning", lambda texts, *more: read.extend(texts) or beginning(texts, *more))
-    question = list(b"And the king said unto his")
-    answers = [list(text.encode()) for text in (" A", " B", " daughter", "s")]
-    found = [x for x, _ in log_likelihoods(over_bytes.model, [(question, answer) for answer in answers])]
-    assert read == [
-        b"And the king said unto his ",
-        b"And the king said unto his daughte",
-        b"And the king said unto his",
-    ]
-    for answer, x in zip(answers, found, strict=True):
-        ours = byte_log_prob(over_bytes, bytes(question).decode(), bytes(answer).decode())
-        # The tokenizers may cut a text in another way if its last byte is known.
-        assert x == pytest.approx(ours, abs=0.02)
-
-
 def test_over_bytes_long_contexts_lose_their_first_bytes_alone(over_bytes):
     from softmeet.errors import InvalidInputError
     from softmeet.evaluation.byte_harness import continuations, fitting, log_likelihoods

@@ -184,15 +184,6 @@ def test_evaluations_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypat
     assert text.fit(family, Values((0.5, 0.5)), 8, "own") == first
 
 
-def test_a_sample_is_spread_over_every_fold(ensemble, positions):
-    fold = positions.document % 2
-    text = Text(ensemble.model, positions, LocalEngine(), fold, sample=len(positions) // 3)
-    assert sorted(torch.cat(text._rows).tolist()) == list(range(len(positions)))
-    sampled = torch.cat([rows for rows, own in zip(text._rows, text._fitted, strict=True) if own])
-    assert set(fold[sampled].tolist()) == {0, 1}
-    assert len(sampled) < len(positions)
-
-
 def test_scores_are_those_of_the_rules(ensemble, positions):
     values = Values((0.3, 0.7), 1.2, order=0.4)
     own = {

@@ -7,7 +7,6 @@ import torch
 from instances import outputs, random_heads
 
 from softmeet.heads import SoftmaxHead, WhitenedHead
-from softmeet.solvers import implicit, linalg
 from softmeet.solvers.dual import iterate
 from softmeet.solvers.implicit import adjoint, iterative, projected
 from softmeet.solvers.newton import DualNewton
@@ -68,29 +67,3 @@ def test_a_row_gets_the_gradient_that_it_gets_alone():
         own = one.log_q.clone().requires_grad_()
         alone = projected(Projection(own, one.log_p, one.heads, (1.0, 1.0), 1e-13), rho, solve)[:, 5].sum()
         assert torch.allclose(torch.autograd.grad(alone, own)[0], together[k : k + 1], atol=1e-9)
-
-
-def test_reads_of_the_heads_end_with_the_rows_on_an_accelerator_too(monkeypatch):
-    """There ``some`` is always true, since looking would wait; where a step reads the heads, that is worth it."""
-    problem = instance(batch=2, sharpness=15.0)
-    b = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def reads():
-        for h in problem.heads:
-            h.rows_read.zero_()
-        state = solve(problem)
-        duals.clear()
-        iterate(DualNewton(), problem, 60)
-        products.clear()
-        found = iterative(problem, state, b)
-        return found, len(duals), len(products), [h.rows_read.tolist() for h in problem.heads]
-
-    products, curved = [], implicit.curved
-    monkeypatch.setattr(implicit, "curved", lambda *given: (products.append(1), curved(*given))[1])
-    duals, dual = [], Projection.dual
-    monkeypatch.setattr(Projection, "dual", lambda self, z: (duals.append(1), dual(self, z))[1])
-    here = reads()
-    monkeypatch.setattr(linalg, "some", lambda rows: True)
-    there = reads()
-    assert torch.equal(here[0], there[0])
-    assert here[1:] == there[1:]
