@@ -68,23 +68,3 @@ def test_bytes_of_which_the_first_member_has_no_tokens_come_to_an_end_too():
     (found,) = written(members, [()], (1.0, 0.0), 3)
     text = spans_oracle.spans_search(members, [()] * 2, (1.0, 0.0), 3)[0]
     assert found.text.encode() == text == b"b" * 24 + b"a"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([(None, 0.9)], (b"", True)),
-        ([(b" a", 0.9), (None, 0.1)], (b" a", True)),
-        ([(b" a", 0.1), (b"b", 0.9), (b" c", 0.9)], (b" ab", False)),
-        ([(b" a b c", 0.9), (b" d", 0.9)], (b" a b c", False)),
-        ([(b" a b c", 0.1)], (b" a", False)),
-        ([(b"a", 0.9), (b" ", 0.6), (b"b", 0.9), (b"\n", 0.9)], (b"a b", False)),
-        ([(b"a", 0.9), (b" ", 0.9), (None, 0.9)], (b"a ", True)),
-    ],
-)  # fmt: skip
-def test_words_are_bytes_up_to_whitespace_wherever_tokens_end(tokens, expected):
-    span = Span(0.7, 3)
-    for word, margin in tokens:
-        assert not span.complete
-        span.add(word, margin)
-    assert (span.complete, span.text, span.ended) == (True, *expected)

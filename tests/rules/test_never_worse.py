@@ -13,6 +13,7 @@ import torch
 from exact_instances import CASES, instance
 from exact_oracles import constraints, whitened
 from instances import INSTANCES
+from oracles import fall
 from scipy.special import logsumexp, xlogy
 
 import softmeet
@@ -63,15 +64,6 @@ def key(rule, p, own, matrices, targets):
     return distance, objective(rule, p, own, raw if "raw" in rule else moments)
 
 
-def fall(solution, own, heads, k, trust):
-    """f(λ) - f(0) of ``meet``, by the definition."""
-    log_q = own.mean(0) - logsumexp(own.mean(0))
-    dual = [part[k].numpy() for part in solution._answer.dual]
-    weights = [head.weight.double().numpy() for head in heads]
-    found = logsumexp(log_q + sum(W @ lam for W, lam in zip(weights, dual, strict=True)))
-    return found + sum(trust * logsumexp(lp - W @ lam / trust) for W, lam, lp in zip(weights, dual, own, strict=True))
-
-
 def check(rule, name, solution):
     """Every row: a distribution; solved as a second look says, or unfinished and not worse than the pool."""
     log_p, heads, options, systems = instance(name)
@@ -88,7 +80,10 @@ def check(rule, name, solution):
             continue
         own = log_p[:, k].numpy()
         if rule == "meet" or solution.fallback[k]:
-            assert fall(solution, own, given, k, solution.problem.relaxed().trust[0]) <= 1e-9
+            dual = [part[k].numpy() for part in solution._answer.dual]
+            weights = [head.weight.double().numpy() for head in given]
+            trust = [solution.problem.relaxed().trust[0]] * len(own)
+            assert fall(own.mean(0) - logsumexp(own.mean(0)), own, weights, trust, dual) <= 1e-9
             continue
         mine, its = (
             key(rule, each[k].exp().numpy(), own, *systems[k][:2]) for each in (solution.log_probs, pool.log_probs)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import damped_newton
+from oracles import damped_newton, fall
 from scipy.special import logsumexp
 
 import softmeet
@@ -41,14 +41,6 @@ def arrays(log_p, heads):
     """(log q, log p̂_i, heads) in fp64 for the oracle."""
     log_q = softmeet.combine(log_p.double(), heads, rule="logit-mean").log_probs
     return log_q.numpy(), log_p.double().numpy(), [h.scale * h.weight.detach().double().numpy() for h in heads]
-
-
-def fall(log_q, log_p, heads, trust, dual):
-    """f(λ) - f(0) of one row, by the definition."""
-    found = logsumexp(log_q + sum(W @ lam for W, lam in zip(heads, dual, strict=True)))
-    for W, lam, own, rho in zip(heads, dual, log_p, trust, strict=True):
-        found += rho * logsumexp(own - W @ lam / rho)
-    return float(found)
 
 
 @pytest.mark.parametrize(
