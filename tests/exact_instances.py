@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from exact_oracles import constraints, is_feasible, stacked
 from instances import INSTANCES, Instance, best_outputs, outputs, random_heads, zipf
@@ -97,14 +96,18 @@ def of_text(*positions: int) -> Instance:
     return torch.stack(rows).detach(), heads
 
 
-def soft_capped() -> Instance:
-    """Soft-caps: the slopes make the programs discriminate; one member is uniform enough to keep C non-empty."""
-    heads = random_heads(48, (3, 4), seed=61)
+@functools.cache
+def capped() -> Instance:
+    """Logits under soft-caps, whose slopes make the programs discriminate; one member's leave C non-empty; heads."""
     generator = torch.Generator().manual_seed(61)
-    made = [SoftmaxHead(W, soft_cap=3.0) for W in heads]
-    hidden = [torch.randn(2, W.shape[1], generator=generator, dtype=torch.float64) * 0.4 for W in heads]
-    logits = torch.stack([head.logits(h) for head, h in zip(made, hidden, strict=True)])
-    return logits.log_softmax(-1), made
+    heads = [SoftmaxHead(W, soft_cap=3.0) for W in random_heads(48, (3, 4), seed=61)]
+    hidden = [torch.randn(2, head.d, generator=generator, dtype=torch.float64) * 0.4 for head in heads]
+    return torch.stack([head.logits(h) for head, h in zip(heads, hidden, strict=True)]), heads
+
+
+def soft_capped() -> Instance:
+    logits, heads = capped()
+    return logits.log_softmax(-1), heads
 
 
 CASES: dict[str, Case] = {
@@ -133,11 +136,8 @@ CASES: dict[str, Case] = {
 @functools.cache
 def instance(name):
     """(log_probs, heads, options, per row (matrices, targets, G, g, feasible))."""
-    case = CASES[name]
-    log_p, heads = case.build()
-    options = {}
-    if any(getattr(head, "soft_cap", None) for head in heads):
-        options["logits"] = LOGITS[name](log_p, heads)
+    log_p, heads = CASES[name].build()
+    options = {"logits": capped()[0]} if name == "soft-capped" else {}
     rows = []
     for k in range(log_p.shape[1]):
         own = {**options, "logits": options["logits"][:, k]} if "logits" in options else options
@@ -145,27 +145,3 @@ def instance(name):
         G, g = stacked(matrices, targets)
         rows.append((matrices, targets, G, g, is_feasible(G, g)))
     return log_p, heads, options, rows
-
-
-def capped_logits(log_p, heads):
-    """The logits behind log-probabilities: the constant for which the uncapped ones are a combination of columns."""
-    found = []
-    for own, head in zip(log_p, heads, strict=True):
-        rows = []
-        for lp in own:
-
-            def misfit(c, lp=lp, head=head):
-                raw = head.soft_cap * np.arctanh(np.clip((lp.numpy() + c) / head.soft_cap, -1 + 1e-15, 1 - 1e-15))
-                W = head.weight.numpy()
-                return np.square(raw - W @ np.linalg.lstsq(W, raw, rcond=None)[0]).sum()
-
-            from scipy.optimize import minimize_scalar
-
-            low, high = -head.soft_cap - lp.min().item(), head.soft_cap - lp.max().item()
-            best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-13})
-            rows.append(lp + best.x)
-        found.append(torch.stack(rows))
-    return torch.stack(found)
-
-
-LOGITS = {"soft-capped": capped_logits}

@@ -9,7 +9,7 @@ import torch
 
 from softmeet import Settings
 from softmeet.decoders.base import ToWrite
-from softmeet.decoders.spans import Span, Spans
+from softmeet.decoders.spans import Spans
 
 # Tokens that go on behind a word, that end one, that are nothing but whitespace, and two of the same bytes.
 WORDS = (
@@ -50,17 +50,6 @@ def test_it_writes_what_the_description_says(weights, options, coarse):
             assert text.log_probs == pytest.approx(found[2], abs=1e-9)
             assert members[0].end_ids.isdisjoint(text.symbols[:-1])
             assert (text.symbols[-1] in members[0].end_ids) == text.ended
-
-
-def test_a_word_without_end_is_cut_after_twelve_tokens():
-    members = [own_members.member((b"a", b"b"), seed=seed, ends=0) for seed in range(2)]
-    (found,) = written(members, [()], (0.5, 0.5), 40)
-    assert found.text.encode() == spans_oracle.spans_search(members, [()] * 2, (0.5, 0.5), 40)[0]
-    span = Span(0.0, 3)
-    for k in range(12):
-        assert (span.complete, len(span.text)) == (False, k)
-        span.add(b"a", 0.9)
-    assert (span.complete, span.text, span.ended) == (True, b"a" * 12, False)
 
 
 def test_bytes_of_which_the_first_member_has_no_tokens_come_to_an_end_too():
