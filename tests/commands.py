@@ -51,6 +51,13 @@ def ran(*arguments, **how):
     return done
 
 
+def refusal(*arguments, **how):
+    """What it says, on one line, where it refuses."""
+    done = run(*arguments, **how)
+    assert done.returncode == 2
+    return done.stderr.replace("\n", " ")
+
+
 def facts_of(*arguments, **how):
     """What it writes as JSON."""
     return json.loads(ran(*arguments, "--json", "-", **how).stdout)

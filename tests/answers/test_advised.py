@@ -7,7 +7,7 @@ import json
 
 import pytest
 import tiny
-from commands import facts_of, ran, run
+from commands import facts_of, ran, refusal
 
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation.costs import milliseconds
@@ -42,5 +42,6 @@ def test_code_is_for_softmeet_answer(folders, tmp_path):
     (tmp_path / "code.jsonl").write_text(
         json.dumps({"id": 1, "question": "def f():", "answer": "1", "test": "x", "entry_point": "f"})
     )
-    done = run("advise", *folders, "--questions", tmp_path / "code.jsonl")
-    assert (done.returncode, "ask such questions by softmeet answer" in done.stderr) == (2, True)
+    assert "ask such questions by softmeet answer" in refusal(
+        "advise", *folders, "--questions", tmp_path / "code.jsonl"
+    )

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from commands import facts_of, process, ran, run
+from commands import facts_of, process, ran, refusal, run
 
 pytest.importorskip("lm_eval")
 
@@ -274,9 +274,7 @@ def test_no_question_is_taken_twice():
 )
 def test_wrong_tasks_are_refused_before_anything_is_loaded(more, message, folders, tasks, monkeypatch):
     monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    done = run("answer", tasks, *tiny.each("-m", folders), *more)
-    assert done.returncode == 2
-    assert message in done.stderr.replace("\n", " ")
+    assert message in refusal("answer", tasks, *tiny.each("-m", folders), *more)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -295,8 +293,9 @@ def test_chat_tells_all_members_by_one_template(folders, tasks, tmp_path):
     assert [row["tokens"] for row in told["rows"][:3]] != [
         row["tokens"] for row in facts_of("answer", *[one for one in asked if one != "--chat"])["rows"][:3]
     ]
-    done = run("answer", tasks, "--task", "own_choice", "--chat", *tiny.each("-m", names), "-e", "0 2 prob-mean")
-    assert (done.returncode, "different chat templates" in done.stderr) == (2, True)
+    assert "different chat templates" in refusal(
+        "answer", tasks, "--task", "own_choice", "--chat", *tiny.each("-m", names), "-e", "0 2 prob-mean"
+    )
 
 
 def test_wrong_flags_are_refused_before_torch_is_imported(tmp_path):
