@@ -13,6 +13,7 @@ from exact_instances import instance as whole
 from exact_oracles import (
     constraints,
     linear,
+    max_entropy,
     reverse_cross_entropy,
     squared_cross_entropies,
     squared_distance,
@@ -21,6 +22,7 @@ from exact_oracles import (
     with_slack,
 )
 from instances import random_heads, zipf
+from scipy.special import logsumexp
 
 import softmeet
 from softmeet import Status
@@ -93,6 +95,7 @@ def test_feasibility_is_what_highs_says(name, rule):
 
 # What others find for members' log-probabilities (n, v) and a system (G, g): HiGHS, Clarabel and scipy.
 VALUES = {
+    "max-entropy": lambda own, G, g: max_entropy(own.mean(0) - logsumexp(own.mean(0)), G, g),
     "min-cross-entropy": lambda own, G, g: linear(-own.mean(0), G, g),
     "min-squared-cross-entropy": lambda own, G, g: squared_cross_entropies(own, np.full(len(own), 1 / len(own)), G, g),
     "min-underestimation": underestimation,

