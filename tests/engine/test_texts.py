@@ -101,7 +101,10 @@ def test_forks_go_on_by_themselves_and_garbage_is_closed():
         assert same(found[own][0][0], model.members[0].follows(own.tokens))
     text.crop(0, 1)
     assert (text.read_by(0), text.read_by(1)) == (1, 3)
-    del text, fork, found, own
+    gone = fork.fork()
+    gone.close()
+    assert [len(reader.rows) for reader in model.members] == [2, 2]
+    del text, fork, gone, found, own
     assert len(model.garbage) == 4
     for reader, row in model.garbage:
         reader.close(row)

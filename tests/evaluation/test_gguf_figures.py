@@ -72,6 +72,13 @@ def test_heads_are_read_if_any_rule_reads_them_and_the_run_says_how_files_were_r
     assert [one["options"] for one in told["rules"]["choices"][2:]] == [{"order": 0.5}, {"budget": None}]
 
 
+def test_a_fit_reads_heads_of_files_if_a_rule_of_it_does(files, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXTS[0] + TEXTS[1])
+    asked = ["fit", *tiny.each("-m", files), "--text", tmp_path / "a.txt", "--max-tokens", 60, "--evaluations", 1]
+    done = ran(*asked, "--rule", "logit-mean:trust=1", "--rule", "meet:trust=1", "--out", tmp_path / "out")
+    assert "meet:trust=1" in done.stdout
+
+
 def test_over_bytes_a_paper_has_how_much_was_estimated(files, tmp_path):
     (tmp_path / "a.txt").write_text(TEXTS[0])
     asked = ["evaluate", *tiny.each("-m", files), "--text", tmp_path / "a.txt", "--vocabulary", "bytes"]

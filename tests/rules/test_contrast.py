@@ -159,6 +159,11 @@ def test_the_answer_minimises_the_objective_and_verifies(rule):
     assert found.verify(HEADS, log_p).status[0] == Status.NOT_CONVERGED
 
 
+def test_zeros_are_announced():
+    assert not softmeet.rules.pools.LogitMean().can_assign_zeros
+    assert softmeet.rules.pools.LogitMean(plausibility=0.1).can_assign_zeros
+
+
 @pytest.mark.parametrize("rule", [rule.name for rule in softmeet.RULES if not rule.takes_signed_weights])
 def test_every_other_rule_refuses_by_name_before_anything_is_loaded(rule):
     refusal = rf"^the rule {rule} takes no weight below 0, got \[1.5, -0.5\]: use the rule logit-mean, or weights of"

@@ -393,6 +393,18 @@ def test_a_start_at_the_pool_proves_nothing():
     assert (plain.objective - ours.objective <= ours.gap + 1e-9).all()
 
 
+@pytest.mark.unchecked
+def test_a_second_look_agrees_where_members_are_nearly_one_hot():
+    generator = torch.Generator().manual_seed(2)
+    heads = [torch.randn(60, d, generator=generator) for d in (9, 14)]
+    sharpness = torch.tensor([[3.0], [10.0], [20.0], [40.0]])
+    hidden = [sharpness * torch.randn(4, W.shape[1], generator=generator) / W.shape[1] ** 0.5 for W in heads]
+    log_p = torch.stack([(x @ W.T).double() for x, W in zip(hidden, heads, strict=True)]).log_softmax(-1)
+    found = softmeet.combine(log_p, heads, trust=(0.6, 1e-4), tol=1e-4)
+    assert (found.status == Status.OPTIMAL).all()
+    assert (found.verify(heads, log_p).status == Status.OPTIMAL).all()
+
+
 @pytest.mark.parametrize("saturation", [7.0, 10.0])
 def test_a_saturated_soft_cap_makes_no_false_certificate(saturation):
     """Slopes of 10⁻⁶ and less: single precision loses them in products."""

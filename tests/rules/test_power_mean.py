@@ -14,7 +14,7 @@ from instances import outputs, random_heads
 from scipy.optimize import minimize
 
 import softmeet
-from softmeet import Status
+from softmeet import Ensemble, Status
 from softmeet.errors import DisjointSupportError
 from softmeet.rules.pools import PowerMean
 from softmeet.simplex import log_power_means, logit_mean, power_mean, prob_mean
@@ -202,3 +202,13 @@ def test_single_precision():
         assert torch.allclose(power_mean(log_p, weights, order).double(), exact, rtol=0, atol=2e-5)
     assert torch.equal(power_mean(log_p, weights, 0.0), logit_mean(log_p, weights))
     assert torch.equal(power_mean(log_p, weights, 1.0), prob_mean(log_p, weights))
+
+
+@pytest.mark.parametrize(("family", "vocabulary"), [("wide", "tokens"), ("mixed", "bytes")])
+def test_ensembles_write_by_order_1_what_they_write_by_prob_mean(family, vocabulary):
+    ours, texts = Ensemble.from_pretrained(family), []
+    assert ours.model.config.vocabulary == vocabulary
+    for rule in ("power-mean:order=1", "prob-mean"):
+        ours.model.config.rule = rule
+        texts.append(ours.generate("And the king", max_new_tokens=6, do_sample=True, seed=1))
+    assert texts[0] == texts[1]
