@@ -225,6 +225,16 @@ def test_verify_agrees_without_the_solver(name, rule):
     assert torch.allclose(again.residual, solution.residual, atol=1e-9)
 
 
+@pytest.mark.unchecked
+def test_verify_catches_a_wrong_answer():
+    log_p, heads = INSTANCES["generic"]()
+    solution = softmeet.combine(log_p, heads, trust=1.0, tol=1e-8)
+    other = softmeet.combine(log_p, heads, trust=4.0, tol=1e-8)
+    object.__setattr__(solution, "_answer", other._answer)
+    again = solution.verify(heads, log_p)
+    assert (again.status == Status.NOT_CONVERGED).all()
+
+
 def test_trust_zero_and_members_that_agree_are_exactly_the_pool_and_one_member_is_itself():
     log_p, heads = INSTANCES["generic"]()
     for pool in ("logit-mean", "prob-mean"):
