@@ -48,11 +48,10 @@ class Words:
         return " ".join(map(str, tokens))
 
 
-def sequence(model, tokens, *, seed=5, key=0, max_tokens=12, rule=None, sampling=(), **options):
+def sequence(model, tokens, *, seed=5, key=0, max_tokens=12, rule=None, gate=None, sampling=(), **options):
     listener = Listener()
-    combination = Combination(model, model.settings)
-    if rule is not None:
-        combination = Combination(model, model.settings.changed(rule=rule))
+    changed = {name: value for name, value in (("rule", rule), ("gate", gate)) if value is not None}
+    combination = Combination(model, model.settings.changed(**changed) if changed else model.settings)
     options = {"prompts": (tuple(tokens),), "tokenizer": Words()} | options
     request = GenerationRequest(combination, Sampling(seed=seed, **dict(sampling)), max_tokens, **options)
     return Sequence(request, tokens, key, listener.put), listener

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -41,6 +42,25 @@ def run(*arguments, stdin="", columns=120, stdout=None):
         with pytest.raises(SystemExit) as end:
             cli.main()
     return subprocess.CompletedProcess(arguments, end.value.code or 0, stdout or out.getvalue(), err.getvalue())
+
+
+def ran(*arguments, **how):
+    """The same, which has to succeed."""
+    done = run(*arguments, **how)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def refusal(*arguments, **how):
+    """What it says, on one line, where it refuses."""
+    done = run(*arguments, **how)
+    assert done.returncode == 2
+    return done.stderr.replace("\n", " ")
+
+
+def facts_of(*arguments, **how):
+    """What it writes as JSON."""
+    return json.loads(ran(*arguments, "--json", "-", **how).stdout)
 
 
 def process(*arguments, stdin="", program=("-m", "softmeet"), **environment):

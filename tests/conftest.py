@@ -1,5 +1,6 @@
 """Fixtures shared by the suite. Two threads of BLAS on two cores, and no network."""
 
+import errno
 import gc
 import os
 import signal
@@ -86,6 +87,16 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """There is no room for any file."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from exact_oracles import constraints, is_feasible, stacked
 from instances import INSTANCES, Instance, best_outputs, outputs, random_heads, zipf
@@ -24,27 +23,23 @@ class Case:
     boundary: bool = False  # C gives some tokens no probability
 
 
-def biased() -> Instance:
-    """Biases that no combination of columns makes up for; the premise holds."""
-    heads = random_heads(48, (4, 5), seed=21)
-    generator = torch.Generator().manual_seed(21)
-    biases = [torch.randn(48, generator=generator, dtype=torch.float64) for _ in heads]
-    return biased_outputs(heads, biases, zipf(2, 48, seed=21))
+def premised(v, widths, seed, batch=2, bias=0.0) -> Instance:
+    """The premise holds; with ``bias`` there are biases, which no combination of columns makes up for."""
+    heads, truth = random_heads(v, widths, seed), zipf(batch, v, seed)
+    if not bias:
+        return best_outputs(heads, truth), heads
+    generator = torch.Generator().manual_seed(seed)
+    return biased_outputs(
+        heads, [bias * torch.randn(v, generator=generator, dtype=torch.float64) for _ in heads], truth
+    )
+
+
+biased = functools.partial(premised, 48, (4, 5), 21, bias=1.0)
 
 
 def biased_outputs(heads, biases, truth) -> Instance:
-    """As ``best_outputs``, with biases: a head with one more column, of which the weight is fixed to one."""
-    rows = []
-    for W, beta in zip(heads, biases, strict=True):
-        h = torch.zeros(len(truth), W.shape[1], dtype=torch.float64)
-        for _ in range(100):
-            p = (h @ W.T + beta).softmax(-1)
-            mean = p @ W
-            H = torch.einsum("bv,vi,vj->bij", p, W, W) - mean[:, :, None] * mean[:, None, :]
-            step = torch.linalg.solve(H, (p - truth) @ W)
-            h = h - step / (1 + (step.square().sum(-1, keepdim=True) * 4).sqrt())
-        rows.append((h @ W.T + beta).log_softmax(-1))
-    return torch.stack(rows), [SoftmaxHead(W, beta) for W, beta in zip(heads, biases, strict=True)]
+    """As ``best_outputs``, with heads that have biases."""
+    return best_outputs(heads, truth, biases), [SoftmaxHead(W, beta) for W, beta in zip(heads, biases, strict=True)]
 
 
 def boundary() -> Instance:
@@ -70,32 +65,6 @@ def faces() -> Instance:
     truth = torch.zeros(2, 80, dtype=torch.float64)
     truth[:, :25] = (0.5 * torch.randn(2, 25, generator=generator, dtype=torch.float64)).softmax(-1)
     return best_outputs(heads, truth), heads
-
-
-def as_wide_as_the_vocabulary() -> Instance:
-    """Here nd = v: the truth is the only feasible point."""
-    heads = random_heads(24, (12, 12), seed=31)
-    return best_outputs(heads, zipf(2, 24, seed=31)), heads
-
-
-def wider() -> Instance:
-    """Here nd > v, and the premise holds."""
-    heads = random_heads(24, (14, 16), seed=32)
-    return best_outputs(heads, zipf(2, 24, seed=32)), heads
-
-
-def large() -> Instance:
-    """At v = 1,024, D = 64; the premise holds."""
-    heads = random_heads(1024, (32, 32), seed=41)
-    return best_outputs(heads, zipf(1, 1024, seed=41)), heads
-
-
-def large_biased() -> Instance:
-    """The same with biases."""
-    heads = random_heads(1024, (32, 32), seed=42)
-    generator = torch.Generator().manual_seed(42)
-    biases = [0.5 * torch.randn(1024, generator=generator, dtype=torch.float64) for _ in heads]
-    return biased_outputs(heads, biases, zipf(1, 1024, seed=42))
 
 
 def large_infeasible() -> Instance:
@@ -127,14 +96,18 @@ def of_text(*positions: int) -> Instance:
     return torch.stack(rows).detach(), heads
 
 
-def soft_capped() -> Instance:
-    """Soft-caps: the slopes make the programs discriminate; one member is uniform enough to keep C non-empty."""
-    heads = random_heads(48, (3, 4), seed=61)
+@functools.cache
+def capped() -> Instance:
+    """Logits under soft-caps, whose slopes make the programs discriminate; one member's leave C non-empty; heads."""
     generator = torch.Generator().manual_seed(61)
-    made = [SoftmaxHead(W, soft_cap=3.0) for W in heads]
-    hidden = [torch.randn(2, W.shape[1], generator=generator, dtype=torch.float64) * 0.4 for W in heads]
-    logits = torch.stack([head.logits(h) for head, h in zip(made, hidden, strict=True)])
-    return logits.log_softmax(-1), made
+    heads = [SoftmaxHead(W, soft_cap=3.0) for W in random_heads(48, (3, 4), seed=61)]
+    hidden = [torch.randn(2, head.d, generator=generator, dtype=torch.float64) * 0.4 for head in heads]
+    return torch.stack([head.logits(h) for head, h in zip(heads, hidden, strict=True)]), heads
+
+
+def soft_capped() -> Instance:
+    logits, heads = capped()
+    return logits.log_softmax(-1), heads
 
 
 CASES: dict[str, Case] = {
@@ -148,14 +121,14 @@ CASES: dict[str, Case] = {
     "boundary": Case(boundary, True, boundary=True),
     "faces": Case(faces, True, boundary=True),
     "nd > v, infeasible": Case(INSTANCES["wider_than_vocabulary"], False),
-    "nd = v": Case(as_wide_as_the_vocabulary, True),
-    "nd > v": Case(wider, True),
+    "nd = v": Case(functools.partial(premised, 24, (12, 12), 31), True),
+    "nd > v": Case(functools.partial(premised, 24, (14, 16), 32), True),
     "biased": Case(biased, True, constant=False),
     "soft-capped": Case(soft_capped, None, constant=False),
     "trained": Case(trained, False),
     "text": Case(lambda: of_text(27, 52), True),
-    "v = 1024": Case(large, True),
-    "v = 1024, biased": Case(large_biased, True, constant=False),
+    "v = 1024": Case(functools.partial(premised, 1024, (32, 32), 41, 1), True),
+    "v = 1024, biased": Case(functools.partial(premised, 1024, (32, 32), 42, 1, 0.5), True, constant=False),
     "v = 1024, infeasible": Case(large_infeasible, False),
 }
 
@@ -163,11 +136,8 @@ CASES: dict[str, Case] = {
 @functools.cache
 def instance(name):
     """(log_probs, heads, options, per row (matrices, targets, G, g, feasible))."""
-    case = CASES[name]
-    log_p, heads = case.build()
-    options = {}
-    if any(getattr(head, "soft_cap", None) for head in heads):
-        options["logits"] = LOGITS[name](log_p, heads)
+    log_p, heads = CASES[name].build()
+    options = {"logits": capped()[0]} if name == "soft-capped" else {}
     rows = []
     for k in range(log_p.shape[1]):
         own = {**options, "logits": options["logits"][:, k]} if "logits" in options else options
@@ -175,27 +145,3 @@ def instance(name):
         G, g = stacked(matrices, targets)
         rows.append((matrices, targets, G, g, is_feasible(G, g)))
     return log_p, heads, options, rows
-
-
-def capped_logits(log_p, heads):
-    """The logits behind log-probabilities: the constant for which the uncapped ones are a combination of columns."""
-    found = []
-    for own, head in zip(log_p, heads, strict=True):
-        rows = []
-        for lp in own:
-
-            def misfit(c, lp=lp, head=head):
-                raw = head.soft_cap * np.arctanh(np.clip((lp.numpy() + c) / head.soft_cap, -1 + 1e-15, 1 - 1e-15))
-                W = head.weight.numpy()
-                return np.square(raw - W @ np.linalg.lstsq(W, raw, rcond=None)[0]).sum()
-
-            from scipy.optimize import minimize_scalar
-
-            low, high = -head.soft_cap - lp.min().item(), head.soft_cap - lp.max().item()
-            best = minimize_scalar(misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-13})
-            rows.append(lp + best.x)
-        found.append(torch.stack(rows))
-    return torch.stack(found)
-
-
-LOGITS = {"soft-capped": capped_logits}

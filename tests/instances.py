@@ -26,13 +26,13 @@ def outputs(heads: list[Tensor], batch: int, seed: int, sharpness: float = 1.5) 
     return torch.stack(rows).log_softmax(-1)
 
 
-def best_outputs(heads: list[Tensor], truth: Tensor) -> Tensor:
+def best_outputs(heads: list[Tensor], truth: Tensor, biases: list[Tensor] | None = None) -> Tensor:
     """The members' best log-probabilities for a true distribution (B, v): the premise holds, and truth is feasible."""
     rows = []
-    for W in heads:
+    for W, beta in zip(heads, biases or [torch.zeros(())] * len(heads), strict=True):
         h = torch.zeros(len(truth), W.shape[1], dtype=torch.float64)
         for _ in range(60):
-            p = (h @ W.T).softmax(-1)
+            p = (h @ W.T + beta).softmax(-1)
             g = (p - truth) @ W
             mean = p @ W
             H = torch.einsum("bv,vi,vj->bij", p, W, W) - mean[:, :, None] * mean[:, None, :]
@@ -40,16 +40,16 @@ def best_outputs(heads: list[Tensor], truth: Tensor) -> Tensor:
             step = torch.linalg.solve(H, g[..., None]).squeeze(-1)
             # Halve until the cross-entropy falls.
             t = torch.ones(len(truth), 1, dtype=torch.float64)
-            now = -(truth * (h @ W.T).log_softmax(-1)).sum(-1)
+            now = -(truth * (h @ W.T + beta).log_softmax(-1)).sum(-1)
             for _ in range(40):
-                then = -(truth * ((h - t * step) @ W.T).log_softmax(-1)).sum(-1)
+                then = -(truth * ((h - t * step) @ W.T + beta).log_softmax(-1)).sum(-1)
                 if not (then > now + 1e-15).any():
                     break
                 t = torch.where((then > now + 1e-15)[:, None], t / 2, t)
             h = h - t * step
             if step.abs().max() < 1e-13:
                 break
-        rows.append((h @ W.T).log_softmax(-1))
+        rows.append((h @ W.T + beta).log_softmax(-1))
     return torch.stack(rows)
 
 

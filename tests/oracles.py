@@ -75,6 +75,14 @@ def damped_newton(
     return softmax(log_q + A @ lam), value(lam), steps
 
 
+def fall(log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequence[float], dual: Sequence[Array]) -> float:
+    """f(λ) - f(0) of one row, by the definition."""
+    found = logsumexp(log_q + sum(W @ lam for W, lam in zip(heads, dual, strict=True)))
+    for W, lam, own, rho in zip(heads, dual, log_p, trust, strict=True):
+        found += rho * logsumexp(own - W @ lam / rho)
+    return found
+
+
 def by_cvxpy(log_q: Array, log_p: Array, heads: Sequence[Array], trust: Sequence[float]) -> tuple[Array, float]:
     """(p, primal optimum) of one row, on the exponential cone."""
     v = len(log_q)

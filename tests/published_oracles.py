@@ -309,17 +309,6 @@ def unite_means(tables: Sequence[Table], w: Array) -> dict[str, float]:
     return {key: sum(float(v) * share[key] for v, share in zip(w, shares, strict=True)) for key in tables[0]}
 
 
-def unite_scores(
-    members: Members, states: States, w: Array, k: int = 10, kinds: Sequence[str] = (SENTENCEPIECE, BYTE_LEVEL)
-) -> dict[str, float]:
-    """Average the members' softmaxes over the union of their k largest logits' keys.
-
-    The keys are in the order in which UniTE goes through them, the first largest being chosen: the first member's own
-    from its largest logit, then those that it lacks, sorted. Members of no weight add keys. UniTE has w = 1/n.
-    """
-    return unite_means(unite_tables(members, states, kinds, k), np.asarray(w, np.float64))
-
-
 def unite_greedy(
     members: Members,
     prompt: str,

@@ -190,11 +190,6 @@ def top_union_distribution(members: Members, states: States, w: Array, k: int) -
     return {u: float(sum(w[i] * on_S[i][u] / totals[i] for i in heard) / sum(w[i] for i in heard)) for u in S}
 
 
-def top_union_greedy(members: Members, prompts: States, w: Array, steps: int, k: int) -> list[Key]:
-    """Decode greedily over the union of the members' k most probable strings, made anew in each step."""
-    return union_greedy(members, prompts, w, steps, k)
-
-
 def gac_choice(p_by_string: Sequence[dict[str, float]], w: Array) -> dict[str, float]:
     """Sum weighted probabilities over the union of published keys, as GaC does: the largest decides."""
     scores: dict[str, float] = {}
@@ -202,36 +197,6 @@ def gac_choice(p_by_string: Sequence[dict[str, float]], w: Array) -> dict[str, f
         for key, mass in p.items():
             scores[key] = scores.get(key, 0.0) + weight * mass
     return scores
-
-
-def unite_scores(
-    logits: Sequence[dict[str, float]], firsts: Sequence[Callable[[str], str | None]], w: Array, k: int = 10
-) -> dict[str, float]:
-    """Average members' softmaxes over the union of their k largest logits' keys, as UniTE does.
-
-    A key that a member lacks has the logit of what its ``first`` names, or logit 0 if that is None or no key of the
-    member. UniTE's logit 0 for a first sub-token that is already taken is not here. Of equal logits the smaller key
-    comes first. Members of no weight add to the union.
-    """
-    union = sorted({key for z in logits for _, key in sorted((-logit, key) for key, logit in z.items())[:k]})
-    scores = dict.fromkeys(union, 0.0)
-    for z, first, weight in zip(logits, firsts, w.tolist(), strict=True):
-        values = np.array([z[key] if key in z else z.get(first(key) or key, 0.0) for key in union])
-        shares = np.exp(values - values.max())
-        for key, share in zip(union, (shares / shares.sum()).tolist(), strict=True):
-            scores[key] += weight * share
-    return scores
-
-
-def gac_key(token: str) -> str:
-    """Spell a token as GaC's union does: every Ġ a space, and every ▁ of a token that begins with one."""
-    token = token.replace("Ġ", " ")
-    return token.replace("▁", " ") if token.startswith("▁") else token
-
-
-def unite_key(token: str) -> str:
-    """Spell a token as UniTE's keys do."""
-    return token.replace("▁", "Ġ").replace("\n", "/n")
 
 
 # Ensembles of whole texts.

@@ -7,18 +7,12 @@ import json
 
 import pytest
 import tiny
-from commands import run
+from commands import facts_of, ran, refusal
 
 from softmeet.evaluation import advise as advising
 from softmeet.evaluation.costs import milliseconds
 
 ANIMALS = ("fox", "dog", "king", "cat", "sun", "moon")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +28,10 @@ def questions(tmp_path_factory):
 
 def test_members_answer_as_they_do_elsewhere_and_questions_are_the_text(folders, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(advising, "milliseconds", functools.partial(milliseconds, repeats=1))
-    letters = ["--how", "letter", "--json"]
-    done = run("advise", *folders, "--questions", questions, "--folds", 2, *letters, tmp_path / "a.json")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads((tmp_path / "a.json").read_text())
+    done = ran("advise", *folders, "--questions", questions, "--folds", 2, "--how", "letter", "--json", tmp_path / "a")
+    facts = json.loads((tmp_path / "a").read_text())
     assert facts["documents"] == len(ANIMALS)
-    assert run("answer", questions, *tiny.each("-m", folders), *letters, tmp_path / "b.json").returncode == 0
-    ours, theirs = facts["answers"], json.loads((tmp_path / "b.json").read_text())
+    ours, theirs = facts["answers"], facts_of("answer", questions, *tiny.each("-m", folders), "--how", "letter")
     assert [row["right"] for row in ours["rows"][:2]] == [row["right"] for row in theirs["rows"][:2]]
     assert "6 questions, answered by letter" in done.stdout
     named = [row["name"] for row in ours["rows"]]
@@ -51,5 +42,6 @@ def test_code_is_for_softmeet_answer(folders, tmp_path):
     (tmp_path / "code.jsonl").write_text(
         json.dumps({"id": 1, "question": "def f():", "answer": "1", "test": "x", "entry_point": "f"})
     )
-    done = run("advise", *folders, "--questions", tmp_path / "code.jsonl")
-    assert (done.returncode, "ask such questions by softmeet answer" in done.stderr) == (2, True)
+    assert "ask such questions by softmeet answer" in refusal(
+        "advise", *folders, "--questions", tmp_path / "code.jsonl"
+    )

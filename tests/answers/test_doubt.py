@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
@@ -16,11 +15,8 @@ from softmeet.evaluation.scores import disagreement
 
 
 @pytest.fixture(scope="module")
-def ensemble(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return Ensemble.from_pretrained(
-        [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))], "prob-mean"
-    )
+def ensemble(folders):
+    return Ensemble.from_pretrained(folders, "prob-mean")
 
 
 def test_doubt_of_options_by_the_definition():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import byte_members
 import numpy as np
@@ -98,29 +99,20 @@ def test_what_means_nothing_for_texts_is_refused(over, more, message, made):
         ensemble.generate(prompt, decoder="particles", **{limit: 3, **more})
 
 
-def test_limits_and_rooms_are_checked(made):
-    ensemble, _, prompt = made["tokens"]
-    with pytest.raises(InvalidInputError, match="max_new_tokens alone, as without one"):
-        ensemble.decode(prompt)
-    with pytest.raises(InvalidInputError, match="expected a limit of at most"):
-        ensemble.decode(prompt, max_new_tokens=10**6)
-    with pytest.raises(InvalidInputError, match="a number from 1"):
-        ensemble.decode(prompt, max_new_tokens=0)
-
-
-def test_members_that_cannot_fork_or_have_few_rows_are_refused(made, monkeypatch):
-    from dataclasses import replace
-
+def test_limits_and_rooms_are_checked(made, monkeypatch):
     ensemble, _, prompt = made["tokens"]
     reader = ensemble.model.readers_of_members[0]
-    with monkeypatch.context() as patched:
-        patched.setattr(reader, "traits", replace(reader.traits, can_fork=False))
-        with pytest.raises(InvalidInputError, match="can fork rows"):
-            ensemble.decode(prompt, max_new_tokens=3)
-    with monkeypatch.context() as patched:
-        patched.setattr(reader, "traits", replace(reader.traits, rows=8))
-        with pytest.raises(InvalidInputError, match=r"at most 8 texts at once, as .* got 16"):
-            ensemble.decode(prompt, max_new_tokens=3)
+    for limit, traits, message in (
+        ({}, {}, "max_new_tokens alone, as without one"),
+        ({"max_new_tokens": 10**6}, {}, "expected a limit of at most"),
+        ({"max_new_tokens": 0}, {}, "a number from 1"),
+        ({"max_new_tokens": 3}, {"can_fork": False}, "can fork rows"),
+        ({"max_new_tokens": 3}, {"rows": 8}, "at most 8 texts at once, as .* got 16"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(reader, "traits", replace(reader.traits, **traits))
+            with pytest.raises(InvalidInputError, match=message):
+                ensemble.decode(prompt, **limit)
 
 
 def test_a_member_that_tells_no_numbers_is_named(made):
@@ -137,8 +129,6 @@ def test_a_member_that_tells_no_numbers_is_named(made):
         with torch.no_grad():
             weight.copy_(before)
         ensemble.model.find_heads_again()
-    with pytest.raises(InvalidInputError, match="whole texts, which come at their end"):
-        next(ensemble.stream(prompt, decoder="particles", max_new_tokens=3))
 
 
 def test_a_decoder_of_ones_own(made):
@@ -168,6 +158,8 @@ def test_a_decoder_of_ones_own(made):
         two = ensemble.decode([prompt, prompt], "first-greedy", max_new_tokens=4)
         assert len(two[0].texts[0].symbols) == 4
         assert two[0].texts == two[1].texts
+        with pytest.raises(InvalidInputError, match="whole texts, which come at their end"):
+            next(ensemble.stream(prompt, decoder="first-greedy", max_new_tokens=3))
         with pytest.raises(InvalidInputError, match="expected a subclass"):
             softmeet.register_decoder(softmeet.Decoder)
     finally:
@@ -181,17 +173,3 @@ def test_the_command_prints_the_drawn_text_or_all_as_json():
     assert plain.stdout == one["text"] + "\n"
     assert [set(text) for text in one["texts"]] == [{"symbols", "ended", "log_weight", "log_probs", "text"}] * 3
     assert told["rule"] == "logit-mean"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--rule", "meet"), "combines the probabilities of whole texts"), (("--summary",), "cannot be used with"),
-        (("--temperature", "0.5"), "with temperature"), (("--gate", "unsure:0.5"), "the gate unsure"),
-    ],
-)  # fmt: skip
-def test_the_command_refuses_before_it_loads(arguments, message, monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    found = run("generate", "a", "--decoder", "particles", *arguments)
-    assert found.returncode == 2
-    assert message in found.stderr.replace("\n", " ")

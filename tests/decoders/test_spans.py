@@ -9,7 +9,7 @@ import torch
 
 from softmeet import Settings
 from softmeet.decoders.base import ToWrite
-from softmeet.decoders.spans import Span, Spans
+from softmeet.decoders.spans import Spans
 
 # Tokens that go on behind a word, that end one, that are nothing but whitespace, and two of the same bytes.
 WORDS = (
@@ -52,39 +52,8 @@ def test_it_writes_what_the_description_says(weights, options, coarse):
             assert (text.symbols[-1] in members[0].end_ids) == text.ended
 
 
-def test_a_word_without_end_is_cut_after_twelve_tokens():
-    members = [own_members.member((b"a", b"b"), seed=seed, ends=0) for seed in range(2)]
-    (found,) = written(members, [()], (0.5, 0.5), 40)
-    assert found.text.encode() == spans_oracle.spans_search(members, [()] * 2, (0.5, 0.5), 40)[0]
-    span = Span(0.0, 3)
-    for k in range(12):
-        assert (span.complete, len(span.text)) == (False, k)
-        span.add(b"a", 0.9)
-    assert (span.complete, span.text, span.ended) == (True, b"a" * 12, False)
-
-
 def test_bytes_of_which_the_first_member_has_no_tokens_come_to_an_end_too():
     members = [own_members.member((word,), ends=0) for word in (b"a", b"b")]
     (found,) = written(members, [()], (1.0, 0.0), 3)
     text = spans_oracle.spans_search(members, [()] * 2, (1.0, 0.0), 3)[0]
     assert found.text.encode() == text == b"b" * 24 + b"a"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ([(None, 0.9)], (b"", True)),
-        ([(b" a", 0.9), (None, 0.1)], (b" a", True)),
-        ([(b" a", 0.1), (b"b", 0.9), (b" c", 0.9)], (b" ab", False)),
-        ([(b" a b c", 0.9), (b" d", 0.9)], (b" a b c", False)),
-        ([(b" a b c", 0.1)], (b" a", False)),
-        ([(b"a", 0.9), (b" ", 0.6), (b"b", 0.9), (b"\n", 0.9)], (b"a b", False)),
-        ([(b"a", 0.9), (b" ", 0.9), (None, 0.9)], (b"a ", True)),
-    ],
-)  # fmt: skip
-def test_words_are_bytes_up_to_whitespace_wherever_tokens_end(tokens, expected):
-    span = Span(0.7, 3)
-    for word, margin in tokens:
-        assert not span.complete
-        span.add(word, margin)
-    assert (span.complete, span.text, span.ended) == (True, *expected)

@@ -100,7 +100,10 @@ def test_forks_go_on_by_themselves_and_garbage_is_closed():
         assert same(found[own][0][0], model.members[0].follows(own.tokens))
     text.crop(0, 1)
     assert (text.read_by(0), text.read_by(1)) == (1, 3)
-    del text, fork, found, own
+    gone = fork.fork()
+    gone.close()
+    assert [len(reader.rows) for reader in model.members] == [2, 2]
+    del text, fork, gone, found, own
     assert len(model.garbage) == 4
     for reader, row in model.garbage:
         reader.close(row)
@@ -190,32 +193,6 @@ def test_members_that_know_some_symbols_each_are_combined_over_those_that_one_kn
             k for own in top for k in own.indices.tolist()
         }
         one.tokens.append(int(told.argmax()))
-
-
-def test_a_decoder_carries_weighted_rows_by_forks_and_without_a_draw():
-    """The weight of each text of two letters is its exact probability under the product of the members."""
-    model, members = ensemble(Table(0), Table(1)), Members(2)
-    rows = [(Continuation(model, [3]), 0.0)]
-    for _ in range(2):
-        found = members.read_on([one for one, _ in rows])
-        carried = []
-        for one, weight in rows:
-            log_probs = next(iter(combined([one], [found[one]], settings(), quickly=True))).ours[0]
-            for letter in (5, 7, 11):
-                fork = one.fork()
-                fork.tokens.append(letter)
-                carried.append((fork, weight + log_probs[letter].item()))
-            one.close()
-        rows = carried
-    for one, weight in rows:
-        expected = 0.0
-        for k in (1, 2):
-            own = sum(reader.follows(one.tokens[:k]) for reader in model.members) / 2
-            expected += own.log_softmax(-1)[one.tokens[k]].item()
-        assert weight == pytest.approx(expected, abs=1e-9)
-        one.close()
-    assert len(rows) == 9
-    assert all(not reader.rows for reader in model.members)
 
 
 def test_a_text_that_the_first_member_cannot_read_is_asked_of_nobody_and_harms_no_other():

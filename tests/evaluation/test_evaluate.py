@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import re
 import shutil
 
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import facts_of, ran, refusal, run
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
 from softmeet.cli.evaluate import show
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, TraceError
-from softmeet.evaluation import files, plots
 from softmeet.evaluation.choices import RuleChoice, parse_choices, with_baselines
 from softmeet.evaluation.documents import Document
 from softmeet.evaluation.files import PieceCache
@@ -35,15 +32,12 @@ pytestmark = pytest.mark.checked
 WORDS = "the quick brown fox jumps over the lazy dog. "
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
-def ensemble(folders):
-    return Ensemble.from_pretrained(folders)
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder to work in, with a text."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text(WORDS)
+    return tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -210,6 +204,10 @@ def test_the_baseline_is_the_best_of_members_and_averages(ensemble):
         ("meet:pool=both", "pool to be 'logit-mean' or"),
         ("meet:temperature=0", "temperature to be greater than 0"),
         ("", "at least one rule"),
+        *(
+            (f"meet:prompt_weights={given}", "an integer of at least 1, in 'meet:prompt_weights=")
+            for given in ("-3", "2.5", "0", "inf", "nan")
+        ),
     ],
 )
 def test_rules_that_are_none(text, message):
@@ -219,12 +217,11 @@ def test_rules_that_are_none(text, message):
 
 def test_the_command(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS * 3)
-    done = run(
+    done = ran(
         "evaluate", *tiny.each("-m", folders), "--text", tmp_path / "a.txt",
         *tiny.each("--rule", ["logit-mean", "prob-mean", "meet"]),
         "--trust", "1.0", "--max-tokens", 50, "--json", tmp_path / "out.json", "--plots", tmp_path / "plots",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "out.json").read_text())
     assert facts["tokens"] == 50
     assert list(facts["members"]) == [str(f) for f in folders]
@@ -241,19 +238,14 @@ def test_the_command(folders, tmp_path):
 def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
     (tmp_path / "a.txt").write_text(WORDS)
     cut = ("--text", tmp_path / "a.txt", "--separator", " fox", "--window", 9)
-    done = run("trace", tmp_path / "t", *tiny.each("-m", folders), *cut)
-    assert done.returncode == 0, done.stderr
-    arguments = ["--rule", "meet:trust=0/1", "--rule", "logit-mean", "--json", "-"]
-    traced = run("evaluate", "--trace", tmp_path / "t", *arguments)
-    assert traced.returncode == 0, traced.stderr
-    direct = run("evaluate", *tiny.each("-m", folders), *cut, *arguments)
-    a, b = json.loads(traced.stdout), json.loads(direct.stdout)
+    ran("trace", tmp_path / "t", *tiny.each("-m", folders), *cut)
+    arguments = ["--rule", "meet:trust=0/1", "--rule", "logit-mean"]
+    a = facts_of("evaluate", "--trace", tmp_path / "t", *arguments)
+    b = facts_of("evaluate", *tiny.each("-m", folders), *cut, *arguments)
     assert a["rules"]["meet:trust=0/1"]["nll"] == pytest.approx(b["rules"]["meet:trust=0/1"]["nll"], abs=1e-6)
     assert a["bytes"] == b["bytes"]
     assert a["run"]["window"] == b["run"]["window"] == 9
-    done = run("evaluate", "--trace", tmp_path / "t", *tiny.each("-m", folders[::-1]))
-    assert done.returncode == 2
-    assert "in its place stands" in done.stderr
+    assert "in its place stands" in refusal("evaluate", "--trace", tmp_path / "t", *tiny.each("-m", folders[::-1]))
     (tmp_path / "t" / "document-00000.safetensors").write_bytes(b"{}")
     first = json.loads((tmp_path / "t" / "trace.json").read_text())["documents"][0]["positions"]
     done = run("evaluate", "--trace", tmp_path / "t", "--json", "-")
@@ -262,60 +254,32 @@ def test_over_a_trace_and_over_its_text_alike(folders, tmp_path):
 
 
 @pytest.mark.unchecked
-def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(WORDS)
-    (tmp_path / "x.json").write_text("before")
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    command = [
-        "evaluate",
-        *tiny.each("-m", folders),
-        "-t",
-        "a.txt",
-        "--rule",
-        "prob-mean",
-        "--json",
-        "x.json",
-        "--force",
-    ]
-    done = CliRunner().invoke(app, command)
-    assert isinstance(done.exception, TraceError)
-    assert "no room on the disk for x.json" in str(done.exception)
-    assert "against the" in done.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "x.json"]
-    assert (tmp_path / "x.json").read_text() == "before"
+def test_a_full_disk_takes_neither_the_table_nor_what_was_there(folders, here, full_disk):
+    (here / "x.json").write_text("before")
+    command = ["evaluate", *tiny.each("-m", folders), "-t", "a.txt", "--rule", "prob-mean", "--force"]
+    for more, name in (("--json", "x.json"), ("--plots", ".")):
+        done = CliRunner().invoke(app, [*command, more, name])
+        assert isinstance(done.exception, TraceError)
+        assert "no room on the disk for" in str(done.exception)
+        assert "against the" in done.output
+        assert sorted(path.name for path in here.iterdir()) == ["a.txt", "x.json"]
+    assert (here / "x.json").read_text() == "before"
 
 
 @pytest.mark.unchecked
-def test_infinite_nats_are_null_in_json_and_short_in_the_table(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(WORDS * 2)
-    command = [
-        "evaluate",
-        *tiny.each("-m", folders),
-        "-t",
-        "a.txt",
-        "--rule",
-        "meet",
-        "--rule",
-        "one-hot",
-        "--json",
-        "x.json",
-    ]
-    done = CliRunner().invoke(app, [*command, "--plots", "plots"], catch_exceptions=False)
-
-    def refuse(constant):
-        raise ValueError(constant)
-
-    facts = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)["rules"]
-    assert facts["one-hot"]["nll"] is facts["one-hot"]["perplexity"] is facts["one-hot"]["vs"]["delta"] is None
-    assert facts["meet"]["nll"] > 0
+def test_infinite_nats_are_null_in_json_and_short_in_the_table_and_names_are_shown_as_they_are(folders, here):
+    shutil.copytree(folders[0], "[red]one[x]")
+    command = ["evaluate", "--member=[red]one[x]", "-m", str(folders[1]), "--text=a.txt", "-t", "a.txt"]
+    command += ["--rule", "meet", "--rule", "one-hot", "--json", "x.json", "--plots", "plots"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    facts = json.loads((here / "x.json").read_text(), parse_constant=pytest.fail)
+    row = facts["rules"]["one-hot"]
+    assert row["nll"] is row["perplexity"] is row["vs"]["delta"] is None
+    assert facts["rules"]["meet"]["nll"] > 0
     [line] = [line for line in done.output.splitlines() if "one-hot" in line]
     assert line.count("∞") == 4
+    assert "[red]one[x]" in done.output
+    assert "88 tokens" in done.output
 
 
 @pytest.mark.parametrize("width", [60, 80, None])
@@ -323,13 +287,11 @@ def test_a_table_cuts_no_figure(width, capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     if width is not None:
         monkeypatch.setenv("COLUMNS", str(width))
-    row = {"nll": 2.1234, "perplexity": 812.34, "bits_per_byte": 1.2345, "top1": 0.512, "calibration": {"error": 0.123}}
-    row |= {
-        "gated": 0.256,
-        "against": {"delta": -0.0123, "ci95": [-0.03, 0.0]},
-        "fallbacks": 795,
+    row = {
+        "nll": 2.1234, "perplexity": 812.34, "bits_per_byte": 1.2345, "top1": 0.512, "calibration": {"error": 0.123},
+        "gated": 0.256, "against": {"delta": -0.0123, "ci95": [-0.03, 0.0]}, "fallbacks": 795,
         "statuses": {"OPTIMAL": 888, "NOT_CONVERGED": 12},
-    }
+    }  # fmt: skip
     facts = {"clusters": {"count": 20, "kind": "blocks"}, "tokens": 900, "baseline": "a", "disagreement": 0.2}
     facts |= {"vocabulary": "tokens", "documents": 20}
     show({**facts, "members": {}, "rules": {"meet:trust=1/0.3:pool=prob-mean": row}})
@@ -345,18 +307,10 @@ def test_a_table_cuts_no_figure(width, capsys, monkeypatch):
     assert all(len(line) <= width for line in shown.splitlines()) if width else "│" in shown
 
 
-def test_a_member_called_like_a_rule_is_refused(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(WORDS)
+def test_a_member_called_like_a_rule_is_refused(folders, here):
     shutil.copytree(folders[0], "meet")
     with pytest.raises(InvalidInputError, match="meet is both: rename the member"):
         CliRunner().invoke(app, ["evaluate", "-m", "meet", "-t", "a.txt", "--rule", "meet"], catch_exceptions=False)
-
-
-@pytest.mark.parametrize("given", ["-3", "2.5", "0", "inf", "nan"])
-def test_prompt_weights_are_of_a_whole_number_of_tokens(given):
-    with pytest.raises(InvalidInputError, match="an integer of at least 1, in 'meet:prompt_weights="):
-        parse_choices([f"meet:prompt_weights={given}"], 2)
 
 
 def test_prompts_longer_than_every_document_are_refused(ensemble):
@@ -371,51 +325,9 @@ def test_prompts_longer_than_every_document_are_refused(ensemble):
 
 
 @pytest.mark.unchecked
-def test_names_in_brackets_and_lists_behind_an_equals_sign(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(WORDS)
-    shutil.copytree(folders[0], "[red]one[x]")
-    command = [
-        "evaluate",
-        "--member=[red]one[x]",
-        "-m",
-        str(folders[1]),
-        "--text=a.txt",
-        "-t",
-        "a.txt",
-        "--rule",
-        "meet",
-    ]
-    done = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert "[red]one[x]" in done.output
-    assert "88 tokens" in done.output
-
-
-def test_arguments_come_before_lists_that_would_take_them():
-    assert re.search(r" trace \S+ \[OPTIONS\]", CliRunner().invoke(app, ["trace", "--help"]).output)
-
-
-def test_plots_on_a_full_disk(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
-    monkeypatch.setattr(plots, "gain_plot", lambda facts: plots.blank()[0])
-    monkeypatch.setattr(plots, "calibration_plot", plots.gain_plot)
-    monkeypatch.setattr(plots, "_differences", plots.gain_plot)
-    with pytest.raises(TraceError, match=r"no room on the disk for .*gain.png"):
-        plots.draw({}, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.unchecked
-def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(WORDS)
-    command = ["evaluate", "-t", "a.txt", "--rule", "meet", "--json", "-", *tiny.each("-m", folders)]
-    plain = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).output)["rules"]
-    done = CliRunner().invoke(app, [*command, "--weights", "0.9,0.1"], catch_exceptions=False)
-    facts = json.loads(done.output)
+def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folders, here):
+    command = ["evaluate", "-t", "a.txt", "--rule", "meet", *tiny.each("-m", folders)]
+    plain, facts = facts_of(*command)["rules"], facts_of(*command, "--weights", "0.9,0.1")
     assert list(plain) == ["logit-mean", "prob-mean", "meet"]
     assert list(facts["rules"]) == ["uniform logit-mean", "uniform prob-mean", *plain]
     for name in ("logit-mean", "prob-mean"):
@@ -425,24 +337,19 @@ def test_uniform_averages_stand_beside_an_ensemble_with_weights_of_its_own(folde
 
 
 @pytest.mark.unchecked
-def test_naming_an_ensembles_own_rule_changes_no_figure(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(WORDS)
+def test_naming_an_ensembles_own_rule_changes_no_figure(folders, here):
     made = Ensemble.from_pretrained(folders, trust=0.7, weights=[0.6, 0.4])
     made.model.config.rule_temperature = 0.5
     made.save_pretrained("e")
-    command = ["evaluate", "-t", "a.txt", "--json", "-", "-m", "e"]
-    given = [["--rule", "meet", "--rule", "logit-mean", "--rule", "meet:temperature=1"], []]
-    named, own = (json.loads(CliRunner().invoke(app, [*command, *more]).output)["rules"] for more in given)
+    given = [tiny.each("--rule", ["meet", "logit-mean", "meet:temperature=1"]), []]
+    named, own = (facts_of("evaluate", "-t", "a.txt", "-m", "e", *more)["rules"] for more in given)
     for name in ("meet", "logit-mean", "uniform logit-mean"):
         assert named[name]["nll"] == own[name]["nll"]
     assert named["meet:temperature=1"]["nll"] != named["meet"]["nll"]
 
 
 @pytest.mark.unchecked
-def test_pieces_of_another_temperature_or_dtype_are_not_taken(folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text(WORDS)
+def test_pieces_of_another_temperature_or_dtype_are_not_taken(folders, here):
     for k, temperature in enumerate((1.0, 2.0)):
         ensemble = Ensemble.from_pretrained(folders, rule="logit-mean")
         ensemble.model.config.rule_temperature = temperature

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -18,8 +16,6 @@ import yaml
 
 import generation
 from softmeet import Ensemble
-from softmeet.answers import sandbox
-from softmeet.errors import InvalidInputError
 from tasks import judging, make
 
 pytestmark = pytest.mark.slow
@@ -48,9 +44,7 @@ def test_there_are_enough_items_and_each_stands_once():
 
 def test_the_items_can_be_made_again():
     for kind, items in make.items().items():
-        assert make.text_of(items) == (generation.TASKS / f"{kind}.jsonl").read_text(), (
-            "python benchmarks/tasks/make.py"
-        )
+        assert make.text_of(items) == (generation.TASKS / f"{kind}.jsonl").read_text(), "benchmarks/tasks/make.py"
 
 
 def test_every_function_is_right_and_its_mistake_is_found():
@@ -92,11 +86,8 @@ def test_answers_are_judged_by_their_first_line():
         assert judged(item, f" {gold}") == judged(item, f" {gold}\n\nQuestion: Is it?\nAnswer: yes") == 1
         for wrong in ("", gold[:-1] + "#", f"{gold} or so", f"The answer is {gold}", f"\n{gold}"):
             assert judged(item, wrong) == 0
-
-
-def test_titles_may_be_in_quotes():
-    item = next(item for item in ITEMS["extraction"] if item["answer"] in make.TITLES)
-    assert judged(item, f' "{item["answer"]}".') == 1
+    title = next(item for item in ITEMS["extraction"] if item["answer"] in make.TITLES)
+    assert judged(title, f' "{title["answer"]}".') == 1
 
 
 @pytest.mark.parametrize(
@@ -158,12 +149,6 @@ def test_processes_that_code_begins_end_with_it(tmp_path):
             time.sleep(0.1)
         else:
             raise AssertionError(f"process {pid} is still there")
-
-
-def test_limits_that_cannot_be_set_are_said(monkeypatch):
-    monkeypatch.setattr(sandbox, "__file__", str(Path(os.devnull)))
-    with pytest.raises(RuntimeError, match="in a process with limits"):
-        judging.passes(SAFE, ["f(1) == 2"])
 
 
 @pytest.fixture(scope="module")
@@ -246,54 +231,6 @@ def test_the_benchmark_notes_answers_and_time():
     assert found["passed"] == [0, 1, 0, 1, 0]
     assert found["answers"][1] == ITEMS["copying"][10]["answer"]
     assert found["seconds"] >= 0
-
-
-def test_what_has_been_answered_is_not_asked_again(folder, tmp_path, monkeypatch):
-    (one,) = generation.subjects([], [str(folder / "saved")])[2:]
-    asked, failing, processes = [], ["arithmetic"], []
-
-    def ask(lm, kind, limit):
-        asked.append(kind)
-        if kind in failing:
-            raise ValueError(kind)
-        return {"seconds": 1.0, "ids": ["x"], "answers": [""], "passed": [1.0]}
-
-    monkeypatch.setattr(generation, "asked", ask)
-    monkeypatch.setattr("softmeet.evaluation.harness.harness_model", lambda ensemble, batch_size: ensemble)
-
-    def run(command, check):
-        """As in a process of its own."""
-        processes.append(command)
-        given = dict(part.removeprefix("--").split("=", 1) for part in command[2:])
-        try:
-            numbers = {name: int(given[name]) for name in ("batch", "limit", "threads")}
-            generation.main(one=given["one"], kept=Path(given["kept"]), **numbers)
-        except ValueError:
-            return SimpleNamespace(returncode=1)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(generation.subprocess, "run", run)
-    assert generation.answers(one, tmp_path, 2, 3, 1) is None
-    assert asked == ["functions", "copying", "arithmetic"]
-    failing.clear()
-    found = generation.answers(one, tmp_path, 2, 3, 1)
-    assert asked[3:] == ["arithmetic", "extraction"]
-    assert generation.answers(one, tmp_path, 2, 3, 1) == found
-    assert (len(asked), len(processes)) == (5, 2)
-    generation.answers(one, tmp_path, 4, 3, 1)  # other settings are other answers
-    assert len(asked) == 9
-
-
-def test_subjects_are_named_briefly_and_asked_once(folder):
-    a, b = str(folder / "a"), str(folder / "b")
-    every = generation.subjects([a], [f"a '{b}' prob-mean:weights=0.3/0.7", str(folder / "saved")])
-    assert [one.members for one in every] == [[a], [b], [a, b], [a, b]]
-    assert [one.rule for one in every] == ["logit-mean", "logit-mean", "prob-mean:weights=0.3/0.7", None]
-    assert every[2].name == "a + b, prob-mean:weights=0.3/0.7"
-    assert every[3].saved == str(folder / "saved")
-    for wrong in ("a b", "a nonsense", a):
-        with pytest.raises(InvalidInputError):
-            generation.subjects([a], [wrong])
 
 
 def test_figures_are_of_the_best_member_and_all_kinds():

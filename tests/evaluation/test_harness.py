@@ -14,6 +14,10 @@ import pytest
 import torch
 
 from softmeet import Ensemble
+from softmeet.evaluation.choices import RuleChoice
+from softmeet.evaluation.documents import Document
+from softmeet.evaluation.perplexity import evaluate
+from softmeet.evaluation.positions import observe_text
 
 pytestmark = pytest.mark.slow
 
@@ -89,36 +93,23 @@ def log_prob(ensemble, context, continuation):
     return log_p[len(before) - 1 :].sum().item()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_choices_have_our_log_probabilities(ensemble, samples):
-    for doc, sample in zip(DOCS, samples["choice"], strict=True):
-        theirs = [float(response[0][0]) for response in sample["resps"]]
-        ours = [log_prob(ensemble, doc["question"], choice) for choice in doc["choices"]]
-        assert theirs == pytest.approx(ours, abs=1e-5)
+def rolled(sample):
+    """The log-probability of a whole text."""
+    first = sample["resps"][0][0]
+    return float(first[0] if isinstance(first, list | tuple) else first)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_rolling_is_our_evaluation_with_a_token_to_begin(ensemble, samples):
-    from softmeet.evaluation.choices import RuleChoice
-    from softmeet.evaluation.documents import Document
-    from softmeet.evaluation.perplexity import evaluate
-    from softmeet.evaluation.positions import observe_text
-
-    for doc, sample in zip(DOCS, samples["rolling"], strict=True):
+def test_the_harness_has_our_numbers(ensemble, samples):
+    """Of choices, of whole texts with a token to begin, and texts."""
+    for doc, choice, rolling, greedy in zip(DOCS, *(samples[name] for name in TASKS), strict=True):
+        ours = [log_prob(ensemble, doc["question"], option) for option in doc["choices"]]
+        assert [float(response[0][0]) for response in choice["resps"]] == pytest.approx(ours, abs=1e-5)
         positions = observe_text(ensemble, [Document("", doc["question"])], bos=True)
         scores = evaluate(ensemble, positions, [RuleChoice("own")]).choices["own"]
-        first = sample["resps"][0][0]
-        theirs = float(first[0] if isinstance(first, list | tuple) else first)
-        assert theirs == pytest.approx(-scores.nats.sum().item(), abs=1e-5)
+        assert rolled(rolling) == pytest.approx(-scores.nats.sum().item(), abs=1e-5)
         assert positions.sizes.sum().item() == len(doc["question"].encode())
-        assert math.isfinite(theirs)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_generation_is_ours(ensemble, samples):
-    for doc, sample in zip(DOCS, samples["greedy"], strict=True):
-        ours = ensemble.generate(doc["question"], max_new_tokens=4, do_sample=False)
-        assert sample["resps"][0][0] == ours
+        assert greedy["resps"][0][0] == ensemble.generate(doc["question"], max_new_tokens=4, do_sample=False)
 
 
 def symbol_log_probs(ensemble, text):
@@ -144,32 +135,10 @@ def test_over_bytes_the_harness_has_our_numbers(over_bytes, tasks, samples):
         for choice, response in zip(doc["choices"], found["choice"][k]["resps"], strict=True):
             assert float(response[0][0]) == pytest.approx(byte_log_prob(over_bytes, question, choice), abs=1e-6)
             assert str(response[0][1]) == str(greedy.startswith(choice))
-        first = found["rolling"][k]["resps"][0][0]
-        theirs = float(first[0] if isinstance(first, list | tuple) else first)
-        assert theirs == pytest.approx(byte_log_prob(over_bytes, "", question), abs=1e-6)
+        assert rolled(found["rolling"][k]) == pytest.approx(byte_log_prob(over_bytes, "", question), abs=1e-6)
         text = found["greedy"][k]["resps"][0][0]
         assert text == over_bytes.generate(question, max_new_tokens=4, do_sample=False)
         assert 0 < len(reader.spelling.encode(text.encode())) <= 4
-
-
-def test_over_bytes_a_document_is_read_once_and_answers_of_a_letter_together(over_bytes, monkeypatch):
-    from softmeet.evaluation.byte_harness import log_likelihoods
-
-    reader, read = over_bytes.model.readers[0], []
-    beginning = reader.beginning
-    monkeypatch.setattr(reader, "beginning", lambda texts, *more: read.extend(texts) or beginning(texts, *more))
-    question = list(b"And the king said unto his")
-    answers = [list(text.encode()) for text in (" A", " B", " daughter", "s")]
-    found = [x for x, _ in log_likelihoods(over_bytes.model, [(question, answer) for answer in answers])]
-    assert read == [
-        b"And the king said unto his ",
-        b"And the king said unto his daughte",
-        b"And the king said unto his",
-    ]
-    for answer, x in zip(answers, found, strict=True):
-        ours = byte_log_prob(over_bytes, bytes(question).decode(), bytes(answer).decode())
-        # The tokenizers may cut a text in another way if its last byte is known.
-        assert x == pytest.approx(ours, abs=0.02)
 
 
 def test_over_bytes_long_contexts_lose_their_first_bytes_alone(over_bytes):
@@ -230,7 +199,6 @@ def test_the_one_liner(ensemble, over_bytes, kind, tasks, samples, tmp_path, mon
 
 
 def test_a_member_by_its_name_is_an_ensemble_of_one():
-    from softmeet import Ensemble
     from softmeet.evaluation.harness import EnsembleLM
 
     found, theirs = EnsembleLM(pretrained="mixed/gpt2", device="cpu"), Ensemble.from_pretrained(["mixed/gpt2"])

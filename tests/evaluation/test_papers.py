@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import run, stages
+from commands import facts_of, ran, refusal, stages
 from pyarrow import parquet
 from scipy import stats
 
@@ -33,12 +33,6 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
 def told(folders, tmp_path_factory):
     """(the figures of a run with everything, its losses by document and by token, what it printed)."""
     folder = tmp_path_factory.mktemp("told")
@@ -46,10 +40,8 @@ def told(folders, tmp_path_factory):
         (folder / f"{k:02}.txt").write_text(f"{TEXTS[k % 5]} {TEXTS[(k * 3 + 1) % 5]} {k}")
     asked = ["evaluate", *tiny.each("-m", folders), "--text", folder / "*.txt", "--rule", "prob-mean", "--folds", 2]
     asked += ["--pairs", "all"]
-    done = run(*asked, "--json", folder / "out.json", "--losses", folder / "documents.parquet")
-    assert done.returncode == 0, done.stderr
-    again = run(*asked, "--losses", folder / "tokens.parquet", "--tokens", "--table", "csv", "--adaptive")
-    assert again.returncode == 0, again.stderr
+    done = ran(*asked, "--json", folder / "out.json", "--losses", folder / "documents.parquet")
+    again = ran(*asked, "--losses", folder / "tokens.parquet", "--tokens", "--table", "csv", "--adaptive")
     losses = [parquet.read_table(folder / f"{name}.parquet") for name in ("documents", "tokens")]
     return json.loads((folder / "out.json").read_text()), *losses, done.stdout, again.stdout
 
@@ -116,9 +108,8 @@ def test_pairs_are_of_the_rows_that_are_named(folders, tmp_path):
     for k in range(3):
         (tmp_path / f"{k}.txt").write_text(f"{TEXTS[k]} {k}")
     label = "/".join(folders[0].parts[-2:])
-    asked = ["--pairs", f"prob-mean, {label},logit-mean", "--rule", "prob-mean", "--json", "-"]
-    done = run("evaluate", *tiny.each("-m", folders), "--text", tmp_path / "*.txt", *asked)
-    pairs = json.loads(done.stdout)["pairs"]
+    asked = ["--pairs", f"prob-mean, {label},logit-mean", "--rule", "prob-mean"]
+    pairs = facts_of("evaluate", *tiny.each("-m", folders), "--text", tmp_path / "*.txt", *asked)["pairs"]
     assert [(one["first"], one["second"]) for one in pairs] == [
         ("prob-mean", str(folders[0])), ("prob-mean", "logit-mean"), (str(folders[0]), "logit-mean"),
     ]  # fmt: skip
@@ -180,9 +171,8 @@ def test_the_commit_is_that_of_softmeets_sources_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("form", ["latex", "markdown"])
 def test_tables_for_papers_stand_alone(form, folders, tmp_path):
     (tmp_path / "a_b.txt").write_text(" ".join(TEXTS) * 3)
-    done = run("evaluate", *tiny.each("-m", folders), "-t", tmp_path / "a_b.txt", "--rule", "logit-mean",
+    done = ran("evaluate", *tiny.each("-m", folders), "-t", tmp_path / "a_b.txt", "--rule", "logit-mean",
                "--table", form, "--baseline", "prob-mean")  # fmt: skip
-    assert done.returncode == 0, done.stderr
     if form == "latex":
         lines = done.stdout.splitlines()
         notes = [line for line in lines if line.startswith("% ")]
@@ -278,19 +268,17 @@ def test_what_reads_text_says_how_much_of_it_is_read(unit, folders, tmp_path, mo
         (tmp_path / f"{k}.txt").write_text(text[:10])
     members = tiny.each("-m", folders if unit == "tokens" else ["wide/gpt2", "wide/llama"])
     found = stages(monkeypatch, "evaluate", "texts")
-    assert run("trace", tmp_path / "trace", *members, "-t", texts, *over).returncode == 0
-    asked = ["--rule", "power-mean", "--folds", 2, "--adaptive", "--json", tmp_path / "out.json"]
-    done = run("evaluate", "--trace", tmp_path / "trace", *over, *asked)
-    assert done.returncode == 0, done.stderr
+    ran("trace", tmp_path / "trace", *members, "-t", texts, *over)
+    asked = ["--rule", "power-mean", "--folds", 2, "--adaptive"]
+    size = facts_of("evaluate", "--trace", tmp_path / "trace", *over, *asked)["tokens"]
     read = {name: (total, counts) for name, total, counts in found if not name.startswith("fitting ")}
     does = ["reading the trace", "scoring averages", "scoring averages of adaptive weights", "evaluating"]
     assert list(read) == [f"{name}, in {unit}" for name in does]
-    size = json.loads((tmp_path / "out.json").read_text())["tokens"]
     assert {(total, sum(counts)) for total, counts in read.values()} == {(size, size)}
     assert all(total is None for name, total, _ in found if name.startswith("fitting "))
     found.clear()
     for more in ([], ["--folds", 2]):
-        assert run("evaluate", *members, "-t", texts, *over, "--rule", "prob-mean", *more).returncode == 0
+        ran("evaluate", *members, "-t", texts, *over, "--rule", "prob-mean", *more)
     first = [f"{name}, in {unit}" for name in ("evaluating", "reading the text")]
     assert [name for name, _, _ in found if name in first] == first
     assert all((total, sum(counts)) == (size, size) for name, total, counts in found if name in first)
@@ -310,6 +298,6 @@ def test_what_reads_text_says_how_much_of_it_is_read(unit, folders, tmp_path, mo
 def test_wrong_flags_are_refused_before_anything_is_read(flags, message, folders, tmp_path, monkeypatch):
     monkeypatch.setattr("softmeet.evaluation.perplexity.evaluate_text", None)
     (tmp_path / "a.txt").write_text(" ".join(TEXTS))
-    done = run("evaluate", *tiny.each("-m", folders), "-t", tmp_path / "a.txt", "--rule", "prob-mean", *flags)
-    assert done.returncode == 2
-    assert message in done.stderr.replace("\n", " ")
+    assert message in refusal(
+        "evaluate", *tiny.each("-m", folders), "-t", tmp_path / "a.txt", "--rule", "prob-mean", *flags
+    )

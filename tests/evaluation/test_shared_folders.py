@@ -76,12 +76,18 @@ def test_answers_that_several_keep_at_once_are_whole(tmp_path):
     assert {one.answer for one in found.values()} == {"x" * 9000}
 
 
-def test_a_piece_that_is_another_pieces_is_computed_again(tmp_path):
+def test_a_damaged_piece_and_one_that_is_another_pieces_is_computed_again(tmp_path):
     cache, kept = PieceCache(tmp_path, {"a": 1}), tmp_path / "p-0.safetensors"
     for k in range(2):
         cache.get(f"p {k}", lambda k=k: {"x": torch.full((3,), float(k))})
     shutil.copy(tmp_path / "p-1.safetensors", kept)
     assert PieceCache(tmp_path, {"a": 1}).get("p 0", lambda: {"x": torch.tensor([7.0])})["x"].tolist() == [7.0]
+    whole = bytearray(kept.read_bytes())
+    whole[-40] ^= 1
+    for harmed in (whole, b""):
+        kept.write_bytes(harmed)
+        assert cache.get("p 0", lambda: {"x": torch.tensor([6.0])})["x"].tolist() == [6.0]
+        assert cache.get("p 0", dict)["x"].tolist() == [6.0]
     other = PieceCache(tmp_path / "other", {"a": 2})
     shutil.copy(kept, tmp_path / "other")
     assert other.get("p 0", lambda: {"x": torch.tensor([8.0])})["x"].tolist() == [8.0]

@@ -16,7 +16,6 @@ from softmeet.evaluation.layout import Layout, Values
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.scoring import Text
 from softmeet.scaling.local import LocalEngine
-from softmeet.simplex import logit_mean, prob_mean
 
 V, B = 40, 5
 FAMILIES = {
@@ -91,16 +90,6 @@ def test_single_precision_suffices_over_a_large_vocabulary(name):
     assert found.loss == pytest.approx(exact.loss, rel=1e-6)
     assert torch.allclose(found.gradient, exact.gradient, atol=2e-5)
     assert torch.allclose(found.information, exact.information, rtol=1e-3, atol=1e-3)
-
-
-def test_the_ends_of_the_family_are_the_two_averages():
-    log_p, targets = rows()
-    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
-    for order, mean in ((0.0, logit_mean), (1.0, prob_mean)):
-        family = Family(Layout(3, tempered=False), order)
-        found = family.sums(family.layout.pack(Values(tuple(weights.tolist()))), log_p, targets, None)
-        own = mean(log_p, weights).log_softmax(-1)
-        assert found.loss == pytest.approx(-own[range(B), targets].sum().item(), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -193,15 +182,6 @@ def test_evaluations_are_kept_and_go_on(ensemble, positions, tmp_path, monkeypat
     first = text.fit(family, Values((0.5, 0.5)), 8, "own")
     monkeypatch.setattr(Text, "sums", lambda *args: pytest.fail("evaluated again"))
     assert text.fit(family, Values((0.5, 0.5)), 8, "own") == first
-
-
-def test_a_sample_is_spread_over_every_fold(ensemble, positions):
-    fold = positions.document % 2
-    text = Text(ensemble.model, positions, LocalEngine(), fold, sample=len(positions) // 3)
-    assert sorted(torch.cat(text._rows).tolist()) == list(range(len(positions)))
-    sampled = torch.cat([rows for rows, own in zip(text._rows, text._fitted, strict=True) if own])
-    assert set(fold[sampled].tolist()) == {0, 1}
-    assert len(sampled) < len(positions)
 
 
 def test_scores_are_those_of_the_rules(ensemble, positions):

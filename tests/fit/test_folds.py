@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from commands import facts_of, ran, run
 from texts import documents
-from typer.testing import CliRunner
 
-from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.evaluation.by_folds import evaluate_by_folds
 from softmeet.evaluation.candidates import Options
@@ -22,27 +21,12 @@ from softmeet.evaluation.intervals import clusters
 from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.save import figures, save, verdict
-from softmeet.evaluation.scoring import Piece
 from softmeet.members.weighting import Adaptation
 
 
 @pytest.fixture(scope="module")
 def by_folds(ensemble, positions):
     return fit(ensemble, positions, Options(folds=3, meets=False, rules=("meet:trust=0.3",)))
-
-
-@pytest.fixture(scope="module")
-def averages(ensemble, positions):
-    """(a fit of averages alone by folds, what pieces were asked for in it)."""
-    asked, original = [], Piece.sums
-
-    def sums(self, family, theta):
-        asked.append((id(self), family, tuple(theta.tolist())))
-        return original(self, family, theta)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Piece, "sums", sums)
-        return fit(ensemble, positions, Options(folds=3, meets=False)), asked
 
 
 def test_no_document_is_in_two_folds(positions):
@@ -81,22 +65,15 @@ def test_figures_are_of_fits_without_the_fold(by_folds, ensemble, positions):
     assert torch.equal(by_folds.test.positions.targets, positions.targets)
 
 
-def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions, averages):
+def test_a_fit_without_a_fold_does_not_depend_on_it(ensemble, positions):
     """Other targets in one fold leave what is fitted without it as it was, though it begins elsewhere."""
     fold = folds_of(clusters(positions.document), 3)
     other = replace(positions, targets=positions.targets.where(fold != 1, (positions.targets + 7) % 60))
-    first, second = averages[0], fit(ensemble, other, Options(folds=3, meets=False))
+    first, second = (fit(ensemble, text, Options(folds=3, meets=False)) for text in (positions, other))
     for ours, theirs in zip(first.refits[1], second.refits[1], strict=True):
         assert ours.fit_nll == pytest.approx(theirs.fit_nll, abs=2e-6)
         assert ours.settings["weights"] == pytest.approx(theirs.settings["weights"], abs=5e-3)
     assert first.refits[0][2].fit_nll != pytest.approx(second.refits[0][2].fit_nll, abs=1e-4)
-
-
-def test_no_piece_is_evaluated_twice_at_the_same_values(averages):
-    """Fits without a fold begin at the same values, and share what the pieces say there."""
-    asked = averages[1]
-    assert asked
-    assert len(asked) == len(set(asked))
 
 
 def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):
@@ -110,14 +87,6 @@ def test_the_best_of_the_folds_is_saved(by_folds, folders, tmp_path):
     assert "part for" not in card
     assert verdict(figures(by_folds)) in card
     assert Ensemble.from_pretrained(tmp_path / "saved").model.config.weights == by_folds.chosen.settings["weights"]
-
-
-def test_judging_can_be_limited(ensemble, positions):
-    found = fit(
-        ensemble, positions, Options(folds=2, meets=False, judge_positions=50, fit_positions=100, evaluations=3)
-    )
-    assert len(found.test.positions) == len(found.fold) == 50
-    assert all(len(scores.nats) == 50 for scores in found.test.choices.values())
 
 
 def test_a_loss_changes_later_weights_of_its_document_alone():
@@ -163,14 +132,6 @@ def test_adaptive_weights_find_the_member_that_knows_a_document(ensemble, positi
     assert found["fitted adaptive prob-mean"].mean < found["fitted prob-mean"].mean - 0.02
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    for document in documents():
-        (folder / f"{document.name}.txt").write_text(document.text)
-    return folder / "*.txt"
-
-
 @pytest.mark.parametrize("over_bytes", [False, True], ids=["tokens", "bytes"])
 def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_bytes):
     from softmeet import Ensemble
@@ -199,10 +160,7 @@ def test_an_evaluation_by_folds_scores_what_one_without_scores(folders, over_byt
 
 
 def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
-    command = ["evaluate", *tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 2, "--json", "-"]
-    done = CliRunner().invoke(app, list(map(str, command)))
-    assert done.exit_code == 0, done.output
-    facts = json.loads(done.stdout)
+    facts = facts_of("evaluate", *tiny.each("-m", folders), "-t", texts, "--rule", "logit-mean", "--folds", 2)
     averages = ["logit-mean", "prob-mean", "power-mean"]
     names = [f"fitted {name}" for name in (*map(str, folders), *averages)]
     assert [name for name in facts["rules"] if name.startswith("fitted")] == names
@@ -213,15 +171,12 @@ def test_evaluate_sets_fitted_averages_beside_uniform_ones(folders, texts):
 
 
 def test_fit_by_folds(folders, texts, tmp_path):
-    command = ["fit", *tiny.each("-m", folders), "-t", texts, "--folds", 2, "--out", tmp_path / "out"]
-    command += ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10, "--judge-tokens", 60]
-    command += ["--json", tmp_path / "fit.json"]
-    done = CliRunner().invoke(app, list(map(str, command)))
-    assert done.exit_code == 0, done.output
+    given = ["fit", *tiny.each("-m", folders), "-t", texts, "--json", tmp_path / "fit.json", "--out", tmp_path / "out"]
+    given += ["--evaluations", 1, "--meet-tokens", 10, "--premise-tokens", 10, "--judge-tokens", 60, "--folds"]
+    done = ran(*given, 2)
     facts = json.loads((tmp_path / "fit.json").read_text())
     assert facts["folds"] == 2
     assert "each judged by a fit without its fold" in done.stdout
     assert {"meet", "power-mean"} <= facts["candidates"].keys()
-    few = ["fit", *tiny.each("-m", folders), "-t", texts, "--folds", 30, "--out", tmp_path / "other"]
-    done = CliRunner().invoke(app, list(map(str, few)))
-    assert "enough for 30 folds" in str(done.exception)
+    assert facts["splits"]["test"]["tokens"] == 60
+    assert "enough for 30 folds" in run(*given, 30, "--force").stderr

@@ -105,16 +105,3 @@ def test_it_is_the_default_kept_in_checkpoints_and_that_of_requests(pair, tmp_pa
         Ensemble.from_pretrained(tmp_path)
     (served,) = load({"default": pair})
     assert str(served.combination(Extension(trust=0.4), ("trust",)).gate) == "auto"
-
-
-def test_beams_under_a_gate(pair):
-    """Closed everywhere it is the pool's beams, and open everywhere those of no gate."""
-    beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
-    found = {
-        gate: Ensemble.from_pretrained(pair, gate=gate, trust=3.0).generate("a b", **beams)
-        for gate in ("disagreement:1e9", "disagreement:1e-12", "none")
-    }
-    pool = Ensemble.from_pretrained(pair, "logit-mean", weights=[1, 1]).generate("a b", **beams)
-    assert found["disagreement:1e9"] == pool
-    assert found["disagreement:1e-12"] == found["none"]
-    assert found["none"] != pool

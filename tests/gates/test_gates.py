@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import tiny
 import torch
-from commands import run
+from commands import facts_of, ran, refusal, run
 from ensembles import GREEDY, MEMBERS, PROMPTS, build
 from instances import best_outputs, random_heads, zipf
 from typer.testing import CliRunner
@@ -24,7 +24,6 @@ from softmeet.evaluation.perplexity import evaluate
 from softmeet.evaluation.positions import observe_text
 from softmeet.evaluation.report import summary
 from softmeet.hf import EnsembleConfig, Recorder, TokenReports
-from softmeet.hf.sampling import RowSampler
 from softmeet.rules.gates import GATES, Disagreement, parse_gate, that_closes
 from softmeet.simplex import kl, total_variation
 
@@ -230,10 +229,11 @@ def test_prompt_lookup_and_continuing_from_a_cache(model, kind):
     first = model.generate(prompt, max_new_tokens=3, gate=gate, return_dict_in_generate=True, **GREEDY)
     then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate=gate, **GREEDY)
     assert torch.equal(then, plain)
-    # A cache whose members are behind serves a call without a gate too: then all of them catch up.
-    first = model.generate(prompt, max_new_tokens=3, gate=gate, return_dict_in_generate=True, **GREEDY)
-    rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate="none", **GREEDY)
-    assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=3, **GREEDY))
+    # A cache whose members are behind serves a call without a gate too: then all of them catch up; and the reverse.
+    for before, after in ((gate, "none"), ("none", gate)):
+        first = model.generate(prompt, max_new_tokens=3, gate=before, return_dict_in_generate=True, **GREEDY)
+        rest = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate=after, **GREEDY)
+        assert torch.equal(rest, model.generate(first.sequences, max_new_tokens=3, gate=after, **GREEDY))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -244,26 +244,6 @@ def test_assisted_decoding_under_a_gate():
     for main, assistant in ((ours, other), (other, ours)):
         plain = main.generate(PROMPTS[:1], **options)
         assert torch.equal(plain, main.generate(PROMPTS[:1], assistant_model=assistant, **options))
-
-
-def test_a_cache_serves_a_call_under_another_gate(model):
-    first = model.generate(PROMPTS, max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
-    then = model.generate(first.sequences, cache=first.cache, max_new_tokens=3, gate="unsure:0.5", **GREEDY)
-    assert torch.equal(then, model.generate(first.sequences, max_new_tokens=3, gate="unsure:0.5", **GREEDY))
-
-
-def test_seeds_and_disagreement_in_batches(model):
-    mask = torch.tensor([[0, 1, 1, 1], [1] * 4])
-    for gate in (median_gate(model), f"disagreement:{NEAR}"):
-        options = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
-        recorder = Recorder()
-        together = model.generate(
-            PROMPTS, attention_mask=mask, row_sampler=RowSampler(3, [0, 1]), gate=gate, recorder=recorder, **options
-        )
-        assert 0 < recorder.gate.share < 1
-        for k, start in enumerate((1, 0)):
-            alone = model.generate(PROMPTS[k : k + 1, start:], row_sampler=RowSampler(3, [k]), gate=gate, **options)
-            assert torch.equal(alone[0, 4 - start :], together[k, 4:])
 
 
 def test_reports_say_who_was_not_asked(model):
@@ -283,15 +263,14 @@ def test_reports_say_who_was_not_asked(model):
 
 def test_the_gate_is_saved_loaded_and_used(tmp_path):
     folders = [tiny.save(tmp_path / name.replace(" ", "-"), name, seed) for seed, name in enumerate(MEMBERS)]
-    ours = Ensemble.from_pretrained(folders, trust=1.0, gate="unsure:0")
-    text = ours.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None)
-    alone = Ensemble.from_pretrained(folders[:1])
-    assert text == alone.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert text != ours.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None, gate="none")
+    ours, options = Ensemble.from_pretrained(folders, trust=1.0, gate="unsure:0"), {"max_new_tokens": 8, **GREEDY}
+    text = ours.generate("abc", **options)
+    assert text == Ensemble.from_pretrained(folders[:1]).generate("abc", **options)
+    assert text != ours.generate("abc", **options, gate="none")
     ours.save_pretrained(tmp_path / "saved")
     again = Ensemble.from_pretrained(tmp_path / "saved")
     assert again.model.config.gate == "unsure:0.0"
-    assert again.generate("abc", max_new_tokens=8, do_sample=False, eos_token_id=None) == text
+    assert again.generate("abc", **options) == text
     inspected = again.inspect("abcd")
     assert all(report.gated and all(report.member_top) for report in inspected)
     assert again.next_token("abc").solution.gated.all()
@@ -340,19 +319,15 @@ def test_gates_in_the_names_of_choices():
 
 def test_gates_on_the_command_line(tmp_path):
     members = [x for name in ("gpt2", "llama") for x in ("-m", tiny.save(tmp_path / name, name))]
-    done = run("generate", "hello", *members, "--seed", 1, "--max-new-tokens", 12, "--gate", "unsure:0.1", "--summary")
-    assert done.returncode == 0, done.stderr
+    done = ran("generate", "hello", *members, "--seed", 1, "--max-new-tokens", 12, "--gate", "unsure:0.1", "--summary")
     assert "gate unsure:0.1: closed at" in done.stderr
-    facts = json.loads(run("generate", "hello", *members, "--gate", "unsure:0", "--json", "--seed", 1).stdout)
+    facts = json.loads(ran("generate", "hello", *members, "--gate", "unsure:0", "--json", "--seed", 1).stdout)
     assert facts["gate"] == "unsure:0.0"
     assert facts["gated"] == 1
     assert facts["seconds_saved"] is None
     (tmp_path / "text.txt").write_text("some words, and more of them")
-    told = run(
-        "evaluate", *tiny.each("-m", members[1::2]), "--text", tmp_path / "text.txt", "--json", "-",
-        "--gate", "unsure:0.1", "--gate", "disagreement:0.3",
-    )  # fmt: skip
-    found = json.loads(told.stdout)["rules"]
+    asked = ["--text", tmp_path / "text.txt", "--gate", "unsure:0.1", "--gate", "disagreement:0.3"]
+    found = facts_of("evaluate", *members, *asked)["rules"]
     assert {"meet", "meet:gate=unsure:0.1", "meet:gate=disagreement:0.3", "logit-mean", "prob-mean"} == set(found)
     shown = " ".join(run("inspect", "hello", *members, "--gate", "unsure:0.1").stdout.split())
     assert "gate unsure:0.1 closed at" in shown
@@ -360,9 +335,7 @@ def test_gates_on_the_command_line(tmp_path):
     facts = json.loads(told.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [token["gap"] for token in facts["tokens"]] == [None] * 4
     assert facts["gated"] == 1
-    wrong = run("generate", "hello", *members, "--gate", "sure")
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: expected a gate as unsure:T")
+    assert refusal("generate", "hello", *members, "--gate", "sure").startswith("error: expected a gate as unsure:T")
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,6 @@ def test_whitening_is_orthonormal_and_finds_the_rank():
     assert Q.sum(0).abs().max() < 1e-10
 
 
-def test_a_constant_head_constrains_nothing():
-    W = SoftmaxHead(torch.full((20, 3), 0.1))
-    assert W.whitening().rank == 0
-    log_p = torch.randn(2, 4, 20).log_softmax(-1)
-    solution = softmeet.combine(log_p, [W, W], trust=1.0)
-    pool = softmeet.combine(log_p, [W, W], "logit-mean")
-    assert torch.allclose(solution.log_probs, pool.log_probs, atol=1e-6)
-
-
 def test_views_agree_with_dense_algebra_under_a_soft_cap():
     W = head(dtype=torch.float64, soft_cap=3.0)
     logits = W.logits(torch.randn(2, 5, dtype=torch.float64))
@@ -157,6 +148,11 @@ def test_nothing_is_mutated_and_no_head_is_copied_whole():
         (lambda: head(bias=torch.zeros(4)), r"bias has shape \(60,\), got \(4,\)"),
         (lambda: head(soft_cap=0.0), "positive"),
         (lambda: head(soft_cap="2"), "positive number or None, got '2'"),
+        (lambda: head(soft_cap=torch.inf), "soft-cap"),
+        (lambda: head(scale="x"), "scale"),
+        (lambda: head(scale=torch.nan), "scale"),
+        (lambda: SoftmaxHead("W"), "is a tensor, got"),
+        (lambda: head(bias=[0.0] * 60), "is a tensor, got"),
         (lambda: SoftmaxHead(torch.full((3, 2), torch.nan)).whitening(), "finite"),
     ],
 )

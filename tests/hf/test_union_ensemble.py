@@ -85,7 +85,7 @@ def test_over_the_likeliest_strings_it_is_what_the_formulas_say(k, weights, top_
     where = {alphabet.end if word is None else alphabet.symbol(word): p for word, p in expected.items()}
     assert set(ours.nonzero().flatten().tolist()) == {symbol for symbol, p in where.items() if p}
     assert [ours[symbol].item() for symbol in where] == pytest.approx(list(where.values()), abs=1e-6)
-    text = rival_oracles.top_union_greedy(members, prompts, np.array(weights), 9, k)
+    text = rival_oracles.union_greedy(members, prompts, np.array(weights), 9, k)
     found = ensemble.generate(PROMPT, max_new_tokens=9, do_sample=False, weights=list(weights))
     assert found == b"".join(word for word in text if word).decode(errors="replace")
 

@@ -16,9 +16,6 @@ import softmeet
 from softmeet import Ensemble, Status
 from softmeet.cli.main import app
 from softmeet.errors import DisjointSupportError, InvalidInputError
-from softmeet.evaluation.choices import parse_choices, with_baselines
-from softmeet.evaluation.documents import Document
-from softmeet.evaluation.perplexity import evaluate_text
 from softmeet.rules.settings import Settings
 from softmeet.server.ensembles import Served
 from softmeet.server.schemas import CHANGES, Extension
@@ -68,9 +65,6 @@ def over_bytes():
     return Ensemble.from_pretrained("mixed", CONTRAST, weights=WEIGHTS)
 
 
-# The three uses, in the guide's words.
-
-
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
 def test_contrastive_decoding(beta, alpha):
@@ -81,25 +75,8 @@ def test_contrastive_decoding(beta, alpha):
     assert (found == 0).any() == (alpha > 0)
 
 
-def test_contrastive_decoding_with_bundled_members(ensemble):
-    expected = contrasted(*own_log_probs(ensemble), 0.5, ALPHA)
-    found = ensemble.next_token(PROMPT).solution.log_probs[0].exp().numpy()
-    assert np.abs(found - expected).max() < 1e-5
-    assert 0 < (found == 0).sum() == (expected == 0).sum()
-
-
 def test_classifier_free_guidance():
-    """One model with and without a prompt: p ∝ p(x | c)^γ p(x)^(1-γ); here from tensors, below with members."""
-    conditional, plain = members(2).numpy()
-    gamma = 1.5
-    expected = np.exp(conditional) ** gamma * np.exp(plain) ** (1 - gamma)
-    log_p, head = torch.tensor(np.stack([conditional, plain])), HEADS[0]
-    found = softmeet.combine(log_p, [head, head], "logit-mean", weights=[gamma, 1 - gamma]).log_probs.exp()
-    assert np.allclose(found, expected / expected.sum(-1, keepdims=True), atol=1e-12)
-
-
-def test_classifier_free_guidance_of_one_model():
-    """The member behind a prompt and the member alone are one model, whose rows the prompt tells apart."""
+    """Of p(x | c)^γ p(x)^(1-γ): the member behind a prompt and the member alone are one model."""
     prompt, gamma = "The words of Solomon the king. ", 1.5
     found = Ensemble.from_pretrained(
         [f"wide/gpt2+prompt={prompt}", "wide/gpt2"], "logit-mean", weights=[gamma, 1 - gamma]
@@ -138,9 +115,6 @@ def test_plausible_is_judged_on_the_support():
     assert (found.log_probs.exp().amax(-1) == 1).all()
 
 
-# What the rule promises for weights below 0.
-
-
 @pytest.mark.parametrize("weights", [[1.5, -0.5], [-0.5, 1.5], [1.0, 0.0]])
 def test_what_a_weighted_member_excludes_is_excluded(weights):
     log_p = members(2)
@@ -168,22 +142,19 @@ def test_the_answer_minimises_the_objective_and_verifies(rule):
     log_p = members(3)
     found = softmeet.combine(log_p, HEADS, rule, weights=[1.2, 0.6, -0.8])
     q = found.log_probs.exp()
-    assert (found.verify(HEADS, log_p).status == Status.OPTIMAL).all()
     kept = q > 0
-    value = sum(
-        w * torch.where(kept, q * (found.log_probs - own), 0.0).sum(-1)
-        for w, own in zip([1.2, 0.6, -0.8], log_p, strict=True)
-    )
-    assert torch.allclose(found.objective, value)
+
+    def value(p):
+        parts = (torch.where(kept, p * (p.log() - own), 0.0).sum(-1) for own in log_p)
+        return sum(w * part for w, part in zip([1.2, 0.6, -0.8], parts, strict=True))
+
+    assert (found.verify(HEADS, log_p).status == Status.OPTIMAL).all()
+    assert torch.allclose(found.objective, value(q))
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         other = torch.where(kept, q + 0.05 * torch.rand(q.shape, generator=generator, dtype=q.dtype), 0.0)
         other /= other.sum(-1, keepdim=True)
-        theirs = sum(
-            w * torch.where(kept, other * (other.log() - own), 0.0).sum(-1)
-            for w, own in zip([1.2, 0.6, -0.8], log_p, strict=True)
-        )
-        assert (theirs > found.objective).all()
+        assert (value(other) > found.objective).all()
     found.log_probs[0] = found.log_probs[1]
     assert found.verify(HEADS, log_p).status[0] == Status.NOT_CONVERGED
 
@@ -233,9 +204,6 @@ def test_under_unsure_the_expert_answers_alone_with_its_cut():
     assert np.allclose(found.log_probs.exp(), contrasted(log_p[0].numpy(), 0 * log_p[0].numpy(), 0, ALPHA), atol=1e-12)
 
 
-# Everything that an ensemble does.
-
-
 @pytest.mark.parametrize("vocabulary", ["tokens", "bytes"])
 def test_texts_are_those_of_the_formula_alone_in_batches_and_reloaded(vocabulary, ensemble, over_bytes, tmp_path):
     found = ensemble if vocabulary == "tokens" else over_bytes
@@ -268,28 +236,6 @@ def _next(found, text):
     return np.stack([reader.score(text.encode())[1][-1] for reader in found.model.readers])
 
 
-@pytest.mark.parametrize("vocabulary", ["tokens", "bytes"])
-def test_evaluations_are_those_of_the_formula(vocabulary, ensemble, over_bytes):
-    found = ensemble if vocabulary == "tokens" else over_bytes
-    text = "And the king said unto him, Go."
-    choices = with_baselines(parse_choices([CONTRAST, "logit-mean"], 2), found.model.config.weights)
-    assert [choice.name for choice in choices] == ["uniform logit-mean", "uniform prob-mean", CONTRAST, "logit-mean"]
-    made = evaluate_text(found, [Document("a", text)], choices)
-    if vocabulary == "tokens":
-        ids = found.tokenizer(text, return_tensors="pt")["input_ids"]
-        own = [m(input_ids=ids).logits[0, :-1].double().log_softmax(-1).detach().numpy() for m in found.model.members]
-        targets = ids[0, 1:].tolist()
-    else:
-        targets = list(text.encode())[1:]
-        own = [reader.score(text.encode())[1][1 : len(targets) + 1] for reader in found.model.readers]
-    for name, alpha in ((CONTRAST, ALPHA), ("logit-mean", 0.0)):
-        with np.errstate(divide="ignore"):
-            nats = -np.log(contrasted(*own, 0.5, alpha))[range(len(targets)), targets]
-        ours = made.choices[name].nats.numpy()
-        assert (np.isinf(ours) == np.isinf(nats)).all()
-        assert np.allclose(ours[np.isfinite(nats)], nats[np.isfinite(nats)], atol=1e-3)
-
-
 def test_requests_with_such_weights(ensemble):
     plain = Ensemble.from_pretrained(MEMBERS, "logit-mean")
     three = Ensemble.from_pretrained(["wide/neox", "wide/gpt2", "narrow/opt-a"], "logit-mean", weights=[1, 1, -1])
@@ -319,13 +265,6 @@ def test_requests_with_such_weights(ensemble):
         assert ask("contrast", rule="meet", weights=[0.5, 0.5]).status_code == 200
         zero = ask("plain", weights=[1, -1]).json()["error"]
         assert (zero["param"], "do not sum to 0" in zero["message"]) == ("softmeet.weights", True)
-
-
-def test_requests_over_bytes(over_bytes):
-    with running(serving_of({"plain": Ensemble.from_pretrained("mixed")})) as url:
-        body = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "softmeet": {"rule": CONTRAST, "weights": WEIGHTS}}
-        found = http.post(f"{url}/v1/completions", json=body).json()["choices"][0]["text"]
-    assert found == over_bytes.generate(PROMPT, do_sample=False, max_new_tokens=4)
 
 
 def test_a_request_for_members_of_which_the_first_is_negative_has_no_gate():

@@ -101,9 +101,12 @@ def test_batched_equals_looped(seed, rule, trust):
 @fewer
 @given(seeds, st.floats(0.05, 20.0))
 def test_shared_column_spaces_make_meet_logit_averaging(seed, scale):
-    heads = random_heads(V, (4,), seed)
-    heads.append(heads[0] @ torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)).double())
-    log_p, weights = outputs(heads, 2, seed), [0.25, 0.75]
+    """With biases that agree but for what columns make up for."""
+    (W,), generator = random_heads(V, (4,), seed), torch.Generator().manual_seed(seed)
+    mix, bias, shift = (torch.randn(*size, generator=generator).double() for size in ((4, 4), (V,), (4,)))
+    heads = [softmeet.SoftmaxHead(W, bias), softmeet.SoftmaxHead(W @ mix, bias + W @ shift)]
+    states = torch.randn(2, 2, 4, generator=generator).double()
+    log_p, weights = torch.stack([h.log_probs(x) for h, x in zip(heads, states, strict=True)]), [0.25, 0.75]
     meet = softmeet.combine(log_p, heads, trust=[scale * w for w in weights], weights=weights, **OPTIONS)
     assert close(meet, softmeet.combine(log_p, heads, "logit-mean", weights=weights))
 

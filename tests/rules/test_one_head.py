@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import contextmanager
 
 import pytest
 import tiny
@@ -53,16 +54,18 @@ def solved(own, settings, support=None, heads=None):
     return combiner.solve_rows(hidden(), Settings.of(settings).for_members(3))[1]
 
 
-@pytest.fixture
-def no_reads(monkeypatch):
-    """No head is whitened or read for a rule."""
+@contextmanager
+def no_reads():
+    """No head is whitened or read for a rule, meanwhile."""
 
     def refuse(*args, **options):
         raise AssertionError("a head was read")
 
-    for name in ("scores", "moments", "rows", "even_rows", "block"):
-        monkeypatch.setattr(WhitenedHead, name, refuse)
-    monkeypatch.setattr(SoftmaxHead, "whitening", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("scores", "moments", "rows", "even_rows", "block"):
+            patch.setattr(WhitenedHead, name, refuse)
+        patch.setattr(SoftmaxHead, "whitening", refuse)
+        yield
 
 
 def copies(own):
@@ -72,34 +75,26 @@ def copies(own):
 
 
 @pytest.mark.parametrize("name", INSTANCES)
-def test_it_is_what_the_solver_finds(name, request):
+def test_it_is_what_the_solver_finds_and_its_dual_variables_prove_it(name):
     settings, kind = INSTANCES[name]
     own, tol = head(**kind), 1e-9
-    log_p = torch.stack([own.log_probs(states) for states in hidden()])
+    with no_reads():
+        found, again = solved(own, settings), solved(own, settings, heads=copies(own))
+    assert torch.equal(found.log_probs, again.log_probs)
+    assert (found.status == Status.OPTIMAL).all()
+    assert (found.num_passes == 0).all()
+    assert (found.num_steps == 0).all()
+    assert (found.gap == 0).all()
+    assert found.gap_is_certified.all()
     # combine() cannot know where log-probabilities come from, and solves.
+    log_p = torch.stack([own.log_probs(states) for states in hidden()])
     expected = softmeet.combine(log_p, copies(own), **settings | {"rule": "meet", "tol": tol})
     assert (expected.num_passes > 0).all() or name == "in proportion to the weights"
-    request.getfixturevalue("no_reads")
-    for heads in (None, copies(own)):
-        found = solved(own, settings, heads=heads)
-        assert (found.log_probs.exp() - expected.log_probs.exp()).abs().max() < math.sqrt(tol)
-        assert (found.status == Status.OPTIMAL).all()
-        assert (found.num_passes == 0).all()
-        assert (found.num_steps == 0).all()
-        assert (found.gap == 0).all()
-        assert found.gap_is_certified.all()
-        assert torch.allclose(found.objective, expected.objective, atol=1e-7)
-        assert (found.disagreement_is_bound[:, 0] == torch.tensor([not rho for rho in found.problem.trust])).all()
-        theirs = torch.where(found.disagreement_is_bound, found.disagreement, expected.disagreement)
-        assert torch.allclose(found.disagreement, theirs, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", INSTANCES)
-def test_its_dual_variables_prove_it(name):
-    settings, kind = INSTANCES[name]
-    own = head(**kind)
-    found = solved(own, settings)
-    log_p = torch.stack([own.log_probs(states) for states in hidden()])
+    assert (found.log_probs.exp() - expected.log_probs.exp()).abs().max() < math.sqrt(tol)
+    assert torch.allclose(found.objective, expected.objective, atol=1e-7)
+    assert (found.disagreement_is_bound[:, 0] == torch.tensor([not rho for rho in found.problem.trust])).all()
+    theirs = torch.where(found.disagreement_is_bound, found.disagreement, expected.disagreement)
+    assert torch.allclose(found.disagreement, theirs, atol=1e-3)
     checked = found.verify([own] * 3, log_p)
     assert (checked.status == Status.OPTIMAL).all()
     assert (checked.gap < 1e-9).all()
@@ -110,14 +105,11 @@ def test_its_dual_variables_prove_it(name):
     for i, rho in enumerate(found.problem.trust):
         if rho:
             assert torch.allclose((log_p[i] - lam[i] @ own.weight.T / rho).log_softmax(-1), p)
+    if name == "in proportion to the weights":
+        assert torch.allclose(p, found.pool, atol=1e-14)
     # A solver that begins there has nothing left to do but to prove it.
     again = softmeet.combine(log_p, [own] * 3, start=found, **settings | {"tol": 1e-8, "rule": "meet"})
     assert (again.num_steps <= 2).all()
-
-
-def test_in_proportion_to_the_weights_it_is_the_pool():
-    found = solved(head(), INSTANCES["in proportion to the weights"][0])
-    assert torch.allclose(found.log_probs, found.pool, atol=1e-14)
 
 
 def test_what_a_support_takes_is_proved_and_else_solved(monkeypatch):
@@ -173,19 +165,6 @@ def test_what_one_head_is():
     assert not any(one_head([own, other]) for other in others)
 
 
-def test_values_are_compared_once_an_ensemble(monkeypatch):
-    combiner, counted = Combiner(["a", "b"], copies(head())[:2]), []
-    equal = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda a, b: counted.append(len(a)) or equal(a, b))
-    settings = Settings.of({"trust": 1.0}).for_members(2)
-    for _ in range(3):
-        combiner.solve_rows(hidden(2), settings)
-    assert counted == [1, V]
-    same = Combiner(["a", "b"], [head()] * 2)
-    same.solve_rows(hidden(2), settings)
-    assert counted == [1, V]
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Two tiny members, the head of the second a copy of that of the first."""
@@ -199,7 +178,8 @@ def pair(tmp_path_factory):
     return found.names
 
 
-def test_texts_are_those_of_the_average_without_a_gate(pair, no_reads):
+@no_reads()
+def test_texts_are_those_of_the_average_without_a_gate(pair):
     options = {"max_new_tokens": 12, "seed": 3, "do_sample": True}
     meet = Ensemble.from_pretrained(pair, trust=[1.0, 0.5], weights=[0.25, 0.75], gate="auto")
     average = Ensemble.from_pretrained(pair, "logit-mean", weights=[0.5, 0.5])

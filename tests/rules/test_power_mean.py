@@ -15,10 +15,7 @@ from scipy.optimize import minimize
 
 import softmeet
 from softmeet import Ensemble, Status
-from softmeet.errors import DisjointSupportError, InvalidInputError
-from softmeet.evaluation.choices import parse_choices
-from softmeet.evaluation.documents import Document
-from softmeet.evaluation.perplexity import evaluate_text
+from softmeet.errors import DisjointSupportError
 from softmeet.rules.pools import PowerMean
 from softmeet.simplex import log_power_means, logit_mean, power_mean, prob_mean
 
@@ -42,32 +39,16 @@ def divergence(p, q, order):
     return (1 - (p**order * q ** (1 - order)).sum()) / (order * (1 - order))
 
 
-@pytest.mark.parametrize("order", [0.01, 0.25, 0.5, 0.99])
-def test_the_formula_in_floats(order):
-    ours = combined(order, weights=WEIGHTS)
-    p = LOG_P.exp().tolist()
-    for row in range(3):
-        means = [sum(w * p[i][row][j] ** order for i, w in enumerate(WEIGHTS)) ** (1 / order) for j in range(20)]
-        assert ours.log_probs[row].exp().tolist() == pytest.approx([m / sum(means) for m in means], rel=1e-12)
-    assert (ours.status == Status.OPTIMAL).all()
-    assert (ours.gap == 0).all()
-
-
 @pytest.mark.parametrize("given", [None, WEIGHTS, [1.0, 0.0, 0.0]])
-def test_order_1_is_prob_mean_and_order_0_logit_mean(given):
-    for order, name in ((1, "prob-mean"), (0, "logit-mean")):
-        ours, theirs = combined(order, weights=given), softmeet.combine(LOG_P, HEADS, name, weights=given)
-        assert torch.equal(ours.log_probs, theirs.log_probs)
-        assert torch.allclose(ours.objective, theirs.objective, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.parametrize("near", [1e-12, 1e-15, 1e-100, 1e-300, 5e-324])
-def test_the_limits(near):
+@pytest.mark.parametrize("near", [0.0, 1e-12, 1e-15, 1e-100, 1e-300, 5e-324])
+def test_order_1_is_prob_mean_and_order_0_logit_mean_and_nearly_so_beside_them(near, given):
     for order, name in ((1 - near, "prob-mean"), (near, "logit-mean")):
-        ours = combined(order, weights=WEIGHTS)
-        theirs = softmeet.combine(LOG_P, HEADS, name, weights=WEIGHTS)
+        ours, theirs = combined(order, weights=given), softmeet.combine(LOG_P, HEADS, name, weights=given)
         assert torch.allclose(ours.log_probs, theirs.log_probs, rtol=0, atol=1e-10)
         assert torch.allclose(ours.objective, theirs.objective, rtol=0, atol=1e-10)
+        if not near:
+            assert torch.equal(ours.log_probs, theirs.log_probs)
+            assert torch.allclose(ours.objective, theirs.objective, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("order", [1e-100, 1e-16, 1e-9, 1e-4, 0.00999, 0.01, 0.5, 1 - 1e-12, 1.0])
@@ -128,14 +109,13 @@ def test_the_objective_has_its_value_on_a_support_and_near_order_1(order, tokens
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_what_changes_nothing(order):
-    """The order of members, a member twice with its weight shared, one without weight, the units of weights."""
+    """A member twice with its weight shared, one without weight, the units of weights, the rest of a batch."""
     ours = combined(order, weights=WEIGHTS)
-    turned = combined(order, LOG_P[[2, 0, 1]], [HEADS[k] for k in (2, 0, 1)], weights=[0.3, 0.2, 0.5])
     split = combined(order, LOG_P[[0, 1, 2, 1]], [*HEADS, HEADS[1]], weights=[0.2, 0.2, 0.3, 0.3])
     idle = combined(order, LOG_P[[0, 1, 2, 0]], [*HEADS, HEADS[0]], weights=[*WEIGHTS, 0.0])
     scaled = combined(order, weights=[20 * w for w in WEIGHTS], free_weights=True)
     alone = [combined(order, LOG_P[:, k], weights=WEIGHTS) for k in range(3)]
-    for other in (turned, split, idle, scaled):
+    for other in (split, idle, scaled):
         assert torch.allclose(other.log_probs, ours.log_probs, rtol=0, atol=1e-13)
         assert torch.allclose(other.objective, ours.objective, rtol=0, atol=1e-13)
     assert torch.equal(torch.stack([one.log_probs for one in alone]), ours.log_probs)
@@ -149,13 +129,6 @@ def test_members_that_agree_are_the_answer(order):
     assert same.objective.abs().max() < 1e-14
     one = combined(order, LOG_P[:1], HEADS[:1])
     assert torch.allclose(one.log_probs, LOG_P[0], rtol=0, atol=1e-13)
-
-
-def test_its_members_are_not_changed():
-    log_p, before = LOG_P.clone(), LOG_P.clone()
-    for order in (1e-3, 0.5):
-        power_mean(log_p, torch.tensor(WEIGHTS, dtype=torch.float64), order)
-    assert torch.equal(log_p, before)
 
 
 def test_a_member_that_excludes_a_token_adds_nothing_to_its_mean():
@@ -226,40 +199,11 @@ def test_single_precision():
     assert torch.equal(power_mean(log_p, weights, 1.0), prob_mean(log_p, weights))
 
 
-def test_weights_below_0_are_refused():
-    with pytest.raises(InvalidInputError, match="the rule power-mean takes no weight below 0"):
-        combined(0.5, weights=[1.5, -0.25, -0.25])
-
-
-def test_the_option_in_a_text_and_by_name():
-    by_text = softmeet.combine(LOG_P, HEADS, "power-mean:order=0.25")
-    assert torch.equal(by_text.log_probs, softmeet.combine(LOG_P, HEADS, "power-mean", order=0.25).log_probs)
-    assert not torch.equal(by_text.log_probs, softmeet.combine(LOG_P, HEADS, "power-mean").log_probs)
-    assert (str(PowerMean()), str(PowerMean(order=0.25))) == ("power-mean", "power-mean:order=0.25")
-    assert PowerMean().order == 0.5
-
-
 @pytest.mark.parametrize(("family", "vocabulary"), [("wide", "tokens"), ("mixed", "bytes")])
-def test_ensembles_over_tokens_and_bytes(family, vocabulary, tmp_path):
-    """Generated, gated, saved and measured; order 1 writes and scores what prob-mean does."""
-    ours = Ensemble.from_pretrained(family, "power-mean:order=0.25")
+def test_ensembles_write_by_order_1_what_they_write_by_prob_mean(family, vocabulary):
+    ours, texts = Ensemble.from_pretrained(family), []
     assert ours.model.config.vocabulary == vocabulary
-
-    def written(made, rule, **options):
-        made.model.config.rule = rule
-        return made.generate("And the king", max_new_tokens=6, **options)
-
-    seeded, greedy = {"do_sample": True, "seed": 1}, {"do_sample": False}
-    assert written(ours, "power-mean:order=1", **seeded) == written(ours, "prob-mean", **seeded)
-    alone = Ensemble.from_pretrained(ours.names[0], vocabulary=vocabulary)
-    assert written(ours, "power-mean:order=0.25", gate="unsure:0", **greedy) == written(alone, "logit-mean", **greedy)
-    ours.save_pretrained(tmp_path)
-    again = Ensemble.from_pretrained(tmp_path)
-    assert again.model.config.rule == "power-mean:order=0.25"
-    assert again.generate("And the king", max_new_tokens=6, **seeded) == written(
-        ours, "power-mean:order=0.25", **seeded
-    )
-    choices = parse_choices(["prob-mean", "power-mean:order=1", "power-mean"], len(ours.names))
-    found = evaluate_text(ours, [Document("a", "And the king said unto the people")], choices).choices
-    assert found["power-mean:order=1"].nats == pytest.approx(found["prob-mean"].nats)
-    assert not np.allclose(found["power-mean"].nats, found["prob-mean"].nats, atol=1e-6)
+    for rule in ("power-mean:order=1", "prob-mean"):
+        ours.model.config.rule = rule
+        texts.append(ours.generate("And the king", max_new_tokens=6, do_sample=True, seed=1))
+    assert texts[0] == texts[1]

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import facts_of, ran
 from pydantic import Field
-from typer.testing import CliRunner
+from serving import http, running, serving_of
 
 import softmeet
-from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError, RuleError
 from softmeet.rules import registry
 from softmeet.simplex import log_normalize
@@ -45,28 +45,12 @@ class Minimum(softmeet.Rule):
         return log_normalize(self.sharpness * problem.log_p.amin(0))
 
 
-def test_the_guides_rule_takes_at_most_twenty_lines():
-    assert len([line for line in block("python").splitlines() if line.strip()]) <= 20
-
-
 def test_an_instance_is_a_rule():
     solution = softmeet.combine(MEMBERS, HEADS, Minimum(sharpness=2.0))
     assert torch.allclose(solution.log_probs.exp(), torch.full((1, 3), 1 / 3))
     assert solution.rule == "test-minimum:sharpness=2.0"
     assert solution.num_passes.item() == 0
     assert (solution.gap.item(), solution.gap_is_certified.item()) == (0.0, False)
-
-
-class Impostor(Minimum):
-    name = "meet"
-
-
-def test_an_instance_has_a_name_of_its_own():
-    """What is saved by its name must not come back as another rule."""
-    with pytest.raises(InvalidInputError, match="the name 'meet' of Impostor is taken"):
-        softmeet.combine(MEMBERS, HEADS, Impostor())
-    with pytest.raises(InvalidInputError, match="to have a name of small letters"):
-        softmeet.combine(MEMBERS, HEADS, Nameless())
 
 
 def test_what_cannot_be_verified_is_never_optimal():
@@ -103,6 +87,7 @@ def registered(monkeypatch):
 
 def test_a_registered_name_is_a_rule_with_options(registered):
     assert registered(Minimum) is Minimum
+    registered(Minimum)  # a notebook's cell may run again
     assert "test-minimum" in softmeet.rule_names()
     assert "test-minimum" in [rule.name for rule in softmeet.RULES]
     by_text = softmeet.combine(MEMBERS, HEADS, "test-minimum:sharpness=2")
@@ -114,19 +99,8 @@ def test_a_registered_name_is_a_rule_with_options(registered):
         softmeet.combine(MEMBERS, HEADS, "test-minimun")
 
 
-def test_names_are_had_once(registered):
-    registered(Minimum)
-    registered(Minimum)  # a notebook's cell may run again
-
-    class Other(Minimum):
-        """Another class of the same name."""
-
-    class Meet(Minimum):
-        name = "meet"
-
-    for taken in (Other, Meet):
-        with pytest.raises(InvalidInputError, match="is taken"):
-            registered(taken)
+class Impostor(Minimum):
+    name = "meet"
 
 
 class Nameless(Minimum):
@@ -150,14 +124,27 @@ class Needy(Minimum):
         (dict, "a subclass of softmeet.Rule"),
         (softmeet.Rule, "a subclass of softmeet.Rule"),
         (Nameless, "small letters"),
+        (Impostor, "is taken"),
+        (type("Other", (Minimum,), {}), "is taken"),
         (Needy, "a default for each option"),
         (Shared, "the option 'temperature' of the rule 'test-shared' is a setting of all"),
     ],
-    ids=["instance", "dict", "abstract", "name", "default", "shared"],
+    ids=["instance", "dict", "abstract", "name", "own", "once", "default", "shared"],
 )
 def test_what_is_no_rule_is_refused(registered, rule, message):
+    registered(Minimum)
     with pytest.raises(InvalidInputError, match=message):
         registered(rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [(Impostor, "the name 'meet' of Impostor is taken"), (Nameless, "to have a name of small letters")],
+)
+def test_an_instance_has_a_name_of_its_own(rule, message):
+    """What is saved by its name must not come back as another rule."""
+    with pytest.raises(InvalidInputError, match=message):
+        softmeet.combine(MEMBERS, HEADS, rule())
 
 
 def broken(solve):
@@ -239,12 +226,6 @@ def folders(tmp_path_factory) -> list[str]:
     return [str(tiny.save(root / name, name, k)) for k, name in enumerate(("llama", "gpt2"))]
 
 
-def run(*words: object) -> str:
-    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
 def test_a_package_makes_a_rule_known_everywhere(installed, folders, tmp_path):
     """In combine, the commands, fit, a checkpoint; and in the server's requests."""
     rule = "pointwise-minimum:sharpness=2.0"
@@ -253,60 +234,37 @@ def test_a_package_makes_a_rule_known_everywhere(installed, folders, tmp_path):
     two = ["-m", folders[0], "-m", folders[1]]
     text = tmp_path / "text.txt"
     text.write_text("|".join([WORDS * 2] * 9))
-    made = json.loads(run("generate", "the king", *two, "--rule", rule, "--max-new-tokens", 3, "--json"))
-    assert made["rule"] == rule
-    read = ["--text", text, "--separator", "|", *two, "--json", "-"]
-    scored = json.loads(run("evaluate", *read, "--rule", rule, "--rule", "logit-mean", "--max-tokens", 20))
-    assert rule in scored["rules"]
-    sizes = ["--meet-tokens", 8, "--premise-tokens", 8, "--evaluations", 1, "--select-tokens", 8, "--judge-tokens", 8]
-    fitted = json.loads(
-        run("fit", *read, "--rule", rule, *sizes, "--out", tmp_path / "fitted", "--max-per-document", 9)
+    assert (
+        json.loads(ran("generate", "the king", *two, "--rule", rule, "--max-new-tokens", 3, "--json").stdout)["rule"]
+        == rule
     )
+    read = ["--text", text, "--separator", "|", *two, "--rule", rule]
+    assert rule in facts_of("evaluate", *read, "--rule", "logit-mean", "--max-tokens", 20)["rules"]
+    sizes = ["--meet-tokens", 8, "--premise-tokens", 8, "--evaluations", 1, "--select-tokens", 8, "--judge-tokens", 8]
+    fitted = facts_of("fit", *read, *sizes, "--out", tmp_path / "fitted", "--max-per-document", 9)
     assert fitted["candidates"][rule]["rule"] == rule
 
 
-def test_a_server_takes_it_in_requests(installed, folders):
-    from fastapi.testclient import TestClient
-
-    from softmeet.server.app import create_app
-    from softmeet.server.ensembles import load
-    from softmeet.server.serving import ServerSettings, Serving
-
-    serving = Serving(load({"default": folders}, rule="pointwise-minimum"), ServerSettings())
-    with TestClient(create_app(serving), base_url="http://localhost") as client:
-        asked = {"prompt": "the king", "max_tokens": 2, "seed": 1}
-        own = client.post("/v1/completions", json=asked).json()
-        assert own["softmeet"]["rule"] == "pointwise-minimum"
-        other = asked | {"softmeet": {"rule": "pointwise-minimum:sharpness=2"}}
-        assert (
-            client.post("/v1/completions", json=other).json()["softmeet"]["rule"] == "pointwise-minimum:sharpness=2.0"
-        )
-        twice = asked | {"softmeet": {"rule": "meet:trust=1", "trust": 2}}
-        answer = client.post("/v1/completions", json=twice)
-        assert answer.status_code == 400
-        assert "trust is named twice" in answer.json()["error"]["message"]
-        unasked = asked | {"softmeet": {"rule": "meet:tol=1e-12"}}
-        assert (
-            "does not let requests change tol"
-            in client.post("/v1/completions", json=unasked).json()["error"]["message"]
-        )
-
-
-def test_a_broken_rule_fails_its_own_requests_alone(registered, folders):
-    from fastapi.testclient import TestClient
-
-    from softmeet.server.app import create_app
-    from softmeet.server.ensembles import load
-    from softmeet.server.serving import ServerSettings, Serving
-
+def test_requests_may_ask_for_it_and_a_broken_rule_fails_its_own_alone(installed, registered, folders):
     registered(type(broken(lambda problem: 1 / 0)))
-    serving = Serving(load({"default": folders}, rule="logit-mean"), ServerSettings())
-    with TestClient(create_app(serving), base_url="http://localhost") as client:
-        asked = {"prompt": "the king", "max_tokens": 2, "seed": 1}
-        bad = client.post("/v1/completions", json=asked | {"softmeet": {"rule": "test-broken"}})
-        assert bad.status_code == 500
-        assert "the rule test-broken failed: ZeroDivisionError" in bad.json()["error"]["message"]
-        assert client.post("/v1/completions", json=asked).status_code == 200
+    with running(serving_of({"default": softmeet.Ensemble.from_pretrained(folders, "pointwise-minimum")})) as url:
+
+        def ask(**own):
+            asked = {"prompt": "the king", "max_tokens": 2, "seed": 1, "softmeet": own}
+            answer = http.post(f"{url}/v1/completions", json=asked)
+            return answer.status_code, answer.json()
+
+        assert ask()[1]["softmeet"]["rule"] == "pointwise-minimum"
+        other = "pointwise-minimum:sharpness=2.0"
+        assert ask(rule="pointwise-minimum:sharpness=2")[1]["softmeet"]["rule"] == other
+        for own, code, message in (
+            ({"rule": "meet:trust=1", "trust": 2}, 400, "trust is named twice"),
+            ({"rule": "meet:tol=1e-12"}, 400, "does not let requests change tol"),
+            ({"rule": "test-broken"}, 500, "the rule test-broken failed: ZeroDivisionError"),
+        ):
+            status, found = ask(**own)
+            assert (status, message in found["error"]["message"]) == (code, True)
+        assert ask()[0] == 200
 
 
 def test_a_checkpoint_says_which_package_is_missing(package, folders, tmp_path, monkeypatch):

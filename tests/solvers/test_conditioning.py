@@ -9,23 +9,18 @@ from softmeet.solvers import tuning
 from softmeet.solvers.linalg import ridged_factor
 
 
-def _members(v, d, condition=1.0, seed=1):
-    """Return two heads, (v, d), with the given ratio of singular values, and log-probabilities, (2, v)."""
+def draws(seed):
+    """A function that draws from the normal distribution."""
     generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    sizes = condition ** -torch.linspace(0, 1, d, dtype=torch.float64)
-    heads = [noise(v, d) * sizes @ torch.linalg.qr(noise(d, d)).Q for _ in range(2)]
-    return heads, (2 * noise(2, v)).log_softmax(-1)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("condition", "scale"), [(3e4, 1.0), (1e6, 1.0), (1.0, 1e20), (1.0, 1e-25)])
 def test_dense_steps_answer_as_the_full_hessian(dtype, condition, scale, monkeypatch):
-    heads, log_p = _members(4000, 60, condition)
-    heads = [(scale * W).to(dtype) for W in heads]
+    noise, sizes = draws(1), condition ** -torch.linspace(0, 1, 60, dtype=torch.float64)
+    heads = [noise(4000, 60) * sizes @ torch.linalg.qr(noise(60, 60)).Q for _ in range(2)]
+    heads, log_p = [(scale * W).to(dtype) for W in heads], (2 * noise(2, 4000)).log_softmax(-1)
     monkeypatch.setattr(tuning, "HESSIAN", 0)
     dense = combine(log_p.to(dtype), heads)
     monkeypatch.setattr(tuning, "HESSIAN", 2**40)
@@ -47,11 +42,7 @@ def test_a_factor_is_found_whatever_the_matrix_holds():
 @pytest.mark.parametrize("kind", ["huge", "near"])
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_verify_answers_whatever_the_heads(kind, steps):
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    noise = draws(0)
     heads = [1e21 * noise(40, 3) if kind == "huge" else noise(40, 1) + 1e-5 * noise(40, 3) for _ in range(2)]
     log_p = (4 * noise(2, 40)).log_softmax(-1)
     solution = combine(log_p, heads, max_steps=steps, tol=1e-9)
@@ -60,11 +51,7 @@ def test_verify_answers_whatever_the_heads(kind, steps):
 
 
 def test_a_row_whose_bound_runs_out_of_tokens_is_answered_alone_as_in_its_batch():
-    generator = torch.Generator().manual_seed(3)
-
-    def noise(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
+    noise = draws(3)
     heads = [noise(9, d) for d in (5, 6)]
     rows = torch.stack([15 * noise(4, W.shape[1]) @ W.T for W in heads]).log_softmax(-1).float()
     together = combine(rows, heads, trust=[0.3, torch.inf])

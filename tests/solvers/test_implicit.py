@@ -7,7 +7,6 @@ import torch
 from instances import outputs, random_heads
 
 from softmeet.heads import SoftmaxHead, WhitenedHead
-from softmeet.solvers import implicit, linalg
 from softmeet.solvers.dual import iterate
 from softmeet.solvers.implicit import adjoint, iterative, projected
 from softmeet.solvers.newton import DualNewton
@@ -43,21 +42,17 @@ def test_gradcheck(trust):
     assert torch.autograd.gradcheck(answer, (w, rho), eps=1e-5, atol=1e-6, rtol=1e-4)
 
 
-def test_conjugate_gradients_solve_the_same_system():
-    problem = instance(batch=3)
-    state = solve(problem)
-    b = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direct = adjoint(problem, state, b)
-    assert torch.allclose(iterative(problem, state, b, 1e-10), direct, rtol=1e-6, atol=1e-8)
-
-
-def test_few_products_suffice_where_few_tokens_have_the_mass():
-    """Without the preconditioner the first of these rows is a sixth off by then."""
-    problem = instance(batch=4, v=2000, widths=(24, 40), sharpness=15.0)
-    state = solve(problem)
-    b = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    direct = adjoint(problem, state, b)
-    assert torch.allclose((iterative(problem, state, b, 1e-4, 15) * b).sum(-1), (direct * b).sum(-1), rtol=1e-4)
+def test_conjugate_gradients_solve_the_same_system_in_few_products_where_few_tokens_have_the_mass():
+    """Without the preconditioner the first of the rows that are peaked is a sixth off by then."""
+    sharp = {"v": 2000, "widths": (24, 40), "sharpness": 15.0}
+    for peaked, ending in (({}, (1e-10,)), (sharp, (1e-4, 15))):
+        problem = instance(batch=4, **peaked)
+        state = solve(problem)
+        width = sum(h.rank for h in problem.heads)
+        b = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        direct, found = adjoint(problem, state, b), iterative(problem, state, b, *ending)
+        assert torch.allclose((found * b).sum(-1), (direct * b).sum(-1), rtol=1e-4)
+        assert peaked or torch.allclose(found, direct, rtol=1e-6, atol=1e-8)
 
 
 def test_a_row_gets_the_gradient_that_it_gets_alone():
@@ -72,29 +67,3 @@ def test_a_row_gets_the_gradient_that_it_gets_alone():
         own = one.log_q.clone().requires_grad_()
         alone = projected(Projection(own, one.log_p, one.heads, (1.0, 1.0), 1e-13), rho, solve)[:, 5].sum()
         assert torch.allclose(torch.autograd.grad(alone, own)[0], together[k : k + 1], atol=1e-9)
-
-
-def test_reads_of_the_heads_end_with_the_rows_on_an_accelerator_too(monkeypatch):
-    """There ``some`` is always true, since looking would wait; where a step reads the heads, that is worth it."""
-    problem = instance(batch=2, sharpness=15.0)
-    b = torch.randn(2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def reads():
-        for h in problem.heads:
-            h.rows_read.zero_()
-        state = solve(problem)
-        duals.clear()
-        iterate(DualNewton(), problem, 60)
-        products.clear()
-        found = iterative(problem, state, b)
-        return found, len(duals), len(products), [h.rows_read.tolist() for h in problem.heads]
-
-    products, curved = [], implicit.curved
-    monkeypatch.setattr(implicit, "curved", lambda *given: (products.append(1), curved(*given))[1])
-    duals, dual = [], Projection.dual
-    monkeypatch.setattr(Projection, "dual", lambda self, z: (duals.append(1), dual(self, z))[1])
-    here = reads()
-    monkeypatch.setattr(linalg, "some", lambda rows: True)
-    there = reads()
-    assert torch.equal(here[0], there[0])
-    assert here[1:] == there[1:]

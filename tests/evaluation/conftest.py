@@ -1,0 +1,19 @@
+"""Two tiny members."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from softmeet import Ensemble
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("members")
+    return [tiny.save(folder / name, name, seed=k) for k, name in enumerate(("gpt2", "llama"))]
+
+
+@pytest.fixture(scope="module")
+def ensemble(folders):
+    return Ensemble.from_pretrained(folders)
