@@ -3,8 +3,6 @@
 What a slow client can do behind a reverse proxy is in tests/server/test_proxy.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -73,13 +71,7 @@ def flooded(connection, first, pieces):
 
 @pytest.mark.parametrize(
     "first",
-    [
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
-        b"GET /",
-        b"",
-        CHUNKED + b"1;x=",
-        CHUNKED + b"1\r\n{\r\n0\r\nX: ",
-    ],
+    [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"GET /", b"", CHUNKED + b"1;x=", CHUNKED + b"1\r\n{\r\n0\r\nX: "],
     ids=["a header", "a target", "empty lines", "a chunk's extension", "a trailer"],
 )
 def test_what_has_no_end_is_not_kept(first):

@@ -1,7 +1,5 @@
 """Texts as token ids and back, and the version, as vLLM's clients ask for them."""
 
-from __future__ import annotations
-
 import json
 import socket
 import threading
@@ -23,10 +21,8 @@ from softmeet.server.security import Protection
 
 @pytest.fixture(scope="module")
 def url():
-    plain, chatty = (
-        tiny_ensemble("gpt2", rule="logit-mean"),
-        tiny_ensemble("llama", rule="logit-mean", template=TEMPLATE),
-    )
+    plain = tiny_ensemble("gpt2", rule="logit-mean")
+    chatty = tiny_ensemble("llama", rule="logit-mean", template=TEMPLATE)
     with running(serving_of({"plain": plain, "chatty": chatty}, strict=True)) as found:
         yield found
 
@@ -57,30 +53,13 @@ def test_messages_are_written_as_the_chat_template_says(url):
     assert chat.json()["usage"]["prompt_tokens"] == found["count"]
 
 
-@pytest.mark.parametrize(
-    ("path", "fields", "param", "message"),
-    [
-        ("tokenize", {}, "prompt", "expected either a prompt or messages, got neither: send one of them"),
-        ("tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", "got both"),
-        ("tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", "has no chat template"),
-        ("tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template", "chat_template is not supported"),
-        ("tokenize", {"prompt": "a", "promt": "b"}, "promt", "did you mean prompt?"),
-        ("detokenize", {"tokens": [64]}, "tokens", "expected token ids from 0 to 63"),
-        ("detokenize", {"tokens": "abc"}, "tokens", "expected tokens to be a valid list, got 'abc'"),
-        ("detokenize", {}, "tokens", "expected tokens, which is missing: add it"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_by_name(url, path, fields, param, message):
-    error = ask(url, path, status=400, **fields)
-    assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert message in error["message"]
-
-
-def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatch):
+@pytest.mark.parametrize("path", ["tokenize", "v1/completions"])
+def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatch, path):
     monkeypatch.setattr(prompts_module, "token_texts", lambda _: Mock(longest=8))
     monkeypatch.setattr(prompts_module, "encoded", Mock(side_effect=AssertionError("was cut into tokens")))
-    error = ask(url, "tokenize", status=400, prompt="a" * (4 * 8 * 64 + 1))
+    error = ask(url, path, status=400, prompt="a" * (4 * 8 * 64 + 1))
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    assert error["message"].endswith("got a text of 2,049 characters: shorten it")
 
 
 @pytest.mark.parametrize("longest", [8, 10_000])

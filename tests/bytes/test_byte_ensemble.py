@@ -157,9 +157,7 @@ def test_a_text_past_a_members_context_is_refused_by_name(pruned, folders):
 
 def test_what_bytes_are_not_there_for_says_so(pruned, folders, tmp_path):
     documents = [Document("a", "the other the")]
-    refusing = {
-        "evaluation does": lambda: list(pruned.positions("the other", 5)),
-    }
+    refusing = {"evaluation does": lambda: list(pruned.positions("the other", 5))}
     for what, use in refusing.items():
         with pytest.raises(InvalidInputError, match=f"{what} .*over bytes"):
             use()

@@ -14,16 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from byte_members import (
-    EXACT,
-    HOSTILE,
-    TEXTS,
-    at_once,
-    exhaustive,
-    member_of,
-    model_of,
-    step_by_step,
-)
+from byte_members import EXACT, HOSTILE, TEXTS, at_once, exhaustive, member_of, model_of, step_by_step
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from softmeet.errors import InvalidInputError, VocabularyMismatchError

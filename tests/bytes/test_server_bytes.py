@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from functools import partial
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from batches import sequence
-from serving import http, running, serving_of
+from serving import chunks, http, running, serving_of
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
@@ -153,11 +152,9 @@ def test_a_choice_ends_before_the_character_that_is_too_much(url, ensemble):
     assert longer.startswith(choice["text"])
     after = longer[: len(choice["text"]) + 1].encode()
     assert tokens_in(spelling, after) > 7
-    with http.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as stream:
-        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
-    assert "".join(one["text"] for chunk in chunks for one in chunk["choices"]) == choice["text"]
-    shown = [token for chunk in chunks for one in chunk["choices"] for token in (one["logprobs"] or {})["tokens"]]
-    assert shown == choice["logprobs"]["tokens"]
+    streamed = [one for chunk in chunks(f"{url}/v1/completions", body) for one in chunk["choices"]]
+    assert "".join(one["text"] for one in streamed) == choice["text"]
+    assert [token for one in streamed for token in (one["logprobs"] or {})["tokens"]] == choice["logprobs"]["tokens"]
 
 
 def test_scores_log_probabilities_and_reports(url, ensemble):
@@ -283,10 +280,20 @@ def test_log_probabilities_of_a_chat_are_of_the_first_members_tokens_unless_byte
         assert one["logprob"] == pytest.approx(sum(x["logprob"] for x in own))
         assert one["top_logprobs"] == [{key: one[key] for key in ("token", "logprob", "bytes")}]
         at += len(own)
-    with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
-        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
-    shown = [x for chunk in chunks for one in chunk["choices"] for x in (one["logprobs"] or {"content": []})["content"]]
-    assert shown == entries
+    streamed = [one["logprobs"] for chunk in chunks(f"{url}/v1/chat/completions", body) for one in chunk["choices"]]
+    assert [entry for told in streamed if told for entry in told["content"]] == entries
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "And the king"}, {"messages": [{"role": "user", "content": "Who?"}]}])
+def test_a_text_with_a_stop_string_is_the_same_streamed_or_not(talking, asked):
+    path = f"{talking[1]}/v1/{'completions' if 'prompt' in asked else 'chat/completions'}"
+    body = asked | {"seed": 5, "max_tokens": 16, "stop": ["e"]}
+    (whole,) = http.post(path, json=body).json()["choices"]
+    pieces = [one["text"] if "text" in one else one["delta"].get("content") or ""
+              for chunk in chunks(path, body) for one in chunk["choices"]]  # fmt: skip
+    assert "".join(pieces) == (whole["text"] if "text" in whole else whole["message"]["content"])
+    assert whole["finish_reason"] == "stop"
+    assert "e" not in pieces
 
 
 def test_tokens_are_cut_alike_while_they_come(ensemble):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -96,14 +97,25 @@ def test_the_command_line_overrules_a_file(members, tmp_path):
     assert [m["trust"] for m in said["members"]] == ["1", "1"]
 
 
-def test_what_is_served_is_named():
+def test_what_is_served_is_named_and_files_alone_are_one_ensemble(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.gguf").touch()
+    assert named(["a.gguf", "wide", "b.gguf"], ["c"]) == {"wide": ["wide"], "default": ["a.gguf", "b.gguf", "c"]}
+    assert named(["one=a.gguf", "b.gguf"]) == {"one": ["a.gguf"], "default": ["b.gguf"]}
     assert list(named(["a/mine", "b/mine", "c/other"])) == ["a/mine", "b/mine", "other"]
+    assert list(named(["wide", "narrow"], ["my=a", "my=b"])) == ["wide", "narrow", "my"]
     assert named([], ["a", "b"]) == {"default": ["a", "b"]}
     both = named(["saved"], ["small=org/a", "small=org/b", "c+adapter=org/lora", "./x=y"])
     assert both == {"small": ["org/a", "org/b"], "default": ["c+adapter=org/lora", "./x=y"], "saved": ["saved"]}
     assert named([]) == {"default": ["wide"]}
-    with pytest.raises(InvalidInputError, match="twice"):
-        named(["small=x"], ["small=a"])
+    for given, said in (
+        ((["small=x"], ["small=a"]), "twice"),
+        ((["duo=A", "duo=B"],), "say -m duo=A -m duo=B to combine these models"),
+        ((["duo=C"], ["duo=A", "duo=B"]), "say -m duo=A -m duo=B -m duo=C to combine"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            named(*given)
 
 
 def test_devices_are_repeated():

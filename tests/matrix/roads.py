@@ -43,11 +43,7 @@ STRUCTURES: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
         [word for text in CHOICE for word in ("--choice", text)],
         {"structured_outputs": {"choice": CHOICE}},
     ),
-    "schema": (
-        Structure.json_schema,
-        ["--json-schema", json.dumps(SCHEMA)],
-        {"structured_outputs": {"json": SCHEMA}},
-    ),
+    "schema": (Structure.json_schema, ["--json-schema", json.dumps(SCHEMA)], {"structured_outputs": {"json": SCHEMA}}),
 }
 # Made once, since typer takes long to make it.
 _COMMAND = get_command(app)
@@ -303,11 +299,7 @@ class Servers:
 
     def streamed(self, asked: Asked, path: str, body: dict[str, Any]) -> list[Any]:
         """Send a request for a stream, and return the JSON of its events."""
-        url, lines = f"{self.of(asked.case)[1]}/v1/{path}", []
-        with self._client.stream("POST", url, json=body | {"stream": True}) as answer:
-            lines = list(answer.iter_lines())
-            assert answer.status_code == 200, lines
-        return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        return chunks(f"{self.of(asked.case)[1]}/v1/{path}", body)
 
     def close(self) -> None:
         """Stop all servers, when nobody is connected any more."""

@@ -10,8 +10,7 @@ import tiny
 import torch
 from batches import ensemble_of, generated, prompt, sequence
 
-from softmeet import Ensemble, Structure
-from softmeet.engine.masking import Mask
+from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, NonFiniteError
 from softmeet.server.sequences import Combination, Failed, Finished, Sequence, Token
 
@@ -140,20 +139,6 @@ def test_ends_and_limits_within_drafts(serve, model):
     one, listener = sequence(model, prompt(3, room), max_tokens=100)
     engine.submit([one])
     assert listener.tokens() == generated(model, one.prompt, max_tokens=4)
-
-
-def test_a_structure_and_its_dead_ends(serve):
-    ensemble = Ensemble.from_pretrained("narrow", "logit-mean")
-    model, asked = ensemble.model, Structure.regex("(And|The) [a-z ]{20,40}[.]")
-    found = []
-    for speculate in (0, 4):
-        mask = Mask(asked, model.tokenizer, [model.generation_config.eos_token_id], model.config.vocab_size)
-        ids = tuple(ensemble.tokenizer("In the beginning")["input_ids"])
-        one, listener = sequence(model, ids, max_tokens=60, sampling={"mask": mask})
-        serve(model, speculate=speculate).submit([one])
-        found.append(listener.all())
-    assert [type(e) for e in found[0]] == [type(e) for e in found[1]]
-    assert [e.token for e in found[0][:-1]] == [e.token for e in found[1][:-1]]
 
 
 class ForbidsDrafts:

@@ -61,22 +61,6 @@ def test_seeded_tokens_are_those_of_generate_whoever_shares_the_batch(serve):
     assert found == expected
 
 
-def test_biases_and_penalties(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    cold = {"temperature": 0.0}
-    engine = serve(model)
-
-    def run(**sampling):
-        one, listener = sequence(model, prompt(1, 6), sampling=cold | sampling)
-        engine.submit([one])
-        return listener.tokens()
-
-    assert set(run(logit_bias={9: 100.0})) == {9}
-    assert 9 not in run(logit_bias={9: -100.0})
-    assert len(set(run(presence_penalty=100.0))) == 12
-    assert len(set(run(logit_bias={9: 50.0}, frequency_penalty=100.0))) == 12
-
-
 def test_columns_shift_and_buffers_grow_under_long_rows(serve):
     """Rows come and go for longer than the buffers have columns."""
     config = {"vocab_size": tiny.V, "n_positions": 2048, "n_embd": 16, "n_layer": 1, "n_head": 2}
@@ -94,17 +78,6 @@ def test_columns_shift_and_buffers_grow_under_long_rows(serve):
         assert listener.tokens() == generated(
             model, one.prompt, seed=one.request.sampling.seed, max_tokens=one.max_tokens
         )
-
-
-def test_a_repeated_prefix_is_not_computed_again(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model)
-    for length in (10, 10, 14, 6):
-        one, listener = sequence(model, prompt(3, 20)[:length])
-        engine.submit([one])
-        assert listener.tokens() == generated(model, one.prompt)
-    reused = engine.metrics.registry.get_sample_value("softmeet_reused_tokens_total")
-    assert reused == 0 + 9 + 10 + 5
 
 
 def test_members_that_round_coarsely_read_a_seeded_request_anew(serve, monkeypatch):
