@@ -6,7 +6,6 @@ import time
 
 import httpx
 import openai
-import psutil
 import pytest
 import tiny
 from serving import TEMPLATE, http, running, serving_of, tiny_ensemble, wait_until
@@ -213,18 +212,6 @@ def test_health_readiness_and_metrics(client, url):
     text = http.get(f"{url}/metrics").text
     assert 'softmeet_requests_total{path="/v1/completions",status="200"}' in text
     assert ("\nsoftmeet_allocated_bytes " in text) == (platform.libc_ver()[0] == "glibc")
-
-
-def test_metrics_tell_memory(url, serving):
-    def value(name):
-        text = http.get(f"{url}/metrics").text
-        return float(text.split(f"\n{name} ")[1].split()[0])
-
-    resident = psutil.Process().memory_info().rss
-    assert value("process_resident_memory_bytes") == pytest.approx(resident, rel=0.2)
-    assert value("process_open_fds") > 3
-    serving.metrics.cache_bytes.set_function(lambda: 12)
-    assert value("softmeet_cache_bytes") == 12
 
 
 def test_a_client_that_leaves_frees_its_place(client, url, serving):

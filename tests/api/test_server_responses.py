@@ -59,12 +59,6 @@ def test_a_response_is_what_a_chat_answers(client):
     assert (colder.temperature, colder.top_p, colder.instructions, colder.metadata) == (0.5, 0.8, "abc", {"a": "b"})
 
 
-def test_an_answer_that_comes_to_its_end_is_completed(client):
-    found = ask(client, extra={"logit_bias": {"0": 100}}, temperature=0)
-    assert (found.status, found.incomplete_details, found.output_text) == ("completed", None, "")
-    assert found.usage.output_tokens == 1
-
-
 def test_a_conversation_goes_on_with_what_came_before(client):
     first = ask(client, include=["message.output_text.logprobs"])
     user, so = {"role": "user", "content": "hi"}, [{"type": "input_text", "text": "so"}]

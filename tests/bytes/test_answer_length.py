@@ -20,7 +20,6 @@ from softmeet.cli.main import app
 from softmeet.engine.limits import AnswerLength
 from softmeet.errors import InvalidInputError
 from softmeet.hf.answer_length import AnswersEnd, WholeCharacterStreamer
-from softmeet.members import zoo
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.byte_alphabet import ByteAlphabet
@@ -79,15 +78,6 @@ def test_an_answer_is_the_longest_text_of_whole_words_that_never_had_too_many_to
         assert data[: length.kept if length.is_over else length.count].decode() in answers
         assert length.kept <= len(fits.encode())
     assert most == 0 or length.longest >= length.count
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS[:2])
-def test_answers_end_with_a_word(spelling):
-    text = "And the children's children said unto Nebuchadnezzar, Wherefore multiplied they the transgressions? "
-    for most in range(2, tokens_in(spelling, text.encode())):
-        length = AnswerLength(ByteAlphabet(spelling), most)
-        assert not all(length.push(byte) for byte in text.encode())
-        assert re.match(r"[^A-Za-z0-9']", text[length.kept :]), text[: length.kept]
 
 
 def test_a_text_is_cut_into_tokens_seldom(monkeypatch):
@@ -208,12 +198,3 @@ def test_scores_and_the_cache_end_where_the_text_does(mixed):
 def test_over_tokens_there_are_no_bytes_to_count(wide):
     with pytest.raises(InvalidInputError, match="over tokens say max_new_tokens"):
         wide.generate(PROMPT, max_bytes=5)
-
-
-def test_the_first_member_is_the_one_that_counts():
-    turned = Ensemble.from_pretrained(["mixed/llama", "mixed/gpt2"], "logit-mean", vocabulary="bytes")
-    spelling = turned.model.readers[0].spelling
-    longer = turned.generate(PROMPT, max_bytes=60, seed=5)
-    text = turned.generate(PROMPT, max_new_tokens=6, seed=5)
-    assert text in answers_to(spelling, longer, 6)[0]
-    assert zoo.locate("mixed/llama")

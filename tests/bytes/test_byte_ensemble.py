@@ -28,8 +28,6 @@ from softmeet.evaluation.trace import Trace, record
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM
 from softmeet.hf.byte_modeling import ByteEnsembleForCausalLM
 from softmeet.hf.decoding import Drafting
-from softmeet.hf.inspected import expected_tokens
-from softmeet.hf.readers import ReadMembers
 from softmeet.members.member import short
 from softmeet.readers.byte_tokenizer import byte_tokenizer
 from softmeet.readers.bytes.next_tokens import END, SYMBOLS
@@ -46,13 +44,6 @@ def ensemble(folders):
 @pytest.fixture(scope="module")
 def pruned(folders):
     return Ensemble.from_pretrained(folders, "logit-mean", vocabulary="bytes")
-
-
-def test_different_tokenizers_need_bytes(folders):
-    with pytest.raises(VocabularyMismatchError, match="vocabulary='bytes'"):
-        Ensemble.from_pretrained(folders, vocabulary="tokens")
-    with pytest.raises(InvalidInputError, match="expected a vocabulary, auto, tokens, bytes, union, got 'words'"):
-        Ensemble.from_pretrained(folders, vocabulary="words")
 
 
 def test_a_rule_that_reads_heads_is_refused_before_anything_is_loaded():
@@ -134,13 +125,6 @@ def test_it_can_be_made_of_its_configuration_alone(folders):
         EnsembleForCausalLM(config)
     with pytest.raises(VocabularyMismatchError, match="vocabulary='bytes'"):
         tf.AutoModelForCausalLM.from_config(EnsembleConfig(folders))
-
-
-def test_it_overrides_what_a_kind_of_ensemble_has_to():
-    """Nothing else, so that EnsembleForCausalLM says what its kinds may differ in."""
-    own = vars(ByteEnsembleForCausalLM).keys() & (vars(EnsembleForCausalLM).keys() | vars(ReadMembers).keys())
-    own -= {"config_class", "_can_set_experts_implementation_cached_value"}  # which transformers sets
-    assert {name for name in own if not name.startswith("__")} == set(EnsembleForCausalLM.OF_A_KIND)
 
 
 def test_the_tokenizer_of_bytes_takes_text_as_it_is():
@@ -490,13 +474,3 @@ def test_bos_has_the_first_byte_predicted(pruned):
     assert len(plain) == 8
     assert bytes(begun.targets.tolist()) == b"the other"
     assert torch.allclose(begun.hidden[0][1:, :SYMBOLS], plain.hidden[0][:, :SYMBOLS], atol=1e-12)
-
-
-def test_a_text_that_is_read_behind_its_end_symbol_is_predicted_from_its_first_byte(ensemble):
-    symbols = torch.tensor([[256, *b"the h"]])
-    with torch.inference_mode():
-        at_once = ensemble.model(input_ids=symbols, use_cache=False).logits[0]
-        last = ensemble.model(input_ids=symbols[:, :1], use_cache=False, logits_to_keep=1).logits[0, -1]
-    assert torch.allclose(at_once[0], last)
-    assert at_once[0].std() > 0
-    assert all(expected_tokens(reader, b"", 3) == {} for reader in ensemble.model.readers)

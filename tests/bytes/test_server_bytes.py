@@ -6,7 +6,6 @@ import math
 import random
 from functools import partial
 from itertools import chain, pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.reader import Read, finished
 from softmeet.server.batcher import Batcher
-from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
@@ -231,23 +229,6 @@ def test_a_conversation_has_no_tokens_that_members_share(url):
     assert answer.status_code == 400
     assert "every member has a chat prompt of its own" in answer.json()["error"]["message"]
     assert http.post(f"{url}/tokenize", json={"prompt": "\u00e9"}).json()["tokens"] == [195, 169]
-
-
-def test_short_prompts_are_read_together_and_long_ones_apart():
-    class Combined:
-        def __init__(self, *, symbols_are_tokens):
-            self.symbols_are_tokens = symbols_are_tokens
-
-    ours, asked = Combined(symbols_are_tokens=False), SimpleNamespace(score_prompt=False)
-
-    def of(length, combination=ours):
-        return SimpleNamespace(combination=combination, prompt=[65] * length, request=asked)
-
-    for lengths, expected in (([40] * 32, [32]), ([600] * 8, [3, 3, 2]), ([5000] * 2, [1, 1]), ([40, 600, 41], [2, 1])):
-        groups = prompts_together([of(length) for length in lengths], alone=False)
-        assert [len(group) for group in groups] == expected
-    assert len(prompts_together([of(40, Combined(symbols_are_tokens=True)) for _ in range(3)], alone=False)) == 3
-    assert len(prompts_together([of(40) for _ in range(3)], alone=True)) == 3
 
 
 @pytest.fixture(scope="module")

@@ -27,29 +27,6 @@ from softmeet.members.vocabulary import common_vocabulary, surely_differ, token_
 pytestmark = pytest.mark.checked
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", tiny.BUILDERS)
-@torch.inference_mode()
-def test_head_of_the_last_hidden_state_equals_the_models_logits(name, dtype):
-    model = tiny.build(name).to(dtype)
-    head = head_of(model)
-    ids = torch.randint(1, tiny.V, (3, 9), generator=torch.Generator().manual_seed(1))
-    own = model(input_ids=ids).logits.float()
-    ours = head.logits(model.base_model(input_ids=ids).last_hidden_state)
-    assert own.std() > 0.1
-    assert torch.allclose(ours, own, atol=1e-5 if dtype == torch.float32 else 0.05 * own.abs().max().item())
-    assert head.weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-
-
-def test_what_each_architecture_brings():
-    assert head_of(tiny.build("opt projected")).d == 8
-    assert head_of(tiny.build("gemma2 soft-cap")).soft_cap == 1.5
-    assert head_of(tiny.build("cohere scale")).scale == 0.25
-    assert head_of(tiny.build("granite scale")).scale == pytest.approx(1 / 3)
-    assert head_of(tiny.build("phi bias")).bias is not None
-    assert head_of(tiny.build("gptj bias")).bias is not None
-
-
 class Odd(nn.Linear):
     """A layer of a kind of its own, as adapters and quantisers put in place of a linear one."""
 
@@ -186,13 +163,6 @@ def test_what_predicts_no_next_token_is_refused_by_its_configuration(why, config
     with pytest.raises(CheckpointError, match=f"{config.model_type}.*expected a causal language model") as caught:
         Ensemble.from_pretrained([tmp_path])
     assert why in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "config", [tf.BartConfig(is_decoder=True, is_encoder_decoder=False), tf.BertConfig(is_decoder=True)]
-)
-def test_decoders_of_the_same_families_are_members(config):
-    huggingface.require_causal("member", config, remote=False)
 
 
 def of_kind(**fields):

@@ -94,25 +94,6 @@ def test_of_several_members_each_reads_every_passage(folder):
     assert {id(model) for model in behind.model.members} == {id(model) for model in pair.model.members}
 
 
-def test_ten_passages_cost_little_more_than_one_of_the_same_length(base):
-    """Counted: as many tokens of passages, and a call of the model for each token, whatever the number of passages."""
-    calls = []
-    model = base.model.members[0].model
-    hook = model.register_forward_pre_hook(
-        lambda _, __, given: calls.append(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    for passages in (["abc"] * 10, ["abc" * 10]):
-        calls.clear()
-        behind = base.with_passages([Passage(text, 0.0) for text in passages])
-        behind.generate("the", max_new_tokens=5, min_new_tokens=5, do_sample=False, speculate=0)
-        rows, n = [shape[0] for shape in calls], len(passages)
-        assert len(calls) == 5
-        assert set(rows) == {n}
-        # The break and the prompt come once for each passage.
-        assert calls[0][1] == len(passages[0]) + len("\n\nthe")
-    hook.remove()
-
-
 def test_over_bytes():
     ensemble = Ensemble.from_pretrained("mixed/llama", "prob-mean", vocabulary="bytes", dtype="float64")
     behind = ensemble.with_passages(FOUND)

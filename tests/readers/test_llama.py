@@ -270,16 +270,6 @@ def test_a_fork_that_fails_leaves_no_rows(made):
     assert len(reader.fork(row, 255)) == 255
 
 
-def test_the_texts_that_are_kept_are_the_last_ones(made):
-    reader = LlamaReader(made("llama")[0])
-    for k in range(12):
-        row = reader.open([5 + k, 6, 7])
-        finished(reader.read([Read(row, [5 + k, 6, 7], [])]))
-        reader.close(row)
-    assert reader.open([16, 6, 7, 8]).known == 3
-    assert reader.kept_tokens == 8 * 4  # of eight texts, each behind a token of the reader's own
-
-
 def test_a_text_is_not_longer_than_there_are_positions(made):
     path, _ = made("gpt2")
     assert LlamaReader(path, context=200, own=()).limit == 200

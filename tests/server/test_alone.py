@@ -12,7 +12,7 @@ from batches import ensemble_of, generated, prompt, sequence
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, NonFiniteError
-from softmeet.server.sequences import Combination, Failed, Finished, Sequence, Token
+from softmeet.server.sequences import Combination, Failed, Finished, Sequence
 
 
 @pytest.fixture(scope="module")
@@ -105,24 +105,6 @@ def test_others_join_and_leave(serve, model, lengths, rule):
     for start, stop in zip([1, *company], [*company, None], strict=True):
         assert 1 in read[start:stop]
         assert max(read[start:stop][1:]) > 1, "alone again, texts are read in chunks again"
-
-
-def test_reports_log_probabilities_and_gates(serve, alike):
-    model = Ensemble.from_pretrained(alike[:2], "meet", dtype="float64", gate="disagreement:0.000018").model
-    model.generation_config.eos_token_id = None
-    found = []
-    for speculate in (0, 3):
-        one, listener = sequence(model, prompt(4, 6), top=2, report=2, max_tokens=20)
-        serve(model, speculate=speculate).submit([one])
-        found.append([e for e in listener.all() if isinstance(e, Token)])
-    gated = [[e.gated for e in events] for events in found]
-    assert gated[0] == gated[1]
-    assert len(set(gated[0])) == 2
-    for one, other in zip(*found, strict=True):
-        assert (one.token, one.status) == (other.token, other.status)
-        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-9)
-        assert one.report.keys() == other.report.keys()
-        assert one.report["disagreement"] == pytest.approx(other.report["disagreement"], abs=1e-7)
 
 
 def test_ends_and_limits_within_drafts(serve, model):
@@ -241,26 +223,6 @@ def test_a_token_comes_from_one_member(serve, model, lengths):
     assert sum(calls) == 49
     assert min(calls) > 5
     assert all(9 + 30 < sum(own) <= 9 + 49 for own in lengths)
-
-
-def test_in_company_members_have_read_what_they_were_not_drawn_for(serve, model):
-    one, listener = drawn_plainly(model, prompt(3, 9), max_tokens=40)
-    other, beside = sequence(model, prompt(1, 5), max_tokens=40)
-    engine, read = serve(model, one_member=True), []
-
-    def emit(event):
-        listener.put(event)
-        if one.drawn == 20:
-            engine.submit([other])
-        read.append({row.length for row in one.rows if row is not None})
-
-    one.emit = emit
-    engine.submit([one])
-    assert len(listener.tokens()) == 40
-    assert len(beside.tokens()) == 40
-    # Alone, one member has read as far as the newest token, and another one less; in company all have.
-    assert any(len(lengths) == 2 for lengths in read[5:20])
-    assert read[25:39] == [{9 + k} for k in range(25, 39)]
 
 
 @pytest.mark.parametrize("options", [{"top": 0}, {"report": 1}, {"sampling": {"temperature": 0.5}}])

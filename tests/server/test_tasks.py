@@ -101,21 +101,6 @@ def test_a_prompt_is_scored_without_holding_up_others_and_in_its_time(serve):
     assert len(listener.all()[0].tokens) == 10
 
 
-def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model, limits=Limits(rows=1, waiting=9, token_seconds=1e9))
-    endless, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9))
-    BEGUN.clear()
-    engine.submit([endless])
-    assert BEGUN.wait(300)
-    endless.cancel()
-    assert isinstance(listener.all()[-1], Failed)
-    after, heard = sequence(model, prompt(2, 6), max_tokens=5)
-    engine.submit([after])
-    assert len(heard.tokens()) == 5
-    assert not len(engine._turns)
-
-
 def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):
     import transformers as tf
 
@@ -248,18 +233,6 @@ def test_many_slow_requests_together_hold_up_an_average_no_more_than_a_few(serve
     assert sorted(counts)[len(counts) // 2] <= 6
     for s in slow:
         s.cancel()
-
-
-def test_a_request_of_many_rows_is_of_a_kind_of_its_own_if_they_take_long_together(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model)
-    one, another = (sequence(model, prompt(2, 6), rule="meet")[0] for _ in range(2))
-    many, more = (sequence(model, prompt(2, 6), rule="meet", choices=16)[0] for _ in range(2))
-    assert len({engine._kinds.of(s) for s in (one, another, many, more)}) == 1
-    for _ in range(20):
-        engine._kinds.learn(one, 0.005)
-    assert engine._kinds.of(one) == engine._kinds.of(another)
-    assert len({engine._kinds.of(s) for s in (one, many, more)}) == 3
 
 
 def test_what_prompts_leave_of_their_time_is_saved_for_prompts_that_come_together(monkeypatch):

@@ -94,16 +94,6 @@ def test_the_order_of_many_symbols(symbols):
         assert backwards[before::-1] < backwards[after::-1]
 
 
-def test_places_and_lines(toys):
-    index = index_of(toys)
-    assert [path.name for path in index.files] == list(TOYS)
-    assert index.starts.tolist() == [0, 27, 28, 30, 39]
-    for start, path in zip(index.starts, index.files, strict=True):
-        for place in range(start, start + len(TOYS[path.name]) + 1):
-            assert index.place(place) == (path, start)
-    assert [index.line(place, bytes) for place in (0, 17, 18, 26, 30)] == [1, 1, 2, 2, 1]
-
-
 def test_what_is_no_text_is_left_out(tmp_path):
     folder = written(
         tmp_path / "texts", {"a.txt": "a", "b.bin": b"b\0", "c.bin": b"\xff\xfe", "e.txt": "e", ".env": ""}

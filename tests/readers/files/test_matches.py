@@ -91,12 +91,6 @@ def test_distributions_and_claims_are_those_of_an_oracle(files, tmp_path):
         reader.close(row)
 
 
-def test_no_file_has_what_another_one_ends_with(tmp_path):
-    index = index_of([[1, 2], [3, 4]], tmp_path)
-    assert match(index, [1, 2], TOKENS.orders, V).levels == []
-    assert match(index, [2, 3], TOKENS.orders, V).order == 1
-
-
 def test_many_places_are_counted_by_evenly_spread_ones(tmp_path):
     index = index_of([[0, 1] * 7_500 + [0, 2] * 2_500], tmp_path)
     ((ids, counts), *_) = match(index, [0], TOKENS.orders, V).levels
