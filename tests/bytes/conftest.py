@@ -1,7 +1,5 @@
 """Fixtures of the tests over bytes."""
 
-from __future__ import annotations
-
 import pytest
 from byte_members import save_two
 

@@ -1,7 +1,5 @@
 """Limits over bytes: they count the tokens of the answer, as the first member's tokenizer cuts it, on every road."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Ensembles over bytes: members with different tokenizers, through generate, forward, checkpoints and refusals."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The gate ``unsure`` over bytes: members that are behind, and read many bytes at once when they are asked."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Members over bytes: exhaustive sums over tokenizations, what is kept, what is pruned, and what is refused."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import random

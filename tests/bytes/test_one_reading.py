@@ -1,7 +1,5 @@
 """A text over bytes is read in one way, whatever the pieces in which it came: scored, followed, begun or written."""
 
-from __future__ import annotations
-
 import functools
 import random
 

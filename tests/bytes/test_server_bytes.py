@@ -1,7 +1,5 @@
 """Ensembles over bytes behind the server: the same texts as generate, in any company, and what clients are told."""
 
-from __future__ import annotations
-
 import math
 import random
 from functools import partial

@@ -1,7 +1,5 @@
 """``softmeet models``."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

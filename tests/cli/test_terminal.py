@@ -1,7 +1,5 @@
 """Nothing that models, files and servers write is obeyed by a terminal, and a pipe gets what models write as it is."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re

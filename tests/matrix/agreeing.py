@@ -1,7 +1,5 @@
 """What the roads of one case have to agree in: its golden text, and the log-probabilities of its tokens."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import pytest

@@ -1,7 +1,5 @@
 """What the matrix tries: the values of each axis, what is refused where, and a table that has every pair of values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import combinations, product

@@ -1,7 +1,5 @@
 """The worlds, their servers and the golden texts of the matrix, with the shipped defaults."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import golden

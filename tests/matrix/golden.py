@@ -4,8 +4,6 @@ Members compute in double precision, and where a token is chosen by so little th
 case gets another seed; so the texts are the same on every machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The roads on which a text can be asked for: each takes a case and returns what was written."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

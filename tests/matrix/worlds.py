@@ -1,7 +1,5 @@
 """The members that the matrix runs: tiny random ones over tokens, bytes and invented symbols, and bundled families."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """What a hostile reader of members, prompts and passages found, each with what it should be."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """GGUF files as they are before anything of llama.cpp sees them, and their tokenizers."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import os

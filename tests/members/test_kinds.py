@@ -1,7 +1,5 @@
 """Every kind of member in every use: the ensemble says what its members, run one by one without softmeet, add up to."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

@@ -1,7 +1,5 @@
 """A member's line of text, what members of one base share, and what is said of lines that name nothing."""
 
-from __future__ import annotations
-
 import json
 import logging
 

@@ -1,7 +1,5 @@
 """Heads of real architectures, and loading members: what works, and what each failure says."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """Retrieved passages: REPLUG's formula, what a passage costs, requests that bring them, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 

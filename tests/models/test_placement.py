@@ -1,7 +1,5 @@
 """Members larger than a device: spread by module over CPU and disk, at the same time, and planned beforehand."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

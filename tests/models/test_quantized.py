@@ -1,7 +1,5 @@
 """Members whose heads cannot be read: averages of quantised, adapted and unknown ones equal averages by hand."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json

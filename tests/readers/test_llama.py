@@ -1,7 +1,5 @@
 """GGUF files that llama.cpp runs as they are."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Readers that a package or a program registers: the guide's, as printed, and those that break a law."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model behind a server as a member: servers that answer as llama.cpp's and vLLM do, softmeet's own, and bad ones."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

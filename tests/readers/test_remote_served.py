@@ -1,7 +1,5 @@
 """A member behind a server that hangs, beside others in one server: it holds up nobody, and no end."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor

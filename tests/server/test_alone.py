@@ -1,7 +1,5 @@
 """A sequence that runs alone in the server: the same tokens in fewer calls of the members, until another one comes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from inspect import signature
 

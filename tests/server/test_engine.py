@@ -1,7 +1,5 @@
 """The batcher: seeded rows are generate's, whoever shares the batch; rows come, go, fail and time out alone."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from dataclasses import replace

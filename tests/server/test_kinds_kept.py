@@ -1,7 +1,5 @@
 """What a server knows of how long requests take keeps no ensemble in memory."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from types import SimpleNamespace

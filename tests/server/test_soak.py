@@ -1,7 +1,5 @@
 """The soak: seconds of the load that `make soak` puts on two servers for an hour, and what it counts as a breach."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest

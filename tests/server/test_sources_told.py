@@ -1,7 +1,5 @@
 """Where answers stand in the user's files, and how much these claimed: told by servers that may, to who asks."""
 
-from __future__ import annotations
-
 import os
 import signal
 from statistics import fmean

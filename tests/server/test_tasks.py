@@ -1,7 +1,5 @@
 """Rules that take long: they hold up nobody, end in time, and lose nothing when they are suspended."""
 
-from __future__ import annotations
-
 import threading
 import time
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Members at the same time: as told, or as measured, each in its share of torch's threads."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

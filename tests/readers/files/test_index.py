@@ -1,7 +1,5 @@
 """The index of files: its order against a naive sort, what is encoded anew, and what a disk or a file may do to it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random

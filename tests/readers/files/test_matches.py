@@ -1,7 +1,5 @@
 """Files as a reader: distributions, claims and sums against an oracle that counts naively."""
 
-from __future__ import annotations
-
 import random
 from itertools import chain
 from math import exp, log
