@@ -47,30 +47,6 @@ def lengths(model, monkeypatch):
     return found
 
 
-PLAIN, COLD, CHOOSY = {}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3}
-
-
-@pytest.mark.parametrize(
-    ("rule", "members", "count", "speculate", "options"),
-    [
-        ("logit-mean", "alike", 3, 4, COLD),
-        ("logit-mean", "unlike", 2, 1, CHOOSY),
-        ("prob-mean", "unlike", 3, "auto", PLAIN),
-        ("power-mean", "alike", 2, 4, PLAIN),
-        ("meet", "unlike", 3, "auto", CHOOSY),
-        ("min-underestimation", "alike", 2, 4, PLAIN),
-    ],
-)
-def test_tokens_are_those_of_generate(serve, request, rule, members, count, speculate, options):
-    """Every value once: the engine is generate's, whose tests try more of them together."""
-    names = request.getfixturevalue(members)[:count]
-    model = Ensemble.from_pretrained(names, rule, dtype="float64", gate="none").model
-    model.generation_config.eos_token_id = None
-    one, listener = sequence(model, prompt(3, 9), max_tokens=10, sampling=options)
-    serve(model, speculate=speculate, one_member=True).submit([one])
-    assert listener.tokens() == generated(model, one.prompt, max_tokens=10, speculate=0, **options)
-
-
 def test_members_read_in_chunks(serve, model, lengths):
     one, listener = sequence(model, prompt(3, 9), max_tokens=50)
     serve(model, speculate=4).submit([one])
@@ -190,17 +166,6 @@ def test_gated_tokens_are_those_that_were_given(serve, unlike):
     assert value("softmeet_gated_tokens_total", {"gate": "disagreement"}) == 40
     accepted, drafted = value("softmeet_accepted_draft_tokens_total"), value("softmeet_draft_tokens_total")
     assert 0 < accepted < drafted
-
-
-def test_what_cannot_be_drafted_runs_as_in_a_batch(serve, alike):
-    twice = Ensemble.from_pretrained([alike[0], alike[0]], "logit-mean", dtype="float64", gate="none").model
-    unsure = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64", gate="unsure:0.5").model
-    for model in (twice, unsure):
-        model.generation_config.eos_token_id = None
-        one, listener = sequence(model, prompt(3, 9), max_tokens=20)
-        serve(model, speculate=4, one_member=True).submit([one])
-        assert listener.tokens() == generated(model, one.prompt, max_tokens=20)
-        assert one.alone is None
 
 
 def drawn_plainly(model, tokens, weights=(0.3, 0.7), **options):

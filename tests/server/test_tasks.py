@@ -14,7 +14,7 @@ from softmeet import Rule, time_is_over
 from softmeet.engine.draw import Sampling
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
 from softmeet.server.limits import Limits
-from softmeet.server.sequences import Account, Combination, Failed, GenerationRequest, Sequence, Token
+from softmeet.server.sequences import Account, Combination, GenerationRequest, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.solvers.base import Status
 
@@ -36,21 +36,6 @@ class Slow(Rule):
             time.sleep(0.002)
             spent += time.perf_counter() - started
         return problem.restricted(torch.log_softmax(problem.log_p.mean(0), -1))
-
-
-def test_an_average_is_finished_while_a_slow_rule_works_on_its_first_token(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model, limits=Limits(token_seconds=1e9))
-    slow, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9), max_tokens=2)
-    quick, heard = sequence(model, prompt(2, 6), max_tokens=20)
-    BEGUN.clear()
-    engine.submit([slow])
-    assert BEGUN.wait(300)
-    engine.submit([quick])
-    assert len(heard.tokens()) == 20
-    assert not slow.drawn
-    slow.cancel()
-    assert isinstance(listener.all()[-1], Failed)
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])
