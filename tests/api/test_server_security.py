@@ -254,12 +254,6 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
         assert events[-1] == "data: [DONE]"
 
 
-@pytest.fixture(scope="module")
-def members(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name)) for name in ("gpt2", "llama")]
-
-
 def streamed(url, fields):
     """The events of a stream, until the connection closes."""
     with http.stream("POST", f"{url}/v1/completions", json=fields, timeout=600) as stream:
@@ -282,7 +276,7 @@ def terminable():
 
 
 @pytest.mark.slow
-def test_sigterm_under_load_ends_every_stream_properly(members, terminable, caplog):
+def test_sigterm_under_load_ends_every_stream_properly(folders, terminable, caplog):
     """After a first one, answers go on to their end; at a second one, those that are left are ended by name.
 
     In this process; servers in processes of their own get one from the soak.
@@ -301,7 +295,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members, terminable, capl
             os.kill(os.getpid(), signal.SIGTERM)
             return url, [stream.result() for stream in streams]
 
-    named = tiny.each("-m", (f"pair={member}" for member in members))
+    named = tiny.each("-m", (f"pair={member}" for member in folders))
     options = "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "2"
     done, (url, ends) = serve(*named, *options, meanwhile=load)
     reasons = set()
@@ -321,7 +315,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members, terminable, capl
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_ctrl_c_ends_every_answer_properly(members):
+def test_a_second_ctrl_c_ends_every_answer_properly(folders):
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}
 
     def load(url):
@@ -335,7 +329,7 @@ def test_a_second_ctrl_c_ends_every_answer_properly(members):
             os.kill(os.getpid(), signal.SIGINT)
             return [stream.result() for stream in streams], [whole.result() for whole in wholes]
 
-    named = tiny.each("-m", (f"pair={member}" for member in members))
+    named = tiny.each("-m", (f"pair={member}" for member in folders))
     options = "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "1"
     done, (ends, answers) = serve(*named, *options, meanwhile=load)
     assert all(events[-1] == "[DONE]" for events in ends)
@@ -347,7 +341,7 @@ def test_a_second_ctrl_c_ends_every_answer_properly(members):
     assert "Application shutdown complete" in done.stdout + done.stderr
 
 
-def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
+def test_the_command_refuses_what_is_unsafe_or_unclear(folders, tmp_path):
     (tmp_path / "keys").write_text("\n")
     for arguments, message in (
         (["--host", "0.0.0.0"], "refused to listen on 0.0.0.0 without keys"),
@@ -371,10 +365,10 @@ def test_missing_packages_are_named(package, extra, monkeypatch):
     assert f"[{extra}]'" in done.stderr
 
 
-def test_members_that_two_ensembles_name_are_loaded_once(members):
+def test_members_that_two_ensembles_name_are_loaded_once(folders):
     from softmeet.server.ensembles import load
 
-    found = load({"both": members, "one": members[:1]})
+    found = load({"both": folders, "one": folders[:1]})
     assert len({m for served in found for m in served.ensemble.model.members}) == 2
     assert found.find("one").ensemble.model.members[0] is found.find("both").ensemble.model.members[0]
 

@@ -35,12 +35,6 @@ def commands():
         yield (name,), command
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [tiny.save(folder / name, name) for name in ("gpt2", "llama")]
-
-
 def test_help_is_a_screen_and_all_help_cuts_no_name():
     for words, command in commands():
         is_long = len(command.params) >= 12
@@ -231,7 +225,7 @@ def test_names_survive_a_narrow_terminal(command, folders, tmp_path):
     done = run(*words, columns=40)
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
-    for name in map(short, [str(folder) for folder in folders]):
+    for name in map(short, folders):
         assert any(name in line for line in said.splitlines()), said
 
 

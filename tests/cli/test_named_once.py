@@ -4,18 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 from typer.testing import CliRunner
 
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.server.naming import named
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory) -> list[str]:
-    root = tmp_path_factory.mktemp("members")
-    return [word for k, name in enumerate(("gpt2", "llama")) for word in ("-m", str(tiny.save(root / name, name, k)))]
 
 
 def generated(members, *words):

@@ -76,10 +76,8 @@ def file(tmp_path_factory):
 
 def test_what_a_file_says_is_what_the_package_of_ggml_reads(file):
     found, theirs = read_gguf(file), gguf.GGUFReader(file)
-    assert {name: one.start for name, one in found.tensors.items()} == {
-        one.name: one.data_offset for one in theirs.tensors
-    }
-    assert {name: one.size for name, one in found.tensors.items()} == {one.name: one.n_bytes for one in theirs.tensors}
+    own = {name: (one.start, one.size) for name, one in found.tensors.items()}
+    assert own == {one.name: (one.data_offset, one.n_bytes) for one in theirs.tensors}
     assert found.said["tokenizer.ggml.tokens"] == theirs.fields["tokenizer.ggml.tokens"].contents()
     assert (found.context, found.is_quantised, found.size) == (64, True, file.stat().st_size)
     assert found.bytes_a_token == 2 * 2 * 16  # keys and values of one layer and one head

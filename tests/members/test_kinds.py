@@ -210,9 +210,8 @@ def saves(kind):
     folder = kind.folder / f"saved {kind.name}"
     kind.ensemble.save_pretrained(folder)
     loaded = Ensemble.from_pretrained(folder, dtype="float64")
-    assert [replace(Member.parse(name), hash=None).weights for name in loaded.names] == [
-        member.weights for member in kind.members
-    ]
+    own = [replace(Member.parse(name), hash=None).weights for name in loaded.names]
+    assert own == [member.weights for member in kind.members]
     assert loaded.generate(TEXTS[0], max_new_tokens=NEW, do_sample=False) == kind.greedy(TEXTS[0])
 
 
@@ -332,10 +331,8 @@ def test_templates_that_differ_over_tokens(made, tmp_path):
     asked = [{"role": "user", "content": "why"}]
     predicted = ensemble.next_token(asked).solution.log_probs[0]
     with torch.no_grad():
-        each = [
-            plain(made)(torch.tensor([ensemble.tokenizer(text)["input_ids"]])).logits[0, -1].log_softmax(-1)
-            for text in ("why a:", "so why b:")
-        ]
+        read = [torch.tensor([ensemble.tokenizer(text)["input_ids"]]) for text in ("why a:", "so why b:")]
+        each = [plain(made)(ids).logits[0, -1].log_softmax(-1) for ids in read]
     torch.testing.assert_close(predicted.double(), torch.stack(each).mean(0).log_softmax(-1), atol=1e-6, rtol=0)
     with TestClient(create_app(serving_of({"it": ensemble})), base_url="http://localhost") as client:
         body = {"messages": asked, "max_tokens": NEW, "temperature": 0}

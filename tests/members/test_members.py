@@ -128,25 +128,6 @@ def bring_code(folder):
     (folder / "evil.py").write_text("raise SystemExit('remote code ran')")
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (truncate, "damaged or truncated"),
-        (pickle_it, "pickled.*save_pretrained"),
-        (drop_a_weight, "1 weights are missing or misshapen .*model.norm.weight"),
-        (bring_code, "custom code.*trust_remote_code=True"),
-        (lambda f: (f / "model.safetensors").unlink(), r"no \*.safetensors file"),
-        (lambda f: (f / "config.json").unlink(), "no config.json: expected a saved"),
-        (lambda f: (f / "config.json").rename(f / "a.gguf"), r"no config.json: name a file in it, such as .*a\.gguf"),
-    ],
-)
-def test_checkpoints_that_are_refused(tmp_path, damage, message):
-    folder = failing(tmp_path, damage)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_members([folder])
-    assert str(folder) in str(caught.value)
-
-
 ENCODERS = {
     "encoder with a decoder": [tf.BartConfig(), tf.MarianConfig(), tf.T5Config()],
     "reads a text from both sides": [tf.BertConfig(), tf.XLMRobertaConfig()],
@@ -186,9 +167,18 @@ def another_vocabulary(folder):
 NO_TOKENIZER = r"expected tokenizer\.json.*: write them with tokenizer\.save_pretrained\(folder\)$"
 
 
+# What is found when weights are read.
+READ = [(truncate, "damaged or truncated"), (drop_a_weight, "1 weights are missing or misshapen .*model.norm.weight")]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        *READ,
+        (pickle_it, "pickled.*save_pretrained"),
+        (lambda f: (f / "model.safetensors").unlink(), r"no \*.safetensors file"),
+        (lambda f: (f / "config.json").unlink(), "no config.json: expected a saved"),
+        (lambda f: (f / "config.json").rename(f / "a.gguf"), r"no config.json: name a file in it, such as .*a\.gguf"),
         (without_tokenizer, NO_TOKENIZER),
         (lambda f: (of_kind(model_type="gemma")(f), without_tokenizer(f)), NO_TOKENIZER),
         (lambda f: (f / "tokenizer.json").unlink(), NO_TOKENIZER),
@@ -201,9 +191,12 @@ NO_TOKENIZER = r"expected tokenizer\.json.*: write them with tokenizer\.save_pre
     ],
 )
 def test_files_that_cannot_be_read_are_named_in_a_whole_sentence(tmp_path, damage, message, monkeypatch):
-    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)  # no weights are read
+    if (damage, message) not in READ:
+        monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", None)
+    folder = failing(tmp_path, damage)
     with pytest.raises(CheckpointError, match=message) as caught:
-        Ensemble.from_pretrained([failing(tmp_path, damage)])
+        Ensemble.from_pretrained([folder])
+    assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -34,7 +34,6 @@ from softmeet.server.batcher import Batcher
 from softmeet.server.limits import Limits
 from softmeet.server.members import readers_of
 from softmeet.server.metrics import Metrics
-from softmeet.server.sequences import PromptScored
 
 # Of an adapter beside a shared weight, which is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -172,21 +171,12 @@ def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatc
         asked.append(sequence(ours, (*prompt(3, 100), 7), max_tokens=3))
         running.submit([asked[-1][0]])
         found.append(asked[-1][1].tokens())
-        scored, listener = sequence(ours, prompt(5, 20), max_tokens=1, top=1, score_prompt=True)
-        running.submit([scored])
-        events = listener.all()
     finally:
         running.close(0)
         running.join()
     assert found == [generated(ours, one.prompt, max_tokens=one.max_tokens) for one, _ in asked]
     assert running.metrics.registry.get_sample_value("softmeet_reused_tokens_total") == 100
     assert positions == (kind == "unknown")  # of prompts, logits at each one's newest token alone
-    with torch.inference_mode():
-        own = (
-            ours(input_ids=torch.tensor([scored.prompt])).logits[0].gather(1, torch.tensor(scored.prompt[1:])[:, None])
-        )
-    said = next(event for event in events if isinstance(event, PromptScored))
-    assert [token.log_prob for token in said.tokens] == pytest.approx(own[:, 0].tolist(), abs=1e-4)
 
 
 @every

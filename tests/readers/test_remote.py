@@ -17,7 +17,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from commands import run
 from serving import http, running, serving_of, wait_until
@@ -39,14 +38,8 @@ MODEL = "org/model"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two members; the first is also that of the servers."""
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
 def alone(folders):
+    """The first member, which is also that of the servers."""
     return Ensemble.from_pretrained(folders[:1], "logit-mean")
 
 
