@@ -447,21 +447,6 @@ def test_a_long_text_that_is_closed_leaves_a_short_one_little():
     assert torch.allclose(told(reader, [short], [[9]]), alone(reader, [1, 9]), atol=1e-9)
 
 
-def test_few_of_many_texts_are_read_on_without_what_the_others_have():
-    """A call has the rows of these alone, and of each its own columns."""
-    reader = tiny_reader()
-    texts = [[1 + (7 * k + j) % 60 for j in range(4 + k)] for k in range(8)]
-    rows = [reader.open(reuse=False) for _ in texts]
-    told(reader, rows, texts)
-    for symbol in LONG[:20]:
-        told(reader, rows[:1], [[symbol]])
-    with calls_of(reader) as calls:
-        found = told(reader, [rows[2], rows[5]], [[9, 8, 7]] * 2)
-    ((ids, mask),) = calls
-    assert (ids, mask.shape[-1]) == ((2, 3), len(texts[5]) + 3)
-    assert torch.allclose(found, torch.cat([alone(reader, [*texts[k], 9, 8, 7]) for k in (2, 5)]), atol=1e-9)
-
-
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_a_text_takes_back_leaves_no_columns_to_be_read(at_once):
     """As of drafts that are wrong: a text by itself is as wide as it is long, and needs no mask."""
