@@ -17,7 +17,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app
 from softmeet.engine.limits import AnswerLength
 from softmeet.errors import InvalidInputError
-from softmeet.hf.answer_length import AnswersEnd, WholeCharacterStreamer
+from softmeet.hf.answer_length import AnswersEnd
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.byte_alphabet import ByteAlphabet
@@ -105,21 +105,6 @@ def test_where_symbols_are_tokens_their_number_counts(most, symbols):
     # Ids that are no bytes, and would begin a character if they were.
     assert [length.push(symbol) for symbol in (299, 0xC3, 0xE2)] == [True, True, False]
     assert (length.kept, length.count, length.longest) == (3, 3, 3)
-
-
-def test_a_streamer_gets_whole_characters_of_the_answer():
-    got = Mock()
-    text, length = "a\u00e9 \u65e5".encode(), AnswerLength(ByteAlphabet(SPELLINGS[0]), 3)
-    assert tokens_in(SPELLINGS[0], "a\u00e9 \u65e5".encode()) > 3
-    streamer = WholeCharacterStreamer(got, length)
-    streamer.put(torch.tensor([[1, 2]]))
-    for byte in text:
-        streamer.put(torch.tensor([byte]))
-    streamer.end()
-    put = [call.args[0].flatten().tolist() for call in got.put.call_args_list]
-    assert put[0] == [1, 2]
-    assert bytes(byte for some in put[1:] for byte in some) == text[: length.kept]
-    assert got.end.call_count == 1
 
 
 def test_rows_may_change_places():

@@ -172,8 +172,6 @@ def test_bytes_round_as_the_reader_below_does():
 
 
 class Shares(Table):
-    """A fork that is the row itself."""
-
     def fork(self, row, count=1, length=None):
         return [row] * count
 
@@ -190,23 +188,17 @@ class Leaks(Table):
 
 
 class Keeps(Table):
-    """What was not to be kept is kept."""
-
     def read(self, asked):
         return super().read([read(one.row, one.symbols, one.at) for one in asked])
 
 
 class Mixes(Table):
-    """In company, everybody gets the first one's predictions."""
-
     def told(self, logits, counts, errors):
         many = len(counts) > 1 and not errors
         return super().told(logits[:1].expand_as(logits) if many else logits, counts, errors)
 
 
 class Overwrites(Table):
-    """One buffer holds all predictions."""
-
     buffer = torch.zeros(64, len(Letters().ends) + 27, dtype=torch.float64)
 
     def told(self, logits, counts, errors):
@@ -215,8 +207,6 @@ class Overwrites(Table):
 
 
 class Unnormalised(Table):
-    """Predictions are no distributions."""
-
     def told(self, logits, counts, errors):
         found = super().told(logits, counts, errors)
         found.log_probs = lambda places=slice(None): found.logits(places) + 1
@@ -233,8 +223,6 @@ class Promises(Few):
 
 
 class Silent(Table):
-    """Symbols of no alphabet are predicted from as if they were one."""
-
     def refused(self, row, symbols):
         return None
 
@@ -243,8 +231,6 @@ class Silent(Table):
 
 
 class Halfway(Table):
-    """A row that cannot be read has read some symbols nevertheless."""
-
     def read(self, asked):
         for one in asked:
             if self.refused(one.row, one.symbols) and one.row in self.rows:
@@ -253,8 +239,6 @@ class Halfway(Table):
 
 
 class Hoards(Table):
-    """Closed rows are kept for ever."""
-
     hoard = 0
 
     def close(self, row):
@@ -276,8 +260,6 @@ class Forgets(Table):
 
 
 class Dead(Table):
-    """Rows that are closed are read on."""
-
     def checked(self, asked):
         return
 
@@ -301,8 +283,6 @@ class Shy(Table):
 
 
 class Deaf(StatelessReader):
-    """Leaves out the member's own tokens."""
-
     def __init__(self):
         super().__init__("deaf", TokenAlphabet.of(tiny.tokenizer()), 64)
         self.table = torch.randn(97, self.alphabet.size, generator=torch.Generator().manual_seed(0))

@@ -254,8 +254,6 @@ class Full(Brief):
 
 
 class Endless(Counted):
-    """Never expects an end."""
-
     def spoilt(self, found, texts):
         return found.index_fill(-1, torch.tensor(sorted(self.alphabet.ends)), -torch.inf)
 
@@ -305,8 +303,6 @@ class Raises(Counted):
 
 
 class Forgetful(Counted):
-    """Does not note what it has read."""
-
     def read(self, asked):
         found = yield from super().read(asked)
         for one in asked:
@@ -315,8 +311,6 @@ class Forgetful(Counted):
 
 
 class Fewer(Counted):
-    """Tells nothing of the last row."""
-
     def read(self, asked):
         found = yield from super().read(asked)
         return Given(found.logits()[: sum(found.counts[:-1])], [*found.counts[:-1], 0], found.errors)
