@@ -112,17 +112,6 @@ def test_log_probs_and_echo_are_the_ensembles_own(client, ensembles):
     assert scored.usage.completion_tokens == 0
 
 
-def test_a_stop_string_never_shows(client):
-    whole = ask(client, max_tokens=30).choices[0].text
-    stop = whole[6:8]
-    expected = whole[: whole.index(stop)]
-    for options in ({"stop": stop}, {"stop": ["~~~", stop]}):
-        choice = ask(client, max_tokens=30, **options).choices[0]
-        assert (choice.text, choice.finish_reason) == (expected, "stop")
-        chunks = [c.choices[0] for c in ask(client, max_tokens=30, stream=True, **options)]
-        assert ("".join(c.text for c in chunks), chunks[-1].finish_reason) == (expected, "stop")
-
-
 def test_biases_penalties_and_greedy(client, ensembles):
     assert ask(client, temperature=0, logit_bias={"5": 100}).choices[0].text == "e" * 12
     greedy = ensembles["plain"].generate("hello", max_new_tokens=12, do_sample=False)

@@ -56,14 +56,6 @@ def test_a_request_that_can_never_fit_is_not_told_to_come_again(url):
     assert ask(url, n=5).status_code == 200
 
 
-def test_more_tokens_than_the_context_has_are_refused(url):
-    error = refused(url, max_tokens=5000)
-    assert error["message"] == (
-        "expected max_tokens of at most 64, the context of the ensemble's shortest member, got 5,000: ask for fewer"
-    )
-    assert ask(url, max_tokens=64).json()["usage"]["completion_tokens"] <= 63
-
-
 def trusting(own, **settings):
     ensemble = tiny_ensemble("gpt2", "llama")
     ensemble.model.config.settings = ensemble.model.config.settings.changed(trust=own)
