@@ -29,7 +29,8 @@ COMPLETIONS = [
     ({"softmeet": {"trust": -1}}, "softmeet.trust", "softmeet.trust"),
     ({"softmeet": {"members": ["x"]}}, "softmeet.members", "no member 'x': expected some of tiny/gpt2, tiny/llama"),
     ({"max_tokens": "5"}, "max_tokens", "expected max_tokens to be a valid integer, got '5'"),
-    ({"max_tokens": 5000}, "max_tokens", "of at most 64, the context of the ensemble's shortest member, got 5,000"),
+    ({"max_tokens": 5000}, "max_tokens", "expected max_tokens of at most 64, the context of the ensemble's shortest "
+     "member, got 5,000: ask for fewer"),
     ({"stop": [5]}, "stop", "expected stop.0 to be a valid string, got 5"),
     ({"logit_bias": {"x": 1}}, "logit_bias", "expected logit_bias to match pattern"),
     ({"logit_bias": {"99": 1}}, "logit_bias", "expected token ids below 64 in logit_bias, got 99"),

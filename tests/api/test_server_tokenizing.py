@@ -82,19 +82,31 @@ def test_a_chat_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatc
     assert count.call_count == (longest > 8)
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """A function that holds up what reads texts; it returns (is one held, to let them go, the names of who read)."""
+
+    def hold(*names, when=lambda *_: True):
+        begun, done, read = threading.Event(), threading.Event(), []
+
+        def slow(name, original, *told, **options):
+            if when(*told):
+                read.append(name)
+                begun.set()
+                assert done.wait(300)
+            return original(*told, **options)
+
+        for name in names:
+            monkeypatch.setattr(prompts_module, name, partial(slow, name, getattr(prompts_module, name)))
+        return begun, done, read
+
+    return hold
+
+
 @pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "a"}] * 400])
-def test_short_texts_do_not_wait_for_long_ones(url, monkeypatch, messages):
-    begun, done = threading.Event(), threading.Event()
+def test_short_texts_do_not_wait_for_long_ones(url, held, messages):
     name = "templated" if messages else "tokens_of"
-    original = getattr(prompts_module, name)
-
-    def slow(served, *told):
-        if messages or len(told[0]) > prompts_module.LONG:
-            begun.set()
-            assert done.wait(300)
-        return original(served, *told)
-
-    monkeypatch.setattr(prompts_module, name, slow)
+    begun, done, _ = held(name, when=lambda _, text, *__: messages or len(text) > prompts_module.LONG)
     body = {"prompt": "a" * 20_000} if messages is None else {"model": "chatty", "messages": messages}
     path = "completions" if messages is None else "chat/completions"
     with ThreadPoolExecutor(1) as pool:
@@ -123,19 +135,8 @@ def test_the_version_is_told_to_who_has_a_key(url):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"])
-def test_texts_of_clients_that_have_left_are_not_read(url, monkeypatch, path):
-    begun, done, read = threading.Event(), threading.Event(), []
-    names = ("templated", "tokens_of", "encoded")
-    originals = {name: getattr(prompts_module, name) for name in names}
-
-    def slow(name, *told, **options):
-        read.append(name)
-        begun.set()
-        assert done.wait(300)
-        return originals[name](*told, **options)
-
-    for name in names:
-        monkeypatch.setattr(prompts_module, name, partial(slow, name))
+def test_texts_of_clients_that_have_left_are_not_read(url, held, path):
+    begun, done, read = held("templated", "tokens_of", "encoded")
     told = {"messages": [{"role": "user", "content": "a"}], "model": "chatty", "max_tokens": 1}
     texts = {"/v1/completions": {"prompt": "a"}, "/tokenize": {"prompt": "a"},
              "/v1/responses": {"input": "a", "model": "chatty"}}  # fmt: skip
@@ -158,16 +159,8 @@ def test_texts_of_clients_that_have_left_are_not_read(url, monkeypatch, path):
     assert len(read) < 10
 
 
-def test_no_more_texts_wait_than_there_are_places(monkeypatch):
-    begun, done = threading.Event(), threading.Event()
-
-    def slow(*told, **options):
-        begun.set()
-        assert done.wait(300)
-        return original(*told, **options)
-
-    original = prompts_module.encoded
-    monkeypatch.setattr(prompts_module, "encoded", slow)
+def test_no_more_texts_wait_than_there_are_places(held):
+    _, done, _ = held("encoded")
     serving = serving_of({"plain": tiny_ensemble("gpt2", rule="logit-mean")}, limits=Limits(rows=2, waiting=2))
     with running(serving) as url, ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(http.post, f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1})

@@ -1,7 +1,9 @@
 """Rules that take long: they hold up nobody, end in time, and lose nothing when they are suspended."""
 
+import gc
 import threading
 import time
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from batches import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, 
 from softmeet import Rule, time_is_over
 from softmeet.engine.draw import Sampling
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
+from softmeet.server.kinds import Kinds
 from softmeet.server.limits import Limits
 from softmeet.server.sequences import Account, Combination, GenerationRequest, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
@@ -277,3 +280,20 @@ def test_a_reproducible_token_whose_time_was_over_says_so_even_within_its_tolera
     one, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9), max_tokens=2)
     engine.submit([one])
     assert [e.status for e in listener.all() if isinstance(e, Token)] == ["BUDGET"] * 2
+
+
+def test_an_ensemble_that_nobody_needs_any_more_is_forgotten():
+    """As one that was made for a request, behind its passages: what is known of how long requests take keeps none."""
+
+    class Combined:
+        def __init__(self):
+            self.model, self.settings = type("Model", (), {})(), "mean"
+
+    kinds, request = Kinds(alone=False), SimpleNamespace(report=None, choices=2, prompts=["a"])
+    sequence = SimpleNamespace(combination=Combined(), request=request)
+    kinds.learn(sequence, 0.03)
+    assert len(kinds.of(sequence)) == 3  # known to be dear
+    gone = weakref.ref(sequence.combination.model)
+    del sequence
+    gc.collect()
+    assert gone() is None
