@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 import transformers as tf
-from byte_members import unpruned
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -32,16 +31,6 @@ from softmeet.readers.bytes.next_tokens import END, SYMBOLS
 
 GREEDY = {"max_bytes": 3, "do_sample": False}
 PROMPTS = ["the", "h", "\u00e9t"]
-
-
-@pytest.fixture(scope="module")
-def ensemble(folders):
-    return unpruned(folders)
-
-
-@pytest.fixture(scope="module")
-def pruned(folders):
-    return Ensemble.from_pretrained(folders, "logit-mean", vocabulary="bytes")
 
 
 def test_a_rule_that_reads_heads_is_refused_before_anything_is_loaded():

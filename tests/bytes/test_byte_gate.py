@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from byte_members import unpruned
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -16,16 +15,6 @@ from softmeet.readers.bytes.next_tokens import END
 
 GREEDY = {"max_bytes": 3, "do_sample": False}
 PROMPTS = ["the", "h", "\u00e9t"]
-
-
-@pytest.fixture(scope="module")
-def ensemble(folders):
-    return unpruned(folders)
-
-
-@pytest.fixture(scope="module")
-def pruned(folders):
-    return Ensemble.from_pretrained(folders, "logit-mean", vocabulary="bytes")
 
 
 def one_by_one(member, reading, text):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import byte_tokenizers
 import pytest
 from commands import run
-from test_models import written
+from gguf_files import written
 
 from softmeet import Ensemble
 from softmeet.cli import messages, progress
