@@ -52,12 +52,6 @@ def healthy(connection):
     return found.startswith(b"HTTP/1.1 200 ")
 
 
-def error_of(answer, status):
-    head, _, content = answer.rpartition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 %d " % status), answer
-    return json.loads(content)["error"]
-
-
 def flooded(connection, first, pieces):
     """How many of many pieces could be sent behind a beginning."""
     connection.sendall(first)

@@ -377,20 +377,22 @@ def test_prefixes_that_do_not_fit_are_refused(pruned, folders):
     with pytest.raises(InvalidInputError, match=r"expected 2 prefixes, one per member, got \["):
         Ensemble.from_pretrained(folders, prefixes=[[1]])
     for wrong in ([99_999], [-1], [True], ["x"]):
-        with pytest.raises(
-            InvalidInputError, match=f"expected a prefix of token ids of {folders[0]}, .* got {wrong[0]!r}"
-        ):
+        said = f"expected a prefix of token ids of {folders[0]}, .* got {wrong[0]!r}"
+        with pytest.raises(InvalidInputError, match=said):
             Ensemble.from_pretrained([folders[0], folders[0]], prefixes=[wrong, None])
-    with pytest.raises(InvalidInputError, match="expected prefixes for each of 1 prompts, got 2"):
-        pruned.generate("the", prefixes=[[None, None]] * 2, **GREEDY)
-    with pytest.raises(InvalidInputError, match="a prefix of at least one token"):
-        pruned.generate("the", prefixes=[[[], None]], **GREEDY)
-    for wrong in ([[[1], None, None]], [[[1]]], [[1], None, None], [[1]], [["x", None]], [None]):
-        with pytest.raises(InvalidInputError, match="token ids or None for each of 2 members"):
-            pruned.generate("the", prefixes=wrong, **GREEDY)
-    for wrong in ([99_999], [-1], [True]):
-        with pytest.raises(InvalidInputError, match=f"token ids of {folders[0]}, from 0 to .*got {wrong[0]}"):
-            pruned.generate("the", prefixes=[[wrong, None]], **GREEDY)
+    shapes = [[[1], None, None]], [[[1]]], [[1], None, None], [[1]], [["x", None]], [None]
+    for said, every in (
+        ("expected prefixes for each of 1 prompts, got 2", [[[None, None]] * 2]),
+        ("a prefix of at least one token", [[[[], None]]]),
+        ("token ids or None for each of 2 members", shapes),
+        (
+            f"token ids of {folders[0]}, from 0 to .*got (99999|-1|True)",
+            [[[[own], None]] for own in (99_999, -1, True)],
+        ),
+    ):
+        for wrong in every:
+            with pytest.raises(InvalidInputError, match=said):
+                pruned.generate("the", prefixes=wrong, **GREEDY)
     tokens = Ensemble.from_pretrained([folders[0]])
     with pytest.raises(InvalidInputError, match="as over tokens members share"):
         tokens.model(input_ids=torch.tensor([[5]]), prefixes=[[None]])

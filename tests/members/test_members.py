@@ -267,9 +267,8 @@ def test_a_folder_that_holds_no_model_hides_no_bundled_member(tmp_path, monkeypa
 def test_different_vocabularies_say_which_tokens_differ():
     ours, other = tiny.tokenizer(), tiny.tokenizer(60)
     assert common_vocabulary(["a", "b"], [ours, tiny.tokenizer()]).ids == set(range(64))
-    with pytest.raises(
-        VocabularyMismatchError, match=r"a \(64 tokens\) and b \(60 tokens\) differ in 4 ids \(id 60: '&' and None"
-    ):
+    said = r"a \(64 tokens\) and b \(60 tokens\) differ in 4 ids \(id 60: '&' and None"
+    with pytest.raises(VocabularyMismatchError, match=said):
         common_vocabulary(["a", "b"], [ours, other])
     assert surely_differ([ours, other])
 
