@@ -18,10 +18,7 @@ from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.reader import Read, finished
-from softmeet.server.batcher import Batcher
 from softmeet.server.limits import Limits
-from softmeet.server.members import readers_of
-from softmeet.server.metrics import Metrics
 from softmeet.server.texts import Cutting, cut
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
@@ -65,7 +62,7 @@ def test_by_itself_a_server_drafts_no_bytes(url):
     assert "softmeet_draft_tokens_total 0.0" in http.get(f"{url}/metrics").text
 
 
-def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, monkeypatch):
+def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, serve, monkeypatch):
     """Together they take fewer calls of a member than each alone, and one that cannot be read ends by itself."""
     readers, calls, sizes = ensemble.model.readers, [], []
 
@@ -87,28 +84,23 @@ def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, m
 
     monkeypatch.setattr(readers[0], "run", counted)
     monkeypatch.setattr(readers[0], "beginning", begun)
-    engine = Batcher(readers_of([ensemble.model], [ensemble.names]), Limits(rows=8), Metrics())
-    engine.start()
-    try:
-        engine.submit([one for one, _ in asked])
-        texts = [listener.tokens() for _, listener in asked]
-        assert max(sizes) > 1
-        assert sum(sizes) == 7
-        together = len(calls)
-        for k, found in enumerate(texts):
-            calls.clear()
-            again, listener = asking(k)
-            engine.submit([again])
-            assert listener.tokens() == found
-            together -= len(calls)
-        assert together < 0
-        others = [asking(k) for k in range(3)]
-        engine.submit([bad, *(one for one, _ in others)])
-        assert [listener.tokens() for _, listener in others] == texts[:3]
-        assert isinstance(refused.all()[-1].error, InvalidInputError)
-    finally:
-        engine.close(0)
-        engine.join()
+    engine = serve(ensemble.model, limits=Limits(rows=8))
+    engine.submit([one for one, _ in asked])
+    texts = [listener.tokens() for _, listener in asked]
+    assert max(sizes) > 1
+    assert sum(sizes) == 7
+    together = len(calls)
+    for k, found in enumerate(texts):
+        calls.clear()
+        again, listener = asking(k)
+        engine.submit([again])
+        assert listener.tokens() == found
+        together -= len(calls)
+    assert together < 0
+    others = [asking(k) for k in range(3)]
+    engine.submit([bad, *(one for one, _ in others)])
+    assert [listener.tokens() for _, listener in others] == texts[:3]
+    assert isinstance(refused.all()[-1].error, InvalidInputError)
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1, "best_of": 3}, {"ignore_eos": True}])

@@ -30,10 +30,6 @@ from softmeet.members.opaque import OpaqueHead
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
-from softmeet.server.batcher import Batcher
-from softmeet.server.limits import Limits
-from softmeet.server.members import readers_of
-from softmeet.server.metrics import Metrics
 
 # Of an adapter beside a shared weight, which is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -153,27 +149,20 @@ def test_the_gate_unsure_finds_others_behind(kind):
 
 
 @every
-def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatch):
+def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, serve, monkeypatch):
     monkeypatch.setattr("softmeet.readers.kv.PIECE", 32)
     ours = assembled(WIDE, [of_kind(kind, name) for name in WIDE])
-    ours.members[0].positions = 0
-    readers = readers_of([ours], [["it"] * len(ours.members)], 16384)
+    running = serve(ours)
     # Which is tried once, on a few calls, where texts are padded.
-    assert all(reader._kv.reads_trees for reader in readers.values())
+    assert all(reader._kv.reads_trees for reader in running.readers.values())
     ours.members[0].positions = 0
-    running = Batcher(readers, Limits(), Metrics())
-    running.start()
-    try:
-        asked = [sequence(ours, prompt(k, length), max_tokens=6) for k, length in enumerate((3, 20, 5, 100))]
-        running.submit([one for one, _ in asked])
-        found = [listener.tokens() for _, listener in asked]
-        positions = ours.members[0].positions
-        asked.append(sequence(ours, (*prompt(3, 100), 7), max_tokens=3))
-        running.submit([asked[-1][0]])
-        found.append(asked[-1][1].tokens())
-    finally:
-        running.close(0)
-        running.join()
+    asked = [sequence(ours, prompt(k, length), max_tokens=6) for k, length in enumerate((3, 20, 5, 100))]
+    running.submit([one for one, _ in asked])
+    found = [listener.tokens() for _, listener in asked]
+    positions = ours.members[0].positions
+    asked.append(sequence(ours, (*prompt(3, 100), 7), max_tokens=3))
+    running.submit([asked[-1][0]])
+    found.append(asked[-1][1].tokens())
     assert found == [generated(ours, one.prompt, max_tokens=one.max_tokens) for one, _ in asked]
     assert running.metrics.registry.get_sample_value("softmeet_reused_tokens_total") == 100
     assert positions == (kind == "unknown")  # of prompts, logits at each one's newest token alone
