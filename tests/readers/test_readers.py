@@ -139,6 +139,41 @@ def compared(reader, model, texts, asked):
             texts[one.row] = whole
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_is_done_to_bytes_they_are_read_as_texts(seed):
+    """Rows are read in pieces, forked and cropped at random; each prediction is that of the text as it is scored."""
+    member, chance = member_of("gpt2", Pruning()), random.Random(seed)
+    reader = ByteReader(member, "bytes")
+    texts, known = {reader.open(): b""}, b"the hat\n ehth\xc3\xa9 he theethe th" * 3
+    for _ in range(30):
+        row = chance.choice(list(texts))
+        match chance.choice(["read", "read", "read", "fork", "crop"]):
+            case "fork":
+                length = chance.randrange(row.length + 1)
+                (fork,) = reader.fork(row, 1, length)
+                texts[fork] = texts[row][:length]
+            case "crop":
+                length = max(0, row.length - chance.choice([1, 2, 9]))
+                reader.crop(row, length)
+                texts[row] = texts[row][:length]
+            case _:
+                asked = []
+                for one in chance.sample(list(texts), min(len(texts), 3)):
+                    start = chance.randrange(30)
+                    new = list(known[start : start + chance.choice([1, 1, 2, 5, 9])])
+                    at = sorted(chance.sample(range(len(new) + 1), chance.choice([0, 1, 2])))
+                    asked.append(read(one, new, at, keep=chance.random() < 0.8))
+                found = finished(reader.read(asked))
+                for k, one in enumerate(asked):
+                    whole = texts[one.row] + bytes(one.symbols)
+                    _, expected, _ = member.score(whole)
+                    for place, told in zip(one.at, found.log_probs(found.of(k)), strict=True):
+                        place += len(texts[one.row])
+                        assert torch.allclose(told.exp(), torch.from_numpy(expected[place]).exp(), atol=1e-9)
+                    if one.keep:
+                        texts[one.row] = whole
+
+
 def mamba():
     torch.manual_seed(0)
     config = tf.MambaConfig(vocab_size=tiny.V, hidden_size=16, num_hidden_layers=2, state_size=4, **tiny.IDS)
