@@ -100,6 +100,15 @@ def full_disk(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Two tiny members, of which nobody changes anything."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("members")
+    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
+
+
+@pytest.fixture(scope="session")
 def narrow():
     """The bundled narrow family, as an ensemble."""
     from softmeet import Ensemble

@@ -6,6 +6,8 @@ import json
 
 import gguf
 import numpy as np
+import torch
+import transformers as tf
 
 _STORED = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}
 # The layers of GPT-2 whose weights are stored as they are multiplied, the other way round than elsewhere.
@@ -49,6 +51,16 @@ def write(path, model, tokenizer, *, bits=32, pre=None, said=()):
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
+
+
+def written(path, tokenizer, pre="gpt-2", **said):
+    """Write a tiny Llama with a tokenizer, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"intermediate_size": 32, "max_position_embeddings": 64, "vocab_size": len(tokenizer)}
+    write(path, tf.LlamaForCausalLM(tf.LlamaConfig(**shape)).eval(), tokenizer, bits=8, pre=pre, **said)
+    return path
 
 
 def _add_shape(out, config):

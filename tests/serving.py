@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -38,6 +39,13 @@ def tiny_ensemble(*names, rule="meet", seeds=(0, 1), template=None, models=None)
     tokenizer.chat_template = template
     model.adopt(tokenizer)
     return Ensemble(model, tokenizer)
+
+
+def chunks(url, body):
+    """The JSON of the events of a streamed answer."""
+    with http.stream("POST", url, json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200, answer.read()
+        return [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
 
 
 def serving_of(ensembles, **settings):

@@ -1,7 +1,5 @@
 """The guide's table of what each server supports: softmeet's column is what this server answers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

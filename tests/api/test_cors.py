@@ -1,7 +1,5 @@
 """Pages of other origins, in a real browser: those that the server allows get answers and refusals, others nothing."""
 
-from __future__ import annotations
-
 import http.server
 import threading
 

@@ -1,7 +1,5 @@
 """ollama's own API, as its real client for Python meets it."""
 
-from __future__ import annotations
-
 import json
 
 import ollama

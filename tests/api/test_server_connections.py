@@ -3,8 +3,6 @@
 What a slow client can do behind a reverse proxy is in tests/server/test_proxy.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -54,12 +52,6 @@ def healthy(connection):
     return found.startswith(b"HTTP/1.1 200 ")
 
 
-def error_of(answer, status):
-    head, _, content = answer.rpartition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 %d " % status), answer
-    return json.loads(content)["error"]
-
-
 def flooded(connection, first, pieces):
     """How many of many pieces could be sent behind a beginning."""
     connection.sendall(first)
@@ -73,13 +65,7 @@ def flooded(connection, first, pieces):
 
 @pytest.mark.parametrize(
     "first",
-    [
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ",
-        b"GET /",
-        b"",
-        CHUNKED + b"1;x=",
-        CHUNKED + b"1\r\n{\r\n0\r\nX: ",
-    ],
+    [b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", b"GET /", b"", CHUNKED + b"1;x=", CHUNKED + b"1\r\n{\r\n0\r\nX: "],
     ids=["a header", "a target", "empty lines", "a chunk's extension", "a trailer"],
 )
 def test_what_has_no_end_is_not_kept(first):

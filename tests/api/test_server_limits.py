@@ -1,7 +1,5 @@
 """What somebody who serves models elsewhere expects: limits that are told, settings that are used, figures of now."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -21,7 +19,6 @@ from softmeet.server import prompts as prompts_module
 from softmeet.server import serving as served_module
 from softmeet.server.app import create_app
 from softmeet.server.limits import Limits
-from softmeet.server.naming import named
 from softmeet.server.security import Protection
 
 ROOT = Path(__file__).parents[2]
@@ -57,14 +54,6 @@ def test_a_request_that_can_never_fit_is_not_told_to_come_again(url):
     assert error["message"].startswith(f"{said} 6 (3 prompts with n = 2)")
     assert refused(url, prompt=["a"] * 6)["param"] == "prompt"
     assert ask(url, n=5).status_code == 200
-
-
-def test_more_tokens_than_the_context_has_are_refused(url):
-    error = refused(url, max_tokens=5000)
-    assert error["message"] == (
-        "expected max_tokens of at most 64, the context of the ensemble's shortest member, got 5,000: ask for fewer"
-    )
-    assert ask(url, max_tokens=64).json()["usage"]["completion_tokens"] <= 63
 
 
 def trusting(own, **settings):
@@ -147,16 +136,6 @@ def test_what_is_wrong_many_times_is_refused_by_one_error(body, monkeypatch):
         assert answer.json()["error"]["message"] == said
 
 
-def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(monkeypatch):
-    ensemble = tiny_ensemble("gpt2", rule="logit-mean")
-    monkeypatch.setattr(prompts_module, "token_texts", lambda _: Mock(longest=8))
-    monkeypatch.setattr(prompts_module, "encoded", Mock(side_effect=AssertionError("was cut into tokens")))
-    with TestClient(create_app(serving_of({"duo": ensemble}))) as client:
-        error = client.post(PATH, json={"prompt": "a" * (4 * 8 * 64 + 1)}).json()["error"]
-    assert error["code"] == "context_length_exceeded"
-    assert error["message"].endswith("got a text of 2,049 characters: shorten it")
-
-
 def test_an_answer_lists_no_more_than_memory_holds(monkeypatch):
     with running(serving_of({"duo": tiny_ensemble("gpt2", "llama", rule="logit-mean")})) as url:
         monkeypatch.setattr(served_module, "_MOST_LISTED", 1000)
@@ -184,36 +163,6 @@ def test_settings_without_effect_are_refused_where_asked_for_and_else_not_told(u
     facts = {"gate", "context", "vocabulary", "max_tokens", "chat", "sources", "may_change", "rules"}
     assert {*model} == common | facts
     assert (model["rules"]["meet"], model["rules"]["prob-mean"]) == ([], ["trust", "pool"])
-
-
-@pytest.mark.parametrize(
-    ("ours", "param", "message"),
-    [
-        ({"rule": "vote"}, "rule", "unknown rule 'vote'"),
-        ({"rule": "meet:trust=x"}, "rule", "expected NUMBER"),
-        ({"rule": "meet", "trust": [1, 2, 3]}, "trust", "one per member, 2 in all"),
-        ({"rule": "meet", "pool": "mean"}, "pool", "expected pool"),
-        ({"weights": [1, 2, 3]}, "weights", "one weight per member, 2 in all"),
-        ({"gate": "sure:1"}, "gate", "expected a gate as"),
-    ],
-)
-def test_an_invalid_setting_is_named_as_the_request_has_it(url, ours, param, message):
-    error = refused(url, softmeet=ours)
-    assert message in error["message"]
-    assert (error["type"], error["param"], error["code"]) == (
-        "invalid_request_error", f"softmeet.{param}", "invalid_value",
-    )  # fmt: skip
-    assert refused(url, softmeet={"trust": -1})["param"] == "softmeet.trust"
-
-
-def test_what_is_suggested_is_what_was_meant_and_is_said_once(url):
-    said = http.get(f"{url}/v1/embeddings").json()["error"]["message"]
-    assert said.startswith("there is nothing at /v1/embeddings: expected one of /v1/models, ")
-    said = http.post(url + PATH, json={"prompt": "a", "model": "dou"}).json()["error"]["message"]
-    assert said == "there is no model 'dou': did you mean duo?"
-    answer = http.get(f"{url}/health", headers={"host": "evil.test"})
-    assert answer.status_code == 421
-    assert "start it with --allow-host" in answer.json()["error"]["message"]
 
 
 def test_every_metric_has_its_line_in_the_guide(url):
@@ -255,19 +204,3 @@ def test_models_that_are_served_each_alone_are_told_of(monkeypatch, tmp_path):
     assert "duo and default are single models, each served alone" in mixed
     for arguments in ((a,), ("-m", f"duo={a}", "-m", f"duo={b}"), ("-m", a, "-m", b)):
         assert "single" not in run("serve", *arguments, "--port", "0", "--no-ui", "--rule", "logit-mean").stderr
-    with pytest.raises(InvalidInputError, match="say -m duo=A -m duo=B to combine these models"):
-        named(["duo=A", "duo=B"])
-    with pytest.raises(InvalidInputError, match="say -m duo=A -m duo=B -m duo=C to combine"):
-        named(["duo=C"], ["duo=A", "duo=B"])
-
-
-def test_the_first_ensemble_is_the_first_argument():
-    assert list(named(["wide", "narrow"], ["my=a", "my=b"])) == ["wide", "narrow", "my"]
-
-
-def test_files_alone_are_one_ensemble(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in "ab":
-        Path(f"{name}.gguf").touch()
-    assert named(["a.gguf", "wide", "b.gguf"], ["c"]) == {"wide": ["wide"], "default": ["a.gguf", "b.gguf", "c"]}
-    assert named(["one=a.gguf", "b.gguf"]) == {"one": ["a.gguf"], "default": ["b.gguf"]}

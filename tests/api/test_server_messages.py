@@ -1,7 +1,5 @@
 """What somebody meets first: the way in, and an answer to each usual mistake that says what to do."""
 
-from __future__ import annotations
-
 import re
 import socket
 from pathlib import Path
@@ -83,46 +81,6 @@ def test_the_root_and_the_page_tell_nothing_of_what_is_served_without_a_key():
         for path in ("/", "/ui"):  # whatever stands before the server, and below whatever path
             assert http.get(f"{url}{path}").headers["location"] == "ui/"
         assert http.get(f"{url}/ui/look.js").headers["cross-origin-resource-policy"] == "same-origin"
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rule": "meet"}, 'rule is not supported: put it into softmeet, as {"softmeet": {"rule": …}}, with'),
-        ({"trust": 1}, '{"softmeet": {"trust": …}}'),
-        ({"gate": "none"}, '{"softmeet": {"gate": …}}'),
-        ({"tol": 1}, "tol is not supported: it is the same for all requests"),
-        ({"temprature": 1}, "did you mean temperature?"),
-        ({"max_new_tokens": 1}, "did you mean max_tokens?"),
-        ({"quite other": 1}, "quite other is not supported: leave it out"),
-        ({"messages": CHAT}, "messages is not supported: send it to /v1/chat/completions"),
-        ({"softmeet": {"ruel": "meet"}}, "softmeet.ruel is not supported: did you mean rule?"),
-        ({"softmeet": {"temperature": 1}}, "put temperature beside softmeet, not into it"),
-        ({"softmeet": "meet"}, "expected softmeet to be an object, got 'meet'"),
-        ({"softmeet": {"trust": "x"}}, "softmeet.trust to be a valid number or 'inf' or a valid list, got 'x'"),
-        ({"softmeet": {"trust": [1, -1]}}, "softmeet.trust.1 to be greater than or equal to 0 or 'inf', got -1"),
-        ({"max_tokens": "5"}, "expected max_tokens to be a valid integer, got '5'"),
-        ({"stop": [5]}, "expected stop.0 to be a valid string, got 5"),
-        ({"logit_bias": {"x": 1}}, "expected logit_bias to match pattern"),
-        ({"user": "x" * 201}, "got a text of 201 characters"),
-        ({"seed": 10**30}, "got a larger number"),
-        ({"prompt": 5}, "expected prompt to be a valid string or a valid list, got 5"),
-        ({"prompt": [1, "a"]}, "expected prompt.0 to be a valid string or a valid list, got 1"),
-    ],
-)  # fmt: skip
-def test_a_wrong_field_is_answered_with_what_to_do(url, fields, message):
-    assert message in refused(url, "/v1/completions", **({"prompt": "a"} | fields))["message"]
-
-
-def test_what_belongs_to_the_other_endpoint_or_is_missing(url):
-    said = refused(url, "/v1/chat/completions", prompt="a")["message"]
-    assert said == "prompt is not supported: send it to /v1/completions"
-    assert refused(url, "/v1/completions")["message"].endswith("which is missing: add it")
-    assert refused(url, "/v1/completions", prompts="a")["message"].endswith("did you mean prompt?")
-    missing = refused(url, "/v1/chat/completions", messages=[{"role": "user"}])["message"]
-    assert missing == "expected messages.0.content, which is missing: add it"
-    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
-    assert "the members read only text" in refused(url, "/v1/chat/completions", messages=picture)["message"]
 
 
 def test_a_wrong_name_path_or_method_gets_the_right_one(url):

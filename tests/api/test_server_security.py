@@ -1,7 +1,5 @@
 """What must not come in, and what must not go out: keys, hosts, malformed bodies, full queues, signals."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -106,10 +104,7 @@ def test_a_malformed_body_gets_an_error_object_that_does_not_echo_it(url, name):
 
 
 def test_other_wrong_requests(url):
-    assert_is_error(http.get(f"{url}/nowhere"), 404)
     assert_is_error(http.get(f"{url}/docs"), 404)
-    assert_is_error(http.get(f"{url}/v1/completions"), 405)
-    assert_is_error(http.post(f"{url}/v1/completions", content=body(), headers={"content-type": "text/plain"}))
     assert_is_error(http.post(f"{url}/v1/completions", content=b"x" * 100_001, headers=JSON), 413)
     chunks = (b"x" * 10_000 for _ in range(20))
     assert_is_error(http.post(f"{url}/v1/completions", content=chunks, headers=JSON), 413)
@@ -158,7 +153,9 @@ def test_keys_hosts_and_origins(caplog):
             openai.OpenAI(base_url=f"{url}/v1", api_key="x").models.list()
         named = {"host": "evil.test", "authorization": "Bearer first-key"}
         for host in ("evil.test", "[2001:db8::1]:80"):
-            assert_is_error(http.get(f"{url}/v1/models", headers=named | {"host": host}), 421)
+            answer = http.get(f"{url}/v1/models", headers=named | {"host": host})
+            assert_is_error(answer, 421)
+            assert "start it with --allow-host" in answer.json()["error"]["message"]
         for host in ("evil]example", "127.0.0.1]", "evil]", "a@127.0.0.1", "127.0.0.1:8x"):
             assert_is_error(http.get(f"{url}/v1/models", headers=named | {"host": host}), 400)
         allowed = http.get(f"{url}/health", headers={"origin": "http://page.test"}).headers
@@ -257,12 +254,6 @@ def test_a_full_queue_and_an_answer_that_takes_too_long():
         assert events[-1] == "data: [DONE]"
 
 
-@pytest.fixture(scope="module")
-def members(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name)) for name in ("gpt2", "llama")]
-
-
 def streamed(url, fields):
     """The events of a stream, until the connection closes."""
     with http.stream("POST", f"{url}/v1/completions", json=fields, timeout=600) as stream:
@@ -285,7 +276,7 @@ def terminable():
 
 
 @pytest.mark.slow
-def test_sigterm_under_load_ends_every_stream_properly(members, terminable, caplog):
+def test_sigterm_under_load_ends_every_stream_properly(folders, terminable, caplog):
     """After a first one, answers go on to their end; at a second one, those that are left are ended by name.
 
     In this process; servers in processes of their own get one from the soak.
@@ -304,7 +295,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members, terminable, capl
             os.kill(os.getpid(), signal.SIGTERM)
             return url, [stream.result() for stream in streams]
 
-    named = tiny.each("-m", (f"pair={member}" for member in members))
+    named = tiny.each("-m", (f"pair={member}" for member in folders))
     options = "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "2"
     done, (url, ends) = serve(*named, *options, meanwhile=load)
     reasons = set()
@@ -324,7 +315,7 @@ def test_sigterm_under_load_ends_every_stream_properly(members, terminable, capl
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interruptible")
-def test_a_second_ctrl_c_ends_every_answer_properly(members):
+def test_a_second_ctrl_c_ends_every_answer_properly(folders):
     fields = {"prompt": "a", "max_tokens": 60, "logit_bias": {"0": -100}}
 
     def load(url):
@@ -338,7 +329,7 @@ def test_a_second_ctrl_c_ends_every_answer_properly(members):
             os.kill(os.getpid(), signal.SIGINT)
             return [stream.result() for stream in streams], [whole.result() for whole in wholes]
 
-    named = tiny.each("-m", (f"pair={member}" for member in members))
+    named = tiny.each("-m", (f"pair={member}" for member in folders))
     options = "--rule", "logit-mean", "--no-ui", "--grace", "3000", "--batch", "1"
     done, (ends, answers) = serve(*named, *options, meanwhile=load)
     assert all(events[-1] == "[DONE]" for events in ends)
@@ -350,7 +341,7 @@ def test_a_second_ctrl_c_ends_every_answer_properly(members):
     assert "Application shutdown complete" in done.stdout + done.stderr
 
 
-def test_the_command_refuses_what_is_unsafe_or_unclear(members, tmp_path):
+def test_the_command_refuses_what_is_unsafe_or_unclear(folders, tmp_path):
     (tmp_path / "keys").write_text("\n")
     for arguments, message in (
         (["--host", "0.0.0.0"], "refused to listen on 0.0.0.0 without keys"),
@@ -374,26 +365,12 @@ def test_missing_packages_are_named(package, extra, monkeypatch):
     assert f"[{extra}]'" in done.stderr
 
 
-def test_members_that_two_ensembles_name_are_loaded_once(members):
+def test_members_that_two_ensembles_name_are_loaded_once(folders):
     from softmeet.server.ensembles import load
 
-    found = load({"both": members, "one": members[:1]})
+    found = load({"both": folders, "one": folders[:1]})
     assert len({m for served in found for m in served.ensemble.model.members}) == 2
     assert found.find("one").ensemble.model.members[0] is found.find("both").ensemble.model.members[0]
-
-
-def test_threads_of_clients_get_their_own_tokens(url):
-    """Many at once, in any order: every answer is the one that the same request gets alone."""
-    fields = [{"prompt": "abcdefgh"[: 1 + k % 8], "max_tokens": 3 + k % 8, "seed": k, "logprobs": 0} for k in range(16)]
-    alone = [http.post(f"{url}/v1/completions", json=f).json()["choices"][0] for f in fields]
-    before = threading.active_count()
-    with ThreadPoolExecutor(16) as pool:
-        together = list(
-            pool.map(lambda f: http.post(f"{url}/v1/completions", json=f, timeout=300).json()["choices"][0], fields)
-        )
-    for a, b in zip(alone, together, strict=True):
-        assert (a["text"], a["finish_reason"]) == (b["text"], b["finish_reason"])
-    assert threading.active_count() < before + 20
 
 
 def test_schemathesis_finds_only_errors_that_are_objects(url):

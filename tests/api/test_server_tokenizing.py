@@ -1,7 +1,5 @@
 """Texts as token ids and back, and the version, as vLLM's clients ask for them."""
 
-from __future__ import annotations
-
 import json
 import socket
 import threading
@@ -23,10 +21,8 @@ from softmeet.server.security import Protection
 
 @pytest.fixture(scope="module")
 def url():
-    plain, chatty = (
-        tiny_ensemble("gpt2", rule="logit-mean"),
-        tiny_ensemble("llama", rule="logit-mean", template=TEMPLATE),
-    )
+    plain = tiny_ensemble("gpt2", rule="logit-mean")
+    chatty = tiny_ensemble("llama", rule="logit-mean", template=TEMPLATE)
     with running(serving_of({"plain": plain, "chatty": chatty}, strict=True)) as found:
         yield found
 
@@ -57,30 +53,13 @@ def test_messages_are_written_as_the_chat_template_says(url):
     assert chat.json()["usage"]["prompt_tokens"] == found["count"]
 
 
-@pytest.mark.parametrize(
-    ("path", "fields", "param", "message"),
-    [
-        ("tokenize", {}, "prompt", "expected either a prompt or messages, got neither: send one of them"),
-        ("tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt", "got both"),
-        ("tokenize", {"messages": [{"role": "user", "content": "a"}]}, "messages", "has no chat template"),
-        ("tokenize", {"prompt": "a", "chat_template": "b"}, "chat_template", "chat_template is not supported"),
-        ("tokenize", {"prompt": "a", "promt": "b"}, "promt", "did you mean prompt?"),
-        ("detokenize", {"tokens": [64]}, "tokens", "expected token ids from 0 to 63"),
-        ("detokenize", {"tokens": "abc"}, "tokens", "expected tokens to be a valid list, got 'abc'"),
-        ("detokenize", {}, "tokens", "expected tokens, which is missing: add it"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_by_name(url, path, fields, param, message):
-    error = ask(url, path, status=400, **fields)
-    assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert message in error["message"]
-
-
-def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatch):
+@pytest.mark.parametrize("path", ["tokenize", "v1/completions"])
+def test_a_text_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatch, path):
     monkeypatch.setattr(prompts_module, "token_texts", lambda _: Mock(longest=8))
     monkeypatch.setattr(prompts_module, "encoded", Mock(side_effect=AssertionError("was cut into tokens")))
-    error = ask(url, "tokenize", status=400, prompt="a" * (4 * 8 * 64 + 1))
+    error = ask(url, path, status=400, prompt="a" * (4 * 8 * 64 + 1))
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    assert error["message"].endswith("got a text of 2,049 characters: shorten it")
 
 
 @pytest.mark.parametrize("longest", [8, 10_000])
@@ -103,19 +82,31 @@ def test_a_chat_that_fits_into_no_context_is_not_cut_into_tokens(url, monkeypatc
     assert count.call_count == (longest > 8)
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """A function that holds up what reads texts; it returns (is one held, to let them go, the names of who read)."""
+
+    def hold(*names, when=lambda *_: True):
+        begun, done, read = threading.Event(), threading.Event(), []
+
+        def slow(name, original, *told, **options):
+            if when(*told):
+                read.append(name)
+                begun.set()
+                assert done.wait(300)
+            return original(*told, **options)
+
+        for name in names:
+            monkeypatch.setattr(prompts_module, name, partial(slow, name, getattr(prompts_module, name)))
+        return begun, done, read
+
+    return hold
+
+
 @pytest.mark.parametrize("messages", [None, [{"role": "user", "content": "a"}] * 400])
-def test_short_texts_do_not_wait_for_long_ones(url, monkeypatch, messages):
-    begun, done = threading.Event(), threading.Event()
+def test_short_texts_do_not_wait_for_long_ones(url, held, messages):
     name = "templated" if messages else "tokens_of"
-    original = getattr(prompts_module, name)
-
-    def slow(served, *told):
-        if messages or len(told[0]) > prompts_module.LONG:
-            begun.set()
-            assert done.wait(300)
-        return original(served, *told)
-
-    monkeypatch.setattr(prompts_module, name, slow)
+    begun, done, _ = held(name, when=lambda _, text, *__: messages or len(text) > prompts_module.LONG)
     body = {"prompt": "a" * 20_000} if messages is None else {"model": "chatty", "messages": messages}
     path = "completions" if messages is None else "chat/completions"
     with ThreadPoolExecutor(1) as pool:
@@ -144,19 +135,8 @@ def test_the_version_is_told_to_who_has_a_key(url):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize"])
-def test_texts_of_clients_that_have_left_are_not_read(url, monkeypatch, path):
-    begun, done, read = threading.Event(), threading.Event(), []
-    names = ("templated", "tokens_of", "encoded")
-    originals = {name: getattr(prompts_module, name) for name in names}
-
-    def slow(name, *told, **options):
-        read.append(name)
-        begun.set()
-        assert done.wait(300)
-        return originals[name](*told, **options)
-
-    for name in names:
-        monkeypatch.setattr(prompts_module, name, partial(slow, name))
+def test_texts_of_clients_that_have_left_are_not_read(url, held, path):
+    begun, done, read = held("templated", "tokens_of", "encoded")
     told = {"messages": [{"role": "user", "content": "a"}], "model": "chatty", "max_tokens": 1}
     texts = {"/v1/completions": {"prompt": "a"}, "/tokenize": {"prompt": "a"},
              "/v1/responses": {"input": "a", "model": "chatty"}}  # fmt: skip
@@ -179,16 +159,8 @@ def test_texts_of_clients_that_have_left_are_not_read(url, monkeypatch, path):
     assert len(read) < 10
 
 
-def test_no_more_texts_wait_than_there_are_places(monkeypatch):
-    begun, done = threading.Event(), threading.Event()
-
-    def slow(*told, **options):
-        begun.set()
-        assert done.wait(300)
-        return original(*told, **options)
-
-    original = prompts_module.encoded
-    monkeypatch.setattr(prompts_module, "encoded", slow)
+def test_no_more_texts_wait_than_there_are_places(held):
+    _, done, _ = held("encoded")
     serving = serving_of({"plain": tiny_ensemble("gpt2", rule="logit-mean")}, limits=Limits(rows=2, waiting=2))
     with running(serving) as url, ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(http.post, f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1})

@@ -35,9 +35,8 @@ def client(ensembles):
 
 
 def ask(client, model="wide", **options):
-    found = client.completions.create(
-        **{"model": model, "prompt": "And the king", "seed": 3, "max_tokens": 90} | options
-    )
+    asked = {"model": model, "prompt": "And the king", "seed": 3, "max_tokens": 90} | options
+    found = client.completions.create(**asked)
     return [(choice.text, choice.finish_reason) for choice in found.choices]
 
 

@@ -1,7 +1,5 @@
 """Functions that answers may call: told of by each member's template, called in the text as Hermes and Qwen do."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import json
@@ -28,7 +26,9 @@ TOOLS = [
     {"type": "function", "function": {"name": "stop"}},
 ]
 ASKED = {"model": "told", "messages": [{"role": "user", "content": "hi"}], "tools": TOOLS, "seed": 1}
+LISTED = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "[1]"}}
 FIRST = '<tool_call>\n{"name": "now", "arguments": {"zone": "\u00e9"}}\n</tool_call>'
+QUOTED = '```json\n{"name": "stop", "arguments": {}}\n```'
 SECOND = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
 
 
@@ -94,12 +94,7 @@ def test_each_member_is_told_the_functions_and_calls_by_its_own_template(serving
         (f"Wait. {FIRST}\n{SECOND} So.", "Wait. ", [("now", {"zone": "\u00e9"}), ("stop", {})], "tool_calls"),
         (SECOND.removesuffix("</tool_call>"), "", [("stop", {})], "tool_calls"),
         ("A <tool_call>no</tool_call>!", "A <tool_call>no</tool_call>!", [], "stop"),
-        (
-            '```json\n{"name": "stop", "arguments": {}}\n```',
-            '```json\n{"name": "stop", "arguments": {}}\n```',
-            [],
-            "stop",
-        ),
+        (QUOTED, QUOTED, [], "stop"),
     ],
 )
 def test_calls_are_read_from_the_text_whole_and_streamed(client, text, said, calls, end):
@@ -135,29 +130,20 @@ def test_a_call_that_has_to_be_made_is_made(client):
         ({"model": "untold"}, "tools", "no tools are told of in the chat template of narrow/opt-b: leave tools out"),
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "of which there is none"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "of which there is none"),
-        (
-            {"tool_choice": "required", "response_format": {"type": "json_object"}},
-            "tool_choice",
-            "cannot be a call and",
-        ),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice", "cannot be a call"),
         ({"tool_choice": "any"}, "tool_choice", "expected tool_choice to be 'none', 'auto' or 'required'"),
         ({"tools": [{"type": "web_search"}]}, "tools", "expected tools.0.type to be 'function', got 'web_search'"),
+        (
+            {"messages": [*ASKED["messages"], {"role": "assistant", "tool_calls": [LISTED]}]}, "messages",
+            "expected messages.1.tool_calls.0.function.arguments to be an obj",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_called_is_refused_by_name(client, options, param, message):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **options)
     assert message in caught.value.body["message"]
     assert caught.value.body["param"] == param
-
-
-def test_arguments_of_an_earlier_call_are_an_object(client):
-    call = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "[1]"}}
-    turns = [*ASKED["messages"], {"role": "assistant", "tool_calls": [call]}]
-    with pytest.raises(
-        openai.BadRequestError, match=r"expected messages.1.tool_calls.0.function.arguments to be an obj"
-    ):
-        ask(client, messages=turns)
 
 
 @pytest.mark.parametrize(

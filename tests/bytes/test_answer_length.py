@@ -1,7 +1,5 @@
 """Limits over bytes: they count the tokens of the answer, as the first member's tokenizer cuts it, on every road."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from itertools import accumulate
@@ -19,8 +17,7 @@ from softmeet import Ensemble
 from softmeet.cli.main import app
 from softmeet.engine.limits import AnswerLength
 from softmeet.errors import InvalidInputError
-from softmeet.hf.answer_length import AnswersEnd, WholeCharacterStreamer
-from softmeet.members import zoo
+from softmeet.hf.answer_length import AnswersEnd
 from softmeet.members.huggingface import load_tokenizers
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.byte_alphabet import ByteAlphabet
@@ -81,15 +78,6 @@ def test_an_answer_is_the_longest_text_of_whole_words_that_never_had_too_many_to
     assert most == 0 or length.longest >= length.count
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS[:2])
-def test_answers_end_with_a_word(spelling):
-    text = "And the children's children said unto Nebuchadnezzar, Wherefore multiplied they the transgressions? "
-    for most in range(2, tokens_in(spelling, text.encode())):
-        length = AnswerLength(ByteAlphabet(spelling), most)
-        assert not all(length.push(byte) for byte in text.encode())
-        assert re.match(r"[^A-Za-z0-9']", text[length.kept :]), text[: length.kept]
-
-
 def test_a_text_is_cut_into_tokens_seldom(monkeypatch):
     spelling, alphabet = SPELLINGS[0], ByteAlphabet(SPELLINGS[0])
     cut = Mock(side_effect=alphabet.count)
@@ -117,21 +105,6 @@ def test_where_symbols_are_tokens_their_number_counts(most, symbols):
     # Ids that are no bytes, and would begin a character if they were.
     assert [length.push(symbol) for symbol in (299, 0xC3, 0xE2)] == [True, True, False]
     assert (length.kept, length.count, length.longest) == (3, 3, 3)
-
-
-def test_a_streamer_gets_whole_characters_of_the_answer():
-    got = Mock()
-    text, length = "a\u00e9 \u65e5".encode(), AnswerLength(ByteAlphabet(SPELLINGS[0]), 3)
-    assert tokens_in(SPELLINGS[0], "a\u00e9 \u65e5".encode()) > 3
-    streamer = WholeCharacterStreamer(got, length)
-    streamer.put(torch.tensor([[1, 2]]))
-    for byte in text:
-        streamer.put(torch.tensor([byte]))
-    streamer.end()
-    put = [call.args[0].flatten().tolist() for call in got.put.call_args_list]
-    assert put[0] == [1, 2]
-    assert bytes(byte for some in put[1:] for byte in some) == text[: length.kept]
-    assert got.end.call_count == 1
 
 
 def test_rows_may_change_places():
@@ -208,12 +181,3 @@ def test_scores_and_the_cache_end_where_the_text_does(mixed):
 def test_over_tokens_there_are_no_bytes_to_count(wide):
     with pytest.raises(InvalidInputError, match="over tokens say max_new_tokens"):
         wide.generate(PROMPT, max_bytes=5)
-
-
-def test_the_first_member_is_the_one_that_counts():
-    turned = Ensemble.from_pretrained(["mixed/llama", "mixed/gpt2"], "logit-mean", vocabulary="bytes")
-    spelling = turned.model.readers[0].spelling
-    longer = turned.generate(PROMPT, max_bytes=60, seed=5)
-    text = turned.generate(PROMPT, max_new_tokens=6, seed=5)
-    assert text in answers_to(spelling, longer, 6)[0]
-    assert zoo.locate("mixed/llama")

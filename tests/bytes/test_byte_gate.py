@@ -1,13 +1,10 @@
 """The gate ``unsure`` over bytes: members that are behind, and read many bytes at once when they are asked."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np
 import pytest
 import torch
-from byte_members import unpruned
 from typer.testing import CliRunner
 
 from softmeet import Ensemble
@@ -18,16 +15,6 @@ from softmeet.readers.bytes.next_tokens import END
 
 GREEDY = {"max_bytes": 3, "do_sample": False}
 PROMPTS = ["the", "h", "\u00e9t"]
-
-
-@pytest.fixture(scope="module")
-def ensemble(folders):
-    return unpruned(folders)
-
-
-@pytest.fixture(scope="module")
-def pruned(folders):
-    return Ensemble.from_pretrained(folders, "logit-mean", vocabulary="bytes")
 
 
 def one_by_one(member, reading, text):
@@ -46,14 +33,10 @@ def test_bytes_read_at_once_cost_fewer_calls_and_say_nearly_the_same(mixed):
     for member in mixed.model.readers:
         calls, far = np.zeros(2, int), []
         for begun in range(0, len(text) - 12, 10):
-            reading = member.begin(text[:begun])
-            found = []
-            for k, read in enumerate((member.follow, lambda one, more: one_by_one(member, one, more))):  # noqa: B023
-                one = read(reading, text[begun : begun + 12])
-                calls[k] += one.work.calls - reading.work.calls
-                assert one.work.tokens > reading.work.tokens
-                found.append(member.log_probs([one]).exp())
-            far.append(0.5 * (found[0] - found[1]).abs().sum().item())
+            reading, more = member.begin(text[:begun]), text[begun : begun + 12]
+            both = member.follow(reading, more), one_by_one(member, reading, more)
+            calls += [one.work.calls - reading.work.calls for one in both]
+            far.append(0.5 * (member.log_probs(both[:1]).exp() - member.log_probs(both[1:]).exp()).abs().sum().item())
         assert calls[0] < 0.6 * calls[1]
         assert np.mean(far) < 0.003
 

@@ -1,29 +1,18 @@
 """Members over bytes: exhaustive sums over tokenizations, what is kept, what is pruned, and what is refused."""
 
-from __future__ import annotations
-
 import importlib
 import math
 import random
 import subprocess
 import sys
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import byte_tokenizers
 import numpy as np
 import pytest
 import torch
 import transformers as tf
-from byte_members import (
-    EXACT,
-    HOSTILE,
-    TEXTS,
-    at_once,
-    exhaustive,
-    member_of,
-    model_of,
-    step_by_step,
-)
+from byte_members import EXACT, HOSTILE, TEXTS, at_once, exhaustive, member_of, model_of, step_by_step
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from softmeet.errors import InvalidInputError, VocabularyMismatchError
@@ -139,34 +128,6 @@ def test_what_is_pruned_is_little_and_told(kind):
         assert np.abs(np.logaddexp.reduce(log_probs, 1)).max() < 1e-9
     assert found[2][0] < 0.02 * abs(exact)
     assert found[0][1] > found[1][1] > found[2][1]
-
-
-def test_a_batch_is_its_rows(monkeypatch):
-    member = member_of("gpt2", Pruning(0.02))
-    texts = [b"the th", b"", b"he said: there", b"\n\nth"]
-    calls, run = [], member.run
-    member.behind(member.prefix)  # once for all texts
-
-    def counted(chains):
-        calls.append(len(chains))
-        return run(chains)
-
-    monkeypatch.setattr(member, "run", counted)
-    alone = []
-    for text in texts:
-        (reading,) = [member.begin(text)]
-        for byte in b"e the":
-            (reading,) = member.advance([reading], [byte])
-        alone.append(reading)
-    before = len(calls)
-    readings = [member.begin(text) for text in texts]
-    for byte in b"e the":
-        readings = member.advance(readings, [byte] * len(texts))
-    assert torch.allclose(member.log_probs(readings), member.log_probs(alone), atol=1e-9)
-    for own, other in zip(readings, alone, strict=True):
-        assert astuple(own.work) == pytest.approx(astuple(other.work))
-    assert len(calls) - before < before
-    assert sum(calls[:before]) == sum(reading.work.calls for reading in alone)
 
 
 def test_after_the_end_comes_the_end():
@@ -364,15 +325,6 @@ def test_no_byte_is_ruled_out_by_what_is_dropped():
     assert Covers((heavy,)).prediction(spelling)[ord("z")] == 0
 
 
-def test_a_prompt_is_read_from_its_end():
-    """The tokenizer's own tokens stand for what lies further back; what comes next is the same."""
-    member = member_of("gpt2", Pruning(1e-4))
-    text = b"he said that the other there threw it, " * 5
-    whole, *_ = member.score(text)
-    found = member.log_probs([whole, member.begin(text)]).exp()
-    assert (found[0] - found[1]).abs().sum() < 1e-3
-
-
 def test_a_prefix_of_ones_own():
     tokenizer = byte_tokenizers.byte_level()
     model = model_of(tokenizer)
@@ -381,24 +333,6 @@ def test_a_prefix_of_ones_own():
     with torch.inference_mode():
         log_p = model(torch.tensor([own.prefix])).logits[0, -1].log_softmax(-1)
     assert own.log_probs([own.begin(b"")])[0, END].item() == pytest.approx(log_p[0].item(), abs=1e-9)
-
-
-def test_the_first_byte_of_two_members_of_one_tokenizer_is_that_of_their_mixture_of_tokens():
-    members, weights = [member_of("gpt2", seed=seed) for seed in (1, 2)], (0.3, 0.7)
-    mixture = torch.zeros(members[0].model.config.vocab_size, dtype=torch.float64)
-    for member, weight in zip(members, weights, strict=True):
-        ids = [*member.spelling.tokens.tolist(), *member.ends]
-        with torch.inference_mode():
-            mixture[ids] += weight * member.model(torch.tensor([member.prefix])).logits[0, -1][ids].softmax(-1)
-    spelling = members[0].spelling
-    expected = torch.zeros(SYMBOLS, dtype=torch.float64)
-    for token, word in zip(spelling.tokens.tolist(), spelling.words, strict=True):
-        expected[word[0]] += mixture[token]
-    expected[END] = mixture[members[0].ends].sum()
-    found = sum(
-        weight * member.log_probs([member.begin(b"")])[0].exp() for member, weight in zip(members, weights, strict=True)
-    )
-    assert torch.allclose(found, expected, atol=1e-12)
 
 
 def test_likely_tokens_that_are_run_along_save_calls_and_change_nothing():

@@ -1,7 +1,5 @@
 """A text over bytes is read in one way, whatever the pieces in which it came: scored, followed, begun or written."""
 
-from __future__ import annotations
-
 import functools
 import random
 
@@ -72,15 +70,6 @@ def test_pieces_do_not_matter(kind, text):
         # A reading from anywhere goes on as the others do.
         after = member.follow(begun, whole[place : place + 7]) if place < len(whole) else begun
         assert np.abs(member.log_probs([after]).exp().numpy() - np.exp(expected[len(after.text)])).max() < 1e-9, place
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_likely_is_run_ahead_for_nothing_but_time(kind, monkeypatch):
-    member, found, readings = known(kind, "words")
-    monkeypatch.setattr("softmeet.readers.bytes.byte_member._GUESSES", 0)
-    without, _ = by_bytes(member, TEXTS["words"])
-    assert np.abs(np.exp(found) - np.exp(without)).max() < 1e-9
-    assert any(reading.guesses for reading in readings)
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, *TEXTS.values()], ids=range(len(HOSTILE) + len(TEXTS)))

@@ -1,18 +1,14 @@
 """Ensembles over bytes behind the server: the same texts as generate, in any company, and what clients are told."""
 
-from __future__ import annotations
-
-import json
 import math
 import random
 from functools import partial
 from itertools import chain, pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 from batches import sequence
-from serving import http, running, serving_of
+from serving import chunks, http, running, serving_of
 
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
@@ -22,11 +18,7 @@ from softmeet.readers.byte_alphabet import shown_byte
 from softmeet.readers.byte_reader import ByteReader
 from softmeet.readers.bytes.next_tokens import END
 from softmeet.readers.reader import Read, finished
-from softmeet.server.batcher import Batcher
-from softmeet.server.ensembles import readers_of
-from softmeet.server.kinds import prompts_together
 from softmeet.server.limits import Limits
-from softmeet.server.metrics import Metrics
 from softmeet.server.texts import Cutting, cut
 
 PROMPTS = ["the", "he t", "\u00e9t", "the then the", "t\u00e9", "hat"]
@@ -70,7 +62,7 @@ def test_by_itself_a_server_drafts_no_bytes(url):
     assert "softmeet_draft_tokens_total 0.0" in http.get(f"{url}/metrics").text
 
 
-def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, monkeypatch):
+def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, serve, monkeypatch):
     """Together they take fewer calls of a member than each alone, and one that cannot be read ends by itself."""
     readers, calls, sizes = ensemble.model.readers, [], []
 
@@ -92,28 +84,23 @@ def test_prompts_that_come_together_are_read_together_and_fail_alone(ensemble, m
 
     monkeypatch.setattr(readers[0], "run", counted)
     monkeypatch.setattr(readers[0], "beginning", begun)
-    engine = Batcher(readers_of([ensemble.model], [ensemble.names]), Limits(rows=8), Metrics())
-    engine.start()
-    try:
-        engine.submit([one for one, _ in asked])
-        texts = [listener.tokens() for _, listener in asked]
-        assert max(sizes) > 1
-        assert sum(sizes) == 7
-        together = len(calls)
-        for k, found in enumerate(texts):
-            calls.clear()
-            again, listener = asking(k)
-            engine.submit([again])
-            assert listener.tokens() == found
-            together -= len(calls)
-        assert together < 0
-        others = [asking(k) for k in range(3)]
-        engine.submit([bad, *(one for one, _ in others)])
-        assert [listener.tokens() for _, listener in others] == texts[:3]
-        assert isinstance(refused.all()[-1].error, InvalidInputError)
-    finally:
-        engine.close(0)
-        engine.join()
+    engine = serve(ensemble.model, limits=Limits(rows=8))
+    engine.submit([one for one, _ in asked])
+    texts = [listener.tokens() for _, listener in asked]
+    assert max(sizes) > 1
+    assert sum(sizes) == 7
+    together = len(calls)
+    for k, found in enumerate(texts):
+        calls.clear()
+        again, listener = asking(k)
+        engine.submit([again])
+        assert listener.tokens() == found
+        together -= len(calls)
+    assert together < 0
+    others = [asking(k) for k in range(3)]
+    engine.submit([bad, *(one for one, _ in others)])
+    assert [listener.tokens() for _, listener in others] == texts[:3]
+    assert isinstance(refused.all()[-1].error, InvalidInputError)
 
 
 @pytest.mark.parametrize("fields", [{"n": 2}, {"n": 1, "best_of": 3}, {"ignore_eos": True}])
@@ -153,11 +140,9 @@ def test_a_choice_ends_before_the_character_that_is_too_much(url, ensemble):
     assert longer.startswith(choice["text"])
     after = longer[: len(choice["text"]) + 1].encode()
     assert tokens_in(spelling, after) > 7
-    with http.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}) as stream:
-        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
-    assert "".join(one["text"] for chunk in chunks for one in chunk["choices"]) == choice["text"]
-    shown = [token for chunk in chunks for one in chunk["choices"] for token in (one["logprobs"] or {})["tokens"]]
-    assert shown == choice["logprobs"]["tokens"]
+    streamed = [one for chunk in chunks(f"{url}/v1/completions", body) for one in chunk["choices"]]
+    assert "".join(one["text"] for one in streamed) == choice["text"]
+    assert [token for one in streamed for token in (one["logprobs"] or {})["tokens"]] == choice["logprobs"]["tokens"]
 
 
 def test_scores_log_probabilities_and_reports(url, ensemble):
@@ -236,23 +221,6 @@ def test_a_conversation_has_no_tokens_that_members_share(url):
     assert http.post(f"{url}/tokenize", json={"prompt": "\u00e9"}).json()["tokens"] == [195, 169]
 
 
-def test_short_prompts_are_read_together_and_long_ones_apart():
-    class Combined:
-        def __init__(self, *, symbols_are_tokens):
-            self.symbols_are_tokens = symbols_are_tokens
-
-    ours, asked = Combined(symbols_are_tokens=False), SimpleNamespace(score_prompt=False)
-
-    def of(length, combination=ours):
-        return SimpleNamespace(combination=combination, prompt=[65] * length, request=asked)
-
-    for lengths, expected in (([40] * 32, [32]), ([600] * 8, [3, 3, 2]), ([5000] * 2, [1, 1]), ([40, 600, 41], [2, 1])):
-        groups = prompts_together([of(length) for length in lengths], alone=False)
-        assert [len(group) for group in groups] == expected
-    assert len(prompts_together([of(40, Combined(symbols_are_tokens=True)) for _ in range(3)], alone=False)) == 3
-    assert len(prompts_together([of(40) for _ in range(3)], alone=True)) == 3
-
-
 @pytest.fixture(scope="module")
 def talking():
     """An ensemble whose members have a chat template, and the address of a server of it."""
@@ -283,10 +251,20 @@ def test_log_probabilities_of_a_chat_are_of_the_first_members_tokens_unless_byte
         assert one["logprob"] == pytest.approx(sum(x["logprob"] for x in own))
         assert one["top_logprobs"] == [{key: one[key] for key in ("token", "logprob", "bytes")}]
         at += len(own)
-    with http.stream("POST", f"{url}/v1/chat/completions", json=body | {"stream": True}) as stream:
-        chunks = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
-    shown = [x for chunk in chunks for one in chunk["choices"] for x in (one["logprobs"] or {"content": []})["content"]]
-    assert shown == entries
+    streamed = [one["logprobs"] for chunk in chunks(f"{url}/v1/chat/completions", body) for one in chunk["choices"]]
+    assert [entry for told in streamed if told for entry in told["content"]] == entries
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "And the king"}, {"messages": [{"role": "user", "content": "Who?"}]}])
+def test_a_text_with_a_stop_string_is_the_same_streamed_or_not(talking, asked):
+    path = f"{talking[1]}/v1/{'completions' if 'prompt' in asked else 'chat/completions'}"
+    body = asked | {"seed": 5, "max_tokens": 16, "stop": ["e"]}
+    (whole,) = http.post(path, json=body).json()["choices"]
+    pieces = [one["text"] if "text" in one else one["delta"].get("content") or ""
+              for chunk in chunks(path, body) for one in chunk["choices"]]  # fmt: skip
+    assert "".join(pieces) == (whole["text"] if "text" in whole else whole["message"]["content"])
+    assert whole["finish_reason"] == "stop"
+    assert "e" not in pieces
 
 
 def test_tokens_are_cut_alike_while_they_come(ensemble):

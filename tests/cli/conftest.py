@@ -1,13 +1,10 @@
 """Fixtures of the commands' tests."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 
 
 @pytest.fixture(scope="module")
-def members(tmp_path_factory):
+def members(folders):
     """Two tiny members, as options."""
-    folder = tmp_path_factory.mktemp("members")
-    return [x for name in ("gpt2", "llama") for x in ("-m", tiny.save(folder / name, name))]
+    return tiny.each("-m", folders)

@@ -1,7 +1,5 @@
 """The command line as a user meets it: by exit code, stdout and stderr; once in a process of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -79,48 +77,6 @@ def test_weights_of_prompts_are_those_that_are_reported(members):
     for completion, own in zip(two["completions"], expected, strict=True):
         assert completion["weights"] == pytest.approx(own)
     assert one["completions"][0] == two["completions"][0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["generate", ""], "error: expected a prompt of at least one token"),
-        (["generate", "x", "-m", "/absent/a"], "error: cannot load /absent/a: there is no such folder"),
-        (["generate", "x", "--trust", "0.3,-1,1"], "error: expected trusts from 0 to inf"),
-        (["generate", "x", "--trust", "much"], "error: expected --trust as numbers separated by commas"),
-        (["generate", "x", "--weights", "1,1"], "error: expected one weight per member, 3 in all, got 2"),
-        (["generate", "x", "--rule", "vote"], "error: unknown rule 'vote': expected one of meet, max-entropy"),
-        (["generate", "x", "-f", "/absent.txt"], "error: [Errno 2] No such file or directory"),
-    ],
-)
-def test_an_error_is_one_line_and_exit_code_2(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert done.stdout in ("", "\n")
-    assert done.stderr.startswith(message)
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_an_error_in_a_process_of_its_own():
-    done = process("config", "nothing")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: unknown command 'nothing': expected one of chat, generate, inspect")
-    assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["generate", "good", "\udcff\udcfe bad"], ["inspect", "\udcff bad"],
-        ["evaluate", "-t", "x", "--separator", "\udcff"],
-    ],
-)  # fmt: skip
-def test_an_argument_that_is_no_text_is_refused_before_anything_is_loaded(arguments, monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: expected UTF-8 in a text on the command line, but byte 0 (line 1) is not")
-    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -352,21 +308,3 @@ def test_version_help_and_completion():
     assert run("--version").stdout.startswith(f"softmeet {softmeet.__version__} (python ")
     assert "--max-new-tokens" in run("generate", "--help").stdout
     assert "--show-completion" in run("--help").stdout
-    assert run("generate", "--no-such-flag").returncode == 2
-
-
-def test_a_model_in_place_of_a_text_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    for command in ["generate", tmp_path / "a.gguf"], ["generate", "wide/gpt2"], ["inspect", "wide/gpt2", "wide/llama"]:
-        done = run(*command)
-        assert done.returncode == 2
-        assert f"expected a text, but {command[1]} is the name of a model" in done.stderr.replace("\n", "")
-
-
-def test_a_text_of_inspect_stands_once_and_its_file_is_there(monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    done = run("inspect", "And the king said", "--text", "And the queen", "wide/gpt2")
-    assert (done.returncode, "expected models alone, got 'And the king said'" in done.stderr) == (2, True)
-    done = run("inspect", "--text", "no/such.txt", "wide/gpt2")
-    assert (done.returncode, "no file no/such.txt" in done.stderr) == (2, True)

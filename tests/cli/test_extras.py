@@ -1,7 +1,5 @@
 """The lines that install what is missing are right for where softmeet was installed from, and with what."""
 
-from __future__ import annotations
-
 import json
 import sys
 from types import SimpleNamespace

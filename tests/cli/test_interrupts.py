@@ -1,7 +1,5 @@
 """Ctrl-C at random moments of a chat in a terminal: the next line can be typed at once, and nothing is left of it."""
 
-from __future__ import annotations
-
 import os
 import random
 import select

@@ -1,7 +1,5 @@
 """``softmeet methods``."""
 
-from __future__ import annotations
-
 import json
 
 from commands import run

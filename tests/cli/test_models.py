@@ -1,15 +1,12 @@
 """``softmeet models``."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
 import byte_tokenizers
-import gguf_files
 import pytest
-import transformers as tf
 from commands import run
+from gguf_files import written
 from typer.testing import CliRunner
 
 from softmeet import register_reader
@@ -21,18 +18,7 @@ from softmeet.readers.files.corpus import find_texts
 from softmeet.readers.files.index import Index
 from softmeet.server.naming import named
 
-SHAPE = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 32, "max_position_embeddings": 64,
-}  # fmt: skip
-
 CHAT = "tokenizer.chat_template"
-
-
-def written(path, tokenizer, **said):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(tokenizer), **SHAPE))
-    gguf_files.write(path, model, tokenizer, bits=8, pre="gpt-2", **said)
 
 
 @pytest.fixture

@@ -1,65 +1,14 @@
 """Settings that are named in two places, and what is said of spellings that are gone."""
 
-from __future__ import annotations
-
 import json
+from pathlib import Path
 
 import pytest
-import tiny
-from commands import run
 from typer.testing import CliRunner
 
 from softmeet.cli.main import app
 from softmeet.errors import InvalidInputError
 from softmeet.server.naming import named
-
-
-@pytest.mark.parametrize(
-    ("words", "today"),
-    [
-        ("study real out", "it is python benchmarks/study.py in a clone of softmeet"),
-        ("generate x --members A B", "--member"),
-        ("evaluate -t x --rules A,B", "--rule"),
-        ("evaluate -t x -m A B", "members are named by -m, and an option is repeated for each value, -m A -m B"),
-        ("check A B", "members are named by -m, and an option is repeated for each value, -m A -m B"),
-        ("generate x --metric raw", "it is an option of a rule, --rule NAME:metric=…"),
-        ("generate x --slack=0.1", "it is an option of a rule, --rule NAME:slack=…"),
-        ("generate x --vertex", "it is an option of a rule, --rule NAME:vertex=…"),
-        ("generate x --model A", "members are named by -m, or --member;"),
-        ("generate x --temp 0.5", ": it is --temperature;"),
-        ("generate x -n 5", "no such option: -n: it is --max-new-tokens"),
-        ("generate x -ngl 5", "no such option: -ngl: it is said behind a GGUF file"),
-        ("serve wide --ctx-size 100", "file.gguf+context=N"),
-        ("eval -t x", "answers to questions by softmeet answer"),
-        ("pull org/a", "fetched when it is first named"),
-        ("serve narrow,wide", "say -m narrow -m wide"),
-        ("serve both=narrow,wide", "say -m both=narrow -m both=wide"),
-        ("serve narrow --allow rule,trust", "expected --allow as some of rule, trust"),
-    ],
-)
-def test_a_form_that_is_gone_says_what_it_is_today(words, today, monkeypatch):
-    monkeypatch.setattr("softmeet.ensemble.Ensemble.from_pretrained", None)
-    done = run(*words.split())
-    assert done.returncode == 2
-    assert today in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("line", "today"),
-    [("members: [a]", "did you mean member?"), ("vertex: true", "it is an option of a rule, --rule NAME:vertex=…")],
-)
-def test_a_configuration_file_of_an_older_form_says_what_it_is_today(line, today, tmp_path):
-    (tmp_path / "old.yaml").write_text(line)
-    done = run("generate", "x", "--config", tmp_path / "old.yaml")
-    assert done.returncode == 2
-    assert today in done.stderr
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory) -> list[str]:
-    root = tmp_path_factory.mktemp("members")
-    return [word for k, name in enumerate(("gpt2", "llama")) for word in ("-m", str(tiny.save(root / name, name, k)))]
 
 
 def generated(members, *words):
@@ -96,14 +45,25 @@ def test_the_command_line_overrules_a_file(members, tmp_path):
     assert [m["trust"] for m in said["members"]] == ["1", "1"]
 
 
-def test_what_is_served_is_named():
+def test_what_is_served_is_named_and_files_alone_are_one_ensemble(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        Path(f"{name}.gguf").touch()
+    assert named(["a.gguf", "wide", "b.gguf"], ["c"]) == {"wide": ["wide"], "default": ["a.gguf", "b.gguf", "c"]}
+    assert named(["one=a.gguf", "b.gguf"]) == {"one": ["a.gguf"], "default": ["b.gguf"]}
     assert list(named(["a/mine", "b/mine", "c/other"])) == ["a/mine", "b/mine", "other"]
+    assert list(named(["wide", "narrow"], ["my=a", "my=b"])) == ["wide", "narrow", "my"]
     assert named([], ["a", "b"]) == {"default": ["a", "b"]}
     both = named(["saved"], ["small=org/a", "small=org/b", "c+adapter=org/lora", "./x=y"])
     assert both == {"small": ["org/a", "org/b"], "default": ["c+adapter=org/lora", "./x=y"], "saved": ["saved"]}
     assert named([]) == {"default": ["wide"]}
-    with pytest.raises(InvalidInputError, match="twice"):
-        named(["small=x"], ["small=a"])
+    for given, said in (
+        ((["small=x"], ["small=a"]), "twice"),
+        ((["duo=A", "duo=B"],), "say -m duo=A -m duo=B to combine these models"),
+        ((["duo=C"], ["duo=A", "duo=B"]), "say -m duo=A -m duo=B -m duo=C to combine"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            named(*given)
 
 
 def test_devices_are_repeated():

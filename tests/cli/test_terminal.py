@@ -1,7 +1,5 @@
 """Nothing that models, files and servers write is obeyed by a terminal, and a pipe gets what models write as it is."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 import byte_tokenizers
 import pytest
 from commands import run
-from test_models import written
+from gguf_files import written
 
 from softmeet import Ensemble
 from softmeet.cli import messages, progress

@@ -170,15 +170,12 @@ def ensemble_settings(ensemble, one):
 def test_bias_and_forbidden_tokens_are_of_the_mixture(processor, ensemble, alone):
     mixture, ids = processor.Mixture(config(), "cpu", False), [10, 20, 30]
     mixture.update_state(Update(1, [], [(0, Params(logit_bias={7: 5.0, 9: -100.0}), ids, [])], []))
-    logits = behind(alone, ids)[None].clone()
-    logits[0, 7] += 5
-    logits[0, 9] -= 100
-    logits[0, 100:] = -torch.inf
-    found = mixture.apply(logits)[0].log_softmax(-1)
-    expected = behind(ensemble, ids).clone()
-    expected[7] += 5
-    expected[9] -= 100
-    expected[100:] = -torch.inf
+    logits, expected = behind(alone, ids).clone(), behind(ensemble, ids).clone()
+    for one in logits, expected:
+        one[7] += 5
+        one[9] -= 100
+        one[100:] = -torch.inf
+    found = mixture.apply(logits[None])[0].log_softmax(-1)
     torch.testing.assert_close(found, expected.log_softmax(-1), atol=1e-4, rtol=0)
 
 
@@ -304,36 +301,26 @@ def test_penalties_that_look_at_signs_are_those_of_logits(processor, alone):
     assert mixture.apply(own.clone()).logsumexp(-1).item() == pytest.approx(12.5, abs=1e-3)
 
 
-def test_contexts_and_rows_have_to_be_enough(processor, monkeypatch):
+def test_what_cannot_be_mixed_is_refused_at_the_start(processor, monkeypatch):
     with pytest.raises(InvalidInputError, match="start it with --max-model-len 256"):
         processor.Mixture(config(max_model_len=4096), "cpu", False)
-
-
-def test_what_cannot_be_mixed_is_refused_at_the_start(processor, monkeypatch):
     good = config()
     good.scheduler_config.async_scheduling = True
     with pytest.raises(InvalidInputError, match="without asynchronous scheduling, which its plugin softmeet"):
         processor.Mixture(good, "cpu", False)
     start.check(good)
     assert good.scheduler_config.async_scheduling is False
-    drafts = config()
-    drafts.speculative_config = object()
-    with pytest.raises(InvalidInputError, match="vLLM drops the mixture where it speculates"):
-        start.check(drafts)
-    split = config()
-    split.parallel_config.tensor_parallel_size = 2
-    with pytest.raises(InvalidInputError, match="expected --tensor-parallel-size 1"):
-        start.check(split)
-    ray = config()
-    ray.parallel_config.data_parallel_backend = "ray"
-    with pytest.raises(InvalidInputError, match="which vLLM does not send through Ray"):
-        start.check(ray)
-    for name, said in (
-        ("enable_prompt_embeds", "--enable-prompt-embeds"),
-        ("is_multimodal_model", "a model of images"),
+    for part, name, value, said in (
+        (None, "speculative_config", object(), "vLLM drops the mixture where it speculates"),
+        ("parallel_config", "tensor_parallel_size", 2, "expected --tensor-parallel-size 1"),
+        ("parallel_config", "data_parallel_backend", "ray", "which vLLM does not send through Ray"),
+        ("model_config", "enable_prompt_embeds", True, "prompts of tokens alone.* got --enable-prompt-embeds"),
+        ("model_config", "is_multimodal_model", True, "prompts of tokens alone.* got a model of images"),
     ):
-        with pytest.raises(InvalidInputError, match=f"expected prompts of tokens alone.* got {said}"):
-            start.check(config(**{name: True}))
+        wrong = config()
+        setattr(getattr(wrong, part) if part else wrong, name, value)
+        with pytest.raises(InvalidInputError, match=said):
+            start.check(wrong)
     monkeypatch.setenv("SOFTMEET_MEMBERS", "mixed/llama")
     with pytest.raises(VocabularyMismatchError, match="expected members with one vocabulary"):
         start.check(config())

@@ -1,7 +1,5 @@
 """What the roads of one case have to agree in: its golden text, and the log-probabilities of its tokens."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import pytest
@@ -27,15 +25,10 @@ def some(cases: list[Case], step: int, start: int = 0) -> list[Case]:
 
 
 def near(log_probs, asked, *, kept=False):
-    """Return log-probabilities to compare with.
+    """Return log-probabilities to compare with; those that are kept have six digits, or are transformers' own.
 
     In double precision they agree to 1e-9, in single precision to 1e-6 or the last two digits; but a rule that has a
     solver then makes more of what is rounded, and agrees to its tolerance.
-
-    Args:
-        log_probs: in nats.
-        asked: the case.
-        kept: whether they are compared with what was kept in six digits, or by transformers in single precision.
     """
     settings = asked.ensemble.model.settings
     if asked.world.dtype == "float64":

@@ -1,7 +1,5 @@
 """What the matrix tries: the values of each axis, what is refused where, and a table that has every pair of values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from itertools import combinations, product
@@ -44,16 +42,13 @@ class Case:
                          if own != usual or name == "vocabulary")  # fmt: skip
 
     def named(self) -> Iterator[tuple[str, str]]:
-        """Yield (axis, value)."""
         return ((f.name, getattr(self, f.name)) for f in fields(self))
 
     def pairs(self) -> set[tuple[tuple[str, str], ...]]:
-        """Return all pairs of its (axis, value)."""
         return set(combinations(self.named(), 2))
 
     @property
     def served(self) -> str:
-        """Return the name of the ensemble on a server."""
         return self.vocabulary if self.files == "none" else f"{self.vocabulary}-files"
 
     @property
@@ -63,7 +58,6 @@ class Case:
 
     @property
     def rule_text(self) -> str | None:
-        """Return the rule as users write it; None for the shipped one."""
         return None if self.rule == "default" else self.rule
 
     @property
@@ -73,20 +67,12 @@ class Case:
 
     @property
     def drawn(self) -> bool:
-        """Whether tokens are drawn."""
         return self.sampling != "greedy"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Values that do not go together, and what some roads say of it.
-
-    Args:
-        values: for each axis that matters, its values.
-        roads: the kinds of roads that refuse.
-        match: a regular expression for what is said.
-        error: what Python raises.
-    """
+    """Values that do not go together on some roads, of which a regular expression tells what is said."""
 
     values: dict[str, tuple[str, ...]]
     roads: tuple[str, ...]
@@ -94,11 +80,9 @@ class Refusal:
     error: type[Exception] = InvalidInputError
 
     def holds(self, case: Case) -> bool:
-        """Return whether a case has these values."""
         return all(getattr(case, axis) in own for axis, own in self.values.items())
 
     def cases(self) -> list[Case]:
-        """Return a case for each combination of the values, with all else as shipped."""
         return [replace(Case(), **dict(zip(self.values, own, strict=True))) for own in product(*self.values.values())]
 
 
@@ -135,7 +119,6 @@ def can(case: Case, road: str) -> bool:
 
 
 def legal() -> list[Case]:
-    """Return every combination that some road takes."""
     every = (Case(*values) for values in product(*AXES.values()))
     return [case for case in every if any(can(case, road) for road in EVERYWHERE)]
 

@@ -1,7 +1,5 @@
 """The worlds, their servers and the golden texts of the matrix, with the shipped defaults."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import golden
@@ -12,13 +10,11 @@ from worlds import make_worlds
 
 @pytest.fixture(scope="package")
 def worlds(tmp_path_factory):
-    """All worlds by name."""
     return make_worlds(tmp_path_factory.mktemp("matrix"))
 
 
 @pytest.fixture(scope="package")
 def servers(worlds):
-    """The servers of these worlds."""
     found = Servers(worlds)
     yield found
     found.close()
@@ -32,7 +28,6 @@ def single(worlds):
 
 @pytest.fixture(scope="package")
 def single_servers(single):
-    """The servers of these."""
     found = Servers(single)
     yield found
     found.close()
@@ -40,5 +35,4 @@ def single_servers(single):
 
 @pytest.fixture(scope="package")
 def known():
-    """The golden texts."""
     return golden.texts()

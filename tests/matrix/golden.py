@@ -4,8 +4,6 @@ Members compute in double precision, and where a token is chosen by so little th
 case gets another seed; so the texts are the same on every machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -32,17 +30,14 @@ _ANOTHER = 1000
 
 
 def texts() -> dict[str, Any]:
-    """Return the golden texts by case."""
     return json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
 
 
 def asked(worlds: dict[str, World], case: Case, known: dict[str, Any], **more: Any) -> Asked:
-    """Return a case with its golden seed."""
     return Asked(worlds[case.vocabulary], case, known[str(case)]["seed"], **more)
 
 
 def digest() -> str:
-    """Return the first twelve hexadecimal digits of the SHA-256 of the file."""
     return hashlib.sha256(FILE.read_bytes()).hexdigest()[:12]
 
 
@@ -62,7 +57,6 @@ class _Margins(tf.LogitsProcessor):
 
     @contextlib.contextmanager
     def of_draws(self) -> Iterator[None]:
-        """Look at draws while this lasts."""
         original = noise.noisy
 
         def noisy(*given: Any) -> torch.Tensor:
@@ -89,11 +83,9 @@ def make(world: World, case: Case, seed: int) -> dict[str, Any]:
 
 
 def made(worlds: dict[str, World]) -> dict[str, Any]:
-    """Return all golden entries by case, as the code makes them today."""
     return {str(case): make(worlds[case.vocabulary], case, seed) for seed, case in enumerate(CASES, 1)}
 
 
 def write(entries: dict[str, Any]) -> None:
-    """Write the file anew, a case a line."""
     lines = [f"{json.dumps(name)}: {json.dumps(own, ensure_ascii=False)}" for name, own in entries.items()]
     FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -1,7 +1,5 @@
 """The roads on which a text can be asked for: each takes a case and returns what was written."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -14,7 +12,7 @@ import httpx
 import torch
 from cases import CASES, Case
 from click.testing import CliRunner
-from serving import running, serving_of
+from serving import chunks, running, serving_of
 from typer.main import get_command
 from worlds import FAMILIES, World
 
@@ -43,11 +41,7 @@ STRUCTURES: dict[str, tuple[Any, list[str], dict[str, Any]]] = {
         [word for text in CHOICE for word in ("--choice", text)],
         {"structured_outputs": {"choice": CHOICE}},
     ),
-    "schema": (
-        Structure.json_schema,
-        ["--json-schema", json.dumps(SCHEMA)],
-        {"structured_outputs": {"json": SCHEMA}},
-    ),
+    "schema": (Structure.json_schema, ["--json-schema", json.dumps(SCHEMA)], {"structured_outputs": {"json": SCHEMA}}),
 }
 # Made once, since typer takes long to make it.
 _COMMAND = get_command(app)
@@ -57,14 +51,7 @@ PRESENCE, FREQUENCY, BIASED, BIAS = 0.6, 0.4, 70, 2.0
 
 @dataclass(frozen=True)
 class Asked:
-    """A case, over the members of its world.
-
-    Args:
-        world: the members.
-        case: the case.
-        seed: of the draws and of the prompts.
-        chat: whether the prompt is what a user says in a conversation.
-    """
+    """A case over the members of its world, by a seed of draws and prompts, in a conversation or not."""
 
     world: World
     case: Case
@@ -73,12 +60,10 @@ class Asked:
 
     @property
     def prompts(self) -> list[str]:
-        """Return the six prompts; most roads take the first."""
         return self.world.prompts(self.seed)
 
     @property
     def ensemble(self) -> Ensemble:
-        """Return the ensemble whose own settings are the case's."""
         return self.world.ensemble(self.case.rule_text, self.case.gate_text, self.case.files)
 
     @property
@@ -88,7 +73,6 @@ class Asked:
         return 5 if slow else 12 if self.case.structure == "schema" else 8
 
     def messages(self) -> list[dict[str, str]]:
-        """Return the prompt as a conversation."""
         return [{"role": "user", "content": self.prompts[0]}]
 
 
@@ -106,21 +90,13 @@ class Written:
 
 
 def python_options(asked: Asked, length: int) -> dict[str, Any]:
-    """Return the options of ``generate``, of the ensemble and of its model.
-
-    Args:
-        asked: the case.
-        length: the number of tokens of each prompt, padding included.
-    """
     case = asked.case
     found: dict[str, Any] = {"do_sample": case.drawn, LIMITS[asked.case.unit][0]: asked.length}
     if case.sampling == "tempered":
         found |= TEMPERED
     if case.sampling == "biased":
-        found |= {
-            "logits_processor": [RepeatPenalties(length, PRESENCE, FREQUENCY)],
-            "sequence_bias": {(BIASED,): BIAS},
-        }
+        found["logits_processor"] = [RepeatPenalties(length, PRESENCE, FREQUENCY)]
+        found["sequence_bias"] = {(BIASED,): BIAS}
     if (make := STRUCTURES[case.structure][0]) is not None:
         found["structure"] = make({"regex": REGEX, "choice": CHOICE, "schema": SCHEMA}[case.structure])
     if case.speculation != "default":
@@ -140,14 +116,12 @@ def _seeded(asked: Asked) -> dict[str, Any]:
 
 
 def generate(asked: Asked, **more: Any) -> Written:
-    """Write by ``Ensemble.generate``."""
     prompt = asked.messages() if asked.chat else asked.prompts[0]
     options = python_options(asked, _length(asked, [prompt])) | more
     return Written([asked.ensemble.generate(prompt, **_seeded(asked), **options)])
 
 
 def stream(asked: Asked) -> Written:
-    """Write by ``Ensemble.stream``."""
     prompt = asked.messages() if asked.chat else asked.prompts[0]
     options = python_options(asked, _length(asked, [prompt]))
     return Written(["".join(asked.ensemble.stream(prompt, **_seeded(asked), **options))])
@@ -235,14 +209,8 @@ def _forced(asked: Asked, tokens: list[int]) -> tuple[Any, torch.Tensor]:
 def command(asked: Asked, *prompts: str) -> Any:
     """Run ``softmeet generate``, and return typer's result."""
     case = asked.case
-    words = [
-        "generate",
-        *prompts,
-        *asked.world.arguments(case.files),
-        LIMITS[asked.case.unit][1],
-        str(asked.length),
-        "--no-summary",
-    ]
+    words = ["generate", *prompts, *asked.world.arguments(case.files)]
+    words += [LIMITS[asked.case.unit][1], str(asked.length), "--no-summary"]
     words += [] if case.rule_text is None else ["--rule", case.rule_text]
     words += [] if case.gate_text is None else ["--gate", case.gate_text]
     words += STRUCTURES[case.structure][1]
@@ -257,7 +225,6 @@ def command(asked: Asked, *prompts: str) -> Any:
 
 
 def printed(asked: Asked) -> Written:
-    """Write by the command, which prints text as it comes."""
     done = command(asked, asked.prompts[0])
     assert done.exit_code == 0, done.output
     return Written([done.stdout_bytes.decode().removesuffix("\n")])
@@ -282,7 +249,6 @@ class Servers:
         self._started: dict[str, tuple[Any, str]] = {}
 
     def of(self, case: Case) -> tuple[Any, str]:
-        """Return (what is served, the URL)."""
         if case.speculation not in self._started:
             how = {} if case.speculation == "default" else {"speculate": int(case.speculation)}
             asked = {(own.served, own.vocabulary, own.files) for own in CASES if own.speculation == case.speculation}
@@ -292,25 +258,17 @@ class Servers:
         return self._started[case.speculation]
 
     def post(self, asked: Asked, path: str, body: dict[str, Any]) -> httpx.Response:
-        """Send a request, and return the answer."""
         return self._client.post(f"{self.of(asked.case)[1]}/v1/{path}", json=body)
 
     def whole(self, asked: Asked, path: str, body: dict[str, Any]) -> Any:
-        """Send a request, and return the answer's JSON."""
         answer = self.post(asked, path, body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
     def streamed(self, asked: Asked, path: str, body: dict[str, Any]) -> list[Any]:
-        """Send a request for a stream, and return the JSON of its events."""
-        url, lines = f"{self.of(asked.case)[1]}/v1/{path}", []
-        with self._client.stream("POST", url, json=body | {"stream": True}) as answer:
-            lines = list(answer.iter_lines())
-            assert answer.status_code == 200, lines
-        return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        return chunks(f"{self.of(asked.case)[1]}/v1/{path}", body)
 
     def close(self) -> None:
-        """Stop all servers, when nobody is connected any more."""
         self._client.close()
         self._stack.close()
 
@@ -335,20 +293,17 @@ def body(asked: Asked, limit: str = "max_tokens") -> dict[str, Any]:
 
 
 def served(servers: Servers, asked: Asked) -> Written:
-    """Write by a completion."""
     answer = servers.whole(asked, "completions", body(asked) | {"prompt": asked.prompts[0]})
     return Written([answer["choices"][0]["text"]])
 
 
 def listed(servers: Servers, asked: Asked) -> Written:
-    """Write by a completion with log-probabilities."""
     answer = servers.whole(asked, "completions", body(asked) | {"prompt": asked.prompts[0], "logprobs": 0})
     (choice,) = answer["choices"]
     return Written([choice["text"]], None, choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"])
 
 
 def served_stream(servers: Servers, asked: Asked) -> Written:
-    """Write by a streamed completion."""
     chunks = servers.streamed(asked, "completions", body(asked) | {"prompt": asked.prompts[0]})
     return Written(["".join(c["text"] for chunk in chunks for c in chunk["choices"])])
 
@@ -376,13 +331,11 @@ def served_together(servers: Servers, asked: Asked) -> Written:
 
 
 def chat(servers: Servers, asked: Asked) -> Written:
-    """Write by an answer in a conversation."""
     answer = servers.whole(asked, "chat/completions", body(asked) | {"messages": asked.messages()})
     return Written([answer["choices"][0]["message"]["content"]])
 
 
 def chat_stream(servers: Servers, asked: Asked) -> Written:
-    """Write by a streamed answer in a conversation."""
     chunks = servers.streamed(asked, "chat/completions", body(asked) | {"messages": asked.messages()})
     return Written(["".join(c["delta"].get("content") or "" for chunk in chunks for c in chunk["choices"])])
 
@@ -424,5 +377,4 @@ def in_company(servers: Servers, every: list[Asked]) -> list[str]:
 
 
 def spell(asked: Asked, tokens: list[int]) -> list[str]:
-    """Return tokens as the server spells them."""
     return [token_texts(asked.ensemble.tokenizer).text_of(token) for token in tokens]

@@ -1,7 +1,5 @@
 """The table of cases has every pair of values that goes together; those that do not are refused by name."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

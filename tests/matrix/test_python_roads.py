@@ -1,7 +1,5 @@
 """One text on every road: each case of the matrix, in Python and by the command, is its golden text."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import golden

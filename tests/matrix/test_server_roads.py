@@ -1,7 +1,5 @@
 """One text on every road: each case of the matrix, on the server and in the shipped precision, is its golden text."""
 
-from __future__ import annotations
-
 import golden
 import pytest
 import roads

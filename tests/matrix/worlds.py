@@ -1,7 +1,5 @@
 """The members that the matrix runs: tiny random ones over tokens, bytes and invented symbols, and bundled families."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,23 +64,15 @@ def _save(folder: Path, tokenizer: Any, make: Any, seed: int, *, noise: float = 
 
 @dataclass(frozen=True)
 class World:
-    """Members that are loaded once, and the ensembles that cases make of them.
+    """Members that are loaded once, and the ensembles that cases make of them."""
 
-    Args:
-        name: the case's vocabulary.
-        members: what ``-m`` names; none for the shipped family.
-        dtype: of the weights; None for the shipped one.
-        files: the folder of files that stand beside them where a case says so.
-    """
-
-    name: str
-    members: tuple[str, ...]
+    name: str  # the case's vocabulary
+    members: tuple[str, ...]  # what -m names; none for the shipped family
     dtype: str | None = "float64"
-    files: str = ""
+    files: str = ""  # the folder of files that stand beside them where a case says so
 
     @cached_property
     def loaded(self) -> dict[Any, Any]:
-        """Return the members that were loaded, as ``Ensemble.from_pretrained`` takes them."""
         return {}
 
     @cached_property
@@ -101,15 +91,12 @@ class World:
 
     @property
     def even(self) -> list[int]:
-        """Return equal weights, which the golden texts were written by."""
         return [1] * (3 if self.name == "family" else 2)
 
     def beside(self, files: str) -> list[str]:
-        """Return the files beside the members, if a case has them."""
         return [] if files == "none" else [f"files:{self.files}"]
 
     def arguments(self, files: str) -> list[str]:
-        """Return the command's flags for these members."""
         named = [word for member in (*self.members, *self.beside(files)) for word in ("-m", member)]
         named += ["--weights", ",".join(map(str, self.even))]
         named += [] if self.dtype is None else ["--dtype", self.dtype]

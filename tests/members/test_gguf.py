@@ -1,7 +1,5 @@
 """GGUF files as they are before anything of llama.cpp sees them, and their tokenizers."""
 
-from __future__ import annotations
-
 import errno
 import gc
 import os
@@ -14,10 +12,8 @@ from weakref import WeakValueDictionary
 
 import byte_tokenizers
 import gguf
-import gguf_files
 import pytest
-import torch
-import transformers as tf
+from gguf_files import written
 from huggingface_hub import cached_assets_path
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,10 +32,6 @@ from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.llama_context import LlamaModel
 from softmeet.startup import few_spins
 
-SHAPE = {
-    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 32, "max_position_embeddings": 64,
-}  # fmt: skip
 # Tokenizers by what is said of how they split texts, which llama.cpp knows.
 TOKENIZERS = {
     "gpt-2": byte_tokenizers.byte_level, "llama-bpe": byte_tokenizers.byte_level, "qwen2": byte_tokenizers.byte_level,
@@ -49,13 +41,6 @@ HOSTILE = [
     "the king", " the  there   ", "\n\n\n", "\t\r\n x", "12345 6 789", "they'll THEY'LL I'm", "é日本🙂", "a\u200bb",
     "<|endoftext|>", "</s>", "(the)[er]{he}", "\u00a0the\u3000er", "don't", "1.5e-3", "x" * 50, "  \n  the",
 ]  # fmt: skip
-
-
-def written(path, tokenizer, pre=None, **said):
-    torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(tokenizer), **SHAPE)).eval()
-    gguf_files.write(path, model, tokenizer, bits=8, pre=pre, **said)
-    return path
 
 
 def changed(raw, name, kind):
@@ -73,15 +58,13 @@ def _text(word):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return written(tmp_path_factory.mktemp("gguf") / "a.gguf", byte_tokenizers.byte_level(), "gpt-2")
+    return written(tmp_path_factory.mktemp("gguf") / "a.gguf", byte_tokenizers.byte_level())
 
 
 def test_what_a_file_says_is_what_the_package_of_ggml_reads(file):
     found, theirs = read_gguf(file), gguf.GGUFReader(file)
-    assert {name: one.start for name, one in found.tensors.items()} == {
-        one.name: one.data_offset for one in theirs.tensors
-    }
-    assert {name: one.size for name, one in found.tensors.items()} == {one.name: one.n_bytes for one in theirs.tensors}
+    own = {name: (one.start, one.size) for name, one in found.tensors.items()}
+    assert own == {one.name: (one.data_offset, one.n_bytes) for one in theirs.tensors}
     assert found.said["tokenizer.ggml.tokens"] == theirs.fields["tokenizer.ggml.tokens"].contents()
     assert (found.context, found.is_quantised, found.size) == (64, True, file.stat().st_size)
     assert found.bytes_a_token == 2 * 2 * 16  # keys and values of one layer and one head
@@ -166,7 +149,7 @@ def test_weights_that_llama_cpp_cannot_map_are_refused(tmp_path):
     found = []
     for pad in range(0, 32, 8):
         said = {"general.alignment": 8, "x.pad": "p" * pad}
-        path = written(tmp_path / f"{pad}.gguf", byte_tokenizers.byte_level(), "gpt-2", said=said)
+        path = written(tmp_path / f"{pad}.gguf", byte_tokenizers.byte_level(), said=said)
         try:
             found.append(LlamaModel(read_gguf(path), "it").v)
         except CheckpointError as error:
@@ -308,7 +291,7 @@ def test_threads_give_way_unless_the_environment_says_how_long_they_wait(said, s
 
 
 def test_what_a_files_loading_derives_is_kept_for_the_next_time(tmp_path, monkeypatch):
-    path, kept = written(tmp_path / "a.gguf", byte_tokenizers.byte_level(), "gpt-2"), tmp_path / "kept"
+    path, kept = written(tmp_path / "a.gguf", byte_tokenizers.byte_level()), tmp_path / "kept"
     monkeypatch.setattr(gguf_tokenizer, "cached_assets_path", partial(cached_assets_path, assets_dir=kept))
 
     def loaded():

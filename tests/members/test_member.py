@@ -1,20 +1,15 @@
 """A member's line of text, what members of one base share, and what is said of lines that name nothing."""
 
-from __future__ import annotations
-
 import json
 import logging
 
 import pytest
 import tiny
 import torch
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from softmeet import Ensemble, Member
-from softmeet.cli.main import app
 from softmeet.errors import CheckpointError, InvalidInputError, SoftmeetError
 from softmeet.hf.plan import plan
 from softmeet.members import adapters
@@ -236,19 +231,6 @@ def test_a_context_that_own_prompts_fill_ends_the_text(made):
     assert len(ensemble.tokenizer(text)["input_ids"]) + ids.shape[1] <= 14
     with pytest.raises(InvalidInputError, match="shorter than its context, got 72 tokens"):
         ensemble.generate("a fox that is too long")
-
-
-def test_the_command_and_its_file_take_members(made, tmp_path):
-    lines = [str(made / "base"), f"{made / 'base'}+prompt=so. +name=sure"]
-    command = ["generate", "the fox", "--rule", "logit-mean", "--seed", "1", "--max-new-tokens", "4", "--json"]
-    done = CliRunner().invoke(app, [*command, *tiny.each("-m", lines)])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout[done.stdout.index("{") :])
-    assert [member["name"] for member in found["members"]] == [Member(lines[0]).title, "sure"]
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"member": lines}))
-    again = CliRunner().invoke(app, [*command, "--config", str(tmp_path / "my.yaml")])
-    assert again.exit_code == 0, again.output
-    assert json.loads(again.stdout[again.stdout.index("{") :])["completions"] == found["completions"]
 
 
 def test_every_error_is_one_of_softmeets(made):

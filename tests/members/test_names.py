@@ -1,7 +1,5 @@
 """What a member's name is found to stand for, and what is said of one that stands for nothing. The Hub is played."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,7 +1,5 @@
 """Fixtures of the members' tests."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import transformers as tf

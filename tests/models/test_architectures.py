@@ -1,7 +1,5 @@
 """What docs/reference/architectures.md says: a test for each of its columns, on a tiny random model of each row."""
 
-from __future__ import annotations
-
 import functools
 from contextlib import nullcontext
 

@@ -1,7 +1,5 @@
 """Members whose heads cannot be read: averages of quantised, adapted and unknown ones equal averages by hand."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import json
@@ -32,11 +30,6 @@ from softmeet.members.opaque import OpaqueHead
 from softmeet.members.spelling import spelling_of
 from softmeet.readers.bytes.byte_member import ByteMember
 from softmeet.readers.bytes.covers import Pruning
-from softmeet.server.batcher import Batcher
-from softmeet.server.ensembles import readers_of
-from softmeet.server.limits import Limits
-from softmeet.server.metrics import Metrics
-from softmeet.server.sequences import PromptScored, Token
 
 # Of an adapter beside a shared weight, which is what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -156,56 +149,23 @@ def test_the_gate_unsure_finds_others_behind(kind):
 
 
 @every
-def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, monkeypatch):
+def test_the_batcher_draws_what_generate_does_and_keeps_prompts(kind, serve, monkeypatch):
     monkeypatch.setattr("softmeet.readers.kv.PIECE", 32)
     ours = assembled(WIDE, [of_kind(kind, name) for name in WIDE])
-    ours.members[0].positions = 0
-    readers = readers_of([ours], [["it"] * len(ours.members)], 16384)
+    running = serve(ours)
     # Which is tried once, on a few calls, where texts are padded.
-    assert all(reader._kv.reads_trees for reader in readers.values())
+    assert all(reader._kv.reads_trees for reader in running.readers.values())
     ours.members[0].positions = 0
-    running = Batcher(readers, Limits(), Metrics())
-    running.start()
-    try:
-        asked = [sequence(ours, prompt(k, length), max_tokens=6) for k, length in enumerate((3, 20, 5, 100))]
-        running.submit([one for one, _ in asked])
-        found = [listener.tokens() for _, listener in asked]
-        positions = ours.members[0].positions
-        asked.append(sequence(ours, (*prompt(3, 100), 7), max_tokens=3))
-        running.submit([asked[-1][0]])
-        found.append(asked[-1][1].tokens())
-        scored, listener = sequence(ours, prompt(5, 20), max_tokens=1, top=1, score_prompt=True)
-        running.submit([scored])
-        events = listener.all()
-    finally:
-        running.close(0)
-        running.join()
+    asked = [sequence(ours, prompt(k, length), max_tokens=6) for k, length in enumerate((3, 20, 5, 100))]
+    running.submit([one for one, _ in asked])
+    found = [listener.tokens() for _, listener in asked]
+    positions = ours.members[0].positions
+    asked.append(sequence(ours, (*prompt(3, 100), 7), max_tokens=3))
+    running.submit([asked[-1][0]])
+    found.append(asked[-1][1].tokens())
     assert found == [generated(ours, one.prompt, max_tokens=one.max_tokens) for one, _ in asked]
     assert running.metrics.registry.get_sample_value("softmeet_reused_tokens_total") == 100
     assert positions == (kind == "unknown")  # of prompts, logits at each one's newest token alone
-    with torch.inference_mode():
-        own = (
-            ours(input_ids=torch.tensor([scored.prompt])).logits[0].gather(1, torch.tensor(scored.prompt[1:])[:, None])
-        )
-    said = next(event for event in events if isinstance(event, PromptScored))
-    assert [token.log_prob for token in said.tokens] == pytest.approx(own[:, 0].tolist(), abs=1e-4)
-
-
-@every
-def test_under_the_gate_unsure_the_batcher_draws_what_generate_does(kind):
-    ours = assembled(WIDE[::-1], [of_kind(kind, name) for name in reversed(WIDE)], gate="unsure:0.2")
-    running = Batcher(readers_of([ours], [["it"] * len(ours.members)], 16384), Limits(), Metrics())
-    asked = [sequence(ours, prompt(k, length), max_tokens=8) for k, length in enumerate((3, 20, 5))]
-    running.start()
-    try:
-        running.submit([one for one, _ in asked])
-        found = [[event for event in listener.all() if isinstance(event, Token)] for _, listener in asked]
-    finally:
-        running.close(0)
-        running.join()
-    for (one, _), own in zip(asked, found, strict=True):
-        assert [token.token for token in own] == generated(ours, one.prompt, max_tokens=8)
-    assert {token.gated for own in found for token in own} == {True, False}
 
 
 @every
@@ -217,34 +177,6 @@ def test_over_bytes_a_text_has_the_sum_over_all_of_its_tokenizations(kind, name)
         expected = exhaustive(member, text)
         assert step_by_step(member, text) == pytest.approx(expected, abs=1e-3)
         assert at_once(member, text) == pytest.approx(expected, abs=1e-3)
-
-
-@every
-@torch.inference_mode()
-def test_over_bytes_prompts_are_continued_by_the_average_alone_and_together(kind):
-    both = ("mixed/gpt2", "mixed/llama")
-    models = [of_kind(kind, name) for name in both]
-    ours = assembled(both, models)
-    readers, text = ours.readers, b"In the beginning God created the heaven and the earth. " * 4 + b"And the"
-    texts = [list(text), list(text[9:])]
-    own = []
-    for one in texts:
-        readings, drawn = [reader.begin(bytes(one)) for reader in readers], []
-        for _ in range(6):
-            mean = torch.stack([r.log_probs([x])[0] for r, x in zip(readers, readings, strict=True)]).mean(0)
-            drawn.append(mean[:256].argmax().item())
-            readings = [r.advance([x], drawn[-1:])[0] for r, x in zip(readers, readings, strict=True)]
-        own.append(drawn)
-    models[1].positions = 0
-    for some in ([0], [1], [0, 1]):
-        ids = torch.tensor([[0] * (len(text) - len(texts[k])) + texts[k] for k in some])
-        mask = torch.tensor([[0] * (len(text) - len(texts[k])) + [1] * len(texts[k]) for k in some])
-        found = ours.generate(
-            ids, attention_mask=mask, **{**GREEDY, "pad_token_id": 256, "max_new_tokens": None, "max_bytes": 6}
-        )
-        assert found[:, len(text) :].tolist() == [own[k] for k in some]
-    if kind == "unknown":  # of the prompt, at the tokens in its last 64 bytes or so alone
-        assert 0 < models[1].positions < len(readers[1].spelling.encode(text)) / 2
 
 
 @every

@@ -1,7 +1,5 @@
 """Members asked for in a quantisation by their lines: what is refused, what runs, and what a plan says of its size."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """GGUF files that llama.cpp runs as they are."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 import signal
@@ -21,7 +19,7 @@ from softmeet import Ensemble, Member, SoftmaxHead
 from softmeet.errors import CheckpointError, InvalidInputError
 from softmeet.hf.by_size import parameters
 from softmeet.members import llama_library
-from softmeet.members.gguf_file import GgufFile, StoredTensor, fingerprint
+from softmeet.members.gguf_file import fingerprint
 from softmeet.members.gguf_head import gguf_head, rounded
 from softmeet.members.heads import body_hash
 from softmeet.members.reader_model import ReaderModel
@@ -188,27 +186,6 @@ def test_more_rows_and_more_tokens_than_there_was_room_for(made):
     assert (told.log_probs() - alone).abs().max() < 1e-3
 
 
-def test_calls_of_k_quants_that_are_slower_than_two_are_made_in_two(made, monkeypatch):
-    path, _ = made("llama")
-    plain = LlamaReader(path, own=())
-    monkeypatch.setattr(GgufFile, "is_of_k_quants", True)
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    reader, calls = LlamaReader(path, own=()), []
-    for count in (7, 8, 12, 13):
-        rows = [reader.open(reuse=False) for _ in range(count)]
-        told = finished(reader.read([Read(row, [3 + k], [1]) for k, row in enumerate(rows)]))
-        alone = plain.read_whole([[3 + k] for k in range(count)], [[1]] * count)
-        assert (told.log_probs() - alone.log_probs()).abs().max() < 1e-3
-        calls.append(told.work.calls)
-    assert calls == [1, 2, 2, 1]
-
-
-def test_k_quants_are_those_of_which_a_file_has_most():
-    tensors = {name: StoredTensor((256, 256), kind, 0, 0) for name, kind in (("a", 12), ("b", 14), ("c", 8))}
-    assert GgufFile(Path("a.gguf"), {}, tensors, 0).is_of_k_quants
-    assert not GgufFile(Path("a.gguf"), {}, tensors | {"d": StoredTensor((1 << 10, 256), 8, 0, 0)}, 0).is_of_k_quants
-
-
 def test_a_text_without_room_fails_alone(made, monkeypatch):
     path, _ = made("llama")
     reader = LlamaReader(path)
@@ -268,16 +245,6 @@ def test_a_fork_that_fails_leaves_no_rows(made):
     with pytest.raises(InvalidInputError, match="close one first"):
         reader.fork(row, 300)
     assert len(reader.fork(row, 255)) == 255
-
-
-def test_the_texts_that_are_kept_are_the_last_ones(made):
-    reader = LlamaReader(made("llama")[0])
-    for k in range(12):
-        row = reader.open([5 + k, 6, 7])
-        finished(reader.read([Read(row, [5 + k, 6, 7], [])]))
-        reader.close(row)
-    assert reader.open([16, 6, 7, 8]).known == 3
-    assert reader.kept_tokens == 8 * 4  # of eight texts, each behind a token of the reader's own
 
 
 def test_a_text_is_not_longer_than_there_are_positions(made):
@@ -389,15 +356,16 @@ def test_what_makes_no_sense_is_refused_before_anything_is_loaded(behind, said, 
         Ensemble.from_pretrained([path + behind])
 
 
-def test_a_folder_may_be_called_as_a_file_is(tmp_path):
+def test_engines_are_for_gguf_files_and_a_folder_may_be_called_as_one(tmp_path):
     (tmp_path / "dir.gguf").mkdir()
     with pytest.raises(CheckpointError, match=r"dir\.gguf: it has no config\.json"):
         Ensemble.from_pretrained([tmp_path / "dir.gguf"])
-
-
-def test_an_engine_is_for_gguf_files_alone():
-    with pytest.raises(InvalidInputError, match=r"expected a GGUF file .* got wide/gpt2, which is none"):
-        Ensemble.from_pretrained(["wide/gpt2+engine=llama.cpp"])
+    for behind, said in (
+        ("engine=llama.cpp", "a GGUF file .* got wide/gpt2, which is none"),
+        ("hash=12ab", ".hash of"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"expected {said}"):
+            Ensemble.from_pretrained([f"wide/gpt2+{behind}"])
 
 
 def test_a_context_that_was_asked_for_is_the_limit(made):
@@ -450,8 +418,6 @@ def test_a_saved_ensemble_refuses_another_file(made, tmp_path):
     shutil.copy(made("llama", 32, 1)[0], file)
     with pytest.raises(CheckpointError, match=r"it is another file than the one that was saved"):
         Ensemble.from_pretrained(tmp_path / "saved")
-    with pytest.raises(InvalidInputError, match=r"expected \+hash of a GGUF file"):
-        Ensemble.from_pretrained("wide/gpt2+hash=12ab")
 
 
 def test_files_are_combined_over_bytes(made):

@@ -1,10 +1,10 @@
 """The laws of readers: real ones and toys obey them, and each law finds a reader that breaks it."""
 
-from __future__ import annotations
-
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -207,8 +207,6 @@ def test_bytes_round_as_the_reader_below_does():
 
 
 class Shares(Table):
-    """A fork that is the row itself."""
-
     def fork(self, row, count=1, length=None):
         return [row] * count
 
@@ -225,23 +223,17 @@ class Leaks(Table):
 
 
 class Keeps(Table):
-    """What was not to be kept is kept."""
-
     def read(self, asked):
         return super().read([read(one.row, one.symbols, one.at) for one in asked])
 
 
 class Mixes(Table):
-    """In company, everybody gets the first one's predictions."""
-
     def told(self, logits, counts, errors):
         many = len(counts) > 1 and not errors
         return super().told(logits[:1].expand_as(logits) if many else logits, counts, errors)
 
 
 class Overwrites(Table):
-    """One buffer holds all predictions."""
-
     buffer = torch.zeros(64, len(Letters().ends) + 27, dtype=torch.float64)
 
     def told(self, logits, counts, errors):
@@ -250,8 +242,6 @@ class Overwrites(Table):
 
 
 class Unnormalised(Table):
-    """Predictions are no distributions."""
-
     def told(self, logits, counts, errors):
         found = super().told(logits, counts, errors)
         found.log_probs = lambda places=slice(None): found.logits(places) + 1
@@ -268,8 +258,6 @@ class Promises(Few):
 
 
 class Silent(Table):
-    """Symbols of no alphabet are predicted from as if they were one."""
-
     def refused(self, row, symbols):
         return None
 
@@ -278,8 +266,6 @@ class Silent(Table):
 
 
 class Halfway(Table):
-    """A row that cannot be read has read some symbols nevertheless."""
-
     def read(self, asked):
         for one in asked:
             if self.refused(one.row, one.symbols) and one.row in self.rows:
@@ -288,8 +274,6 @@ class Halfway(Table):
 
 
 class Hoards(Table):
-    """Closed rows are kept for ever."""
-
     hoard = 0
 
     def close(self, row):
@@ -311,8 +295,6 @@ class Forgets(Table):
 
 
 class Dead(Table):
-    """Rows that are closed are read on."""
-
     def checked(self, asked):
         return
 
@@ -336,8 +318,6 @@ class Shy(Table):
 
 
 class Deaf(StatelessReader):
-    """Leaves out the member's own tokens."""
-
     def __init__(self):
         super().__init__("deaf", TokenAlphabet.of(tiny.tokenizer()), 64)
         self.table = torch.randn(97, self.alphabet.size, generator=torch.Generator().manual_seed(0))
@@ -401,53 +381,70 @@ def test_what_breaks_a_law_is_found_by_that_law(broken):
     assert {law.__name__ for law in LAWS} == {*BROKEN.values()}
 
 
+def told(reader, rows, new):
+    """What follows, where each row has read on."""
+    return finished(reader.read([read(row, own) for row, own in zip(rows, new, strict=True)])).log_probs()
+
+
+def alone(reader, text, at=None):
+    """What follows a text that is read by itself."""
+    return reader.read_whole([text], [[len(text)] if at is None else at]).log_probs()
+
+
+@contextmanager
+def calls_of(reader):
+    """The shapes of what the model is given at once, and its masks, while this lasts."""
+    seen = []
+    note = lambda module, given, options: seen.append((options["input_ids"].shape, options.get("attention_mask")))  # noqa: E731
+    hook = reader.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
+LONG = [1 + k % 60 for k in range(40)]
+
+
 def test_a_call_that_fails_leaves_rows_as_they_were(monkeypatch):
-    reader, text = tiny_reader(), [1 + k % 60 for k in range(20)]
-    expected = finished(reader.read([read(reader.open(reuse=False), text, range(1, 21))])).log_probs()
+    reader, text = tiny_reader(), LONG[:20]
+    expected = alone(reader, text, range(1, 21))
     for piece, failing in ((256, 1), (4, 3)):
         monkeypatch.setattr("softmeet.readers.kv.PIECE", piece)
         row = reader.open(reuse=False)
-        finished(reader.read([read(row, text[:5])]))
-        calls = []
-
-        def fail(*_, calls=calls, failing=failing):
-            calls.append(1)
-            if len(calls) == failing:
-                raise RuntimeError("out of memory")
-
+        told(reader, [row], [text[:5]])
+        fail = Mock(side_effect=[None] * (failing - 1) + [RuntimeError("out of memory")])
         hook = reader.model.base_model.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
-            finished(reader.read([read(row, text[5:])]))
+            told(reader, [row], [text[5:]])
         hook.remove()
         found = finished(reader.read([read(row, text[5:], range(1, 16))])).log_probs()
         assert torch.allclose(found, expected[5:], atol=1e-9)
 
 
 def test_texts_that_are_closed_leave_no_rows_to_be_run_in_vain():
-    reader, widths = tiny_reader(), []
+    reader = tiny_reader()
     rows = [reader.open(reuse=False) for _ in range(16)]
-    finished(reader.read([read(row, [1, 2]) for row in rows]))
+    told(reader, rows, [[1, 2]] * 16)
     for row in rows[:-1]:
         reader.close(row)
-    hook = lambda module, given, out: widths.append(len(out.last_hidden_state))  # noqa: E731
-    reader.model.base_model.register_forward_hook(hook)
-    finished(reader.read([read(rows[-1], [3])]))
-    rows = [rows[-1], *(reader.open(reuse=False) for _ in range(15))]
-    finished(reader.read([read(row, [4]) for row in rows]))
-    finished(reader.read([read(row, [5]) for row in rows[:2]]))
+    with calls_of(reader) as calls:
+        told(reader, rows[-1:], [[3]])
+        rows = [rows[-1], *(reader.open(reuse=False) for _ in range(15))]
+        told(reader, rows, [[4]] * 16)
+        told(reader, rows[:2], [[5]] * 2)
+    widths = [shape[0] for shape, _ in calls]
     assert widths[0] == 1
     assert widths[-2:] == [16, 2]
 
 
 def test_at_once_all_texts_are_one_call():
     """However many tokens are new in each of some, forks among them; else some wait for others."""
-    text, calls = [1 + k % 60 for k in range(40)], []
+    calls = []
     for at_once in (True, False):
         reader = tiny_reader(at_once=at_once)
         row, other = reader.open(reuse=False), reader.open(reuse=False)
-        finished(reader.read([read(row, text[:5])]))
+        told(reader, [row], [LONG[:5]])
         fork = reader.fork(row, 1, 3)[0]
-        asked = [read(row, text[5:]), read(fork, [7]), read(other, text[:12])]
+        asked = [read(row, LONG[5:]), read(fork, [7]), read(other, LONG[:12])]
         calls.append(finished(reader.read(asked)).work.calls)
     assert calls[0] == 1 < calls[1]
 
@@ -456,110 +453,53 @@ def test_a_long_text_that_is_closed_leaves_a_short_one_little():
     model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_positions=1024, n_embd=32, n_layer=2, n_head=4))
     reader = TransformersReader(model.eval().double(), tiny.tokenizer(), "long", kept_tokens=0, at_once=True)
     short = reader.open()
-    finished(reader.read([read(short, [1])]))
-    alone, (long,) = reader.bytes, reader.fork(short)
-    finished(reader.read([read(long, [1 + k % 60 for k in range(800)])]))
-    assert reader.bytes > 8 * alone
+    told(reader, [short], [[1]])
+    before, (long,) = reader.bytes, reader.fork(short)
+    told(reader, [long], [LONG * 20])
+    assert reader.bytes > 8 * before
     reader.close(long)
-    assert reader.bytes <= 2 * alone
-    told = finished(reader.read([read(short, [9])])).log_probs()
-    assert torch.allclose(told, finished(reader.read([read(reader.open(), [1, 9])])).log_probs(), atol=1e-9)
-
-
-def test_few_of_many_texts_are_read_on_without_what_the_others_have():
-    """A call has the rows of these alone, and of each its own columns."""
-    reader, shapes = tiny_reader(), []
-    texts = [[1 + (7 * k + j) % 60 for j in range(4 + k)] for k in range(8)]
-    rows = [reader.open(reuse=False) for _ in texts]
-    finished(reader.read([read(row, text) for row, text in zip(rows, texts, strict=True)]))
-    for k in range(20):
-        finished(reader.read([read(rows[0], [1 + k])]))
-        texts[0].append(1 + k)
-    note = lambda module, given, options: shapes.append((options["input_ids"].shape, options["attention_mask"].shape))  # noqa: E731
-    noted = reader.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    told = finished(reader.read([read(rows[k], [9, 8, 7]) for k in (2, 5)])).log_probs()
-    noted.remove()
-    ((ids, mask),) = shapes
-    assert ids == (2, 3)
-    assert mask[-1] == len(texts[5]) + 3
-    for k, own in zip((2, 5), told, strict=True):
-        alone = finished(reader.read([read(reader.open(reuse=False), [*texts[k], 9, 8, 7])])).log_probs()
-        assert torch.allclose(own, alone[0], atol=1e-9)
+    assert reader.bytes <= 2 * before
+    assert torch.allclose(told(reader, [short], [[9]]), alone(reader, [1, 9]), atol=1e-9)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_what_a_text_takes_back_leaves_no_columns_to_be_read(at_once):
     """As of drafts that are wrong: a text by itself is as wide as it is long, and needs no mask."""
-    reader, masks = tiny_reader(at_once=at_once), []
+    reader = tiny_reader(at_once=at_once)
     row, text = reader.open(reuse=False), [1, 2, 3]
-    finished(reader.read([read(row, text)]))
-    hook = lambda module, given, options: masks.append(options["attention_mask"])  # noqa: E731
-    hooked = reader.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    for k in range(30):
-        told = finished(reader.read([read(row, [4 + k, 5, 6, 7])])).log_probs()
-        reader.crop(row, row.length - 3)
-        text.append(4 + k)
-    hooked.remove()
-    assert all(mask is None for mask in masks)
+    told(reader, [row], [text])
+    with calls_of(reader) as calls:
+        for k in range(30):
+            found = told(reader, [row], [[4 + k, 5, 6, 7]])
+            reader.crop(row, row.length - 3)
+            text.append(4 + k)
+    assert all(mask is None for _, mask in calls)
     assert row.seat.block.end == len(text)
-    alone = finished(reader.read([read(reader.open(reuse=False), [*text, 5, 6, 7])])).log_probs()
-    assert torch.allclose(told, alone, atol=1e-9)
+    assert torch.allclose(found, alone(reader, [*text, 5, 6, 7]), atol=1e-9)
 
 
 def test_texts_with_few_new_tokens_share_a_row_of_a_call():
     """Ragged texts are run without padding, forks and texts that begin among them."""
-    reader, shapes = tiny_reader(at_once=True), []
+    reader = tiny_reader(at_once=True)
     texts = [[1 + (7 * k + j) % 60 for j in range(3 * k)] for k in range(6)]
     rows = [reader.open(reuse=False) for _ in texts]
-    finished(reader.read([read(row, text) for row, text in zip(rows[1:], texts[1:], strict=True)]))
+    told(reader, rows[1:], texts[1:])
     rows, texts = [*rows, *reader.fork(rows[4], 1, 7)], [*texts, texts[4][:7]]
-    hook = lambda module, given, options: shapes.append(options["input_ids"].shape)  # noqa: E731
-    reader.model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    for new in ([8], [1, 2, 3, 4], [9], [7, 7], [5], [6], [3, 2]), ([4],) * 7:
-        told = finished(reader.read([read(row, own) for row, own in zip(rows, new, strict=True)])).log_probs()
-        texts = [[*text, *own] for text, own in zip(texts, new, strict=True)]
-        for text, own in zip(texts, told, strict=True):
-            alone = reader.read_whole([text], [[len(text)]]).log_probs()[0]
-            assert torch.allclose(own, alone, atol=1e-9)
-    assert shapes[0] == (4, 4)
-
-
-def test_what_is_kept_of_a_text_has_no_room_for_more():
-    sizes = []
-    for count in (10, 40):
-        reader = tiny_reader()
-        row = reader.open()
-        finished(reader.read([read(row, [1 + k % 60 for k in range(count)])]))
-        reader.close(row)
-        sizes.append(reader.bytes / count)
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
-
-
-def test_texts_that_part_for_good_no_longer_attend_past_each_other():
-    reader, widths = tiny_reader(at_once=True), []
-    first = reader.open(reuse=False)
-    finished(reader.read([read(first, [1, 2, 3])]))
-    rows = [first, *reader.fork(first, 7)]
-    note = lambda module, given, options: widths.append(options["input_ids"].shape)  # noqa: E731
-    reader.model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    for k in range(40):
-        told = finished(reader.read([read(row, [1 + (k * j) % 60]) for j, row in enumerate(rows)])).log_probs()
-    assert widths[0] == (1, 8)
-    assert widths[-1] == (8, 1)
-    for j, own in enumerate(told):
-        whole = [1, 2, 3, *(1 + (k * j) % 60 for k in range(40))]
-        alone = finished(reader.read([read(reader.open(reuse=False), whole)])).log_probs()
-        assert torch.allclose(own, alone[0], atol=1e-9)
+    with calls_of(reader) as calls:
+        for new in ([8], [1, 2, 3, 4], [9], [7, 7], [5], [6], [3, 2]), ([4],) * 7:
+            found = told(reader, rows, new)
+            texts = [[*text, *own] for text, own in zip(texts, new, strict=True)]
+            assert torch.allclose(found, torch.cat([alone(reader, text) for text in texts]), atol=1e-9)
+    assert calls[0][0] == (4, 4)
 
 
 def test_what_stands_before_texts_is_read_once_if_it_is_read_by_itself():
     reader, own = tiny_reader(kept_tokens=0), [0, 5, 7]
-    first = finished(reader.read([read(reader.open(own=own), [])]))
-    again = finished(reader.read([read(reader.open(own=own), [])]))
+    first, again = (finished(reader.read([read(reader.open(own=own), [])])) for _ in range(2))
     assert (first.work.tokens, again.work.tokens) == (3, 0)
     assert torch.equal(first.log_probs(), again.log_probs())
-    assert finished(reader.read([read(reader.open(own=own), [1, 2])])).work.tokens == 2
-    assert finished(reader.read([read(reader.open(own=own, reuse=False), [1, 2])])).work.tokens == 5
+    for reuse, tokens in ((True, 2), (False, 5)):
+        assert finished(reader.read([read(reader.open(own=own, reuse=reuse), [1, 2])])).work.tokens == tokens
     sizes = []
     for k in range(40):
         row = reader.open(own=[1 + k])
@@ -573,14 +513,14 @@ def test_what_stands_before_texts_is_read_once_if_it_is_read_by_itself():
 def test_refusals_say_what_is_wrong():
     reader, other = tiny_reader(), tiny_reader("llama")
     row = reader.open(reuse=False)
-    with pytest.raises(InvalidInputError, match="expected an open row of gpt2"):
-        finished(reader.read([read(other.open(), [1])]))
-    with pytest.raises(InvalidInputError, match=r"expected at most 63 tokens of gpt2 before a text, .* got 70 tokens"):
-        reader.open(own=[1] * 70)
-    with pytest.raises(InvalidInputError, match="got the id 99"):
-        reader.open(own=[99])
-    with pytest.raises(InvalidInputError, match="expected a length of gpt2 from 0 to 0"):
-        reader.crop(row, 1)
+    for wrong, said in (
+        (lambda: told(reader, [other.open()], [[1]]), "expected an open row of gpt2"),
+        (lambda: reader.open(own=[1] * 70), r"expected at most 63 tokens of gpt2 before a text, .* got 70 tokens"),
+        (lambda: reader.open(own=[99]), "got the id 99"),
+        (lambda: reader.crop(row, 1), "expected a length of gpt2 from 0 to 0"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            wrong()
     found = finished(reader.read([read(row, [], [0])]))
     assert "read a symbol first" in str(found.errors[0])
     assert len(found) == 0
@@ -589,7 +529,7 @@ def test_refusals_say_what_is_wrong():
 def test_a_member_that_gives_nan_is_named_and_its_row_stays():
     reader = tiny_reader()
     row = reader.open(reuse=False)
-    finished(reader.read([read(row, [1, 2])]))
+    told(reader, [row], [[1, 2]])
     weight = reader.model.transformer.h[0].mlp.c_fc.weight
     kept = weight.detach().clone()
     with torch.no_grad():
@@ -600,84 +540,75 @@ def test_a_member_that_gives_nan_is_named_and_its_row_stays():
     assert row.length == 2
     with torch.no_grad():
         weight.copy_(kept)
-    told = finished(reader.read([read(row, [3])])).log_probs()
-    whole = reader.open(reuse=False)
-    assert torch.allclose(told, finished(reader.read([read(whole, [1, 2, 3])])).log_probs(), atol=1e-9)
+    assert torch.allclose(told(reader, [row], [[3]]), alone(reader, [1, 2, 3]), atol=1e-9)
+
+
+def poisoned(reader):
+    """Make NaN of the token 63."""
+    with torch.no_grad():
+        reader.model.get_input_embeddings().weight[63] = torch.nan
 
 
 def test_a_text_that_makes_nan_harms_none_that_shares_its_row_of_a_call():
     reader = tiny_reader(at_once=True)
     rows = [reader.open(reuse=False) for _ in range(4)]
-    finished(reader.read([read(row, [1, 2, 3 + k]) for k, row in enumerate(rows)]))
-    with torch.no_grad():
-        reader.model.get_input_embeddings().weight[63] = torch.nan
+    told(reader, rows, [[1, 2, 3 + k] for k in range(4)])
+    poisoned(reader)
     new = [5] * 7, [9, 8], [4, 63, 7], [6]
     found = finished(reader.read([read(row, own) for row, own in zip(rows, new, strict=True)]))
     assert sorted(found.errors) == [2]
-    for k, states in zip((0, 1, 3), found.states(), strict=True):
-        text = [1, 2, 3 + k, *new[k]]
-        assert torch.allclose(states, reader.read_whole([text], [[len(text)]]).states()[0], atol=1e-9)
+    expected = reader.read_whole([[1, 2, 3 + k, *new[k]] for k in (0, 1, 3)], [[3 + len(new[k])] for k in (0, 1, 3)])
+    assert torch.allclose(found.states(), expected.states(), atol=1e-9)
 
 
 def test_what_is_no_number_goes_with_a_reading_that_is_left(monkeypatch):
     monkeypatch.setattr("softmeet.readers.kv.PIECE", 4)
     reader = tiny_reader()
     row = reader.open(reuse=False)
-    finished(reader.read([read(row, [1, 2])]))
-    with torch.no_grad():
-        reader.model.get_input_embeddings().weight[63] = torch.nan
+    told(reader, [row], [[1, 2]])
+    poisoned(reader)
     reading = reader.read([read(row, [63, *range(1, 9)])])
     next(reading)
     reading.close()
     found = finished(reader.read([read(row, [3])]))
-    assert not found.errors
     assert torch.allclose(found.states(), reader.read_whole([[1, 2, 3]], [[3]]).states(), atol=1e-9)
 
 
 @pytest.mark.parametrize("own", [(), (9, 8)])
 def test_a_text_that_is_not_kept_is_read_in_one_call_without_keys_and_values(own):
-    reader, text = tiny_reader(), [1 + k % 60 for k in range(40)]
-    row, kept, at = reader.open(text, own, reuse=False), reader.open(text, own, reuse=False), [1, 7, 40]
-    found = finished(reader.read([read(row, text, at, keep=False)]))
+    reader, at = tiny_reader(), [1, 7, 40]
+    row, kept = reader.open(LONG, own, reuse=False), reader.open(LONG, own, reuse=False)
+    found = finished(reader.read([read(row, LONG, at, keep=False)]))
     assert (reader.bytes, row.length, found.counts) == (0, 0, [3])
     assert (found.work.calls, found.work.tokens) == (1, 40 + len(own))
-    expected = finished(reader.read([read(kept, text, at)]))
-    assert torch.allclose(found.states(), expected.states(), atol=1e-9)
-    with torch.no_grad():
-        reader.model.transformer.h[0].mlp.c_fc.weight.fill_(torch.nan)
-    found = finished(reader.read([read(row, text, at, keep=False)]))
+    assert torch.allclose(found.states(), finished(reader.read([read(kept, LONG, at)])).states(), atol=1e-9)
+    poisoned(reader)
+    found = finished(reader.read([read(row, [*LONG[1:], 63], at, keep=False)]))
     assert isinstance(found.errors[0], NonFiniteError)
     assert (found.counts, row.length) == ([0], 0)
 
 
 def test_long_texts_are_read_in_pieces_between_which_others_may_be_read(monkeypatch):
+    reader = tiny_reader()
+    every = alone(reader, LONG, range(1, 41))
     monkeypatch.setattr("softmeet.readers.kv.PIECE", 8)
-    reader, text = tiny_reader(), [1 + k % 60 for k in range(40)]
     long, short = reader.open(reuse=False), reader.open(reuse=False)
-    reading, told = reader.read([read(long, text)]), []
-    for symbol in text[:4]:
+    reading, found = reader.read([read(long, LONG)]), []
+    for symbol in LONG[:4]:
         next(reading)
-        told.append(finished(reader.read([read(short, [symbol])])).log_probs())
-    last = finished(reading).log_probs()
-    monkeypatch.setattr("softmeet.readers.kv.PIECE", 256)
-    whole = reader.open(reuse=False)
-    every = finished(reader.read([read(whole, text, range(1, 41))])).log_probs()
-    assert torch.allclose(torch.cat(told), every[:4], atol=1e-9)
-    assert torch.allclose(last, every[-1:], atol=1e-9)
+        found.append(told(reader, [short], [[symbol]]))
+    found.append(finished(reading).log_probs())
+    assert torch.allclose(torch.cat(found), every[[0, 1, 2, 3, -1]], atol=1e-9)
 
 
 def test_a_row_that_is_closed_between_pieces_leaves_nothing_and_harms_no_other(monkeypatch):
     monkeypatch.setattr("softmeet.readers.kv.PIECE", 4)
-    reader, texts = tiny_reader(kept_tokens=0), [[1 + k % 60 for k in range(30)], [3 + k % 50 for k in range(30)]]
-    expected = [finished(reader.read([read(reader.open(reuse=False), text)])).log_probs() for text in texts]
-    for row in list(reader._rows):
-        reader.close(row)
+    reader, texts = tiny_reader(kept_tokens=0), [LONG[:30], LONG[2:32]]
     empty, rows = reader.bytes, [reader.open(reuse=False) for _ in texts]
     work = reader.read([read(row, text) for row, text in zip(rows, texts, strict=True)])
     next(work)
     reader.close(rows[0])
-    found = finished(work).log_probs()
-    assert torch.allclose(found[-1:], expected[1], atol=1e-9)
+    assert torch.allclose(finished(work).log_probs()[-1:], alone(reader, texts[1]), atol=1e-9)
     reader.close(rows[1])
     assert reader.bytes == empty
     assert not reader._kv._blocks
@@ -687,7 +618,7 @@ def test_a_text_that_begins_like_an_earlier_one_is_read_from_there_on():
     reader = tiny_reader(own=(0,))
     first = reader.open([1, 2, 3, 4, 5])
     assert first.known == 0
-    finished(reader.read([read(first, [1, 2, 3, 4, 5])]))
+    told(reader, [first], [[1, 2, 3, 4, 5]])
     for text, known in (([1, 2, 3, 9], 3), ([1, 2, 3, 4, 5], 4), ([9], 0)):
         row = reader.open(text)
         assert row.known == known

@@ -1,7 +1,5 @@
 """Readers that a package or a program registers: the guide's, as printed, and those that break a law."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -28,10 +26,11 @@ from softmeet.readers.reader import Given, Read, Traits, finished
 from softmeet.readers.stateless import StatelessReader
 from softmeet.readers.token_alphabet import TokenAlphabet
 from softmeet.scaling.local import LocalEngine
-from softmeet.testing import Uniform, check_reader
+from softmeet.testing import check_reader
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "write-a-reader.md"
 PROMPT = "the king "
+LETTERS = TokenAlphabet(None, 26, frozenset())  # without a tokenizer
 
 
 def command(*arguments):
@@ -256,8 +255,6 @@ class Full(Brief):
 
 
 class Endless(Counted):
-    """Never expects an end."""
-
     def spoilt(self, found, texts):
         return found.index_fill(-1, torch.tensor(sorted(self.alphabet.ends)), -torch.inf)
 
@@ -307,8 +304,6 @@ class Raises(Counted):
 
 
 class Forgetful(Counted):
-    """Does not note what it has read."""
-
     def read(self, asked):
         found = yield from super().read(asked)
         for one in asked:
@@ -317,8 +312,6 @@ class Forgetful(Counted):
 
 
 class Fewer(Counted):
-    """Tells nothing of the last row."""
-
     def read(self, asked):
         found = yield from super().read(asked)
         return Given(found.logits()[: sum(found.counts[:-1])], [*found.counts[:-1], 0], found.errors)
@@ -380,9 +373,10 @@ def test_an_evaluation_in_threads_asks_a_reader_from_one_at_a_time(tmp_path):
     assert len(found.positions) > 1000
 
 
-def unlimited():
+def changed(**fields):
+    """A reader with other fields."""
     found = Counted()
-    found.limit = None
+    vars(found).update(fields)
     return found
 
 
@@ -391,13 +385,14 @@ def unlimited():
     [
         (lambda rest: 1 / 0, "mine:x", CheckpointError, "cannot load mine:x: its factory raised ZeroDivisionError"),
         (lambda rest: "reader", "mine:x", CheckpointError, "expected a softmeet.Reader of its factory, got str"),
-        (lambda rest: unlimited(), "mine:x", CheckpointError, "a number of symbols as its reader's limit, got None"),
+        (lambda rest: changed(limit=None), "mine:x", CheckpointError, "of symbols as its reader's limit, got None"),
+        (lambda rest: changed(alphabet=LETTERS), "mine:x", CheckpointError, "let its alphabet be"),
         (lambda rest: Counted(), "mine:x+dtype=float32", InvalidInputError, "nothing but a prompt and a name"),
         (
             lambda rest: Counted(),
             "mein:x",
             CheckpointError,
-            "did you mean mine[?] .*no package here has readers called",
+            "did you mean mine[?] .*no package here has readers",
         ),
     ],
 )
@@ -405,17 +400,6 @@ def test_what_cannot_be_a_member_is_refused(factory, line, kind, said):
     softmeet.register_reader("mine", factory)
     with pytest.raises(kind, match=said):
         softmeet.Ensemble.from_pretrained([line])
-
-
-def test_a_reader_without_tokens_is_refused():
-    class Letters(Uniform):
-        def __init__(self, rest):
-            super().__init__(rest)
-            self.alphabet = TokenAlphabet(None, 26, frozenset())
-
-    softmeet.register_reader("mine", Letters)
-    with pytest.raises(CheckpointError, match="let its alphabet be"):
-        softmeet.Ensemble.from_pretrained(["mine:x"])
 
 
 def test_names_are_identifiers_and_a_packages_stays(installed):

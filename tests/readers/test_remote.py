@@ -1,7 +1,5 @@
 """A model behind a server as a member: servers that answer as llama.cpp's and vLLM do, softmeet's own, and bad ones."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json
@@ -19,7 +17,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from commands import run
 from serving import http, running, serving_of, wait_until
@@ -41,14 +38,8 @@ MODEL = "org/model"
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two members; the first is also that of the servers."""
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
-
-
-@pytest.fixture(scope="module")
 def alone(folders):
+    """The first member, which is also that of the servers."""
     return Ensemble.from_pretrained(folders[:1], "logit-mean")
 
 
@@ -319,20 +310,20 @@ def test_addresses_that_are_none(folders, monkeypatch):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(CheckpointError, match=r"does not answer .*: start the server, or check the address"):
         remote.at(url, folders[0], None)
-    with pytest.raises(
-        InvalidInputError, match=r"without a name and a key, .* got http://host/v1: put the key"
-    ) as caught:
+    said = r"without a name and a key, .* got http://host/v1: put the key"
+    with pytest.raises(InvalidInputError, match=said) as caught:
         remote.at("http://me:secret@host/v1", folders[0], None)
     assert "secret" not in str(caught.value)
     for wrong in ("http://", "http:///v1", "http://host:port/v1", "http://host/v1?key=1"):
         with pytest.raises(InvalidInputError, match=r"expected (an|the) address"):
             remote.at(wrong, folders[0], None)
-    with pytest.raises(InvalidInputError, match=r"put \+tokenizer=NAME behind it"):
-        Ensemble.from_pretrained(f"{url}#m")
-    with pytest.raises(InvalidInputError, match=r"expected a number of tokens or all, got \+top=few"):
-        Ensemble.from_pretrained(f"{url}#m+tokenizer={folders[0]}+top=few")
-    with pytest.raises(InvalidInputError, match="got dtype: leave it out"):
-        Ensemble.from_pretrained(f"{url}#m+dtype=bfloat16")
+    for behind, said in (
+        ("", r"put \+tokenizer=NAME behind it"),
+        (f"+tokenizer={folders[0]}+top=few", r"expected a number of tokens or all, got \+top=few"),
+        ("+dtype=bfloat16", "got dtype: leave it out"),
+    ):
+        with pytest.raises(InvalidInputError, match=said):
+            Ensemble.from_pretrained(f"{url}#m{behind}")
 
 
 @pytest.mark.parametrize("protocol", ["llama.cpp", "vllm"])

@@ -1,23 +1,14 @@
 """A member behind a server that hangs, beside others in one server: it holds up nobody, and no end."""
 
-from __future__ import annotations
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny
 from serving import http, running, serving_of
 from test_remote import member, speaking, stub
 
 from softmeet import Ensemble
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("members")
-    return [str(tiny.save(folder / name, name, seed=k)) for k, name in enumerate(("gpt2", "llama"))]
 
 
 @pytest.mark.parametrize("when", ["at the prompt", "between tokens"])

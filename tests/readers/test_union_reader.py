@@ -1,7 +1,5 @@
 """Members over the union of their tokens: what they predict, and what they read."""
 
-from __future__ import annotations
-
 import byte_members
 import byte_tokenizers
 import numpy as np

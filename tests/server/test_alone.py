@@ -1,7 +1,5 @@
 """A sequence that runs alone in the server: the same tokens in fewer calls of the members, until another one comes."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from inspect import signature
 
@@ -10,10 +8,9 @@ import tiny
 import torch
 from batches import ensemble_of, generated, prompt, sequence
 
-from softmeet import Ensemble, Structure
-from softmeet.engine.masking import Mask
+from softmeet import Ensemble
 from softmeet.errors import InvalidInputError, NonFiniteError
-from softmeet.server.sequences import Combination, Failed, Finished, Sequence, Token
+from softmeet.server.sequences import Combination, Failed, Finished, Sequence
 
 
 @pytest.fixture(scope="module")
@@ -50,30 +47,6 @@ def lengths(model, monkeypatch):
     return found
 
 
-PLAIN, COLD, CHOOSY = {}, {"temperature": 0.7}, {"top_p": 0.8, "repetition_penalty": 1.3}
-
-
-@pytest.mark.parametrize(
-    ("rule", "members", "count", "speculate", "options"),
-    [
-        ("logit-mean", "alike", 3, 4, COLD),
-        ("logit-mean", "unlike", 2, 1, CHOOSY),
-        ("prob-mean", "unlike", 3, "auto", PLAIN),
-        ("power-mean", "alike", 2, 4, PLAIN),
-        ("meet", "unlike", 3, "auto", CHOOSY),
-        ("min-underestimation", "alike", 2, 4, PLAIN),
-    ],
-)
-def test_tokens_are_those_of_generate(serve, request, rule, members, count, speculate, options):
-    """Every value once: the engine is generate's, whose tests try more of them together."""
-    names = request.getfixturevalue(members)[:count]
-    model = Ensemble.from_pretrained(names, rule, dtype="float64", gate="none").model
-    model.generation_config.eos_token_id = None
-    one, listener = sequence(model, prompt(3, 9), max_tokens=10, sampling=options)
-    serve(model, speculate=speculate, one_member=True).submit([one])
-    assert listener.tokens() == generated(model, one.prompt, max_tokens=10, speculate=0, **options)
-
-
 def test_members_read_in_chunks(serve, model, lengths):
     one, listener = sequence(model, prompt(3, 9), max_tokens=50)
     serve(model, speculate=4).submit([one])
@@ -108,24 +81,6 @@ def test_others_join_and_leave(serve, model, lengths, rule):
         assert max(read[start:stop][1:]) > 1, "alone again, texts are read in chunks again"
 
 
-def test_reports_log_probabilities_and_gates(serve, alike):
-    model = Ensemble.from_pretrained(alike[:2], "meet", dtype="float64", gate="disagreement:0.000018").model
-    model.generation_config.eos_token_id = None
-    found = []
-    for speculate in (0, 3):
-        one, listener = sequence(model, prompt(4, 6), top=2, report=2, max_tokens=20)
-        serve(model, speculate=speculate).submit([one])
-        found.append([e for e in listener.all() if isinstance(e, Token)])
-    gated = [[e.gated for e in events] for events in found]
-    assert gated[0] == gated[1]
-    assert len(set(gated[0])) == 2
-    for one, other in zip(*found, strict=True):
-        assert (one.token, one.status) == (other.token, other.status)
-        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-9)
-        assert one.report.keys() == other.report.keys()
-        assert one.report["disagreement"] == pytest.approx(other.report["disagreement"], abs=1e-7)
-
-
 def test_ends_and_limits_within_drafts(serve, model):
     whole = generated(model, prompt(3, 9), max_tokens=30)
     for ends in ((whole[7],), (whole[12], whole[20])):
@@ -140,20 +95,6 @@ def test_ends_and_limits_within_drafts(serve, model):
     one, listener = sequence(model, prompt(3, room), max_tokens=100)
     engine.submit([one])
     assert listener.tokens() == generated(model, one.prompt, max_tokens=4)
-
-
-def test_a_structure_and_its_dead_ends(serve):
-    ensemble = Ensemble.from_pretrained("narrow", "logit-mean")
-    model, asked = ensemble.model, Structure.regex("(And|The) [a-z ]{20,40}[.]")
-    found = []
-    for speculate in (0, 4):
-        mask = Mask(asked, model.tokenizer, [model.generation_config.eos_token_id], model.config.vocab_size)
-        ids = tuple(ensemble.tokenizer("In the beginning")["input_ids"])
-        one, listener = sequence(model, ids, max_tokens=60, sampling={"mask": mask})
-        serve(model, speculate=speculate).submit([one])
-        found.append(listener.all())
-    assert [type(e) for e in found[0]] == [type(e) for e in found[1]]
-    assert [e.token for e in found[0][:-1]] == [e.token for e in found[1][:-1]]
 
 
 class ForbidsDrafts:
@@ -227,17 +168,6 @@ def test_gated_tokens_are_those_that_were_given(serve, unlike):
     assert 0 < accepted < drafted
 
 
-def test_what_cannot_be_drafted_runs_as_in_a_batch(serve, alike):
-    twice = Ensemble.from_pretrained([alike[0], alike[0]], "logit-mean", dtype="float64", gate="none").model
-    unsure = Ensemble.from_pretrained(alike[:2], "logit-mean", dtype="float64", gate="unsure:0.5").model
-    for model in (twice, unsure):
-        model.generation_config.eos_token_id = None
-        one, listener = sequence(model, prompt(3, 9), max_tokens=20)
-        serve(model, speculate=4, one_member=True).submit([one])
-        assert listener.tokens() == generated(model, one.prompt, max_tokens=20)
-        assert one.alone is None
-
-
 def drawn_plainly(model, tokens, weights=(0.3, 0.7), **options):
     """A sequence by prob-mean whose request gives no seed, and its listener."""
     one, listener = sequence(model, tokens, **options)
@@ -256,26 +186,6 @@ def test_a_token_comes_from_one_member(serve, model, lengths):
     assert sum(calls) == 49
     assert min(calls) > 5
     assert all(9 + 30 < sum(own) <= 9 + 49 for own in lengths)
-
-
-def test_in_company_members_have_read_what_they_were_not_drawn_for(serve, model):
-    one, listener = drawn_plainly(model, prompt(3, 9), max_tokens=40)
-    other, beside = sequence(model, prompt(1, 5), max_tokens=40)
-    engine, read = serve(model, one_member=True), []
-
-    def emit(event):
-        listener.put(event)
-        if one.drawn == 20:
-            engine.submit([other])
-        read.append({row.length for row in one.rows if row is not None})
-
-    one.emit = emit
-    engine.submit([one])
-    assert len(listener.tokens()) == 40
-    assert len(beside.tokens()) == 40
-    # Alone, one member has read as far as the newest token, and another one less; in company all have.
-    assert any(len(lengths) == 2 for lengths in read[5:20])
-    assert read[25:39] == [{9 + k} for k in range(25, 39)]
 
 
 @pytest.mark.parametrize("options", [{"top": 0}, {"report": 1}, {"sampling": {"temperature": 0.5}}])

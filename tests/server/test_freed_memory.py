@@ -1,7 +1,5 @@
 """Freed memory is kept for later use, and given back when asked; the server asks once a minute."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """How large bodies take turns, and what becomes of those whose client leaves."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from itertools import pairwise

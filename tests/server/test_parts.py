@@ -1,7 +1,5 @@
 """The parts of a stream: over bytes what comes within a twentieth of a second is one."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from types import SimpleNamespace

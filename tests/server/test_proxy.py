@@ -3,8 +3,6 @@
 They run with the guide's own configurations, but for addresses, certificates, and timeouts, which are made shorter.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

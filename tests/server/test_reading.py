@@ -1,7 +1,5 @@
 """Prompts whose clients leave are read no further, within a call of the model, too, and long ones are logged."""
 
-from __future__ import annotations
-
 import threading
 import time
 

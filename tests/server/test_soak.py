@@ -1,7 +1,5 @@
 """The soak: seconds of the load that `make soak` puts on two servers for an hour, and what it counts as a breach."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest
@@ -28,23 +26,19 @@ def soak():
     return Soak([Site("steady", [])])
 
 
-@pytest.mark.parametrize(
-    "outcome", ["hung", "status 500", "ended in silence", "connection error ReadError", "error event"]
-)
-def test_what_may_not_be_is_a_breach(soak, outcome):
-    soak.count("stream", outcome)
-    soak.count("stream", "right")
+def test_what_may_not_be_is_a_breach(soak):
+    wrong = ["hung", "status 500", "ended in silence", "connection error ReadError", "error event"]
+    for outcome in ("right", *wrong):
+        soak.count("stream", outcome)
     soak.count("whole", "cut by a kill")
-    assert soak.breaches == [f"stream: {outcome}"]
+    assert soak.breaches == [f"stream: {outcome}" for outcome in wrong]
 
 
-def test_a_token_that_differs_is_a_breach_of_reproducible_servers_alone(soak):
-    soak.count("stream", "differs")
-    assert not soak.breaches
-    soak.seen.update({("whole", "right"): 100, ("whole", "differs"): 2})
+def test_a_token_that_differs_is_a_breach_of_reproducible_servers_or_where_rounding_does_not_explain_it(soak):
+    soak.seen.update({("whole", "right"): 100, ("whole", "differs"): 3})
     soak.judge()
     assert not soak.breaches
-    soak.seen["whole", "differs"] = 9
+    soak.seen["whole", "differs"] = 10
     soak.judge()
     assert soak.breaches == ["10 answers differ, more than rounding explains"]
     strict = Soak(soak.sites, reproducible=True)

@@ -1,15 +1,12 @@
 """Where answers stand in the user's files, and how much these claimed: told by servers that may, to who asks."""
 
-from __future__ import annotations
-
-import json
 import os
 import signal
 from statistics import fmean
 
 import pytest
 from commands import run
-from serving import http, running, serve, serving_of
+from serving import chunks, http, running, serve, serving_of
 
 from softmeet import Ensemble
 from softmeet.hf.chat import take_plain
@@ -65,10 +62,10 @@ def choice(url, **fields):
 
 
 def streamed(url, **fields):
-    lines = [line[6:] for line in sent(url, stream=True, **fields).text.splitlines() if line.startswith("data: {")]
-    chunks = [json.loads(line)["choices"][0] for line in lines]
-    assert not any("sources" in chunk.get("softmeet", {}) for chunk in chunks[:-1])
-    return "".join(chunk["text"] for chunk in chunks), chunks[-1]["softmeet"]
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 24} | fields
+    found = [chunk["choices"][0] for chunk in chunks(f"{url}/v1/completions", body)]
+    assert not any("sources" in one.get("softmeet", {}) for one in found[:-1])
+    return "".join(one["text"] for one in found), found[-1]["softmeet"]
 
 
 @pytest.mark.parametrize(("model", "below", "fewest"), [("tokens", "deep/a.txt", 6), ("bytes", "src/deep/a.txt", 24)])
@@ -119,8 +116,7 @@ def test_chats_and_responses_have_them_too_and_who_has_no_files_has_none(url):
     (chat,) = http.post(f"{url}/v1/chat/completions", json=ours | said).json()["choices"]
     asked = ours | {"input": SAID + PROMPT, "max_output_tokens": 24}
     whole = http.post(f"{url}/v1/responses", json=asked).json()["output"][0]
-    events = http.post(f"{url}/v1/responses", json=asked | {"stream": True}).text.splitlines()
-    last = json.loads([line for line in events if line.startswith("data: {")][-1][6:])["response"]["output"][0]
+    (last,) = chunks(f"{url}/v1/responses", asked)[-1]["response"]["output"]
     for text, found in (chat["message"]["content"], chat), (whole["content"][0]["text"], whole):
         assert found["softmeet"]["claims"][0] > 0
         assert all(text[one["start"] : one["end"]] in SAID for one in found["softmeet"]["sources"])

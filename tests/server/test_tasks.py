@@ -1,9 +1,9 @@
 """Rules that take long: they hold up nobody, end in time, and lose nothing when they are suspended."""
 
-from __future__ import annotations
-
+import gc
 import threading
 import time
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,8 +15,9 @@ from batches import LENGTHS, MEMBERS, Listener, ensemble_of, generated, prompt, 
 from softmeet import Rule, time_is_over
 from softmeet.engine.draw import Sampling
 from softmeet.hf import EnsembleConfig, EnsembleForCausalLM, Recorder
+from softmeet.server.kinds import Kinds
 from softmeet.server.limits import Limits
-from softmeet.server.sequences import Account, Combination, Failed, GenerationRequest, Sequence, Token
+from softmeet.server.sequences import Account, Combination, GenerationRequest, Sequence, Token
 from softmeet.server.tasks import SAVED, Task, Turns
 from softmeet.solvers.base import Status
 
@@ -38,21 +39,6 @@ class Slow(Rule):
             time.sleep(0.002)
             spent += time.perf_counter() - started
         return problem.restricted(torch.log_softmax(problem.log_p.mean(0), -1))
-
-
-def test_an_average_is_finished_while_a_slow_rule_works_on_its_first_token(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model, limits=Limits(token_seconds=1e9))
-    slow, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9), max_tokens=2)
-    quick, heard = sequence(model, prompt(2, 6), max_tokens=20)
-    BEGUN.clear()
-    engine.submit([slow])
-    assert BEGUN.wait(300)
-    engine.submit([quick])
-    assert len(heard.tokens()) == 20
-    assert not slow.drawn
-    slow.cancel()
-    assert isinstance(listener.all()[-1], Failed)
 
 
 @pytest.mark.parametrize("rule", ["logit-mean", "meet"])
@@ -99,21 +85,6 @@ def test_a_prompt_is_scored_without_holding_up_others_and_in_its_time(serve):
     scored, listener = sequence(model, prompt(1, 11), **options)
     serve(model, limits=Limits(token_seconds=0.01)).submit([scored])
     assert len(listener.all()[0].tokens) == 10
-
-
-def test_a_suspended_row_can_be_cancelled_and_its_work_ends_there(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model, limits=Limits(rows=1, waiting=9, token_seconds=1e9))
-    endless, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9))
-    BEGUN.clear()
-    engine.submit([endless])
-    assert BEGUN.wait(300)
-    endless.cancel()
-    assert isinstance(listener.all()[-1], Failed)
-    after, heard = sequence(model, prompt(2, 6), max_tokens=5)
-    engine.submit([after])
-    assert len(heard.tokens()) == 5
-    assert not len(engine._turns)
 
 
 def test_a_long_prompt_is_run_in_pieces_between_which_others_step(serve):
@@ -250,18 +221,6 @@ def test_many_slow_requests_together_hold_up_an_average_no_more_than_a_few(serve
         s.cancel()
 
 
-def test_a_request_of_many_rows_is_of_a_kind_of_its_own_if_they_take_long_together(serve):
-    model = ensemble_of(("gpt2", "llama"))
-    engine = serve(model)
-    one, another = (sequence(model, prompt(2, 6), rule="meet")[0] for _ in range(2))
-    many, more = (sequence(model, prompt(2, 6), rule="meet", choices=16)[0] for _ in range(2))
-    assert len({engine._kinds.of(s) for s in (one, another, many, more)}) == 1
-    for _ in range(20):
-        engine._kinds.learn(one, 0.005)
-    assert engine._kinds.of(one) == engine._kinds.of(another)
-    assert len({engine._kinds.of(s) for s in (one, many, more)}) == 3
-
-
 def test_what_prompts_leave_of_their_time_is_saved_for_prompts_that_come_together(monkeypatch):
     """Fifty prompts of a hundredth of a second each: thirty at once, then two a round."""
     read, now, prompts = [0], [0.0], Account(SAVED, saves=SAVED)
@@ -321,3 +280,21 @@ def test_a_reproducible_token_whose_time_was_over_says_so_even_within_its_tolera
     one, listener = sequence(model, prompt(1, 6), rule=Slow(seconds=1e9), max_tokens=2)
     engine.submit([one])
     assert [e.status for e in listener.all() if isinstance(e, Token)] == ["BUDGET"] * 2
+
+
+def test_an_ensemble_that_nobody_needs_any_more_is_forgotten():
+    """As one that was made for a request, behind its passages: what is known of how long requests take keeps none."""
+
+    class Combined:
+        def __init__(self):
+            self.model, self.settings = type("Model", (), {})(), "mean"
+
+    kinds, request = Kinds(alone=False), SimpleNamespace(report=None, choices=2, prompts=["a"])
+    sequence = SimpleNamespace(combination=Combined(), request=request)
+    assert len(kinds.of(sequence)) == 2
+    kinds.learn(sequence, 0.03)
+    assert len(kinds.of(sequence)) == 3  # rows that take long together hold up no others of their kind
+    gone = weakref.ref(sequence.combination.model)
+    del sequence
+    gc.collect()
+    assert gone() is None

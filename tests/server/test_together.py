@@ -1,7 +1,5 @@
 """Members at the same time: as told, or as measured, each in its share of torch's threads."""
 
-from __future__ import annotations
-
 import signal
 import threading
 import time
@@ -96,17 +94,6 @@ def test_what_is_faster_is_kept_for_each_size(four_threads):
     assert set(together.measured(work, [1, 2], 9)) != {threading.get_ident()}, "9 counts as 8"
     assert set(together.measured(work, [3, 4], 8)) == {threading.get_ident()}, "others are measured by themselves"
     assert set(together.map(work, [1, 2])) == {threading.get_ident()}
-
-
-@pytest.mark.parametrize(("n", "threads"), [(1, 4), (3, 1)])
-def test_there_is_nothing_to_measure(n, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    together = Together(n, "auto")
-    torch.set_num_threads(before)
-    for _ in range(20):
-        found = together.measured(at_once(lambda item: threading.get_ident()), [1, 2], 4)
-        assert set(found) == {threading.get_ident()}
 
 
 def test_an_error_of_a_member_is_raised(four_threads):

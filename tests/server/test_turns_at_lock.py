@@ -1,7 +1,5 @@
 """How threads take turns at Python's lock."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 

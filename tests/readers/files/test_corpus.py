@@ -1,7 +1,5 @@
 """Which files are read of a folder, a file or a glob."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,7 +1,5 @@
 """The index of files: its order against a naive sort, what is encoded anew, and what a disk or a file may do to it."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random
@@ -92,16 +90,6 @@ def test_the_order_of_many_symbols(symbols):
     backwards = drawn.tolist()
     for before, after in random.Random(0).sample([*pairwise(order)], 500):
         assert backwards[before::-1] < backwards[after::-1]
-
-
-def test_places_and_lines(toys):
-    index = index_of(toys)
-    assert [path.name for path in index.files] == list(TOYS)
-    assert index.starts.tolist() == [0, 27, 28, 30, 39]
-    for start, path in zip(index.starts, index.files, strict=True):
-        for place in range(start, start + len(TOYS[path.name]) + 1):
-            assert index.place(place) == (path, range(start, start + len(TOYS[path.name])))
-    assert [index.line(place, bytes) for place in (0, 17, 18, 26, 30)] == [1, 1, 2, 2, 1]
 
 
 def test_lines_of_long_files_are_counted_once(tmp_path):

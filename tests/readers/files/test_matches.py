@@ -1,7 +1,5 @@
 """Files as a reader: distributions, claims and sums against an oracle that counts naively."""
 
-from __future__ import annotations
-
 import random
 from itertools import chain
 from math import exp, log
@@ -89,12 +87,6 @@ def test_distributions_and_claims_are_those_of_an_oracle(files, tmp_path):
             assert found.log_probs()[k].exp().numpy() == pytest.approx(p, abs=1e-12)
             assert found.claims[k].item() == pytest.approx(claimed(files, text[:k], min(k, given), V), abs=1e-12)
         reader.close(row)
-
-
-def test_no_file_has_what_another_one_ends_with(tmp_path):
-    index = index_of([[1, 2], [3, 4]], tmp_path)
-    assert match(index, [1, 2], TOKENS.orders, V).levels == []
-    assert match(index, [2, 3], TOKENS.orders, V).order == 1
 
 
 def test_many_places_are_counted_by_evenly_spread_ones(tmp_path):

@@ -1,7 +1,5 @@
 """Where texts stand in files: by a look at every place, and after files have changed."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
