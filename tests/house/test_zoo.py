@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from held_out import choose_trust, compare, held_out_documents, meet, read
+from fit import choose_trust, compare, held_out_documents, meet, read
 from softmeet import Ensemble
 from softmeet.evaluation.choices import RuleChoice, with_baselines
 from softmeet.evaluation.documents import Document
