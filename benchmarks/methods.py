@@ -6,12 +6,11 @@ Greedily where a method can; decoders search, or draw from one seed. Members are
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from report import show
+from report import JsonPath, Models, show
 from softmeet import Ensemble
 from softmeet.errors import InvalidInputError
 
@@ -39,9 +38,9 @@ METHODS: list[tuple[str, str, str, dict[str, Any]]] = [
 
 
 def main(
-    members: Annotated[list[str], typer.Option("--member", "-m", help="Members of different tokenizers.")],
+    members: Models,
     tokens: Annotated[int, typer.Option(help="New tokens of each text.")] = 40,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    json: JsonPath = None,
 ) -> None:
     """Print a table: the text, and the time of a token as the first member's tokenizer cuts it."""
     rows, loaded = list[dict[str, Any]](), dict[Any, Any]()

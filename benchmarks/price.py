@@ -22,7 +22,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory import ensemble_of, save_pair
-from report import median, named, show
+from report import JsonPath, Members, Repeats, Threads, median, named, show
 from softmeet.engine import combine, pace
 from softmeet.members import trunk, zoo
 from softmeet.rules.settings import parse_rule
@@ -160,7 +160,7 @@ def by_rule(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(
-    member: Annotated[list[str] | None, typer.Option("--member", "-m", help="Folders of two or more models.")] = None,
+    member: Members = None,
     rule: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     speculate: Annotated[list[str] | None, typer.Option(help="Numbers of drafts or auto; may be repeated.")] = None,
     text: Annotated[str | None, typer.Option(help="A pattern of files that begin with the prompts.")] = None,
@@ -169,12 +169,11 @@ def main(
     parallel: Annotated[bool, typer.Option(help="Run members in threads, too.")] = False,
     batches: Annotated[str, typer.Option()] = "1,8",
     tokens: Annotated[int, typer.Option(help="New tokens in the longer of two runs.")] = 20,
-    repeats: Annotated[int, typer.Option()] = 5,
-    threads: Annotated[int, typer.Option()] = 2,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    repeats: Repeats = 5,
+    threads: Threads = 2,
+    json: JsonPath = None,
 ) -> None:
     """Print one table."""
-    torch.set_num_threads(threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         names = [str(zoo.locate(name)) for name in member or []] or save_pair(Path(folder), near)
@@ -203,17 +202,13 @@ def main(
                 ensemble, drafted = not name.startswith("member "), accepted[name]
                 of_sum = [sum(x) / y for *x, y in zip(*alone, own, strict=True)]
                 of_plain = [x / y for x, y in zip(plain, own, strict=True)]
-                rows.append(
-                    {
-                        "batch": batch,
-                        "who": name,
-                        "ms a token": median(own),
-                        "outside": median(outside[name]) if ensemble else None,
-                        "of the sum": median(of_sum) if ensemble else None,
-                        "of plain": median(of_plain) if plain is not own else None,
-                        "accepted": sum(drafted) / len(drafted) if drafted else None,
-                    }
-                )
+                rows.append({
+                    "batch": batch, "who": name, "ms a token": median(own),
+                    "outside": median(outside[name]) if ensemble else None,
+                    "of the sum": median(of_sum) if ensemble else None,
+                    "of plain": median(of_plain) if plain is not own else None,
+                    "accepted": sum(drafted) / len(drafted) if drafted else None,
+                })  # fmt: skip
     label = " + ".join(map(named, member or [])) or f"two of GPT-2 small's shape, near {near:g}"
     found = [{"members": f"{label}, {dtype}"} | row for row in by_rule(rows)]
     show(f"tokens a second of generation, {dtype}", found, json, each=rows)
